@@ -27,6 +27,9 @@ TILE_BYTES = 24
 # Positions in one page of the KV cache.
 PAGE_POSITIONS = 64
 
+# Rows of one sequence that attention takes together, and the longest head that it has room for.
+TILE_SIZE, MAX_HEAD_DIM = 8, 512
+
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
 
@@ -49,8 +52,7 @@ def _fields(count: int) -> range:
  KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip
 
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
- ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW,
- ATT_SCRATCH, ATT_SCRATCH_BYTES) = _fields(18)  # fmt: skip
+ ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW) = _fields(16)  # fmt: skip
 
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_RANGES, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH) = _fields(15)  # fmt: skip

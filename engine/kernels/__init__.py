@@ -13,6 +13,8 @@ _MODULES = {
     "run_step": "team",
     "serve": "team",
     "matmul": "matmul",
+    "append": "attention",
+    "attention": "attention",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }
 

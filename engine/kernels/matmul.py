@@ -162,6 +162,9 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     totals_bytes = 4 * lanes * R.MAX_COLUMNS
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
+    # Rows of a group are read side by side, a pattern that hardware does not foresee: while one group is computed, the
+    # next one, which lies behind it in one piece, is asked for.
+    ahead_bytes = lanes * block_bytes
 
     @v.helper
     def write(op, total, column, row, whole):  # type: ignore[no-untyped-def]
@@ -219,7 +222,10 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 if narrow:
                     total = v.zero_tile(1)
                     x = inputs + first_column * column_bytes
+                    ahead = weights + lanes * row_bytes
                     for block in range(n_blocks):
+                        v.prefetch(ahead, ahead_bytes)
+                        ahead += ahead_bytes
                         total = dot_block(total, weights + block * block_bytes, stride, x)
                         x += x_bytes * groups
                     for i in range(tail):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
+from numba import float32, njit  # float32: a kernel's literals are float64 without it
 from numba.core import types
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_builtin
@@ -332,10 +332,11 @@ def store_u8(e: Emitter, address: ir.Value, value: Any) -> None:
     e.store(e.builder.trunc(_as_index(e, value), I8), address)
 
 
-@operation(lambda v: types.float32)
-def round_half_even(e: Emitter, value: ir.Value) -> ir.Value:
-    function = e.builder.module.declare_intrinsic("llvm.rint", [F32])
-    return e.builder.call(function, [value])
+@operation(lambda value: types.intp)
+def round_to_int(e: Emitter, value: ir.Value) -> ir.Value:
+    """To the nearest integer, ties to even."""
+    function = emit.declare(e.builder.module, "llvm.rint.f32", ir.FunctionType(F32, [F32]))
+    return e.builder.fptosi(e.builder.call(function, [value]), I64)
 
 
 @operation(lambda size: types.intp)
@@ -377,6 +378,18 @@ def store_tile(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -
         e.store(column.value, _nth(e, address, stride, i))
 
 
+@operation(lambda vectors, address, stride: TileType(target().lanes, vectors.literal_value))
+def load_pairs(e: Emitter, vectors: int, address: ir.Value, stride: Any) -> list[Vector]:
+    """Two vectors from each of `vectors` / 2 places, `stride` bytes apart."""
+    return [e.load(_nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2), F32, e.lanes) for i in range(vectors)]
+
+
+@operation(_void)
+def store_pairs(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -> None:
+    for i, vector in enumerate(tile):
+        e.store(vector.value, _nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2))
+
+
 def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:
     if isinstance(stride, int):
         return e.offset(address, stride * index)
@@ -408,12 +421,13 @@ def pause(e: Emitter) -> None:
 
 
 @operation(_void)
-def prefetch(e: Emitter, address: ir.Value) -> None:
-    """Ask for the cache line at `address` (which may lie outside of what is mapped)."""
-    pointer = ir.IntType(8).as_pointer()
-    type_ = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
+    """Ask for the cache lines of `size` bytes (a literal) from `address`, which need not be mapped, into the second level."""
+    type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
     function = emit.declare(e.builder.module, "llvm.prefetch.p0", type_)
-    e.builder.call(function, [e.pointer(address, 0, I8), ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+    for offset in range(0, size, 64):
+        e.builder.call(function, [e.pointer(address, offset, I8), read, second_level, data])
 
 
 @operation(_void)
