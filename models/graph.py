@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 
@@ -190,9 +189,7 @@ class SelectRows:
     x: Value
 
 
-Operation = (
-    Embed | RMSNorm | Linear | Slice | Rope | Attention | Activate | Add | Scale | Softcap | MoE | SelectRows
-)
+Operation = Embed | RMSNorm | Linear | Slice | Rope | Attention | Activate | Add | Scale | Softcap | MoE | SelectRows
 
 
 @dataclass(frozen=True)
@@ -378,9 +375,7 @@ class GraphBuilder:
         up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
         down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
         out = self._value(x.width)
-        self.operations.append(
-            MoE(out, x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating)
-        )
+        self.operations.append(MoE(out, x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating))
         return out
 
     def select_rows(self, x: Value) -> Value:
