@@ -192,6 +192,15 @@ class SelectRows:
 Operation = Embed | RMSNorm | Linear | Slice | Rope | Attention | Activate | Add | Scale | Softcap | MoE | SelectRows
 
 
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How a model turns its heads: what queries and keys of a layer have in common (see `Rope`)."""
+
+    frequencies: Constant
+    magnitude: float
+    interleaved: bool
+
+
 @dataclass(frozen=True)
 class CacheLayer:
     """What the KV cache of one layer holds. A position sees itself and the window - 1 positions before it."""
@@ -251,7 +260,7 @@ class GraphBuilder:
         """The tensor of this full name as float32: norms, biases, rope factors."""
         values = self._tensor(name, shape).dequantize()
         if not np.isfinite(values).all():
-            raise FormatError(self.reader.path, f"tensor {name} has values that are not finite")
+            raise self.error(f"tensor {name} has values that are not finite")
         return values
 
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
@@ -261,15 +270,19 @@ class GraphBuilder:
     def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self.reader.tensors.get(name)
         if info is None:
-            raise FormatError(self.reader.path, f"tensor {name} is missing")
+            raise self.error(f"tensor {name} is missing")
         if info.shape != shape:
             raise self._wrong_shape(name, info.shape, shape)
         if info.type not in BLOCK_FORMATS:
-            raise FormatError(self.reader.path, f"tensor {name} has type {info.type.name}, which is not supported")
+            raise self.error(f"tensor {name} has type {info.type.name}, which is not supported")
         return info
 
     def _wrong_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FormatError:
-        return FormatError(self.reader.path, f"tensor {name} has shape {found}, expected {expected}")
+        return self.error(f"tensor {name} has shape {found}, expected {expected}")
+
+    def error(self, problem: str) -> FormatError:
+        """The error to raise about this file."""
+        return FormatError(self.reader.path, problem)
 
     # Operations
 
@@ -303,13 +316,14 @@ class GraphBuilder:
         self.operations.append(Slice(out, x, start))
         return out
 
-    def rope(
-        self, x: Value, head_dim: int, frequencies: Constant, magnitude: float = 1.0, *, interleaved: bool = False
-    ) -> Value:
-        """Rotates the first 2 * len(frequencies) dimensions of every head."""
-        assert 2 * len(frequencies) <= head_dim and x.width % head_dim == 0
+    def rope(self, x: Value, head_dim: int, rotation: Rotation) -> Value:
+        """Rotates the first dimensions of every head, two for each frequency."""
+        n_rot = 2 * len(rotation.frequencies)
+        assert n_rot <= head_dim and x.width % head_dim == 0
         out = self._value(x.width)
-        self.operations.append(Rope(out, x, head_dim, 2 * len(frequencies), interleaved, frequencies, magnitude))
+        self.operations.append(
+            Rope(out, x, head_dim, n_rot, rotation.interleaved, rotation.frequencies, rotation.magnitude)
+        )
         return out
 
     def attention(
@@ -365,8 +379,7 @@ class GraphBuilder:
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`."""
         if self.has(f"{block}.ffn_gate.0.weight"):
-            raise FormatError(
-                self.reader.path,
+            raise self.error(
                 f"tensor {block}.ffn_gate.0.weight: one tensor per expert is an old layout; convert the model again",
             )
         router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, x.width)
