@@ -21,7 +21,7 @@ MAX_CONTEXT = 1 << 30
 
 
 class Metadata:
-    """Typed, bounded access to the keys of one architecture: `attention.head_count` for `llama.attention.head_count`."""
+    """Typed, bounded access to the keys of one architecture, without its name: `attention.head_count`."""
 
     def __init__(self, reader: GGUFReader) -> None:
         self.reader = reader

@@ -24,6 +24,8 @@ SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 BETA_FAST = 32.0
 BETA_SLOW = 1.0
 
+MIN_DIVISOR = 1e-6  # of a frequency; what is smaller would only make angles without meaning
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -44,8 +46,8 @@ class RopeScaling:
         # The key had another name once.
         key = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
         factor = metadata.real(key, 0.0, high=1e6) or 1.0
-        if factor < 1e-3:
-            raise metadata.error(key, f"is {factor}, expected at least 0.001")
+        if factor < MIN_DIVISOR:
+            raise metadata.error(key, f"is {factor}, expected at least {MIN_DIVISOR}")
         return cls(
             type=kind,
             base=read_base(metadata, "rope.freq_base", 10000.0),
@@ -101,7 +103,7 @@ def rope_factors(builder: GraphBuilder, n_rot: int, context: int, original_conte
     for name in ("rope_freqs.weight", f"rope_factors_{length}.weight"):
         divisors = builder.optional_constant(name, n_rot // 2)
         if divisors is not None:
-            if divisors.min() < 1e-3:
-                raise builder.error(f"tensor {name} has values below 0.001")
+            if np.abs(divisors).min() < MIN_DIVISOR:
+                raise builder.error(f"tensor {name} divides by numbers smaller than {MIN_DIVISOR}")
             return divisors
     return None
