@@ -249,12 +249,8 @@ class GraphBuilder:
 
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
-        if name not in self._weights:
-            info = self._tensor(name, shape)
-            self._weights[name] = Weight(name, info.type, info.shape, info.raw)
-        elif self._weights[name].shape != shape:
-            raise self._wrong_shape(name, self._weights[name].shape, shape)
-        return self._weights[name]
+        info = self._tensor(name, shape)
+        return self._weights.setdefault(name, Weight(name, info.type, info.shape, info.raw))
 
     def constant(self, name: str, *shape: int) -> Constant:
         """The tensor of this full name as float32: norms, biases, rope factors."""
@@ -272,13 +268,10 @@ class GraphBuilder:
         if info is None:
             raise self.error(f"tensor {name} is missing")
         if info.shape != shape:
-            raise self._wrong_shape(name, info.shape, shape)
+            raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
             raise self.error(f"tensor {name} has type {info.type.name}, which is not supported")
         return info
-
-    def _wrong_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FormatError:
-        return self.error(f"tensor {name} has shape {found}, expected {expected}")
 
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
@@ -288,15 +281,12 @@ class GraphBuilder:
 
     def embed(self, name: str, n_vocab: int, n_embd: int, scale: float = 1.0) -> Value:
         """Token ids to rows of an embedding matrix [n_vocab, n_embd]."""
-        out = self._value(n_embd)
-        self.operations.append(Embed(out, self.weight(f"{name}.weight", n_vocab, n_embd), scale))
-        return out
+        return self._append(Embed(self._value(n_embd), self.weight(f"{name}.weight", n_vocab, n_embd), scale))
 
     def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1) -> Value:
         """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight."""
-        out = self._value(x.width)
-        self.operations.append(RMSNorm(out, x, self.constant(f"{name}.weight", x.width // groups), eps, groups))
-        return out
+        weight = self.constant(f"{name}.weight", x.width // groups)
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups))
 
     def linear(self, x: Value, name: str, width: int) -> Value:
         """A matrix [width, x.width], and its bias if the file has one."""
@@ -305,26 +295,19 @@ class GraphBuilder:
 
     def linear_with(self, x: Value, weight: Weight, bias: Constant | None) -> Value:
         """A matrix and a bias that have been looked up already."""
-        out = self._value(weight.shape[0])
-        self.operations.append(Linear(out, x, weight, bias))
-        return out
+        return self._append(Linear(self._value(weight.shape[0]), x, weight, bias))
 
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
-        out = self._value(width)
-        self.operations.append(Slice(out, x, start))
-        return out
+        return self._append(Slice(self._value(width), x, start))
 
     def rope(self, x: Value, head_dim: int, rotation: Rotation) -> Value:
         """Rotates the first dimensions of every head, two for each frequency."""
         n_rot = 2 * len(rotation.frequencies)
         assert n_rot <= head_dim and x.width % head_dim == 0
-        out = self._value(x.width)
-        self.operations.append(
-            Rope(out, x, head_dim, n_rot, rotation.interleaved, rotation.frequencies, rotation.magnitude)
-        )
-        return out
+        frequencies, magnitude, interleaved = rotation.frequencies, rotation.magnitude, rotation.interleaved
+        return self._append(Rope(self._value(x.width), x, head_dim, n_rot, interleaved, frequencies, magnitude))
 
     def attention(
         self, q: Value, k: Value, v: Value, cache: CacheLayer, scale: float, softcap: float | None = None
@@ -333,36 +316,27 @@ class GraphBuilder:
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
         assert v.width == cache.n_kv_heads * cache.head_dim_v
-        out = self._value(cache.n_heads * cache.head_dim_v)
-        self.operations.append(Attention(out, q, k, v, len(self.cache_layers), scale, softcap))
+        layer = len(self.cache_layers)
         self.cache_layers.append(cache)
-        return out
+        return self._append(Attention(self._value(cache.n_heads * cache.head_dim_v), q, k, v, layer, scale, softcap))
 
     def activate(self, gate: Value, up: Value, kind: Activation) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
-        out = self._value(gate.width)
-        self.operations.append(Activate(out, gate, up, kind))
-        return out
+        return self._append(Activate(self._value(gate.width), gate, up, kind))
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
         assert a.width == b.width
-        out = self._value(a.width)
-        self.operations.append(Add(out, a, b))
-        return out
+        return self._append(Add(self._value(a.width), a, b))
 
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
-        out = self._value(x.width)
-        self.operations.append(Scale(out, x, factor))
-        return out
+        return self._append(Scale(self._value(x.width), x, factor))
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""
-        out = self._value(x.width)
-        self.operations.append(Softcap(out, x, cap))
-        return out
+        return self._append(Softcap(self._value(x.width), x, cap))
 
     def moe(
         self,
@@ -379,37 +353,29 @@ class GraphBuilder:
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`."""
         if self.has(f"{block}.ffn_gate.0.weight"):
-            raise self.error(
-                f"tensor {block}.ffn_gate.0.weight: one tensor per expert is an old layout; convert the model again",
-            )
+            raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
         router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, x.width)
         router_bias = self.optional_constant(f"{block}.ffn_gate_inp.bias", n_expert)
         gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
         up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
         down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
-        out = self._value(x.width)
-        self.operations.append(MoE(out, x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating))
-        return out
+        return self._append(
+            MoE(self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating)
+        )
 
     def select_rows(self, x: Value) -> Value:
         """The rows whose logits are wanted."""
-        out = self._value(x.width)
-        self.operations.append(SelectRows(out, x))
-        return out
+        return self._append(SelectRows(self._value(x.width), x))
 
     def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int) -> Graph:
         """The graph of everything said so far."""
-        n_parameters = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
-        return Graph(
-            architecture,
-            self.operations,
-            logits,
-            self.cache_layers,
-            logits.width,
-            n_embd,
-            context_length,
-            n_parameters,
-        )
+        size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
+        cache = self.cache_layers
+        return Graph(architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size)
+
+    def _append(self, operation: Operation) -> Value:
+        self.operations.append(operation)
+        return operation.out
 
     def _value(self, width: int) -> Value:
         self._n_values += 1

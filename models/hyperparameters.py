@@ -25,7 +25,10 @@ class Metadata:
 
     def __init__(self, reader: GGUFReader) -> None:
         self.reader = reader
-        self.architecture = str(reader.metadata.get("general.architecture", ""))
+        architecture = reader.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise FormatError(reader.path, "general.architecture is missing or not a string")
+        self.architecture = architecture
 
     def error(self, key: str, problem: str) -> FormatError:
         """The error to raise: `<file>: <key> <problem>`."""
@@ -91,8 +94,9 @@ class Metadata:
 
 def shorten(value: object) -> str:
     """The value for an error message of one line."""
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 40 else text[:37] + "..."
+    if isinstance(value, str):
+        return repr(value[:40])
+    return str(value) if isinstance(value, (bool, int, float)) else "an array"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from math import ceil, floor, log, pi
 
 import numpy as np
 from qrun.models.graph import Constant, GraphBuilder, Rotation
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
 
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
@@ -42,7 +42,7 @@ class RopeScaling:
         """The keys under `rope.`, with the reference engine's defaults. A factor of 0 means that there is none."""
         kind = metadata.text("rope.scaling.type", "linear")
         if kind not in SCALING_TYPES:
-            raise metadata.error("rope.scaling.type", f"is {kind[:40]!r}, expected one of {', '.join(SCALING_TYPES)}")
+            raise metadata.error("rope.scaling.type", f"is {shorten(kind)}, expected one of {', '.join(SCALING_TYPES)}")
         # The key had another name once.
         key = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
         factor = metadata.real(key, 0.0, high=1e6) or 1.0
