@@ -128,7 +128,8 @@ class Program:
                 root = value.id
                 while root in self._source:
                     root = self._source[root]
-                self._last[root] = index
+                # The head may run several times for one body: what it starts from outlives it.
+                self._last[root] = len(self.graph.operations) if isinstance(operation, G.SelectRows) else index
             if isinstance(operation, G.Slice):
                 self._source[operation.out.id] = operation.x.id
         self._last[self.graph.logits.id] = len(self.graph.operations)
