@@ -23,8 +23,8 @@ _LOG_LARGEST_FLOAT = 88.7
 
 
 class _Tokenizer(Protocol):
-    @property
-    def n_vocab(self) -> int: ...
+    n_vocab: int
+
     def token_bytes(self, id: int) -> bytes: ...
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session
@@ -61,7 +60,7 @@ class FakeTokenizer:
     def token_bytes(self, id: int) -> bytes:
         return PIECES[id]
 
-    def stream(self) -> FakeDecoder:
+    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> FakeDecoder:
         return FakeDecoder()
 
 
@@ -168,16 +167,13 @@ class FakeRuntime:
         self.closed = True
 
 
-def speaking(text: str, stop: bool = True) -> Callable[[list[int]], int]:
-    """A rule: after the prompt ">", say a text, then end (or go on with spaces). Texts are pieces between "|"."""
-    script = [PIECES.index(piece.encode()) if piece.encode() in PIECES else -1 for piece in text.split("|")]
-    if -1 in script:
-        script = ids_of(text)
+def speaking(*script: int, then: int = EOS) -> Callable[[list[int]], int]:
+    """A rule: the token of the script that follows as many as come after the last ">" of the text, then `then`."""
     start = ids_of(">")[0]
 
     def rule(held: list[int]) -> int:
-        said = len(held) - 1 - (len(held) - 1 - held[::-1].index(start)) if start in held else 0
-        return script[said] if said < len(script) else (EOS if stop else ids_of(" ")[0])
+        said = held[::-1].index(start) if start in held else 0
+        return script[said] if said < len(script) else then
 
     return rule
 
