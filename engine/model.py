@@ -112,9 +112,11 @@ class Model:
     def chat_template(self) -> "ChatTemplate | None":
         """How the model wants a conversation to be written; None without a tokenizer. ChatTemplateError (a ValueError)
         if the file's template is wrong."""
+        if self.tokenizer is None:
+            return None
         from qrun.engine.chat_template import ChatTemplate
 
-        return ChatTemplate.from_reader(self.reader, self.tokenizer) if self.tokenizer else None
+        return ChatTemplate.from_reader(self.reader, self.tokenizer)
 
     @property
     def chat_notice(self) -> str | None:
@@ -221,12 +223,12 @@ class Model:
         A second time does nothing."""
         with self._lock:
             closed, self._closed = self._closed, True
-            self._pool.clear()
         if closed:
             return
         self.stop()  # all of them, before waiting for any
         for session in self._host.sessions():
             session.close()
+        self._pool.clear()
         self._runtime.close()
         self.reader.close()
 

@@ -71,6 +71,7 @@ class FakeSequence:
         self.runtime = runtime
         self.held = list(held)
         self.closed = False
+        self.row = np.empty(runtime.n_vocab, np.float32)  # logits, which the next evaluation overwrites
         runtime.sequences.append(self)
 
     @property
@@ -125,7 +126,6 @@ class FakeRuntime:
         self.closed = False
         self.on_batch: Callable[[], Any] = lambda: None
         self.lock = threading.Lock()
-        self.row = np.empty(n_vocab, np.float32)  # one for all calls: nobody may rely on it for longer than the lock
 
     def sequence(self) -> FakeSequence:
         assert not self.closed
@@ -159,8 +159,8 @@ class FakeRuntime:
             self.on_batch()
         if logits == "all":
             return np.array(rows)
-        self.row[:] = self.logits_after(sequence.held)
-        return self.row
+        sequence.row[:] = self.logits_after(sequence.held)
+        return sequence.row
 
     def close(self) -> None:
         assert all(sequence.closed for sequence in self.sequences)
