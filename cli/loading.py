@@ -59,9 +59,20 @@ def default_model() -> str:
 
 
 def pull_with_progress(spec: str, announcement: str) -> Path:
-    """Says what is coming, then pulls a model with a progress bar."""
+    """Pulls a model with a progress bar; makes the announcement once bytes are coming."""
     from qrun.models.download import pull
 
-    notice(announcement)
-    with download_bar() as progress:
-        return pull(spec, progress=progress, notice=notice)
+    announced = False
+    with download_bar() as update:
+
+        def progress(done: int, total: int | None) -> None:
+            nonlocal announced
+            if not announced:
+                notice(announcement)
+                announced = True
+            update(done, total)
+
+        path = pull(spec, progress=progress, notice=notice)
+    if not announced:
+        notice(f"{spec} is in the store already")
+    return path

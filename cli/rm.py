@@ -19,7 +19,7 @@ def command(names: tuple[str, ...], partial: bool) -> None:
     """
     from qrun.cli.console import human_bytes
     from qrun.models.catalog import catalog_entry
-    from qrun.models.store import StoredModel, find_stored, remove, remove_partial
+    from qrun.models.store import NotPulled, StoredModel, find_stored, remove, remove_partial
 
     if not names and not partial:
         raise click.UsageError("Name a model (qrun list shows them), or give --partial.")
@@ -28,7 +28,7 @@ def command(names: tuple[str, ...], partial: bool) -> None:
         entry = catalog_entry(name)
         model = find_stored(entry.path.stem if entry else name)
         if model is None:
-            raise LookupError(f"{name}: no such model in the store (see: qrun list)")
+            raise NotPulled(f"{name}: no such model in the store (see: qrun list)")
         models.append(model)
     for model in dict.fromkeys(models):
         click.echo(f"deleted {model.name}, {human_bytes(remove(model))}")

@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class NotPulled(LookupError):
-    """A model that the catalog knows but that is not in the store yet."""
+    """A model that was asked for by name but is not in the store."""
 
 
 class PullError(RuntimeError):
