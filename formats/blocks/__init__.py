@@ -1,0 +1,73 @@
+"""Block formats: one file per format, each with its layout drawn at the top."""
+
+from math import prod
+
+import numpy as np
+
+from qrun.formats.blocks import (
+    floats,
+    iq4_nl,
+    iq4_xs,
+    mxfp4,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+    q8_k,
+)
+from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, F32Array, TensorType, U8Array
+
+__all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "BlockFormat", "TensorType", "dequantize"]
+
+BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
+    type: BlockFormat(type, *BLOCK_SIZES[type], function)
+    for type, function in {
+        TensorType.F32: floats.dequantize_f32,
+        TensorType.F16: floats.dequantize_f16,
+        TensorType.BF16: floats.dequantize_bf16,
+        TensorType.Q4_0: q4_0.dequantize,
+        TensorType.Q4_1: q4_1.dequantize,
+        TensorType.Q5_0: q5_0.dequantize,
+        TensorType.Q5_1: q5_1.dequantize,
+        TensorType.Q8_0: q8_0.dequantize,
+        TensorType.Q2_K: q2_k.dequantize,
+        TensorType.Q3_K: q3_k.dequantize,
+        TensorType.Q4_K: q4_k.dequantize,
+        TensorType.Q5_K: q5_k.dequantize,
+        TensorType.Q6_K: q6_k.dequantize,
+        TensorType.Q8_K: q8_k.dequantize,
+        TensorType.IQ4_NL: iq4_nl.dequantize,
+        TensorType.IQ4_XS: iq4_xs.dequantize,
+        TensorType.MXFP4: mxfp4.dequantize,
+    }.items()
+}
+
+# Weights decoded in one go: few enough that what a decoder holds in between stays in the cache of a core.
+CHUNK = 1 << 16
+
+
+def dequantize(raw: U8Array, type: TensorType, shape: tuple[int, ...]) -> F32Array:
+    """Decode the bytes of a tensor.
+
+    raw: uint8 [n_bytes], contiguous, as in the file. shape: of the weights, rows of whole blocks.
+    Returns float32 of that shape. Raises ValueError if the type cannot be decoded or the sizes do not fit together.
+    """
+    block_format = BLOCK_FORMATS.get(type)
+    if block_format is None:
+        raise ValueError(f"tensors of type {type.name} cannot be decoded")
+    if raw.size * block_format.block_size != prod(shape) * block_format.block_bytes:
+        raise ValueError(f"{raw.size} bytes of {type.name} do not hold the {prod(shape)} weights of {shape}")
+    blocks = raw.reshape(-1, block_format.block_bytes)
+    weights = np.empty((len(blocks), block_format.block_size), dtype=np.float32)
+    step = CHUNK // block_format.block_size
+    # A scale may be infinite or NaN in a damaged file. Then so are the weights; that is no reason for a warning.
+    with np.errstate(all="ignore"):
+        for start in range(0, len(blocks), step):
+            weights[start : start + step] = block_format.dequantize(blocks[start : start + step])
+    return weights.reshape(shape)

@@ -1,0 +1,8 @@
+"""GGUF files: read, written, split. The format is specified in docs/gguf.md of the ggml project."""
+
+from qrun.formats.gguf.file import TensorInfo
+from qrun.formats.gguf.metadata import ValueType
+from qrun.formats.gguf.reader import GGUFReader
+
+
+__all__ = ["GGUFReader", "TensorInfo", "ValueType"]

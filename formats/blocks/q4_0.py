@@ -1,0 +1,21 @@
+"""Q4_0: 32 weights in 18 bytes, 4.5 bits per weight.
+
+    byte  0   2                                18
+          | d | qs                             |
+          f16   16 bytes: byte j holds weight j in its low half and weight j + 16 in its high half
+
+    w[j] = d * (q[j] - 8)        q in 0..15
+
+The simplest of all: one scale, symmetric about zero. The step of -8 without a +8 is why the quantiser picks the sign
+of d so that the largest weight lands on -8. Halves j and j + 16 share a byte, not j and j + 1, so that one mask and
+one shift of a 16-byte register give two runs of neighbours.
+"""
+
+import numpy as np
+
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+
+
+def dequantize(blocks: U8Array) -> F32Array:
+    q = bit_fields(blocks[:, 2:], 4).reshape(-1, 32).astype(np.int8) - np.int8(8)
+    return read_f16(blocks, 0) * q.astype(np.float32)

@@ -1,0 +1,20 @@
+"""Q4_1: 32 weights in 20 bytes, 5 bits per weight.
+
+    byte  0   2   4                                20
+          | d | m | qs                             |
+          f16 f16   16 bytes: byte j holds weight j in its low half and weight j + 16 in its high half
+
+    w[j] = d * q[j] + m          q in 0..15
+
+Q4_0 with a minimum of its own: the sixteen levels are spread from the smallest weight of the block to the largest,
+wherever zero lies. That costs two bytes more. Note that m is added; the K formats store it negated and subtract.
+"""
+
+import numpy as np
+
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+
+
+def dequantize(blocks: U8Array) -> F32Array:
+    q = bit_fields(blocks[:, 4:], 4).reshape(-1, 32)
+    return read_f16(blocks, 0) * q.astype(np.float32) + read_f16(blocks, 2)

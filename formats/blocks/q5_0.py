@@ -1,0 +1,27 @@
+"""Q5_0: 32 weights in 22 bytes, 5.5 bits per weight.
+
+    byte  0   2    6                                22
+          | d | qh | qs                             |
+          f16  |     16 bytes: the low 4 bits; byte j holds those of weight j and, above them, of weight j + 16
+               4 bytes, a little-endian uint32: bit j is the fifth bit of weight j
+
+    w[j] = d * (q[j] - 16)       q[j] = low[j] | high[j] << 4, in 0..31
+
+Q4_0 with one bit more. Five does not divide eight, so the fifth bits are kept in a word of their own and the rest
+unpacks just as Q4_0 does.
+"""
+
+import numpy as np
+
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+
+
+def unpack(qh: U8Array, qs: U8Array) -> U8Array:
+    """Join the fifth bits [n, 4] to the low four [n, 16]: 0..31 [n, 32]. Q5_1 packs its weights the same way."""
+    high = np.unpackbits(qh, axis=-1, bitorder="little")
+    return bit_fields(qs, 4).reshape(-1, 32) | high << np.uint8(4)
+
+
+def dequantize(blocks: U8Array) -> F32Array:
+    q = unpack(blocks[:, 2:6], blocks[:, 6:]).astype(np.int8) - np.int8(16)
+    return read_f16(blocks, 0) * q.astype(np.float32)

@@ -1,0 +1,17 @@
+"""The one error that a bad model file raises."""
+
+import os
+
+
+class FormatError(ValueError):
+    """A file that is missing, damaged, hostile, or of a kind that is not supported.
+
+    `str()` is one line: the file, the byte offset where it applies, and what is wrong there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, offset: int | None = None) -> None:
+        self.path = os.fspath(path)
+        self.reason = reason
+        self.offset = offset
+        where = "" if offset is None else f"at byte {offset}: "
+        super().__init__(f"{self.path}: {where}{reason}")

@@ -1,0 +1,204 @@
+"""One GGUF file, mapped and checked.
+
+    magic "GGUF" | uint32 version | uint64 tensor count | uint64 pair count
+    pairs:     string key | uint32 type | value
+    tensors:   string name | uint32 n_dims | uint64 dimensions, the shortest stride first | uint32 type | uint64 offset
+    padding up to a multiple of `general.alignment`, then the data of the tensors, to which the offsets are relative
+
+All numbers are little-endian. Versions 2 and 3 differ in nothing else than that 3 may also be big-endian.
+"""
+
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
+from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.errors import FormatError
+from qrun.formats.gguf.cursor import Cursor, quote
+from qrun.formats.gguf.metadata import Metadata, Span, ValueType, read_span
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT_KEY = "general.alignment"
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4  # GGML_MAX_DIMS
+
+# What people hand over instead of a GGUF file: how it begins, and what to tell them.
+LOOKALIKES = {
+    b"version https://git-lfs": "a Git LFS pointer: the model itself was not downloaded (try `git lfs pull`)",
+    b"<": "a web page: the download did not give the file itself",
+    b"PK": "a zip archive, such as PyTorch writes: convert the model to GGUF",
+    b"lmgg": "a GGML file, older than GGUF: get the model again as GGUF",
+    b"tjgg": "a GGJT file, older than GGUF: get the model again as GGUF",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TensorInfo:
+    """A tensor in a file. `raw` is a view of the mapped file: nothing is read before it is touched."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]  # NumPy's order: a matrix of 1536 rows of 576 weights each is (1536, 576)
+    n_bytes: int
+    offset: int  # of the first byte, in its file
+    file: Path
+    raw: U8Array  # uint8 [n_bytes], read-only
+
+    def dequantize(self) -> F32Array:
+        """The weights, float32 [*shape]. Raises FormatError if they are of a type that cannot be decoded."""
+        if self.type not in BLOCK_FORMATS:
+            reason = f"tensor {quote(self.name)} is of type {self.type.name}, which cannot be decoded"
+            raise FormatError(self.file, reason, self.offset)
+        return dequantize(self.raw, self.type, self.shape)
+
+
+def align(position: int, alignment: int) -> int:
+    return position + -position % alignment
+
+
+class GGUFFile:
+    """A file's header, parsed, and its data, mapped. Raises FormatError unless everything in it holds together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = _map(path)
+        cursor = Cursor(path, self.data)
+        self.version = _read_version(cursor)
+        n_tensors = cursor.u64("the tensor count")
+        n_pairs = cursor.u64("the metadata count")
+        self.metadata = Metadata(path, self.data, _read_pairs(cursor, n_pairs))
+        self.alignment = _alignment(cursor, self.metadata)
+        self.tensors = self._read_tensors(cursor, n_tensors)
+        self._check_overlap()
+
+    def close(self) -> None:
+        """Give the map back, unless someone still holds a tensor of it: then it goes with the last of those."""
+        self.tensors = {}
+        try:
+            self.data.close()
+        except BufferError:
+            pass
+
+    def _read_tensors(self, cursor: Cursor, count: int) -> dict[str, TensorInfo]:
+        cursor.require(24 * count, f"the description of {count} tensors")
+        entries: dict[str, tuple[TensorType, tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            start = cursor.position
+            name = cursor.string("a tensor name")
+            if name in entries:
+                raise cursor.error(f"there are two tensors named {quote(name)}", start)
+            entries[name] = (*_read_layout(cursor, f"tensor {quote(name)}"), start)
+        self.header_end = cursor.position
+        self.data_start = align(self.header_end, self.alignment)
+
+        raw = np.frombuffer(self.data, np.uint8)
+        tensors = {}
+        for name, (type, shape, relative, start) in entries.items():
+            block_size, block_bytes = BLOCK_SIZES[type]
+            n_bytes = prod(shape) // block_size * block_bytes
+            offset = self.data_start + relative
+            if relative % self.alignment:
+                reason = f"tensor {quote(name)} has the offset {relative}, not a multiple of {self.alignment}"
+                raise cursor.error(reason, start)
+            if offset + n_bytes > len(raw):
+                raise cursor.error(
+                    f"tensor {quote(name)} would end at byte {offset + n_bytes}, but the file has only {len(raw)}: "
+                    "it is damaged, or its download was cut short",
+                    start,
+                )
+            tensors[name] = TensorInfo(name, type, shape, n_bytes, offset, self.path, raw[offset : offset + n_bytes])
+        return tensors
+
+    def _check_overlap(self) -> None:
+        end, last = self.data_start, ""
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.n_bytes == 0:
+                continue
+            if tensor.offset < end:
+                reason = f"tensors {quote(last)} and {quote(tensor.name)} overlap"
+                raise FormatError(self.path, reason, tensor.offset)
+            end, last = tensor.offset + tensor.n_bytes, tensor.name
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise FormatError(path, "this is a folder: name the .gguf file in it")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise FormatError(path, "this is not a regular file")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(path, "the file is empty: get it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise FormatError(path, "there is no such file") from None
+    except (OSError, OverflowError) as error:
+        raise FormatError(path, f"cannot be opened: {error}") from error
+
+
+def _read_version(cursor: Cursor) -> int:
+    magic = cursor.data[: len(MAGIC)]
+    if magic != MAGIC:
+        start = cursor.data[:32]
+        kind = next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
+        kind = f"it is {kind}" if kind else f"it begins with {magic!r}"
+        raise cursor.error(f"this is not a GGUF file; {kind}")
+    cursor.skip(len(MAGIC), "the magic")
+    version = cursor.u32("the version")
+    if version in VERSIONS:
+        return version
+    if version & 0xFFFF == 0:
+        raise cursor.error("this is a big-endian GGUF file, and only little-endian ones are supported", 4)
+    if version == 1:
+        raise cursor.error("GGUF version 1 is no longer in use: get the model again as version 3", 4)
+    raise cursor.error(f"GGUF version {version} is not known, only versions 2 and 3", 4)
+
+
+def _read_pairs(cursor: Cursor, count: int) -> dict[str, Span]:
+    cursor.require(13 * count, f"the metadata of {count} pairs")
+    spans: dict[str, Span] = {}
+    for _ in range(count):
+        start = cursor.position
+        key = cursor.string("a metadata key")
+        if key in spans:
+            raise cursor.error(f"there are two metadata keys {quote(key)}", start)
+        spans[key] = read_span(cursor, f"metadata {quote(key)}")
+    return spans
+
+
+def _alignment(cursor: Cursor, metadata: Metadata) -> int:
+    if ALIGNMENT_KEY not in metadata:
+        return DEFAULT_ALIGNMENT
+    type, alignment = metadata.types[ALIGNMENT_KEY][0], metadata[ALIGNMENT_KEY]
+    if type != ValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
+        raise cursor.error(f"{ALIGNMENT_KEY} is not a power of two of type UINT32")
+    return int(alignment)
+
+
+def _read_layout(cursor: Cursor, what: str) -> tuple[TensorType, tuple[int, ...], int]:
+    """The type, shape and relative offset of a tensor."""
+    n_dims = cursor.u32(what)
+    if n_dims > MAX_DIMS:
+        raise cursor.error(f"{what} has {n_dims} dimensions, more than {MAX_DIMS}", cursor.position - 4)
+    ne = [cursor.u64(what) for _ in range(n_dims)]
+    # Tensors lie within the file, so their sizes cannot overflow. But 0 times any number of weights takes no room.
+    if prod(max(n, 1) for n in ne) >= 1 << 60:
+        raise cursor.error(f"{what} has the impossible shape {tuple(ne)}")
+    code = cursor.u32(what)
+    try:
+        type = TensorType(code)
+    except ValueError:
+        raise cursor.error(f"{what} has the unknown type {code}", cursor.position - 4) from None
+    block_size, _ = BLOCK_SIZES[type]
+    row = ne[0] if ne else 1
+    if row % block_size:
+        raise cursor.error(f"{what} has rows of {row} weights, not whole {type.name} blocks of {block_size}")
+    return type, tuple(reversed(ne)), cursor.u64(what)

@@ -1,0 +1,102 @@
+"""Every block format decodes to the very bits of the reference."""
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
+from qrun.formats.blocks.layout import BlockFormat
+
+# Where the half-precision scales of a block lie; Q8_K has a single-precision one, MXFP4 a bare exponent.
+F16_AT = {
+    TensorType.F16: [0],
+    TensorType.Q4_0: [0],
+    TensorType.Q4_1: [0, 2],
+    TensorType.Q5_0: [0],
+    TensorType.Q5_1: [0, 2],
+    TensorType.Q8_0: [0],
+    TensorType.Q2_K: [80, 82],
+    TensorType.Q3_K: [108],
+    TensorType.Q4_K: [0, 2],
+    TensorType.Q5_K: [0, 2],
+    TensorType.Q6_K: [208],
+    TensorType.IQ4_NL: [0],
+    TensorType.IQ4_XS: [0],
+}
+
+# The largest magnitude of a half-precision number by kind of scale: any finite one, and subnormal ones only.
+SCALES = {"finite": 0x7BFF, "denormal": 0x03FF}
+
+
+def random_blocks(block_format: BlockFormat, n_blocks: int, scales: str, seed: int = 0) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (n_blocks, block_format.block_bytes), dtype=np.uint8)
+    for at in F16_AT.get(block_format.type, []):
+        bits = rng.integers(0, SCALES[scales] + 1, n_blocks, dtype=np.uint16)
+        bits |= rng.integers(0, 2, n_blocks, dtype=np.uint16) << np.uint16(15)
+        blocks[:, at : at + 2] = bits.view(np.uint8).reshape(-1, 2)
+    if block_format.type in (TensorType.F32, TensorType.Q8_K):
+        numbers = rng.standard_normal(n_blocks, dtype=np.float32)
+        if scales == "denormal":
+            numbers *= np.float32(1e-39)
+        blocks[:, :4] = numbers.view(np.uint8).reshape(-1, 4)
+    return blocks
+
+
+def reference(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float32]:
+    if type == TensorType.Q8_K:  # gguf has no Q8_K
+        scales = blocks[:, :4].copy().view(np.float32)
+        return np.array(
+            [[np.float32(d) * np.float32(np.int8(q)) for q in block[4:260].view(np.int8)]
+             for (d,), block in zip(scales, blocks, strict=True)],
+            dtype=np.float32,
+        )
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(type))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("type", BLOCK_FORMATS, ids=lambda type: type.name)
+def test_equals_the_reference_to_the_bit(type: TensorType, scales: str) -> None:
+    block_format = BLOCK_FORMATS[type]
+    blocks = random_blocks(block_format, 300, scales)
+    weights = dequantize(blocks.reshape(-1), type, (300, block_format.block_size))
+    np.testing.assert_array_equal(weights.view(np.uint32), reference(blocks, type).view(np.uint32))
+
+
+def test_every_exponent_of_mxfp4() -> None:
+    blocks = random_blocks(BLOCK_FORMATS[TensorType.MXFP4], 256, "finite")
+    blocks[:, 0] = np.arange(256)
+    weights = dequantize(blocks.reshape(-1), TensorType.MXFP4, (256, 32))
+    np.testing.assert_array_equal(weights.view(np.uint32), reference(blocks, TensorType.MXFP4).view(np.uint32))
+
+
+def test_a_tensor_of_many_chunks_equals_its_blocks() -> None:
+    q4_k = BLOCK_FORMATS[TensorType.Q4_K]
+    blocks = random_blocks(q4_k, 1000, "finite")
+    weights = dequantize(blocks.reshape(-1), TensorType.Q4_K, (10, 100, 256))
+    np.testing.assert_array_equal(weights.reshape(1000, 256), q4_k.dequantize(blocks))
+
+
+def test_infinite_scales_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    for block_format in BLOCK_FORMATS.values():
+        raw = np.full(10 * block_format.block_bytes, 0xFF, dtype=np.uint8)
+        dequantize(raw, block_format.type, (10, block_format.block_size))
+    assert not recwarn.list
+
+
+def test_sizes_are_those_of_the_reference() -> None:
+    ours = {type.name: BLOCK_SIZES[type] for type in TensorType}
+    theirs = {type.name: sizes for type, sizes in gguf.GGML_QUANT_SIZES.items()}
+    del theirs["Q8_1"]  # gguf still counts its two scales as single precision; in GGML they are half
+    assert ours.items() >= theirs.items()
+
+
+def test_a_type_that_cannot_be_decoded_says_so() -> None:
+    with pytest.raises(ValueError, match="IQ2_XXS cannot be decoded"):
+        dequantize(np.zeros(66, dtype=np.uint8), TensorType.IQ2_XXS, (1, 256))
+
+
+def test_bytes_that_do_not_fit_the_shape_say_so() -> None:
+    with pytest.raises(ValueError, match="36 bytes of Q4_0 do not hold the 32 weights of"):
+        dequantize(np.zeros(36, dtype=np.uint8), TensorType.Q4_0, (1, 32))
