@@ -155,8 +155,6 @@ class Conversation:
         """What is known after an answer: with it if its tokens spell its text (a stop string cuts it), else without."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        if reply_tokens and reply_tokens[-1] in tokenizer.stop_ids:
-            reply_tokens = reply_tokens[:-1]
         spelt = b"".join(map(tokenizer.token_bytes, reply_tokens)).decode("utf-8", "replace")
         if spelt != reply:
             return prompt_text, prompt

@@ -128,23 +128,17 @@ class Repl:
             return
         new = stats.prompt_tokens - stats.cached_tokens
         click.echo(
-            f"prompt   {stats.prompt_tokens} tokens, {stats.cached_tokens} of them known already, "
-            f"{new} read in {stats.prompt_seconds:.2f} s{per_second(new, stats.prompt_seconds)}"
+            f"prompt   {stats.prompt_tokens} tokens: {stats.cached_tokens} known already, {new} read in "
+            f"{stats.prompt_seconds:.2f} s ({stats.prompt_tokens_per_second:.1f} tokens/s)"
         )
         click.echo(
-            f"answer   {stats.generated_tokens} tokens in {stats.generate_seconds:.2f} s"
-            f"{per_second(stats.generated_tokens, stats.generate_seconds)}, the first after "
-            f"{stats.first_token_seconds or 0:.2f} s"
+            f"answer   {stats.generated_tokens} tokens: the first after {stats.first_token_seconds:.2f} s, the others in "
+            f"{stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
         )
         click.echo(f"context  {len(self.conversation.session.tokens)} of {self.conversation.model.context} tokens")
 
     def _exit(self, argument: str) -> None:
         raise Leave
-
-
-def per_second(count: int, seconds: float) -> str:
-    """' (123.4 tokens/s)', or nothing where nothing was measured."""
-    return f" ({count / seconds:.1f} tokens/s)" if count and seconds > 0 else ""
 
 
 def terminal_reader(words: list[str]) -> Callable[[], str]:

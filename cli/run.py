@@ -83,13 +83,8 @@ def stream(generation: Any, quiet: bool) -> None:
 def result(generation: Any) -> dict[str, Any]:
     """What --json prints of a finished generation."""
     stats = generation.stats
-    timings = dataclasses.asdict(stats)
-    new = stats.prompt_tokens - stats.cached_tokens
-    for name, count, seconds in (
-        ("prompt_tokens_per_second", new, stats.prompt_seconds),
-        ("generated_tokens_per_second", stats.generated_tokens, stats.generate_seconds),
-    ):
-        timings[name] = round(count / seconds, 2) if seconds else None
+    speeds = ("prompt_tokens_per_second", "generated_tokens_per_second")
+    timings = dataclasses.asdict(stats) | {name: round(getattr(stats, name), 2) for name in speeds}
     return {
         "text": generation.text,
         "tokens": list(generation.tokens),

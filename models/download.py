@@ -179,8 +179,8 @@ def _fetch(url: str, target: Path, progress: Progress | None) -> None:
             if attempt == RETRIES or not progressed:
                 raise PullError(f"{url}: {reason or type(error).__name__}") from error
         time.sleep(min(2**attempt * 0.1, 5))
-    store.check_magic(part, url)
     part.with_name(part.name + ".json").unlink(missing_ok=True)
+    store.check_magic(part, url)
     os.replace(part, target)
 
 

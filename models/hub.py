@@ -69,7 +69,7 @@ def _is_first(name: str) -> bool:
 
 
 def _of_quant(names: list[str], quant: str) -> list[str]:
-    pattern = re.compile(rf"(?:^|[-._/]){re.escape(quant)}(?=[-._/]|$)", re.IGNORECASE)
+    pattern = re.compile(rf"(?:^|[-._/]){re.escape(quant)}(?=[-./]|$)", re.IGNORECASE)
     return [name for name in names if pattern.search(name)]
 
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +174,7 @@ def staging(target: Path, notice: Notice | None = None) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     key = _key(target)
+    folder = partial_folder() / key
     lock = FileLock(_lock_path(key))
     try:
         lock.acquire(timeout=0)
@@ -182,11 +183,12 @@ def staging(target: Path, notice: Notice | None = None) -> Iterator[Path]:
             notice(f"another process is pulling {target.name}; waiting for it")
         lock.acquire()
     try:
-        folder = partial_folder() / key
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing is left to go on with
         lock.release()
 
 
