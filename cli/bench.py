@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from qrun.cli.options import cache_type_option, model_argument, threads_option
 
 if TYPE_CHECKING:

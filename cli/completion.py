@@ -20,6 +20,7 @@ def command(shell: str) -> None:
       qrun completion fish > ~/.config/fish/completions/qrun.fish
     """
     from click.shell_completion import ShellComplete, get_completion_class
+
     from qrun.cli.main import cli
 
     completer = get_completion_class(shell)

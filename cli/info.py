@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from qrun.cli.options import CACHE_TYPES, model_argument
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import click
+
 from qrun.models.store import StoredModel
 
 

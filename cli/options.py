@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
 from qrun.engine.sampling_options import SamplingOptions
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")

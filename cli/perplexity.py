@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
 from qrun.cli.options import cache_type_option, model_argument, threads_option
 
 if TYPE_CHECKING:
     import numpy as np
+
     from qrun.engine.runtime import Runtime
 
 LOGIT_BYTES = 64 << 20  # the logits that are held at a time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from qrun.cli.options import ModelName
 
 

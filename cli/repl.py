@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import click
+
 from qrun.cli.console import printable, while_reading
 from qrun.cli.conversation import Conversation
 from qrun.models.store import home
@@ -132,8 +133,8 @@ class Repl:
             f"{stats.prompt_seconds:.2f} s ({stats.prompt_tokens_per_second:.1f} tokens/s)"
         )
         click.echo(
-            f"answer   {stats.generated_tokens} tokens: the first after {stats.first_token_seconds:.2f} s, the others in "
-            f"{stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
+            f"answer   {stats.generated_tokens} tokens: the first after {stats.first_token_seconds:.2f} s, the others "
+            f"in {stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
         )
         click.echo(f"context  {len(self.conversation.session.tokens)} of {self.conversation.model.context} tokens")
 

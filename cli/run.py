@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any
 
 import click
+
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 
 import click
+
 from qrun.cli.options import model_argument
 
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from qrun.models import store
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL, NotPulled, catalog_entry, resolve
 

