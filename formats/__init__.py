@@ -2,6 +2,6 @@
 
 from qrun.formats.blocks import TensorType, dequantize
 from qrun.formats.errors import FormatError
-from qrun.formats.gguf import GGUFReader, TensorInfo, ValueType
+from qrun.formats.gguf import GGUFReader, GGUFWriter, TensorInfo, ValueType
 
-__all__ = ["FormatError", "GGUFReader", "TensorInfo", "TensorType", "ValueType", "dequantize"]
+__all__ = ["FormatError", "GGUFReader", "GGUFWriter", "TensorInfo", "TensorType", "ValueType", "dequantize"]

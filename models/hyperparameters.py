@@ -96,7 +96,7 @@ def shorten(value: object) -> str:
     """The value for an error message of one line."""
     if isinstance(value, str):
         return repr(value[:40])
-    return str(value) if isinstance(value, (bool, int, float)) else "an array"
+    return str(value) if isinstance(value, (bool, int, float, np.generic)) else "an array"
 
 
 @dataclass(frozen=True)

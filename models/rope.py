@@ -39,7 +39,7 @@ class RopeScaling:
 
     @classmethod
     def read(cls, metadata: Metadata, hyperparameters: Hyperparameters) -> "RopeScaling":
-        """The keys under `rope.`, with the reference engine's defaults. A factor of 0 means that there is none."""
+        """The keys under `rope.`, with the reference engine's defaults. A 0 means that there is none."""
         kind = metadata.text("rope.scaling.type", "linear")
         if kind not in SCALING_TYPES:
             raise metadata.error("rope.scaling.type", f"is {shorten(kind)}, expected one of {', '.join(SCALING_TYPES)}")
@@ -53,9 +53,8 @@ class RopeScaling:
             base=read_base(metadata, "rope.freq_base", 10000.0),
             factor=1.0 if kind == "none" else factor,
             attention_factor=metadata.real("rope.scaling.attn_factor", 1.0, high=1e6),
-            original_context=metadata.integer(
-                "rope.scaling.original_context_length", hyperparameters.context_length, high=MAX_CONTEXT
-            ),
+            original_context=metadata.integer("rope.scaling.original_context_length", 0, low=0, high=MAX_CONTEXT)
+            or hyperparameters.context_length,
         )
 
     def rotation(self, n_rot: int, divisors: Constant | None = None, *, interleaved: bool = False) -> Rotation:

@@ -3,7 +3,6 @@
 from math import prod
 
 import numpy as np
-
 from qrun.formats.blocks import (
     floats,
     iq4_nl,

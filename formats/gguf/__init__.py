@@ -3,6 +3,6 @@
 from qrun.formats.gguf.file import TensorInfo
 from qrun.formats.gguf.metadata import ValueType
 from qrun.formats.gguf.reader import GGUFReader
+from qrun.formats.gguf.writer import GGUFWriter, write_split
 
-
-__all__ = ["GGUFReader", "TensorInfo", "ValueType"]
+__all__ = ["GGUFReader", "GGUFWriter", "TensorInfo", "ValueType", "write_split"]

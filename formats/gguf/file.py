@@ -11,12 +11,12 @@ All numbers are little-endian. Versions 2 and 3 differ in nothing else than that
 import mmap
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
-
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
@@ -81,10 +81,8 @@ class GGUFFile:
     def close(self) -> None:
         """Give the map back, unless someone still holds a tensor of it: then it goes with the last of those."""
         self.tensors = {}
-        try:
+        with suppress(BufferError):
             self.data.close()
-        except BufferError:
-            pass
 
     def _read_tensors(self, cursor: Cursor, count: int) -> dict[str, TensorInfo]:
         cursor.require(24 * count, f"the description of {count} tensors")

@@ -5,13 +5,13 @@ A value is a number, a bool (one byte, 0 or 1), a string (uint64 length, then UT
 """
 
 import mmap
+import struct
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, decode_text, quote
 
@@ -125,6 +125,55 @@ def _decode(cursor: Cursor, type: ValueType) -> Any:
     if item_type == ValueType.STRING:
         return [decode_text(raw) for raw in cursor.strings(count)]
     return [_decode(cursor, item_type) for _ in range(count)]
+
+
+def encode_string(text: str | bytes) -> bytes:
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def encode_value(value: Any, type: ValueType, item_type: ValueType | None = None) -> bytes:
+    """The type code and the value. Raises ValueError if the value is not of that type or does not fit it."""
+    if type == ValueType.STRING:
+        encoded = encode_string(value)
+    elif type == ValueType.ARRAY:
+        if item_type is None:
+            raise ValueError("an array needs the type of its items")
+        encoded = _encode_array(value, item_type)
+    else:
+        encoded = _encode_numbers(value, type)
+    return struct.pack("<I", type) + encoded
+
+
+def _encode_array(items: Any, item_type: ValueType) -> bytes:
+    if item_type == ValueType.STRING:
+        encoded = b"".join(encode_string(item) for item in items)
+    elif item_type == ValueType.ARRAY:
+        encoded = b"".join(_encode_array(item, _infer_item_type(item)) for item in items)
+    else:
+        encoded = _encode_numbers(items, item_type)
+    return struct.pack("<IQ", item_type, len(items)) + encoded
+
+
+def _infer_item_type(items: Any) -> ValueType:
+    """The type of the items of an array within an array, which a caller has no way to name."""
+    if isinstance(items, np.ndarray):
+        for type, dtype in DTYPES.items():
+            if items.dtype == dtype:
+                return type
+    elif isinstance(items, list):
+        return ValueType.STRING if all(isinstance(item, str | bytes) for item in items) else ValueType.ARRAY
+    raise ValueError("an array within an array must be a NumPy array of numbers or bools, or a list")
+
+
+def _encode_numbers(value: Any, type: ValueType) -> bytes:
+    given = np.asarray(value)
+    if given.dtype.kind not in "biuf":
+        raise ValueError(f"a value of type {type.name} must be a number")
+    encoded = given.astype(DTYPES[type])
+    if encoded.dtype.kind != "f" and not np.array_equal(encoded, given):
+        raise ValueError(f"a value does not fit {type.name}")
+    return encoded.tobytes()
 
 
 class Metadata(Mapping[str, Any]):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from qrun.formats.gguf.file import TensorInfo
+from qrun.formats.gguf.file import GGUFFile, TensorInfo
 from qrun.formats.gguf.metadata import ValueType
 from qrun.formats.gguf.split import open_parts
 
@@ -17,22 +17,22 @@ class GGUFReader:
     matter, unless every count, length, type, shape and offset is right: all tensors lie within their file and none
     overlaps another. Strings of the vocabulary are decoded when they are first asked for.
 
-    path: as given. files: all parts. version, alignment: of the first. metadata: of the first, see `Metadata`.
+    path: as given. files: the paths of all parts. parts: the files themselves. version, alignment: of the first.
+    metadata: of the first, see `Metadata`. metadata_types: of each value and, if that is an array, of its items.
     tensors: of all parts, by name, in file order.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._parts = open_parts(self.path)
-        first = self._parts[0]
-        self.files: tuple[Path, ...] = tuple(part.path for part in self._parts)
+        self.parts: tuple[GGUFFile, ...] = tuple(open_parts(self.path))
+        first = self.parts[0]
+        self.files: tuple[Path, ...] = tuple(part.path for part in self.parts)
         self.version = first.version
         self.alignment = first.alignment
-        self._metadata = first.metadata
         self.metadata: Mapping[str, Any] = first.metadata
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = first.metadata.types
         self.tensors: Mapping[str, TensorInfo] = {
-            name: tensor for part in self._parts for name, tensor in part.tensors.items()
+            name: tensor for part in self.parts for name, tensor in part.tensors.items()
         }
 
     def raw_strings(self, key: str) -> list[bytes]:
@@ -40,12 +40,12 @@ class GGUFReader:
 
         Raises KeyError if there is no such key, FormatError if its value is not an array of strings.
         """
-        return self._metadata.raw_strings(key)
+        return self.parts[0].metadata.raw_strings(key)
 
     def close(self) -> None:
         """Unmap the files. A TensorInfo that is still held keeps its own file mapped until it goes."""
         self.tensors = {}
-        for part in self._parts:
+        for part in self.parts:
             part.close()
 
     def __enter__(self) -> Self:
