@@ -196,6 +196,7 @@ class Sampler:
             if token >= n_vocab:
                 raise ValueError(f"logit_bias: token {token} is not in the vocabulary of {n_vocab}")
         self.options = options
+        self.n_vocab = n_vocab
         self.seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._breakers = breakers or {}

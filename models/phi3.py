@@ -16,8 +16,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        # Published files give a sliding window that the models were not trained with throughout. The reference engine
-        # has given up on it, and sees the whole context; so do we.
+        # Converters do not fill in the sliding window reliably. The reference engine ignores it, and so do we.
         x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
