@@ -16,9 +16,9 @@ SHARED_BYTES = 2304
 MAX_THREADS = (PROGRAM - ASLEEP) // 8
 
 # What varies from step to step. Ranges are [count, (matrix, first column, columns) ...]: see kernels.matmul.
-STEP_THREADS, N_ROWS, N_SELECTED, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES = range(0, 72, 8)
-ROW_RANGES, SELECTED_RANGES = 72, 104
-STEP_BYTES = 136
+STEP_THREADS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES = range(0, 64, 8)
+ROW_RANGES = 64
+STEP_BYTES = 96
 
 # Attention tiles: rows of one sequence at consecutive positions.
 TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
@@ -39,7 +39,8 @@ def _fields(count: int) -> range:
 
 
 (MM_WEIGHTS, MM_ROW_BYTES, MM_MATRIX_BYTES, MM_ROWS, MM_BLOCKS, MM_TAIL, MM_INPUT, MM_COLUMN_BYTES, MM_RANGES, MM_OUT,
- MM_OUT_STRIDE, MM_BIAS, MM_RESIDUAL, MM_RESIDUAL_STRIDE, MM_SCALE, MM_CHUNK) = _fields(16)  # fmt: skip
+ MM_OUT_STRIDE, MM_BIAS, MM_RESIDUAL, MM_RESIDUAL_STRIDE, MM_SCALE, MM_CHUNK, MM_NEXT,
+ MM_NEXT_BYTES) = _fields(18)  # fmt: skip
 
 # Operations on rows: y from x (and z), `width` floats wide in `groups` groups; packed for a matmul where PACKED is set.
 (ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
@@ -55,4 +56,5 @@ def _fields(count: int) -> range:
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW) = _fields(16)  # fmt: skip
 
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
- MOE_RANGES, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH) = _fields(15)  # fmt: skip
+ MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
+ MOE_WIDTH) = _fields(18)  # fmt: skip

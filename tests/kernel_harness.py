@@ -28,7 +28,7 @@ class Harness:
         self.kernels: Kernels = load_kernels(keys, target)
 
     def run(self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None) -> None:
-        words = record(R.STEP_BYTES, {R.STEP_THREADS: 1, R.N_ROWS: rows, R.N_SELECTED: rows, **(step or {})})
+        words = record(R.STEP_BYTES, {R.STEP_THREADS: 1, R.N_ROWS: rows, **(step or {})})
         words[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, rows)
         base = words.ctypes.data
         pointers = {offset: base + value for offset, value in fields.items() if offset in (R.ROW_COUNT,)}

@@ -14,6 +14,8 @@ _MODULES = {
     "serve": "team",
     "matmul": "matmul",
     "append": "attention",
+    "embed": "embed",
+    **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
     "attention": "attention",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }

@@ -163,7 +163,8 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
     # Rows of a group are read side by side, a pattern that hardware does not foresee: while one group is computed, the
-    # next one, which lies behind it in one piece, is asked for.
+    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this thread
+    # will probably get next.
     ahead_bytes = lanes * block_bytes
 
     @v.helper
@@ -202,13 +203,14 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         group_rows = lanes if whole else 1
         stride = row_bytes if whole else 0
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
+        n_threads = v.load_i64(step + R.STEP_THREADS)
         narrow = v.load_i64(step + R.N_ROWS) == 1
         unpacked = v.scratch(slice_bytes)
         totals = v.scratch(totals_bytes)
         while True:
             chunk = v.atomic_add(op + R.OP_COUNTER, 1)
             if chunk >= chunks * v.load_i64(ranges):
-                return
+                break
             chosen = ranges + 8 + 24 * (chunk // chunks)
             matrix = v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
             first_column = v.load_i64(chosen + 8)
@@ -223,6 +225,8 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                     total = v.zero_tile(1)
                     x = inputs + first_column * column_bytes
                     ahead = weights + lanes * row_bytes
+                    if wanted + lanes >= end:
+                        ahead = matrix + (begin + n_threads * chunk_rows) * row_bytes
                     for block in range(n_blocks):
                         v.prefetch(ahead, ahead_bytes)
                         ahead += ahead_bytes
@@ -266,5 +270,11 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                     for column in range(pass_columns):
                         value = v.load(totals + column * (4 * lanes))
                         write(op, value, first_column + pass_first + column, row, whole)
+        # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
+        if narrow:
+            size = v.load_i64(op + R.MM_NEXT_BYTES)
+            following = v.load_i64(op + R.MM_NEXT) + thread * size
+            for offset in range(0, size, 256):
+                v.prefetch(following + offset, 256)
 
     return kernel

@@ -74,13 +74,13 @@ def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-d
         v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
 
 
-_PACKERS = {"q8": pack_quantised, "f32": pack_float}
+PACKERS = {"q8": pack_quantised, "f32": pack_float}
 
 
 def _row_kernel(compute: Any, packing: str) -> Kernel:
     """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
-    packer = _PACKERS.get(packing, pack_float)
-    packs = packing in _PACKERS
+    packer = PACKERS.get(packing, pack_float)
+    packs = packing in PACKERS
     panel_columns = v.target().columns
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
