@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qrun.cli.options import loading_options, model_argument, sampling_options
+
+if TYPE_CHECKING:
+    from qrun.cli.conversation import Conversation
 
 
 @click.command()
@@ -35,9 +38,8 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
     from qrun.cli.loading import default_model, load_model, with_tokenizer
 
     with load_model(model or default_model(), loading) as loaded:
-        template = with_tokenizer(loaded).chat_template
-        if template is None or template.is_fallback:
-            notice(f"{loaded.path.name} has no chat template; a plain one is used")
+        if text := with_tokenizer(loaded).chat_notice:
+            notice(text)
 
         def on_forget(n_messages: int) -> None:
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
@@ -51,7 +53,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
                 answer_lines(conversation)
 
 
-def answer_lines(conversation: Any) -> None:
+def answer_lines(conversation: Conversation) -> None:
     """Takes each line of standard input as a turn; prints the answers."""
     for line in click.get_text_stream("stdin"):
         if not line.strip():

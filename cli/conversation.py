@@ -15,15 +15,6 @@ Message = dict[str, str]
 SAVED_FORMAT = "qrun conversation 1"
 
 
-def template_tokens(model: Model, text: str) -> list[int]:
-    """The tokens of a rendered chat template, which most templates begin with the BOS token, but not all."""
-    tokens = model.tokenize(text, add_special=False, parse_special=True)
-    tokenizer = model.tokenizer
-    if tokenizer and tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
-        tokens.insert(0, tokenizer.bos_id)
-    return tokens
-
-
 class Conversation:
     """Turns between a user and a model, of which the model's session computes only what is new.
 
@@ -145,9 +136,11 @@ class Conversation:
         text = self.model.chat_template.render(self.messages, add_generation_prompt=True)
         known_text, known_tokens = self._known
         if known_tokens and text.startswith(known_text):
-            rest = text[len(known_text) :]
-            return text, known_tokens + self.model.tokenize(rest, add_special=False, parse_special=True)
-        return text, template_tokens(self.model, text)
+            rest = self.model.tokenize(text[len(known_text) :], add_special=False, parse_special=True)
+            # the end of the answer's turn is a token of its own, so that text can be cut there
+            if self.model.tokenizer and rest[:1] and rest[0] in self.model.tokenizer.stop_ids:
+                return text, known_tokens + rest
+        return text, self.model.template_tokens(text)
 
     def _known_after(
         self, prompt_text: str, prompt: list[int], reply: str, reply_tokens: list[int]

@@ -25,7 +25,7 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
 @contextmanager
 def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
-    from qrun.cli.machine import cores
+    from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
     from qrun.formats import GGUFReader
     from qrun.models import build_graph
@@ -33,7 +33,7 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
     with GGUFReader(path) as reader:
         graph = build_graph(reader, context)
         runtime = Runtime(
-            graph, threads=threads or cores(), context=context, cache_type=cache_type, progress=CompileProgress()
+            graph, threads=threads or available_cores(), context=context, cache_type=cache_type, progress=CompileProgress()
         )
         try:
             yield runtime

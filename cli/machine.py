@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -66,10 +65,3 @@ def _windows() -> Memory:
     if not library.GlobalMemoryStatusEx(ctypes.byref(status)):
         return Memory(None, None)
     return Memory(status.total, status.available)
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

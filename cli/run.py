@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qrun.cli.options import loading_options, model_argument, sampling_options
+
+if TYPE_CHECKING:
+    from qrun.engine import Generation
 
 
 @click.command()
@@ -43,30 +45,29 @@ def command(
       qrun run model.gguf - --json < prompt.txt
       qrun run model.gguf "One, two," --stop "." --logit-bias 1234=-5
     """
-    from qrun.cli.conversation import template_tokens
     from qrun.cli.loading import load_model, with_tokenizer
 
     if system and not chat:
         raise click.UsageError("--system needs --chat.")
+    if chat and special:
+        raise click.UsageError("--special is for plain prompts: a chat template has its own special tokens.")
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read()
     with load_model(model, loading) as loaded:
         with_tokenizer(loaded)
         if chat:
-            assert loaded.chat_template is not None
             messages = [{"role": "system", "content": system}] if system else []
-            messages.append({"role": "user", "content": prompt})
-            tokens = template_tokens(loaded, loaded.chat_template.render(messages, add_generation_prompt=True))
+            generation = loaded.chat([*messages, {"role": "user", "content": prompt}], **sampling)
+        elif special:
+            generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **sampling)
         else:
-            tokens = loaded.tokenize(prompt, add_special=True, parse_special=special)
-        with closing(loaded.session()) as session:
-            generation = session.generate(tokens, **sampling)
-            stream(generation, quiet=as_json)
+            generation = loaded.generate(prompt, **sampling)
+        stream(generation, quiet=as_json)
         if as_json:
             click.echo(json.dumps(result(generation), ensure_ascii=False))
 
 
-def stream(generation: Any, quiet: bool) -> None:
+def stream(generation: Generation, quiet: bool) -> None:
     """Runs a generation to its end, printing its pieces as they come unless `quiet`."""
     from qrun.cli.console import printable, while_reading
 
@@ -81,7 +82,7 @@ def stream(generation: Any, quiet: bool) -> None:
         click.echo()
 
 
-def result(generation: Any) -> dict[str, Any]:
+def result(generation: Generation) -> dict[str, Any]:
     """What --json prints of a finished generation."""
     stats = generation.stats
     speeds = ("prompt_tokens_per_second", "generated_tokens_per_second")
