@@ -1,5 +1,6 @@
 """A loaded model: the engine's public face."""
 
+import dataclasses
 import functools
 import os
 import threading
@@ -43,14 +44,18 @@ class Model:
         self.reader = reader
         self.graph = graph
         self.tokenizer = tokenizer
-        """None if the file has none; then prompts are token ids, and the pieces of what is generated have no text."""
+        """None if the file has none; then prompts are token ids, and the pieces of what is generated have no text.
+        None also once the model is closed."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
         self.defaults = SamplingOptions.from_metadata(reader.metadata)
         """What is not given to `chat`, `generate` and `complete`: the file's own wishes, or the usual values."""
         self._runtime = runtime
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(lambda: model_fingerprint(reader, graph)))
+        # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
+        description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
+        fingerprint = functools.cache(functools.partial(model_fingerprint, reader.files, description))
+        self._host = Host(runtime, tokenizer, self.defaults, fingerprint)
         self._closed = False
         # Guards what follows.
         self._lock = threading.Lock()
@@ -231,6 +236,11 @@ class Model:
             session.close()
         self._pool.clear()
         self._runtime.close()
+        # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
+        # which the operations keep mapped. The graph's figures stay.
+        self.tokenizer = self._host.tokenizer = None
+        vars(self).pop("chat_template", None)
+        self.graph = dataclasses.replace(self.graph, operations=[])
         self.reader.close()
 
     def __enter__(self) -> Self:
