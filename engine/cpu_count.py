@@ -17,7 +17,9 @@ def available_cores() -> int:
     container's CPU quota allows. Where the system does not tell which CPUs share a core, every CPU counts as one.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, min(count_cores(cpus, _CPUS), cpu_quota(_CGROUP)))
+    quota = cpu_quota(_CGROUP)
+    n_cores = count_cores(cpus, _CPUS)
+    return max(1, n_cores if quota is None else min(n_cores, quota))
 
 
 def count_cores(cpus: Iterable[int], root: Path) -> int:
@@ -31,10 +33,10 @@ def count_cores(cpus: Iterable[int], root: Path) -> int:
     return len(cores)
 
 
-def cpu_quota(root: Path) -> float:
-    """CPUs that the control group at `root` may keep busy, rounded up; infinity without a limit (Linux)."""
+def cpu_quota(root: Path) -> int | None:
+    """CPUs that the control group at `root` may keep busy, rounded up; None without a limit (Linux)."""
     try:
         quota, period = (root / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else math.ceil(int(quota) / int(period))
+        return None if quota == "max" else math.ceil(int(quota) / int(period))
     except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
+        return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.sampler import Sampler
 from qrun.engine.stop_strings import StopStrings
@@ -93,7 +94,7 @@ class Generation(Iterator[Piece]):
         self._max_tokens = sampler.options.max_tokens
         self._sampler = sampler
         self._stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
-        self._decoder = tokenizer.stream() if tokenizer else None
+        self._decoder = tokenizer.stream(skip_special=True, after=prompt[-1:]) if tokenizer else None
         self._stop_strings = StopStrings(sampler.options.stop)
         self._cancelled = threading.Event()
         self._started = False

@@ -1,5 +1,6 @@
 """A loaded model: the engine's public face."""
 
+import dataclasses
 import functools
 import os
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session, check_tokens
 from qrun.engine.session_file import model_fingerprint
@@ -42,14 +44,18 @@ class Model:
         self.reader = reader
         self.graph = graph
         self.tokenizer = tokenizer
-        """None if the file has none; then prompts are token ids, and the pieces of what is generated have no text."""
+        """None if the file has none; then prompts are token ids, and the pieces of what is generated have no text.
+        None also once the model is closed."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
         self.defaults = SamplingOptions.from_metadata(reader.metadata)
         """What is not given to `chat`, `generate` and `complete`: the file's own wishes, or the usual values."""
         self._runtime = runtime
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(lambda: model_fingerprint(reader, graph)))
+        # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
+        description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
+        fingerprint = functools.cache(functools.partial(model_fingerprint, reader.files, description))
+        self._host = Host(runtime, tokenizer, self.defaults, fingerprint)
         self._closed = False
         # Guards what follows.
         self._lock = threading.Lock()
@@ -112,9 +118,11 @@ class Model:
     def chat_template(self) -> "ChatTemplate | None":
         """How the model wants a conversation to be written; None without a tokenizer. ChatTemplateError (a ValueError)
         if the file's template is wrong."""
+        if self.tokenizer is None:
+            return None
         from qrun.engine.chat_template import ChatTemplate
 
-        return ChatTemplate.from_reader(self.reader, self.tokenizer) if self.tokenizer else None
+        return ChatTemplate.from_reader(self.reader, self.tokenizer)
 
     @property
     def chat_notice(self) -> str | None:
@@ -221,13 +229,18 @@ class Model:
         A second time does nothing."""
         with self._lock:
             closed, self._closed = self._closed, True
-            self._pool.clear()
         if closed:
             return
         self.stop()  # all of them, before waiting for any
         for session in self._host.sessions():
             session.close()
+        self._pool.clear()
         self._runtime.close()
+        # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
+        # which the operations keep mapped. The graph's figures stay.
+        self.tokenizer = self._host.tokenizer = None
+        vars(self).pop("chat_template", None)
+        self.graph = dataclasses.replace(self.graph, operations=[])
         self.reader.close()
 
     def __enter__(self) -> Self:

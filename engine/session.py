@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
 from qrun.engine import dry, session_file
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation import Generation
@@ -90,7 +91,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a generation has begun that has neither ended nor been cancelled or dropped."""
-        generation = self._generation and self._generation()
+        generation = self._current()
         return generation is not None and generation.stop_reason is None and not generation.cancelled
 
     @property
@@ -126,7 +127,7 @@ class Session:
 
     def stop(self) -> None:
         """End the generation under way, if there is one, with the stop reason "cancelled"; from any thread."""
-        generation = self._generation and self._generation()
+        generation = self._current()
         if generation is not None:
             generation.cancel()
 
@@ -204,6 +205,9 @@ class Session:
     def common_prefix(self, prompt: list[int]) -> int:
         """How many tokens of a prompt the session holds."""
         return common_prefix(self._cache.tokens, prompt)
+
+    def _current(self) -> Generation | None:
+        return self._generation() if self._generation is not None else None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -61,7 +61,7 @@ class FakeTokenizer:
     def token_bytes(self, id: int) -> bytes:
         return PIECES[id]
 
-    def stream(self) -> FakeDecoder:
+    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> FakeDecoder:
         return FakeDecoder()
 
 
@@ -72,6 +72,7 @@ class FakeSequence:
         self.runtime = runtime
         self.held = list(held)
         self.closed = False
+        self.row = np.empty(runtime.n_vocab, np.float32)  # logits, which the next evaluation overwrites
         runtime.sequences.append(self)
 
     @property
@@ -126,7 +127,6 @@ class FakeRuntime:
         self.closed = False
         self.on_batch: Callable[[], Any] = lambda: None
         self.lock = threading.Lock()
-        self.row = np.empty(n_vocab, np.float32)  # one for all calls: nobody may rely on it for longer than the lock
 
     def sequence(self) -> FakeSequence:
         assert not self.closed
@@ -160,24 +160,21 @@ class FakeRuntime:
             self.on_batch()
         if logits == "all":
             return np.array(rows)
-        self.row[:] = self.logits_after(sequence.held)
-        return self.row
+        sequence.row[:] = self.logits_after(sequence.held)
+        return sequence.row
 
     def close(self) -> None:
         assert all(sequence.closed for sequence in self.sequences)
         self.closed = True
 
 
-def speaking(text: str, stop: bool = True) -> Callable[[list[int]], int]:
-    """A rule: after the prompt ">", say a text, then end (or go on with spaces). Texts are pieces between "|"."""
-    script = [PIECES.index(piece.encode()) if piece.encode() in PIECES else -1 for piece in text.split("|")]
-    if -1 in script:
-        script = ids_of(text)
+def speaking(*script: int, then: int = EOS) -> Callable[[list[int]], int]:
+    """A rule: the token of the script that follows as many as come after the last ">" of the text, then `then`."""
     start = ids_of(">")[0]
 
     def rule(held: list[int]) -> int:
-        said = len(held) - 1 - (len(held) - 1 - held[::-1].index(start)) if start in held else 0
-        return script[said] if said < len(script) else (EOS if stop else ids_of(" ")[0])
+        said = held[::-1].index(start) if start in held else 0
+        return script[said] if said < len(script) else then
 
     return rule
 
