@@ -185,7 +185,9 @@ def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.Cap
     assert (status, err) == (1, "qrun: gemma-3-270m: not pulled yet; fetch it with: qrun pull gemma-3-270m\n")
 
 
-def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def fail_with(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
     def fail(*_: object) -> None:
         raise error
 
