@@ -144,6 +144,7 @@ def loading_options(function: Command) -> Command:
         }
         return function(*args, loading=loading, **kwargs)
 
+    command: Command = gather
     for option in reversed((
         threads_option(),
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
