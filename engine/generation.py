@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.sampler import Sampler
 from qrun.engine.stop_strings import StopStrings

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session, check_tokens
 from qrun.engine.session_file import model_fingerprint

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
+
 from qrun.engine import dry
 from qrun.engine.sampling_options import SamplingOptions
 
@@ -32,25 +33,33 @@ def largest(values: np.ndarray, k: int) -> np.ndarray:
 
     `values` is float32 [n] without NaN, k at least 1; returns int64 [min(k, n)].
     """
-    n_columns = len(values) // _FOLDS
-    if k >= len(values):
+    n = len(values)
+    if k >= n:
         return np.argsort(-values, kind="stable")
-    if 4 * k > n_columns:
-        positions = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
-        return positions[np.argsort(-values[positions], kind="stable")[:k]]
-    # Folded into columns, the k-th largest column maximum is a bound that at least k values reach, and only
-    # the k columns whose maximum reaches it can hold such values (more only where values are equal).
+    few = 2 * k <= n // _FOLDS
+    positions = _top_columns(values, k) if few else _at_least(values, np.partition(values, n - k)[n - k])
+    # They ascend, which the stable sort turns into the tie rule.
+    return positions[np.argsort(-values[positions], kind="stable")[:k]]
+
+
+def _top_columns(values: np.ndarray, k: int) -> np.ndarray:
+    """Positions, ascending, of at least k values among which the k largest are; k is at most n // _FOLDS.
+
+    Folded into columns, the k-th largest column maximum is a bound that at least k values reach.
+    """
+    n_columns = len(values) // _FOLDS
     n_folded = n_columns * _FOLDS
     folded = values[:n_folded].reshape(_FOLDS, n_columns)
     maxima = folded.max(axis=0)
     bound = np.partition(maxima, n_columns - k)[n_columns - k]
-    columns = np.flatnonzero(maxima >= bound)
+    # Only columns whose own maximum reaches the bound can hold such values: k of them, where none are equal.
+    columns = _at_least(maxima, bound)
     rows, hits = np.nonzero(folded[:, columns] >= bound)
-    # Row by row, and columns ascend: the positions ascend too, which the stable sort turns into the tie rule.
-    positions = rows * n_columns + columns[hits]
-    if n_folded < len(values):
-        positions = np.concatenate([positions, n_folded + np.flatnonzero(values[n_folded:] >= bound)])
-    return positions[np.argsort(-values[positions], kind="stable")[:k]]
+    return np.concatenate([rows * n_columns + columns[hits], n_folded + _at_least(values[n_folded:], bound)])
+
+
+def _at_least(values: np.ndarray, bound: np.float32) -> np.ndarray:
+    return np.flatnonzero(values >= bound)
 
 
 def log_sum_exp(logits: np.ndarray, highest: float, scratch: np.ndarray) -> float:
@@ -83,7 +92,7 @@ def _fewest(order_key: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarr
         if reached[-1] or k >= len(weights):
             # Rounding can leave the sum of all weights just under a mass near 1: then all stay.
             return positions[: int(reached.argmax()) + 1] if reached[-1] else positions
-        k *= 16
+        k *= 4
 
 
 def top_k(ids: np.ndarray, logits: np.ndarray, k: int) -> Candidates:

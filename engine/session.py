@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
 from qrun.engine import dry, session_file
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation import Generation

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+
 from qrun.formats import FormatError
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session

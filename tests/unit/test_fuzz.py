@@ -20,7 +20,7 @@ SECONDS = 2.0  # on a machine that is busy with other things; a variant takes a 
 # The worst that a byte of a file can turn into: 12 bytes are an empty array within an array, over 100 in NumPy, and
 # 24 are a tensor of no weights, described by several objects.
 MEMORY_PER_BYTE = 64
-MEMORY_AT_LEAST = 1 << 20
+MEMORY_AT_LEAST = 1 << 16
 
 
 def tensors(rng: random.Random) -> list[Tensor]:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from engine_fakes import EOS, PIECES, FakeRuntime, ids_of, make_session, speaking
+
 from qrun.engine.generation import Generation, Piece
 from qrun.engine.session import Session
 

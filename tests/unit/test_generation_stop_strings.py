@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qrun.engine.stop_strings import StopStrings
 
 

@@ -3,6 +3,7 @@
 import os
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from qrun.formats import FormatError, GGUFReader, TensorType, ValueType
 V = ValueType
 
 
+Write = Callable[..., Path]
+
+
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path: Path) -> Write:
     def write(data: bytes, name: str = "model.gguf") -> Path:
         path = tmp_path / name
         path.write_bytes(data)
@@ -23,8 +27,8 @@ def write(tmp_path: Path):
     return write
 
 
-def floats(name: str | bytes = "t", ne: tuple[int, ...] = (8,), **changes) -> Tensor:
-    return Tensor(name, TensorType.F32, ne, np.arange(np.prod(ne), dtype="<f4").tobytes(), **changes)
+def floats(name: str | bytes = "t", ne: tuple[int, ...] = (8,), offset: int | None = None) -> Tensor:
+    return Tensor(name, TensorType.F32, ne, np.arange(np.prod(ne), dtype="<f4").tobytes(), offset)
 
 
 # What is right
@@ -39,7 +43,7 @@ SCALARS = [
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize(("type", "value"), SCALARS)
-def test_scalars(write, type: ValueType, value: object, version: int) -> None:
+def test_scalars(write: Write, type: ValueType, value: object, version: int) -> None:
     with GGUFReader(write(build([("k", scalar(type, value))], version=version))) as reader:
         assert reader.version == version
         assert dict(reader.metadata) == {"k": value}
@@ -47,7 +51,7 @@ def test_scalars(write, type: ValueType, value: object, version: int) -> None:
         assert reader.metadata_types == {"k": (type, None)}
 
 
-def test_arrays_of_numbers_are_numpy_arrays(write) -> None:
+def test_arrays_of_numbers_are_numpy_arrays(write: Write) -> None:
     path = write(build([("i", array(V.INT16, [1, -2])), ("b", array(V.BOOL, [1, 0])), ("none", array(V.FLOAT64, []))]))
     with GGUFReader(path) as reader:
         metadata = dict(reader.metadata)
@@ -57,7 +61,7 @@ def test_arrays_of_numbers_are_numpy_arrays(write) -> None:
     assert reader.metadata_types["b"] == (V.ARRAY, V.BOOL)
 
 
-def test_arrays_of_strings_are_lists(write) -> None:
+def test_arrays_of_strings_are_lists(write: Write) -> None:
     with GGUFReader(write(build([("s", array(V.STRING, ["a", "", b"\xff\n"])), ("n", scalar(V.INT8, 1))]))) as reader:
         assert reader.metadata["s"] == ["a", "", "\udcff\n"]
         assert reader.raw_strings("s") == [b"a", b"", b"\xff\n"]
@@ -67,7 +71,7 @@ def test_arrays_of_strings_are_lists(write) -> None:
             reader.raw_strings("n")
 
 
-def test_nested_arrays_are_lists_of_arrays(write) -> None:
+def test_nested_arrays_are_lists_of_arrays(write: Write) -> None:
     inner = [array(V.UINT8, [1, 2]), array(V.STRING, ["x"]), array(V.ARRAY, []), array(V.ARRAY, [array(V.INT8, [])])]
     with GGUFReader(write(build([("n", array(V.ARRAY, inner))]))) as reader:
         numbers, strings, empty, deeper = reader.metadata["n"]
@@ -76,7 +80,7 @@ def test_nested_arrays_are_lists_of_arrays(write) -> None:
     assert [items.tolist() for items in deeper] == [[]]
 
 
-def test_tensors_have_numpy_shapes_and_lie_in_the_map(write) -> None:
+def test_tensors_have_numpy_shapes_and_lie_in_the_map(write: Write) -> None:
     tensors = [floats("matrix", (3, 2)), floats("scalar", ()), Tensor("none", TensorType.Q4_0, (32, 0), b"")]
     path = write(build(tensors=tensors))
     with GGUFReader(path) as reader:
@@ -90,7 +94,7 @@ def test_tensors_have_numpy_shapes_and_lie_in_the_map(write) -> None:
         assert reader.tensors["none"].dequantize().shape == (0, 32)
 
 
-def test_custom_alignment(write) -> None:
+def test_custom_alignment(write: Write) -> None:
     pairs = [("general.alignment", scalar(V.UINT32, 1024))]
     with GGUFReader(write(build(pairs, [floats("a"), floats("b")], alignment=1024))) as reader:
         assert reader.alignment == 1024
@@ -98,7 +102,7 @@ def test_custom_alignment(write) -> None:
         assert reader.tensors["b"].dequantize().tolist() == list(range(8))
 
 
-def test_a_type_that_cannot_be_decoded_still_lists(write) -> None:
+def test_a_type_that_cannot_be_decoded_still_lists(write: Write) -> None:
     with GGUFReader(write(build(tensors=[Tensor("t", TensorType.IQ2_XXS, (256, 2), bytes(132))]))) as reader:
         tensor = reader.tensors["t"]
         assert (tensor.type, tensor.shape, tensor.n_bytes) == (TensorType.IQ2_XXS, (2, 256), 132)
@@ -106,27 +110,27 @@ def test_a_type_that_cannot_be_decoded_still_lists(write) -> None:
             tensor.dequantize()
 
 
-def test_tensors_may_lie_in_any_order_and_leave_gaps(write) -> None:
+def test_tensors_may_lie_in_any_order_and_leave_gaps(write: Write) -> None:
     path = write(build(tensors=[floats("last", offset=128), floats("first", offset=0)]) + bytes(128))
     with GGUFReader(path) as reader:
         assert [tensor.name for tensor in reader.tensors.values()] == ["last", "first"]
 
 
-def test_a_tensor_outlives_its_reader(write) -> None:
+def test_a_tensor_outlives_its_reader(write: Write) -> None:
     with GGUFReader(write(build(tensors=[floats()]))) as reader:
         tensor = reader.tensors["t"]
     assert not reader.tensors
     assert tensor.dequantize().tolist() == list(range(8))
 
 
-def test_closing_unmaps(write) -> None:
+def test_closing_unmaps(write: Write) -> None:
     reader = GGUFReader(write(build(tensors=[floats()])))
     (part,) = reader.parts
     reader.close()
     assert part.data.closed
 
 
-def test_a_large_vocabulary_opens_in_a_tenth_of_a_second(write) -> None:
+def test_a_large_vocabulary_opens_in_a_tenth_of_a_second(write: Write) -> None:
     n_tokens = 262_144
     tokens = struct.pack("<IIQ", V.ARRAY, V.STRING, n_tokens) + b"".join(string(f"<{i}>") for i in range(n_tokens))
     scores = struct.pack("<IIQ", V.ARRAY, V.FLOAT32, n_tokens) + bytes(4 * n_tokens)
@@ -159,6 +163,7 @@ WRONG = {
     "at byte 4: the version takes at least 4 bytes, but 2 remain": b"GGUF\3\0",
     "at byte 4: this is a big-endian GGUF file": b"GGUF\0\0\0\3" + bytes(16),
     "at byte 4: GGUF version 1 is no longer in use": build(version=1),
+    "at byte 4: GGUF version 0 is not known": build(version=0),
     "at byte 4: GGUF version 4 is not known": build(version=4),
     "the metadata count takes at least 8 bytes, but 0 remain": GOOD[:16],
     f"the metadata of {HUGE} pairs takes at least": build(n_pairs=HUGE),
@@ -194,7 +199,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("message", "data"), WRONG.items(), ids=[message[:60] for message in WRONG])
-def test_what_cannot_be_right_is_one_error_of_one_line(write, message: str, data: bytes) -> None:
+def test_what_cannot_be_right_is_one_error_of_one_line(write: Write, message: str, data: bytes) -> None:
     path = write(data)
     with pytest.raises(FormatError) as caught:
         GGUFReader(path)
@@ -208,11 +213,11 @@ def test_what_cannot_be_right_is_one_error_of_one_line(write, message: str, data
         assert f"at byte {caught.value.offset}: " in line
 
 
-def test_sixteen_nested_arrays_are_not_too_deep(write) -> None:
+def test_sixteen_nested_arrays_are_not_too_deep(write: Write) -> None:
     GGUFReader(write(build([("n", nested(16))]))).close()
 
 
-def test_names_out_of_a_file_cannot_break_a_message(write) -> None:
+def test_names_out_of_a_file_cannot_break_a_message(write: Write) -> None:
     name = b"\x1b[31m\n\xff" + b"x" * 500
     with pytest.raises(FormatError) as caught:
         GGUFReader(write(build(tensors=[floats(name), floats(name)])))
@@ -220,7 +225,7 @@ def test_names_out_of_a_file_cannot_break_a_message(write) -> None:
     assert len(caught.value.reason) < 150
 
 
-def test_a_file_cut_short_anywhere(write) -> None:
+def test_a_file_cut_short_anywhere(write: Write) -> None:
     for length in range(len(GOOD)):
         with pytest.raises(FormatError):
             GGUFReader(write(GOOD[:length]))

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import qrun.engine
 from engine_fakes import BOS, FakeRuntime, FakeTokenizer, ids_of, speaking
+
+import qrun.engine
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation import Generation
 from qrun.engine.model import Model

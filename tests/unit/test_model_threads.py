@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from qrun.engine.cpu_count import available_cores, count_cores, cpu_quota
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qrun.engine.sampler import Sampler, probabilities
 from qrun.engine.sampling_options import SamplingOptions
 

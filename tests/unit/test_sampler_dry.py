@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from qrun.engine import dry
 
 
@@ -89,15 +90,15 @@ class Letters:
 
 def test_breakers_are_tokens_that_contain_the_text() -> None:
     tokenizer = Letters("a", "\n", ".\n\n", ":", "b:c")
-    assert dry.find_breakers(tokenizer, ("\n", ":")) == {1: [()], 2: [()], 3: [()], 4: [()]}
+    assert dry.find_breakers(tokenizer, ("\n", ":")) == {1: {()}, 2: {()}, 3: {()}, 4: {()}}
 
 
 def test_breakers_are_also_tokens_that_begin_the_text_before_those_that_end_it() -> None:
     tokenizer = Letters("E", "N", "D", "EN", "xE", "END!", "ND", "é")
     found = dry.find_breakers(tokenizer, ("END",))
-    assert found == {0: [(6,)], 3: [(2,)], 4: [(6,)], 5: [()]}
+    assert found == {0: {(6,)}, 3: {(2,)}, 4: {(6,)}, 5: {()}}
     # A beginning that ends within a character has no rest to encode.
-    assert dry.find_breakers(tokenizer, ("Eé",)) == {0: [(7,)], 4: [(7,)]}
+    assert dry.find_breakers(tokenizer, ("Eé",)) == {0: {(7,)}, 4: {(7,)}}
 
 
 def test_the_vocabulary_is_searched_once() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qrun.engine.sampling_options import SAMPLERS, SamplingOptions
 
 

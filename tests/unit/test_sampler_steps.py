@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from qrun.engine import sampler
 
 SIZES = [1, 2, 7, 64, 100, 1000, 5000]

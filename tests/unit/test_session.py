@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_fakes import FakeRuntime, cache_of, ids_of, make_session, speaking
+
 from qrun.engine import session_file
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.session import Session
