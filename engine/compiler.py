@@ -8,6 +8,7 @@ temporary name and renamed, so processes that compile at the same time do not ha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target, compiling_for, host_target
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +52,7 @@ class Kernels:
     def __init__(self, objects: dict[str, Path]) -> None:
         import llvmlite.binding as llvm
 
-        _initialize_llvm()
+        initialize_llvm()
         module = llvm.parse_assembly("")
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(module, machine)
@@ -97,11 +99,16 @@ def _digest(target: Target) -> str:
 
 
 @functools.cache
-def _initialize_llvm() -> None:
+def initialize_llvm(triple: str | None = None) -> None:
+    """Have LLVM ready for this machine's code, or for that of any other that `triple` names."""
     import llvmlite.binding as llvm
 
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+    if triple is None or triple == llvm.get_process_triple():
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
 
 
 def _compile_missing(missing: list[str], target: Target, folder: Path, progress: Progress | None) -> None:
@@ -168,13 +175,31 @@ def assembly(key: str, target: Target) -> str:
     return machine.emit_assembly(module)
 
 
+@contextlib.contextmanager
+def _no_host_code(context: Any) -> Iterator[None]:
+    """Keep Numba from making machine code of its own: only its IR is wanted, which may hold another CPU's instructions.
+
+    Of a function's executable it needs no more than the identity of a built-in function: any unlike others will do.
+    """
+
+    def get_executable(library: Any, description: Any, environment: Any) -> Callable[[object], None]:
+        library.finalize()  # links what the function calls into its module
+        return [].append
+
+    engine = context.codegen()._engine
+    context.get_executable, engine.finalize_object = get_executable, lambda: None
+    try:
+        yield
+    finally:
+        del context.get_executable, engine.finalize_object
+
+
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
     from numba.core import compiler, config, registry, types
     from numba.core.compiler import Flags
 
     from qrun.engine import kernels
-    from qrun.engine.simd import operations
 
     config.OPT = config._OptLevel("0")  # Numba's own passes are skipped: one O3 run for `target` follows
     cpu = registry.cpu_target
@@ -182,7 +207,7 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     flags.no_cpython_wrapper = True
     flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
-    with operations.compiling_for(target):
+    with compiling_for(target), _no_host_code(cpu.target_context):
         function = kernels.build(key)
         cpu.typing_context.refresh()
         cpu.target_context.refresh()
@@ -200,7 +225,7 @@ define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
   ret void
 }}
 """
-    _initialize_llvm()
+    initialize_llvm(target.triple)
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
     for definition in module.functions:

@@ -146,7 +146,7 @@ def _mix_operation(cache_type: str, rows: int) -> Any:
         for i in range(2):
             vectors.append(_value_vector(e, cache_type, values, i, part))
         if cache_type != "f16":
-            factor = e.splat(e.builder.fpext(e.load_scalar(scale, 0, F16), F32))
+            factor = e.splat(e.load(scale, 0, F16, 1).to_float().lane(0))
             vectors = [vector * factor for vector in vectors]
         for row in range(rows):
             weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
