@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.engine.records import PAGE_POSITIONS
 from qrun.models.graph import CacheLayer
 
@@ -141,7 +142,7 @@ class KVSequence:
                     self._drop(group, index)
 
     def truncate(self, n: int) -> int:
-        """Forget positions from n on. Returns how many are kept: 0 if a window has given back what n tokens would need."""
+        """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
         if n >= self.n_past:
             return self.n_past
         n = max(n, 0)
@@ -179,15 +180,17 @@ class KVSequence:
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Become what `state` describes. ValueError if it does not fit this model, cache type or context."""
+        if any(f"{name}{group}" not in state for name in ("pages", "data") for group in range(len(self.pools))):
+            raise ValueError("the saved state is of another model")
         n_past = int(state["n_past"])
         if not 0 <= n_past <= self.context:
             raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
         for group, (pool, window) in enumerate(zip(self.pools, self.layout.windows, strict=True)):
-            numbers, data = state.get(f"pages{group}"), state.get(f"data{group}")
+            numbers, data = state[f"pages{group}"], state[f"data{group}"]
             lowest = 0 if window is None else max(n_past - window + 1, 0) // PAGE_POSITIONS
-            needed = list(range(lowest, -(-n_past // PAGE_POSITIONS)))
-            fits = numbers is not None and data is not None and data.dtype == np.uint8
-            if not fits or data.shape != (len(numbers), pool.page_bytes) or not set(needed) <= {int(i) for i in numbers}:  # type: ignore[arg-type, union-attr]
+            needed = set(range(lowest, -(-n_past // PAGE_POSITIONS)))
+            shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
+            if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
         self.truncate(0)
         self._clear()

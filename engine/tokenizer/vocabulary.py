@@ -201,8 +201,8 @@ class Vocabulary:
         # Where "<|end|>" ends a message and another piece ends the answer (gpt-oss, Solar), it is no stop.
         if b"<|end|>" in known and (
             {b"<|return|>", b"<|call|>"} <= known.keys()
-            or b"<|flush|>" in known
-            and not known.keys().isdisjoint((b"<|call|>", b"<|calls|>"))
+            or (b"<|flush|>" in known
+            and not known.keys().isdisjoint((b"<|call|>", b"<|calls|>")))
         ):
             self.types[known[b"<|end|>"]] = PieceType.USER_DEFINED
             stops.remove(known[b"<|end|>"])
