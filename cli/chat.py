@@ -55,7 +55,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
 
 def answer_lines(conversation: Conversation) -> None:
     """Takes each line of standard input as a turn; prints the answers."""
-    for line in click.get_text_stream("stdin"):
+    for line in sys.stdin:
         if not line.strip():
             continue
         for piece in conversation.answer(line.rstrip("\n")):

@@ -22,6 +22,11 @@ def notice(text: str) -> None:
     click.echo(f"qrun: {text}", err=True)
 
 
+def read_stdin() -> str:
+    """All of standard input, byte for byte: unlike text mode, this translates no newlines."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
 def printable(text: str) -> str:
     """The text without control characters: what a model or its file holds must not steer the terminal."""
     return text.translate(_CONTROLS)

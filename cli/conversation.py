@@ -71,7 +71,7 @@ class Conversation:
         A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace. Raises
         ContextOverflow where the turn does not fit into the context even alone.
         """
-        turns_before = len(self.messages)
+        before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         reply, reply_tokens = "", list[int]()
         budget = self.sampling.get("max_tokens")
@@ -97,8 +97,8 @@ class Conversation:
         finally:
             if reply:
                 self.messages.append({"role": "assistant", "content": reply})
-            elif len(self.messages) > turns_before:
-                self.messages.pop()
+            else:
+                self.messages = before
 
     def _fitting_prompt(self, n_reply: int) -> tuple[str, list[int]]:
         """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer.
@@ -114,7 +114,7 @@ class Conversation:
             while len(tokens) + n_reply > context // 2 and self._forget_oldest():
                 forgotten += 2
                 text, tokens = self._prompt()
-        if forgotten:
+        if forgotten and len(tokens) + n_reply <= context:
             self.on_forget(forgotten)
         return text, tokens
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -51,7 +52,7 @@ def with_support_table(readme: str) -> str:
 
 def reference() -> str:
     """The page of all commands, from their --help."""
-    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH} | cli.context_settings
+    settings: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH, **cli.context_settings}
     parent = click.Context(cli, info_name="qrun", **settings)
     parts = [
         "# The command line",

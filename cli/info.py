@@ -83,8 +83,8 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
     tensor_bytes = sum(sizes.values())
 
     def of_architecture(key: str) -> Any:
-        value = metadata.get(f"{architecture}.{key}")
-        return value.tolist() if hasattr(value, "tolist") else value
+        value: Any = metadata.get(f"{architecture}.{key}")
+        return value.tolist() if hasattr(value, "tolist") else value  # an array, with a number for each layer
 
     facts: dict[str, Any] = {
         "name": metadata.get("general.name"),

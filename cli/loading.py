@@ -33,7 +33,11 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
     with GGUFReader(path) as reader:
         graph = build_graph(reader, context)
         runtime = Runtime(
-            graph, threads=threads or available_cores(), context=context, cache_type=cache_type, progress=CompileProgress()
+            graph,
+            threads=threads or available_cores(),
+            context=context,
+            cache_type=cache_type,
+            progress=CompileProgress(),
         )
         try:
             yield runtime

@@ -86,8 +86,8 @@ def one_line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks becomes "?", not an error
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what an encoding lacks becomes "?", not an error
             stream.reconfigure(errors="replace")
     try:
         # prog_name: the usage line reads the same whichever way this was started

@@ -93,7 +93,7 @@ def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Call
     if isinstance(default, int | float):
         settings["show_default"] = f"{default:g}"
     if field.name == "samplers":
-        return click.option(flag, type=Names(), **settings | {"show_default": ",".join(field.default)})
+        return click.option(flag, type=Names(), **settings | {"show_default": ",".join(default or ())})
     if field.name == "logit_bias":
         return click.option(flag, type=LogitBias(), multiple=True, **settings)
     if typing.get_origin(hint) is tuple:
@@ -126,9 +126,10 @@ def sampling_options(function: Command) -> Command:
         SamplingOptions(**sampling)
         return function(*args, sampling=sampling, **kwargs)
 
+    command: Command = gather
     for field in reversed(fields):
-        gather = _sampling_option(field, hints[field.name], docs.get(field.name, ""))(gather)
-    return gather
+        command = _sampling_option(field, hints[field.name], docs.get(field.name, ""))(command)
+    return command
 
 
 def loading_options(function: Command) -> Command:
@@ -143,14 +144,15 @@ def loading_options(function: Command) -> Command:
         }
         return function(*args, loading=loading, **kwargs)
 
+    command: Command = gather
     for option in reversed((
         threads_option(),
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
     )):  # fmt: skip
-        gather = option(gather)
-    return gather
+        command = option(command)
+    return command
 
 
 def threads_option() -> Callable[[Command], Command]:

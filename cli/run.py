@@ -45,6 +45,7 @@ def command(
       qrun run model.gguf - --json < prompt.txt
       qrun run model.gguf "One, two," --stop "." --logit-bias 1234=-5
     """
+    from qrun.cli.console import read_stdin
     from qrun.cli.loading import load_model, with_tokenizer
 
     if system and not chat:
@@ -52,7 +53,7 @@ def command(
     if chat and special:
         raise click.UsageError("--special is for plain prompts: a chat template has its own special tokens.")
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = read_stdin()
     with load_model(model, loading) as loaded:
         with_tokenizer(loaded)
         if chat:

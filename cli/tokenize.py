@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
@@ -25,11 +24,12 @@ def command(model: str, text: str, special: bool, no_bos: bool, as_json: bool) -
       qrun tokenize model.gguf --special --no-bos "<|im_start|>user"
       qrun tokenize model.gguf - --json < text.txt
     """
+    from qrun.cli.console import read_stdin
     from qrun.engine import Tokenizer
     from qrun.models.catalog import resolve
 
     if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8")  # as it is: no newline is translated
+        text = read_stdin()
     tokenizer = Tokenizer.load(resolve(model))
     ids = tokenizer.encode(text, add_special=not no_bos, parse_special=special)
     pieces = [tokenizer.token_bytes(token) for token in ids]

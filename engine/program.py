@@ -169,7 +169,7 @@ class Program:
     def _packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
         """Where value's packed columns go. They live as long as the value."""
         columns = -(-(rows or self._rows) // self.target.columns) * self.target.columns
-        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * 48
+        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * R.PACKED_BYTES
         last = self._last.get(value.id, self._index) if last is None else last
         return Place(self.arena.buffer(columns * column_bytes, self._index, last), 0, column_bytes)
 

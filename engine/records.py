@@ -33,6 +33,9 @@ TILE_SIZE, MAX_HEAD_DIM = 8, 512
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
 
+# What 32 quantised activations of one column take: see kernels.matmul.
+PACKED_BYTES = 52
+
 
 def _fields(count: int) -> range:
     return range(_FIRST, _FIRST + 8 * count, 8)
