@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session, check_tokens
-from qrun.engine.session_file import model_fingerprint
 
 if TYPE_CHECKING:
     from qrun.engine.chat_template import ChatTemplate
@@ -59,8 +58,8 @@ class Model:
         self._runtime = runtime
         # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
         description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
-        fingerprint = functools.cache(functools.partial(model_fingerprint, reader.files, description))
-        self._host = Host(runtime, tokenizer, self.defaults, fingerprint)
+        fingerprint = functools.partial(_fingerprint, reader.files, description)
+        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
         self._closed = False
         # Guards what follows.
         self._lock = threading.Lock()
@@ -280,3 +279,9 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def _fingerprint(files: Sequence[Path], description: str) -> str:
+    from qrun.engine.session_file import model_fingerprint  # only for those who save or load sessions
+
+    return model_fingerprint(files, description)
