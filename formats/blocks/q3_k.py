@@ -4,7 +4,7 @@
           | hmask | qs                      | scales | d |
           |         64 bytes: the low 2 bits  |        f16
           |         of each weight            12 bytes: 16 scales of 6 bits
-          32 bytes: the third bit of each weight, stored inverted
+          32 bytes: the third bit of each weight
 
     w[i, j] = (d * (scale[i] - 32)) * (q[i, j] - 4)      16 sub-blocks i of 16 weights j, scale in 0..63
                                                          q = low | (third bit) << 2, in 0..7

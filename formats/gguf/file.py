@@ -15,19 +15,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, quote
-from qrun.formats.gguf.metadata import Metadata, Span, ValueType, read_span
+from qrun.formats.gguf.metadata import MIN_PAIR_BYTES, Metadata, Span, ValueType, read_span
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
+MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset: the least that a description takes
 
 # What people hand over instead of a GGUF file: how it begins, and what to tell them.
 LOOKALIKES = {
@@ -59,12 +61,25 @@ class TensorInfo:
         return dequantize(self.raw, self.type, self.shape)
 
 
+class _Layout(NamedTuple):
+    """What the header says of a tensor."""
+
+    type: TensorType
+    shape: tuple[int, ...]
+    relative: int  # offset from the start of the data
+    described_at: int
+
+
 def align(position: int, alignment: int) -> int:
     return position + -position % alignment
 
 
 class GGUFFile:
-    """A file's header, parsed, and its data, mapped. Raises FormatError unless everything in it holds together."""
+    """A file's header, parsed, and its data, mapped. Raises FormatError unless everything in it holds together.
+
+    header_end, data_start: bytes from the start of the file, to the end of the last description of a tensor and to
+    where the data of tensors may begin.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,9 +88,14 @@ class GGUFFile:
         self.version = _read_version(cursor)
         n_tensors = cursor.u64("the tensor count")
         n_pairs = cursor.u64("the metadata count")
-        self.metadata = Metadata(path, self.data, _read_pairs(cursor, n_pairs))
-        self.alignment = _alignment(cursor, self.metadata)
-        self.tensors = self._read_tensors(cursor, n_tensors)
+        spans = _read_pairs(cursor, n_pairs)
+        self.metadata = Metadata(path, self.data, spans)
+        self.alignment = _alignment(cursor, spans.get(ALIGNMENT_KEY))
+        layouts = _read_layouts(cursor, n_tensors)
+        self.header_end = cursor.position
+        self.data_start = align(self.header_end, self.alignment)
+        raw = np.frombuffer(self.data, np.uint8)
+        self.tensors = {name: self._tensor(name, layout, raw) for name, layout in layouts.items()}
         self._check_overlap()
 
     def close(self) -> None:
@@ -84,35 +104,19 @@ class GGUFFile:
         with suppress(BufferError):
             self.data.close()
 
-    def _read_tensors(self, cursor: Cursor, count: int) -> dict[str, TensorInfo]:
-        cursor.require(24 * count, f"the description of {count} tensors")
-        entries: dict[str, tuple[TensorType, tuple[int, ...], int, int]] = {}
-        for _ in range(count):
-            start = cursor.position
-            name = cursor.string("a tensor name")
-            if name in entries:
-                raise cursor.error(f"there are two tensors named {quote(name)}", start)
-            entries[name] = (*_read_layout(cursor, f"tensor {quote(name)}"), start)
-        self.header_end = cursor.position
-        self.data_start = align(self.header_end, self.alignment)
-
-        raw = np.frombuffer(self.data, np.uint8)
-        tensors = {}
-        for name, (type, shape, relative, start) in entries.items():
-            block_size, block_bytes = BLOCK_SIZES[type]
-            n_bytes = prod(shape) // block_size * block_bytes
-            offset = self.data_start + relative
-            if relative % self.alignment:
-                reason = f"tensor {quote(name)} has the offset {relative}, not a multiple of {self.alignment}"
-                raise cursor.error(reason, start)
-            if offset + n_bytes > len(raw):
-                raise cursor.error(
-                    f"tensor {quote(name)} would end at byte {offset + n_bytes}, but the file has only {len(raw)}: "
-                    "it is damaged, or its download was cut short",
-                    start,
-                )
-            tensors[name] = TensorInfo(name, type, shape, n_bytes, offset, self.path, raw[offset : offset + n_bytes])
-        return tensors
+    def _tensor(self, name: str, layout: _Layout, raw: U8Array) -> TensorInfo:
+        type, shape, relative, described_at = layout
+        block_size, block_bytes = BLOCK_SIZES[type]
+        n_bytes = prod(shape) // block_size * block_bytes
+        offset = self.data_start + relative
+        end = offset + n_bytes
+        if relative % self.alignment:
+            reason = f"tensor {quote(name)} has the offset {relative}, not a multiple of {self.alignment}"
+            raise FormatError(self.path, reason, described_at)
+        if end > len(raw):
+            reason = f"tensor {quote(name)} would end at byte {end}, but the file has only {len(raw)}: it is damaged, "
+            raise FormatError(self.path, reason + "or its download was cut short", described_at)
+        return TensorInfo(name, type, shape, n_bytes, offset, self.path, raw[offset:end])
 
     def _check_overlap(self) -> None:
         end, last = self.data_start, ""
@@ -138,8 +142,8 @@ def _map(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise FormatError(path, "there is no such file") from None
-    except (OSError, OverflowError) as error:
-        raise FormatError(path, f"cannot be opened: {error}") from error
+    except OSError as error:
+        raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -153,7 +157,7 @@ def _read_version(cursor: Cursor) -> int:
     version = cursor.u32("the version")
     if version in VERSIONS:
         return version
-    if version & 0xFFFF == 0:
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
         raise cursor.error("this is a big-endian GGUF file, and only little-endian ones are supported", 4)
     if version == 1:
         raise cursor.error("GGUF version 1 is no longer in use: get the model again as version 3", 4)
@@ -161,7 +165,7 @@ def _read_version(cursor: Cursor) -> int:
 
 
 def _read_pairs(cursor: Cursor, count: int) -> dict[str, Span]:
-    cursor.require(13 * count, f"the metadata of {count} pairs")
+    cursor.require(count * MIN_PAIR_BYTES, f"the metadata of {count} pairs")
     spans: dict[str, Span] = {}
     for _ in range(count):
         start = cursor.position
@@ -172,17 +176,28 @@ def _read_pairs(cursor: Cursor, count: int) -> dict[str, Span]:
     return spans
 
 
-def _alignment(cursor: Cursor, metadata: Metadata) -> int:
-    if ALIGNMENT_KEY not in metadata:
+def _alignment(cursor: Cursor, span: Span | None) -> int:
+    if span is None:
         return DEFAULT_ALIGNMENT
-    type, alignment = metadata.types[ALIGNMENT_KEY][0], metadata[ALIGNMENT_KEY]
-    if type != ValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
-        raise cursor.error(f"{ALIGNMENT_KEY} is not a power of two of type UINT32")
-    return int(alignment)
+    alignment = int.from_bytes(cursor.data[span.start + 4 : span.start + 8], "little")
+    if span.type != ValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
+        raise cursor.error(f"{ALIGNMENT_KEY} is not a power of two of type UINT32", span.start)
+    return alignment
 
 
-def _read_layout(cursor: Cursor, what: str) -> tuple[TensorType, tuple[int, ...], int]:
-    """The type, shape and relative offset of a tensor."""
+def _read_layouts(cursor: Cursor, count: int) -> dict[str, _Layout]:
+    cursor.require(count * MIN_TENSOR_BYTES, f"the description of {count} tensors")
+    layouts: dict[str, _Layout] = {}
+    for _ in range(count):
+        start = cursor.position
+        name = cursor.string("a tensor name")
+        if name in layouts:
+            raise cursor.error(f"there are two tensors named {quote(name)}", start)
+        layouts[name] = _Layout(*_read_shape(cursor, f"tensor {quote(name)}"), cursor.u64("a tensor offset"), start)
+    return layouts
+
+
+def _read_shape(cursor: Cursor, what: str) -> tuple[TensorType, tuple[int, ...]]:
     n_dims = cursor.u32(what)
     if n_dims > MAX_DIMS:
         raise cursor.error(f"{what} has {n_dims} dimensions, more than {MAX_DIMS}", cursor.position - 4)
@@ -199,4 +214,4 @@ def _read_layout(cursor: Cursor, what: str) -> tuple[TensorType, tuple[int, ...]
     row = ne[0] if ne else 1
     if row % block_size:
         raise cursor.error(f"{what} has rows of {row} weights, not whole {type.name} blocks of {block_size}")
-    return type, tuple(reversed(ne)), cursor.u64(what)
+    return type, tuple(reversed(ne))

@@ -55,6 +55,11 @@ DTYPES: dict[ValueType, np.dtype[Any]] = {
 MAX_ARRAY_DEPTH = 16
 
 
+# The least that they take in a file, so that a count can be checked before it is acted upon.
+MIN_PAIR_BYTES = 8 + 4 + 1  # length of the key, type, value
+MIN_ARRAY_BYTES = 4 + 8  # type of the items, count
+
+
 class Span(NamedTuple):
     """Where a value lies: its type code at `start`, the value after it, up to `end`."""
 
@@ -94,7 +99,7 @@ def _skip_value(cursor: Cursor, type: ValueType, what: str, depth: int = 1) -> V
     if item_type == ValueType.STRING:
         cursor.skip_strings(count, what)
     elif item_type == ValueType.ARRAY:
-        cursor.require(12 * count, what)
+        cursor.require(count * MIN_ARRAY_BYTES, what)
         for _ in range(count):
             _skip_value(cursor, item_type, what, depth + 1)
     else:

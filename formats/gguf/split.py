@@ -30,11 +30,11 @@ def open_parts(path: Path) -> list[GGUFFile]:
     no = _integer(first, SPLIT_NO, 0)
     match = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name, re.DOTALL)
     prefix = match[1] if match else "MODEL"
+    first_name = part_name(prefix, 0, count)
     if no != 0:
-        reason = f"this is part {no + 1} of {count}: name the first part, {part_name(prefix, 0, count)}"
-        raise FormatError(path, reason)
-    if path.name != part_name(prefix, 0, count):
-        raise FormatError(path, f"this is the first of {count} parts: name it {part_name(prefix, 0, count)}")
+        raise FormatError(path, f"this is part {no + 1} of {count}: name the first part, {first_name}")
+    if path.name != first_name:
+        raise FormatError(path, f"this is the first of {count} parts, and is to be called {first_name}")
     parts = [first]
     for no in range(1, count):
         part_path = path.with_name(part_name(prefix, no, count))

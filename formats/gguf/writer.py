@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -43,7 +44,6 @@ class GGUFWriter:
             raise ValueError(f"GGUF version {version} cannot be written, only versions 2 and 3")
         self.path = Path(path)
         self.version = version
-        self.alignment = DEFAULT_ALIGNMENT  # the metadata `general.alignment`, if that is set
         self._metadata: dict[str, bytes] = {}
         self._tensors: dict[str, _Tensor] = {}
         self._unwritten: list[_Tensor] = []  # the next one last
@@ -62,27 +62,27 @@ class GGUFWriter:
         for key in reader.metadata:
             if len(reader.parts) == 1 or key not in SPLIT_KEYS:
                 writer._metadata[key] = reader.parts[0].metadata.encoded(key)
-        writer.alignment = reader.alignment
         return writer
+
+    @property
+    def alignment(self) -> int:
+        """In bytes; set it as the metadata `general.alignment`, before the first tensor is added."""
+        encoded = self._metadata.get(ALIGNMENT_KEY)
+        return int.from_bytes(encoded[4:], "little") if encoded else DEFAULT_ALIGNMENT
 
     def set_metadata(self, key: str, value: Any, type: ValueType, item_type: ValueType | None = None) -> None:
         """Add a value, or put it in the place of the one that the key has.
 
         item_type: of the items of an array. The items of arrays within an array are NumPy arrays or lists of strings.
         """
-        self._check_header_open()
-        encoded = encode_value(value, type, item_type)
-        if key == ALIGNMENT_KEY:
-            if self._tensors:
-                raise ValueError(f"{ALIGNMENT_KEY} must be set before tensors are added")
-            if type != ValueType.UINT32 or value < 1 or value & (value - 1):
-                raise ValueError(f"{ALIGNMENT_KEY} must be a power of two of type UINT32, not {value}")
-            self.alignment = value
-        self._metadata[key] = encoded
+        self._check_settable(key)
+        if key == ALIGNMENT_KEY and (type != ValueType.UINT32 or value < 1 or value & (value - 1)):
+            raise ValueError(f"{key} must be a power of two of type UINT32, not {value}")
+        self._metadata[key] = encode_value(value, type, item_type)
 
     def remove_metadata(self, key: str) -> None:
         """Take a value out. Raises KeyError if there is none."""
-        self._check_header_open()
+        self._check_settable(key)
         del self._metadata[key]
 
     def add_tensor(self, name: str, type: TensorType, shape: tuple[int, ...]) -> None:
@@ -104,15 +104,17 @@ class GGUFWriter:
         Tensors are written in the order in which they were added, each whole before the next begins.
         """
         file = self._begin()
+        view = memoryview(data)
+        if view.nbytes == 0:  # all there is of a tensor without weights, which counts as written from the start
+            return
         if not self._unwritten or self._unwritten[-1].name != name:
             expected = quote(self._unwritten[-1].name) if self._unwritten else "none"
             raise ValueError(f"tensor {quote(name)} is not the next to be written, which is {expected}")
         tensor = self._unwritten[-1]
-        piece = memoryview(data).cast("B")
-        if tensor.written + len(piece) > tensor.n_bytes:
+        if tensor.written + view.nbytes > tensor.n_bytes:
             raise ValueError(f"tensor {quote(name)} has {tensor.n_bytes} bytes, and more were written")
-        file.write(piece)
-        tensor.written += len(piece)
+        file.write(view.cast("B"))
+        tensor.written += view.nbytes
         self._finish_tensors(file)
 
     def copy_tensors(self, reader: GGUFReader) -> None:
@@ -124,10 +126,7 @@ class GGUFWriter:
         self._check_header_open()
         source = reader.parts[0]
         if len(reader.parts) > 1 or self.alignment != source.alignment or self._tensors:
-            for tensor in reader.tensors.values():
-                self.add_tensor(tensor.name, tensor.type, tensor.shape)
-            for tensor in reader.tensors.values():
-                self.write_tensor(tensor.name, tensor.raw)
+            self._append_tensors(reader.tensors.values())
             return
         for tensor in source.tensors.values():
             offset, n_bytes = tensor.offset - source.data_start, tensor.n_bytes
@@ -139,6 +138,12 @@ class GGUFWriter:
             start = file.seek(source.header_end)
             file.truncate()
         file.write(memoryview(source.data)[start:])
+
+    def _append_tensors(self, tensors: Collection[TensorInfo]) -> None:
+        for tensor in tensors:
+            self.add_tensor(tensor.name, tensor.type, tensor.shape)
+        for tensor in tensors:
+            self.write_tensor(tensor.name, tensor.raw)
 
     def close(self) -> None:
         """Complete the file and give it its name. Raises ValueError if a tensor has not been written in full."""
@@ -176,10 +181,15 @@ class GGUFWriter:
         if self._file is not None or self._finished:
             raise ValueError("the header is written already: metadata and tensors are added before the first data")
 
+    def _check_settable(self, key: str) -> None:
+        self._check_header_open()
+        if key == ALIGNMENT_KEY and self._tensors:
+            raise ValueError(f"{key} cannot change once tensors are added: their offsets depend on it")
+
     def _begin(self) -> BinaryIO:
         """Open the file and write the header, the first time."""
         if self._finished:
-            raise ValueError("the file is complete already")
+            raise ValueError("the file is closed")
         if self._file is None:
             self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
             self._file.write(self._header())
@@ -206,8 +216,10 @@ class GGUFWriter:
             self._pad(file)
 
     def _pad(self, file: BinaryIO) -> None:
-        position = file.tell()
-        file.write(bytes(align(position, self.alignment) - position))
+        """Fill up with zeros."""
+        end = align(file.tell(), self.alignment)
+        file.truncate(end)
+        file.seek(end)
 
 
 def write_split(reader: GGUFReader, prefix: str | os.PathLike[str], max_bytes: int) -> list[Path]:
@@ -231,8 +243,5 @@ def write_split(reader: GGUFReader, prefix: str | os.PathLike[str], max_bytes: i
             writer.set_metadata(SPLIT_NO, no, ValueType.UINT16)
             writer.set_metadata(SPLIT_COUNT, len(groups), ValueType.UINT16)
             writer.set_metadata(SPLIT_TENSORS, len(reader.tensors), ValueType.INT32)
-            for tensor in group:
-                writer.add_tensor(tensor.name, tensor.type, tensor.shape)
-            for tensor in group:
-                writer.write_tensor(tensor.name, tensor.raw)
+            writer._append_tensors(group)
     return paths
