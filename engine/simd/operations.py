@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import njit  # float32: a kernel's literals are float64 without it
+from numba import float32 as float32  # for kernels: their literals would be float64 without it
+from numba import njit
 from numba.core import types
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_builtin
