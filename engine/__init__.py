@@ -1,0 +1,59 @@
+"""Runs GGUF models: load one, talk to it, or ask it for logits.
+
+    from qrun.engine import Model
+
+    with Model.load("model.gguf") as model:
+        for piece in model.chat([{"role": "user", "content": "Hi"}]):
+            print(piece, end="")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qrun.engine.chat_template import ChatTemplate
+    from qrun.engine.errors import ContextOverflow, GenerationCancelled
+    from qrun.engine.generation import Generation, GenerationStats, Piece
+    from qrun.engine.model import Model
+    from qrun.engine.sampling_options import SamplingOptions
+    from qrun.engine.session import Session
+    from qrun.engine.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "ContextOverflow",
+    "Generation",
+    "GenerationCancelled",
+    "GenerationStats",
+    "Model",
+    "Piece",
+    "SamplingOptions",
+    "Session",
+    "Tokenizer",
+]
+
+# Imported when first asked for, so that nobody waits for what they do not use.
+_MODULES = {
+    "ChatTemplate": "chat_template",
+    "ContextOverflow": "errors",
+    "Generation": "generation",
+    "GenerationCancelled": "errors",
+    "GenerationStats": "generation",
+    "Model": "model",
+    "Piece": "generation",
+    "SamplingOptions": "sampling_options",
+    "Session": "session",
+    "Tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

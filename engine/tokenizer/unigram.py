@@ -9,6 +9,7 @@ score, 3: type}; TrainerSpec {3: model_type, 35: byte_fallback}; NormalizerSpec 
 from collections.abc import Callable
 
 import numpy as np
+
 from qrun.engine.tokenizer.vocabulary import PieceType, Vocabulary
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType

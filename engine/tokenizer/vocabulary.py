@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qrun.engine.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from qrun.formats import FormatError, GGUFReader
 

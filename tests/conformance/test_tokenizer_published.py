@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qrun.engine.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data" / "tokenizer"

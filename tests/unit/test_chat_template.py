@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from qrun.engine.chat_template import ChatTemplate, ChatTemplateError
 from qrun.formats import FormatError
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qrun.engine.tokenizer import Tokenizer
 from qrun.engine.tokenizer.vocabulary import PieceType, Vocabulary
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from qrun.engine.tokenizer import Tokenizer
 from qrun.engine.tokenizer.vocabulary import KINDS, Vocabulary
 from qrun.formats import FormatError

@@ -1,9 +1,10 @@
 """How texts are cut into words, per family."""
 
 import pytest
-from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence, Split
+
+from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 
 TEXT = "It's 12345 été  ÉTÉs\n\n x=camelCase; 你好かな"
 

@@ -1,0 +1,58 @@
+# `make chat` and `make test` need nothing but Python 3.11 or newer (with venv) and a package index.
+# Both keep all they make in .venv, and install again only when the packaging or the set of files has changed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python on the path that runs and is new enough.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$python; break; fi; done)
+# A strict editable install links the files that there are: a new file needs a new install.
+DIGEST := $(shell (find engine formats models cli -name '*.py' -o -name py.typed | sort; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
+TESTING := $(VENV)/installed-testing-$(DIGEST)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
+WORKERS ?= 2
+
+.PHONY: help chat test docs clean
+
+help:
+	@echo "make chat   install, fetch the default model, talk with it"
+	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make docs   write the generated parts of the documentation anew"
+	@echo "make clean  delete what these made, but no models"
+
+chat: $(RUNTIME)
+	@$(BIN)/qrun chat
+
+test: $(TESTING)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+docs: $(RUNTIME)
+	@$(BIN)/python -m qrun.cli.docs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/made:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \
+		"name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..." >&2
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) </dev/null
+	@touch $@
+
+# Standard input is the chat's: nothing here may read from it.
+$(RUNTIME): | $(VENV)/made
+	@echo "Installing qrun into $(VENV) ..." >&2
+	@rm -rf $(VENV)/installed-* build
+	@$(PIP_INSTALL) --editable . </dev/null
+	@touch $@
+
+$(TESTING): | $(VENV)/made
+	@echo "Installing qrun and its tests' needs into $(VENV) ..." >&2
+	@rm -rf $(VENV)/installed-* build
+	@$(PIP_INSTALL) --editable '.[test]' </dev/null
+	@touch $@ $(RUNTIME)

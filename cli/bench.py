@@ -1,0 +1,129 @@
+"""`qrun bench`: tokens per second, by the procedure of the common benchmarks of GGUF engines."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrun.cli.options import cache_type_option, model_argument, threads_option
+
+if TYPE_CHECKING:
+    from qrun.engine.runtime import Runtime
+
+
+@click.command()
+@model_argument()
+@threads_option()
+@click.option("-p", "--prompt", type=click.IntRange(min=0), default=512, show_default=True, metavar="TOKENS",
+              help="Tokens of the prompt; 0 leaves prompts out.")  # fmt: skip
+@click.option("-n", "--gen", type=click.IntRange(min=0), default=64, show_default=True, metavar="TOKENS",
+              help="Tokens to generate one by one; 0 leaves generation out.")  # fmt: skip
+@click.option("-r", "--reps", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Repetitions; the best counts. One more goes before them as a warm-up.")  # fmt: skip
+@click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, metavar="TOKENS",
+              help="Tokens in the cache already.")  # fmt: skip
+@click.option("--seqs", type=click.IntRange(min=1), default=1, show_default=True, metavar="SEQUENCES",
+              help="Also measure so many sequences that are decoded together.")  # fmt: skip
+@cache_type_option()
+@click.option("--json", "as_json", is_flag=True, help='Print {"pp512": tokens/s, "tg64": tokens/s, ...} last.')
+def command(
+    model: str,
+    threads: int | None,
+    prompt: int,
+    gen: int,
+    reps: int,
+    depth: int,
+    seqs: int,
+    cache_type: str,
+    as_json: bool,
+) -> None:
+    """Measure tokens per second: reading a prompt (pp) and generating (tg), the best of the repetitions.
+
+    Every repetition begins with an empty cache. Sampling and tokenizing are not part of it.
+
+    \b
+    Examples:
+      qrun bench model.gguf
+      qrun bench model.gguf -t 2 -p 512 -n 64 -r 3 --json
+      qrun bench model.gguf --depth 2048 --seqs 4
+    """
+    from qrun.cli.loading import open_runtime
+    from qrun.models.catalog import resolve
+
+    context = depth + max(prompt, gen) + 8
+    with open_runtime(resolve(model), threads=threads, context=context, cache_type=cache_type) as runtime:
+        best = measure(runtime, prompt, gen, reps, depth, seqs)
+        n_threads = runtime.threads
+    if as_json:
+        click.echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
+        return
+    for name, speed in best.items():
+        click.echo(f"{name:<10}{speed:>10.2f} tokens/s")
+    click.echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
+
+
+def bench_tokens(n_vocab: int, count: int) -> list[int]:
+    """The token ids that are measured with: spread over the vocabulary, none of them special in common models."""
+    usable = min(n_vocab - 300, 40000)
+    if usable < 1:  # a toy model
+        return [i * 7919 % n_vocab for i in range(count)]
+    return [i * 7919 % usable + 100 for i in range(count)]
+
+
+def measure(runtime: Runtime, prompt: int, gen: int, reps: int, depth: int, seqs: int) -> dict[str, Any]:
+    """Best tokens per second over `reps` repetitions after one warm-up, by name: pp512, tg64, tg64x4."""
+    tokens = bench_tokens(runtime.n_vocab, max(prompt, gen, depth, 1))
+    best: dict[str, Any] = {}
+
+    def keep(name: str, count: int, seconds: float) -> None:
+        best[name] = max(best.get(name, 0.0), round(count / seconds, 2))
+
+    for repetition in range(reps + 1):
+        counts = repetition > 0  # the first is the warm-up
+        if prompt:
+            seconds = _time_prompt(runtime, tokens[:prompt], tokens[:depth])
+            if counts:
+                keep(f"pp{prompt}", prompt, seconds)
+        if gen:
+            seconds = _time_generation(runtime, tokens[:gen], tokens[:depth])
+            if counts:
+                keep(f"tg{gen}", gen, seconds)
+        if gen and seqs > 1:
+            seconds = _time_together(runtime, tokens[:gen], seqs)
+            if counts:
+                keep(f"tg{gen}x{seqs}", gen * seqs, seconds)
+    return best
+
+
+def _time_prompt(runtime: Runtime, tokens: list[int], before: list[int]) -> float:
+    with closing(runtime.sequence()) as sequence:
+        if before:
+            runtime.evaluate(sequence, before)
+        start = time.perf_counter()
+        runtime.evaluate(sequence, tokens)
+        return time.perf_counter() - start
+
+
+def _time_generation(runtime: Runtime, tokens: list[int], before: list[int]) -> float:
+    with closing(runtime.sequence()) as sequence:
+        if before:
+            runtime.evaluate(sequence, before)
+        start = time.perf_counter()
+        for token in tokens:
+            runtime.evaluate(sequence, [token])
+        return time.perf_counter() - start
+
+
+def _time_together(runtime: Runtime, tokens: list[int], seqs: int) -> float:
+    sequences = [runtime.sequence() for _ in range(seqs)]
+    start = time.perf_counter()
+    for token in tokens:
+        runtime.evaluate_together(sequences, [token] * seqs)
+    seconds = time.perf_counter() - start
+    for sequence in sequences:
+        sequence.close()
+    return seconds

@@ -1,0 +1,63 @@
+"""`qrun chat`: a conversation, at a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrun.cli.options import loading_options, model_argument, sampling_options
+
+if TYPE_CHECKING:
+    from qrun.cli.conversation import Conversation
+
+
+@click.command()
+@model_argument(required=False)
+@click.option("--system", metavar="TEXT", help="The system prompt: what the model is to be or to do.")
+@loading_options
+@sampling_options
+def command(model: str | None, system: str | None, loading: dict[str, Any], sampling: dict[str, Any]) -> None:
+    """Talk with a model.
+
+    Without MODEL, with the default one, which is fetched when it is first needed. At a terminal, /help lists the
+    commands and Ctrl-C stops an answer. Where standard input is not a terminal, each line is a turn and only the
+    answers are printed.
+
+    \b
+    Examples:
+      qrun chat
+      qrun chat model.gguf --system "You answer in one sentence."
+      qrun chat model.gguf --temperature 0 --seed 1 --ctx 8192 --cache-type q8_0
+      echo "What is the capital of France?" | qrun chat
+    """
+    from qrun.cli.console import notice
+    from qrun.cli.conversation import Conversation
+    from qrun.cli.loading import default_model, load_model, with_tokenizer
+
+    with load_model(model or default_model(), loading) as loaded:
+        if text := with_tokenizer(loaded).chat_notice:
+            notice(text)
+
+        def on_forget(n_messages: int) -> None:
+            notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
+
+        with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
+            if sys.stdin.isatty():
+                from qrun.cli.repl import Repl
+
+                Repl(conversation).run()
+            else:
+                answer_lines(conversation)
+
+
+def answer_lines(conversation: Conversation) -> None:
+    """Takes each line of standard input as a turn; prints the answers."""
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        for piece in conversation.answer(line.rstrip("\n")):
+            click.echo(piece, nl=False)
+        click.echo()

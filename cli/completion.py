@@ -1,0 +1,29 @@
+"""`qrun completion`: the script that makes a shell complete qrun's commands, options and models."""
+
+from __future__ import annotations
+
+import click
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_QRUN_COMPLETE"  # the variable that click looks for in a program called qrun
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def command(shell: str) -> None:
+    """Print the completion script of SHELL.
+
+    \b
+    Examples:
+      qrun completion bash >> ~/.bashrc
+      qrun completion zsh  >> ~/.zshrc
+      qrun completion fish > ~/.config/fish/completions/qrun.fish
+    """
+    from click.shell_completion import ShellComplete, get_completion_class
+
+    from qrun.cli.main import cli
+
+    completer = get_completion_class(shell)
+    assert completer is not None
+    # the base class's source(): bash's own begins by running bash to see how old it is
+    click.echo(ShellComplete.source(completer(cli, {}, "qrun", VARIABLE)))

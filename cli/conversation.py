@@ -1,0 +1,186 @@
+"""A conversation with a model: its messages, its session, and what goes when the context is full. No terminal here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qrun.engine import Model
+    from qrun.engine.generation import GenerationStats
+
+Message = dict[str, str]
+SAVED_FORMAT = "qrun conversation 1"
+
+
+class Conversation:
+    """Turns between a user and a model, of which the model's session computes only what is new.
+
+    `sampling` are options of SamplingOptions. `on_forget(n)` is called when n messages have been dropped because the
+    context was full.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        system: str | None = None,
+        sampling: dict[str, Any] | None = None,
+        on_forget: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.session = model.session()
+        self.sampling = sampling or {}
+        self.on_forget = on_forget or (lambda n: None)
+        self.messages: list[Message] = []
+        self.last_stats: GenerationStats | None = None
+        self.stop_reason: str | None = None
+        # the text of the last prompt with its answer, and the tokens that the session holds for it
+        self._known: tuple[str, list[int]] = ("", [])
+        if system:
+            self.set_system(system)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self.messages[0]["content"] if self._first_turn else None
+
+    @property
+    def _first_turn(self) -> int:
+        return int(bool(self.messages) and self.messages[0]["role"] == "system")
+
+    def set_system(self, text: str | None) -> None:
+        """Replaces the system prompt; None or an empty text removes it."""
+        system = [{"role": "system", "content": text}] if text else []
+        self.messages[: self._first_turn] = system
+
+    def clear(self) -> None:
+        """Forgets all turns; the system prompt stays."""
+        del self.messages[self._first_turn :]
+        self._known = ("", [])
+        self.session.clear()
+
+    def close(self) -> None:
+        """Frees the session."""
+        self.session.close()
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The model's answer to a user's turn, in pieces. Both become part of the conversation.
+
+        A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace. Raises
+        ContextOverflow where the turn does not fit into the context even alone.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        reply, reply_tokens = "", list[int]()
+        budget = self.sampling.get("max_tokens")
+        try:
+            while True:
+                prompt_text, prompt = self._fitting_prompt(len(reply_tokens))
+                options = self.sampling if budget is None else self.sampling | {"max_tokens": budget}
+                generation = self.session.generate(prompt + reply_tokens, **options)
+                try:
+                    for piece in generation:
+                        reply += piece
+                        yield piece
+                finally:
+                    reply_tokens += generation.tokens
+                    self._known = self._known_after(prompt_text, prompt, reply, reply_tokens)
+                    self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
+                if budget is not None:
+                    budget -= len(generation.tokens)
+                # the context became full in the middle of the answer: drop the oldest turns, go on
+                if generation.stop_reason != "context" or budget == 0 or not self._forget_oldest():
+                    break
+                self.on_forget(2)
+        finally:
+            if reply:
+                self.messages.append({"role": "assistant", "content": reply})
+            else:
+                self.messages = before
+
+    def _fitting_prompt(self, n_reply: int) -> tuple[str, list[int]]:
+        """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer.
+
+        Room is a quarter of the context, or max_tokens if that is less. Once turns have to go, they go until the
+        prompt is down to half of the context: every drop costs a new reading of what is left.
+        """
+        context = self.model.context
+        room = min(self.sampling.get("max_tokens") or context, context // 4)
+        text, tokens = self._prompt()
+        forgotten = 0
+        if len(tokens) + n_reply + room > context:
+            while len(tokens) + n_reply > context // 2 and self._forget_oldest():
+                forgotten += 2
+                text, tokens = self._prompt()
+        if forgotten and len(tokens) + n_reply <= context:
+            self.on_forget(forgotten)
+        return text, tokens
+
+    def _forget_oldest(self) -> bool:
+        """Drops the oldest user turn and its answer; False where only the newest turn is left."""
+        first = self._first_turn
+        if len(self.messages) - first < 3:
+            return False
+        del self.messages[first : first + 2]
+        return True
+
+    def _prompt(self) -> tuple[str, list[int]]:
+        """The rendered conversation and its tokens.
+
+        Where the text goes on from the last answer, the tokens do too: the model's own tokens stand for its answers
+        then, whatever the tokenizer would make of their text, and the session need not read them again.
+        """
+        assert self.model.chat_template is not None
+        text = self.model.chat_template.render(self.messages, add_generation_prompt=True)
+        known_text, known_tokens = self._known
+        if known_tokens and text.startswith(known_text):
+            rest = self.model.tokenize(text[len(known_text) :], add_special=False, parse_special=True)
+            # the end of the answer's turn is a token of its own, so that text can be cut there
+            if self.model.tokenizer and rest[:1] and rest[0] in self.model.tokenizer.stop_ids:
+                return text, known_tokens + rest
+        return text, self.model.template_tokens(text)
+
+    def _known_after(
+        self, prompt_text: str, prompt: list[int], reply: str, reply_tokens: list[int]
+    ) -> tuple[str, list[int]]:
+        """What is known after an answer: with it if its tokens spell its text (a stop string cuts it), else without."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        spelt = b"".join(map(tokenizer.token_bytes, reply_tokens)).decode("utf-8", "replace")
+        if spelt != reply:
+            return prompt_text, prompt
+        return prompt_text + reply, prompt + reply_tokens
+
+    def save(self, path: Path) -> list[Path]:
+        """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths."""
+        state = path.with_suffix(".npz")
+        text, tokens = self._known
+        saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": text, "tokens": tokens}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(saved, ensure_ascii=False, indent=1), encoding="utf-8")
+        self.session.save(state)
+        return [path, state]
+
+    def load(self, path: Path) -> bool:
+        """Takes up a saved conversation. Returns whether the state came with it, so that nothing is read again.
+
+        Raises OSError, or ValueError where the file is no saved conversation; the conversation is unchanged then.
+        """
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
+            known = (str(saved["text"]), [int(token) for token in saved["tokens"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a saved conversation") from error
+        state = path.with_suffix(".npz")
+        self.messages = messages
+        self._known = ("", [])
+        try:
+            self.session.load(state)
+        except (OSError, ValueError):  # gone, damaged, or of another model: the messages are enough
+            self.session.clear()
+            return False
+        self._known = known
+        return True

@@ -1,0 +1,216 @@
+"""`qrun info`: what a model file holds, and the memory that it takes to run it. Loads and compiles nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrun.cli.options import CACHE_TYPES, model_argument
+
+if TYPE_CHECKING:
+    from qrun.formats import FormatError, GGUFReader
+    from qrun.models import Graph
+
+# Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
+WORKING_BYTES = 250_000_000
+# A window's pages are given back one whole page at a time, and the rows of a step come in before others go.
+WINDOW_SLACK = 512
+# a value of a quantized cache: blocks of 32 with a float16 scale
+CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+
+@click.command()
+@model_argument()
+@click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS", help="The context for which memory is counted.",
+              show_default="the model's own")  # fmt: skip
+@click.option("--tensors", is_flag=True, help="List every tensor too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: str, ctx: int | None, tensors: bool, as_json: bool) -> None:
+    """Show what a model file holds, and the memory that it needs against what this machine has.
+
+    \b
+    Examples:
+      qrun info model.gguf
+      qrun info model.gguf --ctx 4096
+      qrun info model.gguf --tensors
+      qrun info model.gguf --json
+    """
+    from qrun.cli.machine import memory
+    from qrun.formats import FormatError, GGUFReader
+    from qrun.models import build_graph
+    from qrun.models.catalog import resolve
+
+    unsupported: FormatError | None = None
+    with GGUFReader(resolve(model)) as reader:
+        facts = describe(reader, tensors)
+        try:
+            graph = build_graph(reader, ctx)
+        except FormatError as error:  # what the file holds is worth showing all the same
+            unsupported = error
+        else:
+            context = ctx or graph.context_length
+            needs = {kind: memory_needed(graph, facts["file_bytes"], context, kind) for kind in CACHE_TYPES}
+            has = memory()
+            facts["memory"] = {
+                "context": context,
+                "needed": {kind: need.as_dict() for kind, need in needs.items()},
+                "machine": {"total": has.total, "available": has.available},
+            }
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        show(facts)
+    if unsupported:
+        raise unsupported
+
+
+def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
+    """All that the file says about itself, ready for JSON."""
+    metadata = reader.metadata
+    architecture = str(metadata.get("general.architecture", "unknown"))
+    sizes: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    parameters = 0
+    for tensor in reader.tensors.values():
+        sizes[tensor.type.name] += tensor.n_bytes
+        numbers[tensor.type.name] += 1
+        parameters += math.prod(tensor.shape)
+    tensor_bytes = sum(sizes.values())
+
+    def of_architecture(key: str) -> Any:
+        value: Any = metadata.get(f"{architecture}.{key}")
+        return value.tolist() if hasattr(value, "tolist") else value  # an array, with a number for each layer
+
+    facts: dict[str, Any] = {
+        "name": metadata.get("general.name"),
+        "licence": metadata.get("general.license"),
+        "files": [str(path) for path in reader.files],
+        "file_bytes": sum(path.stat().st_size for path in reader.files),
+        "gguf_version": reader.version,
+        "architecture": architecture,
+        "parameters": parameters,
+        "bits_per_weight": round(tensor_bytes * 8 / parameters, 2) if parameters else None,
+        "tensor_types": {
+            name: {"tensors": numbers[name], "bytes": n_bytes} for name, n_bytes in sizes.most_common()
+        },
+        "context_length": of_architecture("context_length"),
+        "layers": of_architecture("block_count"),
+        "embedding_length": of_architecture("embedding_length"),
+        "heads": of_architecture("attention.head_count"),
+        "kv_heads": of_architecture("attention.head_count_kv"),
+        "experts": of_architecture("expert_count"),
+        "tokenizer": {
+            "model": metadata.get("tokenizer.ggml.model"),
+            "pre": metadata.get("tokenizer.ggml.pre"),
+            "tokens": vocabulary_size(reader),
+        },
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }  # fmt: skip
+    if with_tensors:
+        facts["tensors"] = [
+            {"name": name, "type": tensor.type.name, "shape": list(tensor.shape), "bytes": tensor.n_bytes}
+            for name, tensor in reader.tensors.items()
+        ]
+    return facts
+
+
+def vocabulary_size(reader: GGUFReader) -> int | None:
+    """Tokens in the file's vocabulary, without decoding them."""
+    if "tokenizer.ggml.tokens" not in reader.metadata:
+        return None
+    return len(reader.raw_strings("tokenizer.ggml.tokens"))
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes."""
+
+    file: int
+    cache: int
+    working: int = WORKING_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.file + self.cache + self.working
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
+
+
+def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:
+    """What a model takes with a full context: its file, mapped, the keys and values, and about 250 MB besides.
+
+    A layer with a sliding window keeps the window's positions only.
+    """
+    values = 0
+    for layer in graph.cache_layers:
+        positions = context if layer.window is None else min(context, layer.window + WINDOW_SLACK)
+        values += positions * layer.n_kv_heads * (layer.head_dim_k + layer.head_dim_v)
+    return MemoryNeed(file_bytes, round(values * CACHE_VALUE_BYTES[cache_type]))
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Prints the facts for a reader."""
+    from qrun.cli.console import human_bytes, human_count, printable
+
+    def line(label: str, *parts: Any) -> None:
+        known = [str(part) for part in parts if part not in (None, "")]
+        if known:
+            click.echo(printable(f"{label:<16}{', '.join(known)}".replace("\n", " ")))
+
+    def counted(key: str, unit: str) -> str | None:
+        value = facts[key]
+        if value is None:
+            return None
+        if isinstance(value, list):
+            value = f"{min(value)} to {max(value)}"
+        return f"{value} {unit}"
+
+    line("name", facts["name"])
+    more = len(facts["files"]) - 1
+    line("file", facts["files"][0] + (f" and {more} more" if more else ""), human_bytes(facts["file_bytes"]),
+         f"GGUF {facts['gguf_version']}")  # fmt: skip
+    line("licence", facts["licence"])
+    line("architecture", facts["architecture"], counted("layers", "layers"), counted("embedding_length", "wide"),
+         counted("heads", "heads"), counted("kv_heads", "of keys and values"),
+         counted("experts", "experts") if facts["experts"] else None)  # fmt: skip
+    line("parameters", human_count(facts["parameters"]),
+         facts["bits_per_weight"] and f"{facts['bits_per_weight']} bits per weight")  # fmt: skip
+    line("context", counted("context_length", "tokens"))
+    tokenizer = facts["tokenizer"]
+    if tokenizer["model"] in (None, "none"):
+        line("tokenizer", "none in the file")
+    else:
+        line("tokenizer", tokenizer["model"], tokenizer["pre"], f"{tokenizer['tokens']} tokens")
+    template = facts["chat_template"]
+    line("chat template", f"{len(template)} characters" if template else "none in the file")
+    for name, held in facts["tensor_types"].items():
+        line("  " + name, f"{held['tensors']} tensors", human_bytes(held["bytes"]))
+    if "memory" in facts:
+        show_memory(facts["memory"])
+    for tensor in facts.get("tensors", ()):
+        shape = " x ".join(map(str, tensor["shape"]))
+        click.echo(printable(f"{tensor['type']:<8}{shape:<24}{human_bytes(tensor['bytes']):>9}  {tensor['name']}"))
+
+
+def show_memory(memory: dict[str, Any]) -> None:
+    """Prints the table of what is needed, and what there is."""
+    from qrun.cli.console import human_bytes
+
+    click.echo(f"memory          with {memory['context']} tokens of context")
+    click.echo(f"  {'cache type':<14}{'file':>10}{'cache':>10}{'working':>10}{'in all':>10}")
+    available = memory["machine"]["available"] or memory["machine"]["total"]
+    for kind, need in memory["needed"].items():
+        row = "".join(f"{human_bytes(need[part]):>10}" for part in ("file", "cache", "working", "total"))
+        fits = "" if available is None else "  fits" if need["total"] <= available else "  does not fit"
+        click.echo(f"  {kind:<14}{row}{fits}")
+    if total := memory["machine"]["total"]:
+        free = memory["machine"]["available"]
+        click.echo(f"this machine    {human_bytes(total)}" + (f", {human_bytes(free)} of it available" if free else ""))

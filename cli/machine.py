@@ -1,0 +1,67 @@
+"""What memory this machine has, by the operating system's own word."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; None where the system does not say."""
+
+    total: int | None
+    available: int | None
+
+
+def memory() -> Memory:
+    """The machine's memory, or what a container's limit leaves of it."""
+    if sys.platform == "win32":
+        return _windows()
+    if sys.platform == "darwin":
+        with suppress(OSError, ValueError, subprocess.SubprocessError):
+            answer = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, timeout=5)
+            return Memory(int(answer.stdout), None)
+        return Memory(None, None)
+    return _linux(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+
+
+def _linux(meminfo: Path, cgroup: Path) -> Memory:
+    fields: dict[str, int] = {}
+    with suppress(OSError, ValueError):
+        for line in meminfo.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if rest.endswith(" kB"):
+                fields[name] = int(rest.split()[0]) * 1024
+    total, available = fields.get("MemTotal"), fields.get("MemAvailable")
+    with suppress(OSError, ValueError):  # cgroup v2; "max" (no limit) is the ValueError
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        if total is None or limit < total:
+            total = limit
+            available = limit - used if available is None else min(available, limit - used)
+    return Memory(total, available)
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in
+          ("total", "available", "total_page", "available_page", "total_virtual", "available_virtual", "extended")),
+    )  # fmt: skip
+
+
+def _windows() -> Memory:
+    status = _MemoryStatus()
+    status.length = ctypes.sizeof(status)
+    library = getattr(ctypes, "windll").kernel32  # noqa: B009 (mypy knows this name on Windows only)
+    if not library.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return Memory(None, None)
+    return Memory(status.total, status.available)

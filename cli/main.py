@@ -1,0 +1,115 @@
+"""The command `qrun`: finds the command's own file when it is asked for, and turns every error into one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+# name -> what it does; each command lives in the file of its name, imported only when it is asked for
+COMMANDS = {
+    "chat": "Talk with a model.",
+    "run": "Complete a prompt.",
+    "info": "Show what a model file holds and needs.",
+    "tokenize": "Show the tokens of a text.",
+    "bench": "Measure tokens per second.",
+    "perplexity": "Measure how well a model predicts a text.",
+    "pull": "Fetch a model into the store.",
+    "list": "List the models in the store.",
+    "rm": "Delete a model from the store.",
+    "completion": "Print the shell's completion script.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported one at a time, so that `qrun --help` imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"qrun.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"qrun {version('qrun-gguf')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    name="qrun",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="MODEL is a path, a name from the catalog or the store, or the first file of a split model.",
+)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version,
+              help="Show the version and exit.")  # fmt: skip
+def cli() -> None:
+    """Run language models from GGUF files on this machine's CPU.
+
+    \b
+    Examples:
+      qrun chat                                  talk with the default model
+      qrun run model.gguf "Once upon a time"     complete a text
+      qrun info model.gguf                       what the file holds, what it needs
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as one line that begins with the file where there is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{os.fspath(error.filename)}: {error.strerror or error}"
+    elif isinstance(error, KeyError | LookupError) and error.args:
+        text = str(error.args[0])  # str() of a KeyError is its repr
+    elif isinstance(error, MemoryError):
+        text = f"not enough memory: {error}" if str(error) else "not enough memory"
+    else:
+        text = str(error) or type(error).__name__
+    from qrun.cli.console import printable
+
+    return printable(" ".join(text.split()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what an encoding lacks becomes "?", not an error
+            stream.reconfigure(errors="replace")
+    try:
+        # prog_name: the usage line reads the same whichever way this was started
+        return cli.main(arguments, prog_name="qrun", standalone_mode=False) or 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(err=True)
+        return 130
+    except Exception as error:
+        if os.environ.get("QRUN_DEBUG"):
+            raise
+        from qrun.models.store import NotPulled, PullError
+
+        expected = isinstance(error, OSError | ValueError | MemoryError | NotPulled | PullError)
+        internal = "" if expected else f"internal error: {type(error).__name__}: "
+        click.echo(f"qrun: {internal}{one_line(error)}", err=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Arguments and options that several commands share.
+
+The sampling options are those of `SamplingOptions`, one for each of its fields and spelt like it, so that the command
+line and the API cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from qrun.engine.sampling_options import SamplingOptions
+
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+Command = Callable[..., Any]
+
+
+class ModelName(click.ParamType):
+    """A path, or a name from the catalog or the store; completes all of them."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from qrun.models.catalog import CATALOG
+        from qrun.models.store import stored_models
+
+        names = dict.fromkeys([*CATALOG, *(model.name for model in stored_models())])
+        matching = [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
+        return [*matching, CompletionItem(incomplete, type="file")]
+
+
+class LogitBias(click.ParamType):
+    """ID=BIAS, as a pair."""
+
+    name = "ID=BIAS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = value.partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{value!r} is not a token id, '=' and a number", param, ctx)
+
+
+class Names(click.ParamType):
+    """Several names in one argument, between commas."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
+
+
+def model_argument(**settings: Any) -> Callable[[Command], Command]:
+    """The argument MODEL."""
+    return click.argument("model", type=ModelName(), **settings)
+
+
+# Fields that the command line has no use for: it never shows log probabilities.
+_LEFT_OUT = {"logprobs"}
+
+
+def _field_docs() -> dict[str, str]:
+    """The texts below the fields of SamplingOptions: Python keeps them in the source alone."""
+    docs: dict[str, str] = {}
+    (definition,) = ast.parse(inspect.getsource(SamplingOptions)).body
+    assert isinstance(definition, ast.ClassDef)
+    name = ""
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs[name] = " ".join(str(node.value.value).replace("`", "").split())
+            name = ""
+    return docs
+
+
+def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Callable[[Command], Command]:
+    """The click option of one field. Unset options stay None: their defaults are the model's or the API's."""
+    flag = "--" + field.name.replace("_", "-")
+    default = None if field.default is dataclasses.MISSING or field.default in (None, ()) else field.default
+    settings: dict[str, Any] = {"help": doc, "default": None}
+    if isinstance(default, int | float):
+        settings["show_default"] = f"{default:g}"
+    if field.name == "samplers":
+        return click.option(flag, type=Names(), **settings | {"show_default": ",".join(default or ())})
+    if field.name == "logit_bias":
+        return click.option(flag, type=LogitBias(), multiple=True, **settings)
+    if typing.get_origin(hint) is tuple:
+        if default:
+            settings["show_default"] = " ".join(map(repr, default))
+        return click.option(flag, type=str, multiple=True, metavar="TEXT", **settings)
+    kind = float if hint is float else int
+    return click.option(flag, type=kind, **settings)
+
+
+def _sampling_fields() -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(SamplingOptions) if field.name not in _LEFT_OUT]
+
+
+def sampling_options(function: Command) -> Command:
+    """Adds all sampling options; the command gets those that were given as a dictionary called `sampling`.
+
+    They are checked before the command runs, so that a wrong value does not wait for a model to load.
+    """
+    fields = _sampling_fields()
+    hints = typing.get_type_hints(SamplingOptions)
+    docs = _field_docs()
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        values = {field.name: kwargs.pop(field.name) for field in fields}
+        sampling = {name: value for name, value in values.items() if value is not None and value != ()}
+        if "logit_bias" in sampling:
+            sampling["logit_bias"] = dict(sampling["logit_bias"])
+        SamplingOptions(**sampling)
+        return function(*args, sampling=sampling, **kwargs)
+
+    command: Command = gather
+    for field in reversed(fields):
+        command = _sampling_option(field, hints[field.name], docs.get(field.name, ""))(command)
+    return command
+
+
+def loading_options(function: Command) -> Command:
+    """Adds --threads, --ctx and --cache-type; the command gets them as Model.load's arguments, called `loading`."""
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        loading = {
+            "threads": kwargs.pop("threads"),
+            "context": kwargs.pop("ctx"),
+            "cache_type": kwargs.pop("cache_type"),
+        }
+        return function(*args, loading=loading, **kwargs)
+
+    command: Command = gather
+    for option in reversed((
+        threads_option(),
+        click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
+                     help="Tokens that the context holds.", show_default="the model's, at most 4096"),
+        cache_type_option(),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def threads_option() -> Callable[[Command], Command]:
+    """-t / --threads."""
+    return click.option(
+        "-t", "--threads", type=click.IntRange(min=1), help="Threads that compute.", show_default="one for each core"
+    )
+
+
+def cache_type_option() -> Callable[[Command], Command]:
+    """--cache-type."""
+    return click.option(
+        "--cache-type", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
+        help="How keys and values of past tokens are kept: the smaller the type, the less memory.",
+    )  # fmt: skip

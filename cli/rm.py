@@ -1,0 +1,37 @@
+"""`qrun rm`: models out of the store."""
+
+from __future__ import annotations
+
+import click
+
+from qrun.cli.options import ModelName
+
+
+@click.command()
+@click.argument("names", metavar="NAME...", nargs=-1, type=ModelName())
+@click.option("--partial", is_flag=True, help="Delete what unfinished downloads left.")
+def command(names: tuple[str, ...], partial: bool) -> None:
+    """Delete models from the store. Files elsewhere are never touched.
+
+    \b
+    Examples:
+      qrun rm SmolLM2-135M-Instruct
+      qrun rm --partial
+    """
+    from qrun.cli.console import human_bytes
+    from qrun.models.catalog import catalog_entry
+    from qrun.models.store import NotPulled, StoredModel, find_stored, remove, remove_partial
+
+    if not names and not partial:
+        raise click.UsageError("Name a model (qrun list shows them), or give --partial.")
+    models: list[StoredModel] = []
+    for name in names:
+        entry = catalog_entry(name)
+        model = find_stored(entry.path.stem if entry else name)
+        if model is None:
+            raise NotPulled(f"{name}: no such model in the store (see: qrun list)")
+        models.append(model)
+    for model in dict.fromkeys(models):
+        click.echo(f"deleted {model.name}, {human_bytes(remove(model))}")
+    if partial:
+        click.echo(f"deleted {human_bytes(remove_partial())} of unfinished downloads")

@@ -1,0 +1,56 @@
+"""One block of memory for all intermediate values, laid out by lifetime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class Buffer:
+    """`size` bytes that hold a value from operation `first` to `last`, inclusive. `offset` is set by the plan."""
+
+    size: int
+    first: int
+    last: int
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+class Arena:
+    """Collects buffers, then places them: those whose lifetimes overlap do not overlap in memory."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self._memory = np.empty(0, np.uint8)
+
+    def buffer(self, size: int, first: int, last: int) -> Buffer:
+        buffer = Buffer(-(-size // ALIGNMENT) * ALIGNMENT, first, last)
+        self.buffers.append(buffer)
+        return buffer
+
+    def place(self) -> None:
+        """Largest first, each at the lowest offset where nothing that lives at the same time is in the way."""
+        placed: list[Buffer] = []
+        for buffer in sorted(self.buffers, key=lambda b: -b.size):
+            others = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
+            offset = 0
+            for other in sorted(others, key=lambda b: b.offset):
+                if offset + buffer.size <= other.offset:
+                    break
+                offset = max(offset, other.end)
+            buffer.offset = offset
+            placed.append(buffer)
+        self.size = max((b.end for b in self.buffers), default=0)
+        self._memory = np.empty(self.size + ALIGNMENT, np.uint8)
+
+    @property
+    def address(self) -> int:
+        start = int(self._memory.ctypes.data)
+        return start + -start % ALIGNMENT

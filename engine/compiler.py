@@ -1,0 +1,244 @@
+"""From kernels in Python to machine code on disk, and from there into the process.
+
+Compiling runs in processes of its own (one per core), so that the process that generates text never imports Numba:
+it loads object files through llvmlite alone, in milliseconds. An object file is named by its kernel and lies in a
+folder named by a digest of all kernel sources, the versions of the compilers, and the CPU's features. It is written to a
+temporary name and renamed, so processes that compile at the same time do not harm each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from qrun.engine.cpu_count import available_cores
+from qrun.engine.simd.target import Target, host_target
+
+Progress = Callable[[int, int], None]
+
+
+class CompileError(RuntimeError):
+    """A kernel did not compile. The message carries the compiler's last words."""
+
+
+def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Progress | None = None) -> Kernels:
+    """Machine code for `keys` (see `engine.kernels`), compiled first where the cache lacks it.
+
+    progress: called with (compiled so far, to be compiled), only if anything has to be compiled.
+    """
+    target = target or host_target()
+    folder = cache_folder(target)
+    missing = [key for key in dict.fromkeys(keys) if not (folder / f"{key}.o").exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile_missing(missing, target, folder, progress)
+    return Kernels({key: folder / f"{key}.o" for key in keys})
+
+
+class Kernels:
+    """Loaded machine code: `kernels["matmul-Q4_K"]` is the address of a C function (op, step, thread), all int64."""
+
+    def __init__(self, objects: dict[str, Path]) -> None:
+        import llvmlite.binding as llvm
+
+        _initialize_llvm()
+        module = llvm.parse_assembly("")
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        for path in objects.values():
+            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(path.read_bytes()))
+        self._engine.finalize_object()
+        self._addresses = {key: self._engine.get_function_address(symbol(key)) for key in objects}
+
+    def __getitem__(self, key: str) -> int:
+        return self._addresses[key]
+
+    def function(self, key: str) -> Callable[[int, int, int], None]:
+        """The kernel as a Python callable that releases the GIL while it runs."""
+        return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._addresses[key])
+
+
+def symbol(key: str) -> str:
+    return "qrun_" + "".join(c if c.isalnum() else "_" for c in key)
+
+
+def cache_folder(target: Target) -> Path:
+    root = os.environ.get("QRUN_CACHE") or _user_cache()
+    return Path(root) / "kernels" / _digest(target)
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qrun"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qrun"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrun"
+
+
+@functools.cache
+def _digest(target: Target) -> str:
+    digest = hashlib.sha256(repr(target).encode())
+    for package in ("numba", "llvmlite"):
+        digest.update(importlib.metadata.version(package).encode())
+    digest.update(sys.version.encode())
+    here = Path(__file__).parent
+    for path in sorted([Path(__file__), *here.glob("simd/*.py"), *here.glob("kernels/*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@functools.cache
+def _initialize_llvm() -> None:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+def _compile_missing(missing: list[str], target: Target, folder: Path, progress: Progress | None) -> None:
+    """Compile `missing` in one process per core, each fed by a thread that hands it a key at a time."""
+    waiting = sorted(missing, key=_cost)
+    done = 0
+    lock = threading.Lock()
+    if progress:
+        progress(0, len(missing))
+
+    def feed() -> None:
+        nonlocal done
+        arguments = [
+            str(folder),
+            target.triple,
+            target.cpu,
+            target.features,
+            str(target.lanes),
+            target.dot,
+            str(target.columns),
+        ]
+        command = [sys.executable, "-m", "qrun.engine.compiler", *arguments]
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as worker,
+        ):
+            assert worker.stdin is not None and worker.stdout is not None
+            try:
+                while True:
+                    with lock:
+                        if not waiting:
+                            return
+                        key = waiting.pop()
+                    worker.stdin.write(key + "\n")
+                    worker.stdin.flush()
+                    if not worker.stdout.readline():
+                        worker.wait()
+                        errors.seek(0)
+                        words = (errors.read().strip().splitlines() or ["no message"])[-1]
+                        raise CompileError(f"the kernel {key} did not compile: {words}")
+                    with lock:
+                        done += 1
+                        if progress:
+                            progress(done, len(missing))
+            except BaseException:
+                worker.kill()
+                raise
+
+    jobs = max(1, min(len(missing), available_cores()))
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(feed) for _ in range(jobs)]:
+            future.result()
+
+
+def _cost(key: str) -> int:
+    return 2 if key.startswith("matmul") else 1 if key.startswith("attention") else 0
+
+
+def compile_kernel(key: str, target: Target) -> tuple[bytes, str]:
+    """Compile one kernel: its object file, and its optimised LLVM IR (to look at the assembly, emit that)."""
+    module, machine = _optimized_module(key, target)
+    return machine.emit_object(module), str(module)
+
+
+def assembly(key: str, target: Target) -> str:
+    module, machine = _optimized_module(key, target)
+    return machine.emit_assembly(module)
+
+
+def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
+    import llvmlite.binding as llvm
+    from numba.core import compiler, config, registry, types
+    from numba.core.compiler import Flags
+
+    from qrun.engine import kernels
+    from qrun.engine.simd import operations
+
+    # Numba's own passes are skipped: one O3 run for `target` follows.
+    config.OPT = config._OptLevel("0")  # type: ignore[attr-defined]
+    cpu = registry.cpu_target
+    flags: Any = Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    with operations.compiling_for(target):
+        function = kernels.build(key)
+        cpu.typing_context.refresh()
+        cpu.target_context.refresh()
+        result = compiler.compile_extra(
+            cpu.typing_context, cpu.target_context, function, (types.intp,) * 3, types.none, flags, {}
+        )
+    ir = str(result.library._final_module)
+    inner = result.fndesc.llvm_func_name
+    # Numba's convention is (result*, exception**, arguments...) -> status; kernels return nothing and raise nothing.
+    ir += f"""
+define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
+  %result = alloca ptr
+  %exception = alloca ptr
+  %status = call i32 @"{inner}"(ptr %result, ptr %exception, i64 %op, i64 %step, i64 %thread)
+  ret void
+}}
+"""
+    _initialize_llvm()
+    module = llvm.parse_assembly(ir)
+    module.triple = target.triple
+    for definition in module.functions:
+        if not definition.is_declaration and definition.name != symbol(key):
+            definition.linkage = "internal"
+    machine = llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="default"
+    )
+    module.data_layout = str(machine.target_data)
+    # Kernels are written in vectors: LLVM's own vectorisers would only slow the compilation.
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = tuning.slp_vectorization = False
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    module.verify()
+    return module, machine
+
+
+def _serve(arguments: list[str]) -> None:
+    """The compiling process: keys on standard input, a line on standard output for each one done."""
+    folder, triple, cpu, features, lanes, dot, columns = arguments
+    target = Target(triple, cpu, features, int(lanes), dot, int(columns))
+    for line in sys.stdin:
+        key = line.strip()
+        code, _ = compile_kernel(key, target)
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        os.replace(temporary, Path(folder) / f"{key}.o")
+        print(key, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])

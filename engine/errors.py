@@ -1,0 +1,13 @@
+"""Errors that a user of the engine can meet, besides `qrun.formats.FormatError`."""
+
+
+class ContextOverflow(ValueError):
+    """More tokens than the context holds. The message is one line that gives both numbers."""
+
+
+class GenerationCancelled(Exception):
+    """An evaluation was stopped between two batches because its caller asked for that.
+
+    What was evaluated before stays in the sequence. Generations turn this into
+    the stop reason "cancelled"; it reaches only those who call the runtime directly.
+    """

@@ -1,0 +1,307 @@
+"""Writing keys and values to the cache, and attention over it.
+
+A page holds 64 positions of every layer that shares it. In it, for each layer and head: the keys transposed
+([dimension][position], so that a vector holds one dimension of neighbouring positions and scores need no sums across
+lanes), and the values ([position][dimension]). Dimensions are padded with zeros to a multiple of 32.
+
+    f16    2 bytes a value
+    q8_0   int8, then a float16 scale for each 32 dimensions of a position: scale = max |x| / 127
+    q4_0   4 bits, dimensions i and i + 16 of a block of 32 in one byte; scale = x of largest size / -8, value (q - 8)
+
+Attention goes page by page with a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+2018; Dao et al., "FlashAttention", 2022). Pages begin at multiples of 64, dimensions and positions are added in order,
+and what a row must not see counts exactly nothing: so a row's bits do not depend on which rows it is computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from qrun.engine import records as R
+from qrun.engine.simd import operations as v
+from qrun.engine.simd.operations import operation
+from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
+
+Kernel = Callable[[int, int, int], None]
+
+POSITIONS = R.PAGE_POSITIONS
+# Queries of a tile and their sums lie on the stack, each in a row of this many bytes: head dimensions up to 512.
+ROW = 4 * R.MAX_HEAD_DIM
+# Rows of one sequence that are computed together.
+TILE = R.TILE_SIZE
+
+
+def append(cache_type: str) -> Kernel:
+    """Put each row's key and value at its position."""
+    is_f16, is_q8 = cache_type == "f16", cache_type == "q8_0"
+
+    @v.helper
+    def put_block(x, count, place, stride, pair_stride, scale_place):  # type: ignore[no-untyped-def]
+        """`count` (up to 32) values of a block, `stride` bytes apart from `place`; q4_0: byte i holds i and i + 16."""
+        if is_f16:
+            for i in range(32):
+                v.store_f16(place + i * stride, v.load_f32(x + 4 * i) if i < count else v.float32(0.0))
+            return
+        largest = v.float32(0.0)
+        signed = v.float32(0.0)
+        for i in range(count):
+            value = v.load_f32(x + 4 * i)
+            if abs(value) > largest:
+                largest = abs(value)
+                signed = value
+        scale = largest / v.float32(127.0) if is_q8 else signed / v.float32(-8.0)
+        v.store_f16(scale_place, scale)
+        inverse = v.float32(1.0) / scale if largest > v.float32(1e-30) else v.float32(0.0)
+        if is_q8:
+            for i in range(32):
+                value = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
+                v.store_u8(place + i * stride, v.round_to_int(value * inverse))
+        else:
+            for i in range(16):
+                low = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
+                high = v.load_f32(x + 4 * (i + 16)) if i + 16 < count else v.float32(0.0)
+                a = min(max(v.round_to_int(low * inverse) + 8, 0), 15)
+                b = min(max(v.round_to_int(high * inverse) + 8, 0), 15)
+                v.store_u8(place + i * pair_stride, a + 16 * b)
+
+    bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        n_rows = v.load_i64(step + R.N_ROWS)
+        n_threads = v.load_i64(step + R.STEP_THREADS)
+        dim_k = v.load_i64(op + R.KV_DIM_K)
+        dim_v = v.load_i64(op + R.KV_DIM_V)
+        blocks_k = (dim_k + 31) // 32
+        blocks_v = (dim_v + 31) // 32
+        tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.KV_GROUP) * n_rows
+        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+            position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
+            page = v.load_i64(v.load_i64(tables + 8 * row) + 8 * (position // POSITIONS))
+            slot = position % POSITIONS
+            for head in range(v.load_i64(op + R.KV_HEADS)):
+                k = v.load_i64(op + R.KV_K) + row * v.load_i64(op + R.KV_K_STRIDE) + 4 * head * dim_k
+                keys = page + v.load_i64(op + R.KV_K_OFFSET) + head * v.load_i64(op + R.KV_K_HEAD_BYTES)
+                scales = keys + blocks_k * 32 * POSITIONS * bits // 8
+                for block in range(blocks_k):
+                    place = keys + (block * 32 * POSITIONS + slot) * bits // 8
+                    if bits == 4:
+                        place = keys + block * 16 * POSITIONS + slot
+                    stride = POSITIONS * bits // 8
+                    scale_place = scales + 2 * (block * POSITIONS + slot)
+                    put_block(k + 128 * block, min(32, dim_k - 32 * block), place, stride, POSITIONS, scale_place)
+                x = v.load_i64(op + R.KV_V) + row * v.load_i64(op + R.KV_V_STRIDE) + 4 * head * dim_v
+                values = page + v.load_i64(op + R.KV_V_OFFSET) + head * v.load_i64(op + R.KV_V_HEAD_BYTES)
+                scales = values + blocks_v * 32 * POSITIONS * bits // 8
+                for block in range(blocks_v):
+                    place = values + (slot * blocks_v + block) * 32 * bits // 8
+                    scale_place = scales + 2 * (slot * blocks_v + block)
+                    put_block(x + 128 * block, min(32, dim_v - 32 * block), place, max(bits // 8, 1), 1, scale_place)
+
+    return kernel
+
+
+def _widened(e: Emitter, cache_type: str, address: ir.Value, offset: int, index: int) -> Vector:
+    """Neighbouring values as float32, without their scale. `index`: which of the 32 dimensions (q4_0 needs to know)."""
+    if cache_type == "f16":
+        return e.load(address, offset, F16, e.lanes).to_float()
+    whole = e.load(address, offset, I8, e.lanes)
+    if cache_type == "q8_0":
+        return whole.widen_signed(I32).to_float()
+    nibble = whole.widen_unsigned(I32)
+    return (((nibble >> 4) if index >= 16 else nibble & 15) - 8).to_float()
+
+
+def _score_operation(cache_type: str, rows: int) -> Any:
+    """tile += queries[row][32 dimensions] . keys[32 dimensions][two vectors of positions], keys being of one block."""
+    value_bytes = {"f16": 2, "q8_0": 1, "q4_0": 1}[cache_type]
+
+    @operation(lambda tile, *_: tile)
+    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value) -> list[Vector]:
+        factors = []
+        if cache_type != "f16":
+            factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(2)]
+        for d in range(32):
+            line = (d % 16 if cache_type == "q4_0" else d) * POSITIONS * value_bytes
+            for part in range(2):
+                key = _widened(e, cache_type, keys, line + part * e.lanes * value_bytes, d)
+                if factors:
+                    key = key * factors[part]
+                for row in range(rows):
+                    query = e.broadcast(queries, row * ROW + 4 * d, F32)
+                    tile[2 * row + part] = key.fma(query, tile[2 * row + part])
+        return tile
+
+    return score
+
+
+def _mix_operation(cache_type: str, rows: int) -> Any:
+    """tile += weights[row] of one position * two vectors of its value."""
+
+    @operation(lambda tile, *_: tile)
+    def mix(
+        e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scale: ir.Value, part: ir.Value
+    ) -> list[Vector]:
+        vectors = []
+        for i in range(2):
+            vectors.append(_value_vector(e, cache_type, values, i, part))
+        if cache_type != "f16":
+            factor = e.splat(e.builder.fpext(e.load_scalar(scale, 0, F16), F32))
+            vectors = [vector * factor for vector in vectors]
+        for row in range(rows):
+            weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
+            for i in range(2):
+                tile[2 * row + i] = vectors[i].fma(weight, tile[2 * row + i])
+        return tile
+
+    return mix
+
+
+def _value_vector(e: Emitter, cache_type: str, values: ir.Value, i: int, part: ir.Value) -> Vector:
+    """Vector `i` of two, of the dimensions that begin `part` vectors into a block of 32 at `values`."""
+    b = e.builder
+    first = b.mul(b.add(part, ir.Constant(I64, i)), ir.Constant(I64, e.lanes))  # dimension within the block
+    if cache_type != "q4_0":
+        size = 2 if cache_type == "f16" else 1
+        return _widened(e, cache_type, b.add(values, b.mul(first, ir.Constant(I64, size))), 0, 0)
+    byte = b.and_(first, ir.Constant(I64, 15))
+    nibbles = e.load(b.add(values, byte), 0, I8, e.lanes).widen_unsigned(I32)
+    high = b.icmp_unsigned(">=", first, ir.Constant(I64, 16))
+    shift = e.splat(b.select(high, ir.Constant(I32, 4), ir.Constant(I32, 0)))
+    return (((nibbles >> shift) & 15) - 8).to_float()
+
+
+def attention(cache_type: str) -> Kernel:
+    """softmax(scale * q . k) . v for every tile and head, over the positions that each row may see."""
+    lanes = v.target().lanes
+    bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
+
+    def tile_function(rows: int) -> Any:
+        score, mix = _score_operation(cache_type, rows), _mix_operation(cache_type, rows)
+        vectors = 2 * rows
+        row_bytes = rows * ROW
+        score_bytes = rows * 4 * POSITIONS
+        state_bytes = max(64, 8 * rows)
+        n = rows
+
+        @v.helper
+        def compute(op, step, first_row, count, first_position, head):  # type: ignore[no-untyped-def]
+            queries = v.scratch(row_bytes)
+            sums = v.scratch(row_bytes)
+            scores = v.scratch(score_bytes)
+            state = v.scratch(state_bytes)  # for each row: the maximum so far, the sum of exponentials so far
+            dim_k = v.load_i64(op + R.ATT_DIM_K)
+            dim_v = v.load_i64(op + R.ATT_DIM_V)
+            blocks_k = (dim_k + 31) // 32
+            blocks_v = (dim_v + 31) // 32
+            scale = v.splat(v.load_f32(op + R.ATT_SCALE))
+            cap = v.load_f32(op + R.ATT_SOFTCAP)
+            window = v.load_i64(op + R.ATT_WINDOW)
+            kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
+            for row in range(n):
+                source = (
+                    v.load_i64(op + R.ATT_Q) + (first_row + row) * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
+                )
+                for i in range(blocks_k * 32):
+                    v.store_f32(
+                        queries + row * ROW + 4 * i,
+                        v.load_f32(source + 4 * i) if row < count and i < dim_k else v.float32(0.0),
+                    )
+                for i in range(blocks_v * 32):
+                    v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
+                v.store_f32(state + 8 * row, v.float32(-1e30))
+                v.store_f32(state + 8 * row + 4, v.float32(0.0))
+            table = v.load_i64(
+                v.load_i64(step + R.PAGE_TABLES)
+                + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row)
+            )
+            last_position = first_position + count - 1
+            lowest = max(first_position - window + 1, 0)
+            for page_index in range(lowest // POSITIONS, last_position // POSITIONS + 1):
+                page = v.load_i64(table + 8 * page_index)
+                page_position = page_index * POSITIONS
+                keys = page + v.load_i64(op + R.ATT_K_OFFSET) + kv_head * v.load_i64(op + R.ATT_K_HEAD_BYTES)
+                values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
+                key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
+                value_scales = values + blocks_v * 32 * POSITIONS * bits // 8
+                for position in range(0, POSITIONS, 2 * lanes):
+                    tile = v.zero_tile(vectors)
+                    for block in range(blocks_k):
+                        line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
+                        tile = score(tile, queries + 128 * block, line, key_scales + 2 * (block * POSITIONS + position))
+                    v.store_pairs(tile, scores + 4 * position, 4 * POSITIONS)
+                for row in range(n):
+                    place = scores + row * 4 * POSITIONS
+                    highest = first_position + row - page_position
+                    after = v.splat_int(highest + 1)
+                    before = v.splat_int(max(highest - window, -1))
+                    largest = v.splat(v.float32(-1e30))
+                    for i in range(0, POSITIONS, lanes):
+                        value = v.load(place + 4 * i) * scale
+                        if cap > v.float32(0.0):
+                            value = v.splat(cap) * v.tanh(value / v.splat(cap))
+                        number = v.lane_numbers() + v.splat_int(i)
+                        value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
+                        value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
+                        largest = v.maximum(largest, value)
+                        v.store(place + 4 * i, value)
+                    old = v.load_f32(state + 8 * row)
+                    new = max(old, v.max_lanes(largest))
+                    total = v.splat(v.float32(0.0))
+                    for i in range(0, POSITIONS, lanes):
+                        value = v.load(place + 4 * i)
+                        seen = v.splat(v.float32(-1e29)) < value
+                        value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
+                        total = total + value
+                        v.store(place + 4 * i, value)
+                    fading = v.exp(v.splat(old - new))
+                    v.store_f32(state + 8 * row, new)
+                    v.store_f32(
+                        state + 8 * row + 4, v.load_f32(state + 8 * row + 4) * v.first_lane(fading) + v.sum_lanes(total)
+                    )
+                    for i in range(0, blocks_v * 32, lanes):
+                        v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
+                visible = min(POSITIONS, last_position - page_position + 1)
+                for first in range(0, blocks_v * 32, 2 * lanes):
+                    tile = v.load_pairs(vectors, sums + 4 * first, ROW)
+                    block = first // 32
+                    part = (first % 32) // lanes
+                    for position in range(visible):
+                        place = position * blocks_v + block
+                        value = values + place * 32 * bits // 8
+                        tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, part)
+                    v.store_pairs(tile, sums + 4 * first, ROW)
+            for row in range(count):
+                out = (
+                    v.load_i64(op + R.ATT_OUT)
+                    + (first_row + row) * v.load_i64(op + R.ATT_OUT_STRIDE)
+                    + 4 * head * dim_v
+                )
+                total = v.load_f32(state + 8 * row + 4)
+                for i in range(dim_v):
+                    v.store_f32(out + 4 * i, v.load_f32(sums + row * ROW + 4 * i) / total)
+
+        return compute
+
+    several, single = tile_function(TILE), tile_function(1)
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        heads = v.load_i64(op + R.ATT_HEADS)
+        units = v.load_i64(step + R.N_TILES) * heads
+        while True:
+            unit = v.atomic_add(op + R.OP_COUNTER, 1)
+            if unit >= units:
+                return
+            # The last tiles see the most positions: they go first, so that threads finish together.
+            tile = v.load_i64(step + R.TILES) + (units - 1 - unit) // heads * R.TILE_BYTES
+            first_row = v.load_i64(tile + R.TILE_FIRST_ROW)
+            count = v.load_i64(tile + R.TILE_ROWS)
+            position = v.load_i64(tile + R.TILE_FIRST_POSITION)
+            if count == 1:
+                single(op, step, first_row, count, position, unit % heads)
+            else:
+                several(op, step, first_row, count, position, unit % heads)
+
+    return kernel

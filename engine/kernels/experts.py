@@ -1,0 +1,137 @@
+"""A mixture of experts: which rows go to which expert, and the way there and back.
+
+Routing gives every (row, chosen expert) a slot, so that an expert's rows stand in consecutive slots, beginning on a
+panel's first column: then the experts' matrices are one matmul with a range for each expert that has rows. A row's
+results are added in the order of its experts' weights, the largest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qrun.engine import records as R
+from qrun.engine.kernels.rows import PACKERS
+from qrun.engine.simd import operations as v
+
+Kernel = Callable[[int, int, int], None]
+
+
+def route(_: str) -> Kernel:
+    """Choose experts from the router's logits: slots, weights and ranges. One thread does it, in microseconds."""
+    panel_columns = v.target().columns
+
+    @v.helper
+    def gate(logits, chances, n_experts, sigmoid):  # type: ignore[no-untyped-def]
+        """Probabilities from logits."""
+        largest = v.load_f32(logits)
+        for i in range(n_experts):
+            largest = max(largest, v.load_f32(logits + 4 * i))
+        total = v.float32(0.0)
+        for i in range(n_experts):
+            value = v.load_f32(logits + 4 * i)
+            if sigmoid != 0:
+                one = v.float32(1.0)
+                v.store_f32(chances + 4 * i, one / (one + v.first_lane(v.exp(v.splat(-value)))))
+            else:
+                chance = v.first_lane(v.exp(v.splat(value - largest)))
+                v.store_f32(chances + 4 * i, chance)
+                total += chance
+        if sigmoid == 0:
+            for i in range(n_experts):
+                v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        if thread != 0:
+            return
+        n_rows = v.load_i64(step + R.N_ROWS)
+        n_experts = v.load_i64(op + R.MOE_EXPERTS)
+        n_used = v.load_i64(op + R.MOE_USED)
+        slots = v.load_i64(op + R.MOE_SLOTS)  # first the chosen experts, then their slots
+        weights = v.load_i64(op + R.MOE_WEIGHTS)
+        chances = v.load_i64(op + R.MOE_CHANCES)
+        counts = v.load_i64(op + R.MOE_COUNTS)
+        ranges = v.load_i64(op + R.MOE_RANGES)
+        for expert in range(n_experts):
+            v.store_i64(counts + 8 * expert, 0)
+        for row in range(n_rows):
+            logits = v.load_i64(op + R.MOE_LOGITS) + row * v.load_i64(op + R.MOE_LOGITS_STRIDE)
+            gate(logits, chances, n_experts, v.load_i64(op + R.MOE_SIGMOID))
+            total = v.float32(0.0)
+            for i in range(row * n_used, (row + 1) * n_used):
+                best = 0
+                for expert in range(1, n_experts):
+                    if v.load_f32(chances + 4 * expert) > v.load_f32(chances + 4 * best):
+                        best = expert
+                chance = v.load_f32(chances + 4 * best)
+                v.store_f32(chances + 4 * best, v.float32(-1.0))
+                v.store_f32(weights + 4 * i, chance)
+                v.store_i64(slots + 8 * i, best)
+                v.store_i64(counts + 8 * best, v.load_i64(counts + 8 * best) + 1)
+                total += chance
+            factor = v.load_f32(op + R.MOE_SCALE)
+            if v.load_i64(op + R.MOE_NORMALIZE) != 0:
+                factor = factor / total
+            for i in range(row * n_used, (row + 1) * n_used):
+                v.store_f32(weights + 4 * i, v.load_f32(weights + 4 * i) * factor)
+        n_ranges = 0
+        first = 0
+        columns = 1 if n_rows == 1 else panel_columns
+        for expert in range(n_experts):
+            count = v.load_i64(counts + 8 * expert)
+            if count > 0:
+                entry = ranges + 8 + 24 * n_ranges
+                v.store_i64(entry, expert)
+                v.store_i64(entry + 8, first)
+                v.store_i64(entry + 16, count)
+                v.store_i64(counts + 8 * expert, first)
+                n_ranges += 1
+                first += (count + columns - 1) // columns * columns
+        v.store_i64(ranges, n_ranges)
+        v.store_i64(op + R.MOE_N_SLOTS, first)
+        for i in range(n_rows * n_used):
+            expert = v.load_i64(slots + 8 * i)
+            slot = v.load_i64(counts + 8 * expert)
+            v.store_i64(slots + 8 * i, slot)
+            v.store_i64(counts + 8 * expert, slot + 1)
+
+    return kernel
+
+
+def to_experts(packing: str) -> Kernel:
+    """Pack each row of x into the slots of its experts."""
+    packer = PACKERS[packing]
+    panel_columns = v.target().columns
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        n_rows = v.load_i64(step + R.N_ROWS)
+        n_threads = v.load_i64(step + R.STEP_THREADS)
+        n_used = v.load_i64(op + R.MOE_USED)
+        columns = 1 if n_rows == 1 else panel_columns
+        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+            x = v.load_i64(op + R.MOE_X) + row * v.load_i64(op + R.MOE_X_STRIDE)
+            for i in range(row * n_used, (row + 1) * n_used):
+                slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * i)
+                packer(x, v.load_i64(op + R.MOE_WIDTH), v.load_i64(op + R.MOE_Y), slot, columns)
+
+    return kernel
+
+
+def from_experts(_: str) -> Kernel:
+    """y = the weighted sum of the row's slots in x."""
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        n_rows = v.load_i64(step + R.N_ROWS)
+        n_threads = v.load_i64(step + R.STEP_THREADS)
+        n_used = v.load_i64(op + R.MOE_USED)
+        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+            y = v.load_i64(op + R.MOE_Y) + row * v.load_i64(op + R.MOE_Y_STRIDE)
+            for i in range(n_used):
+                which = row * n_used + i
+                weight = v.load_f32(v.load_i64(op + R.MOE_WEIGHTS) + 4 * which)
+                slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * which)
+                x = v.load_i64(op + R.MOE_X) + slot * v.load_i64(op + R.MOE_X_STRIDE)
+                for j in range(v.load_i64(op + R.MOE_WIDTH)):
+                    before = v.load_f32(y + 4 * j) if i > 0 else v.float32(0.0)
+                    v.store_f32(y + 4 * j, before + weight * v.load_f32(x + 4 * j))
+
+    return kernel

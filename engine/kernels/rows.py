@@ -1,0 +1,259 @@
+"""Operations on rows of float32, and packing rows for a matmul.
+
+Each thread has its own share of the rows, always the same one within a step, so one such operation can follow another
+without a barrier. Every row is computed in one fixed order, whatever its neighbours.
+
+Packing: see `kernels.matmul` for where a column's values lie in a panel. Columns are quantised to int8, 16 of them with
+one scale = max |x| / 127, or kept as float32 for float weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from qrun.engine import records as R
+from qrun.engine.kernels.matmul import MINIMUM_FACTOR, NEGATED_SUM, SCALE
+from qrun.engine.simd import operations as v
+from qrun.engine.simd.operations import operation
+from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter
+
+Kernel = Callable[[int, int, int], None]
+
+
+@operation(lambda *_: v.types.void)
+def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, column: ir.Value) -> None:
+    """32 floats at `x` into column `column` of a packed block of `width` columns."""
+    b = e.builder
+    place = b.add(block, b.mul(column, ir.Constant(I64, 4)))
+    word_stride = b.mul(width, ir.Constant(I64, 4))
+
+    def put(value: ir.Value, index: int) -> None:
+        e.store(value, b.add(place, b.mul(word_stride, ir.Constant(I64, index))))
+
+    correction: ir.Value = ir.Constant(F32, 0.0)
+    for half in range(2):
+        values = e.load(x, 64 * half, F32, 16)
+        top = values.intrinsic("llvm.fabs").reduce("maximum")
+        scale = b.fmul(top, ir.Constant(F32, 1 / 127))
+        # The inverse is finite unless all values are tiny: then they count as zeros.
+        usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
+        inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
+        whole = (values * e.splat(inverse, 16)).intrinsic("llvm.rint").to_int()
+        bytes_ = whole.narrow(I8).bits_as(I32)
+        for word in range(4):
+            put(bytes_.lane(word), 4 * half + word)
+        negated = b.neg(whole.reduce("add"))
+        put(scale, 8 + SCALE + half)
+        put(negated, 8 + NEGATED_SUM + half)
+        correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
+    put(correction, 8 + MINIMUM_FACTOR)
+
+
+@v.helper
+def pack_quantised(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+    """A row of `width` floats as column `place % columns` of panel `place // columns`."""
+    panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
+    for block in range(width // 32):
+        quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
+
+
+@v.helper
+def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+    panel = packed + (place // columns) * width * 4 * columns + 4 * (place % columns)
+    for i in range(width):
+        v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
+
+
+PACKERS = {"q8": pack_quantised, "f32": pack_float}
+
+
+def _row_kernel(compute: Any, packing: str) -> Kernel:
+    """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
+    packer = PACKERS.get(packing, pack_float)
+    packs = packing in PACKERS
+    panel_columns = v.target().columns
+
+    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+        count = v.load_i64(v.load_i64(op + R.ROW_COUNT))
+        n_threads = v.load_i64(step + R.STEP_THREADS)
+        width = v.load_i64(op + R.ROW_WIDTH)
+        columns = 1 if v.load_i64(step + R.N_ROWS) == 1 else panel_columns
+        for row in range(count * thread // n_threads, count * (thread + 1) // n_threads):
+            x = v.load_i64(op + R.ROW_X) + row * v.load_i64(op + R.ROW_X_STRIDE)
+            y = v.load_i64(op + R.ROW_Y) + row * v.load_i64(op + R.ROW_Y_STRIDE)
+            z = v.load_i64(op + R.ROW_Z) + row * v.load_i64(op + R.ROW_Z_STRIDE)
+            compute(op, step, row, x, z, y, width)
+            if packs:
+                packer(y, width, v.load_i64(op + R.ROW_PACKED), row, columns)
+
+    return kernel
+
+
+def _elementwise(function: Any) -> Any:
+    """compute(x, z) -> y over whole rows: vectors, then what is left through a vector on the stack."""
+    lanes = v.target().lanes
+    ends_bytes = 12 * lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        factor = v.splat(v.load_f32(op + R.ROW_FACTOR))
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            v.store(y + 4 * i, function(v.load(x + 4 * i), v.load(z + 4 * i), factor))
+        if whole < width:
+            ends = v.scratch(ends_bytes)
+            for i in range(whole, width):
+                v.store_f32(ends + 4 * (i - whole), v.load_f32(x + 4 * i))
+                v.store_f32(ends + 4 * (lanes + i - whole), v.load_f32(z + 4 * i))
+            for i in range(width - whole, lanes):
+                v.store_f32(ends + 4 * i, 0.0)
+                v.store_f32(ends + 4 * (lanes + i), 0.0)
+            v.store(ends + 8 * lanes, function(v.load(ends), v.load(ends + 4 * lanes), factor))
+            for i in range(whole, width):
+                v.store_f32(y + 4 * i, v.load_f32(ends + 4 * (2 * lanes + i - whole)))
+
+    return compute
+
+
+def pack(packing: str) -> Kernel:
+    """Pack x's rows; y is x."""
+
+    @v.helper
+    def nothing(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        pass
+
+    return _row_kernel(nothing, packing)
+
+
+def add(packing: str) -> Kernel:
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return x + z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def scale(packing: str) -> Kernel:
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return x * factor
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def softcap(packing: str) -> Kernel:
+    """factor * tanh(x / factor)."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return factor * v.tanh(x / factor)
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def silu(packing: str) -> Kernel:
+    """x * sigmoid(x) * z (Shazeer, "GLU Variants Improve Transformer", 2020: SwiGLU)."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        one = v.splat(1.0)
+        return x / (one + v.exp(v.splat(0.0) - x)) * z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def gelu(packing: str) -> Kernel:
+    """gelu(x) * z in the tanh form: x / 2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        one = v.splat(1.0)
+        u = x * v.splat(0.7978845608028654) * (one + v.splat(0.044715) * x * x)
+        return x / (one + v.exp(v.splat(-2.0) * u)) * z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def rms_norm(packing: str) -> Kernel:
+    """x / sqrt(mean(x^2) + eps) * weight over each group of the row (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        groups = v.load_i64(op + R.ROW_GROUPS)
+        weight = v.load_i64(op + R.ROW_WEIGHT)
+        size = width // groups
+        whole = size // lanes * lanes
+        for _ in range(groups):
+            squares = v.splat(0.0)
+            for i in range(0, whole, lanes):
+                value = v.load(x + 4 * i)
+                squares = v.fma(value, value, squares)
+            total = v.sum_lanes(squares)
+            for i in range(whole, size):
+                total += v.load_f32(x + 4 * i) * v.load_f32(x + 4 * i)
+            inverse = v.inverse_sqrt(total / v.as_float(size) + v.load_f32(op + R.ROW_FACTOR))
+            factor = v.splat(inverse)
+            for i in range(0, whole, lanes):
+                value = v.load(x + 4 * i) * factor
+                if weight != 0:
+                    value = value * v.load(weight + 4 * i)
+                v.store(y + 4 * i, value)
+            for i in range(whole, size):
+                one = v.load_f32(x + 4 * i) * inverse
+                if weight != 0:
+                    one = one * v.load_f32(weight + 4 * i)
+                v.store_f32(y + 4 * i, one)
+            x += 4 * size
+            y += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def select_rows(_: str) -> Kernel:
+    """y's row i is x's row SELECTED[i]: the rows whose logits are wanted."""
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        source = v.load_i64(op + R.ROW_X) + v.load_i64(v.load_i64(step + R.SELECTED) + 8 * row) * v.load_i64(
+            op + R.ROW_X_STRIDE
+        )
+        for i in range(width):
+            v.store_f32(y + 4 * i, v.load_f32(source + 4 * i))
+
+    return _row_kernel(compute, "")
+
+
+def rope(_: str) -> Kernel:
+    """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
+
+    ROW_ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart
+    (NeoX). Heads may be rotated in place.
+    """
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        dims = v.load_i64(op + R.ROW_ROPE_DIMS)
+        head_dim = v.load_i64(op + R.ROW_ROPE_HEAD_DIM)
+        interleaved = v.load_i64(op + R.ROW_ROPE_INTERLEAVED)
+        position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
+        table = v.load_i64(op + R.ROW_ROPE_TABLE) + position * dims * 4
+        apart = 1 if interleaved != 0 else dims // 2
+        between = 2 if interleaved != 0 else 1
+        for head in range(width // head_dim):
+            source = x + 4 * head * head_dim
+            out = y + 4 * head * head_dim
+            for i in range(dims // 2):
+                cosine = v.load_f32(table + 8 * i)
+                sine = v.load_f32(table + 8 * i + 4)
+                first = v.load_f32(source + 4 * (i * between))
+                second = v.load_f32(source + 4 * (i * between + apart))
+                v.store_f32(out + 4 * (i * between), first * cosine - second * sine)
+                v.store_f32(out + 4 * (i * between + apart), first * sine + second * cosine)
+            for i in range(dims, head_dim):
+                v.store_f32(out + 4 * i, v.load_f32(source + 4 * i))
+
+    return _row_kernel(compute, "")

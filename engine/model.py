@@ -1,0 +1,287 @@
+"""A loaded model: the engine's public face."""
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from qrun.engine.sampling_options import SamplingOptions
+from qrun.engine.session import Host, Session, check_tokens
+
+if TYPE_CHECKING:
+    from qrun.engine.chat_template import ChatTemplate
+    from qrun.engine.generation import Generation
+    from qrun.engine.runtime import Runtime
+    from qrun.engine.tokenizer import Tokenizer
+    from qrun.formats import GGUFReader
+    from qrun.models import Graph
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
+
+
+class Model:
+    """A model that is ready to run. Get one with `Model.load`; close it, or use it in a `with` statement.
+
+    May be used from several threads: each generation of `chat`, `generate` and `complete` has a session to itself
+    while it lasts. One that begins after another has ended goes on in the same session, so that only the tokens in
+    which its prompt differs are computed. All methods raise RuntimeError once the model is closed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        reader: "GGUFReader",
+        graph: "Graph",
+        runtime: "Runtime",
+        tokenizer: "Tokenizer | None",
+        tokenizer_problem: str | None = None,
+    ) -> None:
+        self.path = path
+        self.reader = reader
+        self.graph = graph
+        self.tokenizer = tokenizer
+        """None if the file has none that can be used; then prompts are token ids, and pieces have no text.
+        None also once the model is closed."""
+        self.tokenizer_problem = tokenizer_problem
+        """Why there is no tokenizer, in one line; None if there is one."""
+        self.context = runtime.context
+        """The most tokens of one session."""
+        self.threads = runtime.threads
+        self.defaults = SamplingOptions.from_metadata(reader.metadata)
+        """What is not given to `chat`, `generate` and `complete`: the file's own wishes, or the usual values."""
+        self._runtime = runtime
+        # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
+        description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
+        fingerprint = functools.partial(_fingerprint, reader.files, description)
+        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
+        self._closed = False
+        # Guards what follows.
+        self._lock = threading.Lock()
+        # Sessions of chat, generate and complete: those busy, and at most one more.
+        self._pool: list[Session] = []
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        cache_type: str = "f16",
+        batch: int = 512,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """Load a model from a GGUF file, or by a name from the catalog.
+
+        source: a path (of a split model, its first file), or the name of a model that was pulled.
+        threads: threads that compute; by default one for each core that the process may use.
+        context: the most tokens of one session; by default what the model was trained for, at most 4096.
+        cache_type: how keys and values are kept: "f16", "q8_0" or "q4_0".
+        batch: the most tokens of a prompt that are computed at once.
+        progress: called with (done, total) while kernels are compiled, which happens once on each machine.
+
+        Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
+        that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
+        tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`.
+        """
+        for name, value in (("threads", threads), ("context", context), ("batch", batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        from qrun.engine.cpu_count import available_cores
+        from qrun.engine.runtime import Runtime
+        from qrun.engine.tokenizer import Tokenizer
+        from qrun.formats import FormatError, GGUFReader
+        from qrun.models import build_graph
+        from qrun.models.catalog import resolve
+
+        path = resolve(source)
+        reader = GGUFReader(path)
+        try:
+            graph = build_graph(reader, context or DEFAULT_CONTEXT)
+            tokenizer: Tokenizer | None = None
+            problem = None
+            try:
+                tokenizer = Tokenizer.load(reader)
+            except FormatError as error:
+                problem = str(error)
+            runtime = Runtime(
+                graph,
+                threads=threads or available_cores(),
+                context=context or min(graph.context_length, DEFAULT_CONTEXT),
+                cache_type=cache_type,
+                batch=batch,
+                progress=progress,
+            )
+        except BaseException:
+            reader.close()
+            raise
+        return cls(path, reader, graph, runtime, tokenizer, problem)
+
+    @functools.cached_property
+    def chat_template(self) -> "ChatTemplate | None":
+        """How the model wants a conversation to be written; None without a tokenizer. ChatTemplateError (a ValueError)
+        if the file's template is wrong."""
+        if self.tokenizer is None:
+            return None
+        from qrun.engine.chat_template import ChatTemplate
+
+        return ChatTemplate.from_reader(self.reader, self.tokenizer)
+
+    @property
+    def chat_notice(self) -> str | None:
+        """A line for whoever chats with a model that has no template of its own; None if it has one."""
+        if self.chat_template is None or not self.chat_template.is_fallback:
+            return None
+        return f"{self.path.name} has no chat template: a plain one stands in, and answers may be poor"
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "Generation":
+        """The answer to a conversation, piece by piece, computed as the pieces are asked for.
+
+        messages: dictionaries with "role" and "content", and what else the model's template knows.
+        tools: descriptions of functions, for templates that know tools.
+        template_variables: what else to tell the template, such as {"enable_thinking": False}.
+        options: those of SamplingOptions.
+
+        Raises ChatTemplateError (a ValueError) if the template refuses, ContextOverflow (a ValueError) if the
+        conversation is longer than the context, TypeError for an unknown option, ValueError for a wrong value.
+        """
+        self._check_open()
+        self._known_tokenizer()
+        template = self.chat_template
+        assert template is not None
+        text = template.render(messages, tools=tools, add_generation_prompt=True, **(template_variables or {}))
+        return self._generate(self.template_tokens(text), options)
+
+    def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
+        """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
+        generation = self.generate(prompt, **options)
+        for _ in generation:
+            pass
+        return generation.text
+
+    def generate(self, prompt: str | Iterable[int], **options: Any) -> "Generation":
+        """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
+
+        Raises ContextOverflow (a ValueError) for a prompt that is longer than the context, TypeError for an unknown
+        option, ValueError for a wrong value.
+        """
+        self._check_open()
+        if isinstance(prompt, str):
+            tokenizer = self._known_tokenizer()
+            tokens = tokenizer.encode(prompt)
+            if not tokens and tokenizer.bos_id is not None:  # nothing to go on from but the beginning of a text
+                tokens = [tokenizer.bos_id]
+            return self._generate(tokens, options)
+        return self._generate(prompt, options)
+
+    def logits(self, tokens: Iterable[int]) -> np.ndarray:
+        """Logits after each of at least one token: float32 [n_tokens, n_vocab].
+
+        Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist.
+        """
+        self._check_open()
+        tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
+        sequence = self._runtime.sequence()
+        try:
+            logits = self._runtime.evaluate(sequence, tokens, "all")
+        finally:
+            sequence.close()
+        assert logits is not None
+        return logits
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The token ids of a text. `add_special` adds what the model expects around a text (BOS, mostly);
+        `parse_special` reads the spellings of special tokens as these tokens. ValueError without a tokenizer."""
+        self._check_open()
+        return self._known_tokenizer().encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD. ValueError without a tokenizer."""
+        self._check_open()
+        return self._known_tokenizer().decode(list(ids))
+
+    def template_tokens(self, text: str) -> list[int]:
+        """The token ids of a text that a chat template made: with its special tokens, and with BOS in front if the
+        model wants one, which some templates write themselves and others leave out."""
+        self._check_open()
+        tokenizer = self._known_tokenizer()
+        tokens = tokenizer.encode(text, add_special=False, parse_special=True)
+        if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
+            tokens = [tokenizer.bos_id, *tokens]
+        return tokens
+
+    def session(self) -> Session:
+        """A new session, which keeps the state of one conversation."""
+        self._check_open()
+        return Session(self._host)
+
+    def stop(self) -> None:
+        """End all generations under way, in every session, with the stop reason "cancelled"; from any thread."""
+        for session in self._host.sessions():
+            session.stop()
+
+    def close(self) -> None:
+        """Free the model's memory and threads, from any thread, after ending its generations and closing its sessions.
+        A second time does nothing."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        self.stop()  # all of them, before waiting for any
+        for session in self._host.sessions():
+            session.close()
+        self._pool.clear()
+        self._runtime.close()
+        # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
+        # which the operations keep mapped. The graph's figures stay.
+        self.tokenizer = self._host.tokenizer = None
+        vars(self).pop("chat_template", None)
+        self.graph = dataclasses.replace(self.graph, operations=[])
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _generate(self, tokens: Iterable[int], options: dict[str, Any]) -> "Generation":
+        tokens = list(tokens)
+        with self._lock:
+            self._check_open()
+            idle = [session for session in self._pool if not session.busy and not session.closed]
+            session = max(idle, key=lambda one: one.common_prefix(tokens)) if idle else self.session()
+            for other in idle:
+                if other is not session:
+                    other.close()
+            generation = session.generate(tokens, **options)
+            self._pool = [one for one in self._pool if one.busy and one is not session] + [session]
+            return generation
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self.path.name}: the model is closed")
+
+    def _known_tokenizer(self) -> "Tokenizer":
+        if self.tokenizer is None:
+            raise ValueError(self.tokenizer_problem)
+        return self.tokenizer
+
+
+def _fingerprint(files: Sequence[Path], description: str) -> str:
+    from qrun.engine.session_file import model_fingerprint  # only for those who save or load sessions
+
+    return model_fingerprint(files, description)

@@ -1,0 +1,64 @@
+"""The records through which Python tells kernels what to do: byte offsets of their fields, all of them int64.
+
+An operation's record begins with what the team needs (its kernel, whether a barrier follows, the counter from which
+threads take chunks); the rest is the kernel's own. Addresses of float32 rows go with a stride in bytes between rows.
+"""
+
+RECORD_BYTES = 256
+OP_KERNEL, OP_BARRIER, OP_COUNTER = 0, 8, 16
+_FIRST = 24
+
+# Shared record of a team. EPOCH, ARRIVED and GENERATION are written by all threads: a cache line for each.
+EPOCH, ARRIVED, GENERATION = 0, 64, 128
+ASLEEP = 192  # one field for each thread
+PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING = range(2240, 2288, 8)
+SHARED_BYTES = 2304
+MAX_THREADS = (PROGRAM - ASLEEP) // 8
+
+# What varies from step to step. Ranges are [count, (matrix, first column, columns) ...]: see kernels.matmul.
+STEP_THREADS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES = range(0, 64, 8)
+ROW_RANGES = 64
+STEP_BYTES = 96
+
+# Attention tiles: rows of one sequence at consecutive positions.
+TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
+TILE_BYTES = 24
+
+# Positions in one page of the KV cache.
+PAGE_POSITIONS = 64
+
+# Rows of one sequence that attention takes together, and the longest head that it has room for.
+TILE_SIZE, MAX_HEAD_DIM = 8, 512
+
+# A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
+MAX_COLUMNS = 512
+
+# What 32 quantised activations of one column take: see kernels.matmul.
+PACKED_BYTES = 52
+
+
+def _fields(count: int) -> range:
+    return range(_FIRST, _FIRST + 8 * count, 8)
+
+
+(MM_WEIGHTS, MM_ROW_BYTES, MM_MATRIX_BYTES, MM_ROWS, MM_BLOCKS, MM_TAIL, MM_INPUT, MM_COLUMN_BYTES, MM_RANGES, MM_OUT,
+ MM_OUT_STRIDE, MM_BIAS, MM_RESIDUAL, MM_RESIDUAL_STRIDE, MM_SCALE, MM_CHUNK, MM_NEXT,
+ MM_NEXT_BYTES) = _fields(18)  # fmt: skip
+
+# Operations on rows: y from x (and z), `width` floats wide in `groups` groups; packed for a matmul where PACKED is set.
+(ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
+ ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED,
+ ROW_ROPE_TABLE) = _fields(16)  # fmt: skip
+
+(EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE) = _fields(7)
+
+(KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
+ KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip
+
+(ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
+ ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP,
+ ATT_WINDOW) = _fields(16)  # fmt: skip
+
+(MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
+ MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
+ MOE_WIDTH) = _fields(18)  # fmt: skip

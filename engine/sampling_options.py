@@ -1,0 +1,268 @@
+"""Options of sampling and of the end of a generation: their defaults, their checks, their names."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SAMPLERS = ("penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
+"""Names and default order of the steps between the logits and the choice of a token."""
+
+# What a step may also be called, all in lower case without "-" and "_", as GGUF files and other engines spell it.
+_SAMPLER_SPELLINGS = {name.replace("_", ""): name for name in SAMPLERS} | {
+    "typp": "typical_p",
+    "typ": "typical_p",
+    "nucleus": "top_p",
+    "temp": "temperature",
+}
+
+# GGUF metadata key (under "general.sampling.") -> field of SamplingOptions
+_METADATA_FIELDS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "penalty_last_n": "repetition_window",
+    "penalty_repeat": "repetition_penalty",
+    "mirostat": "mirostat",
+    "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a token is chosen from logits, and when a generation ends.
+
+    The steps run in the order of `samplers`, each on what the one before it left over; `logit_bias`
+    comes before all of them. Every value is checked: a wrong one is a ValueError of one line.
+    """
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token (after logit bias and penalties), whatever else is set."""
+    top_k: int = 40
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.95
+    """Keep the fewest likeliest tokens whose probabilities sum to at least this; 1 keeps all."""
+    min_p: float = 0.05
+    """Keep tokens at least this share as likely as the likeliest; 0 keeps all."""
+    typical_p: float = 1.0
+    """Locally typical sampling (arXiv:2202.00666): keep this much probability, those tokens first whose
+    surprise is nearest the entropy; 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen in the window, multiplies negative ones; 1 does nothing."""
+    repetition_window: int = 64
+    """Tokens back to which the three penalties look, the prompt's included; -1 for all, 0 for none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of a token seen in the window."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token for each time that it was seen in the window."""
+    dry_multiplier: float = 0.0
+    """DRY: a token that would make a repeat of n tokens one longer loses
+    dry_multiplier * dry_base ** (n - dry_allowed_length); 0 switches it off."""
+    dry_base: float = 1.75
+    """DRY: see `dry_multiplier`; at least 1."""
+    dry_allowed_length: int = 2
+    """DRY: repeats shorter than this cost nothing."""
+    dry_range: int = -1
+    """DRY: tokens back to which repeats are looked for; -1 for all, 0 for none."""
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """DRY: texts across which nothing counts as a repeat."""
+    xtc_probability: float = 0.0
+    """XTC: the chance, at each token, that of all tokens above `xtc_threshold` only the least likely is kept."""
+    xtc_threshold: float = 0.1
+    """XTC: see `xtc_probability`; above 0.5 no two tokens can pass it, which switches XTC off."""
+    mirostat: int = 0
+    """2 puts Mirostat 2.0 (arXiv:2007.14966) in place of all truncating steps; 0 is off."""
+    mirostat_tau: float = 5.0
+    """Mirostat: the surprise to aim at, in bits."""
+    mirostat_eta: float = 0.1
+    """Mirostat: the learning rate."""
+    samplers: tuple[str, ...] = SAMPLERS
+    """The steps to run, in order (see `SAMPLERS`); a step that is not named does not run."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit; -inf bans it."""
+    logprobs: bool = True
+    """Whether each token's log probability is computed (0.13 ms at 262,144 tokens, where a sample takes 0.08)."""
+    seed: int | None = None
+    """Same seed, same choices; None takes a new one from the system."""
+    max_tokens: int | None = None
+    """The most tokens to generate; None goes on until the model stops or the context is full."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not part of its text, not even their beginnings."""
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            # Written back in the one type that the rest relies on: an int given as np.int64, a str as 1-tuple, ...
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    def replace(self, **changes: Any) -> "SamplingOptions":
+        """A copy with the given fields changed; a change to None leaves the field as it is.
+
+        Raises TypeError for a name that is no option, with the nearest that is; ValueError for a wrong value.
+        """
+        for name in changes:
+            if name not in _CHECKS:
+                raise TypeError(_unknown_option(name))
+        return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "SamplingOptions":
+        """The defaults that a GGUF file asks for with its `general.sampling.*` keys.
+
+        They are hints of whoever made the file: what is malformed, out of range or not known here is passed over.
+        Values that the format allows as "off" become the spelling used here (top_k -1 is 0, temp below 0 is 0).
+        """
+        options = cls()
+        for key, name in _METADATA_FIELDS.items():
+            value = metadata.get("general.sampling." + key)
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                if name in ("top_k", "temperature"):
+                    value = max(value, 0)
+                options = _with_hint(options, name, value)
+        sequence = metadata.get("general.sampling.sequence")
+        if isinstance(sequence, str):
+            names = [_sampler_name(name) for name in sequence.split(";")]
+            known = tuple(dict.fromkeys(name for name in names if name is not None))
+            if known:
+                options = _with_hint(options, "samplers", known)
+        return options
+
+
+def _with_hint(options: SamplingOptions, name: str, value: Any) -> SamplingOptions:
+    try:
+        return options.replace(**{name: value})
+    except ValueError:
+        return options
+
+
+def _sampler_name(spelling: str) -> str | None:
+    """The name in SAMPLERS for "top-k", "topk", "Top_K", ...; None if there is none."""
+    return _SAMPLER_SPELLINGS.get(spelling.strip().lower().replace("-", "").replace("_", ""))
+
+
+def _unknown_option(name: str) -> str:
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(name, list(_CHECKS), n=1, cutoff=0.5)
+    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _integer(minimum: int, values: tuple[int, ...] | None = None) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            # Metadata and JSON write 40.0 where 40 is meant.
+            if not (isinstance(value, float) and value.is_integer()):
+                raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+            number = int(value)
+        if isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
+        if values is not None and number not in values:
+            raise ValueError(f"{name} must be {' or '.join(map(str, values))}, not {number}")
+        if number < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {number}")
+        return number
+
+    return check
+
+
+def _optional(check_present: Callable[[str, Any], int]) -> Callable[[str, Any], int | None]:
+    return lambda name, value: None if value is None else check_present(name, value)
+
+
+def _real(minimum: float = -math.inf, maximum: float = math.inf, positive: bool = False) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        number = _finite(name, value)
+        if positive and number <= 0:
+            raise ValueError(f"{name} must be above 0, not {number:g}")
+        if not minimum <= number <= maximum:
+            bounds = f"between {minimum:g} and {maximum:g}" if maximum < math.inf else f"at least {minimum:g}"
+            raise ValueError(f"{name} must be {bounds}, not {number:g}")
+        return number
+
+    return check
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return number
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name} must be texts that are not empty, not {text!r}")
+    return texts
+
+
+def _samplers(name: str, value: Any) -> tuple[str, ...]:
+    steps: list[str] = []
+    for text in _texts(name, value):
+        step = _sampler_name(text)
+        if step is None:
+            raise ValueError(f"{name}: {text!r} is none of {', '.join(SAMPLERS)}")
+        if step in steps:
+            raise ValueError(f"{name}: {step!r} is named twice")
+        steps.append(step)
+    return tuple(steps)
+
+
+def _bias(name: str, value: Any) -> Mapping[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must map token ids to numbers, not {value!r}")
+    check_id = _integer(0)
+    biases = {}
+    for token, bias in value.items():
+        token = check_id(f"{name}: a token id", token)
+        banned = isinstance(bias, float) and bias == -math.inf
+        biases[token] = -math.inf if banned else _finite(f"{name} of token {token}", bias)
+    return biases
+
+
+_PROBABILITY = _real(0.0, 1.0)
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": _real(0.0),
+    "top_k": _integer(0),
+    "top_p": _PROBABILITY,
+    "min_p": _PROBABILITY,
+    "typical_p": _PROBABILITY,
+    "repetition_penalty": _real(positive=True),
+    "repetition_window": _integer(-1),
+    "presence_penalty": _real(),
+    "frequency_penalty": _real(),
+    "dry_multiplier": _real(0.0),
+    "dry_base": _real(1.0),
+    "dry_allowed_length": _integer(1),
+    "dry_range": _integer(-1),
+    "dry_breakers": _texts,
+    "xtc_probability": _PROBABILITY,
+    "xtc_threshold": _PROBABILITY,
+    "mirostat": _integer(0, values=(0, 2)),
+    "mirostat_tau": _real(0.0),
+    "mirostat_eta": _real(0.0),
+    "samplers": _samplers,
+    "logit_bias": _bias,
+    "logprobs": _boolean,
+    "seed": _optional(_integer(0)),
+    "max_tokens": _optional(_integer(0)),
+    "stop": _texts,
+}

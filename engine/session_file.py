@@ -1,0 +1,146 @@
+"""Saved sessions: an npz archive, uncompressed, of which everything is checked and nothing unpickled.
+
+    magic        uint8   the bytes of _MAGIC
+    fingerprint  uint8   which model it belongs to: see `model_fingerprint`
+    cache_type   uint8   "f16", "q8_0", ...
+    tokens       int32   the tokens that the cache was computed from
+    kv_<name>            the arrays of KVSequence.state()
+"""
+
+import hashlib
+import math
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from qrun.formats import FormatError
+
+_MAGIC = "qrun session 1"
+_STATE_PREFIX = "kv_"
+
+# How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has
+# the same shapes and size, and other weights all over), little enough to take no time.
+_N_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """What a file of a saved session holds."""
+
+    fingerprint: str
+    cache_type: str
+    tokens: list[int]
+    state: dict[str, np.ndarray]
+
+
+def model_fingerprint(files: Sequence[Path], description: str) -> str:
+    """A digest that tells models apart: a description of what they are, the sizes of the files, samples of their bytes.
+
+    The same for the same file in another place. Raises OSError if a file cannot be read any more.
+    """
+    digest = hashlib.sha256(description.encode())
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for i in range(_N_SAMPLES):
+                file.seek(size * i // _N_SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike[str], saved: SavedSession) -> None:
+    """Write a file that `read` reads; it appears whole or, on OSError, not at all."""
+    path = Path(path)
+    arrays = {
+        "magic": _text_array(_MAGIC),
+        "fingerprint": _text_array(saved.fingerprint),
+        "cache_type": _text_array(saved.cache_type),
+        "tokens": np.array(saved.tokens, np.int32),
+    }
+    arrays |= {_STATE_PREFIX + name: np.asarray(values, order="C") for name, values in saved.state.items()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name, values in arrays.items():
+                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, values, version=(1, 0), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()  # Windows renames no open file
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+
+
+def read(path: str | os.PathLike[str]) -> SavedSession:
+    """Read what `write` wrote. Raises FormatError if the file is missing, damaged, or something else.
+
+    Takes no more memory than the file is long, whatever its headers claim.
+    """
+    try:
+        arrays = _read_arrays(path)
+        if _text(arrays.pop("magic")) != _MAGIC:
+            raise ValueError("not its format")
+        tokens = arrays.pop("tokens")
+        if tokens.dtype != np.int32 or tokens.ndim != 1:
+            raise ValueError("its tokens are no list of int32")
+        return SavedSession(
+            _text(arrays.pop("fingerprint")),
+            _text(arrays.pop("cache_type")),
+            tokens.tolist(),
+            {name.removeprefix(_STATE_PREFIX): values for name, values in arrays.items()},
+        )
+    except OSError as error:
+        raise FormatError(path, error.strerror or "cannot be read") from error
+    except KeyError as error:
+        raise FormatError(path, f"no saved session: it has no {error}") from error
+    # What zipfile and this module raise on damaged input.
+    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, RuntimeError) as error:
+        raise FormatError(path, f"no saved session, or a damaged one: {str(error).partition(chr(10))[0]}") from error
+
+
+def _read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        length = os.path.getsize(path)
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
+                raise ValueError(f"{member.filename} is compressed")
+            length -= member.file_size
+            with archive.open(member) as file:
+                arrays[member.filename.removesuffix(".npy")] = _read_array(file)
+    return arrays
+
+
+def _read_array(file: IO[bytes]) -> np.ndarray:
+    """One .npy file. np.load would allocate what the header claims before it reads."""
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, column_major, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is Python text, which can be wrong in more ways than can be listed
+        raise ValueError("an array with a damaged header") from error
+    if version != (1, 0) or dtype.hasobject or column_major or min(shape, default=0) < 0:
+        raise ValueError("an array of a kind that sessions do not have")
+    data = file.read()  # to the end, where the archive's checksum is compared
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError("an array of another length than its header says")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _text_array(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _text(array: np.ndarray) -> str:
+    return array.tobytes().decode()

@@ -1,0 +1,442 @@
+"""Vectors, memory, atomics and calls for kernels: what Numba-compiled code in `engine/kernels` is written with.
+
+A kernel is a Python function of integers (addresses, counts) that Numba types and compiles. The functions below are
+its vocabulary: Numba knows their types, and `qrun.engine.simd.vector` emits their instructions. They cannot be called
+from ordinary Python.
+
+Numba types: `VectorType(element, count)` is an LLVM vector, `TileType(element, lanes, columns)` several of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba import njit  # float32: a kernel's literals are float64 without it
+from numba.core import types
+from numba.core.datamodel import models, register_default
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, builtin_registry, infer_global, signature
+
+from qrun.engine.simd import vector as emit
+from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
+
+# A function that kernels call, compiled into each of them.
+helper = njit(error_model="numpy")
+
+_target: Target | None = None
+
+
+def target() -> Target:
+    """The target that kernels are being compiled for: this host unless `compiling_for` says otherwise."""
+    return _target or host_target()
+
+
+@contextlib.contextmanager
+def compiling_for(chosen: Target) -> Iterator[None]:
+    global _target
+    before, _target = _target, chosen
+    try:
+        yield
+    finally:
+        _target = before
+
+
+_IR_ELEMENT = {"f32": F32, "i32": I32, "bit": ir.IntType(1)}
+
+
+class VectorType(types.Type):
+    """One vector register's worth of `element` ("f32", "i32" or "bit")."""
+
+    def __init__(self, element: str, lanes: int) -> None:
+        self.element, self.lanes = element, lanes
+        super().__init__(name=f"vector({element} x {lanes})")
+
+
+class TileType(types.Type):
+    """`columns` vectors of float32: the accumulators of a matrix tile."""
+
+    def __init__(self, lanes: int, columns: int) -> None:
+        self.lanes, self.columns = lanes, columns
+        super().__init__(name=f"tile(f32 x {lanes} x {columns})")
+
+
+@register_default(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: VectorType) -> None:
+        super().__init__(manager, fe_type, ir.VectorType(_IR_ELEMENT[fe_type.element], fe_type.lanes))
+
+
+@register_default(TileType)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: TileType) -> None:
+        super().__init__(manager, fe_type, ir.ArrayType(ir.VectorType(F32, fe_type.lanes), fe_type.columns))
+
+
+def operation(result: Callable[..., types.Type | None], key: Any = None) -> Callable[[Callable[..., Any]], Any]:
+    """Make an emission function an operation that kernels can call.
+
+    result: from the arguments' Numba types to the result's, or None where the types do not fit.
+    The emission gets an Emitter, then the arguments: Vector for vectors, list[Vector] for tiles, int for literals,
+    else the IR value. It returns a Vector, a list of them, an IR value, or None for void.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        stub = key if key is not None else function
+
+        class Template(AbstractTemplate):
+            key = stub
+            prefer_literal = True
+
+            def generic(self, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
+                answer = result(*args)
+                return None if answer is None else signature(answer, *args)
+
+        if key is None:
+            builtin_registry.register_global(stub, types.Function(Template))
+        else:
+            infer_global(stub)(Template)
+
+        def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
+            e = Emitter(builder, target())
+            values = [_unwrap(builder, type_, value) for type_, value in zip(sig.args, args, strict=True)]
+            answer = function(e, *values)
+            if isinstance(answer, Vector):
+                return answer.value
+            if isinstance(answer, list):
+                return _pack(builder, answer)
+            return context.get_dummy_value() if answer is None else answer
+
+        lower_builtin(stub, types.VarArg(types.Any))(lower)
+        return stub
+
+    return decorate
+
+
+def _unwrap(builder: ir.IRBuilder, type_: types.Type, value: ir.Value) -> Any:
+    if isinstance(type_, types.IntegerLiteral):
+        return type_.literal_value
+    if isinstance(type_, VectorType):
+        return Vector(builder, value)
+    if isinstance(type_, TileType):
+        return [Vector(builder, builder.extract_value(value, i)) for i in range(type_.columns)]
+    if isinstance(type_, types.Float):
+        return builder.fptrunc(value, F32) if type_.bitwidth == 64 else value
+    if isinstance(value.type, ir.IntType) and 1 < value.type.width < 64:
+        return builder.sext(value, I64)
+    return value
+
+
+def _pack(builder: ir.IRBuilder, vectors: list[Vector]) -> ir.Value:
+    tile: ir.Value = ir.Constant(ir.ArrayType(vectors[0].value.type, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        tile = builder.insert_value(tile, vector.value, i)
+    return tile
+
+
+def _f32(*_: Any) -> VectorType:
+    return VectorType("f32", target().lanes)
+
+
+def _i32(*_: Any) -> VectorType:
+    return VectorType("i32", target().lanes)
+
+
+def _void(*_: Any) -> types.Type:
+    return types.void
+
+
+def _as_index(e: Emitter, value: Any) -> ir.Value:
+    return ir.Constant(I64, value) if isinstance(value, int) else value
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _binary(key: Any, method: str) -> None:
+    def result(a: types.Type, b: types.Type) -> types.Type | None:
+        return a if isinstance(a, VectorType) and a == b else None
+
+    operation(result, key)(lambda e, a, b: getattr(a, method)(b))
+
+
+for _key, _method in (
+    (operator.add, "__add__"),
+    (operator.sub, "__sub__"),
+    (operator.mul, "__mul__"),
+    (operator.truediv, "__truediv__"),
+    (operator.and_, "__and__"),
+    (operator.lt, "less"),
+):
+    _binary(_key, _method)
+    with contextlib.suppress(KeyError):
+        _binary({operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul}[_key], _method)
+
+
+@operation(lambda a, b, c: a)
+def fma(e: Emitter, a: Vector, b: Vector, c: Vector) -> Vector:
+    """a * b + c, rounded once."""
+    return a.fma(b, c)
+
+
+@operation(lambda a, b: a)
+def maximum(e: Emitter, a: Vector, b: Vector) -> Vector:
+    return a.maximum(b)
+
+
+@operation(lambda a: a)
+def magnitude(e: Emitter, a: Vector) -> Vector:
+    return a.intrinsic("llvm.fabs")
+
+
+@operation(lambda bits, yes, no: yes)
+def choose(e: Emitter, bits: Vector, yes: Vector, no: Vector) -> Vector:
+    return bits.choose(yes, no)
+
+
+@operation(_f32)
+def splat(e: Emitter, value: ir.Value) -> Vector:
+    """A float in every lane."""
+    return e.splat(value)
+
+
+@operation(_i32)
+def splat_int(e: Emitter, value: Any) -> Vector:
+    return e.splat(e.builder.trunc(_as_index(e, value), I32))
+
+
+@operation(_i32)
+def lane_numbers(e: Emitter) -> Vector:
+    """0, 1, 2, ... as int32."""
+    return e.vector(ir.Constant(ir.VectorType(I32, e.lanes), list(range(e.lanes))))
+
+
+@operation(lambda v: types.float32)
+def sum_lanes(e: Emitter, v: Vector) -> ir.Value:
+    """All lanes added, halves on halves: one fixed order."""
+    return v.reduce("add")
+
+
+@operation(lambda v: types.float32)
+def max_lanes(e: Emitter, v: Vector) -> ir.Value:
+    return v.reduce("maximum")
+
+
+def _exp(x: Vector) -> Vector:
+    """e^x to 1 ulp or so: 2^n from the exponent bits, the rest by a polynomial. 0 below -87, inf-free up to 88."""
+    x = x.maximum(-87.5).minimum(88.0)
+    n = (x * 1.4426950408889634).intrinsic("llvm.rint")
+    # ln 2 in two parts, so that n * ln2 is exact in the first (Cody and Waite).
+    rest = n.fma(-0.693359375, x)
+    rest = n.fma(2.12194440e-4, rest)
+    p = rest.constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p.fma(rest, coefficient)
+    p = (rest * rest).fma(p, rest) + 1.0
+    power = ((n.to_int() + 127) << 23).bits_as(F32)
+    return p * power
+
+
+@operation(lambda x: x)
+def exp(e: Emitter, x: Vector) -> Vector:
+    return _exp(x)
+
+
+@operation(lambda x: x)
+def tanh(e: Emitter, x: Vector) -> Vector:
+    """1 - 2 / (e^2x + 1)."""
+    doubled = _exp(x * 2.0)
+    return x.constant(1.0) - x.constant(2.0) / (doubled + 1.0)
+
+
+@operation(lambda x: types.float32)
+def inverse_sqrt(e: Emitter, x: ir.Value) -> ir.Value:
+    """1 / sqrt(x), both rounded properly."""
+    function = emit.declare(e.builder.module, "llvm.sqrt.f32", ir.FunctionType(F32, [F32]))
+    return e.builder.fdiv(ir.Constant(F32, 1.0), e.builder.call(function, [x]))
+
+
+@operation(lambda x: types.float32)
+def as_float(e: Emitter, x: Any) -> ir.Value:
+    return e.builder.sitofp(_as_index(e, x), F32)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@operation(_f32)
+def load(e: Emitter, address: ir.Value) -> Vector:
+    """float32 values from memory, `lanes` of them."""
+    return e.load(address, 0, F32, e.lanes)
+
+
+@operation(_void)
+def store(e: Emitter, address: ir.Value, v: Vector) -> None:
+    e.store(v.value, address)
+
+
+@operation(lambda a: types.float32)
+def load_f32(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.load_scalar(address, 0, F32)
+
+
+@operation(lambda a: types.intp)
+def load_i32(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.builder.sext(e.load_scalar(address, 0, I32), I64)
+
+
+@operation(lambda a: types.intp)
+def load_u8(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.builder.zext(e.load_scalar(address, 0, I8), I64)
+
+
+@operation(lambda a: types.intp)
+def load_i64(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.load_scalar(address, 0, I64)
+
+
+@operation(lambda a: types.float32)
+def load_bits_f32(e: Emitter, address: ir.Value) -> ir.Value:
+    """A float32 that an int64 field of a record holds in its low half."""
+    return e.load_scalar(address, 0, F32)
+
+
+@operation(_void)
+def store_f32(e: Emitter, address: ir.Value, value: ir.Value) -> None:
+    e.store(value, address)
+
+
+@operation(_void)
+def store_f16(e: Emitter, address: ir.Value, value: ir.Value) -> None:
+    e.store(e.builder.fptrunc(value, F16), address)
+
+
+@operation(_void)
+def store_i32(e: Emitter, address: ir.Value, value: Any) -> None:
+    e.store(e.builder.trunc(_as_index(e, value), I32), address)
+
+
+@operation(_void)
+def store_i64(e: Emitter, address: ir.Value, value: Any) -> None:
+    e.store(_as_index(e, value), address)
+
+
+@operation(_void)
+def store_u8(e: Emitter, address: ir.Value, value: Any) -> None:
+    e.store(e.builder.trunc(_as_index(e, value), I8), address)
+
+
+@operation(lambda value: types.intp)
+def round_to_int(e: Emitter, value: ir.Value) -> ir.Value:
+    """To the nearest integer, ties to even."""
+    function = emit.declare(e.builder.module, "llvm.rint.f32", ir.FunctionType(F32, [F32]))
+    return e.builder.fptosi(e.builder.call(function, [value]), I64)
+
+
+@operation(lambda size: types.intp)
+def scratch(e: Emitter, size: int) -> ir.Value:
+    """The address of `size` bytes (a literal) on this thread's stack, aligned to 64."""
+    with e.builder.goto_entry_block():
+        space = e.builder.alloca(ir.ArrayType(I8, size))
+        space.align = 64
+    return e.builder.ptrtoint(space, I64)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@operation(lambda columns: TileType(target().lanes, columns.literal_value))
+def zero_tile(e: Emitter, columns: int) -> list[Vector]:
+    return [e.constant(0.0)] * columns
+
+
+@operation(lambda columns, address, stride: TileType(target().lanes, columns.literal_value))
+def load_tile(e: Emitter, columns: int, address: ir.Value, stride: Any) -> list[Vector]:
+    """One vector from each of `columns` places, `stride` bytes apart."""
+    return [e.load(_nth(e, address, stride, i), 0, F32, e.lanes) for i in range(columns)]
+
+
+@operation(lambda tile, index: VectorType("f32", tile.lanes))
+def column(e: Emitter, tile: list[Vector], index: int) -> Vector:
+    return tile[index]
+
+
+@operation(lambda vector: types.float32)
+def first_lane(e: Emitter, vector: Vector) -> ir.Value:
+    return vector.lane(0)
+
+
+@operation(_void)
+def store_tile(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -> None:
+    for i, column in enumerate(tile):
+        e.store(column.value, _nth(e, address, stride, i))
+
+
+@operation(lambda vectors, address, stride: TileType(target().lanes, vectors.literal_value))
+def load_pairs(e: Emitter, vectors: int, address: ir.Value, stride: Any) -> list[Vector]:
+    """Two vectors from each of `vectors` / 2 places, `stride` bytes apart."""
+    return [e.load(_nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2), F32, e.lanes) for i in range(vectors)]
+
+
+@operation(_void)
+def store_pairs(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -> None:
+    for i, vector in enumerate(tile):
+        e.store(vector.value, _nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2))
+
+
+def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:
+    if isinstance(stride, int):
+        return e.offset(address, stride * index)
+    return e.builder.add(address, e.builder.mul(stride, ir.Constant(I64, index))) if index else address
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@operation(lambda a, v: types.intp)
+def atomic_add(e: Emitter, address: ir.Value, value: Any) -> ir.Value:
+    """Add to the int64 at `address`; gives what was there before. Sequentially consistent."""
+    return e.builder.atomic_rmw("add", e.pointer(address, 0, I64), _as_index(e, value), "seq_cst")
+
+
+@operation(lambda a, v: types.intp)
+def atomic_exchange(e: Emitter, address: ir.Value, value: Any) -> ir.Value:
+    return e.builder.atomic_rmw("xchg", e.pointer(address, 0, I64), _as_index(e, value), "seq_cst")
+
+
+@operation(lambda a: types.intp)
+def atomic_load(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.builder.load_atomic(e.pointer(address, 0, I64), "seq_cst", 8)
+
+
+@operation(_void)
+def pause(e: Emitter) -> None:
+    e.pause()
+
+
+@operation(_void)
+def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
+    """Bring the cache lines of `size` bytes (a literal) from `address`, mapped or not, into the second level."""
+    type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+    function = emit.declare(e.builder.module, "llvm.prefetch.p0", type_)
+    read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+    for offset in range(0, size, 64):
+        e.builder.call(function, [e.pointer(address, offset, I8), read, second_level, data])
+
+
+@operation(_void)
+def call_kernel(e: Emitter, address: ir.Value, op: ir.Value, step: ir.Value, thread: ir.Value) -> None:
+    """Call a compiled kernel by its address."""
+    type_ = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+    e.builder.call(e.builder.inttoptr(address, type_.as_pointer()), [op, step, thread])
+
+
+@operation(_void)
+def call_plain(e: Emitter, address: ir.Value) -> None:
+    """Call a C function that takes nothing, such as sched_yield."""
+    type_ = ir.FunctionType(I32, [])
+    e.builder.call(e.builder.inttoptr(address, type_.as_pointer()), [])

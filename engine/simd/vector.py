@@ -1,0 +1,343 @@
+"""Vectors at the level of instructions: a `Vector` is an LLVM value, and its operators emit LLVM instructions.
+
+Code written with it runs while a kernel is compiled: a Python loop around it is an unrolled loop in the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+
+from qrun.engine.simd.target import Target
+
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+class Vector:
+    """`lanes` elements of one type. Integers have no sign: what depends on it is a method of its own."""
+
+    __slots__ = ("builder", "value")
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    @property
+    def element(self) -> ir.Type:
+        return self.value.type.element
+
+    @property
+    def lanes(self) -> int:
+        return self.value.type.count
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(self.element, (ir.FloatType, ir.HalfType))
+
+    def _new(self, value: ir.Value) -> Vector:
+        return Vector(self.builder, value)
+
+    def constant(self, value: float) -> Vector:
+        """A vector of this one's type that holds `value` in every lane."""
+        return self._new(ir.Constant(self.value.type, [value] * self.lanes))
+
+    def _operand(self, other: Vector | float) -> ir.Value:
+        return other.value if isinstance(other, Vector) else self.constant(other).value
+
+    def __add__(self, other: Vector | float) -> Vector:
+        add = self.builder.fadd if self.is_float else self.builder.add
+        return self._new(add(self.value, self._operand(other)))
+
+    def __sub__(self, other: Vector | float) -> Vector:
+        sub = self.builder.fsub if self.is_float else self.builder.sub
+        return self._new(sub(self.value, self._operand(other)))
+
+    def __mul__(self, other: Vector | float) -> Vector:
+        mul = self.builder.fmul if self.is_float else self.builder.mul
+        return self._new(mul(self.value, self._operand(other)))
+
+    def __truediv__(self, other: Vector | float) -> Vector:
+        return self._new(self.builder.fdiv(self.value, self._operand(other)))
+
+    def __and__(self, other: Vector | int) -> Vector:
+        return self._new(self.builder.and_(self.value, self._operand(other)))
+
+    def __or__(self, other: Vector | int) -> Vector:
+        return self._new(self.builder.or_(self.value, self._operand(other)))
+
+    def __xor__(self, other: Vector | int) -> Vector:
+        return self._new(self.builder.xor(self.value, self._operand(other)))
+
+    def __lshift__(self, other: Vector | int) -> Vector:
+        return self._new(self.builder.shl(self.value, self._operand(other)))
+
+    def __rshift__(self, other: Vector | int) -> Vector:
+        """Shift right, zeros coming in."""
+        return self._new(self.builder.lshr(self.value, self._operand(other)))
+
+    def shift_right_signed(self, count: int) -> Vector:
+        return self._new(self.builder.ashr(self.value, self._operand(count)))
+
+    def __neg__(self) -> Vector:
+        return self._new(self.builder.fneg(self.value) if self.is_float else self.builder.neg(self.value))
+
+    def intrinsic(self, name: str, *others: Vector | float) -> Vector:
+        """An LLVM intrinsic that takes and gives vectors of this type, such as llvm.fma or llvm.maxnum."""
+        arguments = [self.value, *(self._operand(other) for other in others)]
+        type_ = ir.FunctionType(self.value.type, [self.value.type] * len(arguments))
+        function = declare(self.builder.module, self._overload(name), type_)
+        return self._new(self.builder.call(function, arguments))
+
+    def _overload(self, name: str) -> str:
+        """LLVM's name for an intrinsic on this type of vector."""
+        return f"{name}.v{self.lanes}{'f' if self.is_float else 'i'}{_width(self.element)}"
+
+    def fma(self, factor: Vector | float, addend: Vector | float) -> Vector:
+        """self * factor + addend, rounded once."""
+        return self.intrinsic("llvm.fma", factor, addend)
+
+    def maximum(self, other: Vector | float) -> Vector:
+        return self.intrinsic("llvm.maxnum" if self.is_float else "llvm.smax", other)
+
+    def minimum(self, other: Vector | float) -> Vector:
+        return self.intrinsic("llvm.minnum" if self.is_float else "llvm.smin", other)
+
+    def less(self, other: Vector | float) -> Vector:
+        """A vector of single bits (signed comparison for integers)."""
+        compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_signed
+        return self._new(compare("<", self.value, self._operand(other)))
+
+    def choose(self, yes: Vector, no: Vector) -> Vector:
+        """self holds single bits: lane by lane `yes` where set, else `no`."""
+        return self._new(self.builder.select(self.value, yes.value, no.value))
+
+    def _cast(self, operation: str, element: ir.Type) -> Vector:
+        return self._new(getattr(self.builder, operation)(self.value, ir.VectorType(element, self.lanes)))
+
+    def to_float(self) -> Vector:
+        """From int32 (signed) or float16 to float32."""
+        return self._cast("fpext" if self.is_float else "sitofp", F32)
+
+    def to_int(self) -> Vector:
+        """From float32 to int32, towards zero."""
+        return self._cast("fptosi", I32)
+
+    def to_half(self) -> Vector:
+        return self._cast("fptrunc", F16)
+
+    def widen_signed(self, element: ir.Type = I32) -> Vector:
+        return self._cast("sext", element)
+
+    def widen_unsigned(self, element: ir.Type = I32) -> Vector:
+        return self._cast("zext", element)
+
+    def narrow(self, element: ir.Type) -> Vector:
+        return self._cast("trunc", element)
+
+    def bits_as(self, element: ir.Type) -> Vector:
+        """The same bits seen as elements of another type."""
+        total = self.lanes * _width(self.element)
+        return self._new(self.builder.bitcast(self.value, ir.VectorType(element, total // _width(element))))
+
+    def shuffle(self, other: Vector, lanes: Sequence[int]) -> Vector:
+        """Lanes of self (0..n-1) and other (n..2n-1), in the order given."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
+
+    def permute(self, lanes: Sequence[int]) -> Vector:
+        return self.shuffle(self, lanes)
+
+    def lane(self, index: int) -> ir.Value:
+        return self.builder.extract_element(self.value, ir.Constant(I32, index))
+
+    def reduce(self, operation: str) -> ir.Value:
+        """All lanes combined in one fixed order ("add", "maximum"): halves are folded on halves."""
+        vector = self
+        while vector.lanes > 1:
+            half = vector.lanes // 2
+            low, high = vector.permute(range(half)), vector.permute(range(half, 2 * half))
+            vector = low + high if operation == "add" else low.maximum(high)
+        return vector.lane(0)
+
+
+def _width(element: ir.Type) -> int:
+    if isinstance(element, ir.IntType):
+        return int(element.width)
+    return 16 if isinstance(element, ir.HalfType) else 32
+
+
+class Emitter:
+    """Memory, constants and the few instructions that differ from one kind of CPU to the next."""
+
+    def __init__(self, builder: ir.IRBuilder, target: Target) -> None:
+        self.builder, self.target = builder, target
+        self.lanes = target.lanes
+
+    def vector(self, value: ir.Value) -> Vector:
+        return Vector(self.builder, value)
+
+    def offset(self, address: ir.Value, bytes_: int) -> ir.Value:
+        return self.builder.add(address, ir.Constant(I64, bytes_)) if bytes_ else address
+
+    def pointer(self, address: ir.Value, offset: int, type_: ir.Type) -> ir.Value:
+        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        pointer = self.builder.gep(pointer, [ir.Constant(I64, offset)], source_etype=I8) if offset else pointer
+        return self.builder.bitcast(pointer, type_.as_pointer())
+
+    def load(self, address: ir.Value, offset: int, element: ir.Type, lanes: int) -> Vector:
+        type_ = ir.VectorType(element, lanes)
+        return self.vector(self.builder.load(self.pointer(address, offset, type_), align=1))
+
+    def load_scalar(self, address: ir.Value, offset: int, element: ir.Type) -> ir.Value:
+        return self.builder.load(self.pointer(address, offset, element), align=1)
+
+    def store(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+        self.builder.store(value, self.pointer(address, offset, value.type), align=1)
+
+    def splat(self, scalar: ir.Value, lanes: int | None = None) -> Vector:
+        type_ = ir.VectorType(scalar.type, lanes or self.lanes)
+        one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, type_.count), None)
+        return self.vector(self.builder.shuffle_vector(one, ir.Constant(type_, ir.Undefined), zeros))
+
+    def broadcast(self, address: ir.Value, offset: int, element: ir.Type) -> Vector:
+        return self.splat(self.load_scalar(address, offset, element))
+
+    def constant(self, value: float, element: ir.Type = F32) -> Vector:
+        return self.vector(ir.Constant(ir.VectorType(element, self.lanes), [value] * self.lanes))
+
+    def dot4_unsigned(
+        self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int
+    ) -> Vector:
+        """sums + four products a lane of each weights[i] (bytes of 0..limit, at most 127) and activations[i] (int8)."""
+        if self.target.dot == "vnni":
+            for weight, activation in zip(weights, activations, strict=True):
+                sums = self._dpbusd(sums, weight, activation)
+        elif self.target.dot == "avx2":
+            # A pair sum is at most 2 * limit * 127 in size: as many are added in int16 as surely fit there.
+            room = 32767 // (2 * limit * 127)
+            for start in range(0, len(weights), room):
+                pairs = [
+                    self._maddubs(weight, activation)
+                    for weight, activation in list(zip(weights, activations, strict=True))[start : start + room]
+                ]
+                sums = sums + self._widen_pairs(_tree_sum(pairs))
+        else:
+            sums = self._dot4_any(sums, weights, activations)
+        return sums
+
+    def dot4_signed(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector]) -> Vector:
+        """As dot4_unsigned for weights of -128..127. On VNNI they arrive with 128 added (`bias_signed`)."""
+        if self.target.dot == "vnni":
+            for weight, activation in zip(weights, activations, strict=True):
+                sums = self._dpbusd(sums, weight, activation)
+        elif self.target.dot == "avx2":
+            # |w| * (a with w's sign) = w * a, and 2 * 128 * 127 = 32,512 fits in int16.
+            for weight, activation in zip(weights, activations, strict=True):
+                size = self._bytewise(weight, "abs")
+                signed = self._sign(activation, weight)
+                sums = sums + self._widen_pairs(self._maddubs(size, signed))
+        else:
+            sums = self._dot4_any(sums, weights, activations)
+        return sums
+
+    @property
+    def signed_bias(self) -> int:
+        """What is added to signed weights when they are unpacked: the one VNNI instruction wants an unsigned side."""
+        return 128 if self.target.dot == "vnni" else 0
+
+    def bias_signed(self, weights: Vector) -> Vector:
+        """int8 in each byte of an int32 vector, with `signed_bias` added."""
+        return weights ^ -0x7F7F7F80 if self.signed_bias else weights
+
+    def lookup16(self, table: Sequence[int], indices: Vector) -> Vector:
+        """table[i] for each byte i (0..15) of an int32 vector."""
+        flat = indices.bits_as(I8)
+        lanes = flat.lanes
+        if self.target.is_x86 and self.target.dot != "plain":
+            entries = [value - 256 if value > 127 else value for value in table]
+            repeated = ir.Constant(flat.value.type, [v & 0xFF for v in entries] * (lanes // 16))
+            name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[
+                lanes
+            ]
+            return self._target_call(name, flat.value.type, self.vector(repeated), flat).bits_as(I32)
+        if self.target.dot == "neon":
+            repeated = ir.Constant(flat.value.type, [v & 0xFF for v in table])
+            return self._target_call(
+                "llvm.aarch64.neon.tbl1.v16i8", flat.value.type, self.vector(repeated), flat
+            ).bits_as(I32)
+        result = flat.constant(table[0] & 0xFF)
+        for index, value in enumerate(table[1:], 1):
+            same = flat._new(self.builder.icmp_unsigned("==", flat.value, flat.constant(index).value))
+            result = same.choose(flat.constant(value & 0xFF), result)
+        return result.bits_as(I32)
+
+    def pause(self) -> None:
+        """Tell the core that this is a waiting loop."""
+        name = "llvm.x86.sse2.pause" if self.target.is_x86 else None
+        if name:
+            function = ir.FunctionType(ir.VoidType(), [])
+            self.builder.call(declare(self.builder.module, name, function), [])
+
+    def _target_call(self, name: str, result: ir.Type, *arguments: Vector) -> Vector:
+        values = [argument.value for argument in arguments]
+        function = ir.FunctionType(result, [value.type for value in values])
+        return self.vector(self.builder.call(declare(self.builder.module, name, function), values))
+
+    def _dpbusd(self, sums: Vector, weights: Vector, activations: Vector) -> Vector:
+        bits = 32 * sums.lanes
+        weights, activations = weights.bits_as(I8), activations.bits_as(I8)
+        return self._target_call(f"llvm.x86.avx512.vpdpbusd.{bits}", sums.value.type, sums, weights, activations)
+
+    def _maddubs(self, weights: Vector, activations: Vector) -> Vector:
+        weights, activations = weights.bits_as(I8), activations.bits_as(I8)
+        result = ir.VectorType(I16, weights.lanes // 2)
+        name = {16: "llvm.x86.avx2.pmadd.ub.sw", 32: "llvm.x86.avx512.pmaddubs.w.512"}[result.count]
+        return self._target_call(name, result, weights, activations)
+
+    def _widen_pairs(self, pairs: Vector) -> Vector:
+        result = ir.VectorType(I32, pairs.lanes // 2)
+        name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[result.count]
+        return self._target_call(name, result, pairs, pairs.constant(1))
+
+    def _bytewise(self, vector: Vector, operation: str) -> Vector:
+        flat = vector.bits_as(I8)
+        type_ = ir.FunctionType(flat.value.type, [flat.value.type, ir.IntType(1)])
+        function = declare(self.builder.module, flat._overload(f"llvm.{operation}"), type_)
+        return flat._new(self.builder.call(function, [flat.value, ir.Constant(ir.IntType(1), 0)])).bits_as(I32)
+
+    def _sign(self, activations: Vector, weights: Vector) -> Vector:
+        """Activations with the sign of the weights' bytes (a weight of zero makes the product zero anyway)."""
+        values, signs = activations.bits_as(I8), weights.bits_as(I8)
+        return signs.less(0).choose(-values, values).bits_as(I32)
+
+    def _dot4_any(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector]) -> Vector:
+        if self.target.dot == "neon":
+            for weight, activation in zip(weights, activations, strict=True):
+                sums = self._target_call(
+                    "llvm.aarch64.neon.sdot.v4i32.v16i8",
+                    sums.value.type,
+                    sums,
+                    weight.bits_as(I8),
+                    activation.bits_as(I8),
+                )
+            return sums
+        for weight, activation in zip(weights, activations, strict=True):
+            for byte in range(4):
+                left = (weight << (24 - 8 * byte)).shift_right_signed(24)
+                right = (activation << (24 - 8 * byte)).shift_right_signed(24)
+                sums = sums + left * right
+        return sums
+
+
+def declare(module: ir.Module, name: str, type_: ir.FunctionType) -> ir.Function:
+    return module.globals[name] if name in module.globals else ir.Function(module, type_, name)
+
+
+def _tree_sum(vectors: list[Vector]) -> Vector:
+    while len(vectors) > 1:
+        vectors = [a + b for a, b in zip(vectors[::2], vectors[1::2], strict=False)] + (
+            [vectors[-1]] if len(vectors) % 2 else []
+        )
+    return vectors[0]

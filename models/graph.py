@@ -1,0 +1,383 @@
+"""The vocabulary in which a model is described, and the builder that the architectures speak to.
+
+A graph is a list of operations in the order in which they run. Nothing here computes: the engine compiles the
+operations, and the tests interpret them with NumPy (`tests/reference.py`), which is also their exact definition.
+Every `Value` is a float32 array [rows, width]; the rows are the tokens of one step.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
+from qrun.formats.blocks import BLOCK_FORMATS
+
+Activation = Literal["silu", "gelu"]
+"""`gelu` is the tanh approximation."""
+Gating = Literal["softmax", "sigmoid"]
+Constant = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Value:
+    """The result of one operation: float32 [rows, width]."""
+
+    id: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A tensor of the file, in file layout. Its existence, shape and type have been checked.
+
+    `shape` is row-major, as NumPy has it: a matrix is (rows, columns), experts are (n_expert, rows, columns).
+    `raw` is a flat uint8 view of the mapped file. One tensor is one `Weight` object, however often it is used.
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Embed:
+    """out[i] = weight[token[i]] * scale."""
+
+    out: Value
+    weight: Weight
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """out = x / sqrt(mean(x * x) + eps) * weight, over x seen as [rows, groups, width / groups].
+
+    `weight` is [width / groups]; a norm of each head's query or key has a group per head.
+    """
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    eps: float
+    groups: int
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """out = scale * (x @ weight.T) + bias, with `bias` [out.width]."""
+
+    out: Value
+    x: Value
+    weight: Weight
+    bias: Constant | None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """out = x[:, start : start + out.width]."""
+
+    out: Value
+    x: Value
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotary position embedding of every head of x (Su et al., arXiv:2104.09864).
+
+    Pair j of a head turns by position * frequencies[j] radians, and is multiplied by `magnitude`. Pairs are
+    (2j, 2j + 1) if `interleaved`, else (j, j + n_rot / 2). Dimensions from n_rot on pass through unchanged.
+    `frequencies` [n_rot / 2] has the base, the scaling and the rope factors folded in.
+    """
+
+    out: Value
+    x: Value
+    head_dim: int
+    n_rot: int
+    interleaved: bool
+    frequencies: Constant
+    magnitude: float
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Appends k and v to the cache of `layer`, then causal attention over that cache.
+
+    Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
+    Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
+    h // (n_heads / n_kv_heads).
+    """
+
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    layer: int
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Activate:
+    """out = act(gate) * up."""
+
+    out: Value
+    gate: Value
+    up: Value
+    kind: Activation
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """out = a + b."""
+
+    out: Value
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """out = factor * x."""
+
+    out: Value
+    x: Value
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Softcap:
+    """out = cap * tanh(x / cap)."""
+
+    out: Value
+    x: Value
+    cap: float
+
+
+@dataclass(frozen=True, eq=False)
+class MoE:
+    """A mixture of experts: the `n_used` experts that the router likes best, summed by their weights.
+
+    Probabilities are gating(router @ x + router_bias); the chosen ones are divided by their sum if `normalize`, then
+    multiplied by `scale`. An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others
+    are [n_expert, rows, columns].
+    """
+
+    out: Value
+    x: Value
+    router: Weight
+    router_bias: Constant | None
+    gate: Weight
+    up: Weight
+    down: Weight
+    n_used: int
+    kind: Activation
+    normalize: bool
+    scale: float
+    gating: Gating
+
+
+@dataclass(frozen=True, eq=False)
+class SelectRows:
+    """The rows of x whose logits are wanted; all operations after this one belong to the head."""
+
+    out: Value
+    x: Value
+
+
+Operation = Embed | RMSNorm | Linear | Slice | Rope | Attention | Activate | Add | Scale | Softcap | MoE | SelectRows
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How a model turns its heads: what queries and keys of a layer have in common (see `Rope`)."""
+
+    frequencies: Constant
+    magnitude: float
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What the KV cache of one layer holds. A position sees itself and the window - 1 positions before it."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+    window: int | None
+
+
+@dataclass
+class Graph:
+    """A model, ready to be compiled. `context_length` is the trained one, in tokens."""
+
+    architecture: str
+    operations: list[Operation]
+    logits: Value
+    cache_layers: list[CacheLayer]
+    n_vocab: int
+    n_embd: int
+    context_length: int
+    n_parameters: int
+
+
+class GraphBuilder:
+    """Appends operations; each method takes the values and the tensor names of one, and returns its result.
+
+    Names are those of the file without their ending (`blk.0.attn_q`): `.weight` must be there, `.bias` may be. A
+    tensor that is missing, or has another shape than the operation needs, or a type that cannot be decoded, raises
+    `FormatError` with the file and the tensor. Nothing is merged or reordered; tensors that nobody asks for are fine.
+    """
+
+    def __init__(self, reader: GGUFReader) -> None:
+        self.reader = reader
+        self.operations: list[Operation] = []
+        self.cache_layers: list[CacheLayer] = []
+        self._n_values = 0
+        self._weights: dict[str, Weight] = {}
+
+    # Tensors
+
+    def has(self, name: str) -> bool:
+        """Is there a tensor of this full name?"""
+        return name in self.reader.tensors
+
+    def weight(self, name: str, *shape: int) -> Weight:
+        """The tensor of this full name, to be read by kernels in file layout."""
+        info = self._tensor(name, shape)
+        return self._weights.setdefault(name, Weight(name, info.type, info.shape, info.raw))
+
+    def constant(self, name: str, *shape: int) -> Constant:
+        """The tensor of this full name as float32: norms, biases, rope factors."""
+        values = self._tensor(name, shape).dequantize()
+        if not np.isfinite(values).all():
+            raise self.error(f"tensor {name} has values that are not finite")
+        return values
+
+    def optional_constant(self, name: str, *shape: int) -> Constant | None:
+        """As `constant`, or None if the file has no such tensor."""
+        return self.constant(name, *shape) if self.has(name) else None
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self.reader.tensors.get(name)
+        if info is None:
+            raise self.error(f"tensor {name} is missing")
+        if info.shape != shape:
+            raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
+        if info.type not in BLOCK_FORMATS:
+            raise self.error(f"tensor {name} has type {info.type.name}, which is not supported")
+        return info
+
+    def error(self, problem: str) -> FormatError:
+        """The error to raise about this file."""
+        return FormatError(self.reader.path, problem)
+
+    # Operations
+
+    def embed(self, name: str, n_vocab: int, n_embd: int, scale: float = 1.0) -> Value:
+        """Token ids to rows of an embedding matrix [n_vocab, n_embd]."""
+        return self._append(Embed(self._value(n_embd), self.weight(f"{name}.weight", n_vocab, n_embd), scale))
+
+    def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1) -> Value:
+        """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight."""
+        weight = self.constant(f"{name}.weight", x.width // groups)
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups))
+
+    def linear(self, x: Value, name: str, width: int) -> Value:
+        """A matrix [width, x.width], and its bias if the file has one."""
+        weight = self.weight(f"{name}.weight", width, x.width)
+        return self.linear_with(x, weight, self.optional_constant(f"{name}.bias", width))
+
+    def linear_with(self, x: Value, weight: Weight, bias: Constant | None) -> Value:
+        """A matrix and a bias that have been looked up already."""
+        return self._append(Linear(self._value(weight.shape[0]), x, weight, bias))
+
+    def slice(self, x: Value, start: int, width: int) -> Value:
+        """The columns from `start` on."""
+        assert start + width <= x.width
+        return self._append(Slice(self._value(width), x, start))
+
+    def rope(self, x: Value, head_dim: int, rotation: Rotation) -> Value:
+        """Rotates the first dimensions of every head, two for each frequency."""
+        n_rot = 2 * len(rotation.frequencies)
+        assert n_rot <= head_dim and x.width % head_dim == 0
+        frequencies, magnitude, interleaved = rotation.frequencies, rotation.magnitude, rotation.interleaved
+        return self._append(Rope(self._value(x.width), x, head_dim, n_rot, interleaved, frequencies, magnitude))
+
+    def attention(
+        self, q: Value, k: Value, v: Value, cache: CacheLayer, scale: float, softcap: float | None = None
+    ) -> Value:
+        """Causal attention of the next layer; `cache` says how its cache is laid out."""
+        assert q.width == cache.n_heads * cache.head_dim_k
+        assert k.width == cache.n_kv_heads * cache.head_dim_k
+        assert v.width == cache.n_kv_heads * cache.head_dim_v
+        layer = len(self.cache_layers)
+        self.cache_layers.append(cache)
+        return self._append(Attention(self._value(cache.n_heads * cache.head_dim_v), q, k, v, layer, scale, softcap))
+
+    def activate(self, gate: Value, up: Value, kind: Activation) -> Value:
+        """act(gate) * up."""
+        assert gate.width == up.width
+        return self._append(Activate(self._value(gate.width), gate, up, kind))
+
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b."""
+        assert a.width == b.width
+        return self._append(Add(self._value(a.width), a, b))
+
+    def scale(self, x: Value, factor: float) -> Value:
+        """factor * x."""
+        return self._append(Scale(self._value(x.width), x, factor))
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        """cap * tanh(x / cap)."""
+        return self._append(Softcap(self._value(x.width), x, cap))
+
+    def moe(
+        self,
+        x: Value,
+        block: str,
+        *,
+        n_expert: int,
+        n_used: int,
+        n_ff: int,
+        kind: Activation,
+        normalize: bool = True,
+        scale: float = 1.0,
+        gating: Gating = "softmax",
+    ) -> Value:
+        """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`."""
+        if self.has(f"{block}.ffn_gate.0.weight"):
+            raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
+        router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, x.width)
+        router_bias = self.optional_constant(f"{block}.ffn_gate_inp.bias", n_expert)
+        gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
+        up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
+        down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
+        return self._append(
+            MoE(self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating)
+        )
+
+    def select_rows(self, x: Value) -> Value:
+        """The rows whose logits are wanted."""
+        return self._append(SelectRows(self._value(x.width), x))
+
+    def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int) -> Graph:
+        """The graph of everything said so far."""
+        size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
+        cache = self.cache_layers
+        return Graph(architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size)
+
+    def _append(self, operation: Operation) -> Value:
+        self.operations.append(operation)
+        return operation.out
+
+    def _value(self, width: int) -> Value:
+        self._n_values += 1
+        return Value(self._n_values - 1, width)

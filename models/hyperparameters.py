@@ -1,0 +1,165 @@
+"""Hyper-parameters out of a file's metadata.
+
+A model file comes from a stranger, and these numbers size every buffer and index that comes later: each has bounds,
+and one outside them raises `FormatError` with the file and the key.
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+
+from qrun.formats import FormatError, GGUFReader
+from qrun.models.graph import CacheLayer
+
+# Far above any published model; low enough that products of a few of them stay far from overflow.
+MAX_LAYERS = 512
+MAX_EXPERTS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 4096
+MAX_WIDTH = 1 << 20
+MAX_CONTEXT = 1 << 30
+
+
+class Metadata:
+    """Typed, bounded access to the keys of one architecture, without its name: `attention.head_count`."""
+
+    def __init__(self, reader: GGUFReader) -> None:
+        self.reader = reader
+        architecture = reader.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise FormatError(reader.path, "general.architecture is missing or not a string")
+        self.architecture = architecture
+
+    def error(self, key: str, problem: str) -> FormatError:
+        """The error to raise: `<file>: <key> <problem>`."""
+        return FormatError(self.reader.path, f"{self.architecture}.{key} {problem}")
+
+    def has(self, key: str) -> bool:
+        """Does the file have this key?"""
+        return f"{self.architecture}.{key}" in self.reader.metadata
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_WIDTH) -> int:
+        """A whole number in low..high; without a default, the key is required."""
+        return self._check_integer(key, self._get(key, default), low, high)
+
+    def per_layer(
+        self, key: str, n_layer: int, default: tuple[int, ...] | None = None, high: int = MAX_WIDTH
+    ) -> tuple[int, ...]:
+        """A positive number for each layer: the file gives one for all, or an array."""
+        value = self._get(key, default)
+        if not isinstance(value, (np.ndarray, list, tuple)):
+            return (self._check_integer(key, value, 1, high),) * n_layer
+        if len(value) != n_layer:
+            raise self.error(key, f"has {len(value)} values, expected one for each of {n_layer} layers")
+        return tuple(self._check_integer(key, one, 1, high) for one in value)
+
+    def real(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30) -> float:
+        """A finite number in low..high; without a default, the key is required."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, f"is not a number: {shorten(value)}")
+        if not isfinite(value) or not low <= value <= high:
+            raise self.error(key, f"is {value}, expected {low:g} to {high:g}")
+        return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, f"is not a string: {shorten(value)}")
+        return value
+
+    def flags(self, key: str, n_layer: int) -> tuple[bool, ...] | None:
+        """A flag for each layer, or None if the file has no array under this key."""
+        value = self.reader.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, np.ndarray):
+            return None
+        if value.dtype.kind not in "biu" or len(value) < n_layer:
+            raise self.error(key, f"is not a flag for each of {n_layer} layers")
+        return tuple(bool(flag) for flag in value[:n_layer])
+
+    def _get(self, key: str, default: object) -> object:
+        value = self.reader.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+    def _check_integer(self, key: str, value: object, low: int, high: int) -> int:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise self.error(key, f"is not a whole number: {shorten(value)}")
+        if not low <= value <= high:
+            raise self.error(key, f"is {value}, expected {low} to {high}")
+        return int(value)
+
+
+def shorten(value: object) -> str:
+    """The value for an error message of one line."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    return str(value) if isinstance(value, (bool, int, float, np.generic)) else "an array"
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What all of these transformers have. Lengths in floats, contexts in tokens; tuples have a value per layer."""
+
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_heads: tuple[int, ...]
+    n_kv_heads: tuple[int, ...]
+    n_ff: tuple[int, ...]
+    head_dim_k: int
+    head_dim_v: int
+    n_rot: int
+    rms_eps: float
+    context_length: int
+    n_expert: int
+    n_used: int
+
+    @classmethod
+    def read(cls, metadata: Metadata) -> "Hyperparameters":
+        """The defaults are the reference engine's: head size n_embd / n_head, all heads with keys of their own."""
+        n_embd = metadata.integer("embedding_length")
+        n_layer = metadata.integer("block_count", high=MAX_LAYERS)
+        n_heads = metadata.per_layer("attention.head_count", n_layer, high=MAX_HEADS)
+        n_kv_heads = metadata.per_layer("attention.head_count_kv", n_layer, default=n_heads, high=MAX_HEADS)
+        for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+            if heads % kv_heads:
+                raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
+        head_dim = n_embd // n_heads[0] or None
+        head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
+        n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
+        if n_rot % 2:
+            raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+        n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
+        return cls(
+            n_vocab=count_vocabulary(metadata.reader),
+            n_embd=n_embd,
+            n_layer=n_layer,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            n_ff=metadata.per_layer("feed_forward_length", n_layer),
+            head_dim_k=head_dim_k,
+            head_dim_v=metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM),
+            n_rot=n_rot,
+            rms_eps=metadata.real("attention.layer_norm_rms_epsilon", high=1.0),
+            context_length=metadata.integer("context_length", high=MAX_CONTEXT),
+            n_expert=n_expert,
+            n_used=metadata.integer("expert_used_count", high=n_expert) if n_expert else 0,
+        )
+
+    def cache_layer(self, layer: int, window: int | None = None) -> CacheLayer:
+        """What the cache of this layer holds."""
+        return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
+
+
+def count_vocabulary(reader: GGUFReader) -> int:
+    """The rows of the token embedding: a file need not bring its tokens, and may have padded them."""
+    embedding = reader.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise FormatError(reader.path, "tensor token_embd.weight is missing")
+    if len(embedding.shape) != 2 or not embedding.shape[0]:
+        raise FormatError(reader.path, f"tensor token_embd.weight has shape {embedding.shape}, expected a matrix")
+    return embedding.shape[0]

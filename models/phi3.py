@@ -1,0 +1,28 @@
+"""Phi-3 and Phi-4 (arXiv:2404.14219, 2412.08905): Llama with joined matrices, and LongRoPE for long contexts."""
+
+from qrun.models.graph import GraphBuilder, Value
+from qrun.models.hyperparameters import Hyperparameters, Metadata
+from qrun.models.rope import RopeScaling, rope_factors
+from qrun.models.transformer import attention, head
+
+
+def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits."""
+    scaling = RopeScaling.read(metadata, h)
+    factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
+    rotation = scaling.rotation(h.n_rot, factors)
+
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        block = f"blk.{layer}"
+        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+        # Converters do not fill in the sliding window reliably. The reference engine ignores it, and so do we.
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation))
+
+        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
+        gate_up = builder.linear(y, f"{block}.ffn_up", 2 * h.n_ff[layer])
+        gate = builder.slice(gate_up, 0, h.n_ff[layer])
+        up = builder.slice(gate_up, h.n_ff[layer], h.n_ff[layer])
+        y = builder.linear(builder.activate(gate, up, "silu"), f"{block}.ffn_down", h.n_embd)
+        x = builder.add(x, y)
+    return head(builder, x, h)

@@ -1,0 +1,109 @@
+"""Rotary frequencies, with every published way of stretching them folded in.
+
+Plain: pair j of n_rot / 2 turns by position * base^(-2j / n_rot) radians (Su et al., arXiv:2104.09864). A model that
+was trained on a short context and stretched to a longer one by `factor`:
+
+- linear divides every frequency by `factor` (Chen et al., arXiv:2306.15595);
+- YaRN (Peng et al., arXiv:2309.00071) does so only for the slow pairs, leaves the fast ones alone, mixes in between,
+  and multiplies queries and keys by a magnitude that grows with log(factor);
+- rope factors are divisors, one a pair, that the model brings along: Llama 3's, and LongRoPE's two sets, of which the
+  context in use chooses one (Ding et al., arXiv:2402.13753).
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor, log, pi
+
+import numpy as np
+
+from qrun.models.graph import Constant, GraphBuilder, Rotation
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
+
+SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+
+# A pair that turns more than BETA_FAST times over the original context keeps its frequency, one that turns less than
+# BETA_SLOW times is stretched in full. The reference engine reads other values from the file for other families only.
+BETA_FAST = 32.0
+BETA_SLOW = 1.0
+
+MIN_DIVISOR = 1e-6  # of a frequency; what is smaller would only make angles without meaning
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """What a file says of rope. `base` is the plain one's, `attention_factor` multiplies the magnitude."""
+
+    type: str
+    base: float
+    factor: float
+    attention_factor: float
+    original_context: int
+
+    @classmethod
+    def read(cls, metadata: Metadata, hyperparameters: Hyperparameters) -> "RopeScaling":
+        """The keys under `rope.`, with the reference engine's defaults. A 0 means that there is none."""
+        kind = metadata.text("rope.scaling.type", "linear")
+        if kind not in SCALING_TYPES:
+            raise metadata.error("rope.scaling.type", f"is {shorten(kind)}, expected one of {', '.join(SCALING_TYPES)}")
+        # The key had another name once.
+        key = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
+        factor = metadata.real(key, 0.0, high=1e6) or 1.0
+        if factor < MIN_DIVISOR:
+            raise metadata.error(key, f"is {factor}, expected at least {MIN_DIVISOR}")
+        return cls(
+            type=kind,
+            base=read_base(metadata, "rope.freq_base", 10000.0),
+            factor=1.0 if kind == "none" else factor,
+            attention_factor=metadata.real("rope.scaling.attn_factor", 1.0, high=1e6),
+            original_context=metadata.integer("rope.scaling.original_context_length", 0, low=0, high=MAX_CONTEXT)
+            or hyperparameters.context_length,
+        )
+
+    def rotation(self, n_rot: int, divisors: Constant | None = None, *, interleaved: bool = False) -> Rotation:
+        """What queries and keys go through. `divisors` [n_rot / 2] are the model's rope factors."""
+        yarn = 1.0 + 0.1 * log(self.factor) if self.type == "yarn" and self.factor > 1.0 else 1.0
+        return Rotation(self.frequencies(n_rot, divisors), self.attention_factor * yarn, interleaved)
+
+    def frequencies(self, n_rot: int, divisors: Constant | None = None) -> Constant:
+        """Radians per position, float32 [n_rot / 2]."""
+        kept = self.base ** (-2.0 * np.arange(n_rot // 2) / n_rot)
+        if divisors is not None:
+            kept = kept / divisors
+        stretched = kept / self.factor
+        if self.type == "yarn":
+            keep = self._yarn_keep(n_rot)
+            stretched = keep * kept + (1.0 - keep) * stretched
+        return stretched.astype(np.float32)
+
+    def _yarn_keep(self, n_rot: int) -> np.ndarray:
+        """How far each pair keeps its own frequency: 1 for the fast, 0 for the slow, a ramp between."""
+
+        def pair_that_turns(times: float) -> float:
+            return n_rot * log(self.original_context / (times * 2.0 * pi)) / (2.0 * log(self.base))
+
+        low = max(0, floor(pair_that_turns(BETA_FAST)))
+        high = min(n_rot - 1, ceil(pair_that_turns(BETA_SLOW)))
+        return 1.0 - np.clip((np.arange(n_rot // 2) - low) / max(0.001, high - low), 0.0, 1.0)
+
+
+def read_base(metadata: Metadata, key: str, default: float) -> float:
+    """A base of rotary frequencies. One of 1 or less would not make a scale of frequencies."""
+    base = metadata.real(key, default, low=1.0, high=1e15)
+    if base == 1.0:
+        raise metadata.error(key, "is 1, expected more")
+    return base
+
+
+def rope_factors(builder: GraphBuilder, n_rot: int, context: int, original_context: int) -> Constant | None:
+    """The model's own divisors of the frequencies, if it has any: one set, or a long and a short one.
+
+    The long set serves whenever the context in use (in tokens) exceeds the original one, for every position: a cache
+    cannot hold keys of both.
+    """
+    length = "long" if context > original_context else "short"
+    for name in ("rope_freqs.weight", f"rope_factors_{length}.weight"):
+        divisors = builder.optional_constant(name, n_rot // 2)
+        if divisors is not None:
+            if np.abs(divisors).min() < MIN_DIVISOR:
+                raise builder.error(f"tensor {name} divides by numbers smaller than {MIN_DIVISOR}")
+            return divisors
+    return None

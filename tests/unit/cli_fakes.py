@@ -1,0 +1,70 @@
+"""A model for tests of the command line: the real library over a runtime that answers each turn in capitals.
+
+A conversation is written `(s)system</s>(u)text</s>(a)answer</s>(u)...(a)`; the model goes on after `(a)` with the last
+turn's text in capitals, then ends. After any other text it goes on with "abc...".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from engine_fakes import BOS, EOS, FakeRuntime, FakeTokenizer, ids_of
+
+from qrun.engine import Model
+
+
+class ChatTokenizer(FakeTokenizer):
+    """Bytes, and `</s>` as one token."""
+
+    kind = "gpt2"
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        ids = [BOS] if add_special and self.add_bos else []
+        for i, part in enumerate(text.split("</s>") if parse_special else [text]):
+            ids += [EOS] * (i > 0) + ids_of(part)
+        return ids
+
+
+class Template:
+    """The chat template; one that reports a fault where a message says "fault"."""
+
+    is_fallback = False
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True, **variables: Any) -> str:
+        if any(message["content"] == "fault" for message in messages):
+            raise ValueError("the template does not like this")
+        turns = "".join(f"({message['role'][0]}){message['content']}</s>" for message in messages)
+        return turns + "(a)" * add_generation_prompt
+
+
+def text_of(held: list[int]) -> str:
+    return ChatTokenizer().decode(held)
+
+
+def capitals(held: list[int]) -> int:
+    """The rule of the runtime."""
+    text = text_of(held)
+    if "(a)" not in text:
+        return ids_of("abcdefghijklmnopqrstuvwxyz")[len(text) % 26]
+    question, _, answer = text.rpartition("(a)")
+    wanted = question.removesuffix("</s>").rpartition("(u)")[2].upper() + "!"
+    return ids_of(wanted)[len(answer)] if len(answer) < len(wanted) else EOS
+
+
+def make_model(context: int = 200, **metadata: Any) -> Model:
+    """A real Model, over fakes."""
+    runtime = FakeRuntime(rule=capitals, context=context)
+    # greedy, where the file wishes nothing else
+    reader = SimpleNamespace(
+        metadata={"general.sampling.temp": 0.0, **metadata}, tensors={}, files=(), close=lambda: None
+    )
+    graph = SimpleNamespace(architecture="fake", n_vocab=runtime.n_vocab, n_embd=1, cache_layers=[])
+    model = Model(Path("fake.gguf"), reader, graph, runtime, ChatTokenizer())  # type: ignore[arg-type]
+    model.chat_template = Template()  # type: ignore[assignment]
+    return model
+
+
+def runtime_of(model: Model) -> FakeRuntime:
+    return model._runtime  # type: ignore[return-value]

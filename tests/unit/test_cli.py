@@ -1,0 +1,258 @@
+"""The command line as a whole: help, options, errors, exit statuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from qrun.cli import docs, loading, main
+from qrun.cli.main import COMMANDS, cli
+from qrun.engine.sampling_options import SamplingOptions
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def command_of(name: str) -> click.Command:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return command
+
+
+def run_main(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main.main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str) -> None:
+    command = command_of(name)
+    text = CliRunner().invoke(cli, [name, "--help"]).output
+    assert "Examples:" in text and f"qrun {name}" in text
+    assert all(option.help for option in command.params if isinstance(option, click.Option))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_a_command_says_of_itself(name: str) -> None:
+    first_words = (command_of(name).help or "").split()[0]
+    assert COMMANDS[name].startswith(first_words)
+
+
+def test_help_imports_no_command_and_nothing_heavy() -> None:
+    script = (
+        "import sys; from qrun.cli.main import main; main(['--help']); "
+        "print([m for m in sys.modules if m.split('.')[0] in ('numpy', 'numba', 'rich', 'jinja2', 'tokenizers')"
+        " or m.startswith(('qrun.cli.', 'qrun.engine', 'qrun.models')) and m != 'qrun.cli.main'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = (ROOT / "cli" / "REFERENCE.md").read_text(encoding="utf-8")
+    assert page == docs.reference(), "run: make docs"
+
+
+def test_the_readme_s_support_table_is_up_to_date() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == docs.with_support_table(readme), "run: make docs"
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"qrun {name}" in readme for name in COMMANDS)
+
+
+# Options
+
+
+@pytest.mark.parametrize("name", ["chat", "run"])
+def test_there_is_an_option_for_every_sampling_option_spelt_alike(name: str) -> None:
+    options = {parameter.name: parameter for parameter in command_of(name).params}
+    for field in dataclasses.fields(SamplingOptions):
+        if field.name != "logprobs":
+            assert options[field.name].opts == ["--" + field.name.replace("_", "-")]
+
+
+def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, object] = {}
+
+    class Model:
+        tokenizer = object()
+
+        def __enter__(self) -> Model:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def generate(self, prompt: str, **options: object) -> object:
+            taken.update(options, prompt=prompt)
+            return iter(())
+
+    def load(source: str, options: dict[str, object]) -> Model:
+        taken.update(options)
+        return Model()
+
+    monkeypatch.setattr(loading, "load_model", load)
+    arguments = (
+        "--temperature 0.5 --top-k 3 --max-tokens 7 --seed 1 --logit-bias 5=-inf --logit-bias 6=1.5 --stop a --stop b "
+        "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0"
+    )
+    result = CliRunner().invoke(cli, ["run", "m.gguf", "hi", *arguments.split()])
+    assert result.exit_code == 0, result.output
+    assert taken == {
+        "prompt": "hi", "temperature": 0.5, "top_k": 3, "max_tokens": 7, "seed": 1,
+        "logit_bias": {5: float("-inf"), 6: 1.5}, "stop": ("a", "b"), "samplers": ("top_k", "temperature"),
+        "dry_breakers": ("x",), "threads": 2, "context": 64, "cache_type": "q8_0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["run", "m.gguf", "x", "--temperature", "-1"], 1, "qrun: temperature must be at least 0, not -1\n"),
+        (["run", "m.gguf", "x", "--mirostat", "1"], 1, "qrun: mirostat must be 0 or 2, not 1\n"),
+        (["run", "m.gguf", "x", "--top-k", "many"], 2, "'many' is not a valid integer"),
+        (["run", "m.gguf", "x", "--logit-bias", "5"], 2, "not a token id, '=' and a number"),
+        (["run", "m.gguf", "x", "--cache-type", "q2"], 2, "'q2' is not one of"),
+        (["run", "m.gguf", "x", "--ctx", "0"], 2, "0 is not in the range"),
+        (["run", "m.gguf", "x", "--system", "s"], 2, "--system needs --chat"),
+        (["run", "m.gguf"], 2, "Missing argument 'PROMPT'"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["rm"], 2, "Name a model"),
+    ],
+)
+def test_wrong_options(arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out, err = run_main(*arguments, capsys=capsys)
+    assert (found, out) == (status, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+# Errors
+
+
+@pytest.mark.parametrize("command", [["info"], ["run", "{}", "x"], ["chat"], ["tokenize", "{}", "x"], ["bench"]])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "qrun: bad.gguf: no such file"),
+        (b"", "qrun: bad.gguf: "),
+        (b"GGUF", "qrun: bad.gguf: "),
+        (b"GGUF\x03\0\0\0" + b"\xff" * 16, "qrun: bad.gguf: "),
+        (b"<!DOCTYPE html><html>", "qrun: bad.gguf: "),
+    ],
+    ids=["missing", "empty", "short", "hostile", "page"],
+)
+def test_bad_files_are_one_line(
+    command: list[str], content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        Path("bad.gguf").write_bytes(content)
+    arguments = [part.format("bad.gguf") for part in command]
+    if len(arguments) == 1:
+        arguments.append("bad.gguf")
+    status, out, err = run_main(*arguments, capsys=capsys)
+    assert (status, out) == (1, "")
+    assert err.startswith(message)
+    assert len(err.splitlines()) == 1
+
+
+def test_a_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run_main("info", str(tmp_path), capsys=capsys)
+    assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, not a model file\n")
+
+
+def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run_main("info", "gemma-3-270m", capsys=capsys)
+    assert (status, err) == (1, "qrun: gemma-3-270m: not pulled yet; fetch it with: qrun pull gemma-3-270m\n")
+
+
+def fail_with(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "load_model", fail)
+    status, _, err = run_main("run", "m.gguf", "x", capsys=capsys)
+    return status, err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("two\nlines \x1b[2J"), "qrun: two lines [2J\n"),
+        (PermissionError(13, "Permission denied", "m.gguf"), "qrun: m.gguf: Permission denied\n"),
+        (MemoryError(), "qrun: not enough memory\n"),
+        (KeyError("key"), "qrun: internal error: KeyError: key\n"),
+        (AssertionError(), "qrun: internal error: AssertionError: AssertionError\n"),
+    ],
+)
+def test_errors_are_one_line(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail_with(error, monkeypatch, capsys) == (1, message)
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, err = fail_with(KeyboardInterrupt(), monkeypatch, capsys)
+    assert status == 130
+    assert err.strip() == ""
+
+
+def test_qrun_debug_shows_where_an_error_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QRUN_DEBUG", "1")
+    with pytest.raises(KeyError):
+        fail_with(KeyError("key"), monkeypatch, capsys)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m qrun.cli.main chat --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("Usage: qrun chat")
+    assert done.stderr == ""
+
+
+# Completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_for_each_shell(shell: str) -> None:
+    script = CliRunner().invoke(cli, ["completion", shell]).output
+    assert f"_QRUN_COMPLETE={shell}_complete" in script.replace('"', "")
+    assert "qrun" in script
+
+
+def completions(*words: str) -> list[str]:
+    line = " ".join(["qrun", *words])
+    environment = os.environ | {"_QRUN_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+    script = "from qrun.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_commands_options_and_models_are_completed() -> None:
+    assert "plain,chat" in completions("ch")
+    assert "plain,--temperature" in completions("run", "m", "p", "--temp")
+    assert "plain,SmolLM2-135M-Instruct" in completions("info", "smol")

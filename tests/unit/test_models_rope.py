@@ -1,0 +1,68 @@
+"""Rotary frequencies against the formulas of the papers, written out pair by pair."""
+
+from dataclasses import replace
+from math import ceil, floor, log, pi
+
+import numpy as np
+import pytest
+
+from qrun.models.rope import RopeScaling
+
+N_ROT = 64
+PLAIN = RopeScaling("linear", base=10000.0, factor=1.0, attention_factor=1.0, original_context=4096)
+
+
+def plain(pair: int, base: float = 10000.0) -> float:
+    return 1.0 / base ** (2 * pair / N_ROT)
+
+
+def test_plain() -> None:
+    rotation = PLAIN.rotation(N_ROT, interleaved=True)
+    assert rotation.interleaved and rotation.magnitude == 1.0
+    assert rotation.frequencies.dtype == np.float32
+    np.testing.assert_allclose(rotation.frequencies, [plain(pair) for pair in range(32)], rtol=1e-6)
+    assert rotation.frequencies[0] == 1.0
+
+
+def test_linear_scaling_slows_every_pair() -> None:
+    rotation = replace(PLAIN, factor=4.0, base=500000.0).rotation(N_ROT)
+    np.testing.assert_allclose(rotation.frequencies, [plain(pair, 500000.0) / 4 for pair in range(32)], rtol=1e-6)
+    assert rotation.magnitude == 1.0
+
+
+def test_rope_factors_divide() -> None:
+    factors = np.linspace(1, 32, 32, dtype=np.float32)
+    rotation = replace(PLAIN, attention_factor=1.19).rotation(N_ROT, factors)
+    np.testing.assert_allclose(rotation.frequencies, [plain(pair) / (pair + 1) for pair in range(32)], rtol=1e-6)
+    assert rotation.magnitude == 1.19
+
+
+def test_yarn() -> None:
+    scale, context = 8.0, 4096
+    rotation = replace(PLAIN, type="yarn", factor=scale).rotation(N_ROT)
+
+    def pair_of(turns: float) -> float:
+        # The pair whose wave length is context / turns: base^(2 pair / n_rot) * 2 pi = context / turns.
+        return N_ROT * log(context / (turns * 2 * pi)) / (2 * log(10000.0))
+
+    low, high = floor(pair_of(32)), ceil(pair_of(1))
+    assert 0 < low < high < 32
+    for pair in range(32):
+        stretch = min(1.0, max(0.0, (pair - low) / (high - low)))
+        expected = plain(pair) * (1 - stretch) + plain(pair) / scale * stretch
+        assert rotation.frequencies[pair] == pytest.approx(expected, rel=1e-6)
+    assert rotation.frequencies[low] == pytest.approx(plain(low))
+    assert rotation.frequencies[high] == pytest.approx(plain(high) / scale)
+    assert rotation.magnitude == pytest.approx(1 + 0.1 * log(scale))
+
+
+def test_yarn_magnitude_is_multiplied_by_the_files_factor() -> None:
+    scaling = replace(PLAIN, type="yarn", factor=4.0, attention_factor=0.5)
+    assert scaling.rotation(N_ROT).magnitude == pytest.approx(0.5 * (1 + 0.1 * log(4)))
+    assert replace(scaling, factor=0.5).rotation(N_ROT).magnitude == 0.5
+
+
+def test_yarn_over_a_short_context_stretches_all_but_the_first_pairs() -> None:
+    frequencies = replace(PLAIN, type="yarn", factor=2.0, original_context=8).frequencies(N_ROT)
+    assert frequencies[0] == 1.0
+    np.testing.assert_allclose(frequencies[2:], [plain(pair) / 2 for pair in range(2, 32)], rtol=1e-6)

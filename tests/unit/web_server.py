@@ -1,0 +1,81 @@
+"""A small web server on the loopback interface, for tests of downloads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Site:
+    """What the server serves, how it misbehaves, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.headers: dict[str, dict[str, str]] = {}  # more headers, by path
+        self.break_after: list[int] = []  # bytes after which the next answers break off
+        self.ranges_work = True
+        self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.address = ""
+
+
+@contextmanager
+def serve() -> Iterator[Site]:
+    """A site that is up while the body runs."""
+    site = Site()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, with_body: bool) -> None:
+            path = self.path.partition("?")[0]
+            wanted = self.headers.get("Range")
+            site.asked.append((self.command, path, wanted))
+            content = site.files.get(path)
+            if content is None:
+                self.send_response(404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            status, start = 200, 0
+            etag = f'"{len(content)}-{content[-4:].hex()}"'
+            fresh = self.headers.get("If-Range") in (None, etag)
+            if wanted and site.ranges_work and fresh:
+                start = int(wanted.removeprefix("bytes=").partition("-")[0])
+                status = 206 if start < len(content) else 416
+            body = content[start:]
+            self.send_response(status)
+            if status == 206:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", etag)
+            for name, value in site.headers.get(path, {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                if site.break_after:
+                    body = body[: site.break_after.pop(0)]
+                    self.close_connection = True
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    site.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
