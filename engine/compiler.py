@@ -2,8 +2,8 @@
 
 Compiling runs in processes of its own (one per core), so that the process that generates text never imports Numba:
 it loads object files through llvmlite alone, in milliseconds. An object file is named by its kernel and lies in a
-folder named by a digest of all kernel sources, the versions of the compilers, and the CPU's features. It is written to a
-temporary name and renamed, so processes that compile at the same time do not harm each other.
+folder named by a digest of all kernel sources, the versions of the compilers, and the CPU's features. It is written
+to a temporary name and renamed, so processes that compile at the same time do not harm each other.
 """
 
 from __future__ import annotations

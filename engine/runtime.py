@@ -52,11 +52,11 @@ class Runtime:
         self._step = _Step(self.batch, len(self._pools), threads)
         self._program.link({key: self._kernels[key] for key in keys}, self._step.address)
         self._team: Team | None = Team(self._kernels, threads)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # also held by sequences while they change what they share
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
-        return KVSequence(self._layout, self._pools, self.context)
+        return KVSequence(self._layout, self._pools, self.context, self._lock)
 
     def evaluate(
         self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
@@ -134,11 +134,14 @@ class Runtime:
     def close(self) -> None:
         """End the threads and let the memory go. Safe to call twice."""
         with self._lock:
-            if self._team is not None:
-                self._team.close()
-                self._team = None
-                for pool in self._pools:
-                    pool.free.clear()
+            if self._team is None:
+                return
+            self._team.close()
+            for pool in self._pools:
+                pool.free.clear()
+            # The program holds views of the mapped file, and the graph too.
+            self._team = None
+            del self._program, self._step, self._kernels, self.graph
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64).reshape(-1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrun.models.store import NotPulled, find_stored, models_folder
@@ -32,6 +33,9 @@ class CatalogEntry:
     size: int  # bytes of the joined file
     licence: str
     description: str
+    # What a chat with the model begins with where the user says nothing else: what its authors recommend.
+    system: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -50,6 +54,9 @@ _ENTRIES = (
         size=98_362_432,
         licence="Apache-2.0",
         description="chat model, 135 million parameters, Q4_1",
+        # quantized to 4 bits, it tends to slip into French when French things are spoken of
+        system="You are a helpful AI assistant and answer in English.",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
     CatalogEntry(
         name="gemma-3-270m",

@@ -31,7 +31,7 @@ class Rows:
             self.addresses.append(e.builder.add(self.addresses[-1], stride))
 
     def words(self, offset: int, count: int) -> list[Vector]:
-        """`count` int32 vectors (a multiple of 4) from byte `offset` on: 16 bytes of four rows, transposed, at a time."""
+        """`count` int32 vectors (a multiple of 4) from byte `offset` on: 16 bytes of four rows, transposed."""
         vectors = []
         for start in range(0, count, 4):
             quarters = []
