@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
+_UNSPELT = ""  # no piece of any vocabulary is empty
+
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Raises FormatError where the merges do not fit the pieces."""
     tokenizer = _build(vocabulary)
     metaspace = vocabulary.pre_tokenizer.alphabet == "metaspace"
+    unspelt = len(vocabulary)
     lowercase = vocabulary.kind == "whitespace" and vocabulary.flag("normalizer.lowercase", False)
 
     def encode(text: str) -> list[int]:
         if metaspace:
             text = text.replace(" ", SPACE)
         ids: list[int] = tokenizer.encode(text.lower() if lowercase else text, add_special_tokens=False).ids
-        return ids
+        return [id for id in ids if id != unspelt] if unspelt in ids else ids
 
     return encode
 
@@ -54,8 +57,16 @@ def _model(vocabulary: Vocabulary) -> "BPE":
             ids = {piece.decode(): id for id, piece in enumerate(vocabulary.pieces)}
             # Of a merge that is listed twice the first counts; the library would take the last.
             pairs: list[Any] = [tuple(merge.decode().split(" ", 1)) for merge in dict.fromkeys(merges)]
+            # A character without a piece is left out in the end, but until then it keeps its neighbours apart.
+            ids[_UNSPELT] = len(vocabulary)
             # Every byte has a piece in the byte alphabet; the others spell what has none as <0xNN>.
-            return BPE(ids, pairs, byte_fallback=pre.alphabet != "bytes", ignore_merges=pre.ignore_merges)
+            return BPE(
+                ids,
+                pairs,
+                unk_token=_UNSPELT,
+                byte_fallback=pre.alphabet != "bytes",
+                ignore_merges=pre.ignore_merges,
+            )
     except UnicodeDecodeError:
         raise vocabulary.error("a token or merge of the byte-pair tokenizer is not UTF-8") from None
     except TypeError:

@@ -91,6 +91,10 @@ class TestBytePair:
         small = byte_pair(["a b", "b c", "a b"])
         assert spelt(small, small.encode("abc")) == ["ab", "c"]
 
+    def test_a_character_without_a_piece_is_left_out_and_keeps_its_neighbours_apart(self) -> None:
+        small = byte_pair(["a b"])
+        assert spelt(small, small.encode("a\x00b")) == ["a", "b"]
+
     def test_a_whole_word_may_win_over_the_merges(self) -> None:
         gpt2, llama3 = (byte_pair(["a b"], {"abc": NORMAL}, pre=pre) for pre in ("gpt-2", "llama-bpe"))
         assert spelt(gpt2, gpt2.encode("abc")) == ["ab", "c"]
