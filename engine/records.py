@@ -33,6 +33,9 @@ TILE_SIZE, MAX_HEAD_DIM = 8, 512
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
 
+# What 32 quantised activations of one column take: see kernels.matmul.
+PACKED_BYTES = 52
+
 
 def _fields(count: int) -> range:
     return range(_FIRST, _FIRST + 8 * count, 8)
@@ -53,7 +56,8 @@ def _fields(count: int) -> range:
  KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip
 
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
- ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW) = _fields(16)  # fmt: skip
+ ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP,
+ ATT_WINDOW) = _fields(16)  # fmt: skip
 
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,

@@ -13,17 +13,14 @@ import os
 import struct
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
 from qrun.formats import FormatError
-
-if TYPE_CHECKING:
-    from qrun.formats import GGUFReader
-    from qrun.models.graph import Graph
 
 _MAGIC = "qrun session 1"
 _STATE_PREFIX = "kv_"
@@ -44,16 +41,13 @@ class SavedSession:
     state: dict[str, np.ndarray]
 
 
-def model_fingerprint(reader: "GGUFReader", graph: "Graph") -> str:
-    """A digest that tells models apart: architecture, shapes, sizes of the files, and samples of their bytes.
+def model_fingerprint(files: Sequence[Path], description: str) -> str:
+    """A digest that tells models apart: a description of what they are, the sizes of the files, samples of their bytes.
 
-    The same for the same file in another place.
+    The same for the same file in another place. Raises OSError if a file cannot be read any more.
     """
-    digest = hashlib.sha256()
-    digest.update(repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers)).encode())
-    for tensor in reader.tensors.values():
-        digest.update(repr((tensor.name, int(tensor.type), tensor.shape)).encode())
-    for path in reader.files:
+    digest = hashlib.sha256(description.encode())
+    for path in files:
         size = os.path.getsize(path)
         digest.update(size.to_bytes(8, "little"))
         with open(path, "rb") as file:

@@ -3,12 +3,12 @@
 Rows are taken in groups of as many as a vector has lanes. Weights of a group are unpacked so that a lane is a row
 (`unpack`), and activations are broadcast against them. So sums stay in their lanes, and nothing is added across lanes.
 
-Every output is computed by the same float operations in the same order, however many columns there are: for each group
-of 32 weights, exact integer sums, times the row's scale, less the minimum, times the column's scale, added to the total.
+Every output is computed by the same float operations in the same order, however many columns there are: exact integer
+sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
-Columns come packed by `kernels.pack` into panels. With one column, weights go from the file through registers. With more,
-a slice of the row group is unpacked into the first-level cache and used for all panels.
+Columns come packed by `kernels.rows` into panels. With one column, weights go from the file through registers. With
+more, a slice of the row group is unpacked into the first-level cache and used for all panels.
 
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
 range; experts have one each. A range begins on a panel's first column.
@@ -25,42 +25,48 @@ from numba.core import types
 from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
-from qrun.engine.simd.operations import TileType, operation
+from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 
-# How a packed column block of 32 activations lies in a panel of `width` columns: eight words of four int8 for each
-# column, then a float32 scale, then the negated sums of the first 16, of the last 16, and of all.
-PACKED_BYTES = 48
+# How 32 activations of each column lie in a panel of `width` columns: eight words of four int8 for each column, then
+# for each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
+# KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
+SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
 
 def _dot_quantised(e: Emitter, spec: Quantised, group: Group, total: list[Vector], block: ir.Value) -> list[Vector]:
     """total + group times the columns of one packed block."""
     width = len(total)
+    zero = e.signed_bias if spec.limit is None else spec.zero
     result = []
-    for column, before in enumerate(total):
+    for column, value in enumerate(total):
 
-        def after_words(field: int, column: int = column) -> int:
-            return 32 * width + 4 * (field * width + column)
+        def field(index: int, element: ir.Type, column: int = column) -> Vector:
+            return e.broadcast(block, 32 * width + 4 * (index * width + column), element)
 
-        words = [e.broadcast(block, 4 * (k * width + column), I32) for k in range(8)]
-        halves = len(group.scales)
-        zero = e.signed_bias if spec.limit is None else spec.zero
-        scaled: Vector | None = None
-        for half in range(halves):
-            part = slice(8 // halves * half, 8 // halves * (half + 1))
-            negated_sum = e.broadcast(block, after_words(3 if halves == 1 else 1 + half), I32)
+        products = []
+        for half in range(2):
+            words = [e.broadcast(block, 4 * (k * width + column), I32) for k in range(4 * half, 4 * half + 4)]
             # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
-            sums = negated_sum << (zero.bit_length() - 1) if zero else e.constant(0, I32)
+            sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
+            weights = group.weights[4 * half : 4 * half + 4]
             if spec.limit is None:
-                sums = e.dot4_signed(sums, group.weights[part], words[part])
+                sums = e.dot4_signed(sums, weights, words)
             else:
-                sums = e.dot4_unsigned(sums, group.weights[part], words[part], spec.limit)
-            value = sums.to_float()
-            scaled = value * group.scales[half] if scaled is None else value.fma(group.scales[half], scaled)
-            if spec.has_minimum:
-                scaled = negated_sum.to_float().fma(group.minimums[half], scaled)
-        assert scaled is not None
-        result.append(scaled.fma(e.broadcast(block, after_words(0), F32), before))
+                sums = e.dot4_unsigned(sums, weights, words, spec.limit)
+            products.append(sums.to_float())
+        if len(group.scales) == 1:
+            scaled = products[1].fma(field(SCALE + 1, F32), products[0] * field(SCALE, F32))
+            value = scaled.fma(group.scales[0], value)
+        else:
+            for half in range(2):
+                value = (products[half] * field(SCALE + half, F32)).fma(group.scales[half], value)
+        if len(group.minimums) == 1:
+            value = group.minimums[0].fma(field(MINIMUM_FACTOR, F32), value)
+        for half, minimum in enumerate(group.minimums if len(group.minimums) == 2 else []):
+            factor = field(NEGATED_SUM + half, I32).to_float() * field(SCALE + half, F32)
+            value = minimum.fma(factor, value)
+        result.append(value)
     return result
 
 
@@ -94,9 +100,11 @@ def quantised_operations(spec: Quantised) -> tuple[Any, Any, Any]:
         return _dot_quantised(e, spec, _load_group(e, spec, unpacked), total, block)
 
     @operation(_tile_of)
-    def dot_block(e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value) -> list[Vector]:
+    def dot_block(
+        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value
+    ) -> list[Vector]:
         for index, group in enumerate(spec.groups(Rows(e, address, stride))):
-            total = _dot_quantised(e, spec, group, total, e.offset(block, PACKED_BYTES * len(total) * index))
+            total = _dot_quantised(e, spec, group, total, e.offset(block, R.PACKED_BYTES * len(total) * index))
         return total
 
     return unpack_block, dot_group, dot_block
@@ -150,11 +158,15 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     if isinstance(spec, Quantised):
         unpack_block, dot_group, dot_block = quantised_operations(spec)
         block_bytes, groups = spec.block_bytes, spec.block_size // 32
-        group_bytes, x_bytes, tail_bytes = 4 * lanes * _group_vectors(spec), PACKED_BYTES, 0
+        group_bytes, x_bytes, tail_bytes = 4 * lanes * _group_vectors(spec), R.PACKED_BYTES, 0
     else:
         unpack_block, dot_group, dot_block = float_operations(spec)
         block_bytes, groups = 16, 1
-        group_bytes, x_bytes, tail_bytes = 4 * lanes * (16 // spec.weight_bytes), 64 // spec.weight_bytes, spec.weight_bytes
+        group_bytes, x_bytes, tail_bytes = (
+            4 * lanes * (16 // spec.weight_bytes),
+            64 // spec.weight_bytes,
+            spec.weight_bytes,
+        )
     dot_one = _tail_operation(spec)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
@@ -163,8 +175,8 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
     # Rows of a group are read side by side, a pattern that hardware does not foresee: while one group is computed, the
-    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this thread
-    # will probably get next.
+    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this
+    # thread will probably get next.
     ahead_bytes = lanes * block_bytes
 
     @v.helper

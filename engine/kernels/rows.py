@@ -3,8 +3,8 @@
 Each thread has its own share of the rows, always the same one within a step, so one such operation can follow another
 without a barrier. Every row is computed in one fixed order, whatever its neighbours.
 
-Packing: see `kernels.matmul` for where a column's values lie in a panel. Columns are quantised to int8 in blocks of 32,
-scale = max |x| / 127, or kept as float32 for float weights.
+Packing: see `kernels.matmul` for where a column's values lie in a panel. Columns are quantised to int8, 16 of them with
+one scale = max |x| / 127, or kept as float32 for float weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine import records as R
+from qrun.engine.kernels.matmul import MINIMUM_FACTOR, NEGATED_SUM, SCALE
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter
@@ -26,45 +27,37 @@ Kernel = Callable[[int, int, int], None]
 def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, column: ir.Value) -> None:
     """32 floats at `x` into column `column` of a packed block of `width` columns."""
     b = e.builder
-    vectors = [e.load(x, 4 * e.lanes * i, F32, e.lanes) for i in range(32 // e.lanes)]
-    largest = vectors[0].intrinsic("llvm.fabs")
-    for vector in vectors[1:]:
-        largest = largest.maximum(vector.intrinsic("llvm.fabs"))
-    top = largest.reduce("maximum")
-    scale = b.fmul(top, ir.Constant(F32, 1 / 127))
-    # The inverse is finite unless the whole block is tiny; then its values are zeros.
-    usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
-    inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
-    factor = e.splat(inverse)
     place = b.add(block, b.mul(column, ir.Constant(I64, 4)))
     word_stride = b.mul(width, ir.Constant(I64, 4))
-    sums = []
-    for i, vector in enumerate(vectors):
-        whole = (vector * factor).intrinsic("llvm.rint").to_int()
-        sums.append(whole)
+
+    def put(value: ir.Value, index: int) -> None:
+        e.store(value, b.add(place, b.mul(word_stride, ir.Constant(I64, index))))
+
+    correction: ir.Value = ir.Constant(F32, 0.0)
+    for half in range(2):
+        values = e.load(x, 64 * half, F32, 16)
+        top = values.intrinsic("llvm.fabs").reduce("maximum")
+        scale = b.fmul(top, ir.Constant(F32, 1 / 127))
+        # The inverse is finite unless all values are tiny: then they count as zeros.
+        usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
+        inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
+        whole = (values * e.splat(inverse, 16)).intrinsic("llvm.rint").to_int()
         bytes_ = whole.narrow(I8).bits_as(I32)
-        for word in range(e.lanes // 4):
-            index = e.lanes // 4 * i + word
-            e.store(bytes_.lane(word), b.add(place, b.mul(word_stride, ir.Constant(I64, index))))
-    half = len(sums) // 2
-    first, second = sums[:half], sums[half:]
-    totals = []
-    for part in (first, second):
-        total = part[0]
-        for vector in part[1:]:
-            total = total + vector
-        totals.append(b.neg(total.reduce("add")))
-    fields = [scale, totals[0], totals[1], b.add(totals[0], totals[1])]
-    for i, field in enumerate(fields):
-        e.store(field, b.add(place, b.mul(word_stride, ir.Constant(I64, 8 + i))))
+        for word in range(4):
+            put(bytes_.lane(word), 4 * half + word)
+        negated = b.neg(whole.reduce("add"))
+        put(scale, 8 + SCALE + half)
+        put(negated, 8 + NEGATED_SUM + half)
+        correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
+    put(correction, 8 + MINIMUM_FACTOR)
 
 
 @v.helper
 def pack_quantised(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
     """A row of `width` floats as column `place % columns` of panel `place // columns`."""
-    panel = packed + (place // columns) * (width // 32) * 48 * columns
+    panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
     for block in range(width // 32):
-        quantise_block(row + 128 * block, panel + block * 48 * columns, columns, place % columns)
+        quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
 
 
 @v.helper
@@ -173,7 +166,7 @@ def silu(packing: str) -> Kernel:
 
 
 def gelu(packing: str) -> Kernel:
-    """gelu(x) * z, gelu in the tanh form: x / 2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """gelu(x) * z in the tanh form: x / 2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
 
     @v.helper
     def function(x, z, factor):  # type: ignore[no-untyped-def]
@@ -185,7 +178,7 @@ def gelu(packing: str) -> Kernel:
 
 
 def rms_norm(packing: str) -> Kernel:
-    """x / sqrt(mean(x^2) + eps) * weight, over each of the row's groups (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
+    """x / sqrt(mean(x^2) + eps) * weight over each group of the row (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
     lanes = v.target().lanes
 
     @v.helper
@@ -194,7 +187,7 @@ def rms_norm(packing: str) -> Kernel:
         weight = v.load_i64(op + R.ROW_WEIGHT)
         size = width // groups
         whole = size // lanes * lanes
-        for group in range(groups):
+        for _ in range(groups):
             squares = v.splat(0.0)
             for i in range(0, whole, lanes):
                 value = v.load(x + 4 * i)
@@ -237,8 +230,8 @@ def select_rows(_: str) -> Kernel:
 def rope(_: str) -> Kernel:
     """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
 
-    ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart (NeoX).
-    Heads may be rotated in place.
+    ROW_ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart
+    (NeoX). Heads may be rotated in place.
     """
 
     @v.helper

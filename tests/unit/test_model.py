@@ -3,8 +3,8 @@
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,13 @@ class FakeReader:
         self.closed = True
 
 
-GRAPH = SimpleNamespace(architecture="fake", n_vocab=266, n_embd=4, cache_layers=[])
+@dataclass
+class FakeGraph:
+    architecture = "fake"
+    n_vocab = 266
+    n_embd = 4
+    cache_layers = ()
+    operations: list[Any] = field(default_factory=lambda: ["one"])
 
 
 def make_model(
@@ -50,9 +56,10 @@ def make_model(
     model: Any = Model(
         Path("/models/fake.gguf"),
         FakeReader({"general.sampling.temp": 0.0} | (metadata or {})),  # type: ignore[arg-type]
-        GRAPH,  # type: ignore[arg-type]
+        FakeGraph(),  # type: ignore[arg-type]
         runtime or FakeRuntime(speaking(*ids_of("hello there"))),  # type: ignore[arg-type]
         (tokenizer or FakeTokenizer()) if has_tokenizer else None,  # type: ignore[arg-type]
+        None if has_tokenizer else "fake.gguf: the file has no tokenizer",
     )
     if has_tokenizer:
         model.chat_template = FakeTemplate()
@@ -206,7 +213,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids() -> None:
         lambda: model.tokenize("a"),
         lambda: model.detokenize([1]),
     ):
-        with pytest.raises(ValueError, match=r"^fake.gguf: the model has no tokenizer$"):
+        with pytest.raises(ValueError, match=r"^fake.gguf: the file has no tokenizer$"):
             call()
 
 
@@ -234,6 +241,9 @@ def test_close_frees_everything_and_says_so_afterwards() -> None:
     model.stop()
     assert model._runtime.closed and model.reader.closed
     assert session.closed and fork.closed
+    assert model.graph.operations == [], "the weights can go"
+    assert model.tokenizer is None and model.chat_template is None
+    assert model.graph.n_vocab == 266
     assert list(generation) == []
     for call in (
         lambda: model.complete("a"),
@@ -289,10 +299,11 @@ def test_a_fingerprint_tells_files_apart_wherever_they_lie(tmp_path: Path) -> No
 
     def fingerprint(name: str) -> str:
         (tmp_path / name).write_bytes(data)
-        return model_fingerprint(FakeReader(files=(tmp_path / name,)), GRAPH)  # type: ignore[arg-type]
+        return model_fingerprint([tmp_path / name], "a model")
 
     first = fingerprint("a")
     assert fingerprint("b") == first
+    assert model_fingerprint([tmp_path / "a"], "another model") != first
     data[500_000:520_000] = bytes(20_000)
     assert fingerprint("b") != first
 

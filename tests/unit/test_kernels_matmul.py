@@ -1,0 +1,121 @@
+"""Matmul and embedding kernels of every tensor type and every instruction set, against plain NumPy."""
+
+import numpy as np
+import pytest
+
+from qrun.engine import records as R
+from qrun.engine.kernels.unpack import TYPES, Quantised
+from qrun.engine.program import blocks_and_tail
+from qrun.engine.simd.target import host_target
+from qrun.formats import TensorType, dequantize
+from qrun.formats.blocks import BLOCK_FORMATS
+from tests.kernel_harness import Harness
+
+FORMS = sorted(
+    {form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"}
+)
+# Where a block's float16 scales and minimums lie: random bytes there would give infinities.
+HALVES = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def harness(request: pytest.FixtureRequest) -> Harness:
+    keys = [f"{kernel}-{name}" for name in TYPES for kernel in ("matmul", "embed")]
+    return Harness(host_target(request.param), [*keys, "pack-q8", "pack-f32"])
+
+
+def random_tensor(rng: np.random.Generator, name: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor's bytes, and its values as float32 [rows, width]."""
+    layout = BLOCK_FORMATS[TensorType[name]]
+    if not isinstance(TYPES[name], Quantised):
+        values = rng.normal(size=(rows, width)).astype(np.float32)
+        raw = {
+            "F32": values,
+            "F16": values.astype(np.float16),
+            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }[name].view(np.uint8)
+    else:
+        raw = rng.integers(0, 256, (rows * width // layout.block_size, layout.block_bytes), np.uint8)
+        for offset in HALVES.get(name, []):
+            raw[:, offset : offset + 2] = (rng.uniform(-0.01, 0.01, (len(raw), 1)).astype(np.float16)).view(np.uint8)
+        if name == "MXFP4":
+            raw[:, 0] = rng.integers(118, 124, len(raw))
+            raw[0, 0] = rng.integers(0, 3)
+        if name == "Q8_K":
+            raw[:, :4] = rng.uniform(-1, 1, (len(raw), 1)).astype(np.float32).view(np.uint8)
+    raw = np.ascontiguousarray(raw.reshape(-1))
+    return raw, dequantize(raw, TensorType[name], (rows, width))
+
+
+def as_quantised(x: np.ndarray) -> np.ndarray:
+    """x after it has been rounded to int8 in blocks of 16."""
+    blocks = x.reshape(len(x), -1, 16)
+    largest = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-30))
+    # In float32, as the kernel does it: a tie that rounds the other way would be a whole step off.
+    return (np.rint(blocks * (np.float32(127) / largest)) * (largest * np.float32(1 / 127))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("shape", [(64, 2, 1), (40, 3, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)])
+def test_matmul_is_the_product(
+    rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]
+) -> None:
+    rows, width, columns = shape[0], shape[1] * 256, shape[2]
+    if not isinstance(TYPES[name], Quantised):
+        width -= int(rng.integers(0, 9))
+    elif TYPES[name].block_size == 32:
+        width -= 32 * int(rng.integers(0, 8))
+    raw, weights = random_tensor(rng, name, rows, width)
+    x = rng.normal(size=(columns, width)).astype(np.float32)
+    seen = as_quantised(x) if isinstance(TYPES[name], Quantised) else x
+    expected = seen.astype(np.float64) @ weights.T.astype(np.float64)
+    # Every product's rounding counts, also where a sum is small because its terms cancel.
+    size = np.abs(seen).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
+    result = harness.matmul(name, raw, rows, x)
+    assert np.all(np.abs(result - expected) <= 3e-6 * size + 1e-30)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_column_has_the_same_bits_alone_and_among_others(
+    rng: np.random.Generator, harness: Harness, name: str
+) -> None:
+    raw, _ = random_tensor(rng, name, 37, 512)
+    x = rng.normal(size=(11, 512)).astype(np.float32)
+    together = harness.matmul(name, raw, 37, x)
+    alone = np.concatenate([harness.matmul(name, raw, 37, x[i : i + 1]) for i in range(len(x))])
+    assert np.array_equal(together.view(np.int32), alone.view(np.int32))
+
+
+def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> None:
+    raw, _ = random_tensor(rng, "Q4_K", 32, 512)
+    x = rng.normal(size=(3, 512)).astype(np.float32)
+    results = [Harness(host_target(form), ["matmul-Q4_K", "pack-q8"]).matmul("Q4_K", raw, 32, x) for form in FORMS]
+    assert all(np.array_equal(results[0].view(np.int32), result.view(np.int32)) for result in results)
+
+
+def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness) -> None:
+    for rows in (40, 3):
+        raw, weights = random_tensor(rng, "F32", rows, 64)
+        x = rng.normal(size=(5, 64)).astype(np.float32)
+        bias, residual = rng.normal(size=rows).astype(np.float32), rng.normal(size=(5, rows)).astype(np.float32)
+        fields = {R.MM_BIAS: bias.ctypes.data, R.MM_RESIDUAL: residual.ctypes.data, R.MM_RESIDUAL_STRIDE: rows * 4}
+        result = harness.matmul("F32", raw, rows, x, extra={**fields, R.MM_SCALE: 0.5})
+        np.testing.assert_allclose(result, 0.5 * (x @ weights.T) + bias + residual, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_embedding_is_the_dequantised_row(rng: np.random.Generator, harness: Harness, name: str) -> None:
+    width = 512 if isinstance(TYPES[name], Quantised) else 509
+    raw, weights = random_tensor(rng, name, 7, width)
+    tokens = np.array([3, 0, 6, 3], np.int64)
+    out = np.zeros((len(tokens), width), np.float32)
+    blocks, tail = blocks_and_tail(TensorType[name], width)
+    fields = {
+        R.EMBED_WEIGHTS: raw.ctypes.data, R.EMBED_ROW_BYTES: len(raw) // 7, R.EMBED_BLOCKS: blocks, R.EMBED_TAIL: tail,
+        R.EMBED_OUT: out.ctypes.data, R.EMBED_OUT_STRIDE: width * 4, R.EMBED_SCALE: 2.0,
+    }  # fmt: skip
+    harness.run(f"embed-{name}", fields, len(tokens), {R.TOKENS: tokens.ctypes.data})
+    np.testing.assert_allclose(out, 2 * weights[tokens], rtol=2e-7, atol=1e-7 * np.abs(weights).max())
