@@ -99,18 +99,6 @@ class ChatTemplate:
                 pass
             raise
 
-    def encode(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """The same as token ids. A model that wants a start token gets one, whether the template spells it or not."""
-        text = self.render(messages, tools, add_generation_prompt, **variables)
-        ids, bos_id = self._tokenizer.encode(text, add_special=False, parse_special=True), self._tokenizer.bos_id
-        return [bos_id, *ids] if self._tokenizer.add_bos and bos_id is not None and ids[:1] != [bos_id] else ids
-
     def _render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         from qrun.engine.template_sandbox import Limited
 

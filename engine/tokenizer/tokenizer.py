@@ -103,7 +103,7 @@ class Tokenizer:
             from qrun.engine.tokenizer.wordpiece import word_piece_encoder
 
             return word_piece_encoder(self._vocabulary)
-        from qrun.engine.tokenizer.unigram import merging_encoder, unigram_encoder
+        from qrun.engine.tokenizer.sentencepiece_model import merging_encoder, unigram_encoder
 
         return (merging_encoder if self.kind == "llama" else unigram_encoder)(self._vocabulary)
 

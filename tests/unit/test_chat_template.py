@@ -19,9 +19,9 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "description": "<Ã
 
 
 class SmallTokenizer:
-    """Token 1 is "<s>", 2 is "</s>", and the others are characters."""
+    """Token 1 is "<s>", 2 is "</s>"."""
 
-    bos_id, eos_id, add_bos = 1, 2, True
+    bos_id, eos_id = 1, 2
 
     def __init__(self, *pieces: str) -> None:
         self.pieces = pieces
@@ -31,10 +31,6 @@ class SmallTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return "".join({1: "<s>", 2: "</s>"}[id] for id in ids)
-
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        assert parse_special and not add_special
-        return [1, *map(ord, text[3:])] if text.startswith("<s>") else [*map(ord, text)]
 
 
 def template(source: str | None, *pieces: str, **named: str) -> ChatTemplate:
@@ -143,11 +139,6 @@ class TestSystemMessages:
     def test_the_first_reason_is_the_one_that_is_reported(self) -> None:
         with pytest.raises(ChatTemplateError, match="role system"):
             render("{{ raise_exception('role ' ~ messages[0].role) }}", TALK)
-
-
-def test_the_start_token_comes_once() -> None:
-    assert template("{{ bos_token }}a").encode(HELLO) == [1, ord("a")]
-    assert template("a").encode(HELLO) == [1, ord("a")]
 
 
 @pytest.mark.parametrize(

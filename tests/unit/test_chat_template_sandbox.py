@@ -11,6 +11,8 @@ from qrun.engine.template_sandbox import Limited
 
 GROW = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = STEP %}{% endfor %}{{ n.x }}"
 
+DOUBLE = " %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x"
+
 
 def grow(start: str, step: str) -> str:
     """A value that a hundred steps make from itself."""
@@ -19,15 +21,15 @@ def grow(start: str, step: str) -> str:
 
 HARM = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "nested loops over a list": "{% set r = [1] * 99999 %}{% for a in r %}{% for b in r if b %}{% endfor %}{% endfor %}",
-    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "nested loops over a list": "{% set r = [1] * 99999 %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "a macro that branches": "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a slow test in a loop": "{% set r = range(99999) | list %}{% for a in r %}{% if -1 in r %}{% endif %}{% endfor %}",
     "a range": "{{ range(1000000000) | list }}",
     "much output": "{% for a in range(99999) %}" + "x" * 9999 + "{% endfor %}",
     "much output in a block": "{% set x %}{% for a in range(99999) %}" + "x" * 9999 + "{% endfor %}{% endset %}",
     "text that doubles": grow("'ab'", "n.x + n.x"),
     "text that doubles, joined": grow("'ab'", "n.x ~ n.x"),
-    "text that doubles, in blocks": grow("'ab'", "n.y").replace("{% set n.x", "{% set n.y %}{{ n.x ~ n.x }}{% endset %}{% set n.x"),
+    "text that doubles, in blocks": grow("'a'", "y").replace(" %}{% set n.x", DOUBLE),
     "a number that squares": grow("99", "n.x * n.x"),
     "a power": "{{ 9 ** 9 ** 9 ** 9 ** 9 ** 9 }}",
     "a list that holds itself twice": grow("[1]", "[n.x, n.x]"),
