@@ -26,7 +26,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
     commands and Ctrl-C stops an answer. Where standard input is not a terminal, each line is a turn and only the
     answers are printed.
 
-    What is not given comes from the catalog for its models (system prompt, temperature and top-p that suit the model),
+    What is not given comes from the catalog for its models (a system prompt and sampling that suit them),
     else from the file's metadata, else it is as shown below.
 
     \b

@@ -48,7 +48,7 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
 def with_tokenizer(model: Model) -> Model:
     """The model, if it has a tokenizer; ValueError otherwise."""
     if model.tokenizer is None:
-        raise ValueError(f"{model.path}: has no tokenizer, so it cannot read or write text (bench works)")
+        raise ValueError(model.tokenizer_problem)
     return model
 
 

@@ -194,6 +194,6 @@ def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: py
     runner.invoke(cli, ["chat", "smollm2-135m-instruct"], input="")
     runner.invoke(cli, ["chat", "smollm2-135m-instruct", "--system", "", "--temperature", "1"], input="")
     runner.invoke(cli, ["chat", "fake.gguf"], input="")
-    assert begun[0] == (CATALOG[DEFAULT_MODEL].system, {"temperature": 0.2, "top_p": 0.9})
-    assert begun[1] == ("", {"temperature": 1.0, "top_p": 0.9})
+    assert begun[0] == (CATALOG[DEFAULT_MODEL].system, CATALOG[DEFAULT_MODEL].sampling)
+    assert begun[1] == ("", {**CATALOG[DEFAULT_MODEL].sampling, "temperature": 1.0})
     assert begun[2] == (None, {})
