@@ -12,6 +12,7 @@ and the quantiser uses that by picking the sign of d.
 """
 
 import numpy as np
+
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)

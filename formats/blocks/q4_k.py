@@ -20,6 +20,7 @@ a time, so that three 32-bit words, a few shifts and a few masks give all sixtee
 """
 
 import numpy as np
+
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
 
 

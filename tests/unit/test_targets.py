@@ -1,4 +1,4 @@
-"""Which form of the kernels a CPU gets, and whether the machine code for it has the instructions that it is meant to."""
+"""Which form of the kernels a CPU gets, and whether its machine code has the instructions that it is meant to have."""
 
 import re
 
