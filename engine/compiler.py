@@ -39,12 +39,19 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     progress: called with (compiled so far, to be compiled), only if anything has to be compiled.
     """
     target = target or host_target()
+    compile_kernels(keys, target, progress)
+    folder = cache_folder(target)
+    return Kernels({key: folder / f"{key}.o" for key in keys})
+
+
+def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | None = None) -> int:
+    """Have the cache hold `keys`. Returns how many of them had to be compiled; `progress` as in `load_kernels`."""
     folder = cache_folder(target)
     missing = [key for key in dict.fromkeys(keys) if not (folder / f"{key}.o").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _compile_missing(missing, target, folder, progress)
-    return Kernels({key: folder / f"{key}.o" for key in keys})
+    return len(missing)
 
 
 class Kernels:
