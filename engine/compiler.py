@@ -41,31 +41,49 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     target = target or host_target()
     compile_kernels(keys, target, progress)
     folder = cache_folder(target)
-    return Kernels({key: folder / f"{key}.o" for key in keys})
+    objects = {key: _read_object(folder, key) for key in keys}
+    return Kernels({key: code for key, code in objects.items() if code is not None})
 
 
 def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | None = None) -> int:
     """Have the cache hold `keys`. Returns how many of them had to be compiled; `progress` as in `load_kernels`."""
     folder = cache_folder(target)
-    missing = [key for key in dict.fromkeys(keys) if not (folder / f"{key}.o").exists()]
+    missing = [key for key in dict.fromkeys(keys) if _read_object(folder, key) is None]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _compile_missing(missing, target, folder, progress)
     return len(missing)
 
 
+def _read_object(folder: Path, key: str) -> bytes | None:
+    """The object file of a kernel, or None if it is not there, or not as it was written."""
+    try:
+        whole = (folder / f"{key}.o").read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, code = whole[:32], whole[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write_object(folder: Path, key: str, code: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(code).digest() + code)
+    os.replace(temporary, folder / f"{key}.o")
+
+
 class Kernels:
     """Loaded machine code: `kernels["matmul-Q4_K"]` is the address of a C function (op, step, thread), all int64."""
 
-    def __init__(self, objects: dict[str, Path]) -> None:
+    def __init__(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
 
         initialize_llvm()
         module = llvm.parse_assembly("")
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(module, machine)
-        for path in objects.values():
-            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(path.read_bytes()))
+        for code in objects.values():
+            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self._addresses = {key: self._engine.get_function_address(symbol(key)) for key in objects}
 
@@ -121,6 +139,13 @@ def initialize_llvm(triple: str | None = None) -> None:
 
 def _compile_missing(missing: list[str], target: Target, folder: Path, progress: Progress | None) -> None:
     """Compile `missing` in one process per core, each fed by a thread that hands it a key at a time."""
+    if getattr(sys, "frozen", False):
+        # A packed application has no interpreter to start: it compiles here.
+        for index, key in enumerate(missing):
+            if progress:
+                progress(index, len(missing))
+            _write_object(folder, key, compile_kernel(key, target))
+        return
     waiting = sorted(missing, key=_cost)
     done = 0
     lock = threading.Lock()
@@ -177,13 +202,14 @@ def _cost(key: str) -> int:
     return 2 if key.startswith("matmul") else 1 if key.startswith("attention") else 0
 
 
-def compile_kernel(key: str, target: Target) -> tuple[bytes, str]:
-    """Compile one kernel: its object file, and its optimised LLVM IR (to look at the assembly, emit that)."""
+def compile_kernel(key: str, target: Target) -> bytes:
+    """The object file of one kernel."""
     module, machine = _optimized_module(key, target)
-    return machine.emit_object(module), str(module)
+    return machine.emit_object(module)
 
 
 def assembly(key: str, target: Target) -> str:
+    """The assembly of one kernel, to look at."""
     module, machine = _optimized_module(key, target)
     return machine.emit_assembly(module)
 
@@ -263,11 +289,7 @@ def _serve(arguments: list[str]) -> None:
     target = Target(triple, cpu, features, int(lanes), dot, int(columns))
     for line in sys.stdin:
         key = line.strip()
-        code, _ = compile_kernel(key, target)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(temporary, Path(folder) / f"{key}.o")
+        _write_object(Path(folder), key, compile_kernel(key, target))
         print(key, flush=True)
 
 

@@ -330,7 +330,7 @@ class Program:
         )  # fmt: skip
         out = self._new(o.out)
         self._emit(
-            f"attention-{kind}",
+            f"attention-{kind}-{layer.n_heads // layer.n_kv_heads}",
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,

@@ -360,16 +360,17 @@ def store_tile(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -
         e.store(column.value, _nth(e, address, stride, i))
 
 
-@operation(lambda vectors, address, stride: TileType(target().lanes, vectors.literal_value))
-def load_pairs(e: Emitter, vectors: int, address: ir.Value, stride: Any) -> list[Vector]:
-    """Two vectors from each of `vectors` / 2 places, `stride` bytes apart."""
-    return [e.load(_nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2), F32, e.lanes) for i in range(vectors)]
+@operation(lambda vectors, parts, address, stride: TileType(target().lanes, vectors.literal_value))
+def load_rows(e: Emitter, vectors: int, parts: int, address: ir.Value, stride: Any) -> list[Vector]:
+    """`parts` neighbouring vectors from each of `vectors` / `parts` rows, `stride` bytes apart."""
+    size = 4 * e.lanes
+    return [e.load(_nth(e, address, stride, i // parts), size * (i % parts), F32, e.lanes) for i in range(vectors)]
 
 
 @operation(_void)
-def store_pairs(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -> None:
+def store_rows(e: Emitter, tile: list[Vector], parts: int, address: ir.Value, stride: Any) -> None:
     for i, vector in enumerate(tile):
-        e.store(vector.value, _nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2))
+        e.store(vector.value, _nth(e, address, stride, i // parts), 4 * e.lanes * (i % parts))
 
 
 def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:
