@@ -62,3 +62,7 @@ def _fields(count: int) -> range:
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
  MOE_WIDTH) = _fields(18)  # fmt: skip
+
+# For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.
+READ_BLOCK = 1024
+READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)
