@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 @cache_type_option()
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast memory is read, and how much of that generation makes use of.")  # fmt: skip
-@click.option("--compare", "peers", multiple=True, metavar="PEER",
-              help="Run another engine in turns with this one, with 1 and 2 threads unless -t says otherwise: a Python "
-              "that has ik_llama_cpp or llama_cpp installed, or [NAME=]COMMAND with {model}, {threads}, {prompt}, {gen}, "
-              "{reps}, {depth} and {seqs} in it, which prints figures as --json does, or as llama-bench -o json.")  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE",
-              help="With --compare: draw the comparison, as PNG or SVG by the file's ending (needs matplotlib).")  # fmt: skip
+@click.option(
+    "--compare", "peers", multiple=True, metavar="PEER",
+    help="Run another engine in turns with this one, with 1 and 2 threads unless -t says otherwise: a Python that has "
+    "ik_llama_cpp or llama_cpp installed, or [NAME=]COMMAND with {model}, {threads}, {prompt}, {gen}, {reps}, {depth} "
+    "and {seqs} in it, which prints figures as --json does, or as llama-bench -o json.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(dir_okay=False), metavar="FILE",
+    help="With --compare: draw the comparison, as PNG or SVG by the file's ending (needs matplotlib).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help='Print {"pp512": tokens/s, "tg64": tokens/s, ...} last.')
 def command(
     model: str,

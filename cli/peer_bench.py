@@ -23,7 +23,7 @@ class Engine:
     """One model in one of the peers."""
 
     def __init__(self, path: str, threads: int) -> None:
-        for self.name, module in BINDINGS.items():  # noqa: B007
+        for self.name, module in BINDINGS.items():
             try:
                 self.api: Any = importlib.import_module(module)
                 break
@@ -71,6 +71,10 @@ class Engine:
         for start in range(0, len(tokens), BATCH):
             self.decode(context, tokens[start : start + BATCH], position + start)
 
+    def generate(self, context: Any, tokens: list[int], position: int, sequences: int = 1) -> None:
+        for i, token in enumerate(tokens):
+            self.decode(context, [token] * sequences, position + i, together=sequences > 1)
+
     def free(self, context: Any) -> None:
         self.api.llama_free(context)
 
@@ -98,14 +102,10 @@ def measure(engine: Engine, prompt: int, gen: int, reps: int, depth: int, seqs: 
         if gen:
             context = engine.context(depth + gen + 8)
             engine.read(context, tokens[:depth], 0)
-            timed(f"tg{gen}", gen, context, lambda c=context: [
-                engine.decode(c, [tokens[i]], depth + i) for i in range(gen)
-            ])  # fmt: skip
+            timed(f"tg{gen}", gen, context, lambda c=context: engine.generate(c, tokens[:gen], depth))
         if gen and seqs > 1:
             context = engine.context(seqs * (gen + 8), seqs)
-            timed(f"tg{gen}x{seqs}", gen * seqs, context, lambda c=context: [
-                engine.decode(c, [tokens[i]] * seqs, i, together=True) for i in range(gen)
-            ])  # fmt: skip
+            timed(f"tg{gen}x{seqs}", gen * seqs, context, lambda c=context: engine.generate(c, tokens[:gen], 0, seqs))
     return best
 
 

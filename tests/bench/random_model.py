@@ -92,7 +92,7 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
     return raw
 
 
-def write(path: Path, mix: str, shape: Shape = Shape(), seed: int = 1) -> None:  # noqa: B008
+def write(path: Path, mix: str, shape: Shape = Shape(), seed: int = 1) -> None:
     """Write the model. mix: "Q4_K_M", or the name of a TensorType."""
     rng = np.random.default_rng(seed)
     with GGUFWriter(path) as writer:

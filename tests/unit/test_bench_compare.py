@@ -1,10 +1,12 @@
 """`qrun bench --compare`, with small programs in the places of other engines, and the speed of memory."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +23,8 @@ ECHO = f"{sys.executable} -c 'import json, sys; print(json.dumps(dict(pp4=int(sy
 
 
 def test_figures_of_qrun_s_and_the_peers_own_benchmarks() -> None:
-    assert compare.figures({"peer": "x", "threads": 2, "depth": 0, "pp512": 10, "tg64": 2.5}) == {"pp512": 10, "tg64": 2.5}
+    answer = {"peer": "x", "threads": 2, "depth": 0, "pp512": 10, "tg64": 2.5}
+    assert compare.figures(answer) == {"pp512": 10, "tg64": 2.5}
 
 
 def test_figures_of_llama_bench() -> None:
@@ -99,9 +102,8 @@ def test_a_whole_comparison() -> None:
      (f"x={sys.executable} -c 'print(1)' {{model}}", "a benchmark printed no JSON")],
 )  # fmt: skip
 def test_a_peer_that_does_not_work_is_one_line(peer: str, message: str) -> None:
-    with pytest.raises(Exception, match=".") as raised:
+    with pytest.raises((RuntimeError, click.UsageError), match=re.escape(message)):
         compare.Peer(peer).run(TASK, 1)
-    assert message in str(raised.value)
 
 
 def test_a_plot_needs_a_comparison_and_a_known_ending() -> None:
