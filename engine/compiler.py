@@ -8,6 +8,7 @@ to a temporary name and renamed, so processes that compile at the same time do n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qrun.engine.cpu_count import available_cores
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target, compiling_for, host_target
 
 Progress = Callable[[int, int], None]
 
@@ -38,14 +39,20 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     progress: called with (compiled so far, to be compiled), only if anything has to be compiled.
     """
     target = target or host_target()
+    compile_kernels(keys, target, progress)
     folder = cache_folder(target)
     objects = {key: _read_object(folder, key) for key in keys}
-    missing = [key for key, code in objects.items() if code is None]
+    return Kernels({key: code for key, code in objects.items() if code is not None})
+
+
+def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | None = None) -> int:
+    """Have the cache hold `keys`. Returns how many of them had to be compiled; `progress` as in `load_kernels`."""
+    folder = cache_folder(target)
+    missing = [key for key in dict.fromkeys(keys) if _read_object(folder, key) is None]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _compile_missing(missing, target, folder, progress)
-        objects |= {key: _read_object(folder, key) for key in missing}
-    return Kernels({key: code for key, code in objects.items() if code is not None})
+    return len(missing)
 
 
 def _read_object(folder: Path, key: str) -> bytes | None:
@@ -71,7 +78,7 @@ class Kernels:
     def __init__(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
 
-        _initialize_llvm()
+        initialize_llvm()
         module = llvm.parse_assembly("")
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(module, machine)
@@ -118,11 +125,16 @@ def _digest(target: Target) -> str:
 
 
 @functools.cache
-def _initialize_llvm() -> None:
+def initialize_llvm(triple: str | None = None) -> None:
+    """Have LLVM ready for this machine's code, or for that of any other that `triple` names."""
     import llvmlite.binding as llvm
 
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+    if triple is None or triple == llvm.get_process_triple():
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
 
 
 def _compile_missing(missing: list[str], target: Target, folder: Path, progress: Progress | None) -> None:
@@ -202,13 +214,31 @@ def assembly(key: str, target: Target) -> str:
     return machine.emit_assembly(module)
 
 
+@contextlib.contextmanager
+def _no_host_code(context: Any) -> Iterator[None]:
+    """Keep Numba from making machine code of its own: only its IR is wanted, which may hold another CPU's instructions.
+
+    Of a function's executable it needs no more than the identity of a built-in function: any unlike others will do.
+    """
+
+    def get_executable(library: Any, description: Any, environment: Any) -> Callable[..., None]:
+        library.finalize()  # links what the function calls into its module
+        return [].append
+
+    engine = context.codegen()._engine
+    context.get_executable, engine.finalize_object = get_executable, lambda: None
+    try:
+        yield
+    finally:
+        del context.get_executable, engine.finalize_object
+
+
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
     from numba.core import compiler, config, registry, types
     from numba.core.compiler import Flags
 
     from qrun.engine import kernels
-    from qrun.engine.simd import operations
 
     # Numba's own passes are skipped: one O3 run for `target` follows.
     config.OPT = config._OptLevel("0")  # type: ignore[attr-defined]
@@ -216,7 +246,7 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     flags: Any = Flags()
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
-    with operations.compiling_for(target):
+    with compiling_for(target), _no_host_code(cpu.target_context):
         function = kernels.build(key)
         cpu.typing_context.refresh()
         cpu.target_context.refresh()
@@ -234,7 +264,7 @@ define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
   ret void
 }}
 """
-    _initialize_llvm()
+    initialize_llvm(target.triple)
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
     for definition in module.functions:

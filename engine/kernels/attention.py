@@ -169,7 +169,7 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Valu
     if cache_type == "f16":
         return _widened(e, cache_type, b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, 0)
     block = b.lshr(first, ir.Constant(I64, 5))
-    scale = e.load_scalar(b.add(scales, b.shl(block, ir.Constant(I64, 1))), 0, F16)
+    scale = e.load(b.add(scales, b.shl(block, ir.Constant(I64, 1))), 0, F16, 1).to_float().lane(0)
     if cache_type == "q8_0":
         vector = _widened(e, cache_type, b.add(values, first), 0, 0)
     else:
@@ -177,7 +177,7 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Valu
         nibbles = e.load(b.add(values, byte), 0, I8, e.lanes).widen_unsigned(I32)
         high = b.trunc(b.and_(first, ir.Constant(I64, 16)), I32)
         vector = (((nibbles >> e.splat(b.lshr(high, ir.Constant(I32, 2)))) & 15) - 8).to_float()
-    return vector * e.splat(b.fpext(scale, F32))
+    return vector * e.splat(scale)
 
 
 def attention(variant: str) -> Kernel:
