@@ -292,6 +292,10 @@ class Lowering:
         q, k, v = (self._places[value.id] for value in (o.q, o.k, o.v))
         cache = f"cache of layer {o.layer}"
         kind = self.layout.cache_type
+        if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
+            raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+        group = layer.n_heads // layer.n_kv_heads
+        together = max(n for n in range(1, R.TILE_SIZE + 1) if group % n == 0)
         self._emit(
             f"append-{kind}",
             {
@@ -305,7 +309,7 @@ class Lowering:
         )  # fmt: skip
         out = self._new(o.out)
         self._emit(
-            f"attention-{kind}-{layer.n_heads // layer.n_kv_heads}",
+            f"attention-{kind}-{together}",
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,

@@ -44,6 +44,7 @@ CASES = [
     (G.CacheLayer(6, 2, 64, 64, None), 3.0),
     (G.CacheLayer(4, 1, 80, 48, 37), None),
     (G.CacheLayer(3, 3, 20, 20, 100), None),
+    (G.CacheLayer(22, 2, 32, 32, None), None),
 ]
 
 
