@@ -13,7 +13,7 @@ from qrun.cli.options import cache_type_option, model_argument
 def command(model: str | None, cache_type: str) -> None:
     """Compile kernels ahead, so that the first run of MODEL need not.
 
-    Without MODEL, all kernels that any published model may need, for all types of the cache. They are kept in the
+    Without MODEL, all kernels that any supported model may need, for all types of the cache. They are kept in the
     user's cache folder (or in QRUN_CACHE) and belong to this kind of CPU and this version of qrun.
 
     \b

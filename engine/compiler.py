@@ -119,7 +119,7 @@ def _digest(target: Target) -> str:
         digest.update(importlib.metadata.version(package).encode())
     digest.update(sys.version.encode())
     here = Path(__file__).parent
-    for path in sorted([Path(__file__), *here.glob("simd/*.py"), *here.glob("kernels/*.py")]):
+    for path in sorted([Path(__file__), here / "records.py", *here.glob("simd/*.py"), *here.glob("kernels/*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:24]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qrun.engine.compiler import Progress, compile_kernels
 from qrun.engine.kv_cache import CacheLayout
-from qrun.engine.program import Program
+from qrun.engine.lowering import Lowering
 from qrun.engine.simd.target import Target, host_target
 from qrun.engine.team import TEAM_KERNELS
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def kernels_of(graph: Graph, cache_type: str = "f16", target: Target | None = None) -> list[str]:
     """The keys of the kernels that a model needs."""
     layout = CacheLayout(graph.cache_layers, cache_type)
-    program = Program(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
+    program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
     return [*TEAM_KERNELS, *program.kernel_keys]
 
 

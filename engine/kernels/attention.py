@@ -181,13 +181,13 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Valu
 
 
 def attention(variant: str) -> Kernel:
-    """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads of a group.
+    """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together.
 
-    Several rows of a sequence are taken head by head. A single row is taken with all query heads that share a key and
-    value head, so that those are read once.
+    Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
+    and value head, so that those are read less often.
     """
-    cache_type, _, group_text = variant.partition("-")
-    group = int(group_text)
+    cache_type, _, together_text = variant.partition("-")
+    together = int(together_text)
     lanes = v.target().lanes
     bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
 
@@ -214,7 +214,7 @@ def attention(variant: str) -> Kernel:
             scale = v.splat(v.load_f32(op + R.ATT_SCALE))
             cap = v.load_f32(op + R.ATT_SOFTCAP)
             window = v.load_i64(op + R.ATT_WINDOW)
-            kv_head = head // group
+            kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
             query_stride = 4 * dim_k if of_heads else v.load_i64(op + R.ATT_Q_STRIDE)
             out_stride = 4 * dim_v if of_heads else v.load_i64(op + R.ATT_OUT_STRIDE)
             query = v.load_i64(op + R.ATT_Q) + first_row * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
@@ -292,7 +292,7 @@ def attention(variant: str) -> Kernel:
 
         return compute
 
-    several, single = tile_function(TILE, False), tile_function(group, True)
+    several, single = tile_function(TILE, False), tile_function(together, True)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         heads = v.load_i64(op + R.ATT_HEADS)
@@ -310,7 +310,7 @@ def attention(variant: str) -> Kernel:
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
             if count > 1:
                 several(op, step, first_row, count, position, head)
-            elif head % group == 0:
-                single(op, step, first_row, group, position, head)
+            elif head % together == 0:
+                single(op, step, first_row, together, position, head)
 
     return kernel

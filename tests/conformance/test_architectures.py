@@ -1,6 +1,7 @@
 """The engine on all ten architectures: the reference engine's logits, and the same bits in any batch on any threads."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def logits(path: Path, tokens: np.ndarray, cuts: Sequence[int], threads: int) ->
     with GGUFReader(path) as reader:
         runtime = Runtime(build_graph(reader, 64), threads=threads, context=64)
         sequence = runtime.sequence()
-        parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
         runtime.close()
     return np.concatenate(parts)  # type: ignore[arg-type]
 

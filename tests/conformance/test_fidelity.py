@@ -4,6 +4,7 @@ The models come from the catalog (package index, sha256 checked), once; without 
 Slow for the reference: a float32 forward pass in NumPy takes some ten seconds.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_kl_from_float32_and_equal_bits(model: Path, name: str) -> None:
         for threads, cuts in ((1, [0, 160]), (2, [0, 160]), (2, range(161)), (2, [0, 7, 8, 90, 97, 160])):
             runtime = Runtime(graph, threads=threads, context=512)
             sequence = runtime.sequence()
-            parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
             results.append(np.concatenate(parts))  # type: ignore[arg-type]
             runtime.close()
         assert all(np.array_equal(results[0], result) for result in results[1:])
