@@ -272,7 +272,7 @@ def _with_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
     scale, minimum = _best(gains, scales, minimums)
     for _ in range(search.refinements):
         refined, lowered, _ = solved(*moments(divide(1, scale), minimum))
-        better = TINY < refined
+        better = refined > TINY
         scale, minimum = np.where(better, refined, scale), np.where(better, lowered, minimum)
 
     if not two_level:
@@ -322,7 +322,7 @@ def _solve_both(
     determinant = ss * mm - sm * sm
     new_scale = half(divide(sx * mm - mx * sm, determinant))
     new_minimum = half(divide(sx * sm - mx * ss, determinant))
-    better = (TINY < new_scale) & (TINY < new_minimum)
+    better = (new_scale > TINY) & (new_minimum > TINY)
     return np.where(better, new_scale, scale), np.where(better, new_minimum, minimum)
 
 

@@ -38,4 +38,5 @@ def quantize_bf16(values: F32Array, importance: F32Array | None = None) -> U8Arr
     """To the nearest, ties to even. A NaN stays one: its upper half may hold none of its bits, so one is set."""
     bits = values.view(np.uint32)
     rounded = bits + (0x7FFF + (bits >> 16 & 1))
-    return np.where(np.isnan(values), bits | 0x400000, rounded).astype(np.uint32).view("<u2")[:, 1::2].copy().view(np.uint8)
+    upper = np.where(np.isnan(values), bits | 0x400000, rounded) >> 16
+    return upper.astype("<u2").view(np.uint8)

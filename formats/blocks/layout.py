@@ -115,8 +115,8 @@ BLOCK_SIZES: dict[TensorType, tuple[int, int]] = {
 class BlockFormat:
     """A tensor type that can be decoded, and perhaps encoded.
 
-    quantize: from float32 [n_blocks, block_size], and how much the error of each weight matters (the same shape, or None
-    for all alike), to uint8 [n_blocks, block_bytes].
+    quantize: from float32 [n_blocks, block_size], and how much the error of each weight matters (of that shape too, or
+    None for all alike), to uint8 [n_blocks, block_bytes].
     """
 
     type: TensorType
