@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 Update = Callable[[int, int | None], None]
 
@@ -60,18 +61,40 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-@contextmanager
-def download_bar() -> Iterator[Update]:
-    """A bar for bytes; nothing where standard error is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+class DownloadBar:
+    """A bar for bytes (on a terminal), which begins, after its announcement, with the first bytes. A context manager;
+    `update` is the callback."""
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    def __init__(self, announcement: str) -> None:
+        self.begun = False
+        self._announcement = announcement
+        self._bar: Progress | None = None
+
+    def update(self, done: int, total: int | None) -> None:
+        """So many bytes are there, of so many."""
+        if not self.begun:
+            self.begun = True
+            notice(self._announcement)
+            if sys.stderr.isatty():
+                self._bar = self._started_bar()
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def _started_bar(self) -> Progress:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=stderr_console(), transient=True)
+        bar.add_task("", total=None)
+        bar.start()
+        return bar
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
 
 
 @contextmanager

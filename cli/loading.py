@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.cli.console import CompileProgress, download_bar, human_bytes, notice
+from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
 def with_tokenizer(model: Model) -> Model:
     """The model, if it has a tokenizer; ValueError otherwise."""
     if model.tokenizer is None:
-        raise ValueError(f"{model.path}: has no tokenizer, so it cannot read or write text (bench works)")
+        raise ValueError(model.tokenizer_problem)
     return model
 
 
@@ -66,17 +66,8 @@ def pull_with_progress(spec: str, announcement: str) -> Path:
     """Pulls a model with a progress bar; makes the announcement once bytes are coming."""
     from qrun.models.download import pull
 
-    announced = False
-    with download_bar() as update:
-
-        def progress(done: int, total: int | None) -> None:
-            nonlocal announced
-            if not announced:
-                notice(announcement)
-                announced = True
-            update(done, total)
-
-        path = pull(spec, progress=progress, notice=notice)
-    if not announced:
+    with DownloadBar(announcement) as bar:
+        path = pull(spec, progress=bar.update, notice=notice)
+    if not bar.begun:
         notice(f"{spec} is in the store already")
     return path

@@ -11,7 +11,7 @@ ALIGNMENT = 64
 
 @dataclass(eq=False)
 class Buffer:
-    """`size` bytes that hold a value from operation `first` to operation `last`, inclusive. `offset` is set by the plan."""
+    """`size` bytes that hold a value from operation `first` to `last`, inclusive. `offset` is set by the plan."""
 
     size: int
     first: int

@@ -1,9 +1,9 @@
 """From kernels in Python to machine code on disk, and from there into the process.
 
 Compiling runs in processes of its own (one per core), so that the process that generates text never imports Numba:
-it loads object files through llvmlite alone, in milliseconds. An object file is named by its kernel and lies in a folder
-named by a digest of all kernel sources, the versions of the compilers, and the CPU's features. It is written to a
-temporary name and renamed, so processes that compile at the same time do not harm each other.
+it loads object files through llvmlite alone, in milliseconds. An object file is named by its kernel and lies in a
+folder named by a digest of all kernel sources, the versions of the compilers, and the CPU's features. It is written
+to a temporary name and renamed, so processes that compile at the same time do not harm each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from qrun.engine.cpu_count import available_cores
 from qrun.engine.simd.target import Target, host_target
 
 Progress = Callable[[int, int], None]
@@ -114,11 +116,21 @@ def _compile_missing(missing: list[str], target: Target, folder: Path, progress:
 
     def feed() -> None:
         nonlocal done
-        arguments = [str(folder), target.triple, target.cpu, target.features, str(target.lanes), target.dot, str(target.columns)]
+        arguments = [
+            str(folder),
+            target.triple,
+            target.cpu,
+            target.features,
+            str(target.lanes),
+            target.dot,
+            str(target.columns),
+        ]
         command = [sys.executable, "-m", "qrun.engine.compiler", *arguments]
         with (
             tempfile.TemporaryFile("w+") as errors,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as worker,
         ):
             assert worker.stdin is not None and worker.stdout is not None
             try:
@@ -142,15 +154,10 @@ def _compile_missing(missing: list[str], target: Target, folder: Path, progress:
                 worker.kill()
                 raise
 
-    jobs = max(1, min(len(missing), cores()))
+    jobs = max(1, min(len(missing), available_cores()))
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(feed) for _ in range(jobs)]:
             future.result()
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cost(key: str) -> int:
@@ -176,11 +183,11 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     from qrun.engine import kernels
     from qrun.engine.simd import operations
 
-    config.OPT = config._OptLevel("0")  # Numba's own passes are skipped: one O3 run for `target` follows
+    # Numba's own passes are skipped: one O3 run for `target` follows.
+    config.OPT = config._OptLevel("0")  # type: ignore[attr-defined]
     cpu = registry.cpu_target
-    flags = Flags()
-    flags.no_cpython_wrapper = True
-    flags.no_cfunc_wrapper = True
+    flags: Any = Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     with operations.compiling_for(target):
         function = kernels.build(key)

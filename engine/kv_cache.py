@@ -6,13 +6,20 @@ Layers with the same attention window form a group; a page of a group holds the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.engine.records import PAGE_POSITIONS
 from qrun.models.graph import CacheLayer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CACHE_TYPES = {"f16": 16, "q8_0": 8, "q4_0": 4}
 
@@ -98,14 +105,26 @@ class PagePool:
             self.free.append(page.memory)
 
 
+def _locked(method: Callable[Concatenate[KVSequence, P], T]) -> Callable[Concatenate[KVSequence, P], T]:
+    """The method, holding the sequence's lock."""
+
+    @functools.wraps(method)
+    def run(self: KVSequence, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class KVSequence:
     """The cache of one sequence of tokens. Not for use by two threads at a time.
 
-    n_past: how many positions have been computed.
+    n_past: how many positions have been computed. `lock` guards what sequences share: the pools, and counts of
+    references.
     """
 
-    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int) -> None:
-        self.layout, self.pools, self.context = layout, pools, context
+    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int, lock: threading.RLock) -> None:
+        self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
         n_pages = -(-context // PAGE_POSITIONS)
         self.n_past = 0
         self._pages: list[dict[int, Page]] = [{} for _ in pools]
@@ -113,6 +132,7 @@ class KVSequence:
         self.tables = np.zeros((len(pools), max(n_pages, 1)), np.int64)
         self._closed = False
 
+    @_locked
     def reserve(self, count: int) -> None:
         """Make the next `count` positions writable: pages that are missing are taken, shared ones copied."""
         if self._closed:
@@ -131,6 +151,7 @@ class KVSequence:
                     pool.give_back(page)
                 self._put(group, index, fresh)
 
+    @_locked
     def advance(self, count: int) -> None:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
@@ -140,8 +161,9 @@ class KVSequence:
                 for index in [i for i in self._pages[group] if i < lowest]:
                     self._drop(group, index)
 
+    @_locked
     def truncate(self, n: int) -> int:
-        """Forget positions from n on. Returns how many are kept: 0 if a window has given back what n tokens would need."""
+        """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
         if n >= self.n_past:
             return self.n_past
         n = max(n, 0)
@@ -156,9 +178,10 @@ class KVSequence:
         self.n_past = n
         return n
 
+    @_locked
     def fork(self) -> KVSequence:
         """A second sequence with the same past. Pages are shared until one of the two writes."""
-        twin = KVSequence(self.layout, self.pools, self.context)
+        twin = KVSequence(self.layout, self.pools, self.context, self._lock)
         twin.n_past = self.n_past
         twin.tables[:] = self.tables
         for mine, its in zip(self._pages, twin._pages, strict=True):
@@ -167,6 +190,7 @@ class KVSequence:
                 page.references += 1
         return twin
 
+    @_locked
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Everything that `restore` needs: n_past, and for each group the numbers and the bytes of its pages."""
         arrays: dict[str, NDArray[np.generic]] = {"n_past": np.array(self.n_past, np.int64)}
@@ -177,17 +201,20 @@ class KVSequence:
             arrays[f"data{group}"] = np.stack([pages[i].memory for i in numbers]) if numbers else empty
         return arrays
 
+    @_locked
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Become what `state` describes. ValueError if it does not fit this model, cache type or context."""
+        if any(f"{name}{group}" not in state for name in ("pages", "data") for group in range(len(self.pools))):
+            raise ValueError("the saved state is of another model")
         n_past = int(state["n_past"])
         if not 0 <= n_past <= self.context:
             raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
         for group, (pool, window) in enumerate(zip(self.pools, self.layout.windows, strict=True)):
-            numbers, data = state.get(f"pages{group}"), state.get(f"data{group}")
+            numbers, data = state[f"pages{group}"], state[f"data{group}"]
             lowest = 0 if window is None else max(n_past - window + 1, 0) // PAGE_POSITIONS
-            needed = list(range(lowest, -(-n_past // PAGE_POSITIONS)))
-            fits = numbers is not None and data is not None and data.dtype == np.uint8
-            if not fits or data.shape != (len(numbers), pool.page_bytes) or not set(needed) <= {int(i) for i in numbers}:  # type: ignore[arg-type, union-attr]
+            needed = set(range(lowest, -(-n_past // PAGE_POSITIONS)))
+            shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
+            if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
         self.truncate(0)
         self._clear()
@@ -199,6 +226,7 @@ class KVSequence:
                     self._put(group, index, page)
         self.n_past = n_past
 
+    @_locked
     def close(self) -> None:
         """Give all pages back."""
         self._clear()

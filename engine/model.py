@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from qrun.engine.sampling_options import SamplingOptions
 from qrun.engine.session import Host, Session, check_tokens
-from qrun.engine.session_file import model_fingerprint
 
 if TYPE_CHECKING:
     from qrun.engine.chat_template import ChatTemplate
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
 
-# What files without a vocabulary have under tokenizer.ggml.model, where they have anything.
-_NO_TOKENIZER = ("none", "no_vocab", None)
-
 
 class Model:
     """A model that is ready to run. Get one with `Model.load`; close it, or use it in a `with` statement.
@@ -38,14 +34,22 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, reader: "GGUFReader", graph: "Graph", runtime: "Runtime", tokenizer: "Tokenizer | None"
+        self,
+        path: Path,
+        reader: "GGUFReader",
+        graph: "Graph",
+        runtime: "Runtime",
+        tokenizer: "Tokenizer | None",
+        tokenizer_problem: str | None = None,
     ) -> None:
         self.path = path
         self.reader = reader
         self.graph = graph
         self.tokenizer = tokenizer
-        """None if the file has none; then prompts are token ids, and the pieces of what is generated have no text.
+        """None if the file has none that can be used; then prompts are token ids, and pieces have no text.
         None also once the model is closed."""
+        self.tokenizer_problem = tokenizer_problem
+        """Why there is no tokenizer, in one line; None if there is one."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
@@ -54,8 +58,8 @@ class Model:
         self._runtime = runtime
         # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
         description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
-        fingerprint = functools.cache(functools.partial(model_fingerprint, reader.files, description))
-        self._host = Host(runtime, tokenizer, self.defaults, fingerprint)
+        fingerprint = functools.partial(_fingerprint, reader.files, description)
+        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
         self._closed = False
         # Guards what follows.
         self._lock = threading.Lock()
@@ -83,7 +87,8 @@ class Model:
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
-        that is not there, ValueError for a wrong argument: all with one line that says what and where.
+        that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
+        tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`.
         """
         for name, value in (("threads", threads), ("context", context), ("batch", batch)):
             if value is not None and value < 1:
@@ -91,7 +96,7 @@ class Model:
         from qrun.engine.cpu_count import available_cores
         from qrun.engine.runtime import Runtime
         from qrun.engine.tokenizer import Tokenizer
-        from qrun.formats import GGUFReader
+        from qrun.formats import FormatError, GGUFReader
         from qrun.models import build_graph
         from qrun.models.catalog import resolve
 
@@ -99,8 +104,12 @@ class Model:
         reader = GGUFReader(path)
         try:
             graph = build_graph(reader, context or DEFAULT_CONTEXT)
-            has_tokenizer = reader.metadata.get("tokenizer.ggml.model") not in _NO_TOKENIZER
-            tokenizer = Tokenizer.load(reader) if has_tokenizer else None
+            tokenizer: Tokenizer | None = None
+            problem = None
+            try:
+                tokenizer = Tokenizer.load(reader)
+            except FormatError as error:
+                problem = str(error)
             runtime = Runtime(
                 graph,
                 threads=threads or available_cores(),
@@ -112,7 +121,7 @@ class Model:
         except BaseException:
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer)
+        return cls(path, reader, graph, runtime, tokenizer, problem)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -268,5 +277,11 @@ class Model:
 
     def _known_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:
-            raise ValueError(f"{self.path.name}: the model has no tokenizer")
+            raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def _fingerprint(files: Sequence[Path], description: str) -> str:
+    from qrun.engine.session_file import model_fingerprint  # only for those who save or load sessions
+
+    return model_fingerprint(files, description)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.engine import records as R
 from qrun.engine.arena import Arena, Buffer
 from qrun.engine.kv_cache import CacheLayout
@@ -93,7 +94,15 @@ class Program:
     """
 
     def __init__(
-        self, graph: G.Graph, layout: CacheLayout, target: Target, *, batch: int, head_rows: int, context: int, threads: int
+        self,
+        graph: G.Graph,
+        layout: CacheLayout,
+        target: Target,
+        *,
+        batch: int,
+        head_rows: int,
+        context: int,
+        threads: int,
     ) -> None:
         self.graph, self.layout, self.target = graph, layout, target
         self.batch, self.head_rows, self.context, self.threads = batch, head_rows, context, threads
@@ -175,7 +184,9 @@ class Program:
 
     # Records
 
-    def _emit(self, kernel: str, fields: dict[int, object], reads: list[object], writes: list[object], by_rows: bool) -> Record:
+    def _emit(
+        self, kernel: str, fields: dict[int, object], reads: list[object], writes: list[object], by_rows: bool
+    ) -> Record:
         record = Record(kernel, fields, [r for r in reads if r is not None], writes, by_rows)  # type: ignore[arg-type]
         self.records.append(record)
         return record
@@ -191,7 +202,8 @@ class Program:
             {
                 R.ROW_COUNT: count or InStep(R.N_ROWS), R.ROW_X: x, R.ROW_X_STRIDE: x.stride,
                 R.ROW_Z: z or x, R.ROW_Z_STRIDE: (z or x).stride, R.ROW_Y: out, R.ROW_Y_STRIDE: out.stride,
-                R.ROW_WIDTH: width, R.ROW_GROUPS: 1, R.ROW_FACTOR: float(factor), R.ROW_PACKED: packed_place or 0, **extra,
+                R.ROW_WIDTH: width, R.ROW_GROUPS: 1, R.ROW_FACTOR: float(factor),
+                R.ROW_PACKED: packed_place or 0, **extra,
             },
             [x, z], [out, *([packed_place] if packed_place else [])], True,
         )  # fmt: skip
@@ -239,7 +251,8 @@ class Program:
         self._emit(
             f"matmul-{weight.type.name}",
             {
-                R.MM_WEIGHTS: weight.raw, R.MM_ROW_BYTES: row_bytes, R.MM_MATRIX_BYTES: rows * row_bytes, R.MM_ROWS: rows,
+                R.MM_WEIGHTS: weight.raw, R.MM_ROW_BYTES: row_bytes, R.MM_MATRIX_BYTES: rows * row_bytes,
+                R.MM_ROWS: rows,
                 R.MM_BLOCKS: blocks, R.MM_TAIL: tail, R.MM_INPUT: x, R.MM_COLUMN_BYTES: x.stride,
                 R.MM_RANGES: ranges or InStep(R.ROW_RANGES), R.MM_OUT: out, R.MM_OUT_STRIDE: out.stride,
                 R.MM_BIAS: 0 if bias is None else bias, R.MM_RESIDUAL: residual or 0,
@@ -268,9 +281,7 @@ class Program:
 
     def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
         weight = 0 if o.weight is None else np.ascontiguousarray(o.weight, np.float32)
-        self._produce(
-            "rms_norm", o.out, self._places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight
-        )
+        self._produce("rms_norm", o.out, self._places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
 
     def _lower_linear(self, o: G.Linear) -> None:
         x = self._packed_input(o.x, self._packing(o.weight))
@@ -311,7 +322,8 @@ class Program:
             {
                 R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride, R.KV_HEADS: layer.n_kv_heads,
                 R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v, R.KV_K_OFFSET: place.k_offset,
-                R.KV_V_OFFSET: place.v_offset, R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                R.KV_V_OFFSET: place.v_offset, R.KV_K_HEAD_BYTES: place.k_head_bytes,
+                R.KV_V_HEAD_BYTES: place.v_head_bytes,
                 R.KV_GROUP: place.group,
             },
             [k, v], [cache], True,
@@ -323,7 +335,8 @@ class Program:
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
                 R.ATT_DIM_V: layer.head_dim_v, R.ATT_K_OFFSET: place.k_offset, R.ATT_V_OFFSET: place.v_offset,
-                R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes, R.ATT_GROUP: place.group,
+                R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
+                R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
                 R.ATT_WINDOW: layer.window or 1 << 40,
             },
@@ -370,8 +383,10 @@ class Program:
         route = self._emit(
             "route-",
             {
-                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_experts, R.MOE_USED: o.n_used,
-                R.MOE_NORMALIZE: int(o.normalize), R.MOE_SIGMOID: int(o.gating == "sigmoid"), R.MOE_SCALE: float(o.scale),
+                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_experts,
+                R.MOE_USED: o.n_used,
+                R.MOE_NORMALIZE: int(o.normalize), R.MOE_SIGMOID: int(o.gating == "sigmoid"),
+                R.MOE_SCALE: float(o.scale),
                 R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts,
                 R.MOE_RANGES: ranges,
             },
@@ -404,8 +419,8 @@ class Program:
         self._emit(
             "from_experts-",
             {
-                R.MOE_X: down, R.MOE_X_STRIDE: down.stride, R.MOE_Y: out, R.MOE_Y_STRIDE: out.stride, R.MOE_WIDTH: width,
-                R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_USED: o.n_used,
+                R.MOE_X: down, R.MOE_X_STRIDE: down.stride, R.MOE_Y: out, R.MOE_Y_STRIDE: out.stride,
+                R.MOE_WIDTH: width, R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_USED: o.n_used,
             },
             [down, chosen, weights], [out], False,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.engine import records as R
 from qrun.engine.compiler import Progress, load_kernels
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
@@ -51,14 +52,15 @@ class Runtime:
         self._step = _Step(self.batch, len(self._pools), threads)
         self._program.link({key: self._kernels[key] for key in keys}, self._step.address)
         self._team: Team | None = Team(self._kernels, threads)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # also held by sequences while they change what they share
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
-        return KVSequence(self._layout, self._pools, self.context)
+        return KVSequence(self._layout, self._pools, self.context, self._lock)
 
     def evaluate(
-        self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer], logits: Literal["none", "last", "all"] = "last",
+        self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
+        logits: Literal["none", "last", "all"] = "last",
         cancelled: Callable[[], bool] | None = None,
     ) -> NDArray[np.float32] | None:  # fmt: skip
         """Append tokens to the sequence.
@@ -79,7 +81,13 @@ class Runtime:
                 raise GenerationCancelled("evaluation was cancelled")
             part = ids[start : start + self.batch]
             ends = start + len(part) == len(ids)
-            wanted = range(len(part)) if out is not None else range(len(part) - 1, len(part)) if logits == "last" and ends else range(0)
+            wanted = (
+                range(len(part))
+                if out is not None
+                else range(len(part) - 1, len(part))
+                if logits == "last" and ends
+                else range(0)
+            )
             with self._lock:
                 sequence.reserve(len(part))
                 rows = self._run([(sequence, part)], wanted)
@@ -98,7 +106,9 @@ class Runtime:
         out = np.empty((len(ids), self.n_vocab), np.float32)
         for sequence in sequences:
             if sequence.n_past >= self.context:
-                raise ContextOverflow(f"{sequence.n_past + 1} tokens do not fit into the context of {self.context} tokens")
+                raise ContextOverflow(
+                    f"{sequence.n_past + 1} tokens do not fit into the context of {self.context} tokens"
+                )
         for start in range(0, len(ids), self.batch):
             chosen = sequences[start : start + self.batch]
             with self._lock:
@@ -112,22 +122,30 @@ class Runtime:
 
     def memory(self) -> dict[str, int]:
         """Bytes in use: the weights (mapped from the file), the arena, and the pages of the cache."""
-        seen = {id(value): value.nbytes for r in self._program.records for value in r.fields.values() if isinstance(value, np.ndarray)}
+        seen = {
+            id(value): value.nbytes
+            for r in self._program.records
+            for value in r.fields.values()
+            if isinstance(value, np.ndarray)
+        }
         cache = sum(pool.allocated * pool.page_bytes for pool in self._pools)
         return {"weights": sum(seen.values()), "arena": self._program.arena.size, "cache": cache}
 
     def close(self) -> None:
         """End the threads and let the memory go. Safe to call twice."""
         with self._lock:
-            if self._team is not None:
-                self._team.close()
-                self._team = None
-                for pool in self._pools:
-                    pool.free.clear()
+            if self._team is None:
+                return
+            self._team.close()
+            for pool in self._pools:
+                pool.free.clear()
+            # The program holds views of the mapped file, and the graph too.
+            self._team = None
+            del self._program, self._step, self._kernels, self.graph
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64).reshape(-1)
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.n_vocab):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
             raise ValueError(f"a token id is outside of the vocabulary of {self.n_vocab}")
         return ids
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from qrun.engine import dry, session_file
+from qrun.engine import dry
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation import Generation
 from qrun.engine.sampler import Sampler
@@ -148,6 +148,8 @@ class Session:
         """Write the session to a file, from which `load` gets it back, in this model or another loaded from the
         same file with the same cache type. Written under another name first, so that a failure (OSError) leaves what
         was there before."""
+        from qrun.engine import session_file  # not for those who save nothing: it takes 10 ms
+
         host, cache = self._host, self._cache
         with cache.lock:  # to the end: the state may be a view of the cache
             self._check_open()
@@ -162,6 +164,8 @@ class Session:
         Raises FormatError (a ValueError) if the file is missing, damaged, no saved session, or one of another model or
         cache type; ContextOverflow if it holds more tokens than the context. Then the session stays as it was.
         """
+        from qrun.engine import session_file
+
         self._check_open()
         runtime = self._host.runtime
         saved = session_file.read(path)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
+
 from qrun.formats import FormatError, GGUFReader
 from qrun.models.graph import CacheLayer
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log, pi
 
 import numpy as np
+
 from qrun.models.graph import Constant, GraphBuilder, Rotation
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
 

@@ -1,6 +1,7 @@
 """The parts that these architectures share, where the logic really is the same."""
 
 import numpy as np
+
 from qrun.models.graph import Activation, CacheLayer, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_LAYERS, Hyperparameters, Metadata
 

@@ -10,7 +10,6 @@ from qrun.engine.program import FLOAT_TYPES, blocks_and_tail
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorType
 
-
 # Added to an offset: the address of that field of the step's record.
 IN_STEP = -(1 << 40)
 
@@ -33,7 +32,9 @@ class Harness:
         self.target = target
         self.kernels: Kernels = load_kernels(keys, target)
 
-    def run(self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None) -> None:
+    def run(
+        self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None
+    ) -> None:
         words = record(R.STEP_BYTES, {R.STEP_THREADS: 1, R.N_ROWS: rows, **(step or {})})
         words[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, rows)
         base = words.ctypes.data
@@ -55,7 +56,12 @@ class Harness:
         return packed
 
     def matmul(
-        self, type_name: str, weights: np.ndarray, n_rows: int, x: np.ndarray, extra: dict[int, int | float] | None = None
+        self,
+        type_name: str,
+        weights: np.ndarray,
+        n_rows: int,
+        x: np.ndarray,
+        extra: dict[int, int | float] | None = None,
     ) -> np.ndarray:
         """x @ weights.T by the kernel; weights: the file's bytes."""
         type_ = TensorType[type_name]

@@ -7,6 +7,7 @@ within a row (norms, softmax, angles) are done in float64.
 from collections.abc import Sequence
 
 import numpy as np
+
 from qrun.formats import dequantize
 from qrun.models.graph import (
     Activate,

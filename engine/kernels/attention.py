@@ -40,7 +40,7 @@ def append(cache_type: str) -> Kernel:
 
     @v.helper
     def put_block(x, count, place, stride, pair_stride, scale_place):  # type: ignore[no-untyped-def]
-        """`count` (up to 32) values of one block, `stride` bytes apart from `place`; q4_0: byte i holds i and i + 16."""
+        """`count` (up to 32) values of a block, `stride` bytes apart from `place`; q4_0: byte i holds i and i + 16."""
         if is_f16:
             for i in range(32):
                 v.store_f16(place + i * stride, v.load_f32(x + 4 * i) if i < count else v.float32(0.0))
@@ -141,7 +141,9 @@ def _mix_operation(cache_type: str, rows: int) -> Any:
     """tile += weights[row] of one position * two vectors of its value."""
 
     @operation(lambda tile, *_: tile)
-    def mix(e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scale: ir.Value, part: ir.Value) -> list[Vector]:
+    def mix(
+        e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scale: ir.Value, part: ir.Value
+    ) -> list[Vector]:
         vectors = []
         for i in range(2):
             vectors.append(_value_vector(e, cache_type, values, i, part))
@@ -199,9 +201,14 @@ def attention(cache_type: str) -> Kernel:
             window = v.load_i64(op + R.ATT_WINDOW)
             kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
             for row in range(n):
-                source = v.load_i64(op + R.ATT_Q) + (first_row + row) * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
+                source = (
+                    v.load_i64(op + R.ATT_Q) + (first_row + row) * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
+                )
                 for i in range(blocks_k * 32):
-                    v.store_f32(queries + row * ROW + 4 * i, v.load_f32(source + 4 * i) if row < count and i < dim_k else v.float32(0.0))
+                    v.store_f32(
+                        queries + row * ROW + 4 * i,
+                        v.load_f32(source + 4 * i) if row < count and i < dim_k else v.float32(0.0),
+                    )
                 for i in range(blocks_v * 32):
                     v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
                 v.store_f32(state + 8 * row, v.float32(-1e30))
@@ -251,7 +258,9 @@ def attention(cache_type: str) -> Kernel:
                         v.store(place + 4 * i, value)
                     fading = v.exp(v.splat(old - new))
                     v.store_f32(state + 8 * row, new)
-                    v.store_f32(state + 8 * row + 4, v.load_f32(state + 8 * row + 4) * v.first_lane(fading) + v.sum_lanes(total))
+                    v.store_f32(
+                        state + 8 * row + 4, v.load_f32(state + 8 * row + 4) * v.first_lane(fading) + v.sum_lanes(total)
+                    )
                     for i in range(0, blocks_v * 32, lanes):
                         v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
                 visible = min(POSITIONS, last_position - page_position + 1)
@@ -265,7 +274,11 @@ def attention(cache_type: str) -> Kernel:
                         tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, part)
                     v.store_pairs(tile, sums + 4 * first, ROW)
             for row in range(count):
-                out = v.load_i64(op + R.ATT_OUT) + (first_row + row) * v.load_i64(op + R.ATT_OUT_STRIDE) + 4 * head * dim_v
+                out = (
+                    v.load_i64(op + R.ATT_OUT)
+                    + (first_row + row) * v.load_i64(op + R.ATT_OUT_STRIDE)
+                    + 4 * head * dim_v
+                )
                 total = v.load_f32(state + 8 * row + 4)
                 for i in range(dim_v):
                     v.store_f32(out + 4 * i, v.load_f32(sums + row * ROW + 4 * i) / total)

@@ -10,7 +10,7 @@ from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter
+from qrun.engine.simd.vector import I8, I32, I64, Emitter
 
 
 def embed(type_name: str) -> Callable[[int, int, int], None]:

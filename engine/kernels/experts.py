@@ -17,7 +17,7 @@ Kernel = Callable[[int, int, int], None]
 
 
 def route(_: str) -> Kernel:
-    """Choose experts from the router's logits: slots, weights and ranges. One thread does it: it is a few microseconds."""
+    """Choose experts from the router's logits: slots, weights and ranges. One thread does it, in microseconds."""
     panel_columns = v.target().columns
 
     @v.helper

@@ -4,11 +4,11 @@ Rows are taken in groups of as many as a vector has lanes. Weights of a group ar
 (`unpack`), and activations are broadcast against them. So sums stay in their lanes, and nothing is added across lanes.
 
 Every output is computed by the same float operations in the same order, however many columns there are: exact integer
-sums of 16 products, times the column's scale, times the row's scale, less the minimum, added to the total group by group.
+sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
-Columns come packed by `kernels.pack` into panels. With one column, weights go from the file through registers. With more,
-a slice of the row group is unpacked into the first-level cache and used for all panels.
+Columns come packed by `kernels.rows` into panels. With one column, weights go from the file through registers. With
+more, a slice of the row group is unpacked into the first-level cache and used for all panels.
 
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
 range; experts have one each. A range begins on a panel's first column.
@@ -25,12 +25,12 @@ from numba.core import types
 from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
-from qrun.engine.simd.operations import TileType, operation
+from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 
-# How 32 activations of each column lie in a panel of `width` columns: eight words of four int8 for each column, then for
-# each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as KL
-# against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
+# How 32 activations of each column lie in a panel of `width` columns: eight words of four int8 for each column, then
+# for each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
+# KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
 
@@ -100,7 +100,9 @@ def quantised_operations(spec: Quantised) -> tuple[Any, Any, Any]:
         return _dot_quantised(e, spec, _load_group(e, spec, unpacked), total, block)
 
     @operation(_tile_of)
-    def dot_block(e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value) -> list[Vector]:
+    def dot_block(
+        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value
+    ) -> list[Vector]:
         for index, group in enumerate(spec.groups(Rows(e, address, stride))):
             total = _dot_quantised(e, spec, group, total, e.offset(block, R.PACKED_BYTES * len(total) * index))
         return total
@@ -160,7 +162,11 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     else:
         unpack_block, dot_group, dot_block = float_operations(spec)
         block_bytes, groups = 16, 1
-        group_bytes, x_bytes, tail_bytes = 4 * lanes * (16 // spec.weight_bytes), 64 // spec.weight_bytes, spec.weight_bytes
+        group_bytes, x_bytes, tail_bytes = (
+            4 * lanes * (16 // spec.weight_bytes),
+            64 // spec.weight_bytes,
+            spec.weight_bytes,
+        )
     dot_one = _tail_operation(spec)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
@@ -169,8 +175,8 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
     # Rows of a group are read side by side, a pattern that hardware does not foresee: while one group is computed, the
-    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this thread
-    # will probably get next.
+    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this
+    # thread will probably get next.
     ahead_bytes = lanes * block_bytes
 
     @v.helper

@@ -166,7 +166,7 @@ def silu(packing: str) -> Kernel:
 
 
 def gelu(packing: str) -> Kernel:
-    """gelu(x) * z, gelu in the tanh form: x / 2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """gelu(x) * z in the tanh form: x / 2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
 
     @v.helper
     def function(x, z, factor):  # type: ignore[no-untyped-def]
@@ -178,7 +178,7 @@ def gelu(packing: str) -> Kernel:
 
 
 def rms_norm(packing: str) -> Kernel:
-    """x / sqrt(mean(x^2) + eps) * weight, over each of the row's groups (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
+    """x / sqrt(mean(x^2) + eps) * weight over each group of the row (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
     lanes = v.target().lanes
 
     @v.helper
@@ -187,7 +187,7 @@ def rms_norm(packing: str) -> Kernel:
         weight = v.load_i64(op + R.ROW_WEIGHT)
         size = width // groups
         whole = size // lanes * lanes
-        for group in range(groups):
+        for _ in range(groups):
             squares = v.splat(0.0)
             for i in range(0, whole, lanes):
                 value = v.load(x + 4 * i)
@@ -230,8 +230,8 @@ def select_rows(_: str) -> Kernel:
 def rope(_: str) -> Kernel:
     """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
 
-    ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart (NeoX).
-    Heads may be rotated in place.
+    ROW_ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart
+    (NeoX). Heads may be rotated in place.
     """
 
     @v.helper

@@ -31,7 +31,6 @@ from qrun.engine.simd.operations import (
     store_i64,
 )
 
-
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_SLEEP = 40000
 

@@ -31,7 +31,7 @@ class Rows:
             self.addresses.append(e.builder.add(self.addresses[-1], stride))
 
     def words(self, offset: int, count: int) -> list[Vector]:
-        """`count` int32 vectors (a multiple of 4) from byte `offset` on. 16 bytes of four rows at a time: transposed 4x4."""
+        """`count` int32 vectors (a multiple of 4) from byte `offset` on: 16 bytes of four rows, transposed."""
         vectors = []
         for start in range(0, count, 4):
             quarters = []
@@ -88,7 +88,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised type. `limit`: weights are 0..limit with `zero` (a power of two) to be taken off; None: they are signed."""
+    """A quantised type. `limit`: weights are 0..limit, less `zero` (0 or a power of two); None: they are signed."""
 
     block_size: int
     block_bytes: int
@@ -101,7 +101,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Float:
-    """A float type. `pair(rows, offset)` gives vectors for the weights of 16 bytes, `one` for a single weight."""
+    """A float type. `several(rows, offset)` gives vectors for the weights of 16 bytes, `one` for a single weight."""
 
     weight_bytes: int
     several: Callable[[Rows, int], list[Vector]]
@@ -281,7 +281,9 @@ def _bf16_several(rows: Rows, offset: int) -> list[Vector]:
 
 
 TYPES: dict[str, Quantised | Float] = {
-    "F32": Float(4, lambda rows, o: [w.bits_as(F32) for w in rows.words(o, 4)], lambda rows, o: rows.word(o).bits_as(F32)),
+    "F32": Float(
+        4, lambda rows, o: [w.bits_as(F32) for w in rows.words(o, 4)], lambda rows, o: rows.word(o).bits_as(F32)
+    ),
     "F16": Float(2, _f16_several, lambda rows, o: rows.half(o)),
     "BF16": Float(2, _bf16_several, lambda rows, o: (rows.word(o, I16).widen_unsigned() << 16).bits_as(F32)),
     "Q4_0": Quantised(32, 18, 1, False, 15, 8, _q4_0),

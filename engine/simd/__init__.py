@@ -1,1 +1,1 @@
-"""Vectors for Numba code: the target (`target`), instruction emission (`vector`), and operations for kernels (`operations`)."""
+"""Vectors for Numba code: the CPU (`target`), its instructions (`vector`), and what kernels call (`operations`)."""

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, njit  # float32: a kernel's literals are float64 without it
+from numba import float32 as float32  # for kernels: their literals would be float64 without it
+from numba import njit
 from numba.core import types
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_builtin
@@ -89,13 +90,13 @@ def operation(result: Callable[..., types.Type | None], key: Any = None) -> Call
         stub = key if key is not None else function
 
         class Template(AbstractTemplate):
+            key = stub
             prefer_literal = True
 
             def generic(self, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
                 answer = result(*args)
                 return None if answer is None else signature(answer, *args)
 
-        Template.key = stub
         if key is None:
             builtin_registry.register_global(stub, types.Function(Template))
         else:
@@ -126,8 +127,8 @@ def _unwrap(builder: ir.IRBuilder, type_: types.Type, value: ir.Value) -> Any:
         return [Vector(builder, builder.extract_value(value, i)) for i in range(type_.columns)]
     if isinstance(type_, types.Float):
         return builder.fptrunc(value, F32) if type_.bitwidth == 64 else value
-    if isinstance(type_, types.Integer) and type_.bitwidth < 64:
-        return builder.sext(value, I64) if type_.signed else builder.zext(value, I64)
+    if isinstance(value.type, ir.IntType) and 1 < value.type.width < 64:
+        return builder.sext(value, I64)
     return value
 
 
@@ -174,9 +175,7 @@ for _key, _method in (
 ):
     _binary(_key, _method)
     with contextlib.suppress(KeyError):
-        _binary(
-            {operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul}[_key], _method
-        )
+        _binary({operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul}[_key], _method)
 
 
 @operation(lambda a, b, c: a)
@@ -250,9 +249,11 @@ def exp(e: Emitter, x: Vector) -> Vector:
 
 @operation(lambda x: x)
 def tanh(e: Emitter, x: Vector) -> Vector:
-    """1 - 2 / (e^2x + 1)."""
-    doubled = _exp(x * 2.0)
-    return x.constant(1.0) - x.constant(2.0) / (doubled + 1.0)
+    """1 - 2 / (e^2x + 1), and near zero, where that would cancel, the Taylor series up to x^7."""
+    far = x.constant(1.0) - x.constant(2.0) / (_exp(x * 2.0) + 1.0)
+    square = x * x
+    series = x.constant(-17 / 315).fma(square, 2 / 15).fma(square, -1 / 3).fma(square, 1.0) * x
+    return x.intrinsic("llvm.fabs").less(0.2).choose(series, far)
 
 
 @operation(lambda x: types.float32)
@@ -422,7 +423,7 @@ def pause(e: Emitter) -> None:
 
 @operation(_void)
 def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
-    """Ask for the cache lines of `size` bytes (a literal) from `address`, which need not be mapped, into the second level."""
+    """Bring the cache lines of `size` bytes (a literal) from `address`, mapped or not, into the second level."""
     type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
     function = emit.declare(e.builder.module, "llvm.prefetch.p0", type_)
     read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)

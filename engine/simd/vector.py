@@ -6,7 +6,6 @@ Code written with it runs while a kernel is compiled: a Python loop around it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from llvmlite import ir
 
@@ -208,7 +207,9 @@ class Emitter:
     def constant(self, value: float, element: ir.Type = F32) -> Vector:
         return self.vector(ir.Constant(ir.VectorType(element, self.lanes), [value] * self.lanes))
 
-    def dot4_unsigned(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int) -> Vector:
+    def dot4_unsigned(
+        self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int
+    ) -> Vector:
         """sums + four products a lane of each weights[i] (bytes of 0..limit, at most 127) and activations[i] (int8)."""
         if self.target.dot == "vnni":
             for weight, activation in zip(weights, activations, strict=True):
@@ -257,11 +258,15 @@ class Emitter:
         if self.target.is_x86 and self.target.dot != "plain":
             entries = [value - 256 if value > 127 else value for value in table]
             repeated = ir.Constant(flat.value.type, [v & 0xFF for v in entries] * (lanes // 16))
-            name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[lanes]
+            name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[
+                lanes
+            ]
             return self._target_call(name, flat.value.type, self.vector(repeated), flat).bits_as(I32)
         if self.target.dot == "neon":
             repeated = ir.Constant(flat.value.type, [v & 0xFF for v in table])
-            return self._target_call("llvm.aarch64.neon.tbl1.v16i8", flat.value.type, self.vector(repeated), flat).bits_as(I32)
+            return self._target_call(
+                "llvm.aarch64.neon.tbl1.v16i8", flat.value.type, self.vector(repeated), flat
+            ).bits_as(I32)
         result = flat.constant(table[0] & 0xFF)
         for index, value in enumerate(table[1:], 1):
             same = flat._new(self.builder.icmp_unsigned("==", flat.value, flat.constant(index).value))
@@ -311,7 +316,11 @@ class Emitter:
         if self.target.dot == "neon":
             for weight, activation in zip(weights, activations, strict=True):
                 sums = self._target_call(
-                    "llvm.aarch64.neon.sdot.v4i32.v16i8", sums.value.type, sums, weight.bits_as(I8), activation.bits_as(I8)
+                    "llvm.aarch64.neon.sdot.v4i32.v16i8",
+                    sums.value.type,
+                    sums,
+                    weight.bits_as(I8),
+                    activation.bits_as(I8),
                 )
             return sums
         for weight, activation in zip(weights, activations, strict=True):

@@ -40,9 +40,7 @@ def _cased_words(digits: str, suffix: str = _CONTRACTIONS + "?") -> str:
 
 def _punctuated_words(spaces: str = r"[\r\n]*|" + _SPACES) -> str:
     """The expression of DeepSeek V3: marks belong to letters, and punctuation sticks to the word that follows."""
-    return (
-        rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+{spaces}"
-    )
+    return rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+{spaces}"
 
 
 # The letters with case that Unicode had when DeepSeek's expression was expanded, without the mathematical ones.
@@ -99,7 +97,7 @@ _FAMILIES: list[tuple[str, PreTokenizer]] = [
     ("minicpm5", PreTokenizer((r"\p{N}{1,3}", _words(r"\p{N}+")), ignore_merges=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O),
     ("granite-embed-multi-97m", replace(_GPT4O, ignore_merges=True)),
-    ("tiny_aya cohere2moe", PreTokenizer((_DIGIT_GROUPS, _cased_words(r"\p{N}{1,3}")))),
+    ("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _cased_words(r"\p{N}{1,3}")))),
     ("tekken", PreTokenizer((_cased_words(r"\p{N}", suffix=""),), ignore_merges=True, add_bos=True)),
     (
         "youtu",

@@ -1,7 +1,7 @@
 """The tokenizer of a model, as the other parts see it."""
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import Self
@@ -40,7 +40,6 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """add_special: with the tokens that the model wants at the start and end of a text (bos, eos).
         parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens."""
-        vocabulary = self._vocabulary
         # Halves of surrogate pairs are not text: no encoder takes them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
@@ -53,8 +52,8 @@ class Tokenizer:
             else:
                 ids += self._encode_text(prefix + part if at_start else part)
                 at_start = False
-        end = vocabulary.separator_id if vocabulary.kind == "bert" else vocabulary.eos_id if vocabulary.add_eos else None
-        return [*ids, end] if add_special and end is not None else ids
+        end_id = self._vocabulary.end_id
+        return [*ids, end_id] if add_special and end_id is not None else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
@@ -69,15 +68,17 @@ class Tokenizer:
             raise ValueError(f"token {id} is not in the vocabulary of {self.n_vocab}")
         return self._vocabulary.text(id)
 
-    def stream(self, skip_special: bool = False, after: Iterable[int] | None = None) -> "StreamDecoder":
+    def has_piece(self, piece: str) -> bool:
+        """Whether one token is spelt so."""
+        return piece.encode() in self._vocabulary.pieces
+
+    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
         """A decoder for tokens as they are generated.
 
         after: the tokens before them; if the last is special, a space that models of SentencePiece's kind put at the
         start of every text is left out, as `decode` does."""
-        last = None
-        for last in after or ():
-            pass
-        return StreamDecoder(self, skip_special, at_start=last in self._special.ids)
+        at_start = len(after) > 0 and after[-1] in self._special.ids
+        return StreamDecoder(self, skip_special, at_start)
 
     @property
     def _prefixes_space(self) -> bool:
@@ -102,7 +103,7 @@ class Tokenizer:
             from qrun.engine.tokenizer.wordpiece import word_piece_encoder
 
             return word_piece_encoder(self._vocabulary)
-        from qrun.engine.tokenizer.unigram import merging_encoder, unigram_encoder
+        from qrun.engine.tokenizer.sentencepiece_model import merging_encoder, unigram_encoder
 
         return (merging_encoder if self.kind == "llama" else unigram_encoder)(self._vocabulary)
 

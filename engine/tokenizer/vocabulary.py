@@ -86,10 +86,12 @@ class Vocabulary:
         self.bos_id = self._token_id("bos", {"llama": 1, "bert": 101}.get(self.kind))
         self.eos_id = self._token_id("eos", {"llama": 2, "t5": 1}.get(self.kind))
         self.unknown_id = self._token_id("unknown", {"llama": 0, "t5": 2, "bert": 100}.get(self.kind))
-        self.separator_id = self._token_id("seperator", {"bert": 102}.get(self.kind))  # spelt so in the format
         add_bos = sentencepiece or self.kind == "bert" or (self.is_byte_pair and self.pre_tokenizer.add_bos)
         self.add_bos: bool = self._value("tokenizer.ggml.add_bos_token", bool, add_bos)
-        self.add_eos: bool = self._value("tokenizer.ggml.add_eos_token", bool, self.kind == "t5")
+        add_eos = self._value("tokenizer.ggml.add_eos_token", bool, self.kind == "t5")
+        self.end_id = self.eos_id if add_eos else None
+        if self.kind == "bert":
+            self.end_id = self._token_id("seperator", 102)  # spelt so in the format
         self.add_space_prefix: bool = self._value("tokenizer.ggml.add_space_prefix", bool, sentencepiece)
 
         stops = self._mark_known_spellings()
@@ -110,11 +112,15 @@ class Vocabulary:
     def pre_tokenizer(self) -> PreTokenizer:
         return pre_tokenizer(self.kind if self.kind in ("gemma4", "whitespace") else self.pre)
 
+    @cached_property
+    def ids(self) -> dict[bytes, int]:
+        """The id of every piece; of those with one spelling, the last."""
+        return {piece: id for id, piece in enumerate(self.pieces)}
+
     def merges(self) -> list[bytes]:
         """Byte-pair merges, first the one that was learnt first: b"left right"."""
         return self._strings("tokenizer.ggml.merges")
 
-    @cached_property
     def charsmap(self) -> bytes:
         """SentencePiece's compiled table of text normalisation, unchecked; empty where the model has none."""
         table = self._metadata.get("tokenizer.ggml.precompiled_charsmap", np.empty(0, np.uint8))
@@ -173,7 +179,8 @@ class Vocabulary:
             raise self.error(f"{key} is not an array of numbers")
         if len(values) != len(self):
             raise self.error(f"{key} has {len(values)} values for {len(self)} tokens")
-        return values.astype(dtype)
+        with np.errstate(all="ignore"):  # what does not fit becomes infinite, or a type that does not exist
+            return values.astype(dtype)
 
     def _types(self) -> np.ndarray:
         types = self._numbers("tokenizer.ggml.token_type", np.int64, PieceType.NORMAL)
@@ -200,9 +207,9 @@ class Vocabulary:
         self.types[list(ids(_CHANNEL_MARKS))] = PieceType.USER_DEFINED
         # Where "<|end|>" ends a message and another piece ends the answer (gpt-oss, Solar), it is no stop.
         if b"<|end|>" in known and (
-            {b"<|return|>", b"<|call|>"} <= known.keys()
-            or b"<|flush|>" in known
-            and not known.keys().isdisjoint((b"<|call|>", b"<|calls|>"))
+            known.keys() >= {b"<|call|>", b"<|return|>"}
+            or known.keys() >= {b"<|call|>", b"<|flush|>"}
+            or known.keys() >= {b"<|calls|>", b"<|flush|>"}
         ):
             self.types[known[b"<|end|>"]] = PieceType.USER_DEFINED
             stops.remove(known[b"<|end|>"])

@@ -50,7 +50,7 @@ def _words(text: str, lowercase: bool, strip_accents: bool) -> Iterator[str]:
     word = ""
     for character in text:
         category = unicodedata.category(character)
-        if character.isspace():
+        if category[0] == "Z" or character in "\t\n\v\f\r\x85":
             yield from [word] if word else []
             word = ""
         elif character == "\ufffd" or category[0] == "C" or (strip_accents and category[0] == "M"):

@@ -3,6 +3,7 @@
 from math import prod
 
 import numpy as np
+
 from qrun.formats.blocks import (
     floats,
     iq4_nl,

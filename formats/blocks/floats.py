@@ -9,6 +9,7 @@ file, since they are few and matter much. BF16 is what models are trained in, so
 """
 
 import numpy as np
+
 from qrun.formats.blocks.layout import F32Array, U8Array, read_f16
 
 

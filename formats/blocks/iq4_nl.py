@@ -12,6 +12,7 @@ and the quantiser uses that by picking the sign of d.
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Table, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

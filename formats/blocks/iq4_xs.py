@@ -14,6 +14,7 @@ The uneven levels of IQ4_NL with the two-level scales of the K formats: 6 bits a
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Table, fit
 from qrun.formats.blocks.iq4_nl import LEVELS, STARTS
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16

@@ -13,6 +13,7 @@ instead of 127 to make up for it. The specification's e = 255 (NaN) is not treat
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Table, divide, total
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields
 

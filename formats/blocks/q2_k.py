@@ -16,6 +16,7 @@ shift and a mask of 32 bytes, one AVX2 register, yield 32 neighbours.
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

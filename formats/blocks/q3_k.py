@@ -22,6 +22,7 @@ off and where it is clear 4 is, so that q - 4 comes out of two masks and one sub
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

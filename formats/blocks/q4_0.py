@@ -12,6 +12,7 @@ one shift of a 16-byte register give two runs of neighbours.
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

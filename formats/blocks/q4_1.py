@@ -11,6 +11,7 @@ wherever zero lies. That costs two bytes more. Note that m is added; the K forma
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

@@ -21,6 +21,7 @@ a time, so that three 32-bit words, a few shifts and a few masks give all sixtee
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

@@ -11,6 +11,7 @@ What Q4_1 is to Q4_0, this is to Q5_0: a minimum of its own for two bytes more.
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
 from qrun.formats.blocks.q5_0 import pack, unpack

@@ -17,6 +17,7 @@ Q4_K with one bit more. The fifth bits of a sub-block lie in one bit position of
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 from qrun.formats.blocks.q4_k import pack_scales, unpack_scales

@@ -19,6 +19,7 @@ a minimum no longer pays, so it is symmetric, and the scales have a whole byte, 
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 

@@ -10,6 +10,7 @@ Nearly lossless, and with nothing to unpack. Small blocks keep one outlier from 
 """
 
 import numpy as np
+
 from qrun.formats.blocks.fitting import Search, Steps, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
 

@@ -12,6 +12,7 @@ subtracted from each 16 or 32 weights, so its share of the product is the minimu
 """
 
 import numpy as np
+
 from qrun.formats.blocks.layout import F32Array, U8Array
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError

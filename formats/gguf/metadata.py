@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, decode_text, quote
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from qrun.formats import GGUFReader
 from qrun.models import ARCHITECTURES, build_graph
-
 from tests.reference import forward
 
 DATA = Path(__file__).parents[1] / "data" / "arch"

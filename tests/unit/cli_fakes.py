@@ -13,6 +13,7 @@ from typing import Any
 from engine_fakes import BOS, EOS, FakeRuntime, FakeTokenizer, ids_of
 
 from qrun.engine import Model
+from qrun.models.graph import Graph, Value
 
 
 class ChatTokenizer(FakeTokenizer):
@@ -60,7 +61,7 @@ def make_model(context: int = 200, **metadata: Any) -> Model:
     reader = SimpleNamespace(
         metadata={"general.sampling.temp": 0.0, **metadata}, tensors={}, files=(), close=lambda: None
     )
-    graph = SimpleNamespace(architecture="fake", n_vocab=runtime.n_vocab, n_embd=1, cache_layers=[])
+    graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context, 0)
     model = Model(Path("fake.gguf"), reader, graph, runtime, ChatTokenizer())  # type: ignore[arg-type]
     model.chat_template = Template()  # type: ignore[assignment]
     return model

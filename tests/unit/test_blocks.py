@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import BlockFormat
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_fakes import make_model, runtime_of
@@ -15,6 +16,7 @@ from qrun.cli import loading
 from qrun.cli.conversation import Conversation
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl, stopping_at_interrupt
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 Line = str | type[BaseException]
 
@@ -176,3 +178,22 @@ def test_the_default_model_is_used_and_fetched_once(pipe, monkeypatch: pytest.Mo
     announcement, source = asked
     assert "SmolLM2-135M-Instruct (92.9 MB, Apache-2.0)" in announcement
     assert source == "SmolLM2-135M-Instruct"
+
+
+def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str | None, dict[str, object]]] = []
+
+    class Silent(Conversation):
+        def __init__(self, model: Any, system: str | None, sampling: dict[str, Any], on_forget: Any) -> None:
+            begun.append((system, sampling))
+            super().__init__(model, system, {}, on_forget)
+
+    monkeypatch.setattr("qrun.cli.conversation.Conversation", Silent)
+    monkeypatch.setattr(loading, "load_model", lambda source, options: make_model())
+    runner = CliRunner()
+    runner.invoke(cli, ["chat", "smollm2-135m-instruct"], input="")
+    runner.invoke(cli, ["chat", "smollm2-135m-instruct", "--system", "", "--temperature", "1"], input="")
+    runner.invoke(cli, ["chat", "fake.gguf"], input="")
+    assert begun[0] == (CATALOG[DEFAULT_MODEL].system, CATALOG[DEFAULT_MODEL].sampling)
+    assert begun[1] == ("", {**CATALOG[DEFAULT_MODEL].sampling, "temperature": 1.0})
+    assert begun[2] == (None, {})

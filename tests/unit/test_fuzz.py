@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_builder import FORMATS, Tensor, array, build, scalar
+
 from qrun.formats import FormatError, GGUFReader, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_builder import Tensor, array, build, scalar, string
+
 from qrun.formats import FormatError, GGUFReader, TensorType, ValueType
 
 V = ValueType

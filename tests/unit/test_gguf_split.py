@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from gguf_builder import Tensor, build, scalar
+
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.gguf import write_split
 

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_builder import Tensor, array, build, scalar
+
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 
 V = ValueType

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qrun.formats import FormatError, TensorInfo, TensorType
 from qrun.models.graph import Add, CacheLayer, Embed, GraphBuilder, Linear, RMSNorm, Rotation, Value
 

@@ -2,16 +2,18 @@
 
 import numpy as np
 import pytest
+
 from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.program import blocks_and_tail
 from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType, dequantize
 from qrun.formats.blocks import BLOCK_FORMATS
-
 from tests.kernel_harness import Harness
 
-FORMS = sorted({form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"})
+FORMS = sorted(
+    {form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"}
+)
 # Where a block's float16 scales and minimums lie: random bytes there would give infinities.
 HALVES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
@@ -58,7 +60,9 @@ def as_quantised(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("shape", [(64, 2, 1), (40, 3, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)])
-def test_matmul_is_the_product(rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]) -> None:
+def test_matmul_is_the_product(
+    rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]
+) -> None:
     rows, width, columns = shape[0], shape[1] * 256, shape[2]
     if not isinstance(TYPES[name], Quantised):
         width -= int(rng.integers(0, 9))
@@ -75,7 +79,9 @@ def test_matmul_is_the_product(rng: np.random.Generator, harness: Harness, name:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_column_has_the_same_bits_alone_and_among_others(rng: np.random.Generator, harness: Harness, name: str) -> None:
+def test_a_column_has_the_same_bits_alone_and_among_others(
+    rng: np.random.Generator, harness: Harness, name: str
+) -> None:
     raw, _ = random_tensor(rng, name, 37, 512)
     x = rng.normal(size=(11, 512)).astype(np.float32)
     together = harness.matmul(name, raw, 37, x)

@@ -59,6 +59,7 @@ def make_model(
         FakeGraph(),  # type: ignore[arg-type]
         runtime or FakeRuntime(speaking(*ids_of("hello there"))),  # type: ignore[arg-type]
         (tokenizer or FakeTokenizer()) if has_tokenizer else None,  # type: ignore[arg-type]
+        None if has_tokenizer else "fake.gguf: the file has no tokenizer",
     )
     if has_tokenizer:
         model.chat_template = FakeTemplate()
@@ -212,7 +213,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids() -> None:
         lambda: model.tokenize("a"),
         lambda: model.detokenize([1]),
     ):
-        with pytest.raises(ValueError, match=r"^fake.gguf: the model has no tokenizer$"):
+        with pytest.raises(ValueError, match=r"^fake.gguf: the file has no tokenizer$"):
             call()
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qrun.formats import FormatError, TensorInfo, TensorType
 from qrun.models import build_graph
 from qrun.models.graph import Attention, Embed, Graph, Linear, MoE, Operation, RMSNorm, Rope, Slice, Softcap
-
 from tests.reference import forward
 
 N_VOCAB, N_EMBD, N_FF, HEAD_DIM, N_HEADS, N_KV_HEADS = 40, 32, 48, 16, 4, 2

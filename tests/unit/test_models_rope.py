@@ -5,6 +5,7 @@ from math import ceil, floor, log, pi
 
 import numpy as np
 import pytest
+
 from qrun.models.rope import RopeScaling
 
 N_ROT = 64

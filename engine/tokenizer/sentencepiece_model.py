@@ -19,13 +19,13 @@ _MAX_PIECE = 1 << 20
 def merging_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """The "llama" kind: pieces merge by score. Special pieces were cut out of the text before, so to the library all
     pieces are ordinary text, as they are to llama.cpp."""
-    ids = {piece: id for id, piece in enumerate(vocabulary.pieces)}
-    byte_ids = [ids.get(b"<0x%02X>" % byte) for byte in range(256)]
+    spellings = [b"<0x%02X>" % byte for byte in range(256)]
+    byte_ids = [vocabulary.ids[spelling] for spelling in spellings if spelling in vocabulary.ids]
+    has_all_bytes = len(byte_ids) == 256  # the library wants all or none
     types = np.full(len(vocabulary), PieceType.NORMAL)
-    has_bytes = None not in byte_ids
-    if has_bytes:
+    if has_all_bytes:
         types[byte_ids] = PieceType.BYTE
-    return _encoder(vocabulary, types, _BPE, has_bytes, b"\x18\x00\x20\x00\x28\x01")
+    return _encoder(vocabulary, types, _BPE, has_all_bytes, b"\x18\x00\x20\x00\x28\x01")
 
 
 def unigram_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
@@ -53,12 +53,13 @@ def _encoder(
     except RuntimeError as error:
         raise vocabulary.error(f"the pieces do not make a SentencePiece model: {error}") from None
     # The library insists on an unknown piece of its own, and it has the id after the last.
-    library_unknown, unknown = len(vocabulary), vocabulary.unknown_id
+    library_unknown = len(vocabulary)
+    unknown = [] if vocabulary.unknown_id is None else [vocabulary.unknown_id]
 
     def encode(text: str) -> list[int]:
         ids: list[int] = processor.encode(text)
         if library_unknown in ids:
-            return [unknown if id == library_unknown else id for id in ids if id < library_unknown or unknown is not None]
+            return [known for id in ids for known in (unknown if id == library_unknown else [id])]
         return ids
 
     return encode
@@ -67,7 +68,7 @@ def _encoder(
 def _pieces(vocabulary: Vocabulary, types: np.ndarray) -> bytes:
     """All pieces as ModelProto.pieces. Lengths are written as varints of three bytes, so that every record has the
     same frame: 8 bytes before its text (message tag and length, text tag and length), 7 after it (score and type)."""
-    pieces = _distinct(vocabulary.pieces)
+    pieces = _distinct(vocabulary)
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     if lengths.max() > _MAX_PIECE:
         raise vocabulary.error(f"token {lengths.argmax()} is {lengths.max()} bytes long")
@@ -88,10 +89,10 @@ def _pieces(vocabulary: Vocabulary, types: np.ndarray) -> bytes:
     return b"".join(parts)[7:-8] + _field(1, unknown)
 
 
-def _distinct(pieces: list[bytes]) -> list[bytes]:
+def _distinct(vocabulary: Vocabulary) -> list[bytes]:
     """The library refuses two pieces of one spelling. The last is the one that counts; the others get a name that is
     not UTF-8, so that no text contains it."""
-    ids = {piece: id for id, piece in enumerate(pieces)}
+    ids, pieces = vocabulary.ids, vocabulary.pieces
     if len(ids) == len(pieces):
         return pieces
     return [piece if ids[piece] == id else b"\xff%d" % id for id, piece in enumerate(pieces)]

@@ -1,0 +1,69 @@
+"""The published vocabularies: the ids of every published text, and text that comes back as it went in."""
+
+import lzma
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrun.engine.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent.parent / "data" / "tokenizer"
+NAMES = sorted(path.name.removesuffix(".gguf.xz") for path in DATA.glob("*.gguf.xz"))
+_loaded: dict[str, Tokenizer] = {}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vocabularies")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tokenizer(name: str, folder: Path) -> Tokenizer:
+    if name not in _loaded:
+        path = folder / f"{name}.gguf"
+        path.write_bytes(lzma.decompress((DATA / f"{name}.gguf.xz").read_bytes()))
+        _loaded[name] = Tokenizer.load(path)
+    return _loaded[name]
+
+
+def published(name: str) -> list[tuple[str, list[int]]]:
+    texts = (DATA / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    if not texts[-1]:  # the file ends with a separator
+        del texts[-1]
+    ids = [[int(id) for id in line.split()] for line in (DATA / f"{name}.out").read_text().splitlines()]
+    return list(zip(texts, ids, strict=True))
+
+
+def test_all_vocabularies_are_here() -> None:
+    assert NAMES == ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "starcoder"]
+
+
+def test_every_published_text_gives_the_published_ids(name: str, tokenizer: Tokenizer) -> None:
+    for text, ids in published(name):
+        assert tokenizer.encode(text, add_special=False) == ids, text
+
+
+def test_every_published_text_comes_back(name: str, tokenizer: Tokenizer) -> None:
+    for text, ids in published(name):
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.stream()
+        # Where a stream begins, a space is taken for the model's own.
+        assert "".join(map(stream.push, ids)) + stream.flush() in (text, f" {text}")
+
+
+# U+2581 is how SentencePiece spells a space, so it comes back as one. StarCoder cannot spell the planes from 4 on.
+@given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
+def test_any_text_comes_back(text: str) -> None:
+    for tokenizer in _loaded.values():
+        assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud83db", add_special=False)) == "a\ufffdb"

@@ -1,0 +1,107 @@
+"""Attention over the paged cache, against plain NumPy, for every cache type, with windows, caps and grouped heads."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from qrun.engine import records as R
+from qrun.engine.runtime import Runtime
+from qrun.engine.simd.target import host_target
+from qrun.formats import TensorType
+from qrun.models import graph as G
+from tests.reference import attention as reference_attention
+
+WIDTH = 32
+# What rounding keys and values to a cache type may cost, relative to the largest result.
+TOLERANCE = {"f16": 2e-3, "q8_0": 2e-2, "q4_0": 0.35}
+
+
+def attention_graph(rng: np.random.Generator, layer: G.CacheLayer, softcap: float | None) -> G.Graph:
+    """Embedding -> q, k, v -> attention: its logits are the attention's result."""
+
+    def weight(name: str, rows: int, columns: int) -> G.Weight:
+        values = rng.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
+        return G.Weight(name, TensorType.F32, (rows, columns), values.view(np.uint8).reshape(-1))
+
+    widths = [layer.n_heads * layer.head_dim_k, layer.n_kv_heads * layer.head_dim_k, layer.n_kv_heads * layer.head_dim_v]
+    x = G.Value(0, WIDTH)
+    operations: list[G.Operation] = [G.Embed(x, weight("embed", 50, WIDTH), 5.0)]
+    for i, width in enumerate(widths, 1):
+        operations.append(G.Linear(G.Value(i, width), x, weight(f"w{i}", width, WIDTH), None))
+    q, k, v = (operation.out for operation in operations[1:])
+    out = G.Value(4, layer.n_heads * layer.head_dim_v)
+    operations.append(G.Attention(out, q, k, v, 0, layer.head_dim_k**-0.5, softcap))
+    logits = G.Value(5, out.width)
+    operations.append(G.SelectRows(logits, out))
+    return G.Graph("test", operations, logits, [layer], out.width, WIDTH, 512, 0)
+
+
+CASES = [
+    (G.CacheLayer(2, 2, 32, 32, None), None),
+    (G.CacheLayer(6, 2, 64, 64, None), 3.0),
+    (G.CacheLayer(4, 1, 80, 48, 37), None),
+    (G.CacheLayer(3, 3, 20, 20, 100), None),
+]
+
+
+@pytest.fixture(params=range(len(CASES)))
+def case(request: pytest.FixtureRequest) -> tuple[G.CacheLayer, float | None]:
+    return CASES[request.param]
+
+
+@pytest.fixture(params=["best", "plain"])
+def form(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["f16", "q8_0", "q4_0"])
+def runtime(
+    request: pytest.FixtureRequest, rng: np.random.Generator, case: tuple[G.CacheLayer, float | None], form: str
+) -> Iterator[Runtime]:
+    graph = attention_graph(rng, *case)
+    runtime = Runtime(graph, threads=2, context=300, cache_type=request.param, batch=128, target=host_target(form))
+    yield runtime
+    runtime.close()
+
+
+def test_attention_is_the_definition(runtime: Runtime, rng: np.random.Generator) -> None:
+    graph = runtime.graph
+    tokens = rng.integers(0, min(50, graph.n_vocab), 230)
+    values: dict[int, np.ndarray] = {}
+    from tests.reference import compute
+
+    for operation in graph.operations[:4]:
+        values[operation.out.id] = compute(operation, values, graph, tokens).astype(np.float32)
+    operation = graph.operations[4]
+    assert isinstance(operation, G.Attention)
+    expected = reference_attention(
+        values[1], values[2], values[3], graph.cache_layers[0], operation.scale, operation.softcap
+    )
+    result = runtime.evaluate(runtime.sequence(), tokens, "all")
+    error = np.abs(result - expected).max() / np.abs(expected).max()
+    assert error < TOLERANCE[runtime.cache_type]
+
+
+def test_bits_do_not_depend_on_how_a_prompt_is_split(runtime: Runtime, rng: np.random.Generator) -> None:
+    tokens = rng.integers(0, min(50, runtime.n_vocab), 150)
+    whole = runtime.evaluate(runtime.sequence(), tokens, "all")
+    cuts = [0, *sorted(rng.choice(np.arange(1, 150), 12, replace=False).tolist()), 150]
+    sequence = runtime.sequence()
+    parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert np.array_equal(whole, np.concatenate(parts))  # type: ignore[arg-type]
+
+
+def test_sequences_decoded_together_give_the_bits_of_each_alone(runtime: Runtime, rng: np.random.Generator) -> None:
+    prompts = [rng.integers(0, min(50, runtime.n_vocab), n) for n in (1, 70, 64, 3, 129)]
+    sequences, alone = [runtime.sequence() for _ in prompts], [runtime.sequence() for _ in prompts]
+    for prompt, one, other in zip(prompts, sequences, alone, strict=True):
+        runtime.evaluate(one, prompt, "none")
+        runtime.evaluate(other, prompt, "none")
+    for token in (5, 7, 9):
+        together = runtime.evaluate_together(sequences, [token] * len(prompts))
+        assert np.array_equal(together, np.stack([runtime.evaluate(s, [token]) for s in alone]))  # type: ignore[arg-type]
+
+
+def test_pages_of_a_step_are_64_positions() -> None:
+    assert R.PAGE_POSITIONS % host_target().lanes == 0

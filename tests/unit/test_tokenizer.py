@@ -1,0 +1,199 @@
+"""What a tokenizer does, on vocabularies small enough to read."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qrun.engine.tokenizer import Tokenizer
+from qrun.engine.tokenizer.vocabulary import PieceType, Vocabulary
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = PieceType.NORMAL, PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def tokenizer(kind: str, tokens: list[str], types: list[int], name: str = "small", **metadata: Any) -> Tokenizer:
+    """A tokenizer of these tokens; metadata: the rest of `tokenizer.ggml.`"""
+    metadata |= {"model": kind, "tokens": tokens, "token_type": np.array(types, np.int32)}
+    values = {"general.name": name} | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+
+    def raw_strings(key: str) -> list[bytes]:
+        return [text.encode() for text in values[key]]
+
+    reader: Any = SimpleNamespace(path="small.gguf", metadata=values, raw_strings=raw_strings)
+    return Tokenizer(Vocabulary(reader))
+
+
+def sentencepiece(words: list[str], special: list[str] | None = None, **metadata: Any) -> Tokenizer:
+    """Tokens: unknown, <s>, </s>, 256 bytes, the words (better ones first), user-defined tokens."""
+    special = special or []
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *words, *special]
+    types = [UNKNOWN, CONTROL, CONTROL] + [PieceType.BYTE] * 256 + [NORMAL] * len(words) + [USER_DEFINED] * len(special)
+    scores = -np.arange(len(tokens), dtype=np.float32)
+    return tokenizer("llama", tokens, types, scores=scores, **metadata)
+
+
+def byte_pair(merges: list[str], special: dict[str, int] | None = None, **metadata: Any) -> Tokenizer:
+    """Tokens: the printable ASCII characters and a few more, what the merges make, special tokens with their types."""
+    letters = [*map(chr, range(0x21, 0x7F)), *"ĠĊÃ©ðŁĺĢ"]
+    tokens = [*letters, *(merge.replace(" ", "") for merge in merges), *(special or {})]
+    types = [NORMAL] * (len(letters) + len(merges)) + list((special or {}).values())
+    return tokenizer("gpt2", tokens, types, merges=merges, **{"pre": "gpt-2", **metadata})
+
+
+def spelt(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
+
+
+class TestSentencePiece:
+    def test_the_best_scored_pair_is_merged_first(self) -> None:
+        one = sentencepiece(["bc", "ab", "a", "b", "c"], add_space_prefix=False)
+        other = sentencepiece(["ab", "bc", "a", "b", "c"], add_space_prefix=False)
+        assert spelt(one, one.encode("abc", add_special=False)) == ["a", "bc"]
+        assert spelt(other, other.encode("abc", add_special=False)) == ["ab", "c"]
+
+    def test_a_text_starts_with_bos_and_a_space(self) -> None:
+        small = sentencepiece(["▁a", "▁", "a"])
+        assert small.encode("a") == [1, small.encode("a", add_special=False)[0]]
+        assert spelt(small, small.encode("a a", add_special=False)) == [" a", " a"]
+
+    def test_what_has_no_piece_is_spelt_in_bytes(self) -> None:
+        small = sentencepiece(["a"], add_space_prefix=False)
+        assert small.encode("aé", add_special=False) == [259, 3 + 0xC3, 3 + 0xA9]
+        assert small.decode([259, 3 + 0xC3, 3 + 0xA9]) == "aé"
+
+    def test_without_byte_pieces_it_is_unknown(self) -> None:
+        small = tokenizer("llama", ["<unk>", "a"], [UNKNOWN, NORMAL], add_space_prefix=False)
+        assert small.encode("aé", add_special=False) == [1, 0]
+
+    def test_a_piece_may_be_listed_twice(self) -> None:
+        small = sentencepiece(["a", "a"], add_space_prefix=False)
+        assert small.encode("a", add_special=False) == [260]
+
+    def test_decoding_takes_away_the_space_that_encoding_put_there(self) -> None:
+        small = sentencepiece(["▁a", "▁", "a"])
+        assert small.decode(small.encode(" a", add_special=False)) == " a"
+        assert small.decode(small.encode("a a"), skip_special=True) == "a a"
+        assert small.decode(small.encode("a</s>a", parse_special=True)) == "<s>a</s>a"
+
+
+class TestBytePair:
+    def test_the_first_merge_comes_first(self) -> None:
+        small = byte_pair(["b c", "a b"])
+        assert spelt(small, small.encode("abc")) == ["a", "bc"]
+
+    def test_spaces_and_newlines_belong_to_words(self) -> None:
+        small = byte_pair(["Ġ a", "Ċ Ċ"])
+        assert spelt(small, small.encode("a a\n\n")) == ["a", " a", "\n\n"]
+
+    def test_of_a_merge_that_is_listed_twice_the_first_counts(self) -> None:
+        small = byte_pair(["a b", "b c", "a b"])
+        assert spelt(small, small.encode("abc")) == ["ab", "c"]
+
+    def test_a_character_without_a_piece_is_left_out_and_keeps_its_neighbours_apart(self) -> None:
+        small = byte_pair(["a b"])
+        assert spelt(small, small.encode("a\x00b")) == ["a", "b"]
+
+    def test_a_whole_word_may_win_over_the_merges(self) -> None:
+        gpt2, llama3 = (byte_pair(["a b"], {"abc": NORMAL}, pre=pre) for pre in ("gpt-2", "llama-bpe"))
+        assert spelt(gpt2, gpt2.encode("abc")) == ["ab", "c"]
+        assert spelt(llama3, llama3.encode("abc")) == ["abc"]
+
+    def test_an_unknown_pre_tokenizer_is_reported_once_and_replaced(self) -> None:
+        with pytest.warns(UserWarning, match="of-tomorrow") as caught:
+            small = byte_pair(["a b"], pre="of-tomorrow")
+            assert spelt(small, small.encode("ab 12")) == ["ab", " ", "1", "2"]
+        assert len(caught) == 1
+
+
+class TestSpecialTokens:
+    def test_control_tokens_are_text_unless_asked_for(self) -> None:
+        small = byte_pair([], {"<|im_start|>": CONTROL})
+        id = small.n_vocab - 1
+        assert id not in small.encode("<|im_start|>a")
+        assert small.encode("<|im_start|>a", parse_special=True) == [id, *small.encode("a")]
+
+    def test_user_defined_tokens_are_always_found(self) -> None:
+        small = sentencepiece(["a"], ["  "], add_space_prefix=False)
+        assert spelt(small, small.encode("a  a", add_special=False)) == ["a", "  ", "a"]
+
+    def test_the_longest_is_found_first(self) -> None:
+        small = byte_pair([], {"<a>": USER_DEFINED, "<a><b>": USER_DEFINED})
+        assert spelt(small, small.encode("<a><b><a>")) == ["<a><b>", "<a>"]
+
+    def test_spellings_that_end_an_answer_are_control_tokens_and_stops(self) -> None:
+        small = byte_pair([], {"<|im_end|>": NORMAL, "<end_of_turn>": USER_DEFINED}, eos_token_id=5)
+        assert small.stop_ids == {5, small.n_vocab - 2, small.n_vocab - 1}
+        assert small.decode([small.n_vocab - 2], skip_special=True) == ""
+
+    def test_the_end_of_a_message_is_no_stop_where_an_answer_has_several(self) -> None:
+        marks = ["<|end|>", "<|return|>", "<|call|>"]
+        small = byte_pair([], dict.fromkeys(marks, CONTROL))
+        assert set(spelt(small, sorted(small.stop_ids))) == {"<|return|>", "<|call|>"}
+
+    def test_eos_is_added_where_the_model_wants_it(self) -> None:
+        small = byte_pair([], bos_token_id=1, eos_token_id=2, add_bos_token=True, add_eos_token=True)
+        assert small.encode("a") == [1, *small.encode("a", add_special=False), 2]
+
+    def test_phi_3_takes_the_white_space_after_a_special_token(self) -> None:
+        small = byte_pair([], {"<|end|>": CONTROL}, name="Phi-3 mini")
+        assert spelt(small, small.encode("<|end|>\n\na", parse_special=True)) == ["<|end|>", "a"]
+
+
+class TestStream:
+    def test_no_character_is_split(self) -> None:
+        small = byte_pair([])
+        ids = small.encode("é😀a")
+        stream = small.stream()
+        assert [stream.push(id) for id in ids] == ["", "é", "", "", "", "😀", "a"]
+        assert stream.flush() == ""
+
+    def test_what_never_becomes_a_character_is_replaced(self) -> None:
+        small = byte_pair([])
+        emoji = small.encode("😀")
+        stream = small.stream()
+        assert [stream.push(id) for id in [*emoji[:2], *small.encode("a")]] == ["", "", "\ufffda"]
+        assert stream.push(emoji[0]) + stream.flush() == "\ufffd"
+        assert small.decode(emoji[:3]) == "\ufffd"
+
+    def test_a_space_at_the_start_stays_in_the_middle_of_a_text(self) -> None:
+        small = sentencepiece(["▁a"])
+        assert small.stream().push(259) == " a"
+        assert small.stream(after=[259]).push(259) == " a"
+
+    def test_a_space_at_the_start_goes_after_a_special_token(self) -> None:
+        small = sentencepiece(["▁a"])
+        assert small.stream(after=[2]).push(259) == "a"
+
+    def test_control_tokens_are_shown_or_not(self) -> None:
+        small = sentencepiece(["a"])
+        assert small.stream().push(2) == "</s>"
+        assert small.stream(skip_special=True).push(2) == ""
+
+
+def test_an_id_outside_the_vocabulary_is_an_error() -> None:
+    small = byte_pair([])
+    for id in (-1, small.n_vocab):
+        with pytest.raises(ValueError, match=f"token {id} is not in the vocabulary"):
+            small.token_bytes(id)
+
+
+def test_bert_cuts_words_greedily() -> None:
+    tokens = ["[UNK]", "[CLS]", "[SEP]", "▁un", "▁u", "able", "▁!"]
+    small = tokenizer(
+        "bert",
+        tokens,
+        [CONTROL] * 3 + [NORMAL] * 4,
+        unknown_token_id=0,
+        bos_token_id=1,
+        seperator_token_id=2,
+    )
+    assert small.encode("Ünable! xyz") == [1, 3, 5, 6, 0, 2]
+
+
+def test_t5_takes_the_likeliest_pieces() -> None:
+    tokens = ["<pad>", "</s>", "<unk>", "▁a", "b", "▁ab", "c"]
+    scores = np.array([0, 0, 0, -1, -1, -5, -1], np.float32)
+    small = tokenizer("t5", tokens, [CONTROL, CONTROL, UNKNOWN] + [NORMAL] * 4, scores=scores, add_space_prefix=True)
+    assert small.encode("ab") == [3, 4, 1]

@@ -1,0 +1,114 @@
+"""Tokenizers whose metadata is wrong: one FormatError that names the file, and never anything else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qrun.engine.tokenizer import Tokenizer
+from qrun.engine.tokenizer.vocabulary import KINDS, Vocabulary
+from qrun.formats import FormatError
+
+TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "<0x41>"]
+GOOD: dict[str, Any] = {
+    "model": "llama",
+    "tokens": TOKENS,
+    "token_type": np.array([2, 3, 3, 1, 1, 1, 1, 6], np.int32),
+    "scores": np.zeros(8, np.float32),
+    "merges": ["a b"],
+    "pre": "gpt-2",
+    "bos_token_id": 1,
+}
+
+
+def use(**changes: Any) -> list[int]:
+    """Load a tokenizer, encode with it and decode. A change to None removes the key."""
+    values = {f"tokenizer.ggml.{key}": value for key, value in (GOOD | changes).items() if value is not None}
+
+    def raw_strings(key: str) -> list[bytes]:
+        if not isinstance(values[key], list):
+            raise FormatError("bad.gguf", f"{key} is not an array of strings")
+        return [text if isinstance(text, bytes) else text.encode() for text in values[key]]
+
+    reader: Any = SimpleNamespace(path="bad.gguf", metadata=values, raw_strings=raw_strings)
+    tokenizer = Tokenizer(Vocabulary(reader))
+    ids = tokenizer.encode("ab é <s>", parse_special=True)
+    tokenizer.decode(ids)
+    return ids
+
+
+def test_the_good_one_works() -> None:
+    assert use() and use(model="gpt2") and use(model="t5") and use(model="bert", unknown_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("no tokenizer", {"model": None}),
+        ("no tokenizer", {"model": "none"}),
+        ("kind 'rwkv' is not supported", {"model": "rwkv"}),
+        ("model is not of type str", {"model": 7}),
+        ("tokens is missing", {"tokens": None}),
+        ("tokens is empty", {"tokens": []}),
+        ("tokens is not an array of strings", {"tokens": np.arange(8)}),
+        ("token_type has 7 values for 8 tokens", {"token_type": np.ones(7, np.int32)}),
+        ("token_type is not an array of numbers", {"token_type": ["1"] * 8}),
+        ("scores has 9 values for 8 tokens", {"scores": np.zeros(9, np.float32)}),
+        ("not finite", {"scores": np.full(8, np.nan, np.float32)}),
+        ("not finite", {"scores": np.full(8, np.inf, np.float32)}),
+        ("bos_token_id is 8", {"bos_token_id": 8}),
+        ("eos_token_id is -1", {"eos_token_id": -1}),
+        ("eos_token_id is 'x'", {"eos_token_id": "x"}),
+        ("add_bos_token is not of type bool", {"add_bos_token": "yes"}),
+        ("token 3 is of type byte, but spelt b'a'", {"token_type": np.array([2, 3, 3, 6, 1, 1, 1, 6])}),
+        ("merges is missing", {"model": "gpt2", "merges": None}),
+        ("merges do not fit", {"model": "gpt2", "merges": ["a zz"]}),
+        ("merges do not fit", {"model": "gpt2", "merges": ["b a"]}),
+        ("not two pieces", {"model": "gpt2", "merges": ["ab"]}),
+        ("not UTF-8", {"model": "gpt2", "merges": [b"a \xff"]}),
+        ("unknown token", {"model": "bert"}),
+        ("charsmap is damaged", {"model": "t5", "precompiled_charsmap": np.ones(5, np.uint8)}),
+        ("charsmap is not an array of bytes", {"model": "t5", "precompiled_charsmap": "x"}),
+    ],
+)  # fmt: skip
+def test_it_is_refused(reason: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(FormatError) as caught:
+        use(**changes)
+    assert reason in str(caught.value)
+    assert str(caught.value).startswith("bad.gguf: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_points_outside_itself_is_refused() -> None:
+    units = np.zeros(256, np.uint32)
+    units[ord("a")] = 1 << 20 << 10 | ord("a")  # an offset far beyond the 256 units
+    table = np.frombuffer((1024).to_bytes(4, "little") + units.tobytes() + b"x\0", np.uint8)
+    with pytest.raises(FormatError, match="points outside itself"):
+        use(model="t5", precompiled_charsmap=table)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(-2, 10),
+    st.booleans(),
+    st.text(max_size=3),
+    st.lists(st.text(max_size=3), max_size=9),
+    st.lists(st.binary(max_size=3), min_size=8, max_size=8),
+    st.lists(st.integers(-1, 9), min_size=8, max_size=8).map(np.array),
+    st.lists(st.floats(width=32), min_size=8, max_size=8).map(lambda values: np.array(values, np.float32)),
+    st.binary(max_size=40).map(lambda data: np.frombuffer(data, np.uint8)),
+)
+KEYS = [*GOOD, "precompiled_charsmap", "unknown_token_id", "eos_token_id", "add_space_prefix", "normalizer.lowercase"]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
+def test_nothing_but_format_error_comes_of_it(kind: str, changes: dict[str, Any]) -> None:
+    try:
+        ids = use(**{"model": kind} | changes)
+    except FormatError:
+        return
+    assert all(isinstance(id, int) for id in ids)
