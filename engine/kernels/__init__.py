@@ -17,6 +17,7 @@ _MODULES = {
     "embed": "embed",
     **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
     "attention": "attention",
+    "quantize": "quantize",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }
 

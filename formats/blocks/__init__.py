@@ -21,9 +21,10 @@ from qrun.formats.blocks import (
     q8_0,
     q8_k,
 )
+from qrun.formats.blocks.fitting import Search
 from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, F32Array, TensorType, U8Array
 
-__all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "BlockFormat", "TensorType", "dequantize", "quantize"]
+__all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "SEARCHES", "BlockFormat", "TensorType", "dequantize", "quantize"]
 
 BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
     type: BlockFormat(type, *BLOCK_SIZES[type], *functions)
@@ -46,6 +47,23 @@ BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
         TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
         TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
     }.items()
+}
+
+# How the scales of each quantised type are sought.
+SEARCHES: dict[TensorType, Search] = {
+    TensorType.Q4_0: q4_0.SEARCH,
+    TensorType.Q4_1: q4_1.SEARCH,
+    TensorType.Q5_0: q5_0.SEARCH,
+    TensorType.Q5_1: q5_1.SEARCH,
+    TensorType.Q8_0: q8_0.SEARCH,
+    TensorType.Q2_K: q2_k.SEARCH,
+    TensorType.Q3_K: q3_k.SEARCH,
+    TensorType.Q4_K: q4_k.SEARCH,
+    TensorType.Q5_K: q5_k.SEARCH,
+    TensorType.Q6_K: q6_k.SEARCH,
+    TensorType.IQ4_NL: iq4_nl.SEARCH,
+    TensorType.IQ4_XS: iq4_xs.SEARCH,
+    TensorType.MXFP4: mxfp4.SEARCH,
 }
 
 # Weights decoded in one go: few enough that what a decoder holds in between stays in the cache of a core.

@@ -27,5 +27,5 @@ SEARCH = Search(1, 32, Steps(0, 15), True, tuple(14.2 + 0.25 * i for i in range(
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
     """[n, 32] -> uint8 [n, 20]. Seeks d and m that make the sum of importance * (x - d * q - m)^2 least."""
     found = fit(SEARCH, values, importance)
-    header = [write_f16(found.scale), write_f16(-found.minimum)]
+    header = [write_f16(found.scale), write_f16(0 - found.minimum)]
     return np.concatenate([*header, pack_fields(found.codes.reshape(-1, 2, 16), 4)], axis=-1)

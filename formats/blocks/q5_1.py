@@ -28,5 +28,5 @@ SEARCH = Search(1, 32, Steps(0, 31), True, tuple(30.2 + 0.3 * i for i in range(1
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
     """[n, 32] -> uint8 [n, 24]. Seeks d and m that make the sum of importance * (x - d * q - m)^2 least."""
     found = fit(SEARCH, values, importance)
-    header = [write_f16(found.scale), write_f16(-found.minimum)]
+    header = [write_f16(found.scale), write_f16(0 - found.minimum)]
     return np.concatenate([*header, *pack(found.codes)], axis=-1)
