@@ -22,31 +22,33 @@ from qrun.formats.blocks import (
     q8_k,
 )
 from qrun.formats.blocks.fitting import Search
-from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, F32Array, TensorType, U8Array
+from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, Decoder, Encoder, F32Array, TensorType, U8Array
 
 __all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "SEARCHES", "BlockFormat", "TensorType", "dequantize", "quantize"]
 
+_CODECS: dict[TensorType, tuple[Decoder, Encoder | None]] = {
+    TensorType.F32: (floats.dequantize_f32, floats.quantize_f32),
+    TensorType.F16: (floats.dequantize_f16, floats.quantize_f16),
+    TensorType.BF16: (floats.dequantize_bf16, floats.quantize_bf16),
+    TensorType.Q4_0: (q4_0.dequantize, q4_0.quantize),
+    TensorType.Q4_1: (q4_1.dequantize, q4_1.quantize),
+    TensorType.Q5_0: (q5_0.dequantize, q5_0.quantize),
+    TensorType.Q5_1: (q5_1.dequantize, q5_1.quantize),
+    TensorType.Q8_0: (q8_0.dequantize, q8_0.quantize),
+    TensorType.Q2_K: (q2_k.dequantize, q2_k.quantize),
+    TensorType.Q3_K: (q3_k.dequantize, q3_k.quantize),
+    TensorType.Q4_K: (q4_k.dequantize, q4_k.quantize),
+    TensorType.Q5_K: (q5_k.dequantize, q5_k.quantize),
+    TensorType.Q6_K: (q6_k.dequantize, q6_k.quantize),
+    TensorType.Q8_K: (q8_k.dequantize, None),
+    TensorType.IQ4_NL: (iq4_nl.dequantize, iq4_nl.quantize),
+    TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
+    TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
+}
+
 BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
-    type: BlockFormat(type, *BLOCK_SIZES[type], *functions)
-    for type, functions in {
-        TensorType.F32: (floats.dequantize_f32, floats.quantize_f32),
-        TensorType.F16: (floats.dequantize_f16, floats.quantize_f16),
-        TensorType.BF16: (floats.dequantize_bf16, floats.quantize_bf16),
-        TensorType.Q4_0: (q4_0.dequantize, q4_0.quantize),
-        TensorType.Q4_1: (q4_1.dequantize, q4_1.quantize),
-        TensorType.Q5_0: (q5_0.dequantize, q5_0.quantize),
-        TensorType.Q5_1: (q5_1.dequantize, q5_1.quantize),
-        TensorType.Q8_0: (q8_0.dequantize, q8_0.quantize),
-        TensorType.Q2_K: (q2_k.dequantize, q2_k.quantize),
-        TensorType.Q3_K: (q3_k.dequantize, q3_k.quantize),
-        TensorType.Q4_K: (q4_k.dequantize, q4_k.quantize),
-        TensorType.Q5_K: (q5_k.dequantize, q5_k.quantize),
-        TensorType.Q6_K: (q6_k.dequantize, q6_k.quantize),
-        TensorType.Q8_K: (q8_k.dequantize,),
-        TensorType.IQ4_NL: (iq4_nl.dequantize, iq4_nl.quantize),
-        TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
-        TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
-    }.items()
+    type: BlockFormat(type, *BLOCK_SIZES[type], decode, encode)
+    for type, (decode, encode) in _CODECS.items()
 }
 
 # How the scales of each quantised type are sought.

@@ -7,12 +7,15 @@ Plain floats are blocks of one weight.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 U8Array = NDArray[np.uint8]
 F32Array = NDArray[np.float32]
+Decoder = Callable[[U8Array], F32Array]
+Encoder = Callable[[F32Array, F32Array | None], U8Array]
 
 
 class TensorType(IntEnum):
@@ -122,8 +125,8 @@ class BlockFormat:
     type: TensorType
     block_size: int  # weights
     block_bytes: int
-    dequantize: Callable[[U8Array], F32Array]  # uint8 [n_blocks, block_bytes] -> float32 [n_blocks, block_size]
-    quantize: Callable[[F32Array, F32Array | None], U8Array] | None = None
+    dequantize: Decoder  # uint8 [n_blocks, block_bytes] -> float32 [n_blocks, block_size]
+    quantize: Encoder | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -150,7 +153,8 @@ def write_f16(numbers: F32Array) -> U8Array:
     return numbers.astype("<f2").reshape(-1, 1).view(np.uint8)
 
 
-def pack_fields(fields: U8Array, bits: int) -> U8Array:
-    """The reverse of bit_fields: [..., 8 // bits, n] -> [..., n]."""
+def pack_fields(fields: NDArray[Any], bits: int) -> U8Array:
+    """The reverse of bit_fields: integers of `bits` bits [..., 8 // bits, n] -> uint8 [..., n]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(fields << shifts, axis=-2)
+    packed: U8Array = np.bitwise_or.reduce(fields.astype(np.uint8) << shifts, axis=-2)
+    return packed
