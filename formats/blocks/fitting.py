@@ -152,8 +152,8 @@ def half(values: F32Array) -> F32Array:
 
 def total(terms: F32Array) -> F32Array:
     """The sum over the weights of a group, in their order: [groups, size, n] -> [groups, n]."""
-    result = terms[:, 0].copy()
-    for j in range(1, terms.shape[1]):
+    result = np.zeros_like(terms[:, 0])
+    for j in range(terms.shape[1]):
         result += terms[:, j]
     return result
 
