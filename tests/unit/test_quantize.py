@@ -21,7 +21,9 @@ REFERENCE = {
 NAMES = list(REFERENCE)
 
 
-def relative_rmse(weights: np.ndarray, raw: np.ndarray, type: TensorType, importance: np.ndarray | float = 1.0) -> float:
+def relative_rmse(
+    weights: np.ndarray, raw: np.ndarray, type: TensorType, importance: np.ndarray | float = 1.0
+) -> float:
     miss = dequantize(raw, type, weights.shape).astype(np.float64) - weights
     return float(np.sqrt((importance * miss**2).sum() / (importance * weights.astype(np.float64) ** 2).sum()))
 
@@ -163,9 +165,12 @@ OTHER_FORMS = sorted(form for form in ("avx512", "avx2", "plain") if host_target
 
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
-def test_bytes_do_not_depend_on_the_instruction_set(form: str, importance: np.ndarray, rng: np.random.Generator) -> None:
+def test_bytes_do_not_depend_on_the_instruction_set(
+    form: str, importance: np.ndarray, rng: np.random.Generator
+) -> None:
     types = [TensorType.Q4_K, TensorType.Q3_K, TensorType.IQ4_NL, TensorType.MXFP4]  # one of each search
     encoder = Encoder(types, host_target(form))
     weights = difficult(rng)
     for type in types:
-        np.testing.assert_array_equal(encoder.encode(weights, type, importance).raw, quantize(weights, type, importance))
+        expected = quantize(weights, type, importance)
+        np.testing.assert_array_equal(encoder.encode(weights, type, importance).raw, expected)
