@@ -66,8 +66,8 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any) -> Any:
             value = v.load(x + j * vector)
             top = v.choose(v.magnitude(top) < v.magnitude(value), value, top)
         best, scale = v.splat(0.0), v.splat(0.0)
-        for i in range(v.load_i64(op + R.Q_N_STARTS)):
-            start = v.splat(v.load_f32(v.load_i64(op + R.Q_STARTS) + 4 * i))
+        for i in range(v.load_i64(op + R.Q_N_TRIALS)):
+            start = v.splat(v.load_f32(v.load_i64(op + R.Q_TRIALS) + 8 * i))
             xq, qq = moments(x, w, v.divide(start, top, tiny))
             tried = v.divide(xq, qq, tiny)
             gain = tried * xq
@@ -188,9 +188,11 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
         first = v.splat(0.0) - low
         best = v.splat(0.0) - first * (first * w_sum + (x_sum + x_sum))
         scale, minimum = v.splat(0.0), first
-        for i in range(v.load_i64(op + R.Q_N_STARTS)):
-            start = v.splat(v.load_f32(v.load_i64(op + R.Q_STARTS) + 4 * i))
-            q, qq, qx = moments(x, w, v.divide(start, high - low, tiny), first)
+        for i in range(v.load_i64(op + R.Q_N_TRIALS)):
+            trial = v.load_i64(op + R.Q_TRIALS) + 8 * i
+            inverse = v.divide(v.splat(v.load_f32(trial)), high - low, tiny)
+            offset = first - v.divide(v.splat(v.load_f32(trial + 4)), inverse, tiny)
+            q, qq, qx = moments(x, w, inverse, offset)
             tried, below, gain = solved(w_sum, x_sum, q, qq, qx)
             better = best < gain
             best = v.choose(better, gain, best)

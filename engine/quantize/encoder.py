@@ -44,7 +44,7 @@ class Encoder:
         if searched:
             self._kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
             self._functions = {type: self._kernels.function(f"quantize-{type.name}") for type in searched}
-        self._starts = {type: np.array((*SEARCHES[type].starts, 0), np.float32) for type in searched}
+        self._trials = {type: SEARCHES[type].trials for type in searched}
 
     def encode(self, weights: F32Array, type: TensorType, importance: F32Array | None = None) -> Encoded:
         """weights: float32 [rows, row], rows of whole blocks. importance: float32 [row], positive."""
@@ -68,7 +68,7 @@ class Encoder:
             R.Q_SOURCE: weights.ctypes.data, R.Q_BLOCKS: n_blocks, R.Q_ROW_BLOCKS: row // size,
             R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_OUT: raw.ctypes.data,
             R.Q_ERRORS: sums[0].ctypes.data, R.Q_ENERGIES: sums[1].ctypes.data,
-            R.Q_STARTS: self._starts[type].ctypes.data, R.Q_N_STARTS: len(search.starts),
+            R.Q_TRIALS: self._trials[type].ctypes.data, R.Q_N_TRIALS: len(self._trials[type]),
             R.Q_REFINEMENTS: search.refinements, R.Q_ROUNDS: search.rounds,
         }  # fmt: skip
         for offset, value in fields.items():

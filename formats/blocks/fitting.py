@@ -67,14 +67,20 @@ class Table:
 Levels = Steps | Table
 
 
+def spaced(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Numbers at equal distances, both ends among them."""
+    return tuple(first + (last - first) * i / (count - 1) for i in range(count))
+
+
 @dataclass(frozen=True)
 class Search:
     """How a format's scales are sought.
 
     size: weights that share a scale, in `groups` groups a block. starts: where the search begins, as the level upon
-    which the weight of largest magnitude is put (with a minimum: how many steps span the weights). refinements: how
-    often quants and scale are then fitted to each other. scale_low, scale_high, rounds: of the integer scales under a
-    super-scale, and how often those are gone over; a format without them has scale_high = 0.
+    which the weight of largest magnitude is put; with a minimum, how many steps span the weights, and each of them with
+    each of `shifts`, by how many steps the least weight lies below level 0. refinements: how often quants and scale are
+    then fitted to each other. scale_low, scale_high, rounds: of the integer scales under a super-scale, and how often
+    those are gone over; a format without them has scale_high = 0.
     """
 
     groups: int
@@ -86,6 +92,12 @@ class Search:
     scale_low: int = 0
     scale_high: int = 0
     rounds: int = 0
+    shifts: tuple[float, ...] = (0.0,)
+
+    @property
+    def trials(self) -> F32Array:
+        """All pairs of start and shift: [trials, 2]."""
+        return np.array([(start, shift) for start in self.starts for shift in self.shifts], np.float32).reshape(-1, 2)
 
     @property
     def block_size(self) -> int:
@@ -191,7 +203,7 @@ def _without_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
     for j in range(1, search.size):
         top = np.where(np.abs(top) < np.abs(x[:, j]), x[:, j], top)
     gains, scales = [zero], [zero]
-    for start in search.starts:
+    for start, _ in search.trials:
         xq, qq = moments(divide(start, top))
         scale = divide(xq, qq)
         gains.append(scale * xq)
@@ -264,8 +276,9 @@ def _with_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
     first = zero - low
     # Without a start: all quants 0.
     gains, scales, minimums = [zero - first * (first * w_sum + (x_sum + x_sum))], [zero], [first]
-    for start in search.starts:
-        scale, minimum, gain = solved(*moments(divide(start, high - low), first))
+    for start, shift in search.trials:
+        inverse = divide(start, high - low)
+        scale, minimum, gain = solved(*moments(inverse, first - divide(shift, inverse)))
         gains.append(gain)
         scales.append(scale)
         minimums.append(minimum)

@@ -11,7 +11,7 @@ Nearly lossless, and with nothing to unpack. Small blocks keep one outlier from 
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
 
 
@@ -19,11 +19,8 @@ def dequantize(blocks: U8Array) -> F32Array:
     return read_f16(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-# Which scale puts all 32 weights near whole numbers is a matter of chance: twelve tries are better than one.
-SEARCH = Search(
-    1, 32, Steps(-127, 127), False,
-    (127.4, 127.0, 126.6, 126.2, 125.8, 125.4, 125.0, 124.6, 124.2, 123.8, 123.4, 123.0), 1,
-)  # fmt: skip
+# Which scale puts all 32 weights near whole numbers is a matter of chance: many tries are better than one.
+SEARCH = Search(1, 32, Steps(-127, 127), False, spaced(128, 112, 28), 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
