@@ -24,6 +24,7 @@ from typing import Any
 
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.simd.target import Target, host_target
+from qrun.formats import blocks
 
 Progress = Callable[[int, int], None]
 
@@ -93,7 +94,8 @@ def _digest(target: Target) -> str:
         digest.update(importlib.metadata.version(package).encode())
     digest.update(sys.version.encode())
     here = Path(__file__).parent
-    for path in sorted([Path(__file__), *here.glob("simd/*.py"), *here.glob("kernels/*.py")]):
+    formats = Path(blocks.__file__).parent  # the quantisers' kernels are built from what it says of the types
+    for path in sorted([Path(__file__), *here.glob("simd/*.py"), *here.glob("kernels/*.py"), *formats.glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:24]
 

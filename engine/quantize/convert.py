@@ -201,7 +201,21 @@ def convert(
                     loss = result.losses.setdefault(tensor.type, Loss())
                     loss.tensors, loss.n_bytes = loss.tensors + 1, loss.n_bytes + tensor.n_bytes
                 _forget(plan.reader, tensor.source)
+        _complete(writers)
     return result
+
+
+def _complete(writers: Sequence[GGUFWriter]) -> None:
+    """Give all files their names, or none of them."""
+    complete: list[Path] = []
+    try:
+        for writer in writers:
+            writer.close()
+            complete.append(writer.path)
+    except BaseException:
+        for path in complete:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _paths(out: Path, n_parts: int) -> list[Path]:

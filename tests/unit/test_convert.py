@@ -253,3 +253,20 @@ def test_what_is_interrupted_leaves_nothing(
     status, _, _ = run(source, "--type", "q4_0", *split, capsys=capsys)
     assert status == (130 if error is KeyboardInterrupt else 1)
     assert leftovers(source.parent) == ["model-f16.gguf"]
+
+
+def test_the_parts_of_a_split_appear_together_or_not_at_all(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    close, closed = GGUFWriter.close, []
+
+    def failing(self: GGUFWriter) -> None:
+        closed.append(self)
+        if len(closed) == 3:
+            self.abort()
+            raise OSError(28, "No space left on device")
+        close(self)
+
+    monkeypatch.setattr(GGUFWriter, "close", failing)
+    assert run(source, "--type", "q8_0", "--split-max-size", "50K", capsys=capsys)[0] == 1
+    assert leftovers(source.parent) == ["model-f16.gguf"]
