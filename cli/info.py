@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,12 @@ WORKING_BYTES = 250_000_000
 WINDOW_SLACK = 512
 # a value of a quantized cache: blocks of 32 with a float16 scale
 CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# general.file_type: what a file's quantization is called as a whole (enum llama_ftype)
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S", 25: "IQ4_NL",
+    30: "IQ4_XS", 32: "BF16", 38: "MXFP4_MOE",
+}  # fmt: skip
 
 
 @click.command()
@@ -94,6 +101,7 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
         "gguf_version": reader.version,
         "architecture": architecture,
         "parameters": parameters,
+        "quantization": quantization(reader, sizes),
         "bits_per_weight": round(tensor_bytes * 8 / parameters, 2) if parameters else None,
         "tensor_types": {
             name: {"tensors": numbers[name], "bytes": n_bytes} for name, n_bytes in sizes.most_common()
@@ -117,6 +125,14 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
             for name, tensor in reader.tensors.items()
         ]
     return facts
+
+
+def quantization(reader: GGUFReader, sizes: Mapping[str, int]) -> str | None:
+    """The name of the file's quantization, by its own word, else the tensor type that has most of the bytes."""
+    declared = reader.metadata.get("general.file_type")
+    if isinstance(declared, int) and declared in FILE_TYPES:
+        return FILE_TYPES[declared]
+    return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def vocabulary_size(reader: GGUFReader) -> int | None:
@@ -181,7 +197,7 @@ def show(facts: dict[str, Any]) -> None:
     line("architecture", facts["architecture"], counted("layers", "layers"), counted("embedding_length", "wide"),
          counted("heads", "heads"), counted("kv_heads", "of keys and values"),
          counted("experts", "experts") if facts["experts"] else None)  # fmt: skip
-    line("parameters", human_count(facts["parameters"]),
+    line("parameters", human_count(facts["parameters"]), facts["quantization"],
          facts["bits_per_weight"] and f"{facts['bits_per_weight']} bits per weight")  # fmt: skip
     line("context", counted("context_length", "tokens"))
     tokenizer = facts["tokenizer"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import click
 
@@ -40,15 +39,13 @@ def command(as_json: bool) -> None:
 
 
 def model_type(model: StoredModel) -> str:
-    """Architecture and the tensor type that most of the file's bytes have, as in 'llama Q4_K'."""
+    """Architecture and quantization, as in 'llama Q4_K_M'."""
+    from qrun.cli.info import describe
     from qrun.formats import FormatError, GGUFReader
 
     try:
         with GGUFReader(model.path) as reader:
-            sizes: Counter[str] = Counter()
-            for tensor in reader.tensors.values():
-                sizes[tensor.type.name] += tensor.n_bytes
-            architecture = reader.metadata.get("general.architecture", "?")
-            return " ".join([str(architecture), *(name for name, _ in sizes.most_common(1))])
+            facts = describe(reader, with_tensors=False)
     except (FormatError, OSError):
         return "damaged"
+    return " ".join([facts["architecture"], *filter(None, [facts["quantization"]])])

@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "Complete a prompt.",
     "info": "Show what a model file holds and needs.",
     "tokenize": "Show the tokens of a text.",
+    "warmup": "Compile kernels ahead of the first run.",
     "bench": "Measure tokens per second.",
     "perplexity": "Measure how well a model predicts a text.",
     "convert": "Convert a model file to another type.",

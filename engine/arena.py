@@ -23,6 +23,15 @@ class Buffer:
         return self.offset + self.size
 
 
+@dataclass(frozen=True)
+class Place:
+    """Rows of float32 (or packed columns) in a buffer: the bytes that they start at, and how far apart they are."""
+
+    buffer: Buffer
+    offset: int
+    stride: int
+
+
 class Arena:
     """Collects buffers, then places them: those whose lifetimes overlap do not overlap in memory."""
 

@@ -8,6 +8,7 @@ to a temporary name and renamed, so processes that compile at the same time do n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qrun.engine.cpu_count import available_cores
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target, compiling_for, host_target
 from qrun.formats import blocks
 
 Progress = Callable[[int, int], None]
@@ -39,26 +40,51 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     progress: called with (compiled so far, to be compiled), only if anything has to be compiled.
     """
     target = target or host_target()
+    compile_kernels(keys, target, progress)
     folder = cache_folder(target)
-    missing = [key for key in dict.fromkeys(keys) if not (folder / f"{key}.o").exists()]
+    objects = {key: _read_object(folder, key) for key in keys}
+    return Kernels({key: code for key, code in objects.items() if code is not None})
+
+
+def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | None = None) -> int:
+    """Have the cache hold `keys`. Returns how many of them had to be compiled; `progress` as in `load_kernels`."""
+    folder = cache_folder(target)
+    missing = [key for key in dict.fromkeys(keys) if _read_object(folder, key) is None]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _compile_missing(missing, target, folder, progress)
-    return Kernels({key: folder / f"{key}.o" for key in keys})
+    return len(missing)
+
+
+def _read_object(folder: Path, key: str) -> bytes | None:
+    """The object file of a kernel, or None if it is not there, or not as it was written."""
+    try:
+        whole = (folder / f"{key}.o").read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, code = whole[:32], whole[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write_object(folder: Path, key: str, code: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(code).digest() + code)
+    os.replace(temporary, folder / f"{key}.o")
 
 
 class Kernels:
     """Loaded machine code: `kernels["matmul-Q4_K"]` is the address of a C function (op, step, thread), all int64."""
 
-    def __init__(self, objects: dict[str, Path]) -> None:
+    def __init__(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
 
-        _initialize_llvm()
+        initialize_llvm()
         module = llvm.parse_assembly("")
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(module, machine)
-        for path in objects.values():
-            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(path.read_bytes()))
+        for code in objects.values():
+            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self._addresses = {key: self._engine.get_function_address(symbol(key)) for key in objects}
 
@@ -95,21 +121,34 @@ def _digest(target: Target) -> str:
     digest.update(sys.version.encode())
     here = Path(__file__).parent
     formats = Path(blocks.__file__).parent  # the quantisers' kernels are built from what it says of the types
-    for path in sorted([Path(__file__), *here.glob("simd/*.py"), *here.glob("kernels/*.py"), *formats.glob("*.py")]):
+    ours = [Path(__file__), here / "records.py", *here.glob("simd/*.py"), *here.glob("kernels/*.py")]
+    for path in sorted([*ours, *formats.glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:24]
 
 
 @functools.cache
-def _initialize_llvm() -> None:
+def initialize_llvm(triple: str | None = None) -> None:
+    """Have LLVM ready for this machine's code, or for that of any other that `triple` names."""
     import llvmlite.binding as llvm
 
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+    if triple is None or triple == llvm.get_process_triple():
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
 
 
 def _compile_missing(missing: list[str], target: Target, folder: Path, progress: Progress | None) -> None:
     """Compile `missing` in one process per core, each fed by a thread that hands it a key at a time."""
+    if getattr(sys, "frozen", False):
+        # A packed application has no interpreter to start: it compiles here.
+        for index, key in enumerate(missing):
+            if progress:
+                progress(index, len(missing))
+            _write_object(folder, key, compile_kernel(key, target))
+        return
     waiting = sorted(missing, key=_cost)
     done = 0
     lock = threading.Lock()
@@ -166,15 +205,35 @@ def _cost(key: str) -> int:
     return 2 if key.startswith("matmul") else 1 if key.startswith("attention") else 0
 
 
-def compile_kernel(key: str, target: Target) -> tuple[bytes, str]:
-    """Compile one kernel: its object file, and its optimised LLVM IR (to look at the assembly, emit that)."""
+def compile_kernel(key: str, target: Target) -> bytes:
+    """The object file of one kernel."""
     module, machine = _optimized_module(key, target)
-    return machine.emit_object(module), str(module)
+    return machine.emit_object(module)
 
 
 def assembly(key: str, target: Target) -> str:
+    """The assembly of one kernel, to look at."""
     module, machine = _optimized_module(key, target)
     return machine.emit_assembly(module)
+
+
+@contextlib.contextmanager
+def _no_host_code(context: Any) -> Iterator[None]:
+    """Keep Numba from making machine code of its own: only its IR is wanted, which may hold another CPU's instructions.
+
+    Of a function's executable it needs no more than the identity of a built-in function: any unlike others will do.
+    """
+
+    def get_executable(library: Any, description: Any, environment: Any) -> Callable[..., None]:
+        library.finalize()  # links what the function calls into its module
+        return [].append
+
+    engine = context.codegen()._engine
+    context.get_executable, engine.finalize_object = get_executable, lambda: None
+    try:
+        yield
+    finally:
+        del context.get_executable, engine.finalize_object
 
 
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
@@ -183,7 +242,6 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     from numba.core.compiler import Flags
 
     from qrun.engine import kernels
-    from qrun.engine.simd import operations
 
     # Numba's own passes are skipped: one O3 run for `target` follows.
     config.OPT = config._OptLevel("0")  # type: ignore[attr-defined]
@@ -191,7 +249,7 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     flags: Any = Flags()
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
-    with operations.compiling_for(target):
+    with compiling_for(target), _no_host_code(cpu.target_context):
         function = kernels.build(key)
         cpu.typing_context.refresh()
         cpu.target_context.refresh()
@@ -209,7 +267,7 @@ define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
   ret void
 }}
 """
-    _initialize_llvm()
+    initialize_llvm(target.triple)
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
     for definition in module.functions:
@@ -234,11 +292,7 @@ def _serve(arguments: list[str]) -> None:
     target = Target(triple, cpu, features, int(lanes), dot, int(columns))
     for line in sys.stdin:
         key = line.strip()
-        code, _ = compile_kernel(key, target)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(temporary, Path(folder) / f"{key}.o")
+        _write_object(Path(folder), key, compile_kernel(key, target))
         print(key, flush=True)
 
 

@@ -13,6 +13,7 @@ from qrun.engine import records as R
 from qrun.engine.compiler import Progress, load_kernels
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kv_cache import CacheLayout, KVSequence, PagePool
+from qrun.engine.lowering import Lowering
 from qrun.engine.program import Program
 from qrun.engine.simd.target import Target, host_target
 from qrun.engine.team import TEAM_KERNELS, Team
@@ -43,14 +44,14 @@ class Runtime:
         self.batch = min(batch, context)
         self._layout = CacheLayout(graph.cache_layers, cache_type)
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
-        self._program = Program(
+        lowering = Lowering(
             graph, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
             threads=threads,
         )  # fmt: skip
-        keys = [*TEAM_KERNELS, *self._program.kernel_keys]
+        keys = [*TEAM_KERNELS, *lowering.kernel_keys]
         self._kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools), threads)
-        self._program.link({key: self._kernels[key] for key in keys}, self._step.address)
+        self._program = Program(lowering, {key: self._kernels[key] for key in keys}, self._step.address)
         self._team: Team | None = Team(self._kernels, threads)
         self._lock = threading.RLock()  # also held by sequences while they change what they share
 

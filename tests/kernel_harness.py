@@ -6,7 +6,7 @@ import numpy as np
 
 from qrun.engine import records as R
 from qrun.engine.compiler import Kernels, load_kernels
-from qrun.engine.program import FLOAT_TYPES, blocks_and_tail
+from qrun.engine.lowering import FLOAT_TYPES, blocks_and_tail
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorType
 

@@ -28,3 +28,22 @@ def build(key: str) -> Callable[[int, int, int], None]:
     function = getattr(module, name)
     function = function if _MODULES[name] == "team" else function(variant)
     return getattr(function, "py_func", function)
+
+
+def all_keys() -> list[str]:
+    """The keys of all kernels that any model may need."""
+    from qrun.engine.kernels.unpack import TYPES
+    from qrun.engine.kv_cache import CACHE_TYPES
+    from qrun.engine.records import TILE_SIZE
+
+    packings = ("q8", "f32")
+    return [
+        *(name for name, module in _MODULES.items() if module == "team"),
+        *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
+        *(f"append-{type_}" for type_ in CACHE_TYPES),
+        *(f"attention-{type_}-{together}" for type_ in CACHE_TYPES for together in range(1, TILE_SIZE + 1)),
+        *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
+        *(f"{name}-" for name in ("rope", "route", "select_rows", "from_experts")),
+        *(f"{name}-{packing}" for name in ("add", "scale", "softcap", "silu", "gelu", "rms_norm")
+          for packing in ("", *packings)),
+    ]  # fmt: skip

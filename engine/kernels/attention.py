@@ -114,80 +114,95 @@ def _widened(e: Emitter, cache_type: str, address: ir.Value, offset: int, index:
     return (((nibble >> 4) if index >= 16 else nibble & 15) - 8).to_float()
 
 
-def _score_operation(cache_type: str, rows: int) -> Any:
-    """tile += queries[row][32 dimensions] . keys[32 dimensions][two vectors of positions], keys being of one block."""
+def _parts(rows: int, most: int) -> int:
+    """Vectors that a tile of `rows` rows has side by side: enough for sums to overlap, and to fit the registers."""
+    registers = 16 if v.target().lanes == 16 else 8
+    parts = most
+    while parts > 1 and rows * parts > registers:
+        parts //= 2
+    return parts
+
+
+def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
+    """tile += queries[row][32 dimensions] . keys[32 dimensions][`parts` vectors of positions]."""
     value_bytes = {"f16": 2, "q8_0": 1, "q4_0": 1}[cache_type]
 
     @operation(lambda tile, *_: tile)
     def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value) -> list[Vector]:
         factors = []
         if cache_type != "f16":
-            factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(2)]
+            factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(parts)]
         for d in range(32):
             line = (d % 16 if cache_type == "q4_0" else d) * POSITIONS * value_bytes
-            for part in range(2):
+            for part in range(parts):
                 key = _widened(e, cache_type, keys, line + part * e.lanes * value_bytes, d)
                 if factors:
                     key = key * factors[part]
                 for row in range(rows):
                     query = e.broadcast(queries, row * ROW + 4 * d, F32)
-                    tile[2 * row + part] = key.fma(query, tile[2 * row + part])
+                    tile[parts * row + part] = key.fma(query, tile[parts * row + part])
         return tile
 
     return score
 
 
-def _mix_operation(cache_type: str, rows: int) -> Any:
-    """tile += weights[row] of one position * two vectors of its value."""
+def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
+    """tile += weights[row] of one position * `parts` vectors of its value, from dimension `first` on."""
 
     @operation(lambda tile, *_: tile)
     def mix(
-        e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scale: ir.Value, part: ir.Value
+        e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scales: ir.Value, first: ir.Value
     ) -> list[Vector]:
-        vectors = []
-        for i in range(2):
-            vectors.append(_value_vector(e, cache_type, values, i, part))
-        if cache_type != "f16":
-            factor = e.splat(e.builder.fpext(e.load_scalar(scale, 0, F16), F32))
-            vectors = [vector * factor for vector in vectors]
+        vectors = [_value_vector(e, cache_type, values, scales, e.offset(first, e.lanes * i)) for i in range(parts)]
         for row in range(rows):
             weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
-            for i in range(2):
-                tile[2 * row + i] = vectors[i].fma(weight, tile[2 * row + i])
+            for i in range(parts):
+                tile[parts * row + i] = vectors[i].fma(weight, tile[parts * row + i])
         return tile
 
     return mix
 
 
-def _value_vector(e: Emitter, cache_type: str, values: ir.Value, i: int, part: ir.Value) -> Vector:
-    """Vector `i` of two, of the dimensions that begin `part` vectors into a block of 32 at `values`."""
+def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Value, first: ir.Value) -> Vector:
+    """One position's value from dimension `first` on, one vector of it, as float32."""
     b = e.builder
-    first = b.mul(b.add(part, ir.Constant(I64, i)), ir.Constant(I64, e.lanes))  # dimension within the block
-    if cache_type != "q4_0":
-        size = 2 if cache_type == "f16" else 1
-        return _widened(e, cache_type, b.add(values, b.mul(first, ir.Constant(I64, size))), 0, 0)
-    byte = b.and_(first, ir.Constant(I64, 15))
-    nibbles = e.load(b.add(values, byte), 0, I8, e.lanes).widen_unsigned(I32)
-    high = b.icmp_unsigned(">=", first, ir.Constant(I64, 16))
-    shift = e.splat(b.select(high, ir.Constant(I32, 4), ir.Constant(I32, 0)))
-    return (((nibbles >> shift) & 15) - 8).to_float()
+    if cache_type == "f16":
+        return _widened(e, cache_type, b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, 0)
+    block = b.lshr(first, ir.Constant(I64, 5))
+    scale = e.load(b.add(scales, b.shl(block, ir.Constant(I64, 1))), 0, F16, 1).to_float().lane(0)
+    if cache_type == "q8_0":
+        vector = _widened(e, cache_type, b.add(values, first), 0, 0)
+    else:
+        byte = b.add(b.shl(block, ir.Constant(I64, 4)), b.and_(first, ir.Constant(I64, 15)))
+        nibbles = e.load(b.add(values, byte), 0, I8, e.lanes).widen_unsigned(I32)
+        high = b.trunc(b.and_(first, ir.Constant(I64, 16)), I32)
+        vector = (((nibbles >> e.splat(b.lshr(high, ir.Constant(I32, 2)))) & 15) - 8).to_float()
+    return vector * e.splat(scale)
 
 
-def attention(cache_type: str) -> Kernel:
-    """softmax(scale * q . k) . v for every tile and head, over the positions that each row may see."""
+def attention(variant: str) -> Kernel:
+    """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together.
+
+    Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
+    and value head, so that those are read less often.
+    """
+    cache_type, _, together_text = variant.partition("-")
+    together = int(together_text)
     lanes = v.target().lanes
     bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
 
-    def tile_function(rows: int) -> Any:
-        score, mix = _score_operation(cache_type, rows), _mix_operation(cache_type, rows)
-        vectors = 2 * rows
-        row_bytes = rows * ROW
-        score_bytes = rows * 4 * POSITIONS
+    def tile_function(rows: int, of_heads: bool) -> Any:
+        score_parts, mix_parts = _parts(rows, POSITIONS // lanes), _parts(rows, 32 // lanes)
+        score, mix = _score_operation(cache_type, rows, score_parts), _mix_operation(cache_type, rows, mix_parts)
+        score_vectors, mix_vectors = score_parts * rows, mix_parts * rows
+        score_width, mix_width = score_parts * lanes, mix_parts * lanes
+        row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
         state_bytes = max(64, 8 * rows)
         n = rows
 
         @v.helper
         def compute(op, step, first_row, count, first_position, head):  # type: ignore[no-untyped-def]
+            """Rows first_row .. of one head; or one row's heads from `head` on."""
             queries = v.scratch(row_bytes)
             sums = v.scratch(row_bytes)
             scores = v.scratch(score_bytes)
@@ -200,24 +215,23 @@ def attention(cache_type: str) -> Kernel:
             cap = v.load_f32(op + R.ATT_SOFTCAP)
             window = v.load_i64(op + R.ATT_WINDOW)
             kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
+            query_stride = 4 * dim_k if of_heads else v.load_i64(op + R.ATT_Q_STRIDE)
+            out_stride = 4 * dim_v if of_heads else v.load_i64(op + R.ATT_OUT_STRIDE)
+            query = v.load_i64(op + R.ATT_Q) + first_row * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
+            out = v.load_i64(op + R.ATT_OUT) + first_row * v.load_i64(op + R.ATT_OUT_STRIDE) + 4 * head * dim_v
             for row in range(n):
-                source = (
-                    v.load_i64(op + R.ATT_Q) + (first_row + row) * v.load_i64(op + R.ATT_Q_STRIDE) + 4 * head * dim_k
-                )
                 for i in range(blocks_k * 32):
-                    v.store_f32(
-                        queries + row * ROW + 4 * i,
-                        v.load_f32(source + 4 * i) if row < count and i < dim_k else v.float32(0.0),
-                    )
+                    value = v.float32(0.0)
+                    if row < count and i < dim_k:
+                        value = v.load_f32(query + row * query_stride + 4 * i)
+                    v.store_f32(queries + row * ROW + 4 * i, value)
                 for i in range(blocks_v * 32):
                     v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
                 v.store_f32(state + 8 * row, v.float32(-1e30))
                 v.store_f32(state + 8 * row + 4, v.float32(0.0))
-            table = v.load_i64(
-                v.load_i64(step + R.PAGE_TABLES)
-                + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row)
-            )
-            last_position = first_position + count - 1
+            tables = v.load_i64(step + R.PAGE_TABLES)
+            table = v.load_i64(tables + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row))
+            last_position = first_position if of_heads else first_position + count - 1
             lowest = max(first_position - window + 1, 0)
             for page_index in range(lowest // POSITIONS, last_position // POSITIONS + 1):
                 page = v.load_i64(table + 8 * page_index)
@@ -226,15 +240,16 @@ def attention(cache_type: str) -> Kernel:
                 values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
                 key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
                 value_scales = values + blocks_v * 32 * POSITIONS * bits // 8
-                for position in range(0, POSITIONS, 2 * lanes):
-                    tile = v.zero_tile(vectors)
+                for position in range(0, POSITIONS, score_width):
+                    tile = v.zero_tile(score_vectors)
                     for block in range(blocks_k):
                         line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
-                        tile = score(tile, queries + 128 * block, line, key_scales + 2 * (block * POSITIONS + position))
-                    v.store_pairs(tile, scores + 4 * position, 4 * POSITIONS)
+                        scale_line = key_scales + 2 * (block * POSITIONS + position)
+                        tile = score(tile, queries + 128 * block, line, scale_line)
+                    v.store_rows(tile, score_parts, scores + 4 * position, 4 * POSITIONS)
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
-                    highest = first_position + row - page_position
+                    highest = first_position - page_position + (0 if of_heads else row)
                     after = v.splat_int(highest + 1)
                     before = v.splat_int(max(highest - window, -1))
                     largest = v.splat(v.float32(-1e30))
@@ -257,51 +272,45 @@ def attention(cache_type: str) -> Kernel:
                         total = total + value
                         v.store(place + 4 * i, value)
                     fading = v.exp(v.splat(old - new))
+                    kept = v.load_f32(state + 8 * row + 4) * v.first_lane(fading)
                     v.store_f32(state + 8 * row, new)
-                    v.store_f32(
-                        state + 8 * row + 4, v.load_f32(state + 8 * row + 4) * v.first_lane(fading) + v.sum_lanes(total)
-                    )
+                    v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
                     for i in range(0, blocks_v * 32, lanes):
                         v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
                 visible = min(POSITIONS, last_position - page_position + 1)
-                for first in range(0, blocks_v * 32, 2 * lanes):
-                    tile = v.load_pairs(vectors, sums + 4 * first, ROW)
-                    block = first // 32
-                    part = (first % 32) // lanes
+                for first in range(0, blocks_v * 32, mix_width):
+                    tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
                     for position in range(visible):
-                        place = position * blocks_v + block
+                        place = position * blocks_v
                         value = values + place * 32 * bits // 8
-                        tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, part)
-                    v.store_pairs(tile, sums + 4 * first, ROW)
+                        tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, first)
+                    v.store_rows(tile, mix_parts, sums + 4 * first, ROW)
             for row in range(count):
-                out = (
-                    v.load_i64(op + R.ATT_OUT)
-                    + (first_row + row) * v.load_i64(op + R.ATT_OUT_STRIDE)
-                    + 4 * head * dim_v
-                )
                 total = v.load_f32(state + 8 * row + 4)
                 for i in range(dim_v):
-                    v.store_f32(out + 4 * i, v.load_f32(sums + row * ROW + 4 * i) / total)
+                    v.store_f32(out + row * out_stride + 4 * i, v.load_f32(sums + row * ROW + 4 * i) / total)
 
         return compute
 
-    several, single = tile_function(TILE), tile_function(1)
+    several, single = tile_function(TILE, False), tile_function(together, True)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         heads = v.load_i64(op + R.ATT_HEADS)
+        tiles = v.load_i64(step + R.TILES)
         units = v.load_i64(step + R.N_TILES) * heads
         while True:
             unit = v.atomic_add(op + R.OP_COUNTER, 1)
             if unit >= units:
                 return
             # The last tiles see the most positions: they go first, so that threads finish together.
-            tile = v.load_i64(step + R.TILES) + (units - 1 - unit) // heads * R.TILE_BYTES
+            tile = tiles + (units - 1 - unit) // heads * R.TILE_BYTES
+            head = unit % heads
             first_row = v.load_i64(tile + R.TILE_FIRST_ROW)
             count = v.load_i64(tile + R.TILE_ROWS)
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
-            if count == 1:
-                single(op, step, first_row, count, position, unit % heads)
-            else:
-                several(op, step, first_row, count, position, unit % heads)
+            if count > 1:
+                several(op, step, first_row, count, position, head)
+            elif head % together == 0:
+                single(op, step, first_row, together, position, head)
 
     return kernel

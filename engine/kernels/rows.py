@@ -41,7 +41,7 @@ def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, co
         # The inverse is finite unless all values are tiny: then they count as zeros.
         usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
         inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
-        whole = (values * e.splat(inverse, 16)).intrinsic("llvm.rint").to_int()
+        whole = (values * e.splat(inverse, 16)).round().to_int()
         bytes_ = whole.narrow(I8).bits_as(I32)
         for word in range(4):
             put(bytes_.lane(word), 4 * half + word)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -23,29 +23,11 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, builtin_registry, infer_global, signature
 
 from qrun.engine.simd import vector as emit
-from qrun.engine.simd.target import Target, host_target
-from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
+from qrun.engine.simd.target import target
+from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter, Vector
 
 # A function that kernels call, compiled into each of them.
 helper = njit(error_model="numpy")
-
-_target: Target | None = None
-
-
-def target() -> Target:
-    """The target that kernels are being compiled for: this host unless `compiling_for` says otherwise."""
-    return _target or host_target()
-
-
-@contextlib.contextmanager
-def compiling_for(chosen: Target) -> Iterator[None]:
-    global _target
-    before, _target = _target, chosen
-    try:
-        yield
-    finally:
-        _target = before
-
 
 _IR_ELEMENT = {"f32": F32, "i32": I32, "bit": ir.IntType(1)}
 
@@ -264,7 +246,7 @@ def max_lanes(e: Emitter, v: Vector) -> ir.Value:
 def _exp(x: Vector) -> Vector:
     """e^x to 1 ulp or so: 2^n from the exponent bits, the rest by a polynomial. 0 below -87, inf-free up to 88."""
     x = x.maximum(-87.5).minimum(88.0)
-    n = (x * 1.4426950408889634).intrinsic("llvm.rint")
+    n = (x * 1.4426950408889634).round()
     # ln 2 in two parts, so that n * ln2 is exact in the first (Cody and Waite).
     rest = n.fma(-0.693359375, x)
     rest = n.fma(2.12194440e-4, rest)
@@ -349,7 +331,7 @@ def store_f32(e: Emitter, address: ir.Value, value: ir.Value) -> None:
 
 @operation(_void)
 def store_f16(e: Emitter, address: ir.Value, value: ir.Value) -> None:
-    e.store(e.builder.fptrunc(value, F16), address)
+    e.store(e.splat(value, 1).to_half().value, address)
 
 
 @operation(_void)
@@ -369,9 +351,8 @@ def store_u8(e: Emitter, address: ir.Value, value: Any) -> None:
 
 @operation(lambda value: types.intp)
 def round_to_int(e: Emitter, value: ir.Value) -> ir.Value:
-    """To the nearest integer, ties to even."""
-    function = emit.declare(e.builder.module, "llvm.rint.f32", ir.FunctionType(F32, [F32]))
-    return e.builder.fptosi(e.builder.call(function, [value]), I64)
+    """To the nearest integer, ties to even. Of size 2^22 at most."""
+    return e.builder.fptosi(e.splat(value, 1).round().lane(0), I64)
 
 
 @operation(lambda size: types.intp)
@@ -413,16 +394,17 @@ def store_tile(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -
         e.store(column.value, _nth(e, address, stride, i))
 
 
-@operation(lambda vectors, address, stride: TileType(target().lanes, vectors.literal_value))
-def load_pairs(e: Emitter, vectors: int, address: ir.Value, stride: Any) -> list[Vector]:
-    """Two vectors from each of `vectors` / 2 places, `stride` bytes apart."""
-    return [e.load(_nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2), F32, e.lanes) for i in range(vectors)]
+@operation(lambda vectors, parts, address, stride: TileType(target().lanes, vectors.literal_value))
+def load_rows(e: Emitter, vectors: int, parts: int, address: ir.Value, stride: Any) -> list[Vector]:
+    """`parts` neighbouring vectors from each of `vectors` / `parts` rows, `stride` bytes apart."""
+    size = 4 * e.lanes
+    return [e.load(_nth(e, address, stride, i // parts), size * (i % parts), F32, e.lanes) for i in range(vectors)]
 
 
 @operation(_void)
-def store_pairs(e: Emitter, tile: list[Vector], address: ir.Value, stride: Any) -> None:
+def store_rows(e: Emitter, tile: list[Vector], parts: int, address: ir.Value, stride: Any) -> None:
     for i, vector in enumerate(tile):
-        e.store(vector.value, _nth(e, address, stride, i // 2), 4 * e.lanes * (i % 2))
+        e.store(vector.value, _nth(e, address, stride, i // parts), 4 * e.lanes * (i % parts))
 
 
 def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:

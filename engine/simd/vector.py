@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from qrun.engine.simd.target import Target
+from qrun.engine.simd.target import Target, target
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -94,8 +94,14 @@ class Vector:
         return f"{name}.v{self.lanes}{'f' if self.is_float else 'i'}{_width(self.element)}"
 
     def fma(self, factor: Vector | float, addend: Vector | float) -> Vector:
-        """self * factor + addend, rounded once."""
-        return self.intrinsic("llvm.fma", factor, addend)
+        """self * factor + addend, rounded once where the target can."""
+        return self.intrinsic("llvm.fma", factor, addend) if target().fuses else self * factor + addend
+
+    def round(self) -> Vector:
+        """To whole numbers, ties to even; for floats of size 2^22 at most."""
+        if target().rounds:
+            return self.intrinsic("llvm.rint")
+        return (self + 1.5 * 2.0**23) - 1.5 * 2.0**23  # there, neighbouring floats are 1 apart
 
     def maximum(self, other: Vector | float) -> Vector:
         return self.intrinsic("llvm.maxnum" if self.is_float else "llvm.smax", other)
@@ -117,6 +123,8 @@ class Vector:
 
     def to_float(self) -> Vector:
         """From int32 (signed) or float16 to float32."""
+        if self.is_float and not target().converts_half:
+            return _float_from_half(self.bits_as(I16).widen_unsigned(I32))
         return self._cast("fpext" if self.is_float else "sitofp", F32)
 
     def to_int(self) -> Vector:
@@ -124,6 +132,8 @@ class Vector:
         return self._cast("fptosi", I32)
 
     def to_half(self) -> Vector:
+        if not target().converts_half:
+            return _half_from_float(self).narrow(I16).bits_as(F16)
         return self._cast("fptrunc", F16)
 
     def widen_signed(self, element: ir.Type = I32) -> Vector:
@@ -224,7 +234,7 @@ class Emitter:
                 ]
                 sums = sums + self._widen_pairs(_tree_sum(pairs))
         else:
-            sums = self._dot4_any(sums, weights, activations)
+            sums = self._dot4_elsewhere(sums, weights, activations, limit)
         return sums
 
     def dot4_signed(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector]) -> Vector:
@@ -239,7 +249,7 @@ class Emitter:
                 signed = self._sign(activation, weight)
                 sums = sums + self._widen_pairs(self._maddubs(size, signed))
         else:
-            sums = self._dot4_any(sums, weights, activations)
+            sums = self._dot4_elsewhere(sums, weights, activations, 128)
         return sums
 
     @property
@@ -262,7 +272,7 @@ class Emitter:
                 lanes
             ]
             return self._target_call(name, flat.value.type, self.vector(repeated), flat).bits_as(I32)
-        if self.target.dot == "neon":
+        if self.target.is_arm and self.target.dot != "plain":
             repeated = ir.Constant(flat.value.type, [v & 0xFF for v in table])
             return self._target_call(
                 "llvm.aarch64.neon.tbl1.v16i8", flat.value.type, self.vector(repeated), flat
@@ -275,10 +285,14 @@ class Emitter:
 
     def pause(self) -> None:
         """Tell the core that this is a waiting loop."""
-        name = "llvm.x86.sse2.pause" if self.target.is_x86 else None
-        if name:
+        if self.target.is_x86:
             function = ir.FunctionType(ir.VoidType(), [])
-            self.builder.call(declare(self.builder.module, name, function), [])
+            self.builder.call(declare(self.builder.module, "llvm.x86.sse2.pause", function), [])
+        elif self.target.is_arm:
+            # isb: `yield` does nothing on cores with one thread, and ends at once.
+            function = ir.FunctionType(ir.VoidType(), [I32])
+            isb = declare(self.builder.module, "llvm.aarch64.isb", function)
+            self.builder.call(isb, [ir.Constant(I32, 15)])
 
     def _target_call(self, name: str, result: ir.Type, *arguments: Vector) -> Vector:
         values = [argument.value for argument in arguments]
@@ -312,27 +326,68 @@ class Emitter:
         values, signs = activations.bits_as(I8), weights.bits_as(I8)
         return signs.less(0).choose(-values, values).bits_as(I32)
 
-    def _dot4_any(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector]) -> Vector:
-        if self.target.dot == "neon":
-            for weight, activation in zip(weights, activations, strict=True):
+    def _dot4_elsewhere(
+        self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int
+    ) -> Vector:
+        """dot4 where it is not x86's: weights are int8 of at most `limit` in size."""
+        pairs = list(zip(weights, activations, strict=True))
+        if self.target.dot == "dotprod":
+            for weight, activation in pairs:
                 sums = self._target_call(
-                    "llvm.aarch64.neon.sdot.v4i32.v16i8",
-                    sums.value.type,
-                    sums,
-                    weight.bits_as(I8),
+                    "llvm.aarch64.neon.sdot.v4i32.v16i8", sums.value.type, sums, weight.bits_as(I8),
                     activation.bits_as(I8),
-                )
-            return sums
-        for weight, activation in zip(weights, activations, strict=True):
-            for byte in range(4):
-                left = (weight << (24 - 8 * byte)).shift_right_signed(24)
-                right = (activation << (24 - 8 * byte)).shift_right_signed(24)
-                sums = sums + left * right
+                )  # fmt: skip
+        elif self.target.dot == "neon":
+            # As with maddubs: as many products are added in int16 as surely fit there once neighbours are added too.
+            room = 32767 // (2 * limit * 127)
+            for start in range(0, len(pairs), room):
+                sums = self._add_neon_products(sums, pairs[start : start + room])
+        else:
+            for weight, activation in pairs:
+                for byte in range(4):
+                    left = (weight << (24 - 8 * byte)).shift_right_signed(24)
+                    right = (activation << (24 - 8 * byte)).shift_right_signed(24)
+                    sums = sums + left * right
         return sums
+
+    def _add_neon_products(self, sums: Vector, pairs: Sequence[tuple[Vector, Vector]]) -> Vector:
+        """smull and smlal for both halves of 16 bytes; addp and saddlp add the four neighbours of a lane, to int32."""
+        halves = []
+        for lanes in (range(8), range(8, 16)):
+            products = [
+                w.bits_as(I8).permute(lanes).widen_signed(I16) * a.bits_as(I8).permute(lanes).widen_signed(I16)
+                for w, a in pairs
+            ]
+            total = products[0]
+            for product in products[1:]:
+                total = total + product
+            halves.append(total)
+        words = ir.VectorType(I16, 8)
+        neighbours = self._target_call("llvm.aarch64.neon.addp.v8i16", words, *halves)
+        return sums + self._target_call("llvm.aarch64.neon.saddlp.v4i32.v8i16", sums.value.type, neighbours)
 
 
 def declare(module: ir.Module, name: str, type_: ir.FunctionType) -> ir.Function:
     return module.globals[name] if name in module.globals else ir.Function(module, type_, name)
+
+
+def _float_from_half(half: Vector) -> Vector:
+    """float32 from the bits of float16 in int32 lanes: a product with 2^112 moves the exponent, of denormals too."""
+    size = (half & 0x7FFF) << 13
+    moved = (size.bits_as(F32) * 2.0**112).bits_as(I32)
+    not_finite = size.less(0x0F800000).choose(size.constant(0), size.constant(0x7F800000))
+    return (moved | not_finite | ((half & 0x8000) << 16)).bits_as(F32)
+
+
+def _half_from_float(x: Vector) -> Vector:
+    """The bits of float16, ties to even, in int32 lanes (F. Giesen, "Float->half variants", 2016)."""
+    bits = x.bits_as(I32)
+    size = bits & 0x7FFFFFFF
+    normal = (size + (((size >> 13) & 1) + (0xFFF - (112 << 23)))) >> 13
+    denormal = (size.bits_as(F32) + 0.5).bits_as(I32) - 0x3F000000  # the sum's last bit is float16's last one
+    infinite = size.less(0x7F800001).choose(size.constant(0x7C00), size.constant(0x7E00))
+    result = size.less(113 << 23).choose(denormal, size.less(143 << 23).choose(normal, infinite))
+    return result | ((bits >> 16) & 0x8000)
 
 
 def _tree_sum(vectors: list[Vector]) -> Vector:

@@ -1,6 +1,7 @@
 """Attention over the paged cache, against plain NumPy, for every cache type, with windows, caps and grouped heads."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def attention_graph(rng: np.random.Generator, layer: G.CacheLayer, softcap: floa
         values = rng.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
         return G.Weight(name, TensorType.F32, (rows, columns), values.view(np.uint8).reshape(-1))
 
-    widths = [layer.n_heads * layer.head_dim_k, layer.n_kv_heads * layer.head_dim_k, layer.n_kv_heads * layer.head_dim_v]
+    heads, kv_heads = layer.n_heads, layer.n_kv_heads
+    widths = [heads * layer.head_dim_k, kv_heads * layer.head_dim_k, kv_heads * layer.head_dim_v]
     x = G.Value(0, WIDTH)
     operations: list[G.Operation] = [G.Embed(x, weight("embed", 50, WIDTH), 5.0)]
     for i, width in enumerate(widths, 1):
@@ -42,6 +44,7 @@ CASES = [
     (G.CacheLayer(6, 2, 64, 64, None), 3.0),
     (G.CacheLayer(4, 1, 80, 48, 37), None),
     (G.CacheLayer(3, 3, 20, 20, 100), None),
+    (G.CacheLayer(22, 2, 32, 32, None), None),
 ]
 
 
@@ -88,7 +91,7 @@ def test_bits_do_not_depend_on_how_a_prompt_is_split(runtime: Runtime, rng: np.r
     whole = runtime.evaluate(runtime.sequence(), tokens, "all")
     cuts = [0, *sorted(rng.choice(np.arange(1, 150), 12, replace=False).tolist()), 150]
     sequence = runtime.sequence()
-    parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
     assert np.array_equal(whole, np.concatenate(parts))  # type: ignore[arg-type]
 
 

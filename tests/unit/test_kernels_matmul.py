@@ -5,7 +5,7 @@ import pytest
 
 from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
-from qrun.engine.program import blocks_and_tail
+from qrun.engine.lowering import blocks_and_tail
 from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType, dequantize
 from qrun.formats.blocks import BLOCK_FORMATS

@@ -1,0 +1,418 @@
+"""Lowering: from a graph's operations on values to the records that kernels read.
+
+What is decided here, once per load: which kernels are needed, how long every value lives, and which operations become
+one (a norm or an activation packs its rows for the matmul that follows; a matmul adds the residual).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine import records as R
+from qrun.engine.arena import Arena, Place
+from qrun.engine.kv_cache import CacheLayout
+from qrun.engine.rope_table import RopeTable
+from qrun.engine.simd.target import Target
+from qrun.formats import TensorType
+from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.models import graph as G
+
+FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
+# A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
+CHUNK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class InStep:
+    """An address inside of the step's record."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class InRecord:
+    """An address inside of another operation's record."""
+
+    operation: Record
+    offset: int
+
+
+@dataclass(eq=False)
+class Record:
+    """An operation as kernels see it, before addresses are known."""
+
+    kernel: str
+    fields: dict[int, int | float | Place | InStep | InRecord | NDArray[np.generic]]
+    reads: list[object]
+    writes: list[object]
+    by_rows: bool  # each thread touches its own rows only
+    barrier: bool = False
+
+
+class Lowering:
+    """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
+
+    records: all operations; those from `n_body` on are the head. arena: where their values will be placed.
+    logits: the head's result.
+    """
+
+    def __init__(
+        self,
+        graph: G.Graph,
+        layout: CacheLayout,
+        target: Target,
+        *,
+        batch: int,
+        head_rows: int,
+        context: int,
+        threads: int,
+    ) -> None:
+        self.graph, self.layout, self.target = graph, layout, target
+        self.batch, self.head_rows, self.context, self.threads = batch, head_rows, context, threads
+        self.rope_tables: list[RopeTable] = []
+        self.arena = Arena()
+        self.records: list[Record] = []
+        self.n_body = 0
+        self._index = 0
+        self._in_head = False
+        self._places: dict[int, Place] = {}
+        self._packed: dict[tuple[int, str], Place] = {}
+        self._lifetimes()
+        self._fuse()
+        for self._index, operation in enumerate(graph.operations):
+            if operation.out.id not in self._fused:
+                self._lower(operation)
+        self.logits = self._places[graph.logits.id]
+
+    @property
+    def kernel_keys(self) -> list[str]:
+        return list(dict.fromkeys(record.kernel for record in self.records))
+
+    # What is known before anything is placed
+
+    def _lifetimes(self) -> None:
+        """The first and last operation of each value; slices and what they are taken from live together."""
+        self._last: dict[int, int] = {}
+        self._source: dict[int, int] = {}
+        for index, operation in enumerate(self.graph.operations):
+            for value in _inputs(operation):
+                root = self._root(value)
+                # The head may run several times for one body: what it starts from outlives it.
+                self._last[root] = len(self.graph.operations) if isinstance(operation, G.SelectRows) else index
+            if isinstance(operation, G.Slice):
+                self._source[operation.out.id] = operation.x.id
+        self._last[self.graph.logits.id] = len(self.graph.operations)
+
+    def _root(self, value: G.Value) -> int:
+        """The value that this one is a slice of, or itself."""
+        root = value.id
+        while root in self._source:
+            root = self._source[root]
+        return root
+
+    def _last_use(self, value: G.Value) -> int:
+        return self._last.get(self._root(value), self._index)
+
+    def _fuse(self) -> None:
+        """Find matmuls whose result only goes into a sum: they add the other side themselves."""
+        uses = Counter(value.id for operation in self.graph.operations for value in _inputs(operation))
+        made = {operation.out.id: operation for operation in self.graph.operations}
+        order = {operation.out.id: index for index, operation in enumerate(self.graph.operations)}
+        self._residual: dict[int, tuple[G.Value, G.Value]] = {}  # linear's out -> (other side, sum)
+        self._fused: set[int] = set()
+        for operation in self.graph.operations:
+            if not isinstance(operation, G.Add):
+                continue
+            for value, other in ((operation.a, operation.b), (operation.b, operation.a)):
+                linear = made.get(value.id)
+                if isinstance(linear, G.Linear) and uses[value.id] == 1 and order.get(other.id, 0) < order[value.id]:
+                    self._residual[value.id] = (other, operation.out)
+                    self._fused.add(operation.out.id)
+                    break
+
+    # Placing values
+
+    @property
+    def _rows(self) -> int:
+        return self.head_rows if self._in_head else self.batch
+
+    def _new(self, value: G.Value) -> Place:
+        last = self._last_use(value)
+        place = Place(self.arena.buffer(self._rows * value.width * 4, self._index, last), 0, value.width * 4)
+        self._places[value.id] = place
+        return place
+
+    def _packing(self, weight: G.Weight) -> str:
+        return "f32" if weight.type in FLOAT_TYPES else "q8"
+
+    def _packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
+        """Where value's packed columns go. They live as long as the value."""
+        columns = -(-(rows or self._rows) // self.target.columns) * self.target.columns
+        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * R.PACKED_BYTES
+        last = self._last_use(value) if last is None else last
+        return Place(self.arena.buffer(columns * column_bytes, self._index, last), 0, column_bytes)
+
+    # Records
+
+    def _emit(
+        self, kernel: str, fields: dict[int, object], reads: list[object], writes: list[object], by_rows: bool
+    ) -> Record:
+        record = Record(kernel, fields, [r for r in reads if r is not None], writes, by_rows)  # type: ignore[arg-type]
+        self.records.append(record)
+        return record
+
+    def _row_operation(
+        self, name: str, out: Place, width: int, x: Place, z: Place | None = None, *, factor: float = 1.0,
+        packed: tuple[str, Place] | None = None, count: InStep | InRecord | None = None, **fields: object,
+    ) -> Record:  # fmt: skip
+        packing, packed_place = packed or ("", None)
+        extra = {getattr(R, name.upper()): value for name, value in fields.items()}
+        return self._emit(
+            f"{name}-{packing}",
+            {
+                R.ROW_COUNT: count or InStep(R.N_ROWS), R.ROW_X: x, R.ROW_X_STRIDE: x.stride,
+                R.ROW_Z: z or x, R.ROW_Z_STRIDE: (z or x).stride, R.ROW_Y: out, R.ROW_Y_STRIDE: out.stride,
+                R.ROW_WIDTH: width, R.ROW_GROUPS: 1, R.ROW_FACTOR: float(factor),
+                R.ROW_PACKED: packed_place or 0, **extra,
+            },
+            [x, z], [out, *([packed_place] if packed_place else [])], True,
+        )  # fmt: skip
+
+    def _first_packing(self, value: G.Value) -> str | None:
+        """How the first matmul that takes `value` wants it, if there is one."""
+        for operation in self.graph.operations[self._index :]:
+            if isinstance(operation, G.Linear) and operation.x.id == value.id:
+                return self._packing(operation.weight)
+            if isinstance(operation, G.MoE) and operation.x.id == value.id:
+                return self._packing(operation.router)
+        return None
+
+    def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> None:
+        """A row operation that makes `out`, and packs it for the matmul that takes it."""
+        place = self._new(out)
+        packing = self._first_packing(out)
+        packed = None
+        if packing:
+            packed = (packing, self._packed_place(out, packing))
+            self._packed[out.id, packing] = packed[1]
+        self._row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
+
+    def _packed_input(self, value: G.Value, packing: str) -> Place:
+        key = (value.id, packing)
+        if key not in self._packed:
+            place = self._packed_place(value, packing)
+            x = self._places[value.id]
+            self._row_operation("pack", x, value.width, x, packed=(packing, place))
+            self.records[-1].writes = [place]
+            self._packed[key] = place
+        return self._packed[key]
+
+    def _matmul(
+        self, weight: G.Weight, out: Place, x: Place, *, ranges: InStep | Place | None = None, bias: object = None,
+        residual: Place | None = None, scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        *_, rows, width = weight.shape
+        blocks, tail = blocks_and_tail(weight.type, width)
+        row_bytes = len(weight.raw) // int(np.prod(weight.shape[:-1]))
+        lanes = self.target.lanes
+        wanted = max(CHUNK_BYTES // row_bytes, 1)
+        share = -(-rows // (self.threads * 4))
+        chunk = max(-(-min(wanted, share) // lanes) * lanes, lanes)
+        self._emit(
+            f"matmul-{weight.type.name}",
+            {
+                R.MM_WEIGHTS: weight.raw, R.MM_ROW_BYTES: row_bytes, R.MM_MATRIX_BYTES: rows * row_bytes,
+                R.MM_ROWS: rows,
+                R.MM_BLOCKS: blocks, R.MM_TAIL: tail, R.MM_INPUT: x, R.MM_COLUMN_BYTES: x.stride,
+                R.MM_RANGES: ranges or InStep(R.ROW_RANGES), R.MM_OUT: out, R.MM_OUT_STRIDE: out.stride,
+                R.MM_BIAS: 0 if bias is None else bias, R.MM_RESIDUAL: residual or 0,
+                R.MM_RESIDUAL_STRIDE: residual.stride if residual else 0, R.MM_SCALE: float(scale), R.MM_CHUNK: chunk,
+            },
+            [x, residual, ranges if isinstance(ranges, Place) else None], [out], False,
+        )  # fmt: skip
+
+    # One method for each operation
+
+    def _lower(self, operation: G.Operation) -> None:
+        getattr(self, f"_lower_{type(operation).__name__.lower()}")(operation)
+
+    def _lower_embed(self, o: G.Embed) -> None:
+        out = self._new(o.out)
+        rows, width = o.weight.shape
+        blocks, tail = blocks_and_tail(o.weight.type, width)
+        self._emit(
+            f"embed-{o.weight.type.name}",
+            {
+                R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
+                R.EMBED_TAIL: tail, R.EMBED_OUT: out, R.EMBED_OUT_STRIDE: out.stride, R.EMBED_SCALE: float(o.scale),
+            },
+            [], [out], True,
+        )  # fmt: skip
+
+    def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
+        weight = 0 if o.weight is None else np.ascontiguousarray(o.weight, np.float32)
+        self._produce("rms_norm", o.out, self._places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
+
+    def _lower_linear(self, o: G.Linear) -> None:
+        x = self._packed_input(o.x, self._packing(o.weight))
+        residual = None
+        out = o.out
+        if o.out.id in self._residual:
+            other, out = self._residual[o.out.id]
+            residual = self._places[other.id]
+        bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
+        self._matmul(o.weight, self._new(out), x, bias=bias, residual=residual, scale=o.scale)
+
+    def _lower_slice(self, o: G.Slice) -> None:
+        x = self._places[o.x.id]
+        self._places[o.out.id] = Place(x.buffer, x.offset + 4 * o.start, x.stride)
+
+    def _lower_rope(self, o: G.Rope) -> None:
+        table = self._rope_table(o)
+        self._row_operation(
+            "rope", self._new(o.out), o.out.width, self._places[o.x.id], row_rope_head_dim=o.head_dim,
+            row_rope_dims=o.n_rot, row_rope_interleaved=int(o.interleaved), row_rope_table=table.values,
+        )  # fmt: skip
+
+    def _rope_table(self, o: G.Rope) -> RopeTable:
+        for table in self.rope_tables:
+            if table.magnitude == o.magnitude and np.array_equal(table.frequencies, o.frequencies):
+                return table
+        values = np.empty((self.context, o.n_rot // 2, 2), np.float32)
+        self.rope_tables.append(RopeTable(np.asarray(o.frequencies, np.float32), o.magnitude, values))
+        return self.rope_tables[-1]
+
+    def _lower_attention(self, o: G.Attention) -> None:
+        layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
+        q, k, v = (self._places[value.id] for value in (o.q, o.k, o.v))
+        cache = f"cache of layer {o.layer}"
+        kind = self.layout.cache_type
+        if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
+            raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+        group = layer.n_heads // layer.n_kv_heads
+        together = max(n for n in range(1, R.TILE_SIZE + 1) if group % n == 0)
+        self._emit(
+            f"append-{kind}",
+            {
+                R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride, R.KV_HEADS: layer.n_kv_heads,
+                R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v, R.KV_K_OFFSET: place.k_offset,
+                R.KV_V_OFFSET: place.v_offset, R.KV_K_HEAD_BYTES: place.k_head_bytes,
+                R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                R.KV_GROUP: place.group,
+            },
+            [k, v], [cache], True,
+        )  # fmt: skip
+        out = self._new(o.out)
+        self._emit(
+            f"attention-{kind}-{together}",
+            {
+                R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
+                R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
+                R.ATT_DIM_V: layer.head_dim_v, R.ATT_K_OFFSET: place.k_offset, R.ATT_V_OFFSET: place.v_offset,
+                R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
+                R.ATT_GROUP: place.group,
+                R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
+                R.ATT_WINDOW: layer.window or 1 << 40,
+            },
+            [q, cache], [out], False,
+        )  # fmt: skip
+
+    def _lower_activate(self, o: G.Activate) -> None:
+        self._produce(o.kind, o.out, self._places[o.gate.id], self._places[o.up.id])
+
+    def _lower_add(self, o: G.Add) -> None:
+        self._produce("add", o.out, self._places[o.a.id], self._places[o.b.id])
+
+    def _lower_scale(self, o: G.Scale) -> None:
+        self._produce("scale", o.out, self._places[o.x.id], factor=o.factor)
+
+    def _lower_softcap(self, o: G.Softcap) -> None:
+        self._produce("softcap", o.out, self._places[o.x.id], factor=o.cap)
+
+    def _lower_selectrows(self, o: G.SelectRows) -> None:
+        self.n_body = len(self.records)
+        self._in_head = True
+        x = self._places[o.x.id]
+        self._row_operation("select_rows", self._new(o.out), o.out.width, x)
+        self.records[-1].by_rows = False  # its rows are not the body's
+
+    def _lower_moe(self, o: G.MoE) -> None:
+        """Router, routing, the experts' matmuls over slots, and the weighted sum: see `kernels.experts`."""
+        n_experts, ffn, width = o.gate.shape
+        rows, lanes = self._rows, self.target.columns
+        slots = rows * o.n_used + n_experts * (lanes - 1)
+        here = self._index
+
+        def memory(size: int) -> Place:
+            return Place(self.arena.buffer(size, here, here), 0, 0)
+
+        def floats(count: int, width: int) -> Place:
+            return Place(self.arena.buffer(count * width * 4, here, here), 0, width * 4)
+
+        logits = floats(rows, n_experts)
+        bias = None if o.router_bias is None else np.ascontiguousarray(o.router_bias, np.float32)
+        self._matmul(o.router, logits, self._packed_input(o.x, self._packing(o.router)), bias=bias)
+        chosen, weights, counts = memory(rows * o.n_used * 8), memory(rows * o.n_used * 4), memory(n_experts * 8)
+        chances, ranges = memory(n_experts * 4), memory(8 + 24 * n_experts)
+        route = self._emit(
+            "route-",
+            {
+                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_experts,
+                R.MOE_USED: o.n_used,
+                R.MOE_NORMALIZE: int(o.normalize), R.MOE_SIGMOID: int(o.gating == "sigmoid"),
+                R.MOE_SCALE: float(o.scale),
+                R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts,
+                R.MOE_RANGES: ranges,
+            },
+            [logits], [chosen, weights, chances, counts, ranges], False,
+        )  # fmt: skip
+        n_slots = InRecord(route, R.MOE_N_SLOTS)
+        x = self._places[o.x.id]
+        inputs: dict[str, Place] = {}
+        gate, up = floats(slots, ffn), floats(slots, ffn)
+        for weight, out in ((o.gate, gate), (o.up, up)):
+            packing = self._packing(weight)
+            if packing not in inputs:
+                inputs[packing] = self._packed_place(o.x, packing, slots, here)
+                self._emit(
+                    f"to_experts-{packing}",
+                    {
+                        R.MOE_X: x, R.MOE_X_STRIDE: x.stride, R.MOE_Y: inputs[packing], R.MOE_WIDTH: width,
+                        R.MOE_SLOTS: chosen, R.MOE_USED: o.n_used,
+                    },
+                    [x, chosen], [inputs[packing]], False,
+                )  # fmt: skip
+            self._matmul(weight, out, inputs[packing], ranges=ranges)
+        packing = self._packing(o.down)
+        packed = self._packed_place(G.Value(-1, ffn), packing, slots, here)
+        self._row_operation(o.kind, gate, ffn, gate, up, packed=(packing, packed), count=n_slots)
+        self.records[-1].by_rows = False  # its rows are slots
+        down = floats(slots, width)
+        self._matmul(o.down, down, packed, ranges=ranges)
+        out = self._new(o.out)
+        self._emit(
+            "from_experts-",
+            {
+                R.MOE_X: down, R.MOE_X_STRIDE: down.stride, R.MOE_Y: out, R.MOE_Y_STRIDE: out.stride,
+                R.MOE_WIDTH: width, R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_USED: o.n_used,
+            },
+            [down, chosen, weights], [out], False,
+        )  # fmt: skip
+
+
+def _inputs(operation: G.Operation) -> Iterator[G.Value]:
+    for name, value in vars(operation).items():
+        if name != "out" and isinstance(value, G.Value):
+            yield value
+
+
+def blocks_and_tail(type_: TensorType, width: int) -> tuple[int, int]:
+    """How many blocks a row has, and how many single weights are left. A float type's block is 16 bytes."""
+    if type_ in FLOAT_TYPES:
+        return divmod(width, 16 // BLOCK_FORMATS[type_].block_bytes)
+    return width // BLOCK_FORMATS[type_].block_size, 0

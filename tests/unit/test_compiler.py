@@ -1,0 +1,97 @@
+"""The kernel cache, and the threads that run kernels."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qrun.engine import records as R
+from qrun.engine.compiler import CompileError, cache_folder, load_kernels
+from qrun.engine.simd.target import host_target
+from qrun.engine.team import TEAM_KERNELS, Team
+from tests.kernel_harness import record
+
+KEYS = ["pack-f32", "scale-"]
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QRUN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_kernels_are_compiled_once_with_progress(empty_cache: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load_kernels(KEYS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert sorted(path.name for path in cache_folder(host_target()).iterdir()) == ["pack-f32.o", "scale-.o"]
+    seen.clear()
+    load_kernels(KEYS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == []
+
+
+def test_loading_compiled_kernels_does_not_import_numba() -> None:
+    load_kernels(KEYS)
+    load = f"from qrun.engine.compiler import load_kernels; load_kernels({KEYS})"
+    code = f"import sys; {load}; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_processes_at_once_do_not_harm_each_other(empty_cache: Path) -> None:
+    code = f"from qrun.engine.compiler import load_kernels; k = load_kernels({KEYS}); assert k['scale-']"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert not [path for path in cache_folder(host_target()).iterdir() if path.suffix != ".o"]
+
+
+def test_a_damaged_object_is_compiled_again(empty_cache: Path) -> None:
+    load_kernels(KEYS)
+    path = cache_folder(host_target()) / "scale-.o"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", bytes(len(whole)), whole[:-9] + b"\xff" * 9):
+        path.write_bytes(damaged)
+        assert load_kernels(KEYS)["scale-"]
+        assert path.read_bytes() == whole
+
+
+def test_what_does_not_compile_is_named(empty_cache: Path) -> None:
+    with pytest.raises(CompileError, match="matmul-Q9_9"):
+        load_kernels(["matmul-Q9_9"])
+
+
+def scale_program(steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A program of `steps` operations, each with a barrier, that double 7 rows in turn: its records, step and rows."""
+    x = np.ones((7, 33), np.float32)
+    step = record(R.STEP_BYTES, {R.N_ROWS: 7})
+    kernels = load_kernels([*TEAM_KERNELS, "scale-"])
+    fields = {
+        R.OP_KERNEL: kernels["scale-"], R.OP_BARRIER: 1, R.ROW_COUNT: step.ctypes.data + R.N_ROWS,
+        R.ROW_X: x.ctypes.data,
+        R.ROW_X_STRIDE: 132, R.ROW_Z: x.ctypes.data, R.ROW_Z_STRIDE: 132, R.ROW_Y: x.ctypes.data, R.ROW_Y_STRIDE: 132,
+        R.ROW_WIDTH: 33, R.ROW_FACTOR: 2.0,
+    }  # fmt: skip
+    return np.stack([record(R.RECORD_BYTES, fields)] * steps), step, x
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_team_runs_every_operation_once(threads: int) -> None:
+    program, step, x = scale_program(10)
+    step[R.STEP_THREADS // 8] = threads
+    kernels = load_kernels([*TEAM_KERNELS, "scale-"])
+    team = Team(kernels, threads)
+    for round_ in range(1, 4):
+        team.run(program, step)
+        assert np.all(x == 2.0 ** (10 * round_))
+        time.sleep(0.05)  # long enough for the others to go to sleep
+    team.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qrun-")]
+
+
+def test_a_team_has_at_least_one_thread() -> None:
+    kernels = load_kernels(list(TEAM_KERNELS))
+    with pytest.raises(ValueError, match="threads is 0"):
+        Team(kernels, 0)

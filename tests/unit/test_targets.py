@@ -1,0 +1,148 @@
+"""Which form of the kernels a CPU gets, and whether its machine code has the instructions that it is meant to have."""
+
+import re
+
+import numpy as np
+import pytest
+
+from qrun.engine import records as R
+from qrun.engine.compiler import assembly
+from qrun.engine.simd.target import MACHINES, choose_target, host_target, linux_arm_features, machine_target
+from tests.kernel_harness import Harness
+
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+AVX512 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes", "dot"),
+    [("avx2", 8, "avx2"), ("avx512", 16, "avx2"), ("avx512-vnni", 16, "vnni"), ("avx-vnni", 8, "vnni"),
+     ("neon", 4, "neon"), ("neon-dotprod", 4, "dotprod"), ("neon-i8mm", 4, "dotprod"), ("apple", 4, "dotprod"),
+     ("x86-64", 4, "plain")],
+)  # fmt: skip
+def test_every_kind_of_machine_gets_its_form(name: str, lanes: int, dot: str) -> None:
+    target = machine_target(name)
+    assert (target.lanes, target.dot) == (lanes, dot)
+
+
+def test_part_of_avx512_is_not_avx512() -> None:
+    features = dict.fromkeys(AVX512, True) | {"avx512bw": False}
+    target = choose_target(X86, "knl", features)
+    assert (target.lanes, target.dot) == (8, "avx2")
+    assert not target.has("avx512f")
+
+
+def test_avx2_without_fused_arithmetic_or_half_floats_is_not_enough() -> None:
+    for missing in ("fma", "f16c"):
+        features = {"avx": True, "avx2": True, "fma": True, "f16c": True, missing: False}
+        assert choose_target(X86, "odd", features).dot == "plain"
+
+
+def test_a_lesser_form_can_be_asked_for() -> None:
+    features = dict.fromkeys((*AVX512, "avx", "avx512vnni", "avxvnni"), True)
+    chosen = {form: choose_target(X86, "cpu", features, form) for form in ("best", "avx512", "avx2", "plain")}
+    assert [(t.lanes, t.dot) for t in chosen.values()] == [(16, "vnni"), (16, "avx2"), (8, "avx2"), (8, "plain")]
+    assert not chosen["avx512"].has("avx512vnni") and not chosen["avx2"].has("avxvnni")
+    assert not chosen["plain"].has("avx512f")
+    with pytest.raises(ValueError, match="QRUN_SIMD is 'mmx': it can be best, avx512, avx2 or plain"):
+        choose_target(X86, "cpu", features, "mmx")
+
+
+def test_a_cpu_of_another_kind_gets_the_plain_form() -> None:
+    target = choose_target("riscv64-unknown-linux-gnu", "generic-rv64", {"f": True, "d": True})
+    assert (target.lanes, target.dot) == (4, "plain")
+    assert not target.converts_half
+
+
+def test_what_linux_says_of_arm_cores() -> None:
+    big = "Features\t: fp asimd evtstrm asimdhp asimddp i8mm"
+    little = "Features\t: fp asimd evtstrm asimddp"
+    assert linux_arm_features(f"processor : 0\n{big}\n") == {"neon", "fullfp16", "dotprod", "i8mm"}
+    assert linux_arm_features(f"{big}\n{little}\n{little}\n") == {"neon", "dotprod"}
+    assert linux_arm_features("model name : x86") == set()
+
+
+# What the machine code must have, and what it must not have, for matmul and for attention.
+INSTRUCTIONS = {
+    "avx2": (["vpmaddubsw.*%ymm", "vpmaddwd.*%ymm"], ["vcvtph2ps.*%ymm", "vfmadd231ps.*%ymm"], "zmm|vpdpbusd"),
+    "avx512": (["vpmaddubsw.*%zmm", "vpmaddwd.*%zmm"], ["vcvtph2ps.*%zmm", "vfmadd231ps.*%zmm"], "vpdpbusd"),
+    "avx512-vnni": (["vpdpbusd.*%zmm"], ["vcvtph2ps.*%zmm", "vfmadd231ps.*%zmm"], "vpmaddubsw"),
+    "avx-vnni": ([r"\{vex\}\s*vpdpbusd.*%ymm"], ["vcvtph2ps.*%ymm", "vfmadd231ps.*%ymm"], "zmm|vpmaddubsw"),
+    "neon": ([r"smull2?[\s.]", r"addp[\s.]", r"sa(da|dd)lp[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sdot[\s.]"),
+    "neon-dotprod": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "apple": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "x86-64": (["pmuludq|pmullw|pmaddwd"], ["mulps"], "ymm|vcvtph2ps|vfmadd"),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("kernel", ["matmul-Q4_K", "matmul-Q8_0", "attention-f16-1"])
+def test_the_machine_code_has_the_instructions_of_its_target(name: str, kernel: str) -> None:
+    for_matmul, for_attention, unwanted = INSTRUCTIONS[name]
+    code = assembly(kernel, machine_target(name))
+    for wanted in for_attention if kernel.startswith("attention") else for_matmul:
+        assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
+    assert not re.search(rf"^\s.*({unwanted})", code, re.M)
+    assert calls_to_elsewhere(code) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if name != "x86-64"])
+@pytest.mark.parametrize("kernel", ["matmul-Q4_K", "matmul-Q8_0"])
+def test_the_hot_loop_keeps_its_sums_in_registers(name: str, kernel: str) -> None:
+    """Of the loop over unpacked weights, no more than one instruction in six touches the stack."""
+    product = re.compile(r"\b(vpmaddubsw|vpdpbusd|smull2?|smlal2?|sdot)\b")
+    blocks = re.split(r"^\.?[A-Za-z_]\w*:.*$", assembly(kernel, machine_target(name)), flags=re.M)
+    # Of the blocks with the most products, the one with the least else: the others unpack, too.
+    most = max(len(product.findall(block)) for block in blocks)
+    block = min((b for b in blocks if 2 * len(product.findall(b)) >= most), key=lambda b: b.count("\n"))
+    on_stack = len(re.findall(r"\(%r[sb]p|\[sp|\[x29", block))
+    assert 6 * on_stack <= block.count("\n")
+
+
+def calls_to_elsewhere(code: str) -> set[str]:
+    """Functions that are called by name and are not in the code itself, such as the compiler's own helpers."""
+    called = set(re.findall(r"^\s+(?:callq?|jmp|bl|b)\s+([A-Za-z_][\w.]*)", code, re.M))
+    return {name for name in called if not re.search(rf"^{re.escape(name)}:", code, re.M)}
+
+
+@pytest.fixture(scope="module")
+def oldest() -> Harness:
+    """The kernels as an x86-64 without any extension gets them, on this machine."""
+    host = host_target()
+    if not host.is_x86:
+        pytest.skip("needs an x86-64")
+    return Harness(choose_target(host.triple, *MACHINES["x86-64"][1:2], {"sse2": True}), ["embed-F16", "append-f16"])
+
+
+def test_float16_is_read_without_instructions_for_it(oldest: Harness) -> None:
+    halves = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    out = np.zeros(len(halves), np.float32)
+    token = np.zeros(1, np.int64)
+    fields = {
+        R.EMBED_WEIGHTS: halves.ctypes.data, R.EMBED_ROW_BYTES: halves.nbytes, R.EMBED_BLOCKS: len(halves) // 8,
+        R.EMBED_OUT: out.ctypes.data, R.EMBED_OUT_STRIDE: out.nbytes, R.EMBED_SCALE: 1.0,
+    }  # fmt: skip
+    oldest.run("embed-F16", fields, 1, {R.TOKENS: token.ctypes.data})
+    assert np.array_equal(out, halves.astype(np.float32), equal_nan=True)
+
+
+def test_float16_is_written_without_instructions_for_it(rng: np.random.Generator, oldest: Harness) -> None:
+    bits = rng.integers(0, 1 << 32, (64, 32), np.uint32)
+    bits[:, 16:] = (bits[:, 16:] & 0x87FFFFFF) + 0x30000000  # exponents near those of float16
+    bits[0, 16:24] = 0x38801000 + 0x1000 * np.arange(8)  # halfway between two float16s
+    x = bits.view(np.float32)
+    x[np.isnan(x)] = np.inf
+    page = np.zeros((2, 64 * 32), np.float16)
+    table, positions = np.array([page.ctypes.data], np.int64), np.arange(64)
+    tables = np.full(64, table.ctypes.data, np.int64)
+    fields = {
+        R.KV_K: x.ctypes.data, R.KV_K_STRIDE: 128, R.KV_V: x.ctypes.data, R.KV_V_STRIDE: 128, R.KV_HEADS: 1,
+        R.KV_DIM_K: 32, R.KV_DIM_V: 32, R.KV_V_OFFSET: page[0].nbytes, R.KV_K_HEAD_BYTES: page[0].nbytes,
+        R.KV_V_HEAD_BYTES: page[0].nbytes,
+    }  # fmt: skip
+    step = {R.POSITIONS: positions.ctypes.data, R.PAGE_TABLES: tables.ctypes.data}
+    oldest.run("append-f16", fields, 64, step)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    assert np.array_equal(page[1].view(np.uint16), expected.reshape(-1).view(np.uint16))
+    assert np.array_equal(page[0].view(np.uint16), expected.T.reshape(-1).view(np.uint16))

@@ -1,0 +1,69 @@
+"""What `qrun warmup` compiles is what models need."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qrun.cli.main import cli
+from qrun.engine import compiler, warmup
+from qrun.engine.kernels import all_keys
+from qrun.engine.kv_cache import CACHE_TYPES
+from qrun.formats import GGUFReader
+from qrun.models import build_graph
+
+MODELS = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_all_kernels_are_all_that_any_model_needs(path: Path) -> None:
+    with GGUFReader(path) as reader:
+        graph = build_graph(reader)
+        for cache_type in CACHE_TYPES:
+            needed = warmup.kernels_of(graph, cache_type)
+            assert any(key.startswith(f"attention-{cache_type}-") for key in needed)
+            assert set(needed) <= set(all_keys())
+
+
+def test_no_kernel_is_named_twice() -> None:
+    assert len(set(all_keys())) == len(all_keys())
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """An empty cache, and the list of what is put there in place of machine code."""
+    monkeypatch.setenv("QRUN_CACHE", str(tmp_path))
+    keys: list[str] = []
+
+    def compile_missing(missing: list[str], target: object, folder: Path, progress: compiler.Progress) -> None:
+        for key in missing:
+            compiler._write_object(folder, key, b"")
+        keys.extend(missing)
+        progress(len(missing), len(missing))
+
+    monkeypatch.setattr(compiler, "_compile_missing", compile_missing)
+    return keys
+
+
+def test_a_model_s_kernels_are_compiled_once(compiled: list[str]) -> None:
+    path = str(MODELS[0])
+    first = CliRunner().invoke(cli, ["warmup", path])
+    assert first.exit_code == 0, first.output
+    assert first.stdout == f"{len(compiled)} kernels compiled, 0 were there\n"
+    assert f"compiling {len(compiled)} kernels for this CPU" in first.stderr
+    n = len(compiled)
+    assert CliRunner().invoke(cli, ["warmup", path]).stdout == f"0 kernels compiled, {n} were there\n"
+    assert len(compiled) == n
+
+
+def test_another_cache_type_needs_two_more(compiled: list[str]) -> None:
+    CliRunner().invoke(cli, ["warmup", str(MODELS[0])])
+    compiled.clear()
+    CliRunner().invoke(cli, ["warmup", str(MODELS[0]), "--cache-type", "q8_0"])
+    assert sorted(compiled) == ["append-q8_0", "attention-q8_0-1"]
+
+
+def test_without_a_model_everything_is_compiled(compiled: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["warmup"])
+    assert result.stdout == f"{len(all_keys())} kernels compiled, 0 were there\n"
+    assert sorted(compiled) == sorted(all_keys())
