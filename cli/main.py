@@ -18,6 +18,7 @@ COMMANDS = {
     "warmup": "Compile kernels ahead of the first run.",
     "bench": "Measure tokens per second.",
     "perplexity": "Measure how well a model predicts a text.",
+    "convert": "Convert a model file to another type.",
     "pull": "Fetch a model into the store.",
     "list": "List the models in the store.",
     "rm": "Delete a model from the store.",

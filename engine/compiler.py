@@ -25,6 +25,7 @@ from typing import Any
 
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.simd.target import Target, compiling_for, host_target
+from qrun.formats import blocks
 
 Progress = Callable[[int, int], None]
 
@@ -119,7 +120,9 @@ def _digest(target: Target) -> str:
         digest.update(importlib.metadata.version(package).encode())
     digest.update(sys.version.encode())
     here = Path(__file__).parent
-    for path in sorted([Path(__file__), here / "records.py", *here.glob("simd/*.py"), *here.glob("kernels/*.py")]):
+    formats = Path(blocks.__file__).parent  # the quantisers' kernels are built from what it says of the types
+    ours = [Path(__file__), here / "records.py", *here.glob("simd/*.py"), *here.glob("kernels/*.py")]
+    for path in sorted([*ours, *formats.glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:24]
 

@@ -66,3 +66,7 @@ def _fields(count: int) -> range:
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.
 READ_BLOCK = 1024
 READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)
+# Quantising: float32 blocks to bytes. IMPORTANCE is 0 or the address of one float32 row that all rows share; ERRORS and
+# ENERGIES take float32 sums of (x - y)^2 and x^2, one of each block; TRIALS are pairs of float32: see `Search.trials`.
+(Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_ERRORS, Q_ENERGIES, Q_TRIALS, Q_N_TRIALS,
+ Q_REFINEMENTS, Q_ROUNDS) = _fields(12)  # fmt: skip

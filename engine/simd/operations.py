@@ -142,7 +142,9 @@ def _as_index(e: Emitter, value: Any) -> ir.Value:
 
 def _binary(key: Any, method: str) -> None:
     def result(a: types.Type, b: types.Type) -> types.Type | None:
-        return a if isinstance(a, VectorType) and a == b else None
+        if not isinstance(a, VectorType) or a != b:
+            return None
+        return VectorType("bit", a.lanes) if method == "less" else a
 
     operation(result, key)(lambda e, a, b: getattr(a, method)(b))
 
@@ -179,6 +181,38 @@ def magnitude(e: Emitter, a: Vector) -> Vector:
 @operation(lambda bits, yes, no: yes)
 def choose(e: Emitter, bits: Vector, yes: Vector, no: Vector) -> Vector:
     return bits.choose(yes, no)
+
+
+@operation(lambda a, low, high: a)
+def clamp(e: Emitter, a: Vector, low: int, high: int) -> Vector:
+    """Between two literals. A NaN stays one."""
+    a = a.less(low).choose(a.constant(low), a)
+    return a.constant(high).less(a).choose(a.constant(high), a)
+
+
+@operation(lambda a: a)
+def round_to_whole(e: Emitter, a: Vector) -> Vector:
+    """To the nearest whole number, ties to even, still as float."""
+    return a.intrinsic("llvm.rint")
+
+
+@operation(lambda a: a)
+def round_to_half(e: Emitter, a: Vector) -> Vector:
+    """To half precision and back."""
+    return a.to_half().to_float()
+
+
+@operation(lambda a, b, tiny: a)
+def divide(e: Emitter, a: Vector, b: Vector, tiny: ir.Value) -> Vector:
+    """a / b, and 0 where b is no larger than `tiny`."""
+    usable = e.splat(tiny).less(b.intrinsic("llvm.fabs"))
+    return usable.choose(a / usable.choose(b, b.constant(1.0)), a.constant(0.0))
+
+
+@operation(lambda a: _i32())
+def to_int(e: Emitter, a: Vector) -> Vector:
+    """From float32 to int32, towards zero."""
+    return a.to_int()
 
 
 @operation(_f32)

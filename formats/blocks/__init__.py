@@ -21,31 +21,51 @@ from qrun.formats.blocks import (
     q8_0,
     q8_k,
 )
-from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, F32Array, TensorType, U8Array
+from qrun.formats.blocks.fitting import Search
+from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, Decoder, Encoder, F32Array, TensorType, U8Array
 
-__all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "BlockFormat", "TensorType", "dequantize"]
+__all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "SEARCHES", "BlockFormat", "TensorType", "dequantize", "quantize"]
+
+_CODECS: dict[TensorType, tuple[Decoder, Encoder | None]] = {
+    TensorType.F32: (floats.dequantize_f32, floats.quantize_f32),
+    TensorType.F16: (floats.dequantize_f16, floats.quantize_f16),
+    TensorType.BF16: (floats.dequantize_bf16, floats.quantize_bf16),
+    TensorType.Q4_0: (q4_0.dequantize, q4_0.quantize),
+    TensorType.Q4_1: (q4_1.dequantize, q4_1.quantize),
+    TensorType.Q5_0: (q5_0.dequantize, q5_0.quantize),
+    TensorType.Q5_1: (q5_1.dequantize, q5_1.quantize),
+    TensorType.Q8_0: (q8_0.dequantize, q8_0.quantize),
+    TensorType.Q2_K: (q2_k.dequantize, q2_k.quantize),
+    TensorType.Q3_K: (q3_k.dequantize, q3_k.quantize),
+    TensorType.Q4_K: (q4_k.dequantize, q4_k.quantize),
+    TensorType.Q5_K: (q5_k.dequantize, q5_k.quantize),
+    TensorType.Q6_K: (q6_k.dequantize, q6_k.quantize),
+    TensorType.Q8_K: (q8_k.dequantize, None),
+    TensorType.IQ4_NL: (iq4_nl.dequantize, iq4_nl.quantize),
+    TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
+    TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
+}
 
 BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
-    type: BlockFormat(type, *BLOCK_SIZES[type], function)
-    for type, function in {
-        TensorType.F32: floats.dequantize_f32,
-        TensorType.F16: floats.dequantize_f16,
-        TensorType.BF16: floats.dequantize_bf16,
-        TensorType.Q4_0: q4_0.dequantize,
-        TensorType.Q4_1: q4_1.dequantize,
-        TensorType.Q5_0: q5_0.dequantize,
-        TensorType.Q5_1: q5_1.dequantize,
-        TensorType.Q8_0: q8_0.dequantize,
-        TensorType.Q2_K: q2_k.dequantize,
-        TensorType.Q3_K: q3_k.dequantize,
-        TensorType.Q4_K: q4_k.dequantize,
-        TensorType.Q5_K: q5_k.dequantize,
-        TensorType.Q6_K: q6_k.dequantize,
-        TensorType.Q8_K: q8_k.dequantize,
-        TensorType.IQ4_NL: iq4_nl.dequantize,
-        TensorType.IQ4_XS: iq4_xs.dequantize,
-        TensorType.MXFP4: mxfp4.dequantize,
-    }.items()
+    type: BlockFormat(type, *BLOCK_SIZES[type], decode, encode)
+    for type, (decode, encode) in _CODECS.items()
+}
+
+# How the scales of each quantised type are sought.
+SEARCHES: dict[TensorType, Search] = {
+    TensorType.Q4_0: q4_0.SEARCH,
+    TensorType.Q4_1: q4_1.SEARCH,
+    TensorType.Q5_0: q5_0.SEARCH,
+    TensorType.Q5_1: q5_1.SEARCH,
+    TensorType.Q8_0: q8_0.SEARCH,
+    TensorType.Q2_K: q2_k.SEARCH,
+    TensorType.Q3_K: q3_k.SEARCH,
+    TensorType.Q4_K: q4_k.SEARCH,
+    TensorType.Q5_K: q5_k.SEARCH,
+    TensorType.Q6_K: q6_k.SEARCH,
+    TensorType.IQ4_NL: iq4_nl.SEARCH,
+    TensorType.IQ4_XS: iq4_xs.SEARCH,
+    TensorType.MXFP4: mxfp4.SEARCH,
 }
 
 # Weights decoded in one go: few enough that what a decoder holds in between stays in the cache of a core.
@@ -71,3 +91,20 @@ def dequantize(raw: U8Array, type: TensorType, shape: tuple[int, ...]) -> F32Arr
         for start in range(0, len(blocks), step):
             weights[start : start + step] = block_format.dequantize(blocks[start : start + step])
     return weights.reshape(shape)
+
+
+def quantize(weights: F32Array, type: TensorType, importance: F32Array | None = None) -> U8Array:
+    """Encode weights, the slow and plain way; `engine.quantize` gives the same bytes sooner.
+
+    weights: float32 [..., row], rows of whole blocks. importance: float32 [row], how much the error of each matters.
+    Returns uint8 [n_bytes]. Raises ValueError if the type cannot be encoded or its blocks do not fit the rows.
+    """
+    block_format = BLOCK_FORMATS.get(type)
+    if block_format is None or block_format.quantize is None:
+        raise ValueError(f"tensors of type {type.name} cannot be encoded")
+    size = block_format.block_size
+    if weights.shape[-1] % size:
+        raise ValueError(f"rows of {weights.shape[-1]} weights are not whole blocks of {size}, as {type.name} has them")
+    blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, size)
+    matters = None if importance is None else np.broadcast_to(importance, weights.shape).reshape(-1, size)
+    return block_format.quantize(blocks, matters).reshape(-1)

@@ -23,3 +23,21 @@ def dequantize_f16(blocks: U8Array) -> F32Array:
 
 def dequantize_bf16(blocks: U8Array) -> F32Array:
     return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def quantize_f32(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    return np.ascontiguousarray(values, "<f4").view(np.uint8)
+
+
+def quantize_f16(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """To the nearest, ties to even; to infinity beyond 65,519."""
+    with np.errstate(over="ignore"):
+        return values.astype("<f2").view(np.uint8)
+
+
+def quantize_bf16(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """To the nearest, ties to even. A NaN stays one: its upper half may hold none of its bits, so one is set."""
+    bits = values.view(np.uint32)
+    rounded = bits + (0x7FFF + (bits >> 16 & 1))
+    upper = np.where(np.isnan(values), bits | 0x400000, rounded) >> 16
+    return upper.astype("<u2").view(np.uint8)

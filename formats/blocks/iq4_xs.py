@@ -15,8 +15,9 @@ The uneven levels of IQ4_NL with the two-level scales of the K formats: 6 bits a
 
 import numpy as np
 
-from qrun.formats.blocks.iq4_nl import LEVELS
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Table, fit
+from qrun.formats.blocks.iq4_nl import LEVELS, STARTS
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -28,3 +29,16 @@ def dequantize(blocks: U8Array) -> F32Array:
     d = (read_f16(blocks, 0) * scale.astype(np.float32))[..., None]
     levels = LEVELS[bit_fields(blocks[:, 8:].reshape(n_blocks, 8, 16), 4)].reshape(n_blocks, 8, 32)
     return (d * levels.astype(np.float32)).reshape(n_blocks, 256)
+
+
+SEARCH = Search(8, 32, Table(tuple(LEVELS.tolist())), False, STARTS, 1, -32, 31, 2)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 136]. Seeks d and scales that make the sum of importance * (x - w)^2 least."""
+    found = fit(SEARCH, values, importance)
+    scales = (found.scales + 32).astype(np.uint8)
+    high = pack_fields((scales >> 4).reshape(-1, 2, 4).swapaxes(-1, -2), 2)
+    low = pack_fields((scales & 15).reshape(-1, 4, 2).swapaxes(-1, -2), 4)
+    quants = pack_fields(found.codes.reshape(-1, 8, 2, 16), 4).reshape(-1, 128)
+    return np.concatenate([write_f16(found.scale), high, low, quants], axis=-1)

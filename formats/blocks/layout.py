@@ -7,12 +7,15 @@ Plain floats are blocks of one weight.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 U8Array = NDArray[np.uint8]
 F32Array = NDArray[np.float32]
+Decoder = Callable[[U8Array], F32Array]
+Encoder = Callable[[F32Array, F32Array | None], U8Array]
 
 
 class TensorType(IntEnum):
@@ -113,12 +116,17 @@ BLOCK_SIZES: dict[TensorType, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A tensor type that can be decoded."""
+    """A tensor type that can be decoded, and perhaps encoded.
+
+    quantize: from float32 [n_blocks, block_size], and how much the error of each weight matters (of that shape too, or
+    None for all alike), to uint8 [n_blocks, block_bytes].
+    """
 
     type: TensorType
     block_size: int  # weights
     block_bytes: int
-    dequantize: Callable[[U8Array], F32Array]  # uint8 [n_blocks, block_bytes] -> float32 [n_blocks, block_size]
+    dequantize: Decoder  # uint8 [n_blocks, block_bytes] -> float32 [n_blocks, block_size]
+    quantize: Encoder | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -138,3 +146,15 @@ def bit_fields(packed: U8Array, bits: int) -> U8Array:
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return packed[..., None, :] >> shifts & np.uint8((1 << bits) - 1)
+
+
+def write_f16(numbers: F32Array) -> U8Array:
+    """The reverse of read_f16: float32 [n] -> uint8 [n, 2]."""
+    return numbers.astype("<f2").reshape(-1, 1).view(np.uint8)
+
+
+def pack_fields(fields: NDArray[Any], bits: int) -> U8Array:
+    """The reverse of bit_fields: integers of `bits` bits [..., 8 // bits, n] -> uint8 [..., n]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    packed: U8Array = np.bitwise_or.reduce(fields.astype(np.uint8) << shifts, axis=-2)
+    return packed

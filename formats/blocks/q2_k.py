@@ -17,7 +17,8 @@ shift and a mask of 32 bytes, one AVX2 register, yield 32 neighbours.
 
 import numpy as np
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -27,3 +28,14 @@ def dequantize(blocks: U8Array) -> F32Array:
     d = (read_f16(blocks, 80) * scale)[..., None]
     m = (read_f16(blocks, 82) * minimum)[..., None]
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
+
+
+SEARCH = Search(16, 16, Steps(0, 3), True, spaced(2, 4, 9), 2, 0, 15, 4, (-0.2, 0.0, 0.2, 0.4, 0.6))
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 84]. Seeks d, dmin, scales and minimums: least sum of importance * (x - w)^2."""
+    found = fit(SEARCH, values, importance)
+    scales = (found.scales | found.minimums << 4).astype(np.uint8)
+    quants = pack_fields(found.codes.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    return np.concatenate([scales, quants, write_f16(found.scale), write_f16(found.minimum)], axis=-1)

@@ -23,7 +23,8 @@ off and where it is clear 4 is, so that q - 4 comes out of two masks and one sub
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def unpack_scales(packed: U8Array) -> NDArray[np.int8]:
@@ -40,3 +41,17 @@ def dequantize(blocks: U8Array) -> F32Array:
     high = bit_fields(blocks[:, :32], 1).reshape(n_blocks, 16, 16)
     q = (low | high << np.uint8(2)).astype(np.int8) - np.int8(4)
     return (d * q.astype(np.float32)).reshape(n_blocks, 256)
+
+
+SEARCH = Search(16, 16, Steps(-4, 3), False, spaced(-5.4, -2.6, 10) + spaced(4.4, 1.6, 10), 1, -32, 31, 2)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 110]. Seeks d and scales that make the sum of importance * (x - w)^2 least."""
+    found = fit(SEARCH, values, importance)
+    scales = (found.scales + 32).astype(np.uint8)
+    low = pack_fields((scales & 15).reshape(-1, 2, 8), 4)
+    high = pack_fields((scales >> 4).reshape(-1, 4, 4), 2)
+    mask = pack_fields((found.codes >> 2).reshape(-1, 8, 32), 1)
+    quants = pack_fields((found.codes & 3).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    return np.concatenate([mask, quants, low, high, write_f16(found.scale)], axis=-1)

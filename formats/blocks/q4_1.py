@@ -12,9 +12,20 @@ wherever zero lies. That costs two bytes more. Note that m is added; the K forma
 
 import numpy as np
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
     q = bit_fields(blocks[:, 4:], 4).reshape(-1, 32)
     return read_f16(blocks, 0) * q.astype(np.float32) + read_f16(blocks, 2)
+
+
+SEARCH = Search(1, 32, Steps(0, 15), True, spaced(13, 18, 12), 2, shifts=(-0.5, 0.0, 0.5))
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 32] -> uint8 [n, 20]. Seeks d and m that make the sum of importance * (x - d * q - m)^2 least."""
+    found = fit(SEARCH, values, importance)
+    header = [write_f16(found.scale), write_f16(0 - found.minimum)]
+    return np.concatenate([*header, pack_fields(found.codes.reshape(-1, 2, 16), 4)], axis=-1)

@@ -20,8 +20,10 @@ a time, so that three 32-bit words, a few shifts and a few masks give all sixtee
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def unpack_scales(packed: U8Array) -> tuple[U8Array, U8Array]:
@@ -39,3 +41,21 @@ def dequantize(blocks: U8Array) -> F32Array:
     m = (read_f16(blocks, 2) * minimum.astype(np.float32))[..., None]
     q = bit_fields(blocks[:, 16:].reshape(n_blocks, 4, 32), 4).reshape(n_blocks, 8, 32)
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
+
+
+SEARCH = Search(8, 32, Steps(0, 15), True, spaced(13, 17, 9), 2, 0, 63, 2, (-0.75, -0.25, 0.25, 0.75))
+
+
+def pack_scales(scales: NDArray[np.int32], minimums: NDArray[np.int32]) -> U8Array:
+    """The reverse of unpack_scales: two of [n, 8], 0..63 -> uint8 [n, 12]."""
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    second = minimums[:, :4] | minimums[:, 4:] >> 4 << 6
+    last = scales[:, 4:] & 15 | (minimums[:, 4:] & 15) << 4
+    return np.concatenate([first, second, last], axis=-1).astype(np.uint8)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 144]. Seeks d, dmin, scales and minimums: least sum of importance * (x - w)^2."""
+    found = fit(SEARCH, values, importance)
+    header = [write_f16(found.scale), write_f16(found.minimum), pack_scales(found.scales, found.minimums)]
+    return np.concatenate([*header, pack_fields(found.codes.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)], axis=-1)

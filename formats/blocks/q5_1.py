@@ -12,10 +12,21 @@ What Q4_1 is to Q4_0, this is to Q5_0: a minimum of its own for two bytes more.
 
 import numpy as np
 
-from qrun.formats.blocks.layout import F32Array, U8Array, read_f16
-from qrun.formats.blocks.q5_0 import unpack
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
+from qrun.formats.blocks.q5_0 import pack, unpack
 
 
 def dequantize(blocks: U8Array) -> F32Array:
     q = unpack(blocks[:, 4:8], blocks[:, 8:])
     return read_f16(blocks, 0) * q.astype(np.float32) + read_f16(blocks, 2)
+
+
+SEARCH = Search(1, 32, Steps(0, 31), True, spaced(28, 35, 28), 2)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 32] -> uint8 [n, 24]. Seeks d and m that make the sum of importance * (x - d * q - m)^2 least."""
+    found = fit(SEARCH, values, importance)
+    header = [write_f16(found.scale), write_f16(0 - found.minimum)]
+    return np.concatenate([*header, *pack(found.codes)], axis=-1)

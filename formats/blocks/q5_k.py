@@ -18,8 +18,9 @@ Q4_K with one bit more. The fifth bits of a sub-block lie in one bit position of
 
 import numpy as np
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
-from qrun.formats.blocks.q4_k import unpack_scales
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
+from qrun.formats.blocks.q4_k import pack_scales, unpack_scales
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -30,3 +31,15 @@ def dequantize(blocks: U8Array) -> F32Array:
     low = bit_fields(blocks[:, 48:].reshape(n_blocks, 4, 32), 4).reshape(n_blocks, 8, 32)
     q = low | bit_fields(blocks[:, 16:48], 1) << np.uint8(4)
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
+
+
+SEARCH = Search(8, 32, Steps(0, 31), True, spaced(28, 35, 15), 2, 0, 63, 2, (-0.5, 0.0, 0.5))
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 176]. Seeks d, dmin, scales and minimums: least sum of importance * (x - w)^2."""
+    found = fit(SEARCH, values, importance)
+    header = [write_f16(found.scale), write_f16(found.minimum), pack_scales(found.scales, found.minimums)]
+    fifth = pack_fields((found.codes >> 4).reshape(-1, 8, 32), 1)
+    low = pack_fields((found.codes & 15).reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
+    return np.concatenate([*header, fifth, low], axis=-1)

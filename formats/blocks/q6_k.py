@@ -20,7 +20,8 @@ a minimum no longer pays, so it is symmetric, and the scales have a whole byte, 
 
 import numpy as np
 
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -30,3 +31,15 @@ def dequantize(blocks: U8Array) -> F32Array:
     q = (low | high << np.uint8(4)).astype(np.int8) - np.int8(32)
     d = (read_f16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))[..., None]
     return (d * q.astype(np.float32)).reshape(n_blocks, 256)
+
+
+SEARCH = Search(16, 16, Steps(-32, 31), False, spaced(-36, -27, 20) + spaced(35, 26, 20), 1, -128, 127, 1)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 210]. Seeks d and scales that make the sum of importance * (x - w)^2 least."""
+    found = fit(SEARCH, values, importance)
+    low = pack_fields((found.codes & 15).reshape(-1, 2, 2, 64), 4).reshape(-1, 128)
+    high = pack_fields((found.codes >> 4).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    scales = found.scales.astype(np.int8).view(np.uint8)
+    return np.concatenate([low, high, scales, write_f16(found.scale)], axis=-1)

@@ -1,0 +1,197 @@
+"""`qrun convert`: a model file to another type."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrun.cli.options import threads_option
+
+if TYPE_CHECKING:
+    from qrun.engine.quantize.convert import Plan, Result
+    from qrun.engine.quantize.mixes import Choice
+    from qrun.formats import GGUFReader, TensorType, ValueType
+
+
+class Size(click.ParamType):
+    """A number of bytes: 500M, 2G."""
+
+    name = "SIZE"
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # noqa: RUF012 - never changed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", value.strip().upper())
+        if not match or not (size := int(float(match[1]) * self.units[match[2]])):
+            self.fail(f"{value!r} is no size such as 500M or 2G", param, ctx)
+        return size
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--type", "type_name", required=True, metavar="TYPE",
+              help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
+                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY.")  # fmt: skip
+@click.option("--pure", is_flag=True, help="One type for all: no tensor gets more bits than others.")
+@click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
+              help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
+@click.option("--output-type", metavar="TYPE", help="The type of the output tensor.")
+@click.option("--embedding-type", metavar="TYPE", help="The type of the token embedding.")
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
+@click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")
+@click.option("--dry-run", is_flag=True, help="Show types and sizes; write nothing.")
+@click.option("--split-max-size", type=Size(), help="Split the result into files with no more tensor data than this.")
+@click.option("--override", "metadata", multiple=True, metavar="KEY=TYPE:VALUE",
+              help="Set a metadata value; TYPE is int, float, bool or str.")  # fmt: skip
+@threads_option()
+def command(
+    source: Path, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
+    embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, dry_run: bool,
+    split_max_size: int | None, metadata: tuple[str, ...], threads: int | None,
+) -> None:  # fmt: skip
+    """Convert a model file to another type: smaller and faster, and a little less exact.
+
+    SOURCE is a GGUF file, or the first of a split model. OUT is by default named after it and the type. At the end
+    stands what was lost: the relative root mean square error of each tensor type.
+
+    \b
+    Examples:
+      qrun convert model-f16.gguf --type q4_k_m
+      qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
+      qrun convert model-f16.gguf --type q4_k_m --dry-run
+      qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
+      qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
+      qrun convert model.gguf --type copy --split-max-size 2G
+    """
+    from qrun.engine.quantize.convert import plan
+    from qrun.engine.quantize.imatrix import read_imatrix
+    from qrun.engine.quantize.mixes import Choice, file_type_name
+    from qrun.formats import GGUFReader
+
+    choice = Choice(
+        file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
+        [override(text) for text in overrides],
+    )  # fmt: skip
+    importance = read_imatrix(imatrix) if imatrix else None
+    with GGUFReader(source) as reader:
+        values = [metadata_value(text, reader) for text in metadata]
+        planned = plan(
+            reader, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
+        )
+        if dry_run:
+            show_plan(planned)
+        else:
+            run(planned, out or default_out(source, choice), threads, values)
+
+
+def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
+    """Converts, with a bar for the bytes, and says what came of it."""
+    from qrun.cli.console import CompileProgress, DownloadBar
+    from qrun.engine.quantize.convert import convert
+
+    with DownloadBar(f"converting {plan.reader.path} to {plan.choice.file_type}") as bar:
+        result = convert(
+            plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
+        )
+    show_result(plan, result)
+
+
+def tensor_type(name: str | None) -> TensorType | None:
+    """A type of tensors by its name in any case. Raises ValueError if it cannot be written."""
+    from qrun.formats import TensorType
+    from qrun.formats.blocks import BLOCK_FORMATS
+
+    if name is None:
+        return None
+    found = TensorType.__members__.get(name.upper())
+    if found is None or found not in BLOCK_FORMATS or BLOCK_FORMATS[found].quantize is None:
+        known = ", ".join(type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize)
+        raise ValueError(f"{name!r} is no type of a tensor: it can be {known}")
+    return found
+
+
+def override(text: str) -> tuple[re.Pattern[str], TensorType]:
+    """PATTERN=TYPE; the pattern may have a "=" of its own."""
+    pattern, _, name = text.rpartition("=")
+    if not pattern:
+        raise ValueError(f"--tensor-type {text!r}: it is to be PATTERN=TYPE")
+    type = tensor_type(name)
+    assert type is not None
+    try:
+        return re.compile(pattern), type
+    except re.error as error:
+        raise ValueError(f"--tensor-type {text!r}: {error}") from None
+
+
+def metadata_value(text: str, reader: GGUFReader) -> tuple[str, Any, ValueType]:
+    """KEY=TYPE:VALUE. An integer gets the type that the key has already, if that is one of integers."""
+    from qrun.formats import ValueType
+
+    key, equals, typed = text.partition("=")
+    kind, colon, value = typed.partition(":")
+    if not key or not equals or not colon:
+        raise ValueError(f"--override {text!r}: it is to be KEY=TYPE:VALUE")
+    try:
+        if kind == "str":
+            return key, value, ValueType.STRING
+        if kind == "float":
+            return key, float(value), ValueType.FLOAT32
+        if kind == "bool":
+            return key, {"true": True, "false": False}[value.lower()], ValueType.BOOL
+        if kind == "int":
+            number = int(value)
+            type, _ = reader.metadata_types.get(key, (None, None))
+            whole = {t for t in ValueType if t.name.startswith(("INT", "UINT"))}
+            return key, number, type if type in whole else ValueType.UINT32 if number >= 0 else ValueType.INT32
+    except (KeyError, ValueError):
+        raise ValueError(f"--override {text!r}: {value!r} is no {kind}") from None
+    raise ValueError(f"--override {text!r}: {kind!r} is no type: it can be int, float, bool or str")
+
+
+def default_out(source: Path, choice: Choice) -> Path:
+    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder."""
+    stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
+    stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
+    return source.with_name(f"{stem}-{choice.file_type}.gguf")
+
+
+def show_plan(plan: Plan) -> None:
+    """The type and size of each tensor, then of all."""
+    from qrun.cli.console import human_bytes, printable
+
+    width = max((len(tensor.source.name) for tensor in plan.tensors), default=0)
+    for tensor in plan.tensors:
+        shape = " x ".join(map(str, tensor.source.shape))
+        change = f"{tensor.source.type.name} -> {tensor.type.name}" if tensor.changes else tensor.type.name
+        size = human_bytes(tensor.n_bytes)
+        click.echo(printable(f"{tensor.source.name:{width}}  {shape:>20}  {change:16}  {size:>8}"))
+    click.echo(sizes(plan) + (f", in {len(plan.parts)} files" if len(plan.parts) > 1 else ""))
+
+
+def sizes(plan: Plan) -> str:
+    """Both sizes, and the bits of a weight."""
+    from qrun.cli.console import human_bytes
+
+    return (
+        f"{human_bytes(plan.source_bytes)} ({plan.bits_per_weight(plan.source_bytes):.2f} bits per weight) -> "
+        f"{human_bytes(plan.n_bytes)} ({plan.bits_per_weight(plan.n_bytes):.2f})"
+    )
+
+
+def show_result(plan: Plan, result: Result) -> None:
+    """What was lost, and where it went."""
+    from qrun.cli.console import human_bytes
+
+    if result.losses:
+        click.echo("type      tensors      size  relative RMSE")
+        for type, loss in sorted(result.losses.items(), key=lambda item: -item[1].n_bytes):
+            click.echo(f"{type.name:8}  {loss.tensors:7}  {human_bytes(loss.n_bytes):>8}  {loss.relative_rmse:.5f}")
+    click.echo(sizes(plan))
+    for path in result.paths:
+        click.echo(path)

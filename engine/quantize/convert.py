@@ -1,0 +1,311 @@
+"""Converting a GGUF file: every tensor to the type that a mix gives it, in bounded memory.
+
+Rows are taken in chunks. Threads decode and quantise chunks while the one that called writes those that are done, in
+order; blocks do not depend on each other, so the bytes are the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine.cpu_count import available_cores
+from qrun.engine.quantize.encoder import Encoded, Encoder
+from qrun.engine.quantize.imatrix import Imatrix
+from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, TensorType, ValueType
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, dequantize
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
+
+# Weights in a chunk: 1 MB as float32, so that what a thread works on stays in its cache.
+CHUNK_WEIGHTS = 1 << 18
+# Bytes that are copied at a time.
+COPY_BYTES = 1 << 23
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor and what becomes of it. importance: float32 [experts, row], or None."""
+
+    source: TensorInfo
+    type: TensorType
+    importance: NDArray[np.float32] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        block_size, block_bytes = BLOCK_SIZES[self.type]
+        return prod(self.source.shape) // block_size * block_bytes
+
+    @property
+    def changes(self) -> bool:
+        return self.type != self.source.type
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors, in the order of the file, in the files that they go to."""
+
+    reader: GGUFReader
+    choice: Choice
+    parts: list[list[PlannedTensor]]
+    imatrix: Imatrix | None
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        return [tensor for part in self.parts for tensor in part]
+
+    @property
+    def n_weights(self) -> int:
+        return sum(prod(tensor.source.shape) for tensor in self.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(tensor.source.n_bytes for tensor in self.tensors)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    def bits_per_weight(self, n_bytes: int) -> float:
+        return 8 * n_bytes / self.n_weights if self.n_weights else 0.0
+
+
+@dataclass
+class Loss:
+    """What quantising to one type has cost: sums over the weights of (x - y)^2 and x^2."""
+
+    tensors: int = 0
+    n_bytes: int = 0
+    error: float = 0.0
+    energy: float = 0.0
+
+    @property
+    def relative_rmse(self) -> float:
+        """Root of the mean squared error, as a part of the root of the mean square."""
+        return float(np.sqrt(self.error / self.energy)) if self.energy > 0 else 0.0
+
+
+@dataclass
+class Result:
+    """What was written. losses: of the tensors that changed, by their new type."""
+
+    paths: list[Path] = field(default_factory=list)
+    losses: dict[TensorType, Loss] = field(default_factory=dict)
+
+
+def plan(
+    reader: GGUFReader,
+    choice: Choice,
+    *,
+    imatrix: Imatrix | None = None,
+    allow_requantize: bool = False,
+    split_max_bytes: int | None = None,
+) -> Plan:
+    """Decide about every tensor, and check that it can be done.
+
+    Raises FormatError if the imatrix is of another model or a tensor cannot be decoded, ValueError if a tensor is
+    quantised already and that is not allowed.
+    """
+    layout = {name: (tensor.type, tensor.shape) for name, tensor in reader.tensors.items()}
+    types = choose_types(layout, Facts.of(reader.metadata, imatrix is not None), choice)
+    planned = []
+    for name, tensor in reader.tensors.items():
+        type = types[name]
+        importance = None
+        if type != tensor.type:
+            _check_convertible(reader, tensor, type, allow_requantize)
+            importance = imatrix.importance(name, tensor.shape) if imatrix else None
+        planned.append(PlannedTensor(tensor, type, importance))
+    if imatrix and not any(name in imatrix.values for name in reader.tensors):
+        raise FormatError(imatrix.path, f"it has nothing of the tensors of {reader.path.name}: it is of another model")
+    parts: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for entry in planned:
+        if split_max_bytes is not None and parts[-1] and size + entry.n_bytes > split_max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.n_bytes
+    return Plan(reader, choice, parts, imatrix)
+
+
+def _check_convertible(reader: GGUFReader, tensor: TensorInfo, type: TensorType, allow_requantize: bool) -> None:
+    if tensor.type not in BLOCK_FORMATS:
+        reason = f"tensor {quote(tensor.name)} is of type {tensor.type.name}, which cannot be decoded"
+        raise FormatError(tensor.file, reason, tensor.offset)
+    if tensor.type not in FLOATS and not allow_requantize:
+        raise ValueError(
+            f"{reader.path}: {tensor.name} is quantised already ({tensor.type.name}), and quantising again loses more; "
+            "convert the original, or allow it with --allow-requantize"
+        )
+    block_format = BLOCK_FORMATS.get(type)
+    if block_format is None or block_format.quantize is None:
+        raise ValueError(f"tensors of type {type.name} cannot be encoded")
+
+
+def convert(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int | None = None,
+    metadata: Sequence[tuple[str, Any, ValueType]] = (),
+    progress: Progress | None = None,
+    compiling: Progress | None = None,
+) -> Result:
+    """Write what was planned to `out`, or if it is split to files named after it. They appear when all are complete.
+
+    metadata: values to set. progress: called with bytes of the source done, and all of them. compiling: called while
+    kernels are compiled. Raises OSError if the disk is too small, FormatError if weights are not finite numbers.
+    """
+    paths = _paths(out, len(plan.parts))
+    for path in paths:
+        if any(path.exists() and path.samefile(source) for source in plan.reader.files):
+            raise ValueError(f"{path}: this is the source itself: name another file")
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < plan.n_bytes:
+        raise OSError(f"{out}: the disk has {free / 1e9:.1f} GB free, and {plan.n_bytes / 1e9:.1f} GB are needed")
+    encoder = Encoder({tensor.type for tensor in plan.tensors if tensor.changes}, progress=compiling)
+    result = Result(paths)
+    total, done = plan.source_bytes, 0
+    threads = threads or available_cores()
+    with ExitStack() as stack:
+        # The pool is left last, so that no thread works on when the files are taken away.
+        writers = [stack.enter_context(_writer(plan, no, path, metadata)) for no, path in enumerate(paths)]
+        pool = stack.enter_context(ThreadPoolExecutor(threads, "qrun-quantize"))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for part, writer in zip(plan.parts, writers, strict=True):
+            for tensor in part:
+                for n_source_bytes, encoded in _encode(tensor, encoder, pool, threads):
+                    writer.write_tensor(tensor.source.name, encoded.raw)
+                    if tensor.changes:
+                        _count(result, tensor, encoded)
+                    done += n_source_bytes
+                    if progress:
+                        progress(done, total)
+                if tensor.changes:
+                    loss = result.losses.setdefault(tensor.type, Loss())
+                    loss.tensors, loss.n_bytes = loss.tensors + 1, loss.n_bytes + tensor.n_bytes
+                _forget(plan.reader, tensor.source)
+        _complete(writers)
+    return result
+
+
+def _complete(writers: Sequence[GGUFWriter]) -> None:
+    """Give all files their names, or none of them."""
+    complete: list[Path] = []
+    try:
+        for writer in writers:
+            writer.close()
+            complete.append(writer.path)
+    except BaseException:
+        for path in complete:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _paths(out: Path, n_parts: int) -> list[Path]:
+    if n_parts == 1:
+        return [out]
+    prefix = str(out.with_suffix("")) if out.suffix == ".gguf" else str(out)
+    return [Path(part_name(prefix, no, n_parts)) for no in range(n_parts)]
+
+
+def _writer(plan: Plan, no: int, path: Path, metadata: Sequence[tuple[str, Any, ValueType]]) -> GGUFWriter:
+    """With all metadata if it is the first, and all its tensors described."""
+    if no == 0:
+        writer = GGUFWriter.from_reader(path, plan.reader)
+        if plan.choice.file_type != COPY:
+            _, file_type = FILE_TYPES[plan.choice.file_type]
+            writer.set_metadata("general.file_type", file_type, ValueType.UINT32)
+            writer.set_metadata("general.quantization_version", QUANTIZATION_VERSION, ValueType.UINT32)
+        if plan.imatrix:
+            writer.set_metadata("quantize.imatrix.file", plan.imatrix.path.name, ValueType.STRING)
+            if plan.imatrix.datasets:
+                writer.set_metadata("quantize.imatrix.dataset", plan.imatrix.datasets[0], ValueType.STRING)
+            writer.set_metadata("quantize.imatrix.entries_count", len(plan.imatrix.values), ValueType.UINT32)
+            writer.set_metadata("quantize.imatrix.chunks_count", max(plan.imatrix.chunks, 0), ValueType.UINT32)
+        for key, value, type in metadata:
+            writer.set_metadata(key, value, type)
+    else:
+        writer = GGUFWriter(path, plan.reader.version)
+        if "general.alignment" in plan.reader.metadata:
+            writer.set_metadata("general.alignment", plan.reader.alignment, ValueType.UINT32)
+    if len(plan.parts) > 1:
+        writer.set_metadata(SPLIT_NO, no, ValueType.UINT16)
+        writer.set_metadata(SPLIT_COUNT, len(plan.parts), ValueType.UINT16)
+        writer.set_metadata(SPLIT_TENSORS, len(plan.tensors), ValueType.INT32)
+    for tensor in plan.parts[no]:
+        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+    return writer
+
+
+def _encode(
+    tensor: PlannedTensor, encoder: Encoder, pool: ThreadPoolExecutor, threads: int
+) -> Iterator[tuple[int, Encoded]]:
+    """A tensor's bytes, chunk by chunk, each with the number of bytes that it was made from."""
+    source = tensor.source
+    if not tensor.changes:
+        for start in range(0, source.n_bytes, COPY_BYTES):
+            raw = source.raw[start : start + COPY_BYTES]
+            yield len(raw), Encoded(raw, 0.0, 0.0)
+        return
+    row = source.shape[-1]
+    n_rows = prod(source.shape[:-1])
+    if not row or not n_rows:
+        return
+    row_bytes = source.n_bytes // n_rows
+    experts = 1 if tensor.importance is None else len(tensor.importance)
+    expert_rows = n_rows // experts
+    chunk_rows = max(1, CHUNK_WEIGHTS // row)
+
+    def work(start: int, end: int, expert: int) -> tuple[int, Encoded]:
+        raw = source.raw[start * row_bytes : end * row_bytes]
+        weights = dequantize(raw, source.type, (end - start, row))
+        importance = None if tensor.importance is None else tensor.importance[expert]
+        return len(raw), encoder.encode(weights, tensor.type, importance)
+
+    waiting: deque[Future[tuple[int, Encoded]]] = deque()
+    for expert in range(experts):
+        first, last = expert * expert_rows, (expert + 1) * expert_rows
+        for start in range(first, last, chunk_rows):
+            waiting.append(pool.submit(work, start, min(start + chunk_rows, last), expert))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _count(result: Result, tensor: PlannedTensor, encoded: Encoded) -> None:
+    if not np.isfinite(encoded.error) or not np.isfinite(encoded.energy):
+        source = tensor.source
+        reason = f"tensor {quote(source.name)} has weights that are not finite, or too large for {tensor.type.name}"
+        raise FormatError(source.file, reason, source.offset)
+    loss = result.losses.setdefault(tensor.type, Loss())
+    loss.error += encoded.error
+    loss.energy += encoded.energy
+
+
+def _forget(reader: GGUFReader, tensor: TensorInfo) -> None:
+    """Let the system take back the memory in which a tensor was mapped: else a whole file would stay in it."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.offset - tensor.offset % mmap.PAGESIZE
+    for part in reader.parts:
+        if part.path == tensor.file and tensor.n_bytes:
+            with suppress(OSError, ValueError):
+                part.data.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.n_bytes - start)

@@ -1,0 +1,91 @@
+"""Quantising rows of weights with the compiled kernels: the bytes of `qrun.formats.blocks.quantize`, much sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine import records as R
+from qrun.engine.compiler import Progress, load_kernels
+from qrun.engine.simd.target import Target
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType
+
+F32Array = NDArray[np.float32]
+U8Array = NDArray[np.uint8]
+
+
+@dataclass
+class Encoded:
+    """raw: the bytes. error, energy: the sums of (x - y)^2 and of x^2 over the weights."""
+
+    raw: U8Array
+    error: float
+    energy: float
+
+
+class Encoder:
+    """Quantises to some types. `encode` may be called from several threads at once, and leaves the GIL to others."""
+
+    def __init__(
+        self, types: Iterable[TensorType], target: Target | None = None, progress: Progress | None = None
+    ) -> None:
+        """progress(done, total): called while kernels are compiled. ValueError if a type cannot be encoded."""
+        wanted = set(types)
+        for type in wanted:
+            block_format = BLOCK_FORMATS.get(type)
+            if block_format is None or block_format.quantize is None:
+                raise ValueError(f"tensors of type {type.name} cannot be encoded")
+        searched = sorted(type for type in wanted if type in SEARCHES)
+        self._functions: dict[TensorType, Callable[[int, int, int], None]] = {}
+        if searched:
+            self._kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
+            self._functions = {type: self._kernels.function(f"quantize-{type.name}") for type in searched}
+        self._trials = {type: SEARCHES[type].trials for type in searched}
+
+    def encode(self, weights: F32Array, type: TensorType, importance: F32Array | None = None) -> Encoded:
+        """weights: float32 [rows, row], rows of whole blocks. importance: float32 [row], positive."""
+        weights = np.ascontiguousarray(weights, np.float32)
+        if type not in self._functions:
+            return _encode_floats(weights, type)
+        search = SEARCHES[type]
+        size, n_bytes = BLOCK_SIZES[type]
+        row = weights.shape[-1]
+        if row % size:
+            raise ValueError(f"rows of {row} weights are not whole blocks of {size}, as {type.name} has them")
+        if importance is not None:
+            importance = np.ascontiguousarray(importance, np.float32)
+            if importance.shape != (row,):
+                raise ValueError(f"importance of shape {importance.shape} for rows of {row} weights")
+        n_blocks = weights.size // size
+        raw = np.empty(n_blocks * n_bytes, np.uint8)
+        sums = np.empty((2, n_blocks), np.float32)
+        record = np.zeros(R.RECORD_BYTES // 8, np.int64)
+        fields = {
+            R.Q_SOURCE: weights.ctypes.data, R.Q_BLOCKS: n_blocks, R.Q_ROW_BLOCKS: row // size,
+            R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_OUT: raw.ctypes.data,
+            R.Q_ERRORS: sums[0].ctypes.data, R.Q_ENERGIES: sums[1].ctypes.data,
+            R.Q_TRIALS: self._trials[type].ctypes.data, R.Q_N_TRIALS: len(self._trials[type]),
+            R.Q_REFINEMENTS: search.refinements, R.Q_ROUNDS: search.rounds,
+        }  # fmt: skip
+        for offset, value in fields.items():
+            record[offset // 8] = value
+        self._functions[type](record.ctypes.data, 0, 0)
+        error, energy = sums.sum(axis=1, dtype=np.float64).tolist()
+        return Encoded(raw, error, energy)
+
+
+def _encode_floats(weights: F32Array, type: TensorType) -> Encoded:
+    block_format = BLOCK_FORMATS[type]
+    assert block_format.quantize is not None and prod(weights.shape) == weights.size
+    blocks = weights.reshape(-1, 1)
+    raw = block_format.quantize(blocks, None)
+    miss = block_format.dequantize(raw) - blocks
+    return Encoded(
+        raw.reshape(-1),
+        float(np.square(miss, dtype=np.float32).sum(dtype=np.float64)),
+        float(np.square(blocks).sum(dtype=np.float64)),
+    )

@@ -1,0 +1,158 @@
+"""Which tensor gets which type: spot checks against what llama-quantize writes, and the rules around it."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from qrun.engine.quantize.mixes import Choice, Facts, choose_types, file_type_name, fitting_type, is_quantisable
+from qrun.formats import TensorType as T
+
+Layout = dict[str, tuple[T, tuple[int, ...]]]
+FFN = ("ffn_gate", "ffn_up", "ffn_down")
+
+
+def model(layers: int, *, experts: int = 0, tied: bool = False, row: int = 512) -> Layout:
+    layout: Layout = {"token_embd.weight": (T.F16, (1000, row)), "output_norm.weight": (T.F32, (row,))}
+    if not tied:
+        layout["output.weight"] = (T.F16, (1000, row))
+    for i in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            layout[f"blk.{i}.{name}.weight"] = (T.F16, (row, row))
+        layout[f"blk.{i}.attn_norm.weight"] = (T.F32, (row,))
+        for name in FFN:
+            if experts:
+                layout[f"blk.{i}.{name}_exps.weight"] = (T.F16, (experts, row, row))
+            else:
+                layout[f"blk.{i}.{name}.weight"] = (T.F16, (row, row))
+        if experts:
+            layout[f"blk.{i}.ffn_gate_inp.weight"] = (T.F32, (experts, row))
+    return layout
+
+
+def facts(layers: int, *, kv_heads: int = 8, experts: int = 0, importance: bool = False, arch: str = "llama") -> Facts:
+    return Facts(arch, layers, 8, kv_heads, experts, importance)
+
+
+def layers_of(types: dict[str, T], part: str, type: T) -> list[int]:
+    return [int(name.split(".")[1]) for name, chosen in types.items() if f".{part}" in name and chosen == type]
+
+
+def test_q4_k_m_gives_more_bits_to_every_third_layer_and_both_ends() -> None:
+    types = choose_types(model(16), facts(16), Choice("Q4_K_M"))
+    expected = [0, 1, 4, 7, 10, 13, 14, 15]
+    assert layers_of(types, "ffn_down.weight", T.Q6_K) == expected
+    assert layers_of(types, "attn_v.weight", T.Q6_K) == expected
+    assert types["output.weight"] == T.Q6_K
+    assert types["token_embd.weight"] == T.Q4_K
+    assert types["output_norm.weight"] == T.F32
+    assert Counter(types.values())[T.Q4_K] == 16 * 7 - 16 + 1
+
+
+def test_a_tied_embedding_is_an_output() -> None:
+    types = choose_types(model(4, tied=True), facts(4), Choice("Q4_K_M"))
+    assert types["token_embd.weight"] == T.Q6_K
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "values", "down", "output"),
+    [
+        ("Q2_K", 8, {T.Q3_K: 16}, {T.Q3_K: 16}, T.Q3_K),
+        ("Q2_K", 2, {T.Q4_K: 16}, {T.Q3_K: 16}, T.Q3_K),
+        ("Q2_K_S", 2, {T.Q4_K: 16}, {T.Q4_K: 2, T.Q2_K: 14}, T.Q2_K),
+        ("Q3_K_S", 8, {T.Q3_K: 16}, {T.Q3_K: 16}, T.Q3_K),
+        ("Q3_K_M", 8, {T.Q5_K: 2, T.Q4_K: 14}, {T.Q5_K: 1, T.Q4_K: 15}, T.Q4_K),
+        ("Q3_K_L", 8, {T.Q5_K: 16}, {T.Q5_K: 16}, T.Q5_K),
+        ("Q4_K_S", 8, {T.Q5_K: 4, T.Q4_K: 12}, {T.Q5_K: 2, T.Q4_K: 14}, T.Q4_K),
+        ("Q5_K_S", 8, {T.Q5_K: 16}, {T.Q5_K: 16}, T.Q5_K),
+        ("Q5_K_M", 8, {T.Q6_K: 8, T.Q5_K: 8}, {T.Q6_K: 8, T.Q5_K: 8}, T.Q5_K),
+        ("IQ4_XS", 2, {T.Q5_K: 16}, {T.Q5_K: 2, T.IQ4_XS: 14}, T.IQ4_XS),
+        ("IQ4_NL", 8, {T.IQ4_NL: 16}, {T.Q5_K: 2, T.IQ4_NL: 14}, T.IQ4_NL),
+        ("Q8_0", 8, {T.Q8_0: 16}, {T.Q8_0: 16}, T.Q8_0),
+    ],
+)
+def test_the_mixes(name: str, kv_heads: int, values: dict[T, int], down: dict[T, int], output: T) -> None:
+    types = choose_types(model(16), facts(16, kv_heads=kv_heads), Choice(name))
+    assert Counter(types[f"blk.{i}.attn_v.weight"] for i in range(16)) == values
+    assert Counter(types[f"blk.{i}.ffn_down.weight"] for i in range(16)) == down
+    assert {types[f"blk.{i}.attn_output.weight"] for i in range(16)} == {output}
+
+
+def test_eight_experts_get_better_attention() -> None:
+    types = choose_types(model(16, experts=8), facts(16, experts=8), Choice("Q4_K_M"))
+    assert {types[f"blk.{i}.{name}.weight"] for i in range(16) for name in ("attn_k", "attn_v")} == {T.Q8_0}
+    assert {types[f"blk.{i}.attn_output.weight"] for i in range(16)} == {T.Q5_K}
+    assert types["blk.0.ffn_gate_inp.weight"] == T.F32
+    assert layers_of(types, "ffn_down_exps.weight", T.Q6_K) == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
+def test_mxfp4_is_for_experts() -> None:
+    types = choose_types(model(2, experts=4), facts(2, experts=4), Choice("MXFP4"))
+    assert types["blk.0.ffn_up_exps.weight"] == T.MXFP4
+    assert types["blk.0.attn_q.weight"] == types["output.weight"] == types["token_embd.weight"] == T.Q8_0
+
+
+def test_importance_changes_a_few_choices() -> None:
+    assert choose_types(model(16), facts(16, importance=True), Choice("Q4_0"))["blk.0.ffn_down.weight"] == T.Q4_1
+    assert choose_types(model(16), facts(16, importance=True), Choice("IQ4_XS"))["blk.0.ffn_down.weight"] == T.IQ4_XS
+
+
+def test_a_model_of_seventy_billion_has_finer_values() -> None:
+    types = choose_types(model(80), Facts("llama", 80, 64, 8, 0), Choice("Q3_K_S"))
+    assert types["blk.0.attn_v.weight"] == T.Q5_K
+
+
+def test_the_order_in_the_file_does_not_matter() -> None:
+    layout = model(16)
+    backwards = dict(reversed(layout.items()))
+    types = choose_types(backwards, facts(16), Choice("Q4_K_M"))
+    assert types == choose_types(layout, facts(16), Choice("Q4_K_M"))
+    assert list(types) == list(backwards)
+
+
+def test_pure_means_one_type() -> None:
+    types = choose_types(model(8), facts(8), Choice("Q4_K_M", pure=True))
+    assert set(types.values()) == {T.Q4_K, T.F32}
+
+
+def test_the_users_word_comes_first() -> None:
+    choice = Choice("Q4_K_M", output=T.Q8_0, embedding=T.F32, overrides=[(re.compile(r"ffn_(up|gate)"), T.Q2_K)])
+    types = choose_types(model(8), facts(8), choice)
+    assert types["output.weight"] == T.Q8_0
+    assert types["token_embd.weight"] == T.F32
+    assert types["blk.3.ffn_up.weight"] == types["blk.3.ffn_gate.weight"] == T.Q2_K
+    assert types["blk.3.attn_q.weight"] == T.Q4_K
+
+
+def test_copy_changes_nothing() -> None:
+    layout = model(2)
+    assert choose_types(layout, facts(2), Choice("COPY")) == {name: type for name, (type, _) in layout.items()}
+
+
+@pytest.mark.parametrize(
+    ("type", "row", "expected"),
+    [
+        (T.Q4_K, 512, T.Q4_K), (T.Q4_K, 576, T.Q5_0), (T.Q5_K, 576, T.Q5_1), (T.Q6_K, 576, T.Q8_0),
+        (T.Q2_K, 576, T.Q4_0), (T.Q3_K, 576, T.Q4_0), (T.IQ4_XS, 576, T.IQ4_NL), (T.Q4_K, 100, T.F16),
+        (T.Q8_0, 100, T.F16), (T.Q8_0, 96, T.Q8_0),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_fall_back(type: T, row: int, expected: T) -> None:
+    assert fitting_type(type, row) == expected
+
+
+def test_small_and_strange_tensors_stay() -> None:
+    assert is_quantisable("blk.0.attn_q.weight", (64, 64), T.F16)
+    for name, shape in [
+        ("blk.0.attn_norm.weight", (64,)), ("blk.0.attn_q.bias", (64, 64)), ("blk.0.ffn_gate_inp.weight", (8, 64)),
+        ("rope_freqs.weight", (1, 64)), ("position_embd.weight", (64, 64)), ("blk.0.ssm_conv1d.weight", (64, 4)),
+    ]:  # fmt: skip
+        assert not is_quantisable(name, shape, T.F32)
+
+
+def test_names_of_mixes() -> None:
+    assert file_type_name("q4_k_m") == "Q4_K_M"
+    assert file_type_name("Q4_K") == "Q4_K_M"
+    assert file_type_name("copy") == "COPY"
+    with pytest.raises(ValueError, match="'q9' is no type: it can be F32, F16"):
+        file_type_name("q9")
