@@ -13,9 +13,10 @@ from collections.abc import Iterable
 MAX_GUESSES = 15
 """With the token before them, 16 rows: two panels of a matrix product."""
 _FEWEST = 3  # guesses after a failure: with the token before them, half a panel of eight
-_SHORTEST, _LONGEST = 2, 16  # tokens that have to agree with an earlier place, and that are compared
+_AGREEING, _AGREEING_LESS = 6, 2  # tokens that have to agree with an earlier place: at first, and while guesses pay
+_COMPARED = 16  # tokens, at most
 _PLACES = 4  # the last so many places are compared
-_RISK = 0.02  # of the time of a generation may be lost to guesses that fail
+_RISK = 0.01  # of the time of a generation may be lost to guesses that fail
 _RESERVE = 4  # tokens' time, of what guesses have gained, that may be lost again
 
 
@@ -45,8 +46,7 @@ class Lookup:
             return []
         count = min(self._limit, room)
         place, length = self._best_place()
-        # A short agreement is good enough only while guesses do well.
-        if count < 1 or length < _SHORTEST + (self._gained <= 0):
+        if count < 1 or length < (_AGREEING_LESS if self._gained > 0 else _AGREEING):
             return []
         guesses: list[int] = []
         for i in range(place, place + count):  # past the end of the text, it repeats itself
@@ -71,7 +71,7 @@ class Lookup:
         best = (0, 0)
         for place in self._places.get((text[-2], text[-1]), []) if end >= 2 else []:
             length = 2
-            while length < min(_LONGEST, place) and text[place - 1 - length] == text[end - 1 - length]:
+            while length < min(_COMPARED, place) and text[place - 1 - length] == text[end - 1 - length]:
                 length += 1
             if place < end and length >= best[1]:
                 best = (place, length)

@@ -12,6 +12,7 @@ from qrun.engine.kv_cache import CacheLayout, KVSequence, PagePool
 from qrun.engine.lookup import MAX_GUESSES, Lookup
 from qrun.models.graph import CacheLayer
 
+A = (11, 12, 13)  # with the next three tokens, enough to agree in
 MODELS = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
 
 
@@ -23,22 +24,29 @@ def warm(tokens: list[int]) -> Lookup:
 
 
 def test_what_followed_the_longest_agreement_is_guessed() -> None:
-    assert warm([9, 1, 2, 3, 4, 5, 6, 8, 2, 3, 7, 7, 1, 2, 3]).guess(3) == [4, 5, 6]
+    assert warm([9, *A, 1, 2, 3, 4, 5, 6, 8, 1, 2, 3, 7, 7, *A, 1, 2, 3]).guess(3) == [4, 5, 6]
 
 
 def test_of_equal_agreements_the_latest_counts() -> None:
-    assert warm([5, 1, 2, 3, 4, 0, 5, 1, 2, 3, 8, 0, 5, 1, 2, 3]).guess(2) == [8, 0]
+    assert warm([*A, 1, 2, 3, 4, 0, *A, 1, 2, 3, 8, 0, *A, 1, 2, 3]).guess(2) == [8, 0]
 
 
 def test_a_text_that_goes_round_is_guessed_to_go_on_so() -> None:
-    assert warm([1, 2, 3, 1, 2, 3]).guess(3) == [1, 2, 3]
-    assert warm([4, 4, 4, 4]).guess(3) == [4, 4, 4]
+    assert warm([1, 2, 3] * 3).guess(3) == [1, 2, 3]
+    assert warm([4] * 7).guess(3) == [4, 4, 4]
 
 
 def test_nothing_is_guessed_without_an_agreement_or_room_or_a_measured_step() -> None:
     assert warm([1, 2, 3, 4, 5]).guess(3) == []
-    assert warm([1, 2, 3, 1, 2, 3]).guess(0) == []
-    assert Lookup([1, 2, 3, 1, 2, 3]).guess(3) == []
+    assert warm([1, 2, 3] * 3).guess(0) == []
+    assert Lookup([1, 2, 3] * 3).guess(3) == []
+
+
+def test_a_short_agreement_is_good_enough_only_while_guesses_pay() -> None:
+    lookup = warm([1, 2, 3, 9, 8, 1, 2])
+    assert lookup.guess(3) == []
+    lookup.learn(3, 3, 1.5)
+    assert lookup.guess(3) == [3, 9, 8]
 
 
 def test_right_guesses_make_for_more_and_wrong_ones_for_fewer() -> None:
@@ -63,7 +71,9 @@ def test_guesses_that_fail_cost_little_in_all() -> None:
     assert plain / guessing > 0.97
 
 
-def test_a_text_with_lookup_takes_fewer_evaluations() -> None:
+def test_a_text_with_lookup_takes_fewer_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = Lookup.learn
+    monkeypatch.setattr(Lookup, "learn", lambda self, guessed, accepted, _: learn(self, guessed, accepted, 1.0))
     text = ids_of("the quick brown fox jumps over the lazy dog. ")
     runtime = FakeRuntime(speaking(*text, *text), context=300, batch=64)
     generation = make_session(runtime).generate([*text, *ids_of(">")], lookup=True)
