@@ -14,11 +14,19 @@ TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 WORKERS ?= 2
 
-.PHONY: help chat test docs clean
+# What `make bench` measures: models (paths or names), types of random models of 1.2 billion weights, and the engines to
+# compare with (Pythons as `qrun bench --compare` takes them). None of them is needed.
+BENCH_MODELS ?=
+BENCH_MIXES ?= q4_k_m
+BENCH_PEERS ?=
+BENCH_OPTIONS ?= --depths 0 4096 --seqs 8 --threads 1 2
+
+.PHONY: help chat test bench docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make docs   write the generated parts of the documentation anew"
 	@echo "make clean  delete what these made, but no models"
 
@@ -29,6 +37,10 @@ test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(RUNTIME)
+	@$(BIN)/python tests/bench/table.py $(BENCH_MODELS) --random $(BENCH_MIXES) \
+		$(addprefix --peer ,$(BENCH_PEERS)) $(BENCH_OPTIONS)
 
 docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs

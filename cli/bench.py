@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 @click.option("--seqs", type=click.IntRange(min=1), default=1, show_default=True, metavar="SEQUENCES",
               help="Also measure so many sequences that are decoded together.")  # fmt: skip
 @cache_type_option()
+@click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
+              help="Also measure how fast memory is read, and how much of that generation makes use of.")  # fmt: skip
+@click.option(
+    "--compare", "peers", multiple=True, metavar="PEER",
+    help="Run another engine in turns with this one, with 1 and 2 threads unless -t says otherwise: a Python that has "
+    "ik_llama_cpp or llama_cpp installed, or [NAME=]COMMAND with {model}, {threads}, {prompt}, {gen}, {reps}, {depth} "
+    "and {seqs} in it, which prints figures as --json does, or as llama-bench -o json.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(dir_okay=False), metavar="FILE",
+    help="With --compare: draw the comparison, as PNG or SVG by the file's ending (needs matplotlib).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help='Print {"pp512": tokens/s, "tg64": tokens/s, ...} last.')
 def command(
     model: str,
@@ -39,31 +51,63 @@ def command(
     depth: int,
     seqs: int,
     cache_type: str,
+    bandwidth: bool,
+    peers: tuple[str, ...],
+    plot: str | None,
     as_json: bool,
 ) -> None:
     """Measure tokens per second: reading a prompt (pp) and generating (tg), the best of the repetitions.
 
-    Every repetition begins with an empty cache. Sampling and tokenizing are not part of it.
+    Every repetition begins with an empty cache. Sampling and tokenizing are not part of it. Generation needs every
+    weight once for each token: its share of the memory's speed says how near it is to what this machine can do.
 
     \b
     Examples:
       qrun bench model.gguf
       qrun bench model.gguf -t 2 -p 512 -n 64 -r 3 --json
       qrun bench model.gguf --depth 2048 --seqs 4
+      qrun bench model.gguf --compare peer-env/bin/python --plot speed.svg
+      qrun bench model.gguf --compare "llama-bench -m {model} -t {threads} -p {prompt} -n {gen} -r {reps} -o json"
     """
-    from qrun.cli.loading import open_runtime
     from qrun.models.catalog import resolve
 
+    path = resolve(model)
+    if peers:
+        from qrun.cli import compare
+
+        task = compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
+        compare.report(task, [compare.Peer(peer) for peer in peers], [threads] if threads else [1, 2], plot, as_json)
+        return
+    if plot:
+        raise click.UsageError("--plot needs --compare.")
+    from qrun.cli.loading import open_runtime
+
     context = depth + max(prompt, gen) + 8
-    with open_runtime(resolve(model), threads=threads, context=context, cache_type=cache_type) as runtime:
+    with open_runtime(path, threads=threads, context=context, cache_type=cache_type) as runtime:
         best = measure(runtime, prompt, gen, reps, depth, seqs)
         n_threads = runtime.threads
+        if bandwidth and gen:
+            best |= memory_share(runtime, best[f"tg{gen}"], depth + gen / 2)
     if as_json:
         click.echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
         return
     for name, speed in best.items():
-        click.echo(f"{name:<10}{speed:>10.2f} tokens/s")
+        if name not in ("memory", "share"):
+            click.echo(f"{name:<10}{speed:>10.2f} tokens/s")
+    if "share" in best:
+        click.echo(f"memory    {best['memory']:>10.2f} GB/s, of which tg{gen} uses {best['share']:.0%}")
     click.echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
+
+
+def memory_share(runtime: Runtime, speed: float, position: float) -> dict[str, float]:
+    """How fast memory is read, in GB (10^9 bytes) per second, and the share of that which generation at `speed` uses,
+    with so many positions in the cache."""
+    from qrun.cli.console import CompileProgress
+    from qrun.engine.bandwidth import bytes_per_token, read_bandwidth
+
+    limit = read_bandwidth(runtime.threads, progress=CompileProgress())
+    share = bytes_per_token(runtime.graph, runtime.cache_type, position) * speed / limit
+    return {"memory": round(limit / 1e9, 2), "share": round(share, 3)}
 
 
 def bench_tokens(n_vocab: int, count: int) -> list[int]:

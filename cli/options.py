@@ -100,6 +100,8 @@ def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Call
         if default:
             settings["show_default"] = " ".join(map(repr, default))
         return click.option(flag, type=str, multiple=True, metavar="TEXT", **settings)
+    if hint is bool:
+        return click.option(flag, is_flag=True, **settings | {"show_default": None})
     kind = float if hint is float else int
     return click.option(flag, type=kind, **settings)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
+from qrun.engine.lookup import Lookup
 from qrun.engine.sampler import Sampler
 from qrun.engine.stop_strings import StopStrings
 
@@ -96,6 +98,9 @@ class Generation(Iterator[Piece]):
         self._stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._decoder = tokenizer.stream(skip_special=True, after=prompt[-1:]) if tokenizer else None
         self._stop_strings = StopStrings(sampler.options.stop)
+        self._lookup = Lookup(prompt) if sampler.options.lookup else None
+        self._sampled: deque[tuple[int, float | None, int]] = deque()
+        """Tokens without a piece yet, each with its log probability and the positions left before it."""
         self._cancelled = threading.Event()
         self._started = False
         self._n_cached = 0
@@ -142,16 +147,14 @@ class Generation(Iterator[Piece]):
     def _next_piece(self) -> Piece | None:
         """The next piece; None, with the stop reason set, if there is none."""
         start = time.perf_counter()
-        with self._cache.lock:
-            logits = None if self.cancelled else self._next_logits()
-            n_free = self._cache.n_free
-            if logits is None or self.cancelled:
-                return self._last_piece("cancelled")
-            if self._max_tokens == 0:
-                return self._last_piece("length")
-            # Sampled under the lock too: the logits may lie where the next evaluation will write.
-            token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
-        self._sampler.accept(token)
+        if not self._sampled:
+            with self._cache.lock:
+                self._sample()
+        if self.cancelled:
+            return self._last_piece("cancelled")
+        if self._max_tokens == 0:
+            return self._last_piece("length")
+        token, logprob, n_free = self._sampled.popleft()
         self._n_sampled += 1
         piece = self._piece(token, logprob, n_free)
         seconds = time.perf_counter() - start
@@ -160,6 +163,55 @@ class Generation(Iterator[Piece]):
         else:
             self._generate_seconds += seconds
         return piece
+
+    def _sample(self) -> None:
+        """Evaluate, and sample at least one token, unless the generation is cancelled or wants none.
+
+        All under the lock: the logits may lie where the next evaluation will write.
+        """
+        if self.cancelled:
+            return
+        if self._lookup is not None and self._started and (guesses := self._guesses(self._lookup)):
+            self._sample_with(guesses, self._lookup)
+            return
+        start = time.perf_counter()
+        prompt_done = self._started
+        logits = self._next_logits()
+        if logits is None or self.cancelled or self._max_tokens == 0:
+            return
+        self._choose(logits, self._cache.n_free)
+        if self._lookup is not None and prompt_done:
+            self._lookup.learn(0, 0, time.perf_counter() - start)
+
+    def _choose(self, logits: np.ndarray, n_free: int) -> int:
+        token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
+        self._sampler.accept(token)
+        if self._lookup is not None:
+            self._lookup.push(token)
+        self._sampled.append((token, logprob, n_free))
+        return token
+
+    def _guesses(self, lookup: Lookup) -> list[int]:
+        room = self._cache.room_for_guesses
+        if self._max_tokens is not None:
+            room = min(room, self._max_tokens - len(self.tokens) - 1)
+        return lookup.guess(room)
+
+    def _sample_with(self, guesses: list[int], lookup: Lookup) -> None:
+        """Evaluate the guesses together with the last token; sample until a token is not the one guessed."""
+        start = time.perf_counter()
+        n_free = self._cache.n_free - 1
+        rows = self._cache.advance_with(self.tokens[-1], guesses)
+        n_right = 0
+        try:
+            for i, row in enumerate(rows):
+                token = self._choose(row, n_free - i)
+                if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
+                    break
+                n_right += 1
+        finally:
+            self._cache.take_back(len(guesses) - n_right)
+        lookup.learn(len(guesses), n_right, time.perf_counter() - start)
 
     def _next_logits(self) -> np.ndarray | None:
         """Logits after all tokens so far; None if the evaluation was cancelled."""

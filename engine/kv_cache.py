@@ -162,6 +162,17 @@ class KVSequence:
                     self._drop(group, index)
 
     @_locked
+    def returnable(self) -> int:
+        """How many positions can follow the next one so that `truncate` still gets back to just after that one: no
+        window gives back a page on the way."""
+        after = self.n_past + 1
+        room = self.context - after
+        for window in self.layout.windows:
+            if window is not None:
+                lowest = max((after - window + 1) // PAGE_POSITIONS, 0)
+                room = min(room, (lowest + 1) * PAGE_POSITIONS + window - 2 - after)
+        return max(room, 0)
+
     def truncate(self, n: int) -> int:
         """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
         if n >= self.n_past:

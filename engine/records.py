@@ -67,3 +67,7 @@ def _fields(count: int) -> range:
 # float32 [4, blocks] (`STATS` in kernels.quantize_fit); TRIALS holds pairs of float32: see formats.blocks.fitting.
 (Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
  Q_ROUNDS) = _fields(11)  # fmt: skip
+
+# For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.
+READ_BLOCK = 1024
+READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)

@@ -90,6 +90,9 @@ class SamplingOptions:
     """Whether each token's log probability is computed (0.13 ms at 262,144 tokens, where a sample takes 0.08)."""
     seed: int | None = None
     """Same seed, same choices; None takes a new one from the system."""
+    lookup: bool = False
+    """Guess tokens from the text so far and check several at once: faster where the answer repeats parts of the
+    prompt, and the same text."""
     max_tokens: int | None = None
     """The most tokens to generate; None goes on until the model stops or the context is full."""
     stop: tuple[str, ...] = ()
@@ -262,6 +265,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "samplers": _samplers,
     "logit_bias": _bias,
     "logprobs": _boolean,
+    "lookup": _boolean,
     "seed": _optional(_integer(0)),
     "max_tokens": _optional(_integer(0)),
     "stop": _texts,

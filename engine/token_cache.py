@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -41,16 +41,35 @@ class TokenCache:
             # Sliding windows may have given back pages that the shorter text needs; then less is kept than wanted.
             del self.tokens[self.sequence.truncate(wanted) :]
         n_held = len(self.tokens)
-        return self._evaluate(prompt[n_held:], cancelled), n_held
+        return self._evaluate(prompt[n_held:], "last", cancelled), n_held
 
     def advance(self, token: int) -> np.ndarray:
         """Hold one more token; returns the logits after it, float32 [n_vocab]."""
-        return self._evaluate([token], None)
+        return self._evaluate([token], "last", None)
 
-    def _evaluate(self, tokens: list[int], cancelled: Callable[[], bool] | None) -> np.ndarray:
+    @property
+    def room_for_guesses(self) -> int:
+        """How many guesses `advance_with` can take."""
+        return min(self.sequence.returnable(), self._runtime.batch - 1)
+
+    def advance_with(self, token: int, guesses: list[int]) -> np.ndarray:
+        """Hold one more token and, until `take_back`, guesses of what follows; returns the logits after each of them,
+        float32 [1 + guesses, n_vocab]."""
+        return self._evaluate([token, *guesses], "all", None)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` guesses."""
+        if count:
+            kept = self.sequence.truncate(len(self.tokens) - count)
+            assert kept == len(self.tokens) - count, "more guesses than there was room for"
+            del self.tokens[kept:]
+
+    def _evaluate(
+        self, tokens: list[int], wanted: Literal["last", "all"], cancelled: Callable[[], bool] | None
+    ) -> np.ndarray:
         before = self.sequence.n_past
         try:
-            logits = self._runtime.evaluate(self.sequence, tokens, "last", cancelled)
+            logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
         finally:
             self.tokens += tokens[: self.sequence.n_past - before]
         assert logits is not None

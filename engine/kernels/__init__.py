@@ -18,6 +18,7 @@ _MODULES = {
     **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
     "attention": "attention",
     "quantize": "quantize",
+    "read": "read",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }
 

@@ -79,6 +79,9 @@ class FakeSequence:
     def n_past(self) -> int:
         return len(self.held)
 
+    def returnable(self) -> int:
+        return self.runtime.context - self.n_past - 1
+
     def truncate(self, n: int) -> int:
         assert not self.closed
         if self.runtime.window is not None and n < len(self.held) - self.runtime.window:

@@ -1,0 +1,78 @@
+"""Lookup decoding: guesses of the next tokens from the text so far (A. Saxena, "Prompt lookup decoding", 2023).
+
+Where the text repeats itself, as summaries and edits of a prompt do, what followed the last tokens before is likely to
+follow them again. The model evaluates several guesses in one batch, which costs little more than one token while
+weights come from memory; those that it would have chosen itself are kept. The text is the same as without guesses,
+because a row's logits have the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MAX_GUESSES = 15
+"""With the token before them, 16 rows: two panels of a matrix product."""
+_FEWEST = 3  # guesses after a failure: with the token before them, half a panel of eight
+_SHORTEST, _LONGEST = 2, 16  # tokens that have to agree with an earlier place, and that are compared
+_PLACES = 4  # the last so many places are compared
+_RISK = 0.02  # of the time of a generation may be lost to guesses that fail
+_RESERVE = 4  # tokens' time, of what guesses have gained, that may be lost again
+
+
+class Lookup:
+    """Guesses for one text. `tokens` is the text before the first token that `push` adds."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._tokens: list[int] = []
+        self._places: dict[tuple[int, int], list[int]] = {}  # two tokens -> where the token after them is
+        self._limit = _FEWEST
+        self._single: float | None = None  # seconds of a step without guesses
+        self._spent = self._gained = 0.0  # seconds
+        for token in tokens:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """The text goes on with `token`."""
+        self._tokens.append(token)
+        if len(self._tokens) >= 2:
+            places = self._places.setdefault((self._tokens[-2], token), [])
+            places.append(len(self._tokens))
+            del places[:-_PLACES]
+
+    def guess(self, room: int) -> list[int]:
+        """Tokens that may follow, `room` at most; none where nothing is known, or where guesses have not paid."""
+        if self._single is None or self._gained < -_RISK * self._spent:
+            return []
+        count = min(self._limit, room)
+        place, length = self._best_place()
+        # A short agreement is good enough only while guesses do well.
+        if count < 1 or length < _SHORTEST + (self._gained <= 0):
+            return []
+        guesses: list[int] = []
+        for i in range(place, place + count):  # past the end of the text, it repeats itself
+            guesses.append(self._tokens[i] if i < len(self._tokens) else guesses[i - len(self._tokens)])
+        return guesses
+
+    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
+        """A step with `guessed` guesses took so long, and `accepted` of them were right."""
+        self._spent += seconds
+        if not guessed:
+            self._single = seconds if self._single is None else 0.8 * self._single + 0.2 * seconds
+            return
+        assert self._single is not None
+        # A step that was interrupted by other work says little of what guesses cost.
+        seconds = min(seconds, (guessed + 1) * self._single)
+        self._gained = min(self._gained + (accepted + 1) * self._single - seconds, _RESERVE * self._single)
+        self._limit = min(2 * self._limit + 1, MAX_GUESSES) if accepted == guessed else max(_FEWEST, accepted)
+
+    def _best_place(self) -> tuple[int, int]:
+        """Where the longest earlier agreement with the end of the text ends, the latest of several, and its length."""
+        text, end = self._tokens, len(self._tokens)
+        best = (0, 0)
+        for place in self._places.get((text[-2], text[-1]), []) if end >= 2 else []:
+            length = 2
+            while length < min(_LONGEST, place) and text[place - 1 - length] == text[end - 1 - length]:
+                length += 1
+            if place < end and length >= best[1]:
+                best = (place, length)
+        return best
