@@ -58,7 +58,8 @@ def command(
     """Convert a model file to another type: smaller and faster, and a little less exact.
 
     SOURCE is a GGUF file, or the first of a split model. OUT is by default named after it and the type. At the end
-    stands what was lost: the relative root mean square error of each tensor type.
+    stands what was lost: the relative root mean square error of each tensor type, and with an importance matrix also
+    that error with every weight counted by its importance, which is what is made as small as can be.
 
     \b
     Examples:
@@ -189,9 +190,11 @@ def show_result(plan: Plan, result: Result) -> None:
     from qrun.cli.console import human_bytes
 
     if result.losses:
-        click.echo("type      tensors      size  relative RMSE")
+        weighted = plan.imatrix is not None
+        click.echo("type      tensors      size  relative RMSE" + ("  by importance" if weighted else ""))
         for type, loss in sorted(result.losses.items(), key=lambda item: -item[1].n_bytes):
-            click.echo(f"{type.name:8}  {loss.tensors:7}  {human_bytes(loss.n_bytes):>8}  {loss.relative_rmse:.5f}")
+            line = f"{type.name:8}  {loss.tensors:7}  {human_bytes(loss.n_bytes):>8}  {loss.relative_rmse:13.5f}"
+            click.echo(line + (f"  {loss.weighted_rmse:13.5f}" if weighted else ""))
     click.echo(sizes(plan))
     for path in result.paths:
         click.echo(path)

@@ -63,10 +63,11 @@ def _fields(count: int) -> range:
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
  MOE_WIDTH) = _fields(18)  # fmt: skip
 
+# Quantising: float32 blocks to bytes. IMPORTANCE is 0 or the address of one float32 row that all rows share; SUMS takes
+# float32 [4, blocks] (`STATS` in kernels.quantize_fit); TRIALS holds pairs of float32: see formats.blocks.fitting.
+(Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
+ Q_ROUNDS) = _fields(11)  # fmt: skip
+
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.
 READ_BLOCK = 1024
 READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)
-# Quantising: float32 blocks to bytes. IMPORTANCE is 0 or the address of one float32 row that all rows share; ERRORS and
-# ENERGIES take float32 sums of (x - y)^2 and x^2, one of each block; TRIALS are pairs of float32: see `Search.trials`.
-(Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_ERRORS, Q_ENERGIES, Q_TRIALS, Q_N_TRIALS,
- Q_REFINEMENTS, Q_ROUNDS) = _fields(12)  # fmt: skip

@@ -17,8 +17,8 @@ _MODULES = {
     "embed": "embed",
     **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
     "attention": "attention",
-    "read": "read",
     "quantize": "quantize",
+    "read": "read",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }
 

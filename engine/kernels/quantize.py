@@ -16,12 +16,12 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine import records as R
-from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, build_fit_with_minimum, build_fit_without_minimum
+from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, STATS, build_fit_with_minimum, build_fit_without_minimum
 from qrun.engine.kernels.quantize_mxfp4 import build_fit_exponent
 from qrun.engine.kernels.quantize_pack import PACKERS
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, Emitter, Vector
+from qrun.engine.simd.vector import Emitter, Vector
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType
 from qrun.formats.blocks.fitting import Levels, Steps
 
@@ -56,8 +56,8 @@ def build_nearest(levels: Levels) -> tuple[Any, Any]:
 
 
 @operation(lambda *_: v.types.void)
-def fill_ones(e: Emitter, address: ir.Value) -> None:
-    e.store(e.splat(ir.Constant(F32, 1.0)).value, address)
+def fill(e: Emitter, address: ir.Value, value: ir.Value) -> None:
+    e.store(e.splat(value).value, address)
 
 
 def quantize(type_name: str) -> Kernel:
@@ -72,7 +72,7 @@ def quantize(type_name: str) -> Kernel:
     vector = 4 * lanes
     weight_bytes = block_size * vector
     head_bytes = HEAD_VECTORS * vector
-    stats_bytes = 2 * vector
+    stats_bytes = STATS * vector
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         x, w = v.scratch(weight_bytes), v.scratch(weight_bytes)
@@ -82,7 +82,7 @@ def quantize(type_name: str) -> Kernel:
         n_blocks = v.load_i64(op + R.Q_BLOCKS)
         if importance == 0:
             for j in range(block_size):
-                fill_ones(w + j * vector)
+                fill(w + j * vector, 1.0)
         for first in range(0, n_blocks, lanes):
             count = min(lanes, n_blocks - first)
             for lane in range(lanes):
@@ -96,13 +96,15 @@ def quantize(type_name: str) -> Kernel:
                     place = importance + within * block_size * 4
                     for j in range(block_size):
                         v.store_f32(w + j * vector + 4 * lane, v.load_f32(place + 4 * j))
+            for i in range(STATS):
+                fill(stats + i * vector, 0.0)
             fit(op, x, w, head, stats)
             for lane in range(count):
                 for j in range(block_size):
                     v.store_u8(codes + j, v.load_i32(x + j * vector + 4 * lane))
                 pack(codes, head + 4 * lane, vector, out + (first + lane) * block_bytes)
-                place = 4 * (first + lane)
-                v.store_f32(v.load_i64(op + R.Q_ERRORS) + place, v.load_f32(stats + 4 * lane))
-                v.store_f32(v.load_i64(op + R.Q_ENERGIES) + place, v.load_f32(stats + vector + 4 * lane))
+                for i in range(STATS):
+                    place = v.load_i64(op + R.Q_SUMS) + 4 * (i * n_blocks + first + lane)
+                    v.store_f32(place, v.load_f32(stats + i * vector + 4 * lane))
 
     return kernel

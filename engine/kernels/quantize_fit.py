@@ -1,8 +1,8 @@
 """The searches of `formats.blocks.fitting`, in vectors whose lanes are blocks.
 
 Read that file first: names and order are its. A fit takes the addresses of weights and importance (one vector for each
-weight of a block), writes what it finds to `head` (laid out below), the codes over the weights, and the sums of
-squared errors and of squared weights to `stats`.
+weight of a block), writes what it finds to `head` (laid out below), the codes over the weights, and to `stats` four
+sums: squared errors and squared weights, and both once more with each multiplied by its importance.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from qrun.engine import records as R
 from qrun.engine.simd import operations as v
 from qrun.formats.blocks.fitting import ALIKE, TINY, Search
 
+STATS = 4
 # `head`, in vectors: scale, minimum, the integer scales (int32), the integer minimums.
 SCALES, MINIMUMS, HEAD_VECTORS = 2, 18, 34
 
@@ -20,21 +21,25 @@ tiny, alike = float(TINY), float(ALIKE)
 
 
 def build_finish(search: Search, nearest: Any, code: Any) -> Any:
-    """finish(x, inverse, scale, minimum, first, last): from weights to codes, with the sums for `stats`."""
+    """finish(x, w, stats, inverse, scale, minimum, first, last): from weights to codes, and what that costs."""
     vector = 4 * v.target().lanes
 
     @v.helper
-    def finish(x, stats, inverse, scale, minimum, first, last):  # type: ignore[no-untyped-def]
+    def finish(x, w, stats, inverse, scale, minimum, first, last):  # type: ignore[no-untyped-def]
         errors, energies = v.load(stats), v.load(stats + vector)
+        weighted_errors, weighted_energies = v.load(stats + 2 * vector), v.load(stats + 3 * vector)
         for j in range(first, last):
             value = v.load(x + j * vector)
             q = nearest((value + minimum) * inverse)
             miss = value - (scale * q - minimum)
-            errors = errors + miss * miss
-            energies = energies + value * value
+            error, energy, weight = miss * miss, value * value, v.load(w + j * vector)
+            errors, weighted_errors = errors + error, weighted_errors + weight * error
+            energies, weighted_energies = energies + energy, weighted_energies + weight * energy
             v.store(x + j * vector, code(q))
         v.store(stats, errors)
         v.store(stats + vector, energies)
+        v.store(stats + 2 * vector, weighted_errors)
+        v.store(stats + 3 * vector, weighted_energies)
 
     return finish
 
@@ -127,17 +132,15 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any) -> Any:
     @v.helper
     def fit(op, x, w, head, stats):  # type: ignore[no-untyped-def]
         zero = v.splat(0.0)
-        v.store(stats, zero)
-        v.store(stats + vector, zero)
         if two_level:
             scales = fit_two_levels(op, x, w, head)
             for i in range(groups):
                 scale = v.load(scales + i * vector)
-                finish(x, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, i * size, (i + 1) * size)
+                finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, i * size, (i + 1) * size)
         else:
             scale = v.round_to_half(fit_group(op, x, w))
             v.store(head, scale)
-            finish(x, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, 0, size)
+            finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, 0, size)
 
     return fit
 
@@ -293,19 +296,17 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
 
     @v.helper
     def fit(op, x, w, head, stats):  # type: ignore[no-untyped-def]
-        v.store(stats, v.splat(0.0))
-        v.store(stats + vector, v.splat(0.0))
         if two_level:
             numbers = fit_two_levels(op, x, w, head)
             for i in range(groups):
                 scale, minimum = v.load(numbers + i * vector), v.load(numbers + i * vector + n_bytes)
-                finish(x, stats, v.divide(v.splat(1.0), scale, tiny), scale, minimum, i * size, (i + 1) * size)
+                finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, minimum, i * size, (i + 1) * size)
         else:
             w_sum, x_sum = sums(x, w)
             scale, minimum = fit_group(op, x, w, w_sum, x_sum)
             scale, minimum = v.round_to_half(scale), v.round_to_half(minimum)
             v.store(head, scale)
             v.store(head + vector, minimum)
-            finish(x, stats, v.divide(v.splat(1.0), scale, tiny), scale, minimum, 0, size)
+            finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, minimum, 0, size)
 
     return fit

@@ -45,8 +45,6 @@ def build_fit_exponent(search: Search, nearest: Any, code: Any) -> Any:
         v.store(head, best)
         for lane in range(lanes):
             v.store_i32(head + 2 * vector + 4 * lane, (v.load_i32(head + 4 * lane) >> 23) + 1)
-        v.store(stats, zero)
-        v.store(stats + vector, zero)
-        finish(x, stats, v.divide(v.splat(1.0), best, tiny), best, zero, 0, size)
+        finish(x, w, stats, v.divide(v.splat(1.0), best, tiny), best, zero, 0, size)
 
     return fit

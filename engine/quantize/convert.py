@@ -87,17 +87,24 @@ class Plan:
 
 @dataclass
 class Loss:
-    """What quantising to one type has cost: sums over the weights of (x - y)^2 and x^2."""
+    """What quantising to one type has cost: sums over the weights of (x - y)^2 and x^2, plain and times importance."""
 
     tensors: int = 0
     n_bytes: int = 0
     error: float = 0.0
     energy: float = 0.0
+    weighted_error: float = 0.0
+    weighted_energy: float = 0.0
 
     @property
     def relative_rmse(self) -> float:
         """Root of the mean squared error, as a part of the root of the mean square."""
         return float(np.sqrt(self.error / self.energy)) if self.energy > 0 else 0.0
+
+    @property
+    def weighted_rmse(self) -> float:
+        """The same with every weight counted by its importance (by 1 where there is none): what has been minimised."""
+        return float(np.sqrt(self.weighted_error / self.weighted_energy)) if self.weighted_energy > 0 else 0.0
 
 
 @dataclass
@@ -262,7 +269,7 @@ def _encode(
     if not tensor.changes:
         for start in range(0, source.n_bytes, COPY_BYTES):
             raw = source.raw[start : start + COPY_BYTES]
-            yield len(raw), Encoded(raw, 0.0, 0.0)
+            yield len(raw), Encoded(raw)
         return
     row = source.shape[-1]
     n_rows = prod(source.shape[:-1])
@@ -298,6 +305,8 @@ def _count(result: Result, tensor: PlannedTensor, encoded: Encoded) -> None:
     loss = result.losses.setdefault(tensor.type, Loss())
     loss.error += encoded.error
     loss.energy += encoded.energy
+    loss.weighted_error += encoded.weighted_error
+    loss.weighted_energy += encoded.weighted_energy
 
 
 def _forget(reader: GGUFReader, tensor: TensorInfo) -> None:

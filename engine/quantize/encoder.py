@@ -20,11 +20,13 @@ U8Array = NDArray[np.uint8]
 
 @dataclass
 class Encoded:
-    """raw: the bytes. error, energy: the sums of (x - y)^2 and of x^2 over the weights."""
+    """raw: the bytes. error, energy: the sums of (x - y)^2 and of x^2; weighted_*: each times its importance."""
 
     raw: U8Array
-    error: float
-    energy: float
+    error: float = 0.0
+    energy: float = 0.0
+    weighted_error: float = 0.0
+    weighted_energy: float = 0.0
 
 
 class Encoder:
@@ -62,20 +64,18 @@ class Encoder:
                 raise ValueError(f"importance of shape {importance.shape} for rows of {row} weights")
         n_blocks = weights.size // size
         raw = np.empty(n_blocks * n_bytes, np.uint8)
-        sums = np.empty((2, n_blocks), np.float32)
+        sums = np.empty((4, n_blocks), np.float32)
         record = np.zeros(R.RECORD_BYTES // 8, np.int64)
         fields = {
             R.Q_SOURCE: weights.ctypes.data, R.Q_BLOCKS: n_blocks, R.Q_ROW_BLOCKS: row // size,
             R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_OUT: raw.ctypes.data,
-            R.Q_ERRORS: sums[0].ctypes.data, R.Q_ENERGIES: sums[1].ctypes.data,
-            R.Q_TRIALS: self._trials[type].ctypes.data, R.Q_N_TRIALS: len(self._trials[type]),
-            R.Q_REFINEMENTS: search.refinements, R.Q_ROUNDS: search.rounds,
+            R.Q_SUMS: sums.ctypes.data, R.Q_TRIALS: self._trials[type].ctypes.data,
+            R.Q_N_TRIALS: len(self._trials[type]), R.Q_REFINEMENTS: search.refinements, R.Q_ROUNDS: search.rounds,
         }  # fmt: skip
         for offset, value in fields.items():
             record[offset // 8] = value
         self._functions[type](record.ctypes.data, 0, 0)
-        error, energy = sums.sum(axis=1, dtype=np.float64).tolist()
-        return Encoded(raw, error, energy)
+        return Encoded(raw, *sums.sum(axis=1, dtype=np.float64).tolist())
 
 
 def _encode_floats(weights: F32Array, type: TensorType) -> Encoded:
@@ -84,8 +84,6 @@ def _encode_floats(weights: F32Array, type: TensorType) -> Encoded:
     blocks = weights.reshape(-1, 1)
     raw = block_format.quantize(blocks, None)
     miss = block_format.dequantize(raw) - blocks
-    return Encoded(
-        raw.reshape(-1),
-        float(np.square(miss, dtype=np.float32).sum(dtype=np.float64)),
-        float(np.square(blocks).sum(dtype=np.float64)),
-    )
+    error = float(np.square(miss).sum(dtype=np.float64))
+    energy = float(np.square(blocks).sum(dtype=np.float64))
+    return Encoded(raw.reshape(-1), error, energy, error, energy)

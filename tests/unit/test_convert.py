@@ -104,7 +104,7 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
     imatrix = Imatrix(Path("i.gguf"), {name: values.reshape(-1)}, ["text"], 4)
     out = tmp_path / "out.gguf"
     with GGUFReader(source) as reader:
-        convert(plan(reader, Choice("Q4_K_M"), imatrix=imatrix), out)
+        result = convert(plan(reader, Choice("Q4_K_M"), imatrix=imatrix), out)
         weights = reader.tensors[name].dequantize()
     with GGUFReader(out) as reader:
         tensor = reader.tensors[name]
@@ -113,6 +113,7 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
         expected = [quantize(weights[i], tensor.type, importance[i]) for i in range(3)]
         np.testing.assert_array_equal(tensor.raw, np.concatenate(expected))
         assert reader.metadata["quantize.imatrix.dataset"] == "text"
+    assert result.losses[TensorType.Q4_K].weighted_rmse < result.losses[TensorType.Q4_K].relative_rmse
 
 
 def test_copy_is_the_same_tensors(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

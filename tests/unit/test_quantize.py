@@ -153,12 +153,17 @@ def test_any_number_of_blocks_will_do(name: str, rows: int, encoder: Encoder, rn
 
 
 @pytest.mark.parametrize("name", [*NAMES, "F16", "BF16"])
-def test_the_error_that_it_reports_is_the_error(name: str, encoder: Encoder, rng: np.random.Generator) -> None:
+def test_the_errors_that_it_reports_are_the_errors(
+    name: str, encoder: Encoder, importance: np.ndarray, rng: np.random.Generator
+) -> None:
     type = TensorType[name]
     weights = rng.normal(size=(5, 512)).astype(np.float32)
-    encoded = encoder.encode(weights, type)
+    encoded = encoder.encode(weights, type, importance)
     expected = relative_rmse(weights, encoded.raw, type)
     assert np.sqrt(encoded.error / encoded.energy) == pytest.approx(expected, rel=1e-3)
+    if name in NAMES:
+        expected = relative_rmse(weights, encoded.raw, type, importance)
+        assert np.sqrt(encoded.weighted_error / encoded.weighted_energy) == pytest.approx(expected, rel=1e-3)
 
 
 OTHER_FORMS = sorted(form for form in ("avx512", "avx2", "plain") if host_target(form) != host_target("best"))
