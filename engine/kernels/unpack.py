@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from qrun.engine.simd.vector import F16, F32, I8, I16, I32, Emitter, Vector
+from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of a 4-bit float (1 sign, 2 exponent, 1 mantissa bit), so that they are integers.
@@ -26,9 +26,13 @@ class Rows:
 
     def __init__(self, e: Emitter, address: ir.Value, stride: ir.Value) -> None:
         self.e = e
-        self.addresses = [address]
-        for _ in range(e.lanes - 1):
-            self.addresses.append(e.builder.add(self.addresses[-1], stride))
+        multiples = [ir.Constant(I64, 0), stride, e.builder.shl(stride, ir.Constant(I64, 1))]
+        multiples.append(e.builder.add(stride, multiples[2]))
+        four = e.builder.shl(stride, ir.Constant(I64, 2))
+        self.addresses = []
+        for _ in range(e.lanes // 4):
+            self.addresses += [e.builder.add(address, multiple) for multiple in multiples]
+            address = e.builder.add(address, four)
 
     def words(self, offset: int, count: int) -> list[Vector]:
         """`count` int32 vectors (a multiple of 4) from byte `offset` on: 16 bytes of four rows, transposed."""
