@@ -240,8 +240,8 @@ def _q3_k(rows: Rows) -> Iterator[Group]:
                 low = (_byte(packed, i % 8) >> (4 * (i // 8))) & 15
                 top = (_byte(packed, 8 + i % 4) >> (2 * (i // 4))) & 3
                 scales.append(d * ((low | (top << 4)) - 32).to_float())
-            low = [(word >> (2 * j)) & 0x03030303 for word in words]
-            weights = [_add_where(bit & (0x01010101 << g), 4, word) for word, bit in zip(low, high, strict=True)]
+            lowest = [(word >> (2 * j)) & 0x03030303 for word in words]
+            weights = [_add_where(bit & (0x01010101 << g), 4, w) for w, bit in zip(lowest, high, strict=True)]
             yield Group(weights, scales, [])
 
 
