@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from qrun.cli.plot import check_plot, new_figure, save
+
 ROUNDS = 2
 """How often each engine has its turn: a neighbour that disturbs one turn does not decide the comparison."""
 
@@ -162,25 +164,11 @@ def table(task: Task, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def check_plot(path: str) -> None:
-    """Raises click.UsageError for a file that is neither PNG nor SVG, or if there is nothing to draw with."""
-    if Path(path).suffix.lower() not in (".png", ".svg"):
-        raise click.UsageError(f"--plot: {path} must end in .png or .svg.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install 'qrun-gguf[plot]'.") from None
-
-
 def draw(task: Task, rows: list[dict[str, Any]], path: str) -> None:
     """Bars of tokens per second, a panel for each figure, a group for each number of threads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    figure = Figure(figsize=(1 + 3.2 * len(task.metrics), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(task.metrics), squeeze=False)[0], task.metrics, strict=True):
+    figure, panels = new_figure(1 + 3.2 * len(task.metrics), 3.4, len(task.metrics))
+    for axes, metric in zip(panels, task.metrics, strict=True):
         chosen = [row for row in rows if row["metric"] == metric]
         width = 0.8 / (1 + len(names))
         for i, name in enumerate(["qrun", *names]):
@@ -190,11 +178,10 @@ def draw(task: Task, rows: list[dict[str, Any]], path: str) -> None:
         axes.set_xticks([place + 0.4 - width / 2 for place in range(len(chosen))])
         axes.set_xticklabels([f"{row['threads']} thread{'s' * (row['threads'] > 1)}" for row in chosen])
         axes.set_title(metric)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("tokens per second")
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="best")
+    panels[0].set_ylabel("tokens per second")
+    panels[-1].legend(frameon=False, fontsize=8, loc="best")
     figure.suptitle(f"{Path(task.model).name}, after {task.depth} tokens", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _output(command: list[str], name: str) -> str:
