@@ -76,7 +76,8 @@ def command(
         from qrun.cli import bench_compare
 
         task = bench_compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
-        bench_compare.report(task, [bench_compare.Peer(peer) for peer in peers], [threads] if threads else [1, 2], plot, as_json)
+        others = [bench_compare.Peer(peer) for peer in peers]
+        bench_compare.report(task, others, [threads] if threads else [1, 2], plot, as_json)
         return
     if plot:
         raise click.UsageError("--plot needs --compare.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qrun.engine.scoring import Estimate, F32Array, F64Array, Score, negative_log_likelihoods
+from qrun.engine.scoring import Estimate, F32Array, F64Array, Score
 from qrun.engine.tokenizer import Tokenizer
 
 

@@ -35,7 +35,7 @@ class Chunks:
 
     @classmethod
     def of(cls, text: str, tokenizer: Tokenizer, size: int, limit: int | None = None) -> Chunks:
-        """The first `limit` chunks of a text, or all; what is left at its end is left out. ValueError if it has none."""
+        """The first `limit` chunks of a text, or all of them; the rest is left out. Raises ValueError if it has none."""
         tokens = tokenizer.encode(text, add_special=True)
         count = len(tokens) // size
         if count == 0:
@@ -47,6 +47,11 @@ class Chunks:
 
     def __iter__(self) -> Iterator[list[int]]:
         return (self.tokens[i * self.size : (i + 1) * self.size] for i in range(self.count))
+
+    @property
+    def scored(self) -> int:
+        """How many tokens of each chunk are scored."""
+        return self.size - 1 - self.size // 2
 
 
 def scored_logits(runtime: Runtime, chunk: Sequence[int], bos: int | None) -> Iterator[tuple[F32Array, Sequence[int]]]:

@@ -1,4 +1,4 @@
-"""Reading and writing an importance matrix: how much the inputs of each matrix of a model weigh, from a calibration run.
+"""Importance matrices, read and written: how much the inputs of each matrix of a model weigh, from a calibration run.
 
 For each matrix it holds the mean square of every input (of every input of every expert), which is how much an error of
 the weights in that column matters: E[(sum of e[j] * a[j])^2] is about the sum of e[j]^2 * E[a[j]^2].
@@ -87,15 +87,21 @@ def write_imatrix(
         writer.set_metadata(DATASETS, [dataset], ValueType.ARRAY, ValueType.STRING)
         writer.set_metadata(CHUNK_COUNT, chunks, ValueType.UINT32)
         writer.set_metadata(CHUNK_SIZE, chunk_size, ValueType.UINT32)
-        arrays = {}
+        arrays: dict[str, F32Array] = {}
         for name in sorted(sums):
             entry = sums[name]
-            arrays[name + SUMS] = entry.sums.astype(np.float32)
-            arrays[name + COUNTS] = entry.counts.astype(np.float32).reshape(-1, 1)
+            dense = len(entry.counts) == 1  # GGUF files spell no dimensions of one
+            arrays[name + SUMS] = entry.sums.astype(np.float32).reshape(-1 if dense else entry.sums.shape)
+            arrays[name + COUNTS] = entry.counts.astype(np.float32).reshape((-1,) if dense else (-1, 1))
         for name, array in arrays.items():
             writer.add_tensor(name, TensorType.F32, array.shape)
         for name, array in arrays.items():
             writer.write_tensor(name, array)
+
+
+def unused_experts(sums: Mapping[str, InputSums]) -> int:
+    """How many experts' matrices no row of the text went through."""
+    return sum(int((entry.counts == 0).sum()) for entry in sums.values())
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:

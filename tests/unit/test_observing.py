@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.kernel_harness import Harness
 
 from qrun.engine import records as R
 from qrun.engine.quantize.calibration import Collector
@@ -15,6 +14,7 @@ from qrun.formats import GGUFReader
 from qrun.models import build_graph
 from qrun.models.graph import Graph
 from tests import reference
+from tests.kernel_harness import Harness
 
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "arch"
 FILES = sorted(ARCHITECTURES.glob("*.gguf"))
@@ -70,7 +70,10 @@ def fields(x: np.ndarray, sums: np.ndarray, counts: np.ndarray, width: int) -> d
     }  # fmt: skip
 
 
-def observed(graph: Graph, tokens: np.ndarray, threads: int, cuts: list[int]) -> dict[str, tuple[np.ndarray, list[int]]]:
+Seen = dict[str, tuple[np.ndarray, list[int]]]
+
+
+def observed(graph: Graph, tokens: np.ndarray, threads: int, cuts: list[int]) -> Seen:
     """What a runtime sees of a text: name -> sums [experts, inputs], counts."""
     runtime = Runtime(graph, threads=threads, context=64, observe=True)
     sequence, collector = runtime.sequence(), Collector(runtime)
@@ -104,7 +107,8 @@ def test_the_inputs_of_all_matrices_of_the_layers(path: Path, rng: np.random.Gen
     assert found.keys() == {name for name in expected if name.startswith("blk.")}
     for name, (sums, counts) in found.items():
         assert counts == expected[name][1].tolist(), name
-        np.testing.assert_allclose(sums, expected[name][0], rtol=1e-4, atol=1e-6 * expected[name][0].max(), err_msg=name)
+        squares = expected[name][0]
+        np.testing.assert_allclose(sums, squares, rtol=1e-4, atol=1e-6 * squares.max(), err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["llama-dense", "qwen3moe-moe"])
