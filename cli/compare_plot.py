@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 from qrun.cli.plot import BLUE, GREY, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
     from qrun.cli.compare import Comparison, Measured
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 _PLACES = ((1, 1), (1, 0), (1, -1), (0, 1), (-1, -1), (-1, 0), (0, -1), (-1, 1))
 _ALIGNMENTS = {1: "left", 0: "center", -1: "right"}
 _VERTICAL = {1: "bottom", 0: "center", -1: "top"}
-_DISTANCE = 6  # points from a point to its label
+# How far from its point, in points of print. What is further is tied to it by a line.
+_NEAR, _FAR = 6, 20
 
 
 def draw(comparison: Comparison, path: str) -> None:
@@ -71,7 +74,7 @@ def undominated(types: Sequence[Measured]) -> list[Measured]:
 
 
 def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str]) -> None:
-    """A text beside each point, where it hides no other text and no point: tried place by place, the crowded first."""
+    """A text beside each point, at the first place where it hides no other text and no point, or hides least."""
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
@@ -82,13 +85,14 @@ def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], texts: Sequ
     inside = axes.get_window_extent()
     for point, text in zip(zip(x, y, strict=True), texts, strict=True):
         tried = []
-        for dx, dy in _PLACES:
-            distance = _DISTANCE if dx == 0 or dy == 0 else _DISTANCE * 0.6
+        for reach, (dx, dy) in product((_NEAR, _FAR), _PLACES):
+            distance = reach if dx == 0 or dy == 0 else reach * 0.6
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             label = axes.annotate(
                 text, point, (dx * distance, dy * distance), textcoords="offset points", fontsize=9,
-                ha=_ALIGNMENTS[dx], va=_VERTICAL[dy],
+                ha=_ALIGNMENTS[dx], va=_VERTICAL[dy], arrowprops=line if reach == _FAR else None,
             )  # fmt: skip
-            box = label.get_window_extent()
+            box = text_box(label)
             tried.append((hidden(box, taken, inside), label, box))
             if tried[-1][0] == 0:
                 break
@@ -97,6 +101,14 @@ def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], texts: Sequ
             if label is not kept:
                 label.remove()
         taken.append(box)
+
+
+def text_box(label: Annotation) -> Bbox:
+    """Where a label's text lies, in pixels, without the line, which begins at the point itself."""
+    from matplotlib.text import Text
+
+    label.get_window_extent()  # puts the text into its place
+    return Text.get_window_extent(label)
 
 
 def hidden(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:

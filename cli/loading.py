@@ -51,11 +51,11 @@ def open_runtime(
 
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
     """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
-    from qrun.engine.scoring import Chunks
+    from qrun.engine.scoring import Chunks, TextTooShort
 
     try:
         return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
-    except ValueError as error:
+    except TextTooShort as error:
         raise ValueError(f"{file}: {error}") from None
 
 

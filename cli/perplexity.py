@@ -122,8 +122,9 @@ def check_vocabulary(reference: Path, tokenizer: Any) -> None:
     from qrun.engine import Tokenizer
     from qrun.engine.divergence import check_same_vocabulary
 
+    other = Tokenizer.load(reference)
     try:
-        check_same_vocabulary(tokenizer, Tokenizer.load(reference))
+        check_same_vocabulary(tokenizer, other)
     except ValueError as error:
         raise ValueError(f"{reference}: {error}") from None
 

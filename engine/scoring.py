@@ -24,6 +24,10 @@ F64Array = NDArray[np.float64]
 LOGIT_BYTES = 64 << 20  # the logits that are held at a time
 
 
+class TextTooShort(ValueError):
+    """A text has fewer tokens than one chunk."""
+
+
 @dataclass(frozen=True)
 class Chunks:
     """A text in chunks of `size` tokens. bos: what takes the place of each chunk's first token, or None."""
@@ -35,11 +39,11 @@ class Chunks:
 
     @classmethod
     def of(cls, text: str, tokenizer: Tokenizer, size: int, limit: int | None = None) -> Chunks:
-        """The first `limit` chunks of a text, or all of them; the rest is left out. Raises ValueError if it has none."""
+        """The first `limit` chunks of a text, or all; the rest is left out. Raises TextTooShort if it has none."""
         tokens = tokenizer.encode(text, add_special=True)
         count = len(tokens) // size
         if count == 0:
-            raise ValueError(f"{len(tokens)} tokens, but one chunk takes {size} (see --ctx)")
+            raise TextTooShort(f"{len(tokens)} tokens, but one chunk takes {size} (see --ctx)")
         return cls(tokens, size, min(count, limit or count), tokenizer.bos_id if tokenizer.add_bos else None)
 
     def __len__(self) -> int:
