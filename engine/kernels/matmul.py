@@ -7,7 +7,7 @@ Every output is computed by the same float operations in the same order, however
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
-Columns come packed by `kernels.rows` into panels. With one column, weights go from the file through registers. With
+Columns come packed by `kernels.rows` into panels. With one panel, weights go from the file through registers. With
 more, a slice of the row group is unpacked into the first-level cache and used for all panels.
 
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
@@ -32,6 +32,11 @@ from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 # for each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
 # KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
+
+# Rows of a group are read side by side, a pattern that hardware does not foresee. So while one group is computed, the
+# next one is asked for, and a little more: its last rows must not arrive when they are needed already. 4 KB is what
+# memory brings in the 200 ns or so that it takes to answer.
+AHEAD_BYTES = 4096
 
 
 def _dot_quantised(e: Emitter, spec: Quantised, group: Group, total: list[Vector], block: ir.Value) -> list[Vector]:
@@ -174,9 +179,6 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     totals_bytes = 4 * lanes * R.MAX_COLUMNS
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
-    # Rows of a group are read side by side, a pattern that hardware does not foresee: while one group is computed, the
-    # next one, which lies behind it in one piece, is asked for. A chunk's last group asks for the chunk that this
-    # thread will probably get next.
     ahead_bytes = lanes * block_bytes
 
     @v.helper
@@ -200,6 +202,29 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             if residual != 0:
                 one = one + v.load_f32(residual_row)
             v.store_f32(out, one)
+
+    def through_registers(width: int) -> Any:
+        """A row group times one panel of `width` columns, whose totals go to memory.
+
+        Weights are asked for from `ahead` on; behind the chunk, of the chunk that this thread will probably get next.
+        """
+
+        @v.helper
+        def dot(weights, stride, n_blocks, tail, x, ahead, chunk_end, jump, totals):  # type: ignore[no-untyped-def]
+            total = v.zero_tile(width)
+            for block in range(n_blocks):
+                v.prefetch(ahead if ahead < chunk_end else ahead + jump, ahead_bytes)
+                ahead += ahead_bytes
+                total = dot_block(total, weights + block * block_bytes, stride, x)
+                x += x_bytes * groups * width
+            for i in range(tail):
+                total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
+                x += 4 * width
+            v.store_tile(total, totals, 4 * lanes)
+
+        return dot
+
+    dot_one_column, dot_one_panel = through_registers(1), through_registers(columns)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
@@ -233,20 +258,17 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 # The last group is moved back over rows that are done: computed again, to the same bits.
                 row = min(wanted, n_rows - lanes) if whole else wanted
                 weights = matrix + row * row_bytes
-                if narrow:
-                    total = v.zero_tile(1)
+                if n_columns <= columns:
                     x = inputs + first_column * column_bytes
-                    ahead = weights + lanes * row_bytes
-                    if wanted + lanes >= end:
-                        ahead = matrix + (begin + n_threads * chunk_rows) * row_bytes
-                    for block in range(n_blocks):
-                        v.prefetch(ahead, ahead_bytes)
-                        ahead += ahead_bytes
-                        total = dot_block(total, weights + block * block_bytes, stride, x)
-                        x += x_bytes * groups
-                    for i in range(tail):
-                        total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x + 4 * i)
-                    write(op, v.column(total, 0), first_column, row, whole)
+                    ahead = weights + lanes * row_bytes + AHEAD_BYTES
+                    chunk_end = matrix + end * row_bytes
+                    jump = (n_threads - 1) * chunk_rows * row_bytes
+                    if narrow:
+                        dot_one_column(weights, stride, n_blocks, tail, x, ahead, chunk_end, jump, totals)
+                    else:
+                        dot_one_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, jump, totals)
+                    for column in range(n_columns):
+                        write(op, v.load(totals + column * (4 * lanes)), first_column + column, row, whole)
                     continue
                 for pass_first in range(0, n_columns, R.MAX_COLUMNS):
                     pass_columns = min(n_columns - pass_first, R.MAX_COLUMNS)
@@ -283,7 +305,7 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                         value = v.load(totals + column * (4 * lanes))
                         write(op, value, first_column + pass_first + column, row, whole)
         # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
-        if narrow:
+        if v.load_i64(step + R.N_ROWS) <= columns:
             size = v.load_i64(op + R.MM_NEXT_BYTES)
             following = v.load_i64(op + R.MM_NEXT) + thread * size
             for offset in range(0, size, 256):

@@ -378,11 +378,6 @@ def load_tile(e: Emitter, columns: int, address: ir.Value, stride: Any) -> list[
     return [e.load(_nth(e, address, stride, i), 0, F32, e.lanes) for i in range(columns)]
 
 
-@operation(lambda tile, index: VectorType("f32", tile.lanes))
-def column(e: Emitter, tile: list[Vector], index: int) -> Vector:
-    return tile[index]
-
-
 @operation(lambda vector: types.float32)
 def first_lane(e: Emitter, vector: Vector) -> ir.Value:
     return vector.lane(0)

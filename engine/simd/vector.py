@@ -114,6 +114,10 @@ class Vector:
         compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_signed
         return self._new(compare("<", self.value, self._operand(other)))
 
+    def is_zero(self) -> Vector:
+        """A vector of single bits, for integers."""
+        return self._new(self.builder.icmp_signed("==", self.value, self._operand(0)))
+
     def choose(self, yes: Vector, no: Vector) -> Vector:
         """self holds single bits: lane by lane `yes` where set, else `no`."""
         return self._new(self.builder.select(self.value, yes.value, no.value))
