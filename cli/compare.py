@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -101,8 +100,8 @@ def command(
     importance = read_imatrix(imatrix) if imatrix else None
     with closing(open_source(path)) as opened:
         plans = [plan(opened, Choice(name), imatrix=importance, allow_requantize=allow_requantize) for name in names]
-        with working_folder() as folder:
-            comparison = compare(path, file.name, text, plans, folder, keep, threads, cache_type)
+        with tempfile.TemporaryDirectory(prefix="qrun-compare-") as folder:
+            comparison = compare(path, file.name, text, plans, Path(folder), keep, threads, cache_type)
     if plot:
         from qrun.cli.compare_plot import draw
 
@@ -115,13 +114,6 @@ def open_source(path: Path) -> Source:
     from qrun.formats import GGUFReader
 
     return GGUFSource(GGUFReader(path))
-
-
-@contextmanager
-def working_folder() -> Iterator[Path]:
-    """A folder that goes with all that is in it."""
-    with tempfile.TemporaryDirectory(prefix="qrun-compare-") as folder:
-        yield Path(folder)
 
 
 def compare(
