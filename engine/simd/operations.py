@@ -434,12 +434,9 @@ def pause(e: Emitter) -> None:
 
 @operation(_void)
 def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
-    """Bring the cache lines of `size` bytes (a literal) from `address`, mapped or not, into the second level."""
-    type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
-    function = emit.declare(e.builder.module, "llvm.prefetch.p0", type_)
-    read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+    """Ask for the cache lines of `size` bytes (a literal) from `address`."""
     for offset in range(0, size, 64):
-        e.builder.call(function, [e.pointer(address, offset, I8), read, second_level, data])
+        e.prefetch(address, offset)
 
 
 @operation(_void)

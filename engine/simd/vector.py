@@ -209,6 +209,18 @@ class Emitter:
     def store(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
         self.builder.store(value, self.pointer(address, offset, value.type), align=1)
 
+    def prefetch(self, address: ir.Value, offset: int) -> None:
+        """Bring the cache line at an address, mapped or not, into the second level."""
+        type_ = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = declare(self.builder.module, "llvm.prefetch.p0", type_)
+        read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+        self.builder.call(function, [self.pointer(address, offset, I8), read, second_level, data])
+
+    def fence(self) -> None:
+        """LLVM moves no access to memory from one side to the other. It is no instruction."""
+        assembly = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True)
+        self.builder.call(assembly, [])
+
     def splat(self, scalar: ir.Value, lanes: int | None = None) -> Vector:
         type_ = ir.VectorType(scalar.type, lanes or self.lanes)
         one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(I32, 0))
