@@ -11,8 +11,9 @@ from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from qrun.engine import Model
+    from qrun.engine import Model, Tokenizer
     from qrun.engine.runtime import Runtime
+    from qrun.engine.scoring import Chunks
 
 
 def load_model(source: str, loading: dict[str, Any]) -> Model:
@@ -23,7 +24,9 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
 
 
 @contextmanager
-def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
+def open_runtime(
+    path: Path, *, threads: int | None, context: int, cache_type: str = "f16", observe: bool = False
+) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
@@ -38,11 +41,22 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
             context=context,
             cache_type=cache_type,
             progress=CompileProgress(),
+            observe=observe,
         )
         try:
             yield runtime
         finally:
             runtime.close()
+
+
+def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
+    """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
+    from qrun.engine.scoring import Chunks, TextTooShort
+
+    try:
+        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+    except TextTooShort as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def with_tokenizer(model: Model) -> Model:

@@ -14,6 +14,7 @@ from qrun.engine.compiler import Progress, load_kernels
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kv_cache import CacheLayout, KVSequence, PagePool
 from qrun.engine.lowering import Lowering
+from qrun.engine.observing import ObservingLowering
 from qrun.engine.program import Program
 from qrun.engine.simd.target import Target, host_target
 from qrun.engine.team import TEAM_KERNELS, Team
@@ -28,11 +29,12 @@ class Runtime:
 
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
+    observe: collect in `observations` what matmuls take (see engine.observing).
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
-        progress: Progress | None = None, target: Target | None = None,
+        progress: Progress | None = None, target: Target | None = None, observe: bool = False,
     ) -> None:  # fmt: skip
         if context < 1:
             raise ValueError(f"context is {context}: it must be at least 1")
@@ -44,10 +46,11 @@ class Runtime:
         self.batch = min(batch, context)
         self._layout = CacheLayout(graph.cache_layers, cache_type)
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
-        lowering = Lowering(
+        lowering = (ObservingLowering if observe else Lowering)(
             graph, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
             threads=threads,
         )  # fmt: skip
+        self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
         self._kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools), threads)

@@ -12,6 +12,7 @@ from qrun.engine.quantize import convert as converting
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.mixes import Choice
+from qrun.engine.quantize.source import GGUFSource
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import quantize
 
@@ -104,7 +105,7 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
     imatrix = Imatrix(Path("i.gguf"), {name: values.reshape(-1)}, ["text"], 4)
     out = tmp_path / "out.gguf"
     with GGUFReader(source) as reader:
-        result = convert(plan(reader, Choice("Q4_K_M"), imatrix=imatrix), out)
+        result = convert(plan(GGUFSource(reader), Choice("Q4_K_M"), imatrix=imatrix), out)
         weights = reader.tensors[name].dequantize()
     with GGUFReader(out) as reader:
         tensor = reader.tensors[name]
@@ -114,6 +115,17 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.raw, np.concatenate(expected))
         assert reader.metadata["quantize.imatrix.dataset"] == "text"
     assert result.losses[TensorType.Q4_K].weighted_rmse < result.losses[TensorType.Q4_K].relative_rmse
+
+
+def test_q2_k_s_without_importance_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = source.with_name("out.gguf")
+    status, _, err = run(source, out, "--type", "q2_k_s", capsys=capsys)
+    assert (status, err) == (1, f"qrun: {source}: Q2_K_S needs an importance matrix (--imatrix)\n")
+    imatrix = Imatrix(Path("i.gguf"), {"blk.0.attn_v.weight": np.ones(ROW, np.float32)})
+    message = r"needs an importance matrix, and i\.gguf has nothing of blk\.0\.attn_q\.weight"
+    with GGUFReader(source) as reader, pytest.raises(ValueError, match=message):
+        plan(GGUFSource(reader), Choice("Q2_K_S"), imatrix=imatrix)
+    assert leftovers(source.parent) == [source.name]
 
 
 def test_copy_is_the_same_tensors(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +234,7 @@ def test_the_source_is_not_written_over(source: Path, capsys: pytest.CaptureFixt
 
 def test_another_models_importance_is_refused(source: Path) -> None:
     with GGUFReader(source) as reader, pytest.raises(ValueError, match="of another model"):
-        plan(reader, Choice("Q4_K_M"), imatrix=Imatrix(Path("i"), {"x": np.ones(4, np.float32)}))
+        plan(GGUFSource(reader), Choice("Q4_K_M"), imatrix=Imatrix(Path("i"), {"x": np.ones(4, np.float32)}))
 
 
 def test_a_full_disk_is_seen_before(
