@@ -39,7 +39,8 @@ def label_points(axes: Axes, points: Sequence[Point], texts: Sequence[str], line
     scale = axes.figure.dpi / 72
     pixels = axes.transData.transform(list(points))
     taken = [_around(place, _POINT * scale) for place in pixels]
-    corners = axes.transData.transform(list(line)) if line else []
+    # With no line, an array of no corners: transform() wants two columns.
+    corners = axes.transData.transform(np.reshape(line, (-1, 2)))
     for begin, end in pairwise(corners):
         steps = max(2, int(np.hypot(*(end - begin)) / (2 * scale)))
         taken += [_around(place, _LINE * scale) for place in np.linspace(begin, end, steps)]
