@@ -11,7 +11,7 @@ _FIRST = 24
 # Shared record of a team. EPOCH, ARRIVED and GENERATION are written by all threads: a cache line for each.
 EPOCH, ARRIVED, GENERATION = 0, 64, 128
 ASLEEP = 192  # one field for each thread
-PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING = range(2240, 2288, 8)
+PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING, STALLS = range(2240, 2296, 8)
 SHARED_BYTES = 2304
 MAX_THREADS = (PROGRAM - ASLEEP) // 8
 
