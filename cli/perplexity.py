@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrun.cli.options import cache_type_option, model_argument, threads_option
+from qrun.cli.options import cache_type_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,10 +34,12 @@ LOGIT_BYTES = 64 << 20  # the logits that are held at a time
 @click.option("--chunks", type=click.IntRange(min=1), metavar="N", help="Measure the first N chunks only.")
 @threads_option()
 @cache_type_option()
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks.")
 def command(
-    model: str, file: Path, ctx: int, chunks: int | None, threads: int | None, cache_type: str, as_json: bool
-) -> None:
+    model: str, file: Path, ctx: int, chunks: int | None, threads: int | None, cache_type: str,
+    type_name: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
     \b
@@ -46,11 +48,10 @@ def command(
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
     """
     from qrun.cli.console import step_bar
-    from qrun.cli.loading import open_runtime
+    from qrun.cli.loading import find_model, open_runtime
     from qrun.engine import Tokenizer
-    from qrun.models.catalog import resolve
 
-    path = resolve(model)
+    path = find_model(model, type_name)
     text = file.read_bytes().decode("utf-8", "replace")
     tokenizer = Tokenizer.load(path)
     tokens = tokenizer.encode(text, add_special=True)
