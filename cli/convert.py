@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,19 +96,18 @@ def command(
             show_plan(planned)
         else:
             beside = path if Path(source).exists() else Path(path.name)  # not in the store
-            run(planned, out or default_out(beside, choice), threads, values)
+            show_result(planned, write(planned, out or default_out(beside, choice), threads, values))
 
 
-def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
-    """Converts, with a bar for the bytes, and says what came of it."""
+def write(
+    plan: Plan, out: Path, threads: int | None, values: Sequence[tuple[str, Any, ValueType]] = ()
+) -> Result:
+    """Converts, with a bar for the bytes."""
     from qrun.cli.console import CompileProgress, DownloadBar
     from qrun.engine.quantize.convert import convert
 
     with DownloadBar(f"converting {plan.source.path} to {plan.choice.file_type}") as bar:
-        result = convert(
-            plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
-        )
-    show_result(plan, result)
+        return convert(plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress())
 
 
 def tensor_type(name: str | None) -> TensorType | None:

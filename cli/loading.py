@@ -11,8 +11,9 @@ from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from qrun.engine import Model
+    from qrun.engine import Model, Tokenizer
     from qrun.engine.runtime import Runtime
+    from qrun.engine.scoring import Chunks
 
 
 def load_model(source: str, loading: dict[str, Any]) -> Model:
@@ -31,6 +32,11 @@ def find_model(source: str, type: str | None = None) -> Path:
         return find_model(source, type, progress=converting, compiling=CompileProgress())
 
 
+def find_original(source: str) -> Path:
+    """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
+    return find_model(source, "BF16" if Path(source).is_dir() else None)
+
+
 @contextmanager
 def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
     """The callback for a conversion on loading: a bar for the bytes."""
@@ -44,7 +50,9 @@ def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int
 
 
 @contextmanager
-def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
+def open_runtime(
+    path: Path, *, threads: int | None, context: int, cache_type: str = "f16", observe: bool = False
+) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
@@ -59,11 +67,22 @@ def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: s
             context=context,
             cache_type=cache_type,
             progress=CompileProgress(),
+            observe=observe,
         )
         try:
             yield runtime
         finally:
             runtime.close()
+
+
+def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
+    """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
+    from qrun.engine.scoring import Chunks, TextTooShort
+
+    try:
+        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+    except TextTooShort as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def with_tokenizer(model: Model) -> Model:

@@ -54,6 +54,17 @@ class Record:
     barrier: bool = False
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which rows go to which expert, as the kernel `route` leaves it: the slot of each (row, chosen expert), and the
+    experts' ranges of slots. by_slot: the rows that are meant are slots."""
+
+    slots: Place
+    ranges: Place
+    n_used: int
+    by_slot: bool
+
+
 class Lowering:
     """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
 
@@ -236,6 +247,14 @@ class Lowering:
             [x, residual, ranges if isinstance(ranges, Place) else None], [out], False,
         )  # fmt: skip
 
+    # For those who watch: see engine.observing
+
+    def _taken(self, weight: G.Weight, value: G.Value) -> None:
+        """A matmul is about to take the float32 rows of `value`."""
+
+    def _taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
+        """Matmuls of experts are about to take the float32 rows at x."""
+
     # One method for each operation
 
     def _lower(self, operation: G.Operation) -> None:
@@ -266,6 +285,7 @@ class Lowering:
             other, out = self._residual[o.out.id]
             residual = self._places[other.id]
         bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
+        self._taken(o.weight, o.x)
         self._matmul(o.weight, self._new(out), x, bias=bias, residual=residual, scale=o.scale)
 
     def _lower_slice(self, o: G.Slice) -> None:
@@ -356,6 +376,7 @@ class Lowering:
 
         logits = floats(rows, n_experts)
         bias = None if o.router_bias is None else np.ascontiguousarray(o.router_bias, np.float32)
+        self._taken(o.router, o.x)
         self._matmul(o.router, logits, self._packed_input(o.x, self._packing(o.router)), bias=bias)
         chosen, weights, counts = memory(rows * o.n_used * 8), memory(rows * o.n_used * 4), memory(n_experts * 8)
         chances, ranges = memory(n_experts * 4), memory(8 + 24 * n_experts)
@@ -373,6 +394,7 @@ class Lowering:
         )  # fmt: skip
         n_slots = InRecord(route, R.MOE_N_SLOTS)
         x = self._places[o.x.id]
+        self._taken_by_experts([o.gate, o.up], x, Routing(chosen, ranges, o.n_used, by_slot=False))
         inputs: dict[str, Place] = {}
         gate, up = floats(slots, ffn), floats(slots, ffn)
         for weight, out in ((o.gate, gate), (o.up, up)):
@@ -392,6 +414,7 @@ class Lowering:
         packed = self._packed_place(G.Value(-1, ffn), packing, slots, here)
         self._row_operation(o.kind, gate, ffn, gate, up, packed=(packing, packed), count=n_slots)
         self.records[-1].by_rows = False  # its rows are slots
+        self._taken_by_experts([o.down], gate, Routing(chosen, ranges, o.n_used, by_slot=True))
         down = floats(slots, width)
         self._matmul(o.down, down, packed, ranges=ranges)
         out = self._new(o.out)
