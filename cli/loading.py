@@ -34,13 +34,17 @@ def find_model(source: str, type: str | None = None) -> Path:
 
 def find_original(source: str) -> Path:
     """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
-    return find_model(source, "BF16" if Path(source).is_dir() else None)
+    from qrun.engine.model import is_checkpoint
+
+    return find_model(source, "BF16" if is_checkpoint(source) else None)
 
 
 @contextmanager
 def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
     """The callback for a conversion on loading: a bar for the bytes."""
-    if not Path(source).is_dir():
+    from qrun.engine.model import is_checkpoint
+
+    if not is_checkpoint(source):
         yield lambda done, total: None
         return
     from qrun.engine.quantize.on_load import DEFAULT_TYPE

@@ -300,13 +300,18 @@ def find_model(
     """
     from qrun.models.catalog import resolve
 
-    if Path(source).is_dir():
+    if is_checkpoint(source):
         from qrun.engine.quantize.on_load import converted
 
         return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling)
     if type is not None:
         raise ValueError(f"{os.fspath(source)}: a type is for folders with a checkpoint (for others: qrun convert)")
     return resolve(source)
+
+
+def is_checkpoint(source: str | os.PathLike[str]) -> bool:
+    """Is this a folder as Hugging Face has them?"""
+    return Path(source, "config.json").is_file()
 
 
 def _fingerprint(files: Sequence[Path], description: str) -> str:

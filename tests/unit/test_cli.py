@@ -177,7 +177,7 @@ def test_bad_files_are_one_line(
 
 def test_a_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = run_main("info", str(tmp_path), capsys=capsys)
-    assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, not a model file\n")
+    assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
 
 
 def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,10 @@ def test_a_type_for_a_file_is_refused(folder: Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(FormatError, match=r"config\.json: there is no such file"):
+    with pytest.raises(IsADirectoryError, match=r"no checkpoint: it has no config\.json"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FormatError, match='"architectures" is missing'):
         Model.load(tmp_path)
     assert not list(cache.glob("*.gguf*"))
 
