@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import threads_option
+from qrun.cli.options import ModelName, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
@@ -35,7 +35,7 @@ class Size(click.ParamType):
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=ModelName())
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--type", "type_name", required=True, metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
@@ -54,19 +54,22 @@ class Size(click.ParamType):
               help="Set a metadata value; TYPE is int, float, bool or str.")  # fmt: skip
 @threads_option()
 def command(
-    source: Path, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
+    source: str, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
     embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, dry_run: bool,
     split_max_size: int | None, metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
-    """Convert a model file to another type: smaller and faster, and a little less exact.
+    """Convert a model to a GGUF file of another type: smaller and faster, and a little less exact.
 
-    SOURCE is a GGUF file, or the first of a split model. OUT is by default named after it and the type. At the end
-    stands what was lost: the relative root mean square error of each tensor type, and with an importance matrix also
-    that error with every weight counted by its importance, which is what is made as small as can be.
+    SOURCE is a GGUF file (of a split model the first), a folder with a checkpoint of Hugging Face (config.json and
+    safetensors; PyTorch is not needed), a name from the catalog or the store, or hf:ORG/REPO, from where a GGUF file is
+    fetched. OUT is by default named after it and the type, and lies where it does. At the end stands what was lost:
+    the relative root mean square error of each tensor type, and with an importance matrix also that error with every
+    weight counted by its importance, which is what is made as small as can be.
 
     \b
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
+      qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
       qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
@@ -76,15 +79,15 @@ def command(
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
-    from qrun.engine.quantize.source import GGUFSource
-    from qrun.formats import GGUFReader
+    from qrun.engine.quantize.source import open_source
 
     choice = Choice(
         file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(GGUFSource(GGUFReader(source))) as opened:
+    path = locate(source)
+    with closing(open_source(path)) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
@@ -92,7 +95,8 @@ def command(
         if dry_run:
             show_plan(planned)
         else:
-            show_result(planned, write(planned, out or default_out(source, choice), threads, values))
+            beside = path if Path(source).exists() else Path(path.name)  # not in the store
+            show_result(planned, write(planned, out or default_out(beside, choice), threads, values))
 
 
 def write(
@@ -158,8 +162,22 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
     raise ValueError(f"--override {text!r}: {kind!r} is no type: it can be int, float, bool or str")
 
 
+def locate(source: str) -> Path:
+    """The file or folder that SOURCE names. What lies elsewhere is fetched into the store, with a bar."""
+    from qrun.cli.loading import pull_with_progress
+    from qrun.models.catalog import resolve
+
+    if source.startswith(("hf:", "https://", "http://")):
+        return pull_with_progress(source, f"fetching {source}")
+    return Path(source) if Path(source).is_dir() else resolve(source)
+
+
 def default_out(source: Path, choice: Choice) -> Path:
-    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder."""
+    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder; model -> model/model-Q4_K_M.gguf."""
+    if source.is_dir():
+        from qrun.models.huggingface.general import model_name
+
+        return source / f"{model_name(source)}-{choice.file_type}.gguf"
     stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
     stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
     return source.with_name(f"{stem}-{choice.file_type}.gguf")

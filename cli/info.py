@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import CACHE_TYPES, model_argument
+from qrun.cli.options import CACHE_TYPES, model_argument, type_option
 
 if TYPE_CHECKING:
     from qrun.formats import FormatError, GGUFReader
@@ -36,8 +36,9 @@ FILE_TYPES = {
 @click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS", help="The context for which memory is counted.",
               show_default="the model's own")  # fmt: skip
 @click.option("--tensors", is_flag=True, help="List every tensor too.")
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, ctx: int | None, tensors: bool, as_json: bool) -> None:
+def command(model: str, ctx: int | None, tensors: bool, type_name: str | None, as_json: bool) -> None:
     """Show what a model file holds, and the memory that it needs against what this machine has.
 
     \b
@@ -47,13 +48,13 @@ def command(model: str, ctx: int | None, tensors: bool, as_json: bool) -> None:
       qrun info model.gguf --tensors
       qrun info model.gguf --json
     """
+    from qrun.cli.loading import find_model
     from qrun.cli.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
-    from qrun.models.catalog import resolve
 
     unsupported: FormatError | None = None
-    with GGUFReader(resolve(model)) as reader:
+    with GGUFReader(find_model(model, type_name)) as reader:
         facts = describe(reader, tensors)
         try:
             graph = build_graph(reader, ctx)

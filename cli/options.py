@@ -135,7 +135,7 @@ def sampling_options(function: Command) -> Command:
 
 
 def loading_options(function: Command) -> Command:
-    """Adds --threads, --ctx and --cache-type; the command gets them as Model.load's arguments, called `loading`."""
+    """Adds --threads, --ctx, --cache-type and --type; the command gets them as Model.load's arguments, as `loading`."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -143,6 +143,7 @@ def loading_options(function: Command) -> Command:
             "threads": kwargs.pop("threads"),
             "context": kwargs.pop("ctx"),
             "cache_type": kwargs.pop("cache_type"),
+            "type": kwargs.pop("type_name"),
         }
         return function(*args, loading=loading, **kwargs)
 
@@ -152,6 +153,7 @@ def loading_options(function: Command) -> Command:
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
+        type_option(),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -162,6 +164,14 @@ def threads_option() -> Callable[[Command], Command]:
     return click.option(
         "-t", "--threads", type=click.IntRange(min=1), help="Threads that compute.", show_default="one for each core"
     )
+
+
+def type_option() -> Callable[[Command], Command]:
+    """--type, called `type_name`."""
+    return click.option(
+        "--type", "type_name", metavar="TYPE", show_default="Q8_0",
+        help="Where MODEL is a folder with a checkpoint: what it is quantised to, as for qrun convert.",
+    )  # fmt: skip
 
 
 def cache_type_option() -> Callable[[Command], Command]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import ModelName, cache_type_option, chunk_options, model_argument, threads_option
+from qrun.cli.options import ModelName, cache_type_option, chunk_options, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
     from qrun.engine.divergence import Divergence
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
                    "is from it.")  # fmt: skip
 @threads_option()
 @cache_type_option()
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks, ...")
 def command(
     model: str, file: Path, ctx: int, chunks: int | None, against: str | None, threads: int | None, cache_type: str,
-    as_json: bool,
+    type_name: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
@@ -43,11 +44,10 @@ def command(
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
     """
-    from qrun.cli.loading import text_chunks
+    from qrun.cli.loading import find_model, find_original, text_chunks
     from qrun.engine import Tokenizer
-    from qrun.models.catalog import resolve
 
-    path = resolve(model)
+    path = find_model(model, type_name)
     tokenizer = Tokenizer.load(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
     counts = {"chunks": len(text), "ctx": ctx}
@@ -61,7 +61,7 @@ def command(
             click.echo(f"perplexity {plus_minus(estimate, 4)}")
             click.echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
         return
-    reference = resolve(against)
+    reference = find_original(against)
     check_vocabulary(reference, tokenizer)
     divergence = measure_against(path, reference, text, threads, cache_type)
     if as_json:
