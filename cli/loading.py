@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,25 +13,39 @@ from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 if TYPE_CHECKING:
     from qrun.engine import Model
     from qrun.engine.runtime import Runtime
+    from qrun.models.adapter import Adapter, Lora
 
 
 def load_model(source: str, loading: dict[str, Any]) -> Model:
     """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
     from qrun.engine import Model
 
-    return Model.load(source, progress=CompileProgress(), **loading)
+    model = Model.load(source, progress=CompileProgress(), **loading)
+    show_notices(model.loras)
+    return model
+
+
+def show_notices(adapters: Iterable[Adapter]) -> None:
+    """Says what of the adapters is not used, if anything."""
+    for adapter in adapters:
+        if adapter.notice:
+            notice(adapter.notice)
 
 
 @contextmanager
-def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
+def open_runtime(
+    path: Path, *, threads: int | None, context: int, cache_type: str, loras: Iterable[Lora] = ()
+) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
     from qrun.formats import GGUFReader
     from qrun.models import build_graph
+    from qrun.models.adapter import open_adapters
 
-    with GGUFReader(path) as reader:
-        graph = build_graph(reader, context)
+    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
+        graph = build_graph(reader, context, adapters)
+        show_notices(adapters)
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrun.cli.options import cache_type_option, model_argument, threads_option
+from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qrun.engine.runtime import Runtime
+    from qrun.models.adapter import Lora
 
 LOGIT_BYTES = 64 << 20  # the logits that are held at a time
 
@@ -34,16 +35,19 @@ LOGIT_BYTES = 64 << 20  # the logits that are held at a time
 @click.option("--chunks", type=click.IntRange(min=1), metavar="N", help="Measure the first N chunks only.")
 @threads_option()
 @cache_type_option()
+@lora_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks.")
 def command(
-    model: str, file: Path, ctx: int, chunks: int | None, threads: int | None, cache_type: str, as_json: bool
-) -> None:
+    model: str, file: Path, ctx: int, chunks: int | None, threads: int | None, cache_type: str,
+    loras: tuple[Lora, ...], as_json: bool,
+) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
     \b
     Examples:
       qrun perplexity model.gguf wiki.test.raw
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
+      qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
     """
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
@@ -61,7 +65,7 @@ def command(
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     score = Score()
     with (
-        open_runtime(path, threads=threads, context=ctx, cache_type=cache_type) as runtime,
+        open_runtime(path, threads=threads, context=ctx, cache_type=cache_type, loras=loras) as runtime,
         step_bar("perplexity") as progress,
     ):
         progress(0, n_chunks)

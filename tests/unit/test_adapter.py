@@ -1,0 +1,160 @@
+"""LoRA adapters: what they change when a model runs with them, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapter_files import merged_model, matrices, random_pair, read_pairs, write_adapter
+
+from qrun.engine import Model
+from qrun.engine.runtime import Runtime
+from qrun.formats import FormatError, GGUFReader, TensorType
+from qrun.models import build_graph
+from qrun.models import graph as G
+from qrun.models.adapter import Adapter, Lora, adapt, open_adapters
+
+FILES = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
+LLAMA = next(path for path in FILES if path.stem == "llama-dense")
+# Odd ones too: rows that are no whole vector, block or word.
+RANKS = (1, 3, 4, 8, 12, 16, 17, 33)
+
+
+def architecture_of(model: Path) -> str:
+    with GGUFReader(model) as reader:
+        return str(reader.metadata["general.architecture"])
+
+
+def random_adapter(
+    rng: np.random.Generator, model: Path, out: Path, type: TensorType = TensorType.F32, names: Sequence[str] = ()
+) -> Path:
+    """An adapter of all matrices of a model, or of those named, each with a rank of its own."""
+    shapes = matrices(model)
+    pairs = {n: random_pair(rng, n, shapes[n], int(rng.choice(RANKS))) for n in names or shapes}
+    return write_adapter(out, pairs, type=type, architecture=architecture_of(model))
+
+
+def logits(
+    model: Path,
+    loras: Sequence[Lora] = (),
+    *,
+    cuts: Sequence[int] = (0, 32),
+    threads: int = 2,
+) -> np.ndarray:
+    """Logits of 32 tokens, computed in the batches between the cuts."""
+    tokens = np.arange(32) * 37 % 128
+    with GGUFReader(model) as reader, open_adapters(loras) as adapters:
+        runtime = Runtime(build_graph(reader, 64, adapters), threads=threads, context=64)
+        sequence = runtime.sequence()
+        parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
+        runtime.close()
+    return np.concatenate(parts)  # type: ignore[arg-type]
+
+
+def error_of(result: np.ndarray, expected: np.ndarray) -> float:
+    """The normalised mean squared error."""
+    return float(np.mean((result - expected) ** 2) / np.mean(expected**2))
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("type", [TensorType.F32, TensorType.F16, TensorType.BF16])
+def test_a_changed_matrix_is_w_plus_b_a(rng: np.random.Generator, type: TensorType, tmp_path: Path) -> None:
+    width, rows, n_vocab = 96, 70, 50
+    embedding, matrix = rng.normal(size=(n_vocab, width)), rng.normal(0, width**-0.5, (rows, width))
+    x, y = G.Value(0, width), G.Value(1, width)
+    out = G.Value(2, rows)
+
+    def weight(name: str, values: np.ndarray) -> G.Weight:
+        return G.Weight(name, TensorType.F32, values.shape, values.astype(np.float32).reshape(-1).view(np.uint8))
+
+    operations: list[G.Operation] = [
+        G.Embed(x, weight("token_embd.weight", embedding), 1.0),
+        G.SelectRows(y, x),
+        G.Linear(out, y, weight("output.weight", matrix), None),
+    ]
+    graph = G.Graph("llama", operations, out, [], rows, width, 64, 0)
+    for rank in RANKS:
+        path = write_adapter(
+            tmp_path / "adapter.gguf",
+            {"output.weight": random_pair(rng, "output.weight", matrix.shape, rank, size=1.0)},
+            alpha=3.0,
+            type=type,
+        )
+        ((a, b),) = read_pairs(path)[0].values()
+        with open_adapters([Lora(path, 0.7)]) as adapters:
+            runtime = Runtime(adapt(graph, adapters), threads=2, context=64)
+        for count in (1, 5):
+            tokens = rng.integers(0, n_vocab, count)
+            result = runtime.evaluate(runtime.sequence(), tokens, "all")
+            changed = matrix + 0.7 * 3.0 / rank * b.astype(np.float64) @ a
+            np.testing.assert_allclose(result, embedding[tokens] @ changed.T, rtol=2e-5, atol=2e-5)
+        runtime.close()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_adapter_does_what_merging_it_does(rng: np.random.Generator, path: Path, tmp_path: Path) -> None:
+    lora = Lora(random_adapter(rng, path, tmp_path / "adapter.gguf"), 0.5)
+    merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 0.5)])
+    expected = logits(merged)
+    assert error_of(logits(path), expected) > 1e-2
+    assert error_of(logits(path, [lora]), expected) <= 1e-6
+
+
+def test_several_adapters_add_up(rng: np.random.Generator, tmp_path: Path) -> None:
+    first = random_adapter(rng, LLAMA, tmp_path / "a.gguf", TensorType.F16)
+    second = random_adapter(rng, LLAMA, tmp_path / "b.gguf", names=["blk.0.attn_q.weight", "output.weight"])
+    wanted = [(first, 0.5), (second, -1.0), (second, 0.25)]
+    merged = merged_model(LLAMA, tmp_path / "merged.gguf", wanted)
+    assert error_of(logits(LLAMA, [Lora(*one) for one in wanted]), logits(merged)) <= 1e-6
+
+
+def test_an_adapter_of_blocks(rng: np.random.Generator, tmp_path: Path) -> None:
+    adapter = random_adapter(rng, LLAMA, tmp_path / "a.gguf", TensorType.Q8_0)
+    merged = merged_model(LLAMA, tmp_path / "merged.gguf", [(adapter, 1.0)])
+    # The rows that it is multiplied with are rounded to int8 too, as for any matrix of blocks.
+    assert error_of(logits(LLAMA, [Lora(adapter)]), logits(merged)) <= 1e-3
+
+
+def test_without_alpha_a_change_counts_as_it_is(rng: np.random.Generator, tmp_path: Path) -> None:
+    name = "blk.0.ffn_up.weight"
+    pairs = {name: random_pair(rng, name, matrices(LLAMA)[name], 8)}
+    plain = write_adapter(tmp_path / "plain.gguf", pairs, alpha=None)
+    zero = write_adapter(tmp_path / "zero.gguf", pairs, alpha=0.0)
+    same = write_adapter(tmp_path / "same.gguf", pairs, alpha=8.0)
+    expected = logits(LLAMA, [Lora(same)])
+    assert np.array_equal(logits(LLAMA, [Lora(plain)]), expected)
+    assert np.array_equal(logits(LLAMA, [Lora(zero)]), expected)
+
+
+def test_scale_0_is_the_model_to_the_bit(rng: np.random.Generator, tmp_path: Path) -> None:
+    adapter = random_adapter(rng, LLAMA, tmp_path / "a.gguf")
+    assert np.array_equal(logits(LLAMA, [Lora(adapter, 0.0)]), logits(LLAMA))
+
+
+@pytest.mark.parametrize("stem", ["llama-dense", "gemma-dense", "qwen3moe-moe"])
+def test_bits_are_the_same_in_any_batch_and_on_any_threads(
+    rng: np.random.Generator, stem: str, tmp_path: Path
+) -> None:
+    path = next(path for path in FILES if path.stem == stem)
+    loras = [
+        Lora(random_adapter(rng, path, tmp_path / f"{type.name}.gguf", type), 0.5)
+        for type in (TensorType.F32, TensorType.F16, TensorType.Q8_0)
+    ]
+    whole = logits(path, loras, threads=1)
+    assert np.array_equal(whole, logits(path, loras))
+    assert np.array_equal(whole, logits(path, loras, cuts=range(33)))
+    assert np.array_equal(whole, logits(path, loras, cuts=[0, 5, 6, 23, 32], threads=1))
+
+
+def test_the_reference_reads_the_graph_alike(rng: np.random.Generator, tmp_path: Path) -> None:
+    from tests.reference import forward
+
+    lora = Lora(random_adapter(rng, LLAMA, tmp_path / "a.gguf"))
+    with GGUFReader(LLAMA) as reader, open_adapters([lora]) as adapters:
+        expected = forward(build_graph(reader, 64, adapters), list(np.arange(32) * 37 % 128))
+    assert error_of(logits(LLAMA, [lora]), expected) <= 1e-6
