@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qrun.formats import FormatError, GGUFReader
 from qrun.models import gemma, gemma2, gemma3, llama, phi3, qwen2, qwen3, smollm3
-from qrun.models.adapter import Adapter, adapt
+from qrun.models.adapter import Adapter, adapt, is_adapter
 from qrun.models.graph import Graph, GraphBuilder
 from qrun.models.hyperparameters import Hyperparameters, Metadata, shorten
 
@@ -32,7 +32,7 @@ def build_graph(reader: GGUFReader, context: int | None = None, adapters: Sequen
     known, a hyper-parameter out of bounds, a tensor that is missing or has the wrong shape or type, or an adapter of
     another model.
     """
-    if reader.metadata.get("general.type") == "adapter":
+    if is_adapter(reader):
         raise FormatError(reader.path, "this is an adapter, not a model: name it after --lora, beside its model")
     metadata = Metadata(reader)
     build = ARCHITECTURES.get(metadata.architecture)

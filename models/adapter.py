@@ -102,7 +102,7 @@ class Adapter:
 
     def _read(self) -> None:
         metadata = self.reader.metadata
-        if metadata.get("general.type") != "adapter":
+        if not is_adapter(self.reader):
             raise FormatError(self.path, "this is not an adapter: its general.type is not 'adapter'")
         if (kind := metadata.get("adapter.type")) != "lora":
             raise FormatError(self.path, f"adapters of type {shorten(kind)} are not supported, only 'lora'")
@@ -135,7 +135,8 @@ class Adapter:
         a, b = (self._matrix(name + suffix) for suffix in SUFFIXES)
         rank = b.shape[-1]
         rank_of_a = a.shape[-1] if name == EMBEDDING else a.shape[-2]
-        if rank != rank_of_a or a.shape[:-2] != b.shape[:-2] or not rank:
+        n_dims = 2 if name == EMBEDDING else len(b.shape)
+        if not rank == rank_of_a > 0 or a.shape[:-2] != b.shape[:-2] or len(a.shape) != n_dims:
             reason = f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.shape} and {b.shape}"
             raise FormatError(self.path, f"{reason}, which do not go together", a.offset)
         return LowRank(name, a, b, 1.0 if self.alpha is None else self.alpha / rank)
@@ -163,11 +164,6 @@ class Adapter:
         """All ranks that there are, the least first."""
         return sorted({change.b.shape[-1] for change in self.changes.values()})
 
-    @property
-    def n_parameters(self) -> int:
-        """Weights of all pairs."""
-        return sum(t.shape[-1] * t.shape[-2] for change in self.changes.values() for t in (change.a, change.b))
-
     def check_architecture(self, architecture: str) -> None:
         """Raises FormatError if it is an adapter of another architecture than the model's."""
         if self.architecture != architecture:
@@ -183,6 +179,11 @@ class Adapter:
         """Close the file. Tensors that a graph has keep it mapped as long as they live."""
         self.changes = {}
         self.reader.close()
+
+
+def is_adapter(reader: GGUFReader) -> bool:
+    """Does this file say that it is an adapter, and so no model?"""
+    return bool(reader.metadata.get("general.type") == "adapter")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qrun.engine.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader, TensorType
 from qrun.models import build_graph
 from qrun.models import graph as G
-from qrun.models.adapter import Adapter, Lora, adapt, open_adapters
+from qrun.models.adapter import Lora, adapt, open_adapters
 
 FILES = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
 LLAMA = next(path for path in FILES if path.stem == "llama-dense")
@@ -158,3 +158,162 @@ def test_the_reference_reads_the_graph_alike(rng: np.random.Generator, tmp_path:
     with GGUFReader(LLAMA) as reader, open_adapters([lora]) as adapters:
         expected = forward(build_graph(reader, 64, adapters), list(np.arange(32) * 37 % 128))
     assert error_of(logits(LLAMA, [lora]), expected) <= 1e-6
+
+
+# The library
+
+
+@pytest.fixture
+def adapter(rng: np.random.Generator, tmp_path: Path) -> Path:
+    return random_adapter(rng, LLAMA, tmp_path / "adapter.gguf")
+
+
+def test_a_model_takes_paths_and_scales(adapter: Path) -> None:
+    tokens = list(np.arange(32) * 37 % 128)
+    with Model.load(LLAMA, context=64, loras=[str(adapter), (adapter, 0.5)]) as model:
+        assert [(lora.path, lora.scale) for lora in model.loras] == [(adapter, 1.0), (adapter, 0.5)]
+        result = model.logits(tokens)
+    assert np.array_equal(result, logits(LLAMA, [Lora(adapter), Lora(adapter, 0.5)]))
+
+
+def test_a_closed_model_lets_the_adapter_go(adapter: Path) -> None:
+    with Model.load(LLAMA, context=64, loras=[adapter]) as model:
+        (held,) = model.loras
+        operations = [o for o in model.graph.operations if isinstance(o, G.Linear) and ".lora_" in o.weight.name]
+        assert operations and held.changes == {}
+    assert model.graph.operations == []
+
+
+def test_a_session_belongs_to_its_adapters(rng: np.random.Generator, adapter: Path, tmp_path: Path) -> None:
+    other = random_adapter(rng, LLAMA, tmp_path / "other.gguf")
+
+    def session_of(*loras: tuple[Path, float]) -> tuple[Model, Path]:
+        model = Model.load(LLAMA, context=64, loras=loras)
+        path = tmp_path / "session"
+        with model.session() as session:
+            for _ in session.generate([1, 2, 3], max_tokens=1):
+                pass
+            session.save(path)
+        return model, path
+
+    plain, path = session_of()
+    sets = [[(adapter, 1.0)], [(adapter, 0.5)], [(other, 1.0)], [(adapter, 1.0), (other, 1.0)]]
+    for loras in sets:
+        with Model.load(LLAMA, context=64, loras=loras) as model:
+            with pytest.raises(FormatError, match="saved by a session of another model"):
+                model.session().load(path)
+            model.session().save(path)
+            model.session().load(path)
+    with Model.load(LLAMA, context=64, loras=[(adapter, 0.0)]) as model:
+        with pytest.raises(FormatError, match="saved by a session of another model"):
+            model.session().load(path)
+        plain.session().save(path)
+        model.session().load(path)
+    plain.close()
+
+
+# What is refused
+
+
+def test_an_adapter_of_another_architecture_is_refused(adapter: Path) -> None:
+    qwen2 = next(path for path in FILES if path.stem == "qwen2-dense")
+    with pytest.raises(FormatError, match=r"adapter.gguf: this is an adapter of architecture 'llama', and .* 'qwen2'"):
+        Model.load(qwen2, loras=[(adapter, 0.0)])  # also where it would change nothing
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"blk.0.attn_q.weight": (64, 32)}, r"has shape \(64, 64\) in the model, and \(64, 32\) in the adapter"),
+        ({"blk.0.attn_q.weight": (2, 64, 64)}, r"has shape \(64, 64\) in the model, and \(2, 64, 64\) in the adapter"),
+        ({"token_embd.weight": (127, 64)}, r"has shape \(128, 64\) in the model, and \(127, 64\) in the adapter"),
+        ({"blk.2.attn_q.weight": (64, 64)}, r"the model has no matrix 'blk.2.attn_q.weight'"),
+        ({"blk.0.attn_norm.weight": (64, 64)}, r"the model has no matrix 'blk.0.attn_norm.weight'"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    rng: np.random.Generator, names: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    pairs = {name: random_pair(rng, name, shape, 4) for name, shape in names.items()}
+    path = write_adapter(tmp_path / "adapter.gguf", pairs)
+    with pytest.raises(FormatError, match=f"^{path}: .*{message}: it is an adapter of another model$"):
+        Model.load(LLAMA, loras=[path])
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(FormatError) as error, open_adapters([Lora(path)]):
+        pass
+    assert str(error.value).startswith(f"{path}: ")
+    return error.value.reason
+
+
+def test_files_that_are_no_adapters_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    assert refusal(LLAMA) == "this is not an adapter: its general.type is not 'adapter'"
+    assert refusal(tmp_path / "nothing.gguf") == "there is no such file"
+    name = "blk.0.attn_q.weight"
+    pair = random_pair(rng, name, (64, 64), 4)
+    path = tmp_path / "adapter.gguf"
+
+    def written(**settings: object) -> str:
+        return refusal(write_adapter(path, {name: pair}, **settings))  # type: ignore[arg-type]
+
+    assert written(metadata={"adapter.type": "dora"}) == "adapters of type 'dora' are not supported, only 'lora'"
+    assert "(aLoRA) is not supported" in written(metadata={"adapter.alora.invocation_tokens": "1"})
+    assert written(alpha=float("nan")) == "adapter.lora.alpha is not a finite number: nan"
+    assert written(extra={"other.weight": pair[0]}) == "tensor 'other.weight' is neither .lora_a nor .lora_b"
+    missing = "tensor 'x.weight.lora_b' is missing, and the other one of its pair is there"
+    assert written(extra={"x.weight.lora_a": pair[0]}) == missing
+    assert refusal(write_adapter(path, {})) == (
+        "the adapter changes nothing: it has no pairs of tensors .lora_a and .lora_b"
+    )
+    for a, b in [((4, 64), (64, 5)), ((64, 4), (64, 4)), ((2, 4, 64), (3, 64, 4)), ((0, 64), (64, 0))]:
+        reason = refusal(write_adapter(path, {name: (np.zeros(a), np.zeros(b))}))
+        assert reason.endswith(f"have shapes {a} and {b}, which do not go together")
+    embedding = {"token_embd.weight": (np.zeros((2, 2, 4)), np.zeros((2, 2, 4)))}
+    assert refusal(write_adapter(path, embedding)).endswith("which do not go together")
+    assert refusal(write_adapter(path, {name: (np.zeros(4), np.zeros(4))})).endswith("it is no matrix")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    assert refusal(tmp_path / "peft") == "this is a PEFT adapter: make a GGUF file of it with `qrun convert --lora`"
+
+
+def test_an_adapter_alone_is_no_model(adapter: Path) -> None:
+    with pytest.raises(FormatError, match="this is an adapter, not a model: name it after --lora"):
+        Model.load(adapter)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_is_a_finite_number(adapter: Path, scale: float) -> None:
+    with pytest.raises(ValueError, match="the scale of an adapter is a finite number"):
+        Model.load(LLAMA, loras=[(adapter, scale)])
+
+
+def test_a_damaged_adapter_raises_nothing_but_format_error(
+    rng: np.random.Generator, adapter: Path, tmp_path: Path
+) -> None:
+    whole = adapter.read_bytes()
+    path = tmp_path / "damaged.gguf"
+    end = whole.index(b"blk.1.") if b"blk.1." in whole else 2000
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, end, int(rng.integers(1, 4))):
+            damaged[at] = int(rng.integers(0, 256))
+        path.write_bytes(damaged[: int(rng.integers(0, len(damaged)))] if rng.random() < 0.2 else damaged)
+        with GGUFReader(LLAMA) as reader:
+            try:
+                with open_adapters([Lora(path)]) as adapters:
+                    build_graph(reader, 64, adapters)
+            except FormatError as error:
+                assert "\n" not in str(error)
+
+
+def test_norms_are_left_out_with_a_notice(rng: np.random.Generator, tmp_path: Path) -> None:
+    name = "blk.0.attn_q.weight"
+    pairs = {name: random_pair(rng, name, (64, 64), 4)}
+    norms = {f"blk.{i}.attn_norm.weight": np.ones(64) for i in range(2)}
+    path = write_adapter(tmp_path / "a.gguf", pairs, extra=norms)
+    plain = write_adapter(tmp_path / "b.gguf", pairs)
+    with open_adapters([Lora(path), Lora(plain)]) as (with_norms, without):
+        assert with_norms.notice == f"{path}: 2 tensors of norms in the adapter are left out"
+        assert without.notice is None
+    assert np.array_equal(logits(LLAMA, [Lora(path)]), logits(LLAMA, [Lora(plain)]))
