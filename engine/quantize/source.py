@@ -9,66 +9,24 @@ from __future__ import annotations
 
 import mmap
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, TensorType, ValueType
-from qrun.formats.blocks import BLOCK_SIZES, dequantize, quantize
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, ValueType
+from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import forget_pages
+from qrun.formats.tensors import SourceTensor
+
+__all__ = ["GGUFSource", "GGUFTensor", "Source", "SourceTensor"]
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, eq=False)
-class SourceTensor(ABC):
-    """One tensor of a source.
-
-    name: as GGUF files have it. type: what it is stored as where it is to be copied. shape: in NumPy's order; its rows
-    are counted over all dimensions but the last.
-    """
-
-    name: str
-    type: TensorType
-    shape: tuple[int, ...]
-
-    @property
-    def row(self) -> int:
-        """Weights in a row."""
-        return self.shape[-1] if self.shape else 1
-
-    @property
-    def n_rows(self) -> int:
-        return prod(self.shape[:-1])
-
-    @property
-    def n_bytes(self) -> int:
-        """Of the whole tensor in its type."""
-        block_size, block_bytes = BLOCK_SIZES[self.type]
-        return prod(self.shape) // block_size * block_bytes
-
-    @abstractmethod
-    def rows(self, start: int, end: int) -> F32Array:
-        """Rows start to end, decoded: float32 [end - start, row]. Raises FormatError if that cannot be done."""
-
-    def raw(self, start: int, end: int) -> U8Array:
-        """The bytes of rows start to end in the tensor's type: uint8 [(end - start) * bytes of a row]."""
-        return quantize(self.rows(start, end), self.type)
-
-    def forget(self) -> None:  # noqa: B027 - a source that maps no file has nothing to do
-        """Let the system take back the memory in which the tensor is mapped: else a whole file would stay in it."""
-
-    @abstractmethod
-    def error(self, reason: str) -> FormatError:
-        """The error to raise: it names the file, the place in it and the tensor, of which `reason` says the rest."""
 
 
 class Source(Protocol):
@@ -145,10 +103,3 @@ class GGUFSource:
         self.tensors = {}
         self.reader.close()
 
-
-def forget_pages(data: mmap.mmap, offset: int, n_bytes: int) -> None:
-    """Let the system take back the pages of these bytes of a map, where it can be told so."""
-    if hasattr(mmap, "MADV_DONTNEED") and n_bytes:
-        start = offset - offset % mmap.PAGESIZE
-        with suppress(OSError, ValueError):
-            data.madvise(mmap.MADV_DONTNEED, start, offset + n_bytes - start)
