@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import threads_option
+from qrun.cli.options import LoraFile, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
     from qrun.engine.quantize.mixes import Choice
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
+    from qrun.models.adapter import Lora
 
 
 class Size(click.ParamType):
@@ -47,6 +49,9 @@ class Size(click.ParamType):
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
 @click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")
+@click.option("--merge-lora", "merged", type=LoraFile(), multiple=True,
+              help="Merge a LoRA adapter into the weights before they are quantised; SCALE says how strongly (1: as it "
+                   "was trained). May be given several times.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; write nothing.")
 @click.option("--split-max-size", type=Size(), help="Split the result into files with no more tensor data than this.")
 @click.option("--override", "metadata", multiple=True, metavar="KEY=TYPE:VALUE",
@@ -54,7 +59,7 @@ class Size(click.ParamType):
 @threads_option()
 def command(
     source: Path, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
-    embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, dry_run: bool,
+    embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, merged: tuple[Lora, ...], dry_run: bool,
     split_max_size: int | None, metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
     """Convert a model file to another type: smaller and faster, and a little less exact.
@@ -71,6 +76,7 @@ def command(
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
       qrun convert model.gguf --type copy --split-max-size 2G
+      qrun convert model-f16.gguf --type q4_k_m --merge-lora adapter.gguf --merge-lora other.gguf=0.5
     """
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
@@ -83,7 +89,7 @@ def command(
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(GGUFSource(GGUFReader(source))) as opened:
+    with closing(GGUFSource(GGUFReader(source))) as base, merged_into(base, merged) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
@@ -92,6 +98,17 @@ def command(
             show_plan(planned)
         else:
             run(planned, out or default_out(source, choice), threads, values)
+
+
+@contextmanager
+def merged_into(base: Source, loras: Sequence[Lora]) -> Iterator[Source]:
+    """The source with the adapters merged into it, if there are any."""
+    from qrun.cli.loading import show_notices
+    from qrun.engine.quantize.merge import MergedSource, open_sources
+
+    with open_sources(loras) as adapters:
+        show_notices(adapters)
+        yield MergedSource(base, adapters) if adapters else base
 
 
 def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:

@@ -25,7 +25,7 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     return model
 
 
-def show_notices(adapters: Iterable[Adapter]) -> None:
+def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
     """Says what of the adapters is not used, if anything."""
     for adapter in adapters:
         if adapter.notice:

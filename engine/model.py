@@ -42,7 +42,7 @@ class Model:
         runtime: "Runtime",
         tokenizer: "Tokenizer | None",
         tokenizer_problem: str | None = None,
-        loras: "Sequence[Adapter]" = (),
+        loras: "Sequence[Adapter[Any]]" = (),
     ) -> None:
         self.path = path
         self.reader = reader

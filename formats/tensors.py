@@ -24,6 +24,11 @@ class SourceTensor(ABC):
     shape: tuple[int, ...]
 
     @property
+    def stored(self) -> bool:
+        """Are there bytes of it to be copied? If not, it is encoded, even to its own type."""
+        return True
+
+    @property
     def row(self) -> int:
         """Weights in a row."""
         return self.shape[-1] if self.shape else 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qrun.formats import FormatError, GGUFReader
+from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.models import gemma, gemma2, gemma3, llama, phi3, qwen2, qwen3, smollm3
 from qrun.models.adapter import Adapter, adapt, is_adapter
 from qrun.models.graph import Graph, GraphBuilder
@@ -24,7 +24,7 @@ ARCHITECTURES = {
 """By the name that a file gives under `general.architecture`."""
 
 
-def build_graph(reader: GGUFReader, context: int | None = None, adapters: Sequence[Adapter] = ()) -> Graph:
+def build_graph(reader: GGUFReader, context: int | None = None, adapters: Sequence[Adapter[TensorInfo]] = ()) -> Graph:
     """The graph of the model in an open file, with the changes of some adapters in it.
 
     context: the most tokens that will be used at once, by default the trained context. It matters to models that turn

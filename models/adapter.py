@@ -16,13 +16,14 @@ can be looked up like one of W. Here the change of `token_embd.weight` is that o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from qrun.formats import FormatError, GGUFReader, TensorInfo
+from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.gguf.cursor import quote
 from qrun.models import graph as G
@@ -31,6 +32,7 @@ from qrun.models.hyperparameters import shorten
 ALPHA_KEY = "adapter.lora.alpha"
 ACTIVATION_KEY = "adapter.alora.invocation_tokens"
 SUFFIXES = (".lora_a", ".lora_b")
+PEFT_CONFIG = "adapter_config.json"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -58,13 +60,48 @@ LoraLike = Lora | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """What may be given for one: also a path, or a path and a scale."""
 
 
+class Matrix(Protocol):
+    """What this module wants of a tensor: `TensorInfo` of a file, and whatever else tensors are read from, has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> TensorType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+T = TypeVar("T", bound=Matrix)
+T_co = TypeVar("T_co", bound=Matrix, covariant=True)
+
+
+class AdapterFile(Protocol[T_co]):
+    """What an adapter is read from: a `GGUFReader`, or anything that looks like one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, T_co]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Generic[T]):
     """The change of one tensor of the model: `factor` * B A, before the adapter's own scale. `name` is the tensor's."""
 
     name: str
-    a: TensorInfo
-    b: TensorInfo
+    a: T
+    b: T
     factor: float
 
     @property
@@ -74,35 +111,19 @@ class LowRank:
             return (self.a.shape[0], self.b.shape[0])
         return (*self.b.shape[:-1], self.a.shape[-1])
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raises FormatError if it is not of a tensor of this shape."""
-        if self.shape != shape:
-            reason = f"tensor {quote(self.name)} has shape {shape} in the model, and {self.shape} in the adapter"
-            raise FormatError(self.a.file, f"{reason}: it is an adapter of another model", self.a.offset)
 
-
-class Adapter:
-    """An open adapter file. Raises FormatError if it is damaged, or no LoRA adapter, or of a kind that is not known.
+class Adapter(Generic[T]):
+    """An open adapter. Raises FormatError if its file is no LoRA adapter, or of a kind that is not known.
 
     changes: by the name of the model's tensor; none any more once it is closed. ignored: tensors of norms, which some
     tools add in full; they are left out, as the reference engine leaves them out. alpha: as in the file, or None; then
     changes count as they are.
     """
 
-    def __init__(self, lora: Lora) -> None:
-        self.path, self.scale = lora.path, lora.scale
-        if (lora.path / "adapter_config.json").is_file():
-            raise FormatError(lora.path, "this is a PEFT adapter: make a GGUF file of it with `qrun convert --lora`")
-        self.reader = GGUFReader(lora.path)
-        try:
-            self._read()
-        except BaseException:
-            self.reader.close()
-            raise
-
-    def _read(self) -> None:
-        metadata = self.reader.metadata
-        if not is_adapter(self.reader):
+    def __init__(self, file: AdapterFile[T], scale: float = 1.0) -> None:
+        self.file, self.path, self.scale = file, file.path, scale
+        metadata = file.metadata
+        if not is_adapter(file):
             raise FormatError(self.path, "this is not an adapter: its general.type is not 'adapter'")
         if (kind := metadata.get("adapter.type")) != "lora":
             raise FormatError(self.path, f"adapters of type {shorten(kind)} are not supported, only 'lora'")
@@ -114,42 +135,42 @@ class Adapter:
             raise FormatError(self.path, f"{ALPHA_KEY} is not a finite number: {shorten(alpha)}")
         # The reference engine takes 0 for "not given".
         self.alpha: float | None = float(alpha) or None
-        self.ignored = tuple(name for name in self.reader.tensors if name.endswith("_norm.weight"))
+        self.ignored = tuple(name for name in file.tensors if name.endswith("_norm.weight"))
         self.changes = {name: self._change(name) for name in self._names()}
         if not self.changes:
             raise FormatError(self.path, "the adapter changes nothing: it has no pairs of tensors .lora_a and .lora_b")
 
     def _names(self) -> Iterator[str]:
         seen: set[str] = set()
-        for name, tensor in self.reader.tensors.items():
+        for name in self.file.tensors:
             if name in self.ignored:
                 continue
             if not name.endswith(SUFFIXES):
-                raise FormatError(self.path, f"tensor {quote(name)} is neither .lora_a nor .lora_b", tensor.offset)
+                raise FormatError(self.path, f"tensor {quote(name)} is neither .lora_a nor .lora_b")
             base = name[: -len(SUFFIXES[0])]
             if base not in seen:
                 seen.add(base)
                 yield base
 
-    def _change(self, name: str) -> LowRank:
+    def _change(self, name: str) -> LowRank[T]:
         a, b = (self._matrix(name + suffix) for suffix in SUFFIXES)
         rank = b.shape[-1]
         rank_of_a = a.shape[-1] if name == EMBEDDING else a.shape[-2]
         n_dims = 2 if name == EMBEDDING else len(b.shape)
         if not rank == rank_of_a > 0 or a.shape[:-2] != b.shape[:-2] or len(a.shape) != n_dims:
             reason = f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.shape} and {b.shape}"
-            raise FormatError(self.path, f"{reason}, which do not go together", a.offset)
+            raise FormatError(self.path, f"{reason}, which do not go together")
         return LowRank(name, a, b, 1.0 if self.alpha is None else self.alpha / rank)
 
-    def _matrix(self, name: str) -> TensorInfo:
-        tensor = self.reader.tensors.get(name)
+    def _matrix(self, name: str) -> T:
+        tensor = self.file.tensors.get(name)
         if tensor is None:
             raise FormatError(self.path, f"tensor {quote(name)} is missing, and the other one of its pair is there")
         if len(tensor.shape) not in (2, 3):
-            raise FormatError(self.path, f"tensor {quote(name)} has shape {tensor.shape}: it is no matrix", tensor.offset)
+            raise FormatError(self.path, f"tensor {quote(name)} has shape {tensor.shape}: it is no matrix")
         if tensor.type not in BLOCK_FORMATS:
             reason = f"tensor {quote(name)} has type {tensor.type.name}, which is not supported"
-            raise FormatError(self.path, reason, tensor.offset)
+            raise FormatError(self.path, reason)
         return tensor
 
     @property
@@ -164,40 +185,54 @@ class Adapter:
         """All ranks that there are, the least first."""
         return sorted({change.b.shape[-1] for change in self.changes.values()})
 
-    def check_architecture(self, architecture: str) -> None:
-        """Raises FormatError if it is an adapter of another architecture than the model's."""
+    def check(self, architecture: object, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises FormatError if it is of another architecture, or changes what is not among these matrices of a model,
+        or has another shape there."""
         if self.architecture != architecture:
             reason = f"this is an adapter of architecture {shorten(self.architecture)}, and the model's is "
-            raise FormatError(self.path, reason + repr(architecture))
-
-    def unknown(self, name: str) -> FormatError:
-        """The error to raise if the model has no tensor of this name that can be changed."""
-        reason = f"the model has no matrix {quote(name)}: it is an adapter of another model"
-        return FormatError(self.path, reason, self.changes[name].a.offset)
+            raise FormatError(self.path, reason + shorten(architecture))
+        for name, change in self.changes.items():
+            shape = shapes.get(name)
+            if shape is None:
+                problem = f"the model has no matrix {quote(name)}"
+            elif shape != change.shape:
+                problem = f"tensor {quote(name)} has shape {shape} in the model, and {change.shape} in the adapter"
+            else:
+                continue
+            raise FormatError(self.path, f"{problem}: it is an adapter of another model")
 
     def close(self) -> None:
         """Close the file. Tensors that a graph has keep it mapped as long as they live."""
         self.changes = {}
-        self.reader.close()
+        self.file.close()
 
 
-def is_adapter(reader: GGUFReader) -> bool:
+def is_adapter(file: AdapterFile[Matrix]) -> bool:
     """Does this file say that it is an adapter, and so no model?"""
-    return bool(reader.metadata.get("general.type") == "adapter")
+    return bool(file.metadata.get("general.type") == "adapter")
 
 
 @contextmanager
-def open_adapters(loras: Iterable[Lora]) -> Iterator[list[Adapter]]:
-    """All of these adapters, open until the end of the `with` statement. FormatError if one is not an adapter."""
+def open_adapters(loras: Iterable[Lora]) -> Iterator[list[Adapter[TensorInfo]]]:
+    """All of these GGUF files, open until the end of the `with` statement. FormatError if one is not an adapter."""
     with ExitStack() as stack:
         adapters = []
         for lora in loras:
-            adapters.append(adapter := Adapter(lora))
+            if is_peft(lora.path):
+                reason = "this is a PEFT adapter: make a GGUF file of it with `qrun convert --lora`"
+                raise FormatError(lora.path, reason)
+            reader = stack.enter_context(GGUFReader(lora.path))
+            adapters.append(adapter := Adapter(reader, lora.scale))
             stack.callback(adapter.close)
         yield adapters
 
 
-def adapt(graph: G.Graph, adapters: Sequence[Adapter]) -> G.Graph:
+def is_peft(path: Path) -> bool:
+    """Is this the folder of an adapter as Hugging Face's PEFT saves it?"""
+    return (path / PEFT_CONFIG).is_file()
+
+
+def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
     """The graph with the changes of all adapters; those of one matrix add up. One of scale 0 leaves it as it is.
 
     Raises FormatError, naming the adapter, if it is of another architecture, or changes a tensor that the model does
@@ -216,28 +251,24 @@ def _target(operation: G.Operation) -> str | None:
     return operation.weight.name if isinstance(operation, G.Embed) else None
 
 
-def _check(graph: G.Graph, adapter: Adapter) -> None:
-    adapter.check_architecture(graph.architecture)
-    shapes = {_target(o): o.weight.shape for o in graph.operations if isinstance(o, G.Linear | G.Embed)}
-    experts = {
-        weight.name
-        for o in graph.operations
-        if isinstance(o, G.MoE)
-        for weight in (o.router, o.gate, o.up, o.down)
-    }
-    for name, change in adapter.changes.items():
-        if name in experts:
-            reason = f"it changes {quote(name)}, and adapters of experts and their routers are not supported"
-            raise FormatError(adapter.path, reason, change.a.offset)
-        if name not in shapes:
-            raise adapter.unknown(name)
-        change.check(shapes[name])
+def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for operation in graph.operations:
+        name = _target(operation)
+        if name is not None and isinstance(operation, G.Linear | G.Embed):
+            shapes[name] = operation.weight.shape
+        elif isinstance(operation, G.MoE):
+            for weight in (operation.router, operation.gate, operation.up, operation.down):
+                if weight.name in adapter.changes:
+                    reason = f"it changes {quote(weight.name)}, and running with changed experts is not supported"
+                    raise FormatError(adapter.path, reason + ": merge it with `qrun convert --merge-lora`")
+    adapter.check(graph.architecture, shapes)
 
 
 class _Transform:
     """Writes the operations anew: a matrix that is changed gets its changes behind it, and their sum its result."""
 
-    def __init__(self, graph: G.Graph, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> None:
         self.adapters = adapters
         self.operations: list[G.Operation] = []
         self._n_values = 1 + max((operation.out.id for operation in graph.operations), default=0)
@@ -249,7 +280,7 @@ class _Transform:
             else:
                 self.operations.append(operation)
 
-    def _change(self, operation: G.Linear | G.Embed, changes: list[tuple[LowRank, float]]) -> None:
+    def _change(self, operation: G.Linear | G.Embed, changes: list[tuple[LowRank[TensorInfo], float]]) -> None:
         out = operation.out
         total = self._value(out.width)
         self.operations.append(replace(operation, out=total))

@@ -54,7 +54,8 @@ class PlannedTensor:
 
     @property
     def changes(self) -> bool:
-        return self.type != self.source.type
+        """Has it to be encoded? A tensor that was made while reading has no bytes yet, whatever its type."""
+        return self.type != self.source.type or not self.source.stored
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,12 @@ def plan(
     types = choose_types(layout, Facts.of(source.metadata, imatrix is not None), choice)
     planned = []
     for name, tensor in source.tensors.items():
-        type = types[name]
-        importance = None
-        if type != tensor.type:
-            _check_convertible(source, tensor, type, allow_requantize)
+        entry = PlannedTensor(tensor, types[name])
+        if entry.changes:
+            _check_convertible(source, tensor, entry.type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
-        planned.append(PlannedTensor(tensor, type, importance))
+            entry = PlannedTensor(tensor, entry.type, importance)
+        planned.append(entry)
     if imatrix and not any(name in imatrix.values for name in source.tensors):
         raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
     parts: list[list[PlannedTensor]] = [[]]

@@ -44,8 +44,7 @@ def write_adapter(
     extra: Mapping[str, Array] | None = None,
 ) -> Path:
     """The file as the reference converter writes it. B stays F32 where its rows are no whole blocks of `type`."""
-    tensors = {f"{name}.lora_{which}": matrix for name, pair in pairs.items() for which, matrix in zip("ab", pair)}
-    tensors |= extra or {}
+    tensors = {f"{name}.lora_{'ab'[i]}": pair[i] for name, pair in pairs.items() for i in range(2)} | dict(extra or {})
     with GGUFWriter(path) as writer:
         known = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
         for key, value in (known | dict(metadata or {})).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapter_files import merged_model, matrices, random_pair, read_pairs, write_adapter
+from adapter_files import matrices, merged_model, random_pair, read_pairs, write_adapter
 
 from qrun.engine import Model
 from qrun.engine.runtime import Runtime
