@@ -24,7 +24,7 @@ class SourceTensor(ABC):
     shape: tuple[int, ...]
 
     @property
-    def stored(self) -> bool:
+    def copyable(self) -> bool:
         """Are there bytes of it to be copied? If not, it is encoded, even to its own type."""
         return True
 

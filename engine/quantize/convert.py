@@ -55,7 +55,7 @@ class PlannedTensor:
     @property
     def changes(self) -> bool:
         """Has it to be encoded? A tensor that was made while reading has no bytes yet, whatever its type."""
-        return self.type != self.source.type or not self.source.stored
+        return self.type != self.source.type or not self.source.copyable
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ F32Array = NDArray[np.float32]
 def open_sources(loras: Iterable[Lora]) -> Iterator[list[Adapter[SourceTensor]]]:
     """All of these adapters as tensors whose rows can be read, open until the end of the `with` statement."""
     with ExitStack() as stack:
-        adapters = []
+        adapters: list[Adapter[SourceTensor]] = []
         for lora in loras:
-            source = stack.enter_context(closing(GGUFSource(GGUFReader(lora.path))))
+            source: Source = stack.enter_context(closing(GGUFSource(GGUFReader(lora.path))))
             adapters.append(Adapter(source, lora.scale))
         yield adapters
 
@@ -113,8 +113,8 @@ class _MergedTensor(SourceTensor):
     changes: Sequence[_Change] = field(default=())
 
     @property
-    def stored(self) -> bool:
-        return not self.changes and self.base.stored
+    def copyable(self) -> bool:
+        return not self.changes and self.base.copyable
 
     def rows(self, start: int, end: int) -> F32Array:
         rows = self.base.rows(start, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from qrun.models.adapter import Lora
 EXPERTS = 4
 
 
-def convert_with(source: Path, out: Path, *loras: Lora, type: str = "F32", threads: int = 2, **settings: object) -> Path:
+def convert_with(
+    source: Path, out: Path, *loras: Lora, type: str = "F32", threads: int = 2, **settings: object
+) -> Path:
     with closing(GGUFSource(GGUFReader(source))) as base, open_sources(loras) as adapters:
         planned = plan(MergedSource(base, adapters), Choice(type), **settings)  # type: ignore[arg-type]
         convert(planned, out, threads=threads)
@@ -72,7 +75,7 @@ def test_rows_come_out_alike_in_any_pieces(rng: np.random.Generator, model: Path
             before = base.tensors[name].rows(0, tensor.n_rows)
             expected = before + change.reshape(before.shape)
             cuts = [0, *sorted(rng.integers(0, tensor.n_rows, 3)), tensor.n_rows]
-            pieces = [tensor.rows(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            pieces = [tensor.rows(a, b) for a, b in pairwise(cuts)]
             np.testing.assert_allclose(np.concatenate(pieces), expected, rtol=1e-5, atol=1e-6)
             tensor.forget()
 
