@@ -236,7 +236,7 @@ def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
     """The graph with the changes of all adapters; those of one matrix add up. One of scale 0 leaves it as it is.
 
     Raises FormatError, naming the adapter, if it is of another architecture, or changes a tensor that the model does
-    not have, or has in another shape, or that holds experts.
+    not have, or has in another shape.
     """
     for adapter in adapters:
         _check(graph, adapter)
@@ -251,6 +251,10 @@ def _target(operation: G.Operation) -> str | None:
     return operation.weight.name if isinstance(operation, G.Embed) else None
 
 
+def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:
+    return operation.router, operation.gate, operation.up, operation.down
+
+
 def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for operation in graph.operations:
@@ -258,10 +262,7 @@ def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
         if name is not None and isinstance(operation, G.Linear | G.Embed):
             shapes[name] = operation.weight.shape
         elif isinstance(operation, G.MoE):
-            for weight in (operation.router, operation.gate, operation.up, operation.down):
-                if weight.name in adapter.changes:
-                    reason = f"it changes {quote(weight.name)}, and running with changed experts is not supported"
-                    raise FormatError(adapter.path, reason + ": merge it with `qrun convert --merge-lora`")
+            shapes |= {weight.name: weight.shape for weight in _matrices(operation)}
     adapter.check(graph.architecture, shapes)
 
 
@@ -273,12 +274,17 @@ class _Transform:
         self.operations: list[G.Operation] = []
         self._n_values = 1 + max((operation.out.id for operation in graph.operations), default=0)
         for operation in graph.operations:
-            name = _target(operation)
-            changes = [(a.changes[name], a.scale) for a in adapters if name in a.changes]
-            if name is not None and changes and isinstance(operation, G.Linear | G.Embed):
+            changes = self._changes(_target(operation))
+            if changes and isinstance(operation, G.Linear | G.Embed):
                 self._change(operation, changes)
+            elif isinstance(operation, G.MoE):
+                self._change_experts(operation)
             else:
                 self.operations.append(operation)
+
+    def _changes(self, name: str | None) -> list[tuple[LowRank[TensorInfo], float]]:
+        """All changes of a tensor, with the scales of their adapters."""
+        return [(a.changes[name], a.scale) for a in self.adapters if name in a.changes]
 
     def _change(self, operation: G.Linear | G.Embed, changes: list[tuple[LowRank[TensorInfo], float]]) -> None:
         out = operation.out
@@ -295,6 +301,14 @@ class _Transform:
             following = out if index == len(changes) - 1 else self._value(out.width)
             self.operations.append(G.Add(following, total, delta))
             total = following
+
+    def _change_experts(self, operation: G.MoE) -> None:
+        changes = [
+            G.Change(weight, _weight(change.a), _weight(change.b), scale * change.factor)
+            for weight in _matrices(operation)
+            for change, scale in self._changes(weight.name)
+        ]
+        self.operations.append(replace(operation, changes=tuple(changes)))
 
     def _value(self, width: int) -> G.Value:
         self._n_values += 1

@@ -126,7 +126,17 @@ def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, sof
 
 def mixture_of_experts(x: Array, moe: MoE) -> Array:
     """Each row through the experts that its router prefers."""
-    scores = multiply(x, moe.router).astype(np.float64)
+
+    def product(x: Array, weight: Weight, expert: int = 0) -> Array:
+        """x through a matrix of an expert, and through what adapters add to it."""
+        out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
+        for change in moe.changes:
+            if change.weight is weight:
+                inner = multiply(x, change.a, expert * change.a.shape[-2], change.a.shape[-2])
+                out = out + change.scale * multiply(inner, change.b, expert * weight.shape[-2], weight.shape[-2])
+        return out
+
+    scores = product(x, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
     probabilities = softmax(scores) if moe.gating == "softmax" else 1 / (1 + np.exp(-scores))
@@ -137,9 +147,8 @@ def mixture_of_experts(x: Array, moe: MoE) -> Array:
     out = np.zeros(x.shape)
     for expert in np.unique(chosen):
         rows, ranks = np.nonzero(chosen == expert)
-        gate, up = (multiply(x[rows], w, expert * w.shape[1], w.shape[1]) for w in (moe.gate, moe.up))
-        inner = activate(gate, moe.kind) * up
-        y = multiply(inner, moe.down, expert * moe.down.shape[1], moe.down.shape[1])
+        gate, up = (product(x[rows], weight, expert) for weight in (moe.gate, moe.up))
+        y = product(activate(gate, moe.kind) * up, moe.down, expert)
         out[rows] += moe.scale * shares[rows, ranks, None] * y
     return out
 

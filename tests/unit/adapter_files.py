@@ -92,16 +92,12 @@ def merged_model(model: Path, out: Path, adapters: Sequence[tuple[Path, float]])
     return out
 
 
-def matrices(model: Path, *, experts: bool = False) -> dict[str, tuple[int, ...]]:
+def matrices(model: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what adapters can change in a model, its head among them."""
     with GGUFReader(model) as reader:
         shapes = {name: tensor.shape for name, tensor in reader.tensors.items()}
     shapes.setdefault("output.weight", shapes[EMBEDDING])
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if len(shape) == 2 + (experts and "_exps" in name) and (experts or "ffn_gate_inp" not in name)
-    }
+    return {name: shape for name, shape in shapes.items() if len(shape) > 1}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> Path:

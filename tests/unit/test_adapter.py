@@ -11,11 +11,13 @@ import pytest
 from adapter_files import matrices, merged_model, random_pair, read_pairs, write_adapter
 
 from qrun.engine import Model
+from qrun.engine.bandwidth import bytes_per_token
 from qrun.engine.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader, TensorType
 from qrun.models import build_graph
 from qrun.models import graph as G
 from qrun.models.adapter import Lora, adapt, open_adapters
+from tests.reference import forward
 
 FILES = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
 LLAMA = next(path for path in FILES if path.stem == "llama-dense")
@@ -105,6 +107,38 @@ def test_an_adapter_does_what_merging_it_does(rng: np.random.Generator, path: Pa
     assert error_of(logits(path, [lora]), expected) <= 1e-6
 
 
+def test_only_the_changes_of_chosen_experts_count(rng: np.random.Generator) -> None:
+    n_experts, width, ffn = 5, 64, 96
+
+    def weight(name: str, *shape: int) -> G.Weight:
+        values = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+        return G.Weight(name, TensorType.F32, shape, values.reshape(-1).view(np.uint8))
+
+    x, y, out = (G.Value(i, width) for i in range(3))
+    router = weight("router", n_experts, width)
+    gate, up = weight("gate", n_experts, ffn, width), weight("up", n_experts, ffn, width)
+    down = weight("down", n_experts, width, ffn)
+    changes = []
+    for changed in (router, gate, up, down, gate):
+        *experts, rows, columns = changed.shape
+        rank = int(rng.choice(RANKS))
+        changes.append(
+            G.Change(changed, weight("a", *experts, rank, columns), weight("b", *experts, rows, rank), rng.normal())
+        )
+    moe = G.MoE(
+        y, x, router, None, gate, up, down, 2, "silu", normalize=True, scale=1.0, gating="softmax",
+        changes=tuple(changes),
+    )  # fmt: skip
+    operations: list[G.Operation] = [G.Embed(x, weight("e", 50, width), 8.0), moe, G.SelectRows(out, y)]
+    graph = G.Graph("test", operations, out, [], width, width, 64, 0)
+    runtime = Runtime(graph, threads=2, context=64)
+    for count in (1, 7, 40):
+        tokens = rng.integers(0, 50, count)
+        result = runtime.evaluate(runtime.sequence(), tokens, "all")
+        np.testing.assert_allclose(result, forward(graph, list(tokens)), rtol=1e-4, atol=1e-4)
+    runtime.close()
+
+
 def test_several_adapters_add_up(rng: np.random.Generator, tmp_path: Path) -> None:
     first = random_adapter(rng, LLAMA, tmp_path / "a.gguf", TensorType.F16)
     second = random_adapter(rng, LLAMA, tmp_path / "b.gguf", names=["blk.0.attn_q.weight", "output.weight"])
@@ -151,13 +185,23 @@ def test_bits_are_the_same_in_any_batch_and_on_any_threads(
     assert np.array_equal(whole, logits(path, loras, cuts=[0, 5, 6, 23, 32], threads=1))
 
 
-def test_the_reference_reads_the_graph_alike(rng: np.random.Generator, tmp_path: Path) -> None:
-    from tests.reference import forward
-
-    lora = Lora(random_adapter(rng, LLAMA, tmp_path / "a.gguf"))
-    with GGUFReader(LLAMA) as reader, open_adapters([lora]) as adapters:
+@pytest.mark.parametrize("stem", ["llama-dense", "llama-moe"])
+def test_the_reference_reads_the_graph_alike(rng: np.random.Generator, stem: str, tmp_path: Path) -> None:
+    path = next(path for path in FILES if path.stem == stem)
+    loras = [Lora(random_adapter(rng, path, tmp_path / f"{name}.gguf"), 0.5) for name in "ab"]
+    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
         expected = forward(build_graph(reader, 64, adapters), list(np.arange(32) * 37 % 128))
-    assert error_of(logits(LLAMA, [lora]), expected) <= 1e-6
+    assert error_of(logits(path, loras), expected) <= 1e-6
+
+
+def test_bytes_of_a_token_count_the_factors(rng: np.random.Generator, tmp_path: Path) -> None:
+    path = next(path for path in FILES if path.stem == "llama-moe")
+    lora = Lora(random_adapter(rng, path, tmp_path / "a.gguf"))
+    with GGUFReader(path) as reader, open_adapters([lora]) as adapters:
+        plain = bytes_per_token(build_graph(reader, 64), "f16", 10)
+        factors = [tensor for name, tensor in adapters[0].file.tensors.items() if name != "token_embd.weight.lora_a"]
+        assert reader.metadata["llama.expert_count"] == reader.metadata["llama.expert_used_count"]
+        assert bytes_per_token(build_graph(reader, 64, adapters), "f16", 10) - plain == sum(t.n_bytes for t in factors)
 
 
 # The library

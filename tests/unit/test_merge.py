@@ -41,7 +41,7 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 def adapter_of(
     rng: np.random.Generator, model: Path, out: Path, names: tuple[str, ...] = (), type: TensorType = TensorType.F32
 ) -> Path:
-    shapes = matrices(model, experts=True)
+    shapes = matrices(model)
     pairs = {name: random_pair(rng, name, shapes[name], int(rng.integers(1, 20))) for name in names or shapes}
     return write_adapter(out, pairs, type=type)
 
