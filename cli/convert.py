@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import LoraFile, threads_option
+from qrun.cli.options import LoraFile, ModelName, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
-    from qrun.engine.quantize.mixes import Choice
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
     from qrun.models.adapter import Lora
+    from qrun.models.huggingface.peft import Base
 
 
 class Size(click.ParamType):
@@ -38,9 +38,10 @@ class Size(click.ParamType):
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--type", "type_name", required=True, metavar="TYPE",
+@click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
-                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY.")  # fmt: skip
+                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY; of an adapter "
+                   "F16 (the default), BF16 or F32.")  # fmt: skip
 @click.option("--pure", is_flag=True, help="One type for all: no tensor gets more bits than others.")
 @click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
               help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
@@ -52,15 +53,21 @@ class Size(click.ParamType):
 @click.option("--merge-lora", "merged", type=LoraFile(), multiple=True,
               help="Merge a LoRA adapter into the weights before they are quantised; SCALE says how strongly (1: as it "
                    "was trained). May be given several times.")  # fmt: skip
+@click.option("--lora", is_flag=True,
+              help="SOURCE is a LoRA adapter, a folder as PEFT saves it: make a GGUF file of it.")  # fmt: skip
+@click.option("--base", type=ModelName(), metavar="MODEL",
+              help="With --lora, the model that the adapter was trained for: a GGUF file, or a folder with its "
+                   "config.json.", show_default="the folder that the adapter names")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; write nothing.")
 @click.option("--split-max-size", type=Size(), help="Split the result into files with no more tensor data than this.")
 @click.option("--override", "metadata", multiple=True, metavar="KEY=TYPE:VALUE",
               help="Set a metadata value; TYPE is int, float, bool or str.")  # fmt: skip
 @threads_option()
 def command(
-    source: Path, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
-    embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, merged: tuple[Lora, ...], dry_run: bool,
-    split_max_size: int | None, metadata: tuple[str, ...], threads: int | None,
+    source: Path, out: Path | None, type_name: str | None, pure: bool, overrides: tuple[str, ...],
+    output_type: str | None, embedding_type: str | None, imatrix: Path | None, allow_requantize: bool,
+    merged: tuple[Lora, ...], lora: bool, base: str | None, dry_run: bool, split_max_size: int | None,
+    metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
     """Convert a model file to another type: smaller and faster, and a little less exact.
 
@@ -76,20 +83,32 @@ def command(
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
       qrun convert model.gguf --type copy --split-max-size 2G
-      qrun convert model-f16.gguf --type q4_k_m --merge-lora adapter.gguf --merge-lora other.gguf=0.5
+      qrun convert model-f16.gguf --type q4_k_m --merge-lora adapter.gguf --merge-lora peft-folder=0.5
+      qrun convert --lora peft-folder adapter.gguf --base model.gguf
     """
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
-    from qrun.engine.quantize.source import GGUFSource
-    from qrun.formats import GGUFReader
+    from qrun.engine.quantize.source import open_source
+    from qrun.models.adapter import is_peft
 
+    if lora or is_peft(source):
+        for given, name in ((merged, "--merge-lora"), (imatrix, "--imatrix"), (overrides, "--tensor-type"),
+                            (output_type, "--output-type"), (embedding_type, "--embedding-type")):  # fmt: skip
+            if given:
+                raise click.UsageError(f"{name} is for models, and SOURCE is an adapter.")
+        convert_adapter(source, out, type_name or "F16", base, dry_run, threads, metadata)
+        return
+    if base:
+        raise click.UsageError("--base needs --lora.")
+    if type_name is None:
+        raise click.UsageError("Missing option '--type'.")
     choice = Choice(
         file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(GGUFSource(GGUFReader(source))) as base, merged_into(base, merged) as opened:
+    with closing(open_source(source)) as original, merged_into(original, merged) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
@@ -97,26 +116,60 @@ def command(
         if dry_run:
             show_plan(planned)
         else:
-            run(planned, out or default_out(source, choice), threads, values)
+            run(planned, out or default_out(source, choice.file_type), choice.file_type, threads, values)
 
 
 @contextmanager
 def merged_into(base: Source, loras: Sequence[Lora]) -> Iterator[Source]:
     """The source with the adapters merged into it, if there are any."""
-    from qrun.cli.loading import show_notices
+    from qrun.cli.console import notice
     from qrun.engine.quantize.merge import MergedSource, open_sources
 
-    with open_sources(loras) as adapters:
-        show_notices(adapters)
+    with open_sources(loras, base, notice) as adapters:
         yield MergedSource(base, adapters) if adapters else base
 
 
-def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
+def convert_adapter(
+    folder: Path, out: Path | None, type_name: str, base: str | None, dry_run: bool, threads: int | None,
+    metadata: Sequence[str],
+) -> None:  # fmt: skip
+    """A GGUF file of a PEFT adapter."""
+    from qrun.cli.console import notice
+    from qrun.engine.quantize.convert import plan
+    from qrun.engine.quantize.mixes import COPY, Choice
+    from qrun.models.huggingface.peft import PeftSource, find_base
+
+    type = tensor_type(type_name)
+    assert type is not None
+    with closing(PeftSource(folder, base_of(base) if base else find_base(folder), type)) as source:
+        if source.notice:
+            notice(source.notice)
+        values = [metadata_value(text, source) for text in metadata]
+        planned = plan(source, Choice(COPY))
+        if dry_run:
+            show_plan(planned)
+        else:
+            run(planned, out or default_out(folder.resolve(), f"lora-{type.name}"), type.name, threads, values)
+
+
+def base_of(model: str) -> Base:
+    """What has to be known of the model that an adapter changes: a folder with config.json, or a GGUF file."""
+    from qrun.formats import GGUFReader
+    from qrun.models.catalog import resolve
+    from qrun.models.huggingface.peft import Base
+
+    if Path(model).is_dir():
+        return Base.of_folder(Path(model))
+    with GGUFReader(resolve(model)) as reader:
+        return Base.of_file(reader)
+
+
+def run(plan: Plan, out: Path, type_name: str, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
     """Converts, with a bar for the bytes, and says what came of it."""
     from qrun.cli.console import CompileProgress, DownloadBar
     from qrun.engine.quantize.convert import convert
 
-    with DownloadBar(f"converting {plan.source.path} to {plan.choice.file_type}") as bar:
+    with DownloadBar(f"converting {plan.source.path} to {type_name}") as bar:
         result = convert(
             plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
         )
@@ -175,11 +228,11 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
     raise ValueError(f"--override {text!r}: {kind!r} is no type: it can be int, float, bool or str")
 
 
-def default_out(source: Path, choice: Choice) -> Path:
+def default_out(source: Path, type_name: str) -> Path:
     """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder."""
     stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
     stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
-    return source.with_name(f"{stem}-{choice.file_type}.gguf")
+    return source.with_name(f"{stem}-{type_name}.gguf")
 
 
 def show_plan(plan: Plan) -> None:

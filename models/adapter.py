@@ -21,11 +21,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
+from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.tensors import Described, TensorFile
 from qrun.models import graph as G
 from qrun.models.hyperparameters import shorten
 
@@ -60,39 +61,7 @@ LoraLike = Lora | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """What may be given for one: also a path, or a path and a scale."""
 
 
-class Matrix(Protocol):
-    """What this module wants of a tensor: `TensorInfo` of a file, and whatever else tensors are read from, has it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def type(self) -> TensorType: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-T = TypeVar("T", bound=Matrix)
-T_co = TypeVar("T_co", bound=Matrix, covariant=True)
-
-
-class AdapterFile(Protocol[T_co]):
-    """What an adapter is read from: a `GGUFReader`, or anything that looks like one."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def files(self) -> Sequence[Path]: ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, T_co]: ...
-
-    def close(self) -> None: ...
+T = TypeVar("T", bound=Described)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +89,7 @@ class Adapter(Generic[T]):
     changes count as they are.
     """
 
-    def __init__(self, file: AdapterFile[T], scale: float = 1.0) -> None:
+    def __init__(self, file: TensorFile[T], scale: float = 1.0) -> None:
         self.file, self.path, self.scale = file, file.path, scale
         metadata = file.metadata
         if not is_adapter(file):
@@ -207,7 +176,7 @@ class Adapter(Generic[T]):
         self.file.close()
 
 
-def is_adapter(file: AdapterFile[Matrix]) -> bool:
+def is_adapter(file: TensorFile[Described]) -> bool:
     """Does this file say that it is an adapter, and so no model?"""
     return bool(file.metadata.get("general.type") == "adapter")
 

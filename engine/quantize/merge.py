@@ -6,8 +6,8 @@ Nothing is held but the factors of the tensor that is being written, as float32;
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.quantize.source import GGUFSource, Source
-from qrun.formats import FormatError, GGUFReader, GGUFWriter, ValueType
-from qrun.formats.tensors import SourceTensor
-from qrun.models.adapter import EMBEDDING, HEAD, Adapter, Lora, LowRank
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.formats.tensors import SourceTensor, TensorFile
+from qrun.models.adapter import EMBEDDING, HEAD, Adapter, Lora, LowRank, is_peft
+from qrun.models.huggingface.peft import Base, PeftSource
 
 F32Array = NDArray[np.float32]
 
 
 @contextmanager
-def open_sources(loras: Iterable[Lora]) -> Iterator[list[Adapter[SourceTensor]]]:
-    """All of these adapters as tensors whose rows can be read, open until the end of the `with` statement."""
+def open_sources(
+    loras: Iterable[Lora], base: Source, notice: Callable[[str], None] = lambda text: None
+) -> Iterator[list[Adapter[SourceTensor]]]:
+    """All of these adapters (GGUF files, or folders of PEFT) of a model, open until the end of the `with` statement.
+
+    notice: called with a line about what of an adapter is not used, or may be wrong. FormatError if one is no adapter.
+    """
     with ExitStack() as stack:
         adapters: list[Adapter[SourceTensor]] = []
         for lora in loras:
-            source: Source = stack.enter_context(closing(GGUFSource(GGUFReader(lora.path))))
-            adapters.append(Adapter(source, lora.scale))
+            source: GGUFSource | PeftSource
+            if is_peft(lora.path):
+                source = PeftSource(lora.path, Base.of_file(base), TensorType.F32)
+            else:
+                source = GGUFSource(GGUFReader(lora.path))
+            stack.callback(source.close)
+            file: TensorFile[SourceTensor] = source
+            adapters.append(Adapter(file, lora.scale))
+            for text in (adapters[-1].notice, source.notice if isinstance(source, PeftSource) else None):
+                if text:
+                    notice(text)
         yield adapters
 
 

@@ -27,7 +27,7 @@ EXPERTS = 4
 def convert_with(
     source: Path, out: Path, *loras: Lora, type: str = "F32", threads: int = 2, **settings: object
 ) -> Path:
-    with closing(GGUFSource(GGUFReader(source))) as base, open_sources(loras) as adapters:
+    with closing(GGUFSource(GGUFReader(source))) as base, open_sources(loras, base) as adapters:
         planned = plan(MergedSource(base, adapters), Choice(type), **settings)  # type: ignore[arg-type]
         convert(planned, out, threads=threads)
     return out
@@ -67,7 +67,7 @@ def test_rows_come_out_alike_in_any_pieces(rng: np.random.Generator, model: Path
     lora = Lora(adapter_of(rng, model, tmp_path / "a.gguf"), 0.5)
     pairs, alpha = read_pairs(lora.path)
     assert alpha is not None
-    with closing(GGUFSource(GGUFReader(model))) as base, open_sources([lora]) as adapters:
+    with closing(GGUFSource(GGUFReader(model))) as base, open_sources([lora], base) as adapters:
         for name, tensor in MergedSource(base, adapters).tensors.items():
             if name not in pairs:
                 continue
