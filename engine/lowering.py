@@ -156,34 +156,40 @@ class Lowering:
             [x, z], [out, *([packed_place] if packed_place else [])], True,
         )  # fmt: skip
 
-    def _first_packing(self, value: G.Value) -> str | None:
-        """How the first matmul that takes `value` wants it, if there is one."""
+    def _packings(self, value: G.Value) -> list[str]:
+        """How the matmuls that take `value` want it, each way once."""
+        weights: list[G.Weight] = []
         for operation in self.graph.operations[self.index :]:
             if isinstance(operation, G.Linear) and operation.x.id == value.id:
-                return self.packing(operation.weight)
-            if isinstance(operation, G.MoE) and operation.x.id == value.id:
-                return self.packing(operation.router)
-        return None
+                weights.append(operation.weight)
+            elif isinstance(operation, G.MoE) and operation.x.id == value.id:
+                router = operation.router
+                weights += [router, *(change.a for change in operation.changes if change.weight is router)]
+        return list(dict.fromkeys(self.packing(weight) for weight in weights))
 
     def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> None:
-        """A row operation that makes `out`, and packs it for the matmul that takes it."""
+        """A row operation that makes `out`, and packs it for the matmuls that take it."""
         place = self.new(out)
-        packing = self._first_packing(out)
+        packings = self._packings(out)
         packed = None
-        if packing:
-            packed = (packing, self.packed_place(out, packing))
-            self._packed[out.id, packing] = packed[1]
+        if packings:
+            packed = (packings[0], self.packed_place(out, packings[0]))
+            self._packed[out.id, packings[0]] = packed[1]
         self.row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
+        for packing in packings[1:]:
+            self._pack(out, packing)
 
     def packed_input(self, value: G.Value, packing: str) -> Place:
-        key = (value.id, packing)
-        if key not in self._packed:
-            place = self.packed_place(value, packing)
-            x = self.places[value.id]
-            self.row_operation("pack", x, value.width, x, packed=(packing, place))
-            self.records[-1].writes = [place]
-            self._packed[key] = place
-        return self._packed[key]
+        """The rows of a value, packed. They are packed in all ways at once, so that no matmul waits for it later."""
+        if (value.id, packing) not in self._packed:
+            for wanted in self._packings(value):
+                self._pack(value, wanted)
+        return self._packed[value.id, packing]
+
+    def _pack(self, value: G.Value, packing: str) -> None:
+        place, x = self.packed_place(value, packing), self.places[value.id]
+        self.row_operation("pack", x, value.width, x, packed=(packing, place)).writes = [place]
+        self._packed[value.id, packing] = place
 
     def matmul(
         self, weight: G.Weight, out: Place, x: Place, *, ranges: InStep | Place | None = None, bias: object = None,

@@ -256,17 +256,20 @@ class _Transform:
         return [(a.changes[name], a.scale) for a in self.adapters if name in a.changes]
 
     def _change(self, operation: G.Linear | G.Embed, changes: list[tuple[LowRank[TensorInfo], float]]) -> None:
+        """All A first, then the matrix, then each B: what is small comes where threads need not wait for it."""
         out = operation.out
+        inners = [self._value(change.b.shape[-1]) for change, _ in changes]
+        for (change, _), inner in zip(changes, inners, strict=True):
+            if isinstance(operation, G.Embed):
+                self.operations.append(G.Embed(inner, _weight(change.a), 1.0))
+            else:
+                self.operations.append(G.Linear(inner, operation.x, _weight(change.a), None))
         total = self._value(out.width)
         self.operations.append(replace(operation, out=total))
-        for index, (change, scale) in enumerate(changes):
-            inner, delta = self._value(change.b.shape[-1]), self._value(out.width)
-            a, b = _weight(change.a), _weight(change.b)
-            if isinstance(operation, G.Embed):
-                self.operations.append(G.Embed(inner, a, 1.0))
-            else:
-                self.operations.append(G.Linear(inner, operation.x, a, None))
-            self.operations.append(G.Linear(delta, inner, b, None, operation.scale * scale * change.factor))
+        for index, ((change, scale), inner) in enumerate(zip(changes, inners, strict=True)):
+            delta = self._value(out.width)
+            factor = operation.scale * scale * change.factor
+            self.operations.append(G.Linear(delta, inner, _weight(change.b), None, factor))
             following = out if index == len(changes) - 1 else self._value(out.width)
             self.operations.append(G.Add(following, total, delta))
             total = following
