@@ -79,10 +79,11 @@ def command(
     if peers:
         if loras:
             raise click.UsageError("--lora does not go with --compare: other engines would run the model without it.")
-        from qrun.cli import compare
+        from qrun.cli import bench_compare
 
-        task = compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
-        compare.report(task, [compare.Peer(peer) for peer in peers], [threads] if threads else [1, 2], plot, as_json)
+        task = bench_compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
+        others = [bench_compare.Peer(peer) for peer in peers]
+        bench_compare.report(task, others, [threads] if threads else [1, 2], plot, as_json)
         return
     if plot:
         raise click.UsageError("--plot needs --compare.")

@@ -116,7 +116,7 @@ def command(
         if dry_run:
             show_plan(planned)
         else:
-            run(planned, out or default_out(source, choice.file_type), choice.file_type, threads, values)
+            show_result(planned, write(planned, out or default_out(source, choice.file_type), threads, values))
 
 
 @contextmanager
@@ -149,7 +149,8 @@ def convert_adapter(
         if dry_run:
             show_plan(planned)
         else:
-            run(planned, out or default_out(folder.resolve(), f"lora-{type.name}"), type.name, threads, values)
+            out = out or default_out(folder.resolve(), f"lora-{type.name}")
+            show_result(planned, write(planned, out, threads, values, type.name))
 
 
 def base_of(model: str) -> Base:
@@ -164,16 +165,16 @@ def base_of(model: str) -> Base:
         return Base.of_file(reader)
 
 
-def run(plan: Plan, out: Path, type_name: str, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
-    """Converts, with a bar for the bytes, and says what came of it."""
+def write(
+    plan: Plan, out: Path, threads: int | None, values: Sequence[tuple[str, Any, ValueType]] = (),
+    type_name: str | None = None,
+) -> Result:  # fmt: skip
+    """Converts, with a bar for the bytes."""
     from qrun.cli.console import CompileProgress, DownloadBar
     from qrun.engine.quantize.convert import convert
 
-    with DownloadBar(f"converting {plan.source.path} to {type_name}") as bar:
-        result = convert(
-            plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
-        )
-    show_result(plan, result)
+    with DownloadBar(f"converting {plan.source.path} to {type_name or plan.choice.file_type}") as bar:
+        return convert(plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress())
 
 
 def tensor_type(name: str | None) -> TensorType | None:

@@ -11,8 +11,9 @@ from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from qrun.engine import Model
+    from qrun.engine import Model, Tokenizer
     from qrun.engine.runtime import Runtime
+    from qrun.engine.scoring import Chunks
     from qrun.models.adapter import Adapter, Lora
 
 
@@ -34,7 +35,13 @@ def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
 
 @contextmanager
 def open_runtime(
-    path: Path, *, threads: int | None, context: int, cache_type: str, loras: Iterable[Lora] = ()
+    path: Path,
+    *,
+    threads: int | None,
+    context: int,
+    cache_type: str = "f16",
+    observe: bool = False,
+    loras: Iterable[Lora] = (),
 ) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
@@ -52,11 +59,22 @@ def open_runtime(
             context=context,
             cache_type=cache_type,
             progress=CompileProgress(),
+            observe=observe,
         )
         try:
             yield runtime
         finally:
             runtime.close()
+
+
+def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
+    """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
+    from qrun.engine.scoring import Chunks, TextTooShort
+
+    try:
+        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+    except TextTooShort as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def with_tokenizer(model: Model) -> Model:

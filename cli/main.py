@@ -19,6 +19,8 @@ COMMANDS = {
     "bench": "Measure tokens per second.",
     "perplexity": "Measure how well a model predicts a text.",
     "convert": "Convert a model file to another type.",
+    "imatrix": "Collect what converting should spare.",
+    "compare": "Compare what types cost and save.",
     "pull": "Fetch a model into the store.",
     "list": "List the models in the store.",
     "rm": "Delete a model from the store.",

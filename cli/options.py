@@ -205,3 +205,15 @@ def cache_type_option() -> Callable[[Command], Command]:
         "--cache-type", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
         help="How keys and values of past tokens are kept: the smaller the type, the less memory.",
     )  # fmt: skip
+
+
+def chunk_options(default_chunks: int | None = None) -> Callable[[Command], Command]:
+    """--ctx and --chunks, of commands that read a text."""
+    ctx = click.option(
+        "--ctx", type=click.IntRange(min=4), default=512, show_default=True, metavar="TOKENS", help="Tokens in a chunk."
+    )
+    chunks = click.option(
+        "--chunks", type=click.IntRange(min=1), metavar="N", default=default_chunks,
+        show_default=default_chunks is not None, help="Read the first N chunks only.",
+    )  # fmt: skip
+    return lambda function: ctx(chunks(function))

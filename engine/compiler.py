@@ -236,6 +236,15 @@ def _no_host_code(context: Any) -> Iterator[None]:
         del context.get_executable, engine.finalize_object
 
 
+@functools.cache
+def _set_options() -> None:
+    """Options of LLVM that hold for the whole process, which is one that compiles and nothing else."""
+    import llvmlite.binding as llvm
+
+    # Loop strength reduction would make sixteen pointers of one pointer and a stride, and keep them on the stack.
+    llvm.set_option("qrun", "--disable-lsr")
+
+
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
     from numba.core import compiler, config, registry, types
@@ -268,6 +277,7 @@ define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
 }}
 """
     initialize_llvm(target.triple)
+    _set_options()
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
     for definition in module.functions:

@@ -15,7 +15,7 @@ from qrun.engine import records as R
 from qrun.engine.arena import Arena, Place
 from qrun.engine.kv_cache import CacheLayout
 from qrun.engine.lowering_experts import lower_experts
-from qrun.engine.program_records import InRecord, InStep, Record
+from qrun.engine.program_records import InRecord, InStep, Record, Routing
 from qrun.engine.rope_table import RopeTable
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorType
@@ -215,6 +215,14 @@ class Lowering:
             [x, residual, ranges if isinstance(ranges, Place) else None], [out], False,
         )  # fmt: skip
 
+    # For those who watch: see engine.observing
+
+    def taken(self, weight: G.Weight, value: G.Value) -> None:
+        """A matmul is about to take the float32 rows of `value`."""
+
+    def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
+        """Matmuls of experts are about to take the float32 rows at x."""
+
     # One method for each operation
 
     def _lower(self, operation: G.Operation) -> None:
@@ -245,6 +253,7 @@ class Lowering:
             other, out = self._residual[o.out.id]
             residual = self.places[other.id]
         bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
+        self.taken(o.weight, o.x)
         self.matmul(o.weight, self.new(out), x, bias=bias, residual=residual, scale=o.scale)
 
     def _lower_slice(self, o: G.Slice) -> None:

@@ -7,6 +7,7 @@ change's A, and its B, which adds what the first one gave.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from qrun.engine import records as R
 from qrun.engine.arena import Place
-from qrun.engine.program_records import InRecord
+from qrun.engine.program_records import InRecord, Routing
 from qrun.models import graph as G
 
 if TYPE_CHECKING:
@@ -47,12 +48,18 @@ class _ExpertsLowering:
         bias = None if moe.router_bias is None else np.ascontiguousarray(moe.router_bias, np.float32)
         self.ranges: Place | None = None
         self.n_slots: InRecord | None = None
+        self.lowering.taken(moe.router, moe.x)
         logits = self._product(moe.router, self._rows_packed, self.rows, bias)
         self._route(logits)
+        assert self.ranges is not None
+        routing = Routing(self.chosen, self.ranges, moe.n_used, by_slot=False)
+        self.lowering.taken_by_experts([moe.gate, moe.up], self.lowering.places[moe.x.id], routing)
         to_slots = cache(self._to_slots)
         gate = self._product(moe.gate, to_slots, self.slots)
         up = self._product(moe.up, to_slots, self.slots)
-        down = self._product(moe.down, self._activated(gate, up), self.slots)
+        inner = self._activated(gate, up)
+        self.lowering.taken_by_experts([moe.down], gate, replace(routing, by_slot=True))
+        down = self._product(moe.down, inner, self.slots)
         self._sum(down)
 
     def _memory(self, size: int) -> Place:

@@ -35,3 +35,14 @@ class Record:
     writes: list[object]
     by_rows: bool  # each thread touches its own rows only
     barrier: bool = False
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows go to which expert, as the kernel `route` leaves it: the slot of each (row, chosen expert), and the
+    experts' ranges of slots. by_slot: the rows that are meant are slots."""
+
+    slots: Place
+    ranges: Place
+    n_used: int
+    by_slot: bool

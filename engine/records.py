@@ -63,6 +63,9 @@ def _fields(count: int) -> range:
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
  MOE_WIDTH) = _fields(18)  # fmt: skip
 
+# Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
+(OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
+
 # Quantising: float32 blocks to bytes. IMPORTANCE is 0 or the address of one float32 row that all rows share; SUMS takes
 # float32 [4, blocks] (`STATS` in kernels.quantize_fit); TRIALS holds pairs of float32: see formats.blocks.fitting.
 (Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,

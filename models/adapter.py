@@ -147,7 +147,7 @@ class Adapter(Generic[T]):
         """A line for whoever uses it, if a part of it is not used."""
         if not self.ignored:
             return None
-        return f"{self.path}: {len(self.ignored)} tensors of norms in the adapter are left out"
+        return f"{self.path}: the norms in the adapter ({len(self.ignored)}) are left out"
 
     @property
     def ranks(self) -> list[int]:

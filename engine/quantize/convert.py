@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoded, Encoder
 from qrun.engine.quantize.imatrix import Imatrix
-from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types
+from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types, needs_importance
 from qrun.engine.quantize.source import Source, SourceTensor
 from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
@@ -128,8 +128,10 @@ def plan(
     """Decide about every tensor, and check that it can be done.
 
     Raises FormatError if the imatrix is of another model or a tensor cannot be decoded, ValueError if a tensor is
-    quantised already and that is not allowed.
+    quantised already and that is not allowed, or the type needs an importance matrix that there is not.
     """
+    if imatrix and not any(name in imatrix.values for name in source.tensors):
+        raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
     layout = {name: (tensor.type, tensor.shape) for name, tensor in source.tensors.items()}
     types = choose_types(layout, Facts.of(source.metadata, imatrix is not None), choice)
     planned = []
@@ -138,10 +140,13 @@ def plan(
         if entry.changes:
             _check_convertible(source, tensor, entry.type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
+            if importance is None and needs_importance(name, entry.type, choice):
+                raise ValueError(
+                    f"{source.path}: {choice.file_type} needs an importance matrix"
+                    + (f", and {imatrix.path.name} has nothing of {name}" if imatrix else " (--imatrix)")
+                )
             entry = PlannedTensor(tensor, entry.type, importance)
         planned.append(entry)
-    if imatrix and not any(name in imatrix.values for name in source.tensors):
-        raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in planned:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from adapter_files import matrices, merged_model, random_pair, read_pairs, write_adapter
 
+from qrun.cli import loading, main
+from qrun.cli.main import cli
+from qrun.cli.options import LoraFile
 from qrun.engine import Model
 from qrun.engine.bandwidth import bytes_per_token
 from qrun.engine.runtime import Runtime
+from qrun.engine.scoring import Score, scored_logits
 from qrun.formats import FormatError, GGUFReader, TensorType
 from qrun.models import build_graph
 from qrun.models import graph as G
@@ -358,6 +364,136 @@ def test_norms_are_left_out_with_a_notice(rng: np.random.Generator, tmp_path: Pa
     path = write_adapter(tmp_path / "a.gguf", pairs, extra=norms)
     plain = write_adapter(tmp_path / "b.gguf", pairs)
     with open_adapters([Lora(path), Lora(plain)]) as (with_norms, without):
-        assert with_norms.notice == f"{path}: 2 tensors of norms in the adapter are left out"
+        assert with_norms.notice == f"{path}: the norms in the adapter (2) are left out"
         assert without.notice is None
     assert np.array_equal(logits(LLAMA, [Lora(path)]), logits(LLAMA, [Lora(plain)]))
+
+
+# The command line
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path / "home"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_every_command_that_runs_a_model_takes_adapters() -> None:
+    for name in ("chat", "run", "bench", "perplexity", "imatrix", "warmup", "info"):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        assert "loras" in {parameter.name for parameter in command.params}, name
+
+
+def test_files_and_scales(tmp_path: Path) -> None:
+    strange = tmp_path / "a=2.gguf=0.5"
+    strange.touch()
+    for text, expected in {
+        "a.gguf": Lora(Path("a.gguf")),
+        "a.gguf=0.5": Lora(Path("a.gguf"), 0.5),
+        "dir=x/a.gguf=-2": Lora(Path("dir=x/a.gguf"), -2.0),
+        str(strange): Lora(strange),
+        f"{strange}=1e-1": Lora(strange, 0.1),
+    }.items():
+        assert LoraFile().convert(text, None, None) == expected
+    for text in ("a.gguf=x", "a.gguf=nan"):
+        with pytest.raises(click.BadParameter, match="is no scale of an adapter"):
+            LoraFile().convert(text, None, None)
+
+
+def test_bench_and_warmup_with_an_adapter(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("-p", 4, "-n", 2, "-r", 1, "--no-bandwidth", "--json", "--lora", f"{adapter}=0.5")
+    status, out, _ = run(capsys, "bench", LLAMA, *options)
+    assert status == 0 and set(json.loads(out)) >= {"pp4", "tg2"}
+    assert run(capsys, "bench", LLAMA, "--compare", "{model} x", "--lora", adapter)[0] == 2
+    assert run(capsys, "warmup", "--lora", adapter)[0] == 2
+    status, out, _ = run(capsys, "warmup", LLAMA, "--lora", adapter)
+    assert status == 0 and "kernels compiled" in out
+
+
+def test_perplexity_with_an_adapter_is_that_of_the_merged_model(
+    rng: np.random.Generator, adapter: Path, tmp_path: Path
+) -> None:
+    tokens = [int(token) for token in rng.integers(0, 128, 48)]
+    merged = merged_model(LLAMA, tmp_path / "merged.gguf", [(adapter, 0.5)])
+    scores = []
+    for path, loras in ((LLAMA, [Lora(adapter, 0.5)]), (merged, []), (LLAMA, [])):
+        score = Score()
+        with loading.open_runtime(path, threads=1, context=48, cache_type="f16", loras=loras) as runtime:
+            for rows, targets in scored_logits(runtime, tokens, None):
+                score.add(rows, targets)
+        scores.append(score.perplexity.value)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3) != pytest.approx(scores[2], rel=1e-2)
+
+
+@pytest.mark.parametrize("stem", ["llama-dense", "llama-moe"])
+def test_importance_with_an_adapter_is_that_of_the_merged_model(
+    rng: np.random.Generator, stem: str, tmp_path: Path
+) -> None:
+    path = next(path for path in FILES if path.stem == stem)
+    lora = Lora(random_adapter(rng, path, tmp_path / "a.gguf"), 0.5)
+    merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 0.5)])
+    found = []
+    for model, loras in ((path, [lora]), (merged, [])):
+        with loading.open_runtime(model, threads=2, context=32, observe=True, loras=loras) as runtime:
+            runtime.evaluate(runtime.sequence(), np.arange(32) * 37 % 128, "all")
+            found.append({name: each.sums.copy() for each in runtime.observations for name in each.names})
+    assert found[0].keys() == found[1].keys()
+    for name, sums in found[1].items():
+        np.testing.assert_allclose(found[0][name], sums, rtol=1e-3, err_msg=name)
+
+
+def test_info_tells_what_an_adapter_changes(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {f"blk.{i}.{kind}.weight": (64, 64) for i in range(2) for kind in ("attn_q", "attn_v")}
+    pairs = {name: random_pair(rng, name, shape, 8) for name, shape in names.items()}
+    path = write_adapter(tmp_path / "a.gguf", pairs, alpha=24.0, extra={"blk.0.attn_norm.weight": np.ones(64)})
+    status, out, _ = run(capsys, "info", path)
+    assert status == 0
+    assert "LoRA adapter    4 matrices, rank 8, alpha 24\n" in out
+    assert "it changes      attn_q, attn_v\n" in out
+    assert "the norms in the adapter (1) are left out" in out
+    facts = json.loads(run(capsys, "info", path, "--json")[1])
+    assert facts["adapter"]["ranks"] == [8] and facts["adapter"]["alpha"] == 24
+    assert "memory" not in facts
+
+    before = json.loads(run(capsys, "info", LLAMA, "--json")[1])["memory"]["needed"]["f16"]
+    after = json.loads(run(capsys, "info", LLAMA, "--lora", path, "--json")[1])["memory"]["needed"]["f16"]
+    assert after["file"] - before["file"] == path.stat().st_size
+    broken = write_adapter(tmp_path / "b.gguf", {})
+    status, out, error = run(capsys, "info", broken)
+    assert status == 1 and "architecture    llama" in out and "the adapter changes nothing" in error
+
+
+def test_a_wrong_adapter_is_one_line(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ("run", LLAMA, "x", "--lora", LLAMA),
+        ("chat", LLAMA, "--lora", LLAMA),
+        ("bench", LLAMA, "--lora", LLAMA),
+        ("info", LLAMA, "--lora", LLAMA),
+        ("warmup", LLAMA, "--lora", LLAMA),
+    ):
+        status, _, error = run(capsys, *arguments)
+        assert (status, error) == (1, f"qrun: {LLAMA}: this is not an adapter: its general.type is not 'adapter'\n")
+    status, _, error = run(capsys, "run", adapter, "x")
+    assert (status, error) == (
+        1, f"qrun: {adapter}: this is an adapter, not a model: name it after --lora, beside its model\n"
+    )  # fmt: skip
+
+
+def test_the_command_says_what_is_left_out(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "blk.0.attn_q.weight"
+    pairs = {name: random_pair(rng, name, (64, 64), 4)}
+    path = write_adapter(tmp_path / "a.gguf", pairs, extra={"blk.0.attn_norm.weight": np.ones(64)})
+    notice = f"qrun: {path}: the norms in the adapter (1) are left out\n"
+    assert notice in run(capsys, "bench", LLAMA, "-p", 2, "-n", 0, "-r", 1, "--lora", path)[2]
+    with loading.load_model(str(LLAMA), {"loras": [Lora(path)]}):
+        assert notice in capsys.readouterr().err
