@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option
+from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
     from qrun.engine.runtime import Runtime
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
               help="Also measure so many sequences that are decoded together.")  # fmt: skip
 @cache_type_option()
 @lora_option()
+@type_option()
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast memory is read, and how much of that generation makes use of.")  # fmt: skip
 @click.option(
@@ -54,6 +55,7 @@ def command(
     seqs: int,
     cache_type: str,
     loras: tuple[Lora, ...],
+    type_name: str | None,
     bandwidth: bool,
     peers: tuple[str, ...],
     plot: str | None,
@@ -73,9 +75,9 @@ def command(
       qrun bench model.gguf --compare peer-env/bin/python --plot speed.svg
       qrun bench model.gguf --compare "llama-bench -m {model} -t {threads} -p {prompt} -n {gen} -r {reps} -o json"
     """
-    from qrun.models.catalog import resolve
+    from qrun.cli.loading import find_model
 
-    path = resolve(model)
+    path = find_model(model, type_name)
     if peers:
         if loras:
             raise click.UsageError("--lora does not go with --compare: other engines would run the model without it.")

@@ -17,7 +17,6 @@ from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options,
 if TYPE_CHECKING:
     from qrun.engine.divergence import Divergence
     from qrun.engine.quantize.convert import Plan
-    from qrun.engine.quantize.source import Source
     from qrun.engine.scoring import Chunks, Score
 
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
@@ -81,12 +80,12 @@ def command(
       qrun compare model-f16.gguf --text wiki.test.raw --types q4_k_m,iq4_xs,q4_0 --imatrix imatrix.gguf --plot loss.svg
       qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
     """
-    from qrun.cli.loading import text_chunks
+    from qrun.cli.loading import find_original, text_chunks
     from qrun.engine import Tokenizer
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
-    from qrun.models.catalog import resolve
+    from qrun.engine.quantize.source import open_source
 
     if plot:
         from qrun.cli.plot import check_plot
@@ -95,7 +94,7 @@ def command(
     names = list(dict.fromkeys(file_type_name(name) for name in types))
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")
-    path = resolve(source)
+    path = find_original(source)
     text = text_chunks(file, Tokenizer.load(path), ctx, chunks)
     importance = read_imatrix(imatrix) if imatrix else None
     with closing(open_source(path)) as opened:
@@ -107,13 +106,6 @@ def command(
 
         draw(comparison, plot)
     click.echo(json.dumps(as_object(comparison)) if as_json else table(comparison))
-
-
-def open_source(path: Path) -> Source:
-    from qrun.engine.quantize.source import GGUFSource
-    from qrun.formats import GGUFReader
-
-    return GGUFSource(GGUFReader(path))
 
 
 def compare(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
     from qrun.models.adapter import Lora
-    from qrun.models.huggingface.peft import Base
 
 
 class Size(click.ParamType):
@@ -36,7 +35,7 @@ class Size(click.ParamType):
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=ModelName())
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
@@ -64,20 +63,23 @@ class Size(click.ParamType):
               help="Set a metadata value; TYPE is int, float, bool or str.")  # fmt: skip
 @threads_option()
 def command(
-    source: Path, out: Path | None, type_name: str | None, pure: bool, overrides: tuple[str, ...],
+    source: str, out: Path | None, type_name: str | None, pure: bool, overrides: tuple[str, ...],
     output_type: str | None, embedding_type: str | None, imatrix: Path | None, allow_requantize: bool,
     merged: tuple[Lora, ...], lora: bool, base: str | None, dry_run: bool, split_max_size: int | None,
     metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
-    """Convert a model file to another type: smaller and faster, and a little less exact.
+    """Convert a model to a GGUF file of another type: smaller and faster, and a little less exact.
 
-    SOURCE is a GGUF file, or the first of a split model. OUT is by default named after it and the type. At the end
-    stands what was lost: the relative root mean square error of each tensor type, and with an importance matrix also
-    that error with every weight counted by its importance, which is what is made as small as can be.
+    SOURCE is a GGUF file (of a split model the first), a folder with a checkpoint of Hugging Face (config.json and
+    safetensors; PyTorch is not needed), a name from the catalog or the store, or hf:ORG/REPO, from where a GGUF file is
+    fetched. OUT is by default named after it and the type, and lies where it does. At the end stands what was lost:
+    the relative root mean square error of each tensor type, and with an importance matrix also that error with every
+    weight counted by its importance, which is what is made as small as can be.
 
     \b
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
+      qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
       qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
@@ -86,18 +88,19 @@ def command(
       qrun convert model-f16.gguf --type q4_k_m --merge-lora adapter.gguf --merge-lora peft-folder=0.5
       qrun convert --lora peft-folder adapter.gguf --base model.gguf
     """
+    from qrun.cli.convert_adapter import convert_adapter, merged_into
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
     from qrun.engine.quantize.source import open_source
     from qrun.models.adapter import is_peft
 
-    if lora or is_peft(source):
+    if lora or is_peft(Path(source)):
         for given, name in ((merged, "--merge-lora"), (imatrix, "--imatrix"), (overrides, "--tensor-type"),
                             (output_type, "--output-type"), (embedding_type, "--embedding-type")):  # fmt: skip
             if given:
                 raise click.UsageError(f"{name} is for models, and SOURCE is an adapter.")
-        convert_adapter(source, out, type_name or "F16", base, dry_run, threads, metadata)
+        convert_adapter(Path(source), out, type_name or "F16", base, dry_run, threads, metadata)
         return
     if base:
         raise click.UsageError("--base needs --lora.")
@@ -108,7 +111,8 @@ def command(
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(open_source(source)) as original, merged_into(original, merged) as opened:
+    path = locate(source)
+    with closing(open_source(path)) as original, merged_into(original, merged) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
@@ -116,53 +120,9 @@ def command(
         if dry_run:
             show_plan(planned)
         else:
-            show_result(planned, write(planned, out or default_out(source, choice.file_type), threads, values))
-
-
-@contextmanager
-def merged_into(base: Source, loras: Sequence[Lora]) -> Iterator[Source]:
-    """The source with the adapters merged into it, if there are any."""
-    from qrun.cli.console import notice
-    from qrun.engine.quantize.merge import MergedSource, open_sources
-
-    with open_sources(loras, base, notice) as adapters:
-        yield MergedSource(base, adapters) if adapters else base
-
-
-def convert_adapter(
-    folder: Path, out: Path | None, type_name: str, base: str | None, dry_run: bool, threads: int | None,
-    metadata: Sequence[str],
-) -> None:  # fmt: skip
-    """A GGUF file of a PEFT adapter."""
-    from qrun.cli.console import notice
-    from qrun.engine.quantize.convert import plan
-    from qrun.engine.quantize.mixes import COPY, Choice
-    from qrun.models.huggingface.peft import PeftSource, find_base
-
-    type = tensor_type(type_name)
-    assert type is not None
-    with closing(PeftSource(folder, base_of(base) if base else find_base(folder), type)) as source:
-        if source.notice:
-            notice(source.notice)
-        values = [metadata_value(text, source) for text in metadata]
-        planned = plan(source, Choice(COPY))
-        if dry_run:
-            show_plan(planned)
-        else:
-            out = out or default_out(folder.resolve(), f"lora-{type.name}")
-            show_result(planned, write(planned, out, threads, values, type.name))
-
-
-def base_of(model: str) -> Base:
-    """What has to be known of the model that an adapter changes: a folder with config.json, or a GGUF file."""
-    from qrun.formats import GGUFReader
-    from qrun.models.catalog import resolve
-    from qrun.models.huggingface.peft import Base
-
-    if Path(model).is_dir():
-        return Base.of_folder(Path(model))
-    with GGUFReader(resolve(model)) as reader:
-        return Base.of_file(reader)
+            beside = path if Path(source).exists() else Path(path.name)  # not in the store
+            out = out or default_out(beside, choice.file_type)
+            show_result(planned, write(planned, out, threads, values))
 
 
 def write(
@@ -229,8 +189,22 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
     raise ValueError(f"--override {text!r}: {kind!r} is no type: it can be int, float, bool or str")
 
 
+def locate(source: str) -> Path:
+    """The file or folder that SOURCE names. What lies elsewhere is fetched into the store, with a bar."""
+    from qrun.cli.loading import pull_with_progress
+    from qrun.models.catalog import resolve
+
+    if source.startswith(("hf:", "https://", "http://")):
+        return pull_with_progress(source, f"fetching {source}")
+    return Path(source) if Path(source).is_dir() else resolve(source)
+
+
 def default_out(source: Path, type_name: str) -> Path:
-    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder."""
+    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder; model -> model/model-Q4_K_M.gguf."""
+    if source.is_dir():
+        from qrun.models.huggingface.general import model_name
+
+        return source / f"{model_name(source)}-{type_name}.gguf"
     stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
     stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
     return source.with_name(f"{stem}-{type_name}.gguf")

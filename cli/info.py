@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import CACHE_TYPES, lora_option, model_argument
+from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
     from qrun.formats import FormatError, GGUFReader
@@ -40,8 +40,11 @@ FILE_TYPES = {
               show_default="the model's own")  # fmt: skip
 @lora_option()
 @click.option("--tensors", is_flag=True, help="List every tensor too.")
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, ctx: int | None, loras: tuple[Lora, ...], tensors: bool, as_json: bool) -> None:
+def command(
+    model: str, ctx: int | None, loras: tuple[Lora, ...], tensors: bool, type_name: str | None, as_json: bool
+) -> None:
     """Show what a model file holds, and the memory that it needs against what this machine has.
 
     Of a LoRA adapter's file: what it changes. With --lora: the memory of the model and its adapters.
@@ -54,14 +57,14 @@ def command(model: str, ctx: int | None, loras: tuple[Lora, ...], tensors: bool,
       qrun info adapter.gguf
       qrun info model.gguf --json
     """
+    from qrun.cli.loading import find_model
     from qrun.cli.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
     from qrun.models.adapter import is_adapter, open_adapters
-    from qrun.models.catalog import resolve
 
     unsupported: FormatError | None = None
-    with GGUFReader(resolve(model)) as reader, open_adapters(loras) as adapters:
+    with GGUFReader(find_model(model, type_name)) as reader, open_adapters(loras) as adapters:
         facts = describe(reader, tensors)
         try:
             if is_adapter(reader):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
     from qrun.engine import Model
 
-    model = Model.load(source, progress=CompileProgress(), **loading)
+    with converting_bar(source, loading.get("type")) as converting:
+        model = Model.load(source, progress=CompileProgress(), converting=converting, **loading)
     show_notices(model.loras)
     return model
 
@@ -31,6 +32,35 @@ def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
     for adapter in adapters:
         if adapter.notice:
             notice(adapter.notice)
+
+
+def find_model(source: str, type: str | None = None) -> Path:
+    """The file of a model; a folder with a checkpoint is converted, with a bar, if it was not before."""
+    from qrun.engine.model import find_model
+
+    with converting_bar(source, type) as converting:
+        return find_model(source, type, progress=converting, compiling=CompileProgress())
+
+
+def find_original(source: str) -> Path:
+    """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
+    from qrun.engine.model import is_checkpoint
+
+    return find_model(source, "BF16" if is_checkpoint(source) else None)
+
+
+@contextmanager
+def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
+    """The callback for a conversion on loading: a bar for the bytes."""
+    from qrun.engine.model import is_checkpoint
+
+    if not is_checkpoint(source):
+        yield lambda done, total: None
+        return
+    from qrun.engine.quantize.on_load import DEFAULT_TYPE
+
+    with DownloadBar(f"converting {source} to {(type or DEFAULT_TYPE).upper()}, once") as bar:
+        yield bar.update
 
 
 @contextmanager

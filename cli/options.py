@@ -158,7 +158,7 @@ def sampling_options(function: Command) -> Command:
 
 
 def loading_options(function: Command) -> Command:
-    """Adds --threads, --ctx, --cache-type and --lora; the command gets them as Model.load's arguments, called
+    """Adds --threads, --ctx, --cache-type, --lora and --type; the command gets them as Model.load's arguments, as
     `loading`."""
 
     @functools.wraps(function)
@@ -168,6 +168,7 @@ def loading_options(function: Command) -> Command:
             "context": kwargs.pop("ctx"),
             "cache_type": kwargs.pop("cache_type"),
             "loras": kwargs.pop("loras"),
+            "type": kwargs.pop("type_name"),
         }
         return function(*args, loading=loading, **kwargs)
 
@@ -178,6 +179,7 @@ def loading_options(function: Command) -> Command:
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
         lora_option(),
+        type_option(),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -196,6 +198,14 @@ def lora_option() -> Callable[[Command], Command]:
         "--lora", "loras", type=LoraFile(), multiple=True,
         help="Change the model by a LoRA adapter, a GGUF file; SCALE says how strongly (1: as it was trained). May be "
         "given several times.",
+    )  # fmt: skip
+
+
+def type_option() -> Callable[[Command], Command]:
+    """--type, called `type_name`."""
+    return click.option(
+        "--type", "type_name", metavar="TYPE", show_default="Q8_0",
+        help="Where MODEL is a folder with a checkpoint: what it is quantised to, as for qrun convert.",
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from qrun.cli.options import (
     lora_option,
     model_argument,
     threads_option,
+    type_option,
 )
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 @threads_option()
 @cache_type_option()
 @lora_option()
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks, ...")
 def command(
     model: str, file: Path, ctx: int, chunks: int | None, against: str | None, threads: int | None, cache_type: str,
-    loras: tuple[Lora, ...], as_json: bool,
+    loras: tuple[Lora, ...], type_name: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
@@ -54,11 +56,10 @@ def command(
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
       qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
     """
-    from qrun.cli.loading import text_chunks
+    from qrun.cli.loading import find_model, find_original, text_chunks
     from qrun.engine import Tokenizer
-    from qrun.models.catalog import resolve
 
-    path = resolve(model)
+    path = find_model(model, type_name)
     tokenizer = Tokenizer.load(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
     counts = {"chunks": len(text), "ctx": ctx}
@@ -72,7 +73,7 @@ def command(
             click.echo(f"perplexity {plus_minus(estimate, 4)}")
             click.echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
         return
-    reference = resolve(against)
+    reference = find_original(against)
     check_vocabulary(reference, tokenizer)
     divergence = measure_against(path, reference, text, threads, cache_type, loras)
     if as_json:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrun.cli.options import cache_type_option, lora_option, model_argument
+from qrun.cli.options import cache_type_option, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @model_argument(required=False)
 @cache_type_option()
 @lora_option()
-def command(model: str | None, cache_type: str, loras: tuple[Lora, ...]) -> None:
+@type_option()
+def command(model: str | None, cache_type: str, loras: tuple[Lora, ...], type_name: str | None) -> None:
     """Compile kernels ahead, so that the first run of MODEL need not.
 
     Without MODEL, all kernels that any supported model may need, for all types of the cache. They are kept in the
@@ -37,12 +38,12 @@ def command(model: str | None, cache_type: str, loras: tuple[Lora, ...]) -> None
             raise click.UsageError("--lora needs MODEL.")
         compiled, present = warm_up(progress=CompileProgress())
     else:
+        from qrun.cli.loading import find_model
         from qrun.formats import GGUFReader
         from qrun.models import build_graph
         from qrun.models.adapter import open_adapters
-        from qrun.models.catalog import resolve
 
-        with GGUFReader(resolve(model)) as reader, open_adapters(loras) as adapters:
+        with GGUFReader(find_model(model, type_name)) as reader, open_adapters(loras) as adapters:
             graph = build_graph(reader, adapters=adapters)
             compiled, present = warm_up(graph, cache_type, progress=CompileProgress())
     click.echo(f"{compiled} kernels compiled, {present} were there")

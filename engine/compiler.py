@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qrun.engine.cache_root import cache_root
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.simd.target import Target, compiling_for, host_target
 from qrun.formats import blocks
@@ -101,16 +102,7 @@ def symbol(key: str) -> str:
 
 
 def cache_folder(target: Target) -> Path:
-    root = os.environ.get("QRUN_CACHE") or _user_cache()
-    return Path(root) / "kernels" / _digest(target)
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qrun"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qrun"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrun"
+    return cache_root() / "kernels" / _digest(target)
 
 
 @functools.cache

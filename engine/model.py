@@ -85,17 +85,23 @@ class Model:
         cache_type: str = "f16",
         batch: int = 512,
         loras: "Sequence[LoraLike]" = (),
+        type: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        converting: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """Load a model from a GGUF file, or by a name from the catalog.
+        """Load a model from a GGUF file, by a name from the catalog, or from a folder with a checkpoint.
 
-        source: a path (of a split model, its first file), or the name of a model that was pulled.
+        source: a path (of a split model, its first file), the name of a model that was pulled, or a folder with
+            config.json and safetensors files as Hugging Face has them: it is quantised when it is first loaded, and
+            the result kept in the cache.
         threads: threads that compute; by default one for each core that the process may use.
         context: the most tokens of one session; by default what the model was trained for, at most 4096.
         cache_type: how keys and values are kept: "f16", "q8_0" or "q4_0".
         batch: the most tokens of a prompt that are computed at once.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
+        type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
+        converting: called with (done, total), in bytes, while a folder is quantised.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -110,9 +116,8 @@ class Model:
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import build_graph
         from qrun.models.adapter import Lora, open_adapters
-        from qrun.models.catalog import resolve
 
-        path = resolve(source)
+        path = find_model(source, type, threads=threads, progress=converting, compiling=progress)
         wanted = [Lora.of(lora) for lora in loras]
         reader = GGUFReader(path)
         try:
@@ -293,6 +298,34 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def find_model(
+    source: str | os.PathLike[str],
+    type: str | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    compiling: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The GGUF file of a model that is named as `Model.load` takes it; a folder is converted if it was not before.
+
+    progress, compiling: see `Model.load`, where they are called `converting` and `progress`.
+    """
+    from qrun.models.catalog import resolve
+
+    if is_checkpoint(source):
+        from qrun.engine.quantize.on_load import converted
+
+        return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling)
+    if type is not None:
+        raise ValueError(f"{os.fspath(source)}: a type is for folders with a checkpoint (for others: qrun convert)")
+    return resolve(source)
+
+
+def is_checkpoint(source: str | os.PathLike[str]) -> bool:
+    """Is this a folder as Hugging Face has them?"""
+    return Path(source, "config.json").is_file()
 
 
 def _fingerprint(files: Sequence[Path], description: str) -> str:

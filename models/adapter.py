@@ -197,8 +197,8 @@ def open_adapters(loras: Iterable[Lora]) -> Iterator[list[Adapter[TensorInfo]]]:
 
 
 def is_peft(path: Path) -> bool:
-    """Is this the folder of an adapter as Hugging Face's PEFT saves it?"""
-    return (path / PEFT_CONFIG).is_file()
+    """Is this the folder of an adapter as Hugging Face's PEFT saves it, and not of a model besides?"""
+    return (path / PEFT_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:

@@ -107,8 +107,9 @@ class _Change:
         """Add the rows from `start` on to float32 [n, columns]."""
         end = start + len(rows)
         left = self._left.rows(start, end)
-        # Two threads that both find nothing decode the same.
-        right = self._decoded() if self._matrices is None else self._matrices
+        right = self._matrices  # may be forgotten meanwhile; two threads that find nothing decode the same
+        if right is None:
+            right = self._matrices = self._decoded()
         for expert in range(start // self._expert_rows, -(-end // self._expert_rows)):
             first = max(expert * self._expert_rows, start) - start
             last = min((expert + 1) * self._expert_rows, end) - start
@@ -116,8 +117,7 @@ class _Change:
 
     def _decoded(self) -> F32Array:
         right = self._right.rows(0, self._right.n_rows)
-        self._matrices = right.T[None] if self._transposed else right.reshape(-1, *self._right.shape[-2:])
-        return self._matrices
+        return right.T[None] if self._transposed else right.reshape(-1, *self._right.shape[-2:])
 
     def forget(self) -> None:
         """Let the decoded factors go, and what of the file is in memory."""

@@ -214,7 +214,7 @@ def test_what_the_command_does_by_default(
     pairs = {"layers.0.self_attn.q_proj": pair_of(rng, (HEADS * HEAD, EMBD), 4)}
     peft = write_peft(tmp_path / "peft", pairs, base_model_name_or_path=str(base))
     assert main.main(["convert", str(peft)]) == 0
-    with open_adapters([Lora(tmp_path / "peft-lora-F16.gguf")]) as (adapter,):
+    with open_adapters([Lora(peft / "peft-lora-F16.gguf")]) as (adapter,):
         assert adapter.ranks == [4] and adapter.alpha == 16
         assert adapter.changes["blk.0.attn_q.weight"].a.type == TensorType.F16
         assert adapter.file.metadata["general.base_model.0.name"] == str(base)
