@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qrun.cli.options import chunk_options, model_argument, threads_option
+from qrun.cli.options import chunk_options, lora_option, model_argument, threads_option
+
+if TYPE_CHECKING:
+    from qrun.models.adapter import Lora
 
 
 @click.command()
@@ -16,7 +20,10 @@ from qrun.cli.options import chunk_options, model_argument, threads_option
               metavar="OUT", help="The file to write.")  # fmt: skip
 @chunk_options()
 @threads_option()
-def command(model: str, file: Path, out: Path, ctx: int, chunks: int | None, threads: int | None) -> None:
+@lora_option()
+def command(
+    model: str, file: Path, out: Path, ctx: int, chunks: int | None, threads: int | None, loras: tuple[Lora, ...]
+) -> None:
     """Collect an importance matrix, with which `qrun convert --imatrix` loses less.
 
     The text in FILE runs through the model. Of each matrix of its layers, the squares of the inputs are summed up,
@@ -27,6 +34,7 @@ def command(model: str, file: Path, out: Path, ctx: int, chunks: int | None, thr
     Examples:
       qrun imatrix model-f16.gguf calibration.txt
       qrun imatrix model-f16.gguf calibration.txt -o model.imatrix.gguf --chunks 100
+      qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
     """
     from qrun.cli.console import notice, step_bar
     from qrun.cli.loading import find_original, open_runtime, text_chunks
@@ -42,7 +50,7 @@ def command(model: str, file: Path, out: Path, ctx: int, chunks: int | None, thr
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
     text = text_chunks(file, Tokenizer.load(path), ctx, chunks)
     with (
-        open_runtime(path, threads=threads, context=ctx, observe=True) as runtime,
+        open_runtime(path, threads=threads, context=ctx, observe=True, loras=loras) as runtime,
         step_bar("collecting") as progress,
     ):
         progress(0, len(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
     from qrun.engine.runtime import Runtime
     from qrun.engine.scoring import Chunks
+    from qrun.models.adapter import Adapter, Lora
 
 
 def load_model(source: str, loading: dict[str, Any]) -> Model:
@@ -21,7 +22,16 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     from qrun.engine import Model
 
     with converting_bar(source, loading.get("type")) as converting:
-        return Model.load(source, progress=CompileProgress(), converting=converting, **loading)
+        model = Model.load(source, progress=CompileProgress(), converting=converting, **loading)
+    show_notices(model.loras)
+    return model
+
+
+def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
+    """Says what of the adapters is not used, if anything."""
+    for adapter in adapters:
+        if adapter.notice:
+            notice(adapter.notice)
 
 
 def find_model(source: str, type: str | None = None) -> Path:
@@ -55,16 +65,24 @@ def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int
 
 @contextmanager
 def open_runtime(
-    path: Path, *, threads: int | None, context: int, cache_type: str = "f16", observe: bool = False
+    path: Path,
+    *,
+    threads: int | None,
+    context: int,
+    cache_type: str = "f16",
+    observe: bool = False,
+    loras: Iterable[Lora] = (),
 ) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
     from qrun.formats import GGUFReader
     from qrun.models import build_graph
+    from qrun.models.adapter import open_adapters
 
-    with GGUFReader(path) as reader:
-        graph = build_graph(reader, context)
+    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
+        graph = build_graph(reader, context, adapters)
+        show_notices(adapters)
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),

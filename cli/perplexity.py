@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import ModelName, cache_type_option, chunk_options, model_argument, threads_option, type_option
+from qrun.cli.options import (
+    ModelName,
+    cache_type_option,
+    chunk_options,
+    lora_option,
+    model_argument,
+    threads_option,
+    type_option,
+)
 
 if TYPE_CHECKING:
     from qrun.engine.divergence import Divergence
     from qrun.engine.scoring import Chunks, Estimate, Score
+    from qrun.models.adapter import Lora
 
 
 @click.command()
@@ -26,11 +36,12 @@ if TYPE_CHECKING:
                    "is from it.")  # fmt: skip
 @threads_option()
 @cache_type_option()
+@lora_option()
 @type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks, ...")
 def command(
     model: str, file: Path, ctx: int, chunks: int | None, against: str | None, threads: int | None, cache_type: str,
-    type_name: str | None, as_json: bool,
+    loras: tuple[Lora, ...], type_name: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
@@ -43,6 +54,7 @@ def command(
       qrun perplexity model.gguf wiki.test.raw
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
+      qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
     """
     from qrun.cli.loading import find_model, find_original, text_chunks
     from qrun.engine import Tokenizer
@@ -52,7 +64,7 @@ def command(
     text = text_chunks(file, tokenizer, ctx, chunks)
     counts = {"chunks": len(text), "ctx": ctx}
     if against is None:
-        score = measure(path, text, threads, cache_type)
+        score = measure(path, text, threads, cache_type, loras)
         estimate = score.perplexity
         if as_json:
             result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
@@ -63,7 +75,7 @@ def command(
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
-    divergence = measure_against(path, reference, text, threads, cache_type)
+    divergence = measure_against(path, reference, text, threads, cache_type, loras)
     if as_json:
         click.echo(json.dumps(finite(summary(divergence) | counts)))
     else:
@@ -71,7 +83,9 @@ def command(
         click.echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
 
 
-def measure(path: Path, text: Chunks, threads: int | None, cache_type: str) -> Score:
+def measure(
+    path: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
+) -> Score:
     """How well the model predicts the text."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
@@ -79,7 +93,7 @@ def measure(path: Path, text: Chunks, threads: int | None, cache_type: str) -> S
 
     score = Score()
     with (
-        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type) as runtime,
+        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type, loras=loras) as runtime,
         step_bar("perplexity") as progress,
     ):
         progress(0, len(text))
@@ -90,7 +104,9 @@ def measure(path: Path, text: Chunks, threads: int | None, cache_type: str) -> S
     return score
 
 
-def measure_against(path: Path, reference: Path, text: Chunks, threads: int | None, cache_type: str) -> Divergence:
+def measure_against(
+    path: Path, reference: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
+) -> Divergence:
     """How far the model is from the reference: both go through the text side by side, some rows at a time."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
@@ -99,9 +115,10 @@ def measure_against(path: Path, reference: Path, text: Chunks, threads: int | No
 
     divergence = Divergence()
     with ExitStack() as stack:
+        settings: dict[str, Any] = {"threads": threads, "context": text.size, "cache_type": cache_type}
         runtimes = [
-            stack.enter_context(open_runtime(each, threads=threads, context=text.size, cache_type=cache_type))
-            for each in (reference, path)
+            stack.enter_context(open_runtime(reference, **settings)),
+            stack.enter_context(open_runtime(path, loras=loras, **settings)),
         ]
         if runtimes[0].n_vocab != runtimes[1].n_vocab:
             raise ValueError(

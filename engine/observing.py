@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.arena import Place
-from qrun.engine.lowering import Lowering, Routing
+from qrun.engine.lowering import Lowering
+from qrun.engine.program_records import Routing
 from qrun.models import graph as G
+from qrun.models.adapter import SUFFIXES
 
 
 @dataclass(eq=False)
@@ -39,15 +41,15 @@ class ObservingLowering(Lowering):
         self._of_value: dict[int, Observation] = {}
         super().__init__(*args, **settings)
 
-    def _taken(self, weight: G.Weight, value: G.Value) -> None:
-        if self._in_head:
+    def taken(self, weight: G.Weight, value: G.Value) -> None:
+        if self._in_head or weight.name.endswith(SUFFIXES):  # an adapter is not quantised
             return
         if value.id in self._of_value:  # queries, keys and values take the same
             self._of_value[value.id].names.append(weight.name)
             return
-        self._of_value[value.id] = self._observe([weight], self._places[value.id], value.width)
+        self._of_value[value.id] = self._observe([weight], self.places[value.id], value.width)
 
-    def _taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
+    def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
         self._observe(weights, x, weights[0].shape[-1], routing)
 
     def _observe(self, weights: list[G.Weight], x: Place, width: int, routing: Routing | None = None) -> Observation:
@@ -65,5 +67,5 @@ class ObservingLowering(Lowering):
                 R.OBS_BY_SLOT: int(routing.by_slot),
             }  # fmt: skip
             reads += [routing.slots, routing.ranges]
-        self._emit("observe-experts" if routing else "observe-rows", fields, reads, [], False)
+        self.emit("observe-experts" if routing else "observe-rows", fields, reads, [], False)
         return observation

@@ -151,9 +151,19 @@ def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, sof
     return out.reshape(n, -1)
 
 
+def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
+    """x through a matrix of an expert (or the router), and through what adapters add to it."""
+    out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
+    for change in moe.changes:
+        if change.weight is weight:
+            inner = multiply(x, change.a, expert * change.a.shape[-2], change.a.shape[-2])
+            out = out + change.scale * multiply(inner, change.b, expert * weight.shape[-2], weight.shape[-2])
+    return out
+
+
 def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
     """The experts that the router prefers for each row, and their shares: two [rows, n_used]."""
-    scores = multiply(x, moe.router).astype(np.float64)
+    scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
     probabilities = softmax(scores) if moe.gating == "softmax" else 1 / (1 + np.exp(-scores))
@@ -166,7 +176,7 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
 
 def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
     """What an expert's last matrix takes."""
-    gate, up = (multiply(x, w, expert * w.shape[1], w.shape[1]) for w in (moe.gate, moe.up))
+    gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
     return activate(gate, moe.kind) * up
 
 
@@ -176,7 +186,7 @@ def mixture_of_experts(x: Array, moe: MoE) -> Array:
     out = np.zeros(x.shape)
     for expert in np.unique(chosen):
         rows, ranks = np.nonzero(chosen == expert)
-        y = multiply(expert_inner(x[rows], moe, expert), moe.down, expert * moe.down.shape[1], moe.down.shape[1])
+        y = product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
         out[rows] += moe.scale * shares[rows, ranks, None] * y
     return out
 

@@ -56,7 +56,8 @@ class PlannedTensor:
 
     @property
     def changes(self) -> bool:
-        return self.type != self.source.type
+        """Has it to be encoded? A tensor that was made while reading has no bytes yet, whatever its type."""
+        return self.type != self.source.type or not self.source.copyable
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,17 @@ def plan(
     types = choose_types(layout, Facts.of(source.metadata, imatrix is not None), choice)
     planned = []
     for name, tensor in source.tensors.items():
-        type = types[name]
-        importance = None
-        if type != tensor.type:
-            _check_convertible(source, tensor, type, allow_requantize)
+        entry = PlannedTensor(tensor, types[name])
+        if entry.changes:
+            _check_convertible(source, tensor, entry.type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
-            if importance is None and needs_importance(name, type, choice):
+            if importance is None and needs_importance(name, entry.type, choice):
                 raise ValueError(
                     f"{source.path}: {choice.file_type} needs an importance matrix"
                     + (f", and {imatrix.path.name} has nothing of {name}" if imatrix else " (--imatrix)")
                 )
-        planned.append(PlannedTensor(tensor, type, importance))
+            entry = PlannedTensor(tensor, entry.type, importance)
+        planned.append(entry)
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in planned:
