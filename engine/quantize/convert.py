@@ -10,8 +10,9 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from errno import EISDIR
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ def convert(
     for path in paths:
         if any(path.exists() and path.samefile(file) for file in plan.source.files):
             raise ValueError(f"{path}: this is the source itself: name another file")
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
     free = shutil.disk_usage(out.absolute().parent).free
     if free < plan.n_bytes:
         raise OSError(f"{out}: the disk has {free / 1e9:.1f} GB free, and {plan.n_bytes / 1e9:.1f} GB are needed")
@@ -198,7 +201,7 @@ def convert(
     result = Result(paths)
     total, done, forgotten = plan.source_bytes, 0, 0
     threads = threads or available_cores()
-    with ExitStack() as stack:
+    with _naming(out), ExitStack() as stack:
         # The pool is left last, so that no thread works on when the files are taken away.
         writers = [stack.enter_context(writer) for writer in _writers(plan, paths, metadata)]
         pool = stack.enter_context(ThreadPoolExecutor(threads, "qrun-quantize"))
@@ -221,6 +224,17 @@ def convert(
                 tensor.source.forget()
         _complete(writers)
     return result
+
+
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """Errors of the system name the result: of themselves they name a temporary file or, where a disk is full, none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error
 
 
 def _complete(writers: Sequence[GGUFWriter]) -> None:

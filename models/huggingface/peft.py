@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.formats import FormatError, TensorType, ValueType
 from qrun.formats.blocks.layout import F32Array
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor, decode
 from qrun.formats.gguf.cursor import quote
@@ -144,6 +144,7 @@ class PeftSource:
         entries = self._entries(alpha)
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
+        self.writer = entries.writer
 
     @property
     def files(self) -> Sequence[Path]:
@@ -156,13 +157,6 @@ class PeftSource:
         if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
             return f"{self.path}: the adapter began as {quote(start)}: it fits the model only as that changed it"
         return None
-
-    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
-        """A writer that has all metadata, and as yet no tensors."""
-        writer = GGUFWriter(path)
-        for key, value in self.metadata.items():
-            writer.set_metadata(key, value, *self.metadata_types[key])
-        return writer
 
     def close(self) -> None:
         """Unmap the file. The tensors cannot be read any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.general import model_name, size_entry
 from qrun.models.huggingface.rope import rope_entries, rope_factors
+from qrun.models.huggingface.sentencepiece import read_sentencepiece
 from qrun.models.huggingface.tensors import MappedTensor
 
 DATA = Path(__file__).parent.parent / "data" / "huggingface"
@@ -322,6 +324,31 @@ def test_tensors_that_are_wrong(name: str, change: Edit, message: str, tmp_path:
         CheckpointSource(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("qwen3", "config.json"), ("qwen3", "model.safetensors"), ("mistral", "tokenizer.model"),
+     ("qwen3", "chat_template.jinja")],
+)  # fmt: skip
+def test_a_pipe_is_not_waited_for(folder: str, name: str, tmp_path: Path) -> None:
+    path = copy(folder, tmp_path) / name
+    path.unlink()
+    os.mkfifo(path)
+    if name == "chat_template.jinja":  # as good as none
+        CheckpointSource(path.parent).close()
+        return
+    with pytest.raises(FormatError, match=r"not a regular file|there is no"):
+        if name == "tokenizer.model":
+            read_sentencepiece(path)
+        CheckpointSource(path.parent)
+
+
+def test_a_file_of_a_checkpoint_is_not_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    path = DATA / "qwen3" / "model.safetensors"
+    assert main.main(["info", str(path)]) == 1
+    assert "it is a safetensors file: name the folder in which it lies" in capsys.readouterr().err
 
 
 def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
