@@ -116,6 +116,15 @@ class _Target:
     expert: int | None = None
 
 
+def adapter_type(name: str) -> TensorType:
+    """What an adapter's matrices are to be written as, by its name in any case. Raises ValueError if they cannot be."""
+    type = next((type for type in FILE_TYPES if type.name == name.upper()), None)
+    if type is None:
+        known = ", ".join(type.name for type in FILE_TYPES)
+        raise ValueError(f"an adapter is written as {known}, not {name.upper()}")
+    return type
+
+
 class PeftSource:
     """A folder of PEFT as a `Source` of the converter: metadata and tensors are those of a GGUF adapter.
 
@@ -125,8 +134,6 @@ class PeftSource:
 
     def __init__(self, folder: str | os.PathLike[str], base: Base, type: TensorType = TensorType.F16) -> None:
         self.path = Path(folder)
-        if type not in FILE_TYPES:
-            raise ValueError(f"an adapter is written as {', '.join(kind.name for kind in FILE_TYPES)}, not {type.name}")
         self._base, self._type = base, type
         self._config = read_adapter_config(self.path)
         self._folder = SafetensorsFolder(self.path, WEIGHTS_NAME)

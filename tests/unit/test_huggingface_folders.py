@@ -211,6 +211,55 @@ def test_the_factors_of_llama3() -> None:
     np.testing.assert_allclose(factors["rope_freqs.weight"], expected, rtol=1e-5)
 
 
+def spelt_as_before_5(config: dict[str, Any]) -> None:
+    """A configuration as Transformers 4 wrote it, which is how most checkpoints have it."""
+    config["torch_dtype"] = config.pop("dtype", None)
+    text = config.get("text_config", config)
+    rope = text.pop("rope_parameters")
+    if "full_attention" in rope:
+        text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            text[key] = rope.pop(key)
+    text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    kinds = text.pop("layer_types", [])
+    if "sliding_attention" in kinds:
+        text["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    if text["model_type"] == "qwen3_moe":
+        text["num_experts"] = text.pop("num_local_experts")
+    elif text["model_type"] == "smollm3":
+        del text["no_rope_layers"]
+    elif text["model_type"] == "phi3" and text["rope_scaling"]:
+        del rope["original_max_position_embeddings"]
+
+
+def describe_tokens_as_before_5(folder: Path) -> None:
+    """Added tokens in tokenizer_config.json too, and special ones in a file of their own."""
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+
+    def describe(config: dict[str, Any]) -> None:
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+        special = {key: config.pop(key) for key in ("bos_token", "eos_token") if config.get(key)}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+    edit(folder / "tokenizer_config.json", describe)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir()))
+def test_checkpoints_of_transformers_4_mean_the_same(name: str, tmp_path: Path) -> None:
+    folder = copy(name, tmp_path, spelt_as_before_5)
+    describe_tokens_as_before_5(folder)
+    before, now = CheckpointSource(folder), CheckpointSource(DATA / name)
+    assert dict(before.metadata) == dict(now.metadata)
+    assert before.metadata_types == now.metadata_types
+    assert before.tensors.keys() == now.tensors.keys()
+    for factors in before.tensors.keys() & {"rope_freqs.weight", "rope_factors_long.weight"}:
+        np.testing.assert_array_equal(before.tensors[factors].rows(0, 1), now.tensors[factors].rows(0, 1))
+    before.close()
+    now.close()
+
+
 def test_windows_are_said_only_where_they_are_unusual(tmp_path: Path) -> None:
     key = "gemma3.attention.sliding_window_pattern"
     usual = CheckpointSource(DATA / "gemma3")

@@ -324,7 +324,8 @@ def test_missing_and_damaged_files(
     assert "has to be named with --base: its config says 'someone/something'" in error(peft, out)
     assert "there is no such file" in error(tmp_path / "nothing", out, "--base", base)
     assert "there is no such file" in error(peft, out, "--base", tmp_path)
-    assert "is written as F32, F16, BF16, not Q4_K" in error(peft, out, "--base", base, "--type", "q4_k")
+    assert "is written as F32, F16, BF16, not Q4_K_M" in error(peft, out, "--base", base, "--type", "q4_k_m")
+    assert "is no folder: --lora takes an adapter as PEFT saves it" in error(base / "config.json", out)
     a, b = pairs["layers.0.self_attn.q_proj"]
     big = write_peft(tmp_path / "big", {"layers.0.self_attn.q_proj": (a, b * np.float32(1e6))})
     assert "has weights that are not finite, or too large for F16" in error(big, out, "--base", base)
