@@ -10,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from errno import EISDIR
 from math import prod
@@ -201,7 +201,7 @@ def convert(
     result = Result(paths)
     total, done, forgotten = plan.source_bytes, 0, 0
     threads = threads or available_cores()
-    with _naming(out), ExitStack() as stack:
+    with ExitStack() as stack:
         # The pool is left last, so that no thread works on when the files are taken away.
         writers = [stack.enter_context(writer) for writer in _writers(plan, paths, metadata)]
         pool = stack.enter_context(ThreadPoolExecutor(threads, "qrun-quantize"))
@@ -224,17 +224,6 @@ def convert(
                 tensor.source.forget()
         _complete(writers)
     return result
-
-
-@contextmanager
-def _naming(out: Path) -> Iterator[None]:
-    """Errors of the system name the result: of themselves they name a temporary file or, where a disk is full, none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(out)) from error
 
 
 def _complete(writers: Sequence[GGUFWriter]) -> None:
