@@ -23,7 +23,7 @@ def rope_section(config: Config) -> tuple[Config, float | None]:
     """What holds for layers that see everything, and the base of those that see a window only, if it is another."""
     section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
     if section.get("full_attention") is not None:
-        local = section.section("sliding_attention").get("rope_theta")
+        local = section.section("sliding_attention").real("rope_theta", 0.0, high=1e15) or None
         return section.section("full_attention").over(_bases(config)), local
     local = config.real("rope_local_base_freq", 0.0) or None
     return section.over(_bases(config)), local

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -398,6 +400,41 @@ def test_a_file_of_a_checkpoint_is_not_the_checkpoint(capsys: pytest.CaptureFixt
     path = DATA / "qwen3" / "model.safetensors"
     assert main.main(["info", str(path)]) == 1
     assert "it is a safetensors file: name the folder in which it lies" in capsys.readouterr().err
+
+
+STRANGE = (None, True, -1, 0, 1.5, 1 << 70, float("nan"), "", "x", "\ud800", [], [1], {}, {"a": []}, [[]], "Infinity")
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in JSON where a value stands: what it is in, and its key or index."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+@pytest.mark.parametrize("name", ["gemma3-vision", "llama", "mixtral", "phi-longrope", "qwen3moe"])
+def test_strange_values_anywhere_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    folder = copy(name, tmp_path)
+    random = Random(int(rng.integers(1 << 31)))
+    refused = 0
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"):
+        path = folder / file
+        if not path.is_file():
+            continue
+        text = path.read_text()
+        for _ in range(40):
+            values = json.loads(text)
+            holder, key = random.choice([place for place in places(values) if not str(place[1]).isdecimal()])
+            holder[key] = random.choice(STRANGE)
+            path.write_text(json.dumps(values))
+            try:
+                with closing(CheckpointSource(folder)) as source:
+                    source.writer(tmp_path / "model.gguf")  # has encoded what it would write
+            except FormatError as error:
+                assert str(error).startswith(str(folder)) and "\n" not in str(error)
+                refused += 1
+        path.write_text(text)
+    assert refused > 10
 
 
 def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
