@@ -129,7 +129,7 @@ class CompileProgress:
             return
         if not sys.stderr.isatty():
             if not self._announced:
-                notice(f"compiling {total} kernels for this CPU (once)")
+                notice(f"compiling {total} kernel{'s' * (total > 1)} for this CPU (once)")
         elif done < total:
             click.echo(f"\r\033[Kcompiling kernels for this CPU  {done}/{total}", nl=False, err=True)
         else:
