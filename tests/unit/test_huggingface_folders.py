@@ -333,6 +333,9 @@ def moved(key: str, value: Any) -> Edit:
         ("llama", moved("quantization_config", 4), "quantization_config is not an object"),
         ("llama", moved("rope_parameters", {"rope_type": "odd", "rope_theta": 1e4}), "rope_type is 'odd'"),
         ("llama", moved("rope_parameters", {"rope_type": "longrope"}), "rope_type is 'longrope'"),
+        ("llama", moved("rope_parameters", {"rope_type": "llama3", "rope_theta": 1}), "rope_theta is 1, expected more"),
+        ("gemma3", moved("rope_parameters", {"full_attention": {}, "sliding_attention": {"rope_theta": "x"}}),
+         "sliding_attention.rope_theta is not a number: 'x'"),
         ("llama", moved("rope_parameters", []), None),
         ("llama", moved("rope_parameters", [1]), "rope_parameters is not an object"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}), "only 32 is"),
@@ -412,6 +415,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(inner)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["gemma3-vision", "llama", "mixtral", "phi-longrope", "qwen3moe"])
 def test_strange_values_anywhere_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     folder = copy(name, tmp_path)
