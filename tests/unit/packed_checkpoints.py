@@ -1,0 +1,122 @@
+"""Packing weights as quantised checkpoints hold them: bit by bit, straight from the formats' definitions.
+
+Slow and plain on purpose, and with nothing of the decoders. Codes are [in, out], as the formats have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64", "int8": "I8", "uint8": "U8"}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a checkpoint's file would give it."""
+
+    raw: np.ndarray
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path = Path("model.safetensors")
+
+
+def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
+    raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    return Stored(raw, dtype or DTYPES[str(array.dtype)], array.shape)
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """Cut to the upper half of single precision: uint16."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def pack_stream(codes: list[int], bits: int) -> list[int]:
+    """Codes as one long number from the lowest bit up, cut into 32-bit words."""
+    number = sum(int(code) << (bits * i) for i, code in enumerate(codes))
+    assert len(codes) * bits % 32 == 0
+    return [number >> (32 * i) & 0xFFFFFFFF for i in range(len(codes) * bits // 32)]
+
+
+def pack_columns(codes: np.ndarray, bits: int) -> np.ndarray:
+    """[n, m] -> int32 [n * bits / 32, m]"""
+    columns = [pack_stream(list(column), bits) for column in codes.T]
+    return np.array(columns, np.uint32).reshape(codes.shape[1], -1).T.copy().view(np.int32)
+
+
+def pack_awq(codes: np.ndarray) -> np.ndarray:
+    """[n, m] -> int32 [n, m / 8], as AutoAWQ's gemm kernels want it."""
+    n, m = codes.shape
+    packed = np.zeros((n, m // 8), np.uint32)
+    for i in range(n):
+        for j in range(m // 8):
+            for place, column in enumerate(AWQ_ORDER):
+                packed[i, j] |= np.uint32(int(codes[i, 8 * j + column]) << (4 * place))
+    return packed.view(np.int32)
+
+
+def dequantized(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """codes [in, out]; zeros, scales [groups, out]; groups [in] -> float32 [out, in], weight by weight."""
+    n_in, out = codes.shape
+    weights = np.empty((out, n_in), np.float32)
+    for i in range(n_in):
+        for o in range(out):
+            g = groups[i]
+            weights[o, i] = np.float32(scales[g, o]) * np.float32(int(codes[i, o]) - int(zeros[g, o]))
+    return weights
+
+
+@dataclass
+class Grouped:
+    """Random codes, zero points and scales of a layer, and what they stand for."""
+
+    codes: np.ndarray
+    zeros: np.ndarray
+    scales: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        return dequantized(self.codes, self.zeros, self.scales, self.groups)
+
+
+def grouped(
+    rng: np.random.Generator, out: int, n_in: int, bits: int, group_size: int = -1, *, act_order: bool = False,
+    sym: bool = False,
+) -> Grouped:  # fmt: skip
+    group_size = n_in if group_size == -1 else group_size
+    groups = np.arange(n_in) // group_size
+    n_groups = int(groups.max()) + 1
+    codes = rng.integers(0, 1 << bits, (n_in, out))
+    zeros = rng.integers(0, 1 << bits, (n_groups, out))
+    zeros = np.full_like(zeros, 1 << (bits - 1)) if sym else zeros
+    scales = (rng.uniform(0.5, 2, (n_groups, out)) * 0.02 / (1 << (bits - 1))).astype(np.float16)
+    return Grouped(codes, zeros, scales, rng.permutation(groups) if act_order else groups)
+
+
+def gptq_parts(layer: Grouped, bits: int, *, offset: int = 1) -> dict[str, np.ndarray]:
+    """offset: what stored zero points lack; 0 in gptq_v2."""
+    zeros = (layer.zeros - offset) % (1 << bits)
+    return {
+        "qweight": pack_columns(layer.codes, bits),
+        "qzeros": pack_columns(zeros.T, bits).T.copy(),
+        "scales": layer.scales,
+        "g_idx": layer.groups.astype(np.int32),
+    }
+
+
+def awq_parts(layer: Grouped) -> dict[str, np.ndarray]:
+    return {"qweight": pack_awq(layer.codes), "qzeros": pack_awq(layer.zeros), "scales": layer.scales}
+
+
+def gemv_parts(layer: Grouped, *, padding: int = 0) -> dict[str, np.ndarray]:
+    """padding: words at the end of each row of zero points, beyond those that are needed."""
+    n_groups, out = layer.zeros.shape
+    width = 8 * (-(-n_groups // 8) + padding)
+    zeros, scales = np.zeros((width, out), int), np.zeros((out, width), np.float16)
+    zeros[:n_groups], scales[:, :n_groups] = layer.zeros, layer.scales.T
+    qweight, qzeros = pack_columns(layer.codes, 4).T.copy(), pack_columns(zeros, 4).T.copy()
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}

@@ -1,0 +1,328 @@
+"""Quantised weights of checkpoints: decoded to the very bits, and refused in one line where parts do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import packed_checkpoints as packing
+import pytest
+from packed_checkpoints import Stored, stored
+
+from qrun.formats import FormatError
+from qrun.formats.checkpoints import PackedWeight, packed_weights
+from qrun.formats.checkpoints.bits import unpack, unpack_range
+
+BITSANDBYTES = Path(__file__).parent.parent / "data" / "bitsandbytes.npz"
+
+
+def opened(parts: dict[str, Any], config: dict[str, Any], layer: str = "mlp") -> PackedWeight:
+    """The one weight of a checkpoint of one layer. parts: arrays or stored tensors, by the suffixes of their names."""
+    tensors = {f"{layer}.{name}": part if isinstance(part, Stored) else stored(part) for name, part in parts.items()}
+    found = packed_weights(tensors, config)
+    assert list(found) == [f"{layer}.weight"]
+    assert set(found[f"{layer}.weight"].parts) == set(tensors)
+    return found[f"{layer}.weight"].weight
+
+
+def assert_decodes(weight: PackedWeight, expected: np.ndarray, rng: np.random.Generator) -> None:
+    """As a whole, and in any range of rows."""
+    assert weight.shape == expected.shape
+    np.testing.assert_array_equal(weight.rows(0, len(expected)), expected)
+    ranges = np.sort(rng.integers(0, len(expected) + 1, (5, 2)), axis=1).tolist()
+    for start, end in [*ranges, (0, 0), (0, 1)]:
+        rows = weight.rows(start, end)
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows, expected[start:end])
+
+
+# Bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_come_out_as_they_went_in(bits: int, rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 1 << bits, (96, 5))
+    words = packing.pack_columns(codes, bits).view(np.uint32)
+    np.testing.assert_array_equal(unpack(words, bits), codes)
+    for start, end in ((0, 96), (1, 2), (31, 33), (50, 50), (95, 96), (10, 70)):
+        np.testing.assert_array_equal(unpack_range(words, bits, start, end), codes[start:end])
+
+
+# GPTQ
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32, 40])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq(bits: int, act_order: bool, group_size: int, version: str, rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 64, 96, bits, group_size, act_order=act_order)
+    parts = packing.gptq_parts(layer, bits, offset=1 if version == "gptq" else 0)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "checkpoint_format": version}
+    assert_decodes(opened(parts, config), layer.weights, rng)
+
+
+@pytest.mark.parametrize("how", ["absent", "empty", "zeros"])
+def test_gptq_without_g_idx_takes_inputs_in_turn(how: str, rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 32, 96, 4, 40)
+    parts = packing.gptq_parts(layer, 4)
+    parts["g_idx"] = np.zeros(0 if how == "empty" else 96, np.int32)
+    if how == "absent":
+        del parts["g_idx"]
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 40}
+    assert_decodes(opened(parts, config), layer.weights, rng)
+
+
+def test_gptq_layers_may_have_bits_of_their_own(rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 32, 64, 8, 32)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:mlp": {"bits": 8}}}
+    assert_decodes(opened(packing.gptq_parts(layer, 8), config), layer.weights, rng)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_symmetric_gptq_tells_by_its_zero_points_how_they_are_stored(
+    name: str | None, offset: int, rng: np.random.Generator
+) -> None:
+    layer = packing.grouped(rng, 32, 64, 4, 32, sym=True)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": name}
+    assert_decodes(opened(packing.gptq_parts(layer, 4, offset=offset), config), layer.weights, rng)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_scales_may_have_any_type_of_float(dtype: str, rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 32, 64, 4, 32)
+    parts: dict[str, Any] = packing.gptq_parts(layer, 4)
+    if dtype == "F32":
+        layer.scales = rng.uniform(0.1, 1, layer.scales.shape).astype(np.float32)
+        parts["scales"] = layer.scales
+    else:
+        half = packing.bfloat16(layer.scales)
+        layer.scales = (half.astype(np.uint32) << 16).view(np.float32)
+        parts["scales"] = stored(half, "BF16")
+    assert_decodes(opened(parts, {"quant_method": "gptq", "bits": 4, "group_size": 32}), layer.weights, rng)
+
+
+# AWQ
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 48])
+@pytest.mark.parametrize("names", [("bits", "group_size"), ("w_bit", "q_group_size")])
+def test_awq_gemm(group_size: int, names: tuple[str, str], rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 40, 96, 4, group_size)
+    config = {"quant_method": "awq", names[0]: 4, names[1]: group_size, "version": "GEMM", "zero_point": True}
+    assert_decodes(opened(packing.awq_parts(layer), config), layer.weights, rng)
+
+
+@pytest.mark.parametrize(("group_size", "padding"), [(-1, 0), (8, 0), (32, 3)])
+def test_awq_gemv(group_size: int, padding: int, rng: np.random.Generator) -> None:
+    layer = packing.grouped(rng, 19, 96, 4, group_size)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemv"}
+    assert_decodes(opened(packing.gemv_parts(layer, padding=padding), config), layer.weights, rng)
+
+
+# bitsandbytes
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4-nested", "nf4-odd", "fp4", "fp4-nested", "int8"])
+def test_bitsandbytes_decodes_as_the_package_does(case: str, rng: np.random.Generator) -> None:
+    parts, expected = bitsandbytes_case(case)
+    assert_decodes(opened(parts, {"quant_method": "bitsandbytes"}), expected, rng)
+
+
+def bitsandbytes_case(case: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    with np.load(BITSANDBYTES) as arrays:
+        parts = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{case}/")}
+    expected = parts.pop("decoded")
+    return parts, expected
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block_size", [64, 96])
+def test_four_bits_by_their_definition(nested: bool, block_size: int, rng: np.random.Generator) -> None:
+    parts, expected = four_bits(rng, (23, 45), block_size, nested)
+    assert_decodes(opened(parts, {"quant_method": "bitsandbytes"}), expected, rng)
+
+
+def four_bits(
+    rng: np.random.Generator, shape: tuple[int, int], block_size: int, nested: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random parts of a weight in NF4, and what each of its weights is."""
+    n, nested_size = shape[0] * shape[1], 3
+    n_blocks = -(-n // block_size)
+    n_nested = -(-n_blocks // nested_size)
+    codes = rng.integers(0, 16, n + n % 2)
+    levels = np.sort(rng.normal(size=16)).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": block_size, "dtype": "bfloat16", "shape": shape}
+    absmax = rng.uniform(0.1, 1, n_blocks).astype(np.float32)
+    parts = {
+        "weight": np.array([[16 * codes[i] + codes[i + 1]] for i in range(0, n, 2)], np.uint8),
+        "weight.absmax": absmax, "weight.quant_map": levels,
+    }  # fmt: skip
+    if nested:
+        state |= {"nested_blocksize": nested_size, "nested_dtype": "float32", "nested_offset": 0.25}
+        nested_codes = rng.integers(0, 256, n_blocks).astype(np.uint8)
+        nested_levels = np.sort(rng.normal(size=256)).astype(np.float32)
+        nested_absmax = rng.uniform(0.1, 1, n_nested).astype(np.float32)
+        parts |= {"weight.absmax": nested_codes, "weight.nested_absmax": nested_absmax}
+        parts["weight.nested_quant_map"] = nested_levels
+        for i in range(n_blocks):
+            absmax[i] = nested_levels[nested_codes[i]] * nested_absmax[i // nested_size] + np.float32(0.25)
+    parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    weights = [levels[codes[k]] * absmax[k // block_size] for k in range(n)]
+    return parts, np.array(weights, np.float32).reshape(shape)
+
+
+def test_the_bytes_of_four_bits_may_go_by_any_type(rng: np.random.Generator) -> None:
+    parts, expected = four_bits(rng, (8, 32), 64, False)
+    renamed = parts | {"weight": stored(parts["weight"].reshape(-1, 2).view(np.uint16), "BF16")}
+    assert_decodes(opened(renamed, {"quant_method": "bitsandbytes"}), expected, rng)
+
+
+def test_layers_that_are_not_quantised_are_left_alone(rng: np.random.Generator) -> None:
+    parts, _ = bitsandbytes_case("int8")
+    tensors = {f"a.{name}": stored(part) for name, part in parts.items()}
+    tensors["lm_head.weight"] = stored(rng.normal(size=(4, 4)).astype(np.float32))
+    assert list(packed_weights(tensors, {"quant_method": "bitsandbytes"})) == ["a.weight"]
+
+
+# What is refused
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+
+
+def swap(**changes: Any) -> Any:
+    """Parts with some of them replaced (None: left out) by what a function makes of them."""
+
+    def change(parts: dict[str, Any]) -> None:
+        for name, make in changes.items():
+            if make is None:
+                del parts[name]
+            else:
+                parts[name] = make(parts[name])
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "config", "reason"), [
+    (swap(scales=None), {}, "its part 'mlp.scales' is missing"),
+    (swap(qweight=lambda x: x.reshape(-1)), {}, r"qweight have the shape \[256\], which is no matrix"),
+    (swap(qweight=lambda x: x.astype(np.int64)), {}, "qweight are I64, not I32"),
+    (swap(qweight=lambda x: x[:-1]), {}, "qweight have 7 rows, which is not possible for 64 inputs"),
+    (swap(qzeros=lambda x: x[:, :-1]), {}, r"qzeros have the shape \[2, 3\], not \[2, 4\]"),
+    (swap(scales=lambda x: x[:1]), {}, r"qzeros have the shape \[2, 4\], not \[1, 4\]"),
+    (swap(scales=lambda x: x[:, :-1]), {}, r"scales have the shape \[2, 31\], not \[2, 32\]"),
+    (swap(scales=lambda x: x.astype(np.int32)), {}, "scales are I32, not F32 or F16 or BF16"),
+    (swap(g_idx=lambda x: x + 1), {}, "g_idx go from 1 to 2, and there are 2 groups"),
+    (swap(g_idx=lambda x: x - 1), {}, "g_idx go from -1 to 0, and there are 2 groups"),
+    (swap(g_idx=lambda x: x[:-1]), {}, "qweight have 8 rows, which is not possible for 63 inputs"),
+    (swap(g_idx=lambda x: x.reshape(2, -1)), {}, r"g_idx have the shape \[2, 32\], not \[64\]"),
+    (swap(g_idx=lambda x: x.astype(np.float32)), {}, "g_idx are F32, not I32 or I64"),
+    (swap(g_idx=None), {"bits": 5}, "the configuration says bits = '5'"),
+    (swap(g_idx=None), {"bits": "4"}, "the configuration says bits = '4'"),
+    (swap(g_idx=None), {"group_size": 0}, "groups have 0 inputs"),
+    (swap(g_idx=None), {"group_size": 16}, "64 inputs in groups of 16 do not make the 2 groups"),
+    (swap(), {"checkpoint_format": "marlin"}, "GPTQ in the format 'marlin' is not supported"),
+])  # fmt: skip
+def test_gptq_that_does_not_fit_together(
+    change: Any, config: dict[str, Any], reason: str, rng: np.random.Generator
+) -> None:
+    parts = packing.gptq_parts(packing.grouped(rng, 32, 64, 4, 32), 4)
+    change(parts)
+    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+        opened(parts, GPTQ | config)
+
+
+@pytest.mark.parametrize(("change", "config", "reason"), [
+    (swap(qzeros=None), {}, "its part 'mlp.qzeros' is missing"),
+    (swap(qzeros=lambda x: x[:-1]), {}, r"qzeros have the shape \[1, 4\], not \[2, 4\]"),
+    (swap(scales=lambda x: x[:, 1:]), {}, r"scales have the shape \[2, 31\], not \[2, 32\]"),
+    (swap(qweight=lambda x: x[:-1]), {}, "63 inputs are not whole groups of 32"),
+    (swap(), {"group_size": 24}, "64 inputs are not whole groups of 24"),
+    (swap(), {"bits": 8}, "the configuration says bits = '8'"),
+    (swap(), {"version": "gemv_fast"}, "AWQ in the version 'gemv_fast' is not supported"),
+])  # fmt: skip
+def test_awq_that_does_not_fit_together(
+    change: Any, config: dict[str, Any], reason: str, rng: np.random.Generator
+) -> None:
+    parts = packing.awq_parts(packing.grouped(rng, 32, 64, 4, 32))
+    change(parts)
+    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+        opened(parts, AWQ | config)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (swap(qzeros=lambda x: x[:, :0]), "qzeros have 0 words in a row, too few for 2 groups"),
+    (swap(qzeros=lambda x: x[1:]), r"qzeros have the shape \[31, 1\], not \[32, 1\]"),
+    (swap(scales=lambda x: x[:, 1:]), r"scales have the shape \[32, 7\], not \[32, 8\]"),
+    (swap(qweight=lambda x: x[:, 1:]), "56 inputs are not whole groups of 32"),
+])  # fmt: skip
+def test_gemv_that_does_not_fit_together(change: Any, reason: str, rng: np.random.Generator) -> None:
+    parts = packing.gemv_parts(packing.grouped(rng, 32, 64, 4, 32))
+    change(parts)
+    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+        opened(parts, AWQ | {"version": "GEMV"})
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**changes: Any) -> Any:
+    def change(parts: dict[str, Any]) -> None:
+        values = json.loads(parts[STATE].tobytes()) | changes
+        parts[STATE] = np.frombuffer(json.dumps(values).encode(), np.uint8)
+
+    return change
+
+
+def text(raw: bytes) -> Any:
+    return swap(**{STATE: lambda _: np.frombuffer(raw, np.uint8)})
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (swap(**{"weight.absmax": None}), "its part 'mlp.weight.absmax' is missing"),
+    (swap(weight=lambda x: x[1:]), "it has 127 bytes for 256 weights of 4 bits"),
+    (swap(**{"weight.absmax": lambda x: x[1:]}), r"absmax have the shape \[3\], not \[4\]"),
+    (swap(**{"weight.absmax": lambda x: x.astype(np.float32)}), "absmax are F32, not U8"),
+    (swap(**{"weight.quant_map": lambda x: x[1:]}), r"quant_map have the shape \[15\], not \[16\]"),
+    (swap(**{"weight.nested_quant_map": lambda x: x[1:]}), r"nested_quant_map have the shape \[255\], not \[256\]"),
+    (swap(**{"weight.nested_quant_map": None}), "its part 'mlp.weight.nested_quant_map' is missing"),
+    (swap(**{"weight.nested_absmax": lambda x: x[1:]}), r"nested_absmax have the shape \[1\], not \[2\]"),
+    (state(shape=[8, 33]), "it has 128 bytes for 264 weights of 4 bits"),
+    (state(shape=[256]), r"shape = '\[256\]', which is that of no matrix"),
+    (state(shape=[-8, -32]), "which is that of no matrix"),
+    (state(shape=None), "which is that of no matrix"),
+    (state(blocksize=0), "blocksize = '0', which is not possible"),
+    (state(blocksize=True), "blocksize = 'True', which is not possible"),
+    (state(nested_blocksize="3"), "nested_blocksize = '3', which is not possible"),
+    (state(nested_offset="x"), "nested_offset = 'x', which is no number"),
+    (state(nested_offset=float("inf")), "nested_offset = 'inf', which is no number"),
+    (text(b"{"), "its quant_state is no JSON"),
+    (text(b"\xff"), "its quant_state is no JSON"),
+    (text(b"[1]"), "its quant_state is no JSON object"),
+    (text(b"[" * 60000), "its quant_state is no JSON"),
+    (text(b" " * 70000), "its quant_state is 70000 bytes of U8, not a short text"),
+])  # fmt: skip
+def test_four_bits_that_do_not_fit_together(change: Any, reason: str, rng: np.random.Generator) -> None:
+    parts, _ = four_bits(rng, (8, 32), 64, True)
+    change(parts)
+    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+        opened(parts, {"quant_method": "bitsandbytes"})
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (swap(SCB=lambda x: x[1:]), r"SCB have the shape \[10\], not \[11\]"),
+    (swap(weight=None), "its part 'mlp.weight' is missing"),
+    (swap(weight=lambda x: x.reshape(-1)), r"it has the shape \[407\], which is no matrix"),
+    (swap(weight=lambda x: x.astype(np.float32)), "values are F32, not I8"),
+    (swap(weight_format=lambda x: x + np.uint8(2)), "weight_format is 2, and only 0 is supported"),
+])  # fmt: skip
+def test_eight_bits_that_do_not_fit_together(change: Any, reason: str) -> None:
+    parts, _ = bitsandbytes_case("int8")
+    change(parts)
+    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+        opened(parts, {"quant_method": "bitsandbytes"})
