@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from qrun.cli.options import threads_option
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
     from qrun.engine.quantize.mixes import Choice
-    from qrun.formats import GGUFReader, TensorType, ValueType
+    from qrun.engine.quantize.source import Source
+    from qrun.formats import TensorType, ValueType
 
 
 class Size(click.ParamType):
@@ -73,6 +75,7 @@ def command(
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
+    from qrun.engine.quantize.source import GGUFSource
     from qrun.formats import GGUFReader
 
     choice = Choice(
@@ -80,10 +83,10 @@ def command(
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with GGUFReader(source) as reader:
-        values = [metadata_value(text, reader) for text in metadata]
+    with closing(GGUFSource(GGUFReader(source))) as opened:
+        values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
-            reader, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
+            opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
         )
         if dry_run:
             show_plan(planned)
@@ -96,7 +99,7 @@ def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any,
     from qrun.cli.console import CompileProgress, DownloadBar
     from qrun.engine.quantize.convert import convert
 
-    with DownloadBar(f"converting {plan.reader.path} to {plan.choice.file_type}") as bar:
+    with DownloadBar(f"converting {plan.source.path} to {plan.choice.file_type}") as bar:
         result = convert(
             plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
         )
@@ -130,7 +133,7 @@ def override(text: str) -> tuple[re.Pattern[str], TensorType]:
         raise ValueError(f"--tensor-type {text!r}: {error}") from None
 
 
-def metadata_value(text: str, reader: GGUFReader) -> tuple[str, Any, ValueType]:
+def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
     """KEY=TYPE:VALUE. An integer gets the type that the key has already, if that is one of integers."""
     from qrun.formats import ValueType
 
@@ -147,7 +150,7 @@ def metadata_value(text: str, reader: GGUFReader) -> tuple[str, Any, ValueType]:
             return key, {"true": True, "false": False}[value.lower()], ValueType.BOOL
         if kind == "int":
             number = int(value)
-            type, _ = reader.metadata_types.get(key, (None, None))
+            type, _ = source.metadata_types.get(key, (None, None))
             whole = {t for t in ValueType if t.name.startswith(("INT", "UINT"))}
             return key, number, type if type in whole else ValueType.UINT32 if number >= 0 else ValueType.INT32
     except (KeyError, ValueError):

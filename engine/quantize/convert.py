@@ -1,4 +1,4 @@
-"""Converting a GGUF file: every tensor to the type that a mix gives it, in bounded memory.
+"""Making a GGUF file out of a source: every tensor in the type that a mix gives it, in bounded memory.
 
 Rows are taken in chunks. Threads decode and quantise chunks while the one that called writes those that are done, in
 order; blocks do not depend on each other, so the bytes are the same for any number of threads.
@@ -6,12 +6,11 @@ order; blocks do not depend on each other, so the bytes are the same for any num
 
 from __future__ import annotations
 
-import mmap
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -24,9 +23,10 @@ from qrun.engine.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoded, Encoder
 from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types
-from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, TensorType, ValueType
-from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, dequantize
-from qrun.formats.gguf.cursor import quote
+from qrun.engine.quantize.source import Source, SourceTensor
+from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
+from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
 
 # Weights in a chunk: 1 MB as float32, so that what a thread works on stays in its cache.
@@ -36,13 +36,14 @@ COPY_BYTES = 1 << 23
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 Progress = Callable[[int, int], None]
+Metadata = Sequence[tuple[str, Any, ValueType]]  # key, value, type
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor and what becomes of it. importance: float32 [experts, row], or None."""
 
-    source: TensorInfo
+    source: SourceTensor
     type: TensorType
     importance: NDArray[np.float32] | None = None
 
@@ -58,9 +59,9 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors, in the order of the file, in the files that they go to."""
+    """All tensors, in the order of the source, in the files that they go to."""
 
-    reader: GGUFReader
+    source: Source
     choice: Choice
     parts: list[list[PlannedTensor]]
     imatrix: Imatrix | None
@@ -116,7 +117,7 @@ class Result:
 
 
 def plan(
-    reader: GGUFReader,
+    source: Source,
     choice: Choice,
     *,
     imatrix: Imatrix | None = None,
@@ -128,18 +129,18 @@ def plan(
     Raises FormatError if the imatrix is of another model or a tensor cannot be decoded, ValueError if a tensor is
     quantised already and that is not allowed.
     """
-    layout = {name: (tensor.type, tensor.shape) for name, tensor in reader.tensors.items()}
-    types = choose_types(layout, Facts.of(reader.metadata, imatrix is not None), choice)
+    layout = {name: (tensor.type, tensor.shape) for name, tensor in source.tensors.items()}
+    types = choose_types(layout, Facts.of(source.metadata, imatrix is not None), choice)
     planned = []
-    for name, tensor in reader.tensors.items():
+    for name, tensor in source.tensors.items():
         type = types[name]
         importance = None
         if type != tensor.type:
-            _check_convertible(reader, tensor, type, allow_requantize)
+            _check_convertible(source, tensor, type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
         planned.append(PlannedTensor(tensor, type, importance))
-    if imatrix and not any(name in imatrix.values for name in reader.tensors):
-        raise FormatError(imatrix.path, f"it has nothing of the tensors of {reader.path.name}: it is of another model")
+    if imatrix and not any(name in imatrix.values for name in source.tensors):
+        raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in planned:
@@ -148,16 +149,15 @@ def plan(
             size = 0
         parts[-1].append(entry)
         size += entry.n_bytes
-    return Plan(reader, choice, parts, imatrix)
+    return Plan(source, choice, parts, imatrix)
 
 
-def _check_convertible(reader: GGUFReader, tensor: TensorInfo, type: TensorType, allow_requantize: bool) -> None:
+def _check_convertible(source: Source, tensor: SourceTensor, type: TensorType, allow_requantize: bool) -> None:
     if tensor.type not in BLOCK_FORMATS:
-        reason = f"tensor {quote(tensor.name)} is of type {tensor.type.name}, which cannot be decoded"
-        raise FormatError(tensor.file, reason, tensor.offset)
+        raise tensor.error(f"is of type {tensor.type.name}, which cannot be decoded")
     if tensor.type not in FLOATS and not allow_requantize:
         raise ValueError(
-            f"{reader.path}: {tensor.name} is quantised already ({tensor.type.name}), and quantising again loses more; "
+            f"{source.path}: {tensor.name} is quantised already ({tensor.type.name}), and quantising again loses more; "
             "convert the original, or allow it with --allow-requantize"
         )
     block_format = BLOCK_FORMATS.get(type)
@@ -170,7 +170,7 @@ def convert(
     out: Path,
     *,
     threads: int | None = None,
-    metadata: Sequence[tuple[str, Any, ValueType]] = (),
+    metadata: Metadata = (),
     progress: Progress | None = None,
     compiling: Progress | None = None,
 ) -> Result:
@@ -181,7 +181,7 @@ def convert(
     """
     paths = _paths(out, len(plan.parts))
     for path in paths:
-        if any(path.exists() and path.samefile(source) for source in plan.reader.files):
+        if any(path.exists() and path.samefile(file) for file in plan.source.files):
             raise ValueError(f"{path}: this is the source itself: name another file")
     free = shutil.disk_usage(out.absolute().parent).free
     if free < plan.n_bytes:
@@ -192,7 +192,7 @@ def convert(
     threads = threads or available_cores()
     with ExitStack() as stack:
         # The pool is left last, so that no thread works on when the files are taken away.
-        writers = [stack.enter_context(_writer(plan, no, path, metadata)) for no, path in enumerate(paths)]
+        writers = [stack.enter_context(writer) for writer in _writers(plan, paths, metadata)]
         pool = stack.enter_context(ThreadPoolExecutor(threads, "qrun-quantize"))
         stack.callback(pool.shutdown, cancel_futures=True)
         for part, writer in zip(plan.parts, writers, strict=True):
@@ -207,7 +207,7 @@ def convert(
                 if tensor.changes:
                     loss = result.losses.setdefault(tensor.type, Loss())
                     loss.tensors, loss.n_bytes = loss.tensors + 1, loss.n_bytes + tensor.n_bytes
-                _forget(plan.reader, tensor.source)
+                tensor.source.forget()
         _complete(writers)
     return result
 
@@ -232,32 +232,37 @@ def _paths(out: Path, n_parts: int) -> list[Path]:
     return [Path(part_name(prefix, no, n_parts)) for no in range(n_parts)]
 
 
-def _writer(plan: Plan, no: int, path: Path, metadata: Sequence[tuple[str, Any, ValueType]]) -> GGUFWriter:
-    """With all metadata if it is the first, and all its tensors described."""
-    if no == 0:
-        writer = GGUFWriter.from_reader(path, plan.reader)
-        if plan.choice.file_type != COPY:
-            _, file_type = FILE_TYPES[plan.choice.file_type]
-            writer.set_metadata("general.file_type", file_type, ValueType.UINT32)
-            writer.set_metadata("general.quantization_version", QUANTIZATION_VERSION, ValueType.UINT32)
-        if plan.imatrix:
-            writer.set_metadata("quantize.imatrix.file", plan.imatrix.path.name, ValueType.STRING)
-            if plan.imatrix.datasets:
-                writer.set_metadata("quantize.imatrix.dataset", plan.imatrix.datasets[0], ValueType.STRING)
-            writer.set_metadata("quantize.imatrix.entries_count", len(plan.imatrix.values), ValueType.UINT32)
-            writer.set_metadata("quantize.imatrix.chunks_count", max(plan.imatrix.chunks, 0), ValueType.UINT32)
-        for key, value, type in metadata:
-            writer.set_metadata(key, value, type)
-    else:
-        writer = GGUFWriter(path, plan.reader.version)
-        if "general.alignment" in plan.reader.metadata:
-            writer.set_metadata("general.alignment", plan.reader.alignment, ValueType.UINT32)
-    if len(plan.parts) > 1:
-        writer.set_metadata(SPLIT_NO, no, ValueType.UINT16)
-        writer.set_metadata(SPLIT_COUNT, len(plan.parts), ValueType.UINT16)
-        writer.set_metadata(SPLIT_TENSORS, len(plan.tensors), ValueType.INT32)
-    for tensor in plan.parts[no]:
-        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+def _writers(plan: Plan, paths: Sequence[Path], metadata: Metadata) -> list[GGUFWriter]:
+    """One for each part, all their tensors described. All metadata is in the first."""
+    first = _first_writer(plan, paths[0], metadata)
+    writers = [first, *(GGUFWriter(path, first.version) for path in paths[1:])]
+    for no, (writer, part) in enumerate(zip(writers, plan.parts, strict=True)):
+        if no > 0 and first.alignment != DEFAULT_ALIGNMENT:
+            writer.set_metadata(ALIGNMENT_KEY, first.alignment, ValueType.UINT32)
+        if len(writers) > 1:
+            writer.set_metadata(SPLIT_NO, no, ValueType.UINT16)
+            writer.set_metadata(SPLIT_COUNT, len(writers), ValueType.UINT16)
+            writer.set_metadata(SPLIT_TENSORS, len(plan.tensors), ValueType.INT32)
+        for tensor in part:
+            writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+    return writers
+
+
+def _first_writer(plan: Plan, path: Path, metadata: Metadata) -> GGUFWriter:
+    """The metadata of the source, of what is done to it, and what the user sets."""
+    writer = plan.source.writer(path)
+    if plan.choice.file_type != COPY:
+        _, file_type = FILE_TYPES[plan.choice.file_type]
+        writer.set_metadata("general.file_type", file_type, ValueType.UINT32)
+        writer.set_metadata("general.quantization_version", QUANTIZATION_VERSION, ValueType.UINT32)
+    if plan.imatrix:
+        writer.set_metadata("quantize.imatrix.file", plan.imatrix.path.name, ValueType.STRING)
+        if plan.imatrix.datasets:
+            writer.set_metadata("quantize.imatrix.dataset", plan.imatrix.datasets[0], ValueType.STRING)
+        writer.set_metadata("quantize.imatrix.entries_count", len(plan.imatrix.values), ValueType.UINT32)
+        writer.set_metadata("quantize.imatrix.chunks_count", max(plan.imatrix.chunks, 0), ValueType.UINT32)
+    for key, value, type in metadata:
+        writer.set_metadata(key, value, type)
     return writer
 
 
@@ -266,25 +271,20 @@ def _encode(
 ) -> Iterator[tuple[int, Encoded]]:
     """A tensor's bytes, chunk by chunk, each with the number of bytes that it was made from."""
     source = tensor.source
+    if not source.n_bytes:
+        return
+    chunk_rows = max(1, CHUNK_WEIGHTS // source.row)
     if not tensor.changes:
-        for start in range(0, source.n_bytes, COPY_BYTES):
-            raw = source.raw[start : start + COPY_BYTES]
-            yield len(raw), Encoded(raw)
-        return
-    row = source.shape[-1]
-    n_rows = prod(source.shape[:-1])
-    if not row or not n_rows:
-        return
-    row_bytes = source.n_bytes // n_rows
+        chunk_rows = max(1, COPY_BYTES * source.n_rows // source.n_bytes)
     experts = 1 if tensor.importance is None else len(tensor.importance)
-    expert_rows = n_rows // experts
-    chunk_rows = max(1, CHUNK_WEIGHTS // row)
+    expert_rows = source.n_rows // experts
 
     def work(start: int, end: int, expert: int) -> tuple[int, Encoded]:
-        raw = source.raw[start * row_bytes : end * row_bytes]
-        weights = dequantize(raw, source.type, (end - start, row))
+        n_bytes = source.n_bytes // source.n_rows * (end - start)
+        if not tensor.changes:
+            return n_bytes, Encoded(source.raw(start, end))
         importance = None if tensor.importance is None else tensor.importance[expert]
-        return len(raw), encoder.encode(weights, tensor.type, importance)
+        return n_bytes, encoder.encode(source.rows(start, end), tensor.type, importance)
 
     waiting: deque[Future[tuple[int, Encoded]]] = deque()
     for expert in range(experts):
@@ -299,22 +299,10 @@ def _encode(
 
 def _count(result: Result, tensor: PlannedTensor, encoded: Encoded) -> None:
     if not np.isfinite(encoded.error) or not np.isfinite(encoded.energy):
-        source = tensor.source
-        reason = f"tensor {quote(source.name)} has weights that are not finite, or too large for {tensor.type.name}"
-        raise FormatError(source.file, reason, source.offset)
+        raise tensor.source.error(f"has weights that are not finite, or too large for {tensor.type.name}")
     loss = result.losses.setdefault(tensor.type, Loss())
     loss.error += encoded.error
     loss.energy += encoded.energy
     loss.weighted_error += encoded.weighted_error
     loss.weighted_energy += encoded.weighted_energy
 
-
-def _forget(reader: GGUFReader, tensor: TensorInfo) -> None:
-    """Let the system take back the memory in which a tensor was mapped: else a whole file would stay in it."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = tensor.offset - tensor.offset % mmap.PAGESIZE
-    for part in reader.parts:
-        if part.path == tensor.file and tensor.n_bytes:
-            with suppress(OSError, ValueError):
-                part.data.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.n_bytes - start)

@@ -1,100 +1,52 @@
-"""Quantised weights of Hugging Face checkpoints: which tensors make up a weight, and what decodes it.
+"""Checkpoints: the tensors of a folder, each with what its numbers mean.
 
-`quantization_config` of a checkpoint names a method. Under each stand the layouts that its weights may have: the
-suffix that gives such a weight away, and those of its parts. Layers that were left as they are have neither, so nothing
-need be known of `modules_to_not_convert` and its like.
+Most are plain floats. Others are packed: the numbers of one weight lie in several tensors, by a method that config.json
+names under `quantization_config`. Each method has a file here; whatever the method, what comes out are tensors that are
+decoded to float32 row by row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qrun.formats.checkpoints.awq import awq_weight
-from qrun.formats.checkpoints.bitsandbytes import EightBitWeight, FourBitWeight
-from qrun.formats.checkpoints.gptq import GPTQWeight
-from qrun.formats.checkpoints.stored import PackedWeight, StoredTensor
+from qrun.formats.checkpoints import packed, scaled
+from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.safetensors import StoredTensor
+from qrun.formats.tensors import SourceTensor
 
-__all__ = ["METHODS", "Packed", "PackedWeight", "StoredTensor", "packed_weights"]
+__all__ = ["QUANT_METHODS", "PlainTensor", "decode_tensors"]
 
-Build = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], PackedWeight]
+Decoder = Callable[[dict[str, StoredTensor], Mapping[str, Any], Path], dict[str, SourceTensor]]
+"""decode(tensors, quantization, path): takes the tensors of its method out of the dict, and returns the weights that
+they make, under the names that those would have if they were plain ("...q_proj.weight"). quantization: the settings,
+from the file `path`. Raises FormatError where they, or the tensors, contradict themselves."""
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How the tensors of a weight are called, after the name of its layer.
-
-    marker: the one by which it is known. needed, optional: the names that `build` knows the parts by, and their
-    suffixes; of the optional ones there are all or none.
-    """
-
-    marker: str
-    needed: Mapping[str, str]
-    optional: Mapping[str, str]
-    build: Build
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight and the names of the tensors that it is made of."""
-
-    weight: PackedWeight
-    parts: tuple[str, ...]
-
-
-def _suffixes(*names: str) -> dict[str, str]:
-    return {name: f".{name}" for name in names}
-
-
-def _four_bits(kind: str) -> Layout:
-    state = f".weight.quant_state.bitsandbytes__{kind}"
-    needed = {"weight": ".weight", "absmax": ".weight.absmax", "quant_map": ".weight.quant_map", "state": state}
-    nested = {name: f".weight.{name}" for name in ("nested_absmax", "nested_quant_map")}
-    return Layout(state, needed, nested, FourBitWeight)
-
-
-METHODS: dict[str, tuple[Layout, ...]] = {
-    "gptq": (Layout(".qweight", _suffixes("qweight", "qzeros", "scales"), _suffixes("g_idx"), GPTQWeight),),
-    "awq": (Layout(".qweight", _suffixes("qweight", "qzeros", "scales"), {}, awq_weight),),
-    "bitsandbytes": (
-        _four_bits("nf4"),
-        _four_bits("fp4"),
-        Layout(".SCB", _suffixes("weight", "SCB"), _suffixes("weight_format"), EightBitWeight),
-    ),
+QUANT_METHODS: dict[str, Decoder] = {
+    "fp8": scaled.decode,
+    "fbgemm_fp8": scaled.decode,
+    "compressed-tensors": scaled.decode,
+    "gptq": packed.decoder("gptq"),
+    "awq": packed.decoder("awq"),
+    "bitsandbytes": packed.decoder("bitsandbytes"),
 }
+"""By `quant_method`."""
 
 
-def packed_weights(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Packed]:
-    """All quantised weights among the tensors of a checkpoint, by the name that the plain weight would have.
+def decode_tensors(
+    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, path: Path
+) -> dict[str, SourceTensor]:
+    """All weights of a checkpoint, by name. quantization: what `path`, its config.json, says under that name.
 
-    config: its `quantization_config`, whose `quant_method` is one of METHODS. Raises FormatError with the file, the
-    weight and the reason if one lacks a part or its parts do not fit together.
+    Tensors that are neither floats nor part of a packed weight are left out.
     """
-    found = {}
-    for layout in METHODS[config["quant_method"]]:
-        for name, marker in tensors.items():
-            if not name.endswith(layout.marker):
-                continue
-            layer = name.removesuffix(layout.marker)
-            try:
-                parts = _parts(layout, layer, tensors)
-                weight = layout.build({part: tensors[name] for part, name in parts.items()}, config)
-            except ValueError as error:
-                raise FormatError(marker.file, f"tensor {quote(layer + '.weight')}: {error}") from None
-            found[f"{layer}.weight"] = Packed(weight, tuple(parts.values()))
-    return found
-
-
-def _parts(layout: Layout, layer: str, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Name of a part -> name of its tensor."""
-    optional = {part: layer + suffix for part, suffix in layout.optional.items()}
-    parts = {part: layer + suffix for part, suffix in layout.needed.items()}
-    if any(name in tensors for name in optional.values()):
-        parts |= optional
-    for name in parts.values():
-        if name not in tensors:
-            raise ValueError(f"its part {quote(name)} is missing")
-    return parts
+    rest = dict(tensors)
+    weights: dict[str, SourceTensor] = {}
+    if quantization is not None:
+        method = str(quantization.get("quant_method"))
+        if method not in QUANT_METHODS:
+            known = ", ".join(QUANT_METHODS)
+            raise FormatError(path, f"the quantisation method {quote(method)} is not supported (supported: {known})")
+        weights = QUANT_METHODS[method](rest, quantization, path)
+    return weights | {name: PlainTensor.of(tensor) for name, tensor in rest.items() if tensor.dtype in FLOATS}

@@ -29,12 +29,12 @@ from qrun.formats.checkpoints.bits import unpack, unpack_range
 from qrun.formats.checkpoints.stored import (
     Floats,
     PackedWeight,
-    StoredTensor,
     group_size,
     require_shape,
     whole_number,
     words,
 )
+from qrun.formats.safetensors import StoredTensor
 
 BITS = 4
 CODES_IN_WORD = 8

@@ -35,7 +35,8 @@ from typing import Any
 import numpy as np
 
 from qrun.formats.blocks.layout import F32Array
-from qrun.formats.checkpoints.stored import Floats, StoredTensor, integers, require_shape, whole_number
+from qrun.formats.checkpoints.stored import Floats, integers, require_shape, whole_number
+from qrun.formats.safetensors import StoredTensor
 
 # Bytes of the JSON object at most; bitsandbytes writes some 200.
 MAX_STATE = 1 << 16

@@ -29,13 +29,13 @@ from qrun.formats.blocks.layout import F32Array
 from qrun.formats.checkpoints.bits import WORD_BITS, codes_in_period, unpack, unpack_range
 from qrun.formats.checkpoints.stored import (
     Floats,
-    StoredTensor,
     group_size,
     integers,
     require_shape,
     whole_number,
     words,
 )
+from qrun.formats.safetensors import StoredTensor
 
 BITS = (2, 3, 4, 8)
 # By `checkpoint_format`: what is to be added to the zero points that are stored.

@@ -1,40 +1,22 @@
-"""What the decoders are given: the tensors of a checkpoint as they are stored, and views of them once they are checked.
+"""What the decoders of packed weights share: checked views of stored tensors, checked numbers of a configuration.
 
-A decoder raises ValueError where tensors do not fit together. It knows neither files nor names of whole models; who
-calls it (`packed_weights`) puts both before the reason.
+A decoder raises ValueError where tensors do not fit together; who calls it puts file and tensor before the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats.blocks import TensorType, dequantize
-from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.blocks.layout import F32Array
+from qrun.formats.safetensors import StoredTensor
 
-# The dtypes of safetensors that hold floats and integers, as GGML and as NumPy name them.
+# The types that scales have, by safetensors' names.
 FLOATS = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
-INTEGERS = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file. dtype: as safetensors names it. raw: its bytes, as many as dtype and shape ask for."""
-
-    @property
-    def file(self) -> Path: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def raw(self) -> U8Array: ...
 
 
 class PackedWeight(Protocol):
@@ -55,23 +37,22 @@ class Floats:
         if tensor.dtype not in FLOATS:
             raise ValueError(f"its {name} are {tensor.dtype}, not {' or '.join(FLOATS)}")
         self.type = FLOATS[tensor.dtype]
-        width = "<u4" if tensor.dtype == "F32" else "<u2"
-        self.bits: NDArray[Any] = tensor.raw.view(width).reshape(tensor.shape)
+        self.stored = tensor.array()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.bits.shape
+        return self.stored.shape
 
     def __getitem__(self, index: Any) -> F32Array:
-        bits = np.ascontiguousarray(self.bits[index])
-        return dequantize(bits.reshape(-1).view(np.uint8), self.type, bits.shape)
+        numbers = np.ascontiguousarray(self.stored[index])
+        return dequantize(numbers.reshape(-1).view(np.uint8), self.type, numbers.shape)
 
 
 def integers(tensor: StoredTensor, name: str, *dtypes: str) -> NDArray[Any]:
     """The tensor as an array, unless its dtype is none of these."""
     if tensor.dtype not in dtypes:
         raise ValueError(f"its {name} are {tensor.dtype}, not {' or '.join(dtypes)}")
-    return tensor.raw.view(INTEGERS[tensor.dtype]).reshape(tensor.shape)
+    return tensor.array()
 
 
 def words(tensor: StoredTensor, name: str) -> NDArray[np.uint32]:

@@ -8,9 +8,6 @@
 All numbers are little-endian. Versions 2 and 3 differ in nothing else than that 3 may also be big-endian.
 """
 
-import mmap
-import os
-import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +21,7 @@ from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, quote
 from qrun.formats.gguf.metadata import MIN_PAIR_BYTES, Metadata, Span, ValueType, read_span
+from qrun.formats.mapping import describe_start, map_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -31,15 +29,6 @@ ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset: the least that a description takes
-
-# What people hand over instead of a GGUF file: how it begins, and what to tell them.
-LOOKALIKES = {
-    b"version https://git-lfs": "a Git LFS pointer: the model itself was not downloaded (try `git lfs pull`)",
-    b"<": "a web page: the download did not give the file itself",
-    b"PK": "a zip archive, such as PyTorch writes: convert the model to GGUF",
-    b"lmgg": "a GGML file, older than GGUF: get the model again as GGUF",
-    b"tjgg": "a GGJT file, older than GGUF: get the model again as GGUF",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +73,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = _map(path)
+        self.data = map_file(path)
         cursor = Cursor(path, self.data)
         self.version = _read_version(cursor)
         n_tensors = cursor.u64("the tensor count")
@@ -130,30 +119,10 @@ class GGUFFile:
             end, last = tensor.offset + tensor.n_bytes, tensor.name
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise FormatError(path, "this is a folder: name the .gguf file in it")
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            raise FormatError(path, "this is not a regular file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FormatError(path, "the file is empty: get it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise FormatError(path, "there is no such file") from None
-    except OSError as error:
-        raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
-
-
 def _read_version(cursor: Cursor) -> int:
     magic = cursor.data[: len(MAGIC)]
     if magic != MAGIC:
-        start = cursor.data[:32]
-        kind = next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
-        kind = f"it is {kind}" if kind else f"it begins with {magic!r}"
-        raise cursor.error(f"this is not a GGUF file; {kind}")
+        raise cursor.error(f"this is not a GGUF file; {describe_start(cursor.data[:32])}")
     cursor.skip(len(MAGIC), "the magic")
     version = cursor.u32("the version")
     if version in VERSIONS:

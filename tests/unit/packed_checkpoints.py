@@ -5,6 +5,8 @@ Slow and plain on purpose, and with nothing of the decoders. Codes are [in, out]
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +17,26 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as a checkpoint's file would give it."""
+class As:
+    """An array, and the type that a file is to give it, if NumPy has none of that name."""
 
-    raw: np.ndarray
+    array: np.ndarray
     dtype: str
-    shape: tuple[int, ...]
-    file: Path = Path("model.safetensors")
 
 
-def stored(array: np.ndarray, dtype: str | None = None) -> Stored:
-    raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-    return Stored(raw, dtype or DTYPES[str(array.dtype)], array.shape)
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray | As]) -> Path:
+    header: dict[str, object] = {}
+    data = b""
+    for name, tensor in tensors.items():
+        array = tensor.array if isinstance(tensor, As) else tensor
+        dtype = tensor.dtype if isinstance(tensor, As) else DTYPES[str(array.dtype)]
+        raw = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import packed_checkpoints as packing
 import pytest
-from packed_checkpoints import Stored, stored
+from packed_checkpoints import As
 
 from qrun.formats import FormatError
-from qrun.formats.checkpoints import PackedWeight, packed_weights
+from qrun.formats.checkpoints import decode_tensors
 from qrun.formats.checkpoints.bits import unpack, unpack_range
+from qrun.formats.safetensors import SafetensorsFile
+from qrun.formats.tensors import SourceTensor
 
 BITSANDBYTES = Path(__file__).parent.parent / "data" / "bitsandbytes.npz"
 
 
-def opened(parts: dict[str, Any], config: dict[str, Any], layer: str = "mlp") -> PackedWeight:
-    """The one weight of a checkpoint of one layer. parts: arrays or stored tensors, by the suffixes of their names."""
-    tensors = {f"{layer}.{name}": part if isinstance(part, Stored) else stored(part) for name, part in parts.items()}
-    found = packed_weights(tensors, config)
-    assert list(found) == [f"{layer}.weight"]
-    assert set(found[f"{layer}.weight"].parts) == set(tensors)
-    return found[f"{layer}.weight"].weight
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., SourceTensor]:
+    def open_weight(parts: Mapping[str, np.ndarray | As], config: Mapping[str, Any]) -> SourceTensor:
+        """The one weight of a checkpoint of one layer. parts: by the suffixes of their names."""
+        path = packing.write_safetensors(
+            tmp_path / "model.safetensors", {f"mlp.{name}": part for name, part in parts.items()}
+        )
+        weights = decode_tensors(SafetensorsFile(path).tensors, config, tmp_path / "config.json")
+        assert list(weights) == ["mlp.weight"]
+        return weights["mlp.weight"]
+
+    return open_weight
 
 
-def assert_decodes(weight: PackedWeight, expected: np.ndarray, rng: np.random.Generator) -> None:
+Open = Callable[[Mapping[str, np.ndarray | As], Mapping[str, Any]], SourceTensor]
+
+
+def assert_decodes(weight: SourceTensor, expected: np.ndarray, rng: np.random.Generator) -> None:
     """As a whole, and in any range of rows."""
     assert weight.shape == expected.shape
     np.testing.assert_array_equal(weight.rows(0, len(expected)), expected)
@@ -57,7 +68,9 @@ def test_codes_come_out_as_they_went_in(bits: int, rng: np.random.Generator) -> 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [-1, 32, 40])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_gptq(bits: int, act_order: bool, group_size: int, version: str, rng: np.random.Generator) -> None:
+def test_gptq(
+    bits: int, act_order: bool, group_size: int, version: str, opened: Open, rng: np.random.Generator
+) -> None:
     layer = packing.grouped(rng, 64, 96, bits, group_size, act_order=act_order)
     parts = packing.gptq_parts(layer, bits, offset=1 if version == "gptq" else 0)
     config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "checkpoint_format": version}
@@ -65,7 +78,7 @@ def test_gptq(bits: int, act_order: bool, group_size: int, version: str, rng: np
 
 
 @pytest.mark.parametrize("how", ["absent", "empty", "zeros"])
-def test_gptq_without_g_idx_takes_inputs_in_turn(how: str, rng: np.random.Generator) -> None:
+def test_gptq_without_g_idx_takes_inputs_in_turn(how: str, opened: Open, rng: np.random.Generator) -> None:
     layer = packing.grouped(rng, 32, 96, 4, 40)
     parts = packing.gptq_parts(layer, 4)
     parts["g_idx"] = np.zeros(0 if how == "empty" else 96, np.int32)
@@ -75,7 +88,7 @@ def test_gptq_without_g_idx_takes_inputs_in_turn(how: str, rng: np.random.Genera
     assert_decodes(opened(parts, config), layer.weights, rng)
 
 
-def test_gptq_layers_may_have_bits_of_their_own(rng: np.random.Generator) -> None:
+def test_gptq_layers_may_have_bits_of_their_own(opened: Open, rng: np.random.Generator) -> None:
     layer = packing.grouped(rng, 32, 64, 8, 32)
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:mlp": {"bits": 8}}}
     assert_decodes(opened(packing.gptq_parts(layer, 8), config), layer.weights, rng)
@@ -84,7 +97,7 @@ def test_gptq_layers_may_have_bits_of_their_own(rng: np.random.Generator) -> Non
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", None])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_symmetric_gptq_tells_by_its_zero_points_how_they_are_stored(
-    name: str | None, offset: int, rng: np.random.Generator
+    name: str | None, offset: int, opened: Open, rng: np.random.Generator
 ) -> None:
     layer = packing.grouped(rng, 32, 64, 4, 32, sym=True)
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": name}
@@ -92,7 +105,7 @@ def test_symmetric_gptq_tells_by_its_zero_points_how_they_are_stored(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_scales_may_have_any_type_of_float(dtype: str, rng: np.random.Generator) -> None:
+def test_scales_may_have_any_type_of_float(dtype: str, opened: Open, rng: np.random.Generator) -> None:
     layer = packing.grouped(rng, 32, 64, 4, 32)
     parts: dict[str, Any] = packing.gptq_parts(layer, 4)
     if dtype == "F32":
@@ -101,7 +114,7 @@ def test_scales_may_have_any_type_of_float(dtype: str, rng: np.random.Generator)
     else:
         half = packing.bfloat16(layer.scales)
         layer.scales = (half.astype(np.uint32) << 16).view(np.float32)
-        parts["scales"] = stored(half, "BF16")
+        parts["scales"] = As(half, "BF16")
     assert_decodes(opened(parts, {"quant_method": "gptq", "bits": 4, "group_size": 32}), layer.weights, rng)
 
 
@@ -110,14 +123,14 @@ def test_scales_may_have_any_type_of_float(dtype: str, rng: np.random.Generator)
 
 @pytest.mark.parametrize("group_size", [-1, 16, 48])
 @pytest.mark.parametrize("names", [("bits", "group_size"), ("w_bit", "q_group_size")])
-def test_awq_gemm(group_size: int, names: tuple[str, str], rng: np.random.Generator) -> None:
+def test_awq_gemm(group_size: int, names: tuple[str, str], opened: Open, rng: np.random.Generator) -> None:
     layer = packing.grouped(rng, 40, 96, 4, group_size)
     config = {"quant_method": "awq", names[0]: 4, names[1]: group_size, "version": "GEMM", "zero_point": True}
     assert_decodes(opened(packing.awq_parts(layer), config), layer.weights, rng)
 
 
 @pytest.mark.parametrize(("group_size", "padding"), [(-1, 0), (8, 0), (32, 3)])
-def test_awq_gemv(group_size: int, padding: int, rng: np.random.Generator) -> None:
+def test_awq_gemv(group_size: int, padding: int, opened: Open, rng: np.random.Generator) -> None:
     layer = packing.grouped(rng, 19, 96, 4, group_size)
     config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemv"}
     assert_decodes(opened(packing.gemv_parts(layer, padding=padding), config), layer.weights, rng)
@@ -127,7 +140,7 @@ def test_awq_gemv(group_size: int, padding: int, rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("case", ["nf4", "nf4-nested", "nf4-odd", "fp4", "fp4-nested", "int8"])
-def test_bitsandbytes_decodes_as_the_package_does(case: str, rng: np.random.Generator) -> None:
+def test_bitsandbytes_decodes_as_the_package_does(case: str, opened: Open, rng: np.random.Generator) -> None:
     parts, expected = bitsandbytes_case(case)
     assert_decodes(opened(parts, {"quant_method": "bitsandbytes"}), expected, rng)
 
@@ -141,7 +154,7 @@ def bitsandbytes_case(case: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("block_size", [64, 96])
-def test_four_bits_by_their_definition(nested: bool, block_size: int, rng: np.random.Generator) -> None:
+def test_four_bits_by_their_definition(nested: bool, block_size: int, opened: Open, rng: np.random.Generator) -> None:
     parts, expected = four_bits(rng, (23, 45), block_size, nested)
     assert_decodes(opened(parts, {"quant_method": "bitsandbytes"}), expected, rng)
 
@@ -175,17 +188,29 @@ def four_bits(
     return parts, np.array(weights, np.float32).reshape(shape)
 
 
-def test_the_bytes_of_four_bits_may_go_by_any_type(rng: np.random.Generator) -> None:
+def test_the_bytes_of_four_bits_may_go_by_any_type(opened: Open, rng: np.random.Generator) -> None:
     parts, expected = four_bits(rng, (8, 32), 64, False)
-    renamed = parts | {"weight": stored(parts["weight"].reshape(-1, 2).view(np.uint16), "BF16")}
+    renamed = parts | {"weight": As(parts["weight"].reshape(-1, 2).view(np.uint16), "BF16")}
     assert_decodes(opened(renamed, {"quant_method": "bitsandbytes"}), expected, rng)
 
 
-def test_layers_that_are_not_quantised_are_left_alone(rng: np.random.Generator) -> None:
+def test_layers_that_are_not_quantised_are_left_alone(tmp_path: Path, rng: np.random.Generator) -> None:
     parts, _ = bitsandbytes_case("int8")
-    tensors = {f"a.{name}": stored(part) for name, part in parts.items()}
-    tensors["lm_head.weight"] = stored(rng.normal(size=(4, 4)).astype(np.float32))
-    assert list(packed_weights(tensors, {"quant_method": "bitsandbytes"})) == ["a.weight"]
+    tensors = {f"a.{name}": part for name, part in parts.items()}
+    plain = rng.normal(size=(4, 4)).astype(np.float32)
+    path = packing.write_safetensors(tmp_path / "model.safetensors", tensors | {"lm_head.weight": plain})
+    weights = decode_tensors(SafetensorsFile(path).tensors, {"quant_method": "bitsandbytes"}, path)
+    assert list(weights) == ["a.weight", "lm_head.weight"]
+    np.testing.assert_array_equal(weights["lm_head.weight"].rows(0, 4), plain)
+
+
+def test_a_bias_of_zeros_is_dropped_and_no_other(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors: dict[str, np.ndarray | As] = {}
+    for layer, bias in (("a", np.zeros(32, np.float16)), ("b", np.eye(32, dtype=np.float16)[5])):
+        parts = packing.gptq_parts(packing.grouped(rng, 32, 64, 4, 32), 4)
+        tensors |= {f"{layer}.{name}": part for name, part in parts.items()} | {f"{layer}.bias": bias}
+    path = packing.write_safetensors(tmp_path / "model.safetensors", tensors)
+    assert set(decode_tensors(SafetensorsFile(path).tensors, GPTQ, path)) == {"a.weight", "b.weight", "b.bias"}
 
 
 # What is refused
@@ -229,11 +254,11 @@ def swap(**changes: Any) -> Any:
     (swap(), {"checkpoint_format": "marlin"}, "GPTQ in the format 'marlin' is not supported"),
 ])  # fmt: skip
 def test_gptq_that_does_not_fit_together(
-    change: Any, config: dict[str, Any], reason: str, rng: np.random.Generator
+    change: Any, config: dict[str, Any], reason: str, opened: Open, rng: np.random.Generator
 ) -> None:
     parts = packing.gptq_parts(packing.grouped(rng, 32, 64, 4, 32), 4)
     change(parts)
-    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+    with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, GPTQ | config)
 
 
@@ -247,11 +272,11 @@ def test_gptq_that_does_not_fit_together(
     (swap(), {"version": "gemv_fast"}, "AWQ in the version 'gemv_fast' is not supported"),
 ])  # fmt: skip
 def test_awq_that_does_not_fit_together(
-    change: Any, config: dict[str, Any], reason: str, rng: np.random.Generator
+    change: Any, config: dict[str, Any], reason: str, opened: Open, rng: np.random.Generator
 ) -> None:
     parts = packing.awq_parts(packing.grouped(rng, 32, 64, 4, 32))
     change(parts)
-    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+    with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, AWQ | config)
 
 
@@ -261,10 +286,10 @@ def test_awq_that_does_not_fit_together(
     (swap(scales=lambda x: x[:, 1:]), r"scales have the shape \[32, 7\], not \[32, 8\]"),
     (swap(qweight=lambda x: x[:, 1:]), "56 inputs are not whole groups of 32"),
 ])  # fmt: skip
-def test_gemv_that_does_not_fit_together(change: Any, reason: str, rng: np.random.Generator) -> None:
+def test_gemv_that_does_not_fit_together(change: Any, reason: str, opened: Open, rng: np.random.Generator) -> None:
     parts = packing.gemv_parts(packing.grouped(rng, 32, 64, 4, 32))
     change(parts)
-    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+    with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, AWQ | {"version": "GEMV"})
 
 
@@ -307,10 +332,10 @@ def text(raw: bytes) -> Any:
     (text(b"[" * 60000), "its quant_state is no JSON"),
     (text(b" " * 70000), "its quant_state is 70000 bytes of U8, not a short text"),
 ])  # fmt: skip
-def test_four_bits_that_do_not_fit_together(change: Any, reason: str, rng: np.random.Generator) -> None:
+def test_four_bits_that_do_not_fit_together(change: Any, reason: str, opened: Open, rng: np.random.Generator) -> None:
     parts, _ = four_bits(rng, (8, 32), 64, True)
     change(parts)
-    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+    with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, {"quant_method": "bitsandbytes"})
 
 
@@ -321,8 +346,8 @@ def test_four_bits_that_do_not_fit_together(change: Any, reason: str, rng: np.ra
     (swap(weight=lambda x: x.astype(np.float32)), "values are F32, not I8"),
     (swap(weight_format=lambda x: x + np.uint8(2)), "weight_format is 2, and only 0 is supported"),
 ])  # fmt: skip
-def test_eight_bits_that_do_not_fit_together(change: Any, reason: str) -> None:
+def test_eight_bits_that_do_not_fit_together(change: Any, reason: str, opened: Open) -> None:
     parts, _ = bitsandbytes_case("int8")
     change(parts)
-    with pytest.raises(FormatError, match=f"^model.safetensors: tensor 'mlp.weight': .*{reason}"):
+    with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, {"quant_method": "bitsandbytes"})

@@ -12,6 +12,7 @@ from qrun.engine.quantize import convert as converting
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.mixes import Choice
+from qrun.engine.quantize.source import GGUFSource
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import quantize
 
@@ -104,7 +105,7 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
     imatrix = Imatrix(Path("i.gguf"), {name: values.reshape(-1)}, ["text"], 4)
     out = tmp_path / "out.gguf"
     with GGUFReader(source) as reader:
-        result = convert(plan(reader, Choice("Q4_K_M"), imatrix=imatrix), out)
+        result = convert(plan(GGUFSource(reader), Choice("Q4_K_M"), imatrix=imatrix), out)
         weights = reader.tensors[name].dequantize()
     with GGUFReader(out) as reader:
         tensor = reader.tensors[name]
@@ -222,7 +223,7 @@ def test_the_source_is_not_written_over(source: Path, capsys: pytest.CaptureFixt
 
 def test_another_models_importance_is_refused(source: Path) -> None:
     with GGUFReader(source) as reader, pytest.raises(ValueError, match="of another model"):
-        plan(reader, Choice("Q4_K_M"), imatrix=Imatrix(Path("i"), {"x": np.ones(4, np.float32)}))
+        plan(GGUFSource(reader), Choice("Q4_K_M"), imatrix=Imatrix(Path("i"), {"x": np.ones(4, np.float32)}))
 
 
 def test_a_full_disk_is_seen_before(

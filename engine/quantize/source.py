@@ -1,0 +1,105 @@
+"""What a model file is made from: metadata, and tensors whose rows can be had in any order and from several threads.
+
+A source holds no weights in memory. It says beforehand what every tensor is called, what type and shape it has, and
+then hands out rows, decoded or as they are to be stored. A GGUF file is a source; so is everything else that can be
+seen as one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, ValueType
+from qrun.formats.blocks import dequantize
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import forget_pages
+from qrun.formats.tensors import SourceTensor
+
+__all__ = ["GGUFSource", "GGUFTensor", "Source", "SourceTensor"]
+
+F32Array = NDArray[np.float32]
+U8Array = NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """A model that can be converted.
+
+    path: for messages, and to name the result after. files: all that belong to it, never to be written over.
+    metadata: in order. metadata_types: of each value and, if that is an array, of its items. tensors: by name, in the
+    order in which they are written.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def metadata_types(self) -> Mapping[str, tuple[ValueType, ValueType | None]]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
+
+    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
+        """A writer that has all metadata, and as yet no tensors."""
+
+    def close(self) -> None:
+        """Give back what is open. The tensors cannot be read any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFTensor(SourceTensor):
+    """A tensor in a GGUF file, which `data` maps."""
+
+    info: TensorInfo
+    data: mmap.mmap
+
+    def rows(self, start: int, end: int) -> F32Array:
+        return dequantize(self.raw(start, end), self.type, (end - start, self.row))
+
+    def raw(self, start: int, end: int) -> U8Array:
+        row_bytes = self.n_bytes // self.n_rows if self.n_rows else 0
+        return self.info.raw[start * row_bytes : end * row_bytes]
+
+    def forget(self) -> None:
+        forget_pages(self.data, self.info.offset, self.info.n_bytes)
+
+    def error(self, reason: str) -> FormatError:
+        return FormatError(self.info.file, f"tensor {quote(self.name)} {reason}", self.info.offset)
+
+
+class GGUFSource:
+    """A GGUF file, or all files of a split model, as a source. It closes the reader that it is made of."""
+
+    def __init__(self, reader: GGUFReader) -> None:
+        self.reader = reader
+        self.path = reader.path
+        self.files = reader.files
+        self.metadata = reader.metadata
+        self.metadata_types = reader.metadata_types
+        data = {part.path: part.data for part in reader.parts}
+        self.tensors = {
+            name: GGUFTensor(name, info.type, info.shape, info, data[info.file])
+            for name, info in reader.tensors.items()
+        }
+
+    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
+        """Has the metadata byte for byte as they are."""
+        return GGUFWriter.from_reader(path, self.reader)
+
+    def close(self) -> None:
+        self.tensors = {}
+        self.reader.close()
+

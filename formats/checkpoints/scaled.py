@@ -1,0 +1,98 @@
+"""Weights of 8 bits with scales beside them: w = q * scale.
+
+The weight is of type F8_E4M3, F8_E5M2 or I8; the scale is a tensor NAME_scale or NAME_scale_inv (DeepSeek's name: the
+inverse of what the floats were multiplied by, so it too is multiplied with). One scale serves the whole matrix, a row,
+or a block of 128 x 128 weights: its shape says which. Such files come from the methods that Hugging Face calls fp8,
+fbgemm_fp8 and compressed-tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrun.formats.blocks import TensorType
+from qrun.formats.blocks.layout import F32Array
+from qrun.formats.checkpoints.plain import FLOATS
+from qrun.formats.checkpoints.plain import decode as decode_floats
+from qrun.formats.errors import FormatError
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.safetensors import StoredTensor
+from qrun.formats.tensors import SourceTensor
+
+BYTE_TYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
+SUFFIXES = ("_scale_inv", "_scale")
+# Scales of activations and of the KV cache: of no use here, since activations are not quantised so.
+UNUSED = (
+    ".input_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale", ".q_scale", ".output_scale"
+)  # fmt: skip
+DEFAULT_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledTensor(SourceTensor):
+    """scale: float32 [row blocks, column blocks], each for a block of `block` weights."""
+
+    stored: StoredTensor
+    scale: F32Array
+    block: tuple[int, int]
+
+    def rows(self, start: int, end: int) -> F32Array:
+        weights = decode_floats(self.stored, self.stored.raw[start * self.row : end * self.row])
+        per_row = self.scale[np.arange(start, end) // self.block[0]]
+        scale = np.repeat(per_row, self.block[1], axis=1)[:, : self.row] if per_row.shape[1] > 1 else per_row
+        return weights.reshape(end - start, self.row) * scale
+
+    def forget(self) -> None:
+        self.stored.forget()
+
+    def error(self, reason: str) -> FormatError:
+        return self.stored.error(reason)
+
+
+def decode(
+    tensors: dict[str, StoredTensor], quantization: Mapping[str, Any], path: Path
+) -> dict[str, SourceTensor]:
+    """See `formats.checkpoints.Decoder`."""
+    packed = next((name for name in tensors if name.endswith("_packed")), None)
+    if packed is not None:
+        format = quote(str(quantization.get("format")))
+        raise FormatError(path, f"the quantisation format {format} is not supported: tensor {quote(packed)} is packed")
+    block = _block(quantization, path)
+    for name in [name for name in tensors if name.endswith(UNUSED)]:
+        del tensors[name]
+    weights: dict[str, SourceTensor] = {}
+    for name in [name for name, tensor in tensors.items() if tensor.dtype in BYTE_TYPES]:
+        scale = next((found for suffix in SUFFIXES if (found := tensors.pop(name + suffix, None)) is not None), None)
+        if scale is not None:
+            weights[name] = _scaled(tensors.pop(name), scale, block)
+    return weights
+
+
+def _block(quantization: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    size = quantization.get("weight_block_size")
+    if size is None:
+        return DEFAULT_BLOCK
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in size):
+        raise FormatError(path, f"weight_block_size is {quote(str(size))}, expected two positive numbers")
+    return size[0], size[1]
+
+
+def _scaled(stored: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -> ScaledTensor:
+    if len(stored.shape) != 2:
+        raise stored.error(f"has scales and the shape {stored.shape}, expected a matrix")
+    if scale.dtype not in FLOATS:
+        raise scale.error(f"is of type {scale.dtype}, expected floats")
+    rows, columns = stored.shape
+    values = decode_floats(scale, scale.raw)
+    if values.size == 1:
+        block, values = (max(rows, 1), max(columns, 1)), values.reshape(1, 1)
+    elif scale.shape in ((rows,), (rows, 1)):
+        block, values = (1, max(columns, 1)), values.reshape(rows, 1)
+    elif scale.shape != (-(-rows // block[0]), -(-columns // block[1])):
+        raise scale.error(f"has the shape {scale.shape}, which does not fit a weight of {stored.shape}")
+    else:
+        values = values.reshape(scale.shape)
+    return ScaledTensor(stored.name, TensorType.BF16, stored.shape, stored, values, block)

@@ -1,0 +1,61 @@
+"""JSON files that come from strangers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qrun.formats.errors import FormatError
+from qrun.formats.gguf.cursor import quote
+
+MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a file. Raises FormatError if it is missing, too large, or holds anything else."""
+    try:
+        if path.is_file() and path.stat().st_size > max_bytes:
+            raise FormatError(path, f"the file has more than {max_bytes} bytes")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise FormatError(path, "there is no such file") from None
+    except OSError as error:
+        raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
+    return parse_json(path, text)
+
+
+def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bool = False) -> dict[str, Any]:
+    """The object that bytes of a file spell. offset: where they begin, for messages. unique: refuse two equal keys."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise FormatError(path, f"{quote(key)} is there twice", offset)
+            values[key] = value
+        return values
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+    except UnicodeDecodeError:
+        raise FormatError(path, "this is not JSON: it is not UTF-8", offset) from None
+    except RecursionError:
+        raise FormatError(path, "the JSON is nested too deeply", offset) from None
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(path, f"this is not JSON: {error}", offset) from None
+    if not isinstance(parsed, dict):
+        raise FormatError(path, "the JSON is not an object", offset)
+    return parsed
+
+
+def get(path: Path, values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+    """A value that is of that kind; the default if it is null or missing. FormatError if it is anything else."""
+    value = values.get(key)
+    if value is None:
+        return default
+    whole = kind is int or (isinstance(kind, tuple) and bool not in kind)
+    if not isinstance(value, kind) or (whole and isinstance(value, bool)):
+        raise FormatError(path, f"{quote(key)} is {quote(str(value))}, which is of the wrong kind")
+    return value

@@ -1,0 +1,51 @@
+"""Mapping files that may be anything into memory."""
+
+import mmap
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from qrun.formats.errors import FormatError
+
+# What people hand over instead of a model file: how it begins, and what to tell them.
+LOOKALIKES = {
+    b"version https://git-lfs": "a Git LFS pointer: the model itself was not downloaded (try `git lfs pull`)",
+    b"<": "a web page: the download did not give the file itself",
+    b"PK": "a zip archive, such as PyTorch writes: get the model as GGUF or safetensors",
+    b"lmgg": "a GGML file, older than GGUF: get the model again as GGUF",
+    b"tjgg": "a GGJT file, older than GGUF: get the model again as GGUF",
+    b"GGUF": "a GGUF file",
+}
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """All of a file, read-only. Raises FormatError if it is missing, empty, unreadable or no regular file."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise FormatError(path, "this is a folder: name the .gguf file in it")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise FormatError(path, "this is not a regular file")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(path, "the file is empty: get it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise FormatError(path, "there is no such file") from None
+    except OSError as error:
+        raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
+
+
+def describe_start(start: bytes) -> str:
+    """What a file that should begin otherwise is, as far as its first bytes tell."""
+    kind = next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
+    return f"it is {kind}" if kind else f"it begins with {start[:4]!r}"
+
+
+def forget_pages(data: mmap.mmap, offset: int, n_bytes: int) -> None:
+    """Let the system take back the memory of these bytes of a map. They can still be read: then they come back."""
+    if hasattr(mmap, "MADV_DONTNEED") and n_bytes:
+        start = offset - offset % mmap.PAGESIZE
+        with suppress(OSError, ValueError):
+            data.madvise(mmap.MADV_DONTNEED, start, offset + n_bytes - start)

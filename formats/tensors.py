@@ -1,0 +1,54 @@
+"""Tensors that are read row by row, whatever they are stored as."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+from qrun.formats.blocks import BLOCK_SIZES, TensorType, quantize
+from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.errors import FormatError
+
+
+@dataclass(frozen=True, eq=False)
+class SourceTensor(ABC):
+    """One tensor, whose rows can be had in any order and from several threads.
+
+    type: what it is stored as where it is to be copied. shape: in NumPy's order; rows are counted over all dimensions
+    but the last.
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+
+    @property
+    def row(self) -> int:
+        """Weights in a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the whole tensor in its type."""
+        block_size, block_bytes = BLOCK_SIZES[self.type]
+        return prod(self.shape) // block_size * block_bytes
+
+    @abstractmethod
+    def rows(self, start: int, end: int) -> F32Array:
+        """Rows start to end, decoded: float32 [end - start, row]. Raises FormatError if that cannot be done."""
+
+    def raw(self, start: int, end: int) -> U8Array:
+        """The bytes of rows start to end in the tensor's type: uint8 [(end - start) * bytes of a row]."""
+        return quantize(self.rows(start, end), self.type)
+
+    def forget(self) -> None:  # noqa: B027 - what maps no file has nothing to do
+        """Let the system take back the memory in which the tensor is mapped: else a whole file would stay in it."""
+
+    @abstractmethod
+    def error(self, reason: str) -> FormatError:
+        """The error to raise: it names the file, the place in it and the tensor, of which `reason` says the rest."""
