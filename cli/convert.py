@@ -75,15 +75,14 @@ def command(
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
-    from qrun.engine.quantize.source import GGUFSource
-    from qrun.formats import GGUFReader
+    from qrun.engine.quantize.source import open_source
 
     choice = Choice(
         file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(GGUFSource(GGUFReader(source))) as opened:
+    with closing(open_source(source)) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size

@@ -22,8 +22,9 @@ from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.mapping import forget_pages
 from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface import CheckpointSource
 
-__all__ = ["GGUFSource", "GGUFTensor", "Source", "SourceTensor"]
+__all__ = ["CheckpointSource", "GGUFSource", "GGUFTensor", "Source", "SourceTensor", "open_source"]
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
@@ -102,4 +103,9 @@ class GGUFSource:
     def close(self) -> None:
         self.tensors = {}
         self.reader.close()
+
+
+def open_source(path: Path) -> Source:
+    """What lies there: a folder with a checkpoint, or a GGUF file. Raises FormatError if it is neither, or damaged."""
+    return CheckpointSource(path) if path.is_dir() else GGUFSource(GGUFReader(path))
 

@@ -1,0 +1,107 @@
+"""A Hugging Face folder, seen as a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.formats.checkpoints import decode_tensors
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.json_file import read_json
+from qrun.formats.safetensors import SafetensorsFolder
+from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.architectures import ARCHITECTURES, DEFAULTS, Architecture
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.general import general_entries, size_entry
+from qrun.models.huggingface.hyperparameters import hyperparameter_entries
+from qrun.models.huggingface.rope import rope_factors
+from qrun.models.huggingface.tensors import ConstantTensor, dimensions, map_tensors
+from qrun.models.huggingface.tokenizer import tokenizer_entries
+
+CONFIG_NAME = "config.json"
+QUANTIZATION = "quantization_config"
+# Other files that belong to a checkpoint, and must not be written over.
+OTHER_FILES = (
+    CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
+
+
+class CheckpointSource:
+    """A folder with config.json, model.safetensors (or an index and several files) and a tokenizer.
+
+    It is a `Source` of the converter: metadata and tensors are those of a GGUF file, the tensors in the type that the
+    checkpoint has, norms and biases as F32. Raises FormatError, one line, for an architecture that is not known, and
+    for a file, a tensor or a value that is missing or wrong.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder)
+        self.architecture, config = read_config(self.path)
+        sizes = dimensions(config, self.architecture)
+        entries = Entries()
+        general_entries(entries, self.path, config, self.architecture.name)
+        hyperparameter_entries(entries, self.architecture, config, sizes)
+        tokenizer_entries(entries, self.path, config, sizes["vocab"])
+        self._checkpoint = SafetensorsFolder(self.path)
+        try:
+            weights = decode_tensors(self._checkpoint.tensors, _quantization(config), config.path)
+            tensors = map_tensors(weights, self.architecture, sizes, config)
+            for name, values in rope_factors(config, sizes).items():
+                tensors[name] = ConstantTensor.of(name, values, config)
+        except BaseException:
+            self._checkpoint.close()
+            raise
+        size_entry(entries, tensors.values())
+        entries.count("general.file_type", _FILE_TYPES[tensors["token_embd.weight"].type])
+        self.tensors: Mapping[str, SourceTensor] = tensors
+        self.metadata: Mapping[str, Any] = entries.values
+        self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
+
+    @property
+    def files(self) -> Sequence[Path]:
+        others = [self.path / name for name in OTHER_FILES]
+        return [*self._checkpoint.files, *(path for path in others if path.is_file())]
+
+    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
+        """A writer that has all metadata, and as yet no tensors."""
+        writer = GGUFWriter(path)
+        for key, value in self.metadata.items():
+            writer.set_metadata(key, value, *self.metadata_types[key])
+        return writer
+
+    def close(self) -> None:
+        """Unmap the files. The tensors cannot be read any more."""
+        self.tensors = {}
+        self._checkpoint.close()
+
+
+def read_config(folder: Path) -> tuple[Architecture, Config]:
+    """The architecture that config.json names, and its values: of the language model, if there are others beside it."""
+    path = folder / CONFIG_NAME
+    values = read_json(path)
+    classes = values.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else None
+    if not isinstance(name, str):
+        raise FormatError(path, '"architectures" is missing: this is not the configuration of a model')
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise FormatError(path, f"architecture {quote(name)} is not supported (supported: {', '.join(ARCHITECTURES)})")
+    text = values.get("text_config")
+    if isinstance(text, dict):
+        values = {**values, **text}
+    return architecture, Config(path, values, {**DEFAULTS, **architecture.defaults})
+
+
+def _quantization(config: Config) -> Mapping[str, Any] | None:
+    if config.get(QUANTIZATION) is None:
+        return None
+    quantization = config.get(QUANTIZATION)
+    if not isinstance(quantization, dict):
+        raise config.error(QUANTIZATION, "is not an object")
+    return quantization

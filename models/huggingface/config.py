@@ -1,0 +1,95 @@
+"""Numbers and names out of config.json, checked as they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from qrun.formats import FormatError
+from qrun.formats.gguf.cursor import quote
+from qrun.models.hyperparameters import MAX_WIDTH
+
+
+class Config:
+    """Typed, bounded access. A key that is missing or null has its default: the one below, or the one of the call.
+
+    defaults: what the model's class in Transformers takes where a file says nothing; files are often saved without.
+    Raises FormatError, with the file and the key, for a value of the wrong type or out of bounds.
+    """
+
+    def __init__(
+        self, path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, prefix: str = ""
+    ) -> None:
+        self.path = path
+        self._values = values
+        self._defaults = defaults or {}
+        self._prefix = prefix
+
+    def error(self, key: str, problem: str) -> FormatError:
+        """The error to raise: `<file>: <key> <problem>`."""
+        return FormatError(self.path, f"{self._prefix}{key} {problem}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of any type."""
+        value = self._values.get(key)
+        if value is None:
+            value = self._defaults.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_WIDTH) -> int:
+        """A whole number in low..high; without a default, the key is required."""
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(key, f"is not a whole number: {quote(str(value))}")
+        if not low <= value <= high:
+            raise self.error(key, f"is {value}, expected {low} to {high}")
+        return value
+
+    def real(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30) -> float:
+        """A finite number in low..high; without a default, the key is required."""
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"is not a number: {quote(str(value))}")
+        if not low <= value <= high or not isfinite(value):
+            raise self.error(key, f"is {value}, expected {low:g} to {high:g}")
+        return float(value)
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self._required(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, f"is not a text: {quote(str(value))}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._required(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is neither true nor false: {quote(str(value))}")
+        return value
+
+    def reals(self, key: str, count: int) -> list[float]:
+        """That many finite numbers."""
+        values = self.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(key, f"is not a list of {count} numbers")
+        if not all(type(value) in (int, float) and abs(value) < 1e30 for value in values):
+            raise self.error(key, "has a value that is no finite number")
+        return [float(value) for value in values]
+
+    def section(self, key: str) -> Config:
+        """The values of an object within this one; it is empty where there is none."""
+        values = self.get(key, {})
+        if not isinstance(values, dict):
+            raise self.error(key, "is not an object")
+        return Config(self.path, values, prefix=f"{self._prefix}{key}.")
+
+    def over(self, other: Config) -> Config:
+        """These values, and those of another one where there are none here."""
+        return Config(self.path, {**other._values, **self._values}, {**other._defaults, **self._defaults}, self._prefix)
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        return value

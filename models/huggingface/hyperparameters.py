@@ -1,0 +1,114 @@
+"""The hyper-parameters of config.json as metadata of a GGUF file, under the names of llama.cpp's converter.
+
+What a file cannot say, and no engine would therefore do, is refused: a wrong model is worse than none.
+"""
+
+from collections.abc import Mapping
+
+from qrun.formats import ValueType
+from qrun.models.huggingface.architectures import Architecture, Experts
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.rope import longrope_entries, rope_entries
+from qrun.models.hyperparameters import MAX_CONTEXT
+from qrun.models.smollm3 import NOPE_PERIOD
+
+# Layers of which the last sees everything and the others a window: what engines take where a file says nothing.
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
+# Those of which the models divide queries by the share of the embedding that a head has, by the count of layers.
+LARGEST = {"gemma2": 46, "gemma3": 62}
+
+
+def hyperparameter_entries(
+    entries: Entries, architecture: Architecture, config: Config, sizes: Mapping[str, int]
+) -> None:
+    """All keys that begin with the architecture's name. Raises FormatError for what GGUF cannot say."""
+    name = architecture.name
+    _check(architecture, config, sizes)
+    entries.count(f"{name}.block_count", sizes["layers"])
+    entries.count(f"{name}.context_length", config.integer("max_position_embeddings", high=MAX_CONTEXT))
+    entries.count(f"{name}.embedding_length", sizes["embd"])
+    entries.count(f"{name}.feed_forward_length", sizes["ff"])
+    entries.count(f"{name}.attention.head_count", sizes["heads"])
+    entries.count(f"{name}.attention.head_count_kv", sizes["kv_heads"])
+    rope_entries(entries, name, config)
+    entries.real(f"{name}.attention.layer_norm_rms_epsilon", config.real("rms_norm_eps", high=1.0))
+    if sizes["experts"]:
+        entries.count(f"{name}.expert_count", sizes["experts"])
+        entries.count(f"{name}.expert_used_count", config.integer("num_experts_per_tok", high=sizes["experts"]))
+    entries.count(f"{name}.attention.key_length", sizes["head"])
+    entries.count(f"{name}.attention.value_length", sizes["head"])
+    if name in ("llama", "smollm3"):
+        entries.count(f"{name}.vocab_size", sizes["vocab"])
+        entries.count(f"{name}.rope.dimension_count", sizes["head"])
+    elif name == "qwen3moe":
+        entries.count(f"{name}.expert_feed_forward_length", sizes["expert_ff"])
+    elif name == "phi3":
+        longrope_entries(entries, name, config, sizes)
+        entries.count(f"{name}.attention.sliding_window", config.integer("sliding_window", 0, 0, MAX_CONTEXT))
+    elif name in WINDOW_PERIODS:
+        _gemma_entries(entries, name, config, sizes)
+
+
+def _gemma_entries(entries: Entries, name: str, config: Config, sizes: Mapping[str, int]) -> None:
+    for kind in ("attn", "final"):
+        if cap := config.real(f"{kind}_logit_softcapping", 0.0):
+            entries.real(f"{name}.{kind}_logit_softcapping", cap)
+    if config.get("sliding_window_pattern") == 1:
+        return
+    entries.count(f"{name}.attention.sliding_window", config.integer("sliding_window", high=MAX_CONTEXT))
+    sliding = _sliding_layers(config, sizes["layers"])
+    period = WINDOW_PERIODS[name]
+    if sliding is not None and sliding != [(layer + 1) % period > 0 for layer in range(sizes["layers"])]:
+        entries.array(f"{name}.attention.sliding_window_pattern", sliding, ValueType.BOOL)
+
+
+def _sliding_layers(config: Config, n_layers: int) -> list[bool] | None:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        period = config.integer("sliding_window_pattern", 0, low=0)
+        return [(layer + 1) % period > 0 for layer in range(n_layers)] if period else None
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise config.error("layer_types", f"is not a list of {n_layers} kinds")
+    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
+    if unknown is not None:
+        raise config.error("layer_types", f"has {unknown!r}, which is not supported")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def _check(architecture: Architecture, config: Config, sizes: Mapping[str, int]) -> None:
+    name = architecture.name
+    key = "hidden_act" if config.get("hidden_activation") is None else "hidden_activation"
+    activation = config.text(key, next(iter(architecture.activations)))
+    if activation not in architecture.activations:
+        raise config.error(key, f"is {activation!r}, which models of the architecture {name} cannot have in GGUF")
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise config.error("num_key_value_heads", f"is {sizes['kv_heads']}, which does not divide {sizes['heads']}")
+    if config.flag("use_bidirectional_attention"):
+        raise config.error("use_bidirectional_attention", "is true, which is not supported")
+    if name in LARGEST:
+        _check_query_scale(config, sizes, largest=sizes["layers"] == LARGEST[name])
+    if name == "qwen3moe" and any(isinstance(part, Experts) for part in architecture.layer):
+        if not config.flag("norm_topk_prob"):
+            raise config.error("norm_topk_prob", "is not true: GGUF cannot say so, and engines would normalise")
+        if config.get("mlp_only_layers") or config.integer("decoder_sparse_step", 1) != 1:
+            raise config.error("mlp_only_layers", "names layers without experts, which is not supported")
+    if name == "gemma3" and config.real("attn_logit_softcapping", 0.0):
+        raise config.error("attn_logit_softcapping", "is given, which models of this architecture cannot have in GGUF")
+    if name == "smollm3":
+        _check_nope(config, sizes["layers"])
+
+
+def _check_query_scale(config: Config, sizes: Mapping[str, int], *, largest: bool) -> None:
+    width = sizes["embd"] // sizes["heads"] if largest else sizes["head"]
+    if (given := config.real("query_pre_attn_scalar")) != width:
+        raise config.error("query_pre_attn_scalar", f"is {given:g}; GGUF cannot say so, and engines would take {width}")
+
+
+def _check_nope(config: Config, n_layers: int) -> None:
+    turned = config.get("no_rope_layers")  # 1 for a layer with positions
+    period = config.integer("no_rope_layer_interval", NOPE_PERIOD)
+    if turned is None:
+        turned = [int((layer + 1) % period != 0) for layer in range(n_layers)]
+    if turned != [int((layer + 1) % NOPE_PERIOD != 0) for layer in range(n_layers)]:
+        raise config.error("no_rope_layers", f"is not every layer but each {NOPE_PERIOD}th, as engines take it")

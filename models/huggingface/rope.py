@@ -1,0 +1,130 @@
+"""What config.json says of rope, as GGUF says it.
+
+Transformers 5 has one object `rope_parameters`, or one for each kind of layer; before that there were `rope_theta`,
+`rope_local_base_freq` and, for models stretched to longer contexts, `rope_scaling`.
+"""
+
+from collections.abc import Mapping
+from math import log, pi, sqrt
+
+import numpy as np
+
+from qrun.formats.blocks.layout import F32Array
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.entries import Entries
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM
+from qrun.models.rope import BETA_FAST, BETA_SLOW
+
+# Other kinds of stretching that take effect only beyond the trained context.
+WITHOUT_EFFECT = ("default", "dynamic", "mrope")
+
+
+def rope_section(config: Config) -> tuple[Config, float | None]:
+    """What holds for layers that see everything, and the base of those that see a window only, if it is another."""
+    section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
+    if section.get("full_attention") is not None:
+        local = section.section("sliding_attention").get("rope_theta")
+        return section.section("full_attention").over(_bases(config)), local
+    local = config.real("rope_local_base_freq", 0.0) or None
+    return section.over(_bases(config)), local
+
+
+def _bases(config: Config) -> Config:
+    keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    return Config(config.path, {key: config.get(key) for key in keys})
+
+
+def rope_entries(entries: Entries, name: str, config: Config) -> None:
+    """The keys under `<name>.rope.`, but for phi3's."""
+    rope, local_base = rope_section(config)
+    kind = _kind(rope)
+    factor = rope.real("factor", 1.0, high=1e6)
+    if kind == "linear":
+        entries.text(f"{name}.rope.scaling.type", "linear")
+        entries.real(f"{name}.rope.scaling.factor", factor)
+    elif kind == "yarn":
+        _check_yarn(rope, factor)
+        original = rope.integer(
+            "original_max_position_embeddings", config.integer("max_position_embeddings"), high=MAX_CONTEXT
+        )
+        entries.text(f"{name}.rope.scaling.type", "yarn")
+        entries.real(f"{name}.rope.scaling.factor", factor)
+        entries.count(f"{name}.rope.scaling.original_context_length", original)
+    elif kind == "longrope":
+        entries.text(f"{name}.rope.scaling.type", "longrope")
+    elif kind != "llama3" and kind not in WITHOUT_EFFECT:
+        raise rope.error("rope_type", f"is {kind!r}, which is not supported")
+    entries.real(f"{name}.rope.freq_base", rope.real("rope_theta", high=1e15))
+    if local_base is not None:
+        entries.real(f"{name}.rope.freq_base_swa", local_base)
+
+
+def longrope_entries(entries: Entries, name: str, config: Config, sizes: Mapping[str, int]) -> None:
+    """phi3's: how much of a head turns, and the magnitude for long contexts."""
+    rope, _ = rope_section(config)
+    context, original = _contexts(config, rope)
+    entries.count(f"{name}.rope.scaling.original_context_length", original)
+    entries.count(f"{name}.rope.dimension_count", _rotated(rope, sizes["head"]))
+    if _kind(rope) == "longrope":
+        scale = rope.real("factor", context / original, high=1e6)
+        default = sqrt(1 + log(scale) / log(original)) if scale > 1 and original > 1 else 1.0
+        entries.real(f"{name}.rope.scaling.attn_factor", rope.real("attention_factor", default, high=1e6))
+
+
+def rope_factors(config: Config, sizes: Mapping[str, int]) -> dict[str, F32Array]:
+    """Divisors of the frequencies, one a pair, by the names of the tensors that hold them."""
+    rope, _ = rope_section(config)
+    match _kind(rope):
+        case "llama3":
+            return {"rope_freqs.weight": _llama3_factors(rope, sizes["head"])}
+        case "longrope":
+            pairs = _rotated(rope, sizes["head"]) // 2
+            return {
+                f"rope_factors_{length}.weight": np.array(rope.reals(f"{length}_factor", pairs), np.float32)
+                for length in ("long", "short")
+            }
+    return {}
+
+
+def _kind(rope: Config) -> str:
+    kind = rope.text("rope_type", rope.text("type", "default")).lower()
+    return "longrope" if kind == "su" else kind  # its first name
+
+
+def _contexts(config: Config, rope: Config) -> tuple[int, int]:
+    context = config.integer("max_position_embeddings", high=MAX_CONTEXT)
+    return context, rope.integer("original_max_position_embeddings", context, high=MAX_CONTEXT)
+
+
+def _rotated(rope: Config, head: int) -> int:
+    return int(rope.real("partial_rotary_factor", 1.0, high=1.0) * min(head, MAX_HEAD_DIM))
+
+
+def _check_yarn(rope: Config, factor: float) -> None:
+    """What GGUF can say of YaRN and this engine does not read must have its usual value."""
+    usual = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "truncate": True,
+             "attention_factor": 0.1 * log(factor) + 1.0 if factor > 1.0 else 1.0}  # fmt: skip
+    for key, value in usual.items():
+        given = rope.get(key, value)
+        if not isinstance(given, int | float) or abs(given - value) > 1e-5 * abs(value):
+            raise rope.error(key, f"is {given!r}; only {value:g} is supported")
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.get(key) is not None:
+            raise rope.error(key, "is given, which is not supported")
+
+
+def _llama3_factors(rope: Config, head: int) -> F32Array:
+    """Long waves are stretched by the whole factor, short ones not at all, and those between in part."""
+    base = np.float32(rope.real("rope_theta", high=1e15))
+    factor = rope.real("factor", 8.0, low=1e-6, high=1e6)
+    low, high = rope.real("low_freq_factor", 1.0, low=1e-6), rope.real("high_freq_factor", 4.0, low=1e-6)
+    original = rope.integer("original_max_position_embeddings", 8192, high=MAX_CONTEXT)
+    if low >= high:
+        raise rope.error("high_freq_factor", f"is {high:g}, which is not above low_freq_factor")
+    # In single precision and in this order, as the reference converter has it.
+    frequencies = np.float32(1) / base ** (np.arange(0, head, 2, dtype=np.float32) / np.float32(head))
+    wavelengths = np.float32(2 * pi) / frequencies
+    smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = np.float32(1) / ((1 - smooth) / np.float32(factor) + smooth)
+    factors = np.where(wavelengths > original / low, np.float32(factor), between)
+    return np.where(wavelengths < original / high, np.float32(1), factors).astype(np.float32)

@@ -1,0 +1,244 @@
+"""The tensors of a GGUF file, each made of rows of a checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qrun.formats import FormatError, TensorType
+from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.architectures import Architecture, Experts, Mapped
+from qrun.models.huggingface.config import Config
+from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
+
+# Stored in full: few, and much depends on them. (Everything of one dimension is too.)
+ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight")
+# Parts of a model that sees or hears, which are left behind.
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
+# Constants that some files hold and that follow from config.json.
+DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".self_attn.rotary_emb.cos_cached")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows start to end of a tensor."""
+
+    tensor: SourceTensor
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class MappedTensor(SourceTensor):
+    """Rows of one tensor, or of several one after another.
+
+    heads: if not 0, rope turns rows i and i + n/2 of each head of n rows as a pair, and they are to lie side by side:
+    row 2i + s comes from row s * n/2 + i. shift: added to every weight.
+    """
+
+    segments: tuple[Segment, ...]
+    heads: int = 0
+    shift: float = 0.0
+
+    def rows(self, start: int, end: int) -> F32Array:
+        if len(self.shape) == 1:  # one row, of which the columns are what rows are elsewhere
+            rows = self._permuted(0, self.row, self._column) if self.heads else self._column(0, self.row)
+            rows = rows.reshape(1, -1)
+        else:
+            rows = self._permuted(start, end, self._stored) if self.heads else self._stored(start, end)
+        return rows + np.float32(self.shift) if self.shift else rows
+
+    def raw(self, start: int, end: int) -> U8Array:
+        if self.heads or self.shift or any(segment.tensor.type != self.type for segment in self.segments):
+            return super().raw(start, end)
+        parts = [tensor.raw(first, last) for tensor, first, last in self._pieces(start, end)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def forget(self) -> None:
+        for segment in self.segments:
+            segment.tensor.forget()
+
+    def error(self, reason: str) -> FormatError:
+        return self.segments[0].tensor.error(reason)
+
+    def _stored(self, start: int, end: int) -> F32Array:
+        parts = [tensor.rows(first, last) for tensor, first, last in self._pieces(start, end)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[SourceTensor, int, int]]:
+        """Where rows start to end lie: tensors, and which rows of each."""
+        begin = 0
+        for segment in self.segments:
+            first, last = max(start - begin, 0), min(end - begin, segment.end - segment.start)
+            if first < last:
+                yield segment.tensor, segment.start + first, segment.start + last
+            begin += segment.end - segment.start
+
+    def _column(self, start: int, end: int) -> F32Array:
+        return self._stored(0, 1).reshape(-1, 1)[start:end]
+
+    def _permuted(self, start: int, end: int, stored: Callable[[int, int], F32Array]) -> F32Array:
+        size = (self.row if len(self.shape) == 1 else self.n_rows) // self.heads
+        parts = []
+        for head in range(start // size, -(-end // size)):
+            base = head * size
+            low, high = max(start - base, 0), min(end - base, size)
+            first, last = low // 2, -(-high // 2)
+            halves = [stored(base + half + first, base + half + last) for half in (0, size // 2)]
+            pairs = np.stack(halves, axis=1).reshape(2 * (last - first), -1)
+            parts.append(pairs[low - 2 * first : high - 2 * first])
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantTensor(SourceTensor):
+    """Numbers that follow from config.json."""
+
+    values: F32Array
+    config: Config
+
+    @classmethod
+    def of(cls, name: str, values: F32Array, config: Config) -> ConstantTensor:
+        return cls(name, TensorType.F32, values.shape, values.astype(np.float32), config)
+
+    def rows(self, start: int, end: int) -> F32Array:
+        return self.values.reshape(-1, self.row)[start:end]
+
+    def error(self, reason: str) -> FormatError:
+        return self.config.error(self.name, reason)
+
+
+def dimensions(config: Config, architecture: Architecture) -> dict[str, int]:
+    """The sizes that shapes are made of, by the names of architectures.py, and the counts of layers and heads."""
+    embd = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads", high=MAX_HEADS)
+    kv_heads = config.integer("num_key_value_heads", heads, high=MAX_HEADS)
+    head = config.integer("head_dim", embd // heads or None, high=MAX_HEAD_DIM)
+    ff = config.integer("intermediate_size")
+    experts = [part for part in architecture.layer if isinstance(part, Experts)]
+    if any(part.heads for part in architecture.layer if isinstance(part, Mapped)) and head % 2:
+        raise config.error("head_dim", f"is {head}, expected an even number")
+    return {
+        "layers": config.integer("num_hidden_layers", high=MAX_LAYERS),
+        "vocab": config.integer("vocab_size", high=1 << 24),
+        "embd": embd, "heads": heads, "kv_heads": kv_heads, "head": head, "q": heads * head, "kv": kv_heads * head,
+        "qkv": (heads + 2 * kv_heads) * head, "ff": ff, "twice_ff": 2 * ff,
+        "experts": _n_experts(config) if experts else 0,
+        "expert_ff": config.integer("moe_intermediate_size", ff) if experts else 0,
+    }  # fmt: skip
+
+
+def _n_experts(config: Config) -> int:
+    key = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    return config.integer(key, high=MAX_EXPERTS)
+
+
+def map_tensors(
+    weights: Mapping[str, SourceTensor], architecture: Architecture, sizes: Mapping[str, int], config: Config
+) -> dict[str, SourceTensor]:
+    """Every tensor of the GGUF file, by its name there.
+
+    weights: of the checkpoint. Raises FormatError where one is missing, has the wrong shape, or is not known.
+    """
+    mapper = _Mapper(_text_part(weights), architecture, sizes, config)
+    mapper.add(Mapped("embed_tokens.weight", "token_embd.weight", ("vocab", "embd")))
+    for layer in range(sizes["layers"]):
+        for part in architecture.layer:
+            mapper.add(part, f"layers.{layer}.", f"blk.{layer}.")
+    mapper.add(Mapped("norm.weight", "output_norm.weight", ("embd",)))
+    mapper.add_head()
+    mapper.check_rest()
+    return mapper.tensors
+
+
+def _text_part(weights: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """The tensors of the language model, by names without "model." and the like."""
+    text: dict[str, SourceTensor] = {}
+    for name, tensor in weights.items():
+        short = name
+        for prefix in ("model.", "language_model.", "model."):
+            short = short.removeprefix(prefix)
+        if short.startswith(OTHER_PARTS) or short.endswith(DERIVED):
+            continue
+        if short in text:
+            raise tensor.error(f"and {quote(text[short].name)} are the same tensor")
+        text[short] = tensor
+    return text
+
+
+class _Mapper:
+    def __init__(
+        self, weights: dict[str, SourceTensor], architecture: Architecture, sizes: Mapping[str, int], config: Config
+    ) -> None:
+        self.weights = weights
+        self.architecture = architecture
+        self.sizes = sizes
+        self.config = config
+        self.tensors: dict[str, SourceTensor] = {}
+        self._taken: set[str] = set()
+
+    def add(self, part: Mapped | Experts, hf_prefix: str = "", gguf_prefix: str = "") -> None:
+        if isinstance(part, Experts):
+            segments = self._expert_segments(part, hf_prefix)
+            shape = (self.sizes["experts"], *self._shape(part.shape))
+            self._put(gguf_prefix + part.gguf, shape, segments)
+            return
+        shape = self._shape(part.shape)
+        tensor = self._take(hf_prefix + part.hf, shape, part.optional)
+        if tensor is not None:
+            heads = self.sizes[part.heads] if part.heads else 0
+            shift = self.architecture.norm_shift if part.hf.endswith("norm.weight") else 0.0
+            self._put(gguf_prefix + part.gguf, shape, [Segment(tensor, 0, tensor.n_rows)], heads, shift)
+
+    def add_head(self) -> None:
+        """The output matrix. A model that shares the embedding may have it all the same, and then it is left out."""
+        name = "lm_head.weight"
+        unsaid = self.config.get("tie_word_embeddings") is None
+        if self.config.flag("tie_word_embeddings") or (unsaid and name not in self.weights):
+            self._taken.add(name)
+        else:
+            self.add(Mapped(name, "output.weight", ("vocab", "embd")))
+
+    def check_rest(self) -> None:
+        """Nothing may be left over: it would be missing from the result."""
+        rest = next((tensor for name, tensor in self.weights.items() if name not in self._taken), None)
+        if rest is not None:
+            raise rest.error(f"is not known in models of the architecture {self.architecture.name}")
+
+    def _put(
+        self, name: str, shape: tuple[int, ...], segments: list[Segment], heads: int = 0, shift: float = 0.0
+    ) -> None:
+        types = {segment.tensor.type for segment in segments}
+        in_full = len(shape) == 1 or name.endswith(ALWAYS_F32) or len(types) > 1
+        type = TensorType.F32 if in_full else types.pop()
+        self.tensors[name] = MappedTensor(name, type, shape, tuple(segments), heads, shift)
+
+    def _take(self, name: str, shape: tuple[int, ...], optional: bool = False) -> SourceTensor | None:
+        tensor = self.weights.get(name)
+        if tensor is None:
+            if optional:
+                return None
+            raise FormatError(self.config.path.parent, f"tensor {quote('model.' + name)} is missing")
+        if tensor.shape != shape:
+            raise tensor.error(f"has shape {tensor.shape}, expected {shape}")
+        self._taken.add(name)
+        return tensor
+
+    def _expert_segments(self, part: Experts, prefix: str) -> list[Segment]:
+        joined, no, parts = part.joined
+        out, width = self._shape(part.shape)
+        n_experts = self.sizes["experts"]
+        if prefix + joined in self.weights:
+            tensor = self._take(prefix + joined, (n_experts, parts * out, width))
+            assert tensor is not None
+            starts = [(expert * parts + no) * out for expert in range(n_experts)]
+            return [Segment(tensor, start, start + out) for start in starts]
+        tensors = [self._take(prefix + part.hf.format(expert), (out, width)) for expert in range(n_experts)]
+        return [Segment(tensor, 0, out) for tensor in tensors if tensor is not None]
+
+    def _shape(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.sizes[name] for name in names)
