@@ -37,7 +37,7 @@ QUANT_METHODS: dict[str, Decoder] = {
 def decode_tensors(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, path: Path
 ) -> dict[str, SourceTensor]:
-    """All weights of a checkpoint, by name. quantization: what `path`, its config.json, says under that name.
+    """All weights of a checkpoint, by name. quantization: what `path`, mostly its config.json, says of that.
 
     Tensors that are neither floats nor part of a packed weight are left out.
     """

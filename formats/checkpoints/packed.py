@@ -96,6 +96,9 @@ def decoder(method: str) -> Callable[[dict[str, StoredTensor], Mapping[str, Any]
                 layer = name.removesuffix(layout.marker)
                 weights[f"{layer}.weight"] = _take(layout, layer, tensors, quantization)
                 _drop_zero_bias(f"{layer}.bias", tensors)
+        if not weights:
+            names = ", ".join(f"*{layout.marker}" for layout in LAYOUTS[method])
+            raise FormatError(path, f"the weights are said to be quantised by {method}, but none is called {names}")
         return weights
 
     return decode

@@ -130,3 +130,39 @@ def gemv_parts(layer: Grouped, *, padding: int = 0) -> dict[str, np.ndarray]:
     zeros[:n_groups], scales[:, :n_groups] = layer.zeros, layer.scales.T
     qweight, qzeros = pack_columns(layer.codes, 4).T.copy(), pack_columns(zeros, 4).T.copy()
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+
+
+def four_bits(
+    rng: np.random.Generator, shape: tuple[int, int], block_size: int, nested: bool, kind: str = "nf4"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random parts of a weight of bitsandbytes' four bits, and what each of its weights is."""
+    n, nested_size = shape[0] * shape[1], 3
+    n_blocks = -(-n // block_size)
+    n_nested = -(-n_blocks // nested_size)
+    codes = rng.integers(0, 16, n + n % 2)
+    levels = np.sort(rng.normal(size=16)).astype(np.float32)
+    state = {"quant_type": kind, "blocksize": block_size, "dtype": "bfloat16", "shape": shape}
+    absmax = rng.uniform(0.1, 1, n_blocks).astype(np.float32)
+    parts = {
+        "weight": np.array([[16 * codes[i] + codes[i + 1]] for i in range(0, n, 2)], np.uint8),
+        "weight.absmax": absmax, "weight.quant_map": levels,
+    }  # fmt: skip
+    if nested:
+        state |= {"nested_blocksize": nested_size, "nested_dtype": "float32", "nested_offset": 0.25}
+        nested_codes = rng.integers(0, 256, n_blocks).astype(np.uint8)
+        nested_levels = np.sort(rng.normal(size=256)).astype(np.float32)
+        nested_absmax = rng.uniform(0.1, 1, n_nested).astype(np.float32)
+        parts |= {"weight.absmax": nested_codes, "weight.nested_absmax": nested_absmax}
+        parts["weight.nested_quant_map"] = nested_levels
+        for i in range(n_blocks):
+            absmax[i] = nested_levels[nested_codes[i]] * nested_absmax[i // nested_size] + np.float32(0.25)
+    parts[f"weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    weights = [levels[codes[k]] * absmax[k // block_size] for k in range(n)]
+    return parts, np.array(weights, np.float32).reshape(shape)
+
+
+def eight_bits(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random parts of a weight of LLM.int8(), and what each of its weights is."""
+    codes, scb = rng.integers(-127, 128, shape).astype(np.int8), rng.uniform(0.5, 2, shape[0]).astype(np.float32)
+    weights = codes.astype(np.float32) * scb[:, None] * np.float32(7.874015718698502e-3)
+    return {"weight": codes, "SCB": scb, "weight_format": np.array(0, np.uint8)}, weights

@@ -155,41 +155,12 @@ def bitsandbytes_case(case: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("block_size", [64, 96])
 def test_four_bits_by_their_definition(nested: bool, block_size: int, opened: Open, rng: np.random.Generator) -> None:
-    parts, expected = four_bits(rng, (23, 45), block_size, nested)
+    parts, expected = packing.four_bits(rng, (23, 45), block_size, nested)
     assert_decodes(opened(parts, {"quant_method": "bitsandbytes"}), expected, rng)
 
 
-def four_bits(
-    rng: np.random.Generator, shape: tuple[int, int], block_size: int, nested: bool
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Random parts of a weight in NF4, and what each of its weights is."""
-    n, nested_size = shape[0] * shape[1], 3
-    n_blocks = -(-n // block_size)
-    n_nested = -(-n_blocks // nested_size)
-    codes = rng.integers(0, 16, n + n % 2)
-    levels = np.sort(rng.normal(size=16)).astype(np.float32)
-    state = {"quant_type": "nf4", "blocksize": block_size, "dtype": "bfloat16", "shape": shape}
-    absmax = rng.uniform(0.1, 1, n_blocks).astype(np.float32)
-    parts = {
-        "weight": np.array([[16 * codes[i] + codes[i + 1]] for i in range(0, n, 2)], np.uint8),
-        "weight.absmax": absmax, "weight.quant_map": levels,
-    }  # fmt: skip
-    if nested:
-        state |= {"nested_blocksize": nested_size, "nested_dtype": "float32", "nested_offset": 0.25}
-        nested_codes = rng.integers(0, 256, n_blocks).astype(np.uint8)
-        nested_levels = np.sort(rng.normal(size=256)).astype(np.float32)
-        nested_absmax = rng.uniform(0.1, 1, n_nested).astype(np.float32)
-        parts |= {"weight.absmax": nested_codes, "weight.nested_absmax": nested_absmax}
-        parts["weight.nested_quant_map"] = nested_levels
-        for i in range(n_blocks):
-            absmax[i] = nested_levels[nested_codes[i]] * nested_absmax[i // nested_size] + np.float32(0.25)
-    parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    weights = [levels[codes[k]] * absmax[k // block_size] for k in range(n)]
-    return parts, np.array(weights, np.float32).reshape(shape)
-
-
 def test_the_bytes_of_four_bits_may_go_by_any_type(opened: Open, rng: np.random.Generator) -> None:
-    parts, expected = four_bits(rng, (8, 32), 64, False)
+    parts, expected = packing.four_bits(rng, (8, 32), 64, False)
     renamed = parts | {"weight": As(parts["weight"].reshape(-1, 2).view(np.uint16), "BF16")}
     assert_decodes(opened(renamed, {"quant_method": "bitsandbytes"}), expected, rng)
 
@@ -333,7 +304,7 @@ def text(raw: bytes) -> Any:
     (text(b" " * 70000), "its quant_state is 70000 bytes of U8, not a short text"),
 ])  # fmt: skip
 def test_four_bits_that_do_not_fit_together(change: Any, reason: str, opened: Open, rng: np.random.Generator) -> None:
-    parts, _ = four_bits(rng, (8, 32), 64, True)
+    parts, _ = packing.four_bits(rng, (8, 32), 64, True)
     change(parts)
     with pytest.raises(FormatError, match=f"model.safetensors: at byte [0-9]+: tensor 'mlp.weight': .*{reason}"):
         opened(parts, {"quant_method": "bitsandbytes"})
