@@ -58,7 +58,7 @@ class CheckpointSource:
         except BaseException:
             self._checkpoint.close()
             raise
-        size_entry(entries, tensors.values())
+        size_entry(entries, tensors.values(), sizes["experts"])
         entries.count("general.file_type", _FILE_TYPES[tensors["token_embd.weight"].type])
         self.tensors: Mapping[str, SourceTensor] = tensors
         self.metadata: Mapping[str, Any] = entries.values

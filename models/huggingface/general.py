@@ -54,13 +54,17 @@ def sampling_entries(entries: Entries, folder: Path) -> None:
             entries.real(f"general.sampling.{name}", float(value))
 
 
-def size_entry(entries: Entries, tensors: Iterable[SourceTensor]) -> None:
-    """The number of weights in two digits: 1.2B."""
-    total = sum(tensor.n_rows * tensor.row for tensor in tensors)
+def size_entry(entries: Entries, tensors: Iterable[SourceTensor], n_experts: int) -> None:
+    """The number of weights in two digits: 1.2B. With experts, how many, and the weights of a model of one: 8x7B."""
+    total = 0
+    for tensor in tensors:
+        shared = n_experts if len(tensor.shape) == 3 else 1
+        total += tensor.n_rows * tensor.row // shared
     unit, letter = next(((unit, letter) for unit, letter in _UNITS if total > unit), _UNITS[-1])
     scaled = total / unit
     digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
-    entries.text("general.size_label", f"{scaled:.{digits}f}{letter}")
+    times = f"{n_experts}x" if n_experts else ""
+    entries.text("general.size_label", f"{times}{scaled:.{digits}f}{letter}")
 
 
 def _licence(card: Path) -> str | None:

@@ -50,9 +50,7 @@ def rope_entries(entries: Entries, name: str, config: Config) -> None:
         entries.text(f"{name}.rope.scaling.type", "yarn")
         entries.real(f"{name}.rope.scaling.factor", factor)
         entries.count(f"{name}.rope.scaling.original_context_length", original)
-    elif kind == "longrope":
-        entries.text(f"{name}.rope.scaling.type", "longrope")
-    elif kind != "llama3" and kind not in WITHOUT_EFFECT:
+    elif kind not in ("llama3", *WITHOUT_EFFECT) and (kind, name) != ("longrope", "phi3"):
         raise rope.error("rope_type", f"is {kind!r}, which is not supported")
     entries.real(f"{name}.rope.freq_base", rope.real("rope_theta", high=1e15))
     if local_base is not None:

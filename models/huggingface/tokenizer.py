@@ -62,6 +62,7 @@ def _special_entries(entries: Entries, files: TokenizerFiles, vocabulary: Vocabu
     """The ids of tokens with a part to play, and which of them begin and end a text."""
     n_vocab = len(vocabulary.tokens)
     texts = {part: _token_text(files, f"{part}_token") for part in (*PARTS, "cls")}
+    around = _added_around(files, vocabulary, texts)
     ids: dict[str, int] = {}
     for part, name in PARTS.items():
         id = vocabulary.ids.get(texts[part] or "")
@@ -73,7 +74,7 @@ def _special_entries(entries: Entries, files: TokenizerFiles, vocabulary: Vocabu
             entries.count(f"tokenizer.ggml.{name}_token_id", id)
     for name, id in _other_ends(files, vocabulary, config, ids.get("eos")):
         entries.count(f"tokenizer.ggml.{name}_token_id", id)
-    for part, added in _added_around(files, vocabulary, texts).items():
+    for part, added in around.items():
         entries.flag(f"tokenizer.ggml.add_{part}_token", added)
 
 
@@ -108,7 +109,10 @@ def _other_ends(
 
 
 def _added_around(files: TokenizerFiles, vocabulary: Vocabulary, texts: dict[str, str | None]) -> dict[str, bool]:
-    """Whether a text gets bos and eos around it: the post-processor of tokenizer.json says, or the configuration."""
+    """Whether a text gets bos and eos around it: the post-processor of tokenizer.json says, or the configuration.
+
+    texts: what these tokens are called. Where nothing else says so, the post-processor does, and it is put there.
+    """
     added: dict[str, bool] = {}
     for step in _post_processors(files.tokenizer.get("post_processor")):
         if step.get("type") == "ByteLevel":
@@ -117,8 +121,10 @@ def _added_around(files: TokenizerFiles, vocabulary: Vocabulary, texts: dict[str
         elif step.get("type") == "TemplateProcessing":
             first, last = _template_ends(files.path, step.get("single"))
             if first is not None:
+                texts["bos"] = texts["bos"] or texts["cls"] or first
                 added["bos"] = first in (texts["bos"], texts["cls"])
             if last is not None:
+                texts["eos"] = texts["eos"] or last
                 added["eos"] = last == texts["eos"]
     for part in ("bos", "eos"):
         given = files.config.get(f"add_{part}_token")

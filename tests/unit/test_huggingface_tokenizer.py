@@ -1,0 +1,242 @@
+"""Tokenizers of checkpoints as metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_tokenizers import LLAMA3, STEPS, byte_level, sequence, split, write_byte_pair, write_merging
+
+from qrun.engine.tokenizer import Tokenizer
+from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS
+from qrun.formats import FormatError, GGUFReader, GGUFWriter
+from qrun.models.huggingface import digests, pretokenizers
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.tokenizer import tokenizer_entries
+
+DATA = Path(__file__).parent.parent / "data"
+PUBLISHED = DATA / "tokenizer"
+BYTE_PAIR = {"gpt-2": "gpt-2", "starcoder": "smollm", "llama-bpe": "llama-bpe", "qwen2": "qwen2"}
+
+
+def published(name: str, folder: Path) -> GGUFReader:
+    path = folder / f"{name}.gguf"
+    path.write_bytes(lzma.decompress((PUBLISHED / f"{name}.gguf.xz").read_bytes()))
+    return GGUFReader(path)
+
+
+def entries_of(folder: Path, n_vocab: int, config: dict[str, Any] | None = None) -> Entries:
+    entries = Entries()
+    tokenizer_entries(entries, folder, Config(folder / "config.json", config or {}), n_vocab)
+    return entries
+
+
+def tokenizer_of(entries: Entries, path: Path) -> Tokenizer:
+    with GGUFWriter(path) as writer:
+        for key, value in entries.values.items():
+            writer.set_metadata(key, value, *entries.types[key])
+    return Tokenizer.load(path)
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    """A folder with a tokenizer.json of two letters and their pair."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    tokenizer = {"model": model, "pre_tokenizer": byte_level(True), "added_tokens": []} | changes
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+# Published vocabularies
+
+
+@pytest.mark.parametrize("name", BYTE_PAIR)
+def test_a_published_byte_pair_tokenizer_is_what_it_was(name: str, tmp_path: Path) -> None:
+    with published(name, tmp_path) as reader:
+        write_byte_pair(tmp_path / "tokenizer.json", reader, name)
+        expected = reader.metadata
+        entries = entries_of(tmp_path, len(expected["tokenizer.ggml.tokens"]))
+        assert entries.values["tokenizer.ggml.model"] == "gpt2"
+        assert entries.values["tokenizer.ggml.pre"] == BYTE_PAIR[name]
+        assert entries.values["tokenizer.ggml.merges"] == expected["tokenizer.ggml.merges"]
+        tokens, types = expected["tokenizer.ggml.tokens"], expected["tokenizer.ggml.token_type"]
+        for id, (token, type) in enumerate(zip(tokens, types, strict=True)):
+            assert entries.values["tokenizer.ggml.tokens"][id] == token
+            unused = token.startswith("[PAD")  # which the published file calls user-defined
+            assert entries.values["tokenizer.ggml.token_type"][id] == (5 if unused else type)
+    assert entries.values["tokenizer.ggml.add_bos_token"] == (name == "llama-bpe")
+
+
+@pytest.mark.parametrize(("name", "digest_name"), [("llama-bpe", "llama-bpe"), ("starcoder", "starcoder")])
+def test_rules_that_are_not_known_are_known_by_their_ids(name: str, digest_name: str, tmp_path: Path) -> None:
+    with published(name, tmp_path) as reader:
+        write_byte_pair(tmp_path / "tokenizer.json", reader, name)
+    assert digests.PRE_TOKENIZER_OF[pretokenizers._digest(tmp_path / "tokenizer.json")] == digest_name
+
+
+def test_scores_follow_from_merges(tmp_path: Path) -> None:
+    with published("llama-spm", tmp_path) as reader:
+        write_merging(tmp_path / "tokenizer.json", reader)
+        scores = reader.metadata["tokenizer.ggml.scores"]
+        types = reader.metadata["tokenizer.ggml.token_type"]
+        entries = entries_of(tmp_path, len(scores))
+    assert entries.values["tokenizer.ggml.add_space_prefix"] is True
+    found = np.array(entries.values["tokenizer.ggml.scores"])
+    # Runs of spaces share one score in the published file.
+    merged = (found > found.min()) & (types == 1) & (scores > -1e8)
+    assert merged.sum() > 25000
+    order = np.flatnonzero(merged)
+    np.testing.assert_array_equal(np.argsort(-found[order], kind="stable"), np.argsort(-scores[order], kind="stable"))
+    tokenizer = tokenizer_of(entries, tmp_path / "made.gguf")
+    texts = (PUBLISHED / "llama-spm.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = (PUBLISHED / "llama-spm.out").read_text().splitlines()
+    for text, line in zip(texts, lines, strict=False):
+        assert tokenizer.encode(text, add_special=False) == [int(id) for id in line.split()], text
+
+
+# Pre-tokenizers
+
+
+def test_every_name_is_one_that_the_engine_knows() -> None:
+    assert set(digests.PRE_TOKENIZER_OF.values()) <= PRE_TOKENIZERS.keys()
+    assert set(pretokenizers._FAMILIES.values()) <= PRE_TOKENIZERS.keys()
+
+
+@pytest.mark.parametrize("name", [*STEPS, "smaug-bpe", "gpt-4o", "tekken"])
+def test_rules_cut_as_those_of_their_name(name: str) -> None:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import PreTokenizer, Sequence, Split
+
+    patterns = next(key for (key, _), value in pretokenizers._FAMILIES.items() if value == BYTE_PAIR.get(name, name))
+    steps: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    ours: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name].patterns]
+    texts = (PUBLISHED / "llama-bpe.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    for text in [*texts, digests.TEXT, "camelCase It'S 1234567 naïve/x\r\n\r\n  'tis We'Ve"]:
+        cuts = [Sequence(rules).pre_tokenize_str(text) for rules in (steps, ours)]
+        assert [span for _, span in cuts[0]] == [span for _, span in cuts[1]], text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)"),
+        LLAMA3.replace("]?", "]?+").replace(" ?[^\\s\\p{L}\\p{N}]+", " ?[^\\s\\p{L}\\p{N}]++"),
+    ],
+)
+def test_other_spellings_of_a_rule(pattern: str, tmp_path: Path) -> None:
+    tokenizer = {"model": {"ignore_merges": True}, "pre_tokenizer": sequence(split(pattern), byte_level(False))}
+    assert pretokenizers.pre_tokenizer_name(tmp_path, tokenizer) == "llama-bpe"
+
+
+# Special tokens and templates
+
+
+def special(id: int, content: str) -> dict[str, Any]:
+    return {"id": id, "content": content, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False}  # fmt: skip
+
+
+def test_special_tokens_come_from_wherever_they_are_named(tmp_path: Path) -> None:
+    names = ["<s>", "</s>", "<pad>", "<|eot_id|>", "<|eom_id|>"]
+    tiny(tmp_path, added_tokens=[special(3 + i, name) for i, name in enumerate(names)])
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "add_bos_token": True})
+    write_json(tmp_path / "special_tokens_map.json", {"eos_token": "</s>"})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [4, 6, 7, 99]})
+    values = entries_of(tmp_path, 9, {"pad_token_id": 5, "eos_token_id": 3}).values
+    ids = {key: value for key, value in values.items() if key.endswith("_id")}
+    assert ids == {
+        "tokenizer.ggml.bos_token_id": 3, "tokenizer.ggml.eos_token_id": 4, "tokenizer.ggml.padding_token_id": 5,
+        "tokenizer.ggml.eot_token_id": 6, "tokenizer.ggml.eom_token_id": 7,
+    }  # fmt: skip
+    assert values["tokenizer.ggml.add_bos_token"] is True
+    assert values["tokenizer.ggml.token_type"] == [1, 1, 1, 3, 3, 3, 3, 3, 5]
+    assert values["tokenizer.ggml.tokens"][8] == "[PAD8]"
+
+
+def test_an_end_that_only_generation_config_knows(tmp_path: Path) -> None:
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 1]})
+    values = entries_of(tiny(tmp_path), 3).values
+    assert values["tokenizer.ggml.eos_token_id"] == 2 and values["tokenizer.ggml.eot_token_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config.json": {"chat_template": "a"}}, {"": "a"}),
+        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.jinja": "b"}, {"": "b"}),
+        ({"chat_template.json": {"chat_template": "c"}}, {"": "c"}),
+        (
+            {"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "a"},
+                                                         {"name": "tool use", "template": "t"}, "x", {"name": "n"}]}},
+            {"": "a", ".tool_use": "t"},
+        ),
+        ({"tokenizer_config.json": {"chat_template": 3}}, {}),
+        ({"tokenizer_config.json": {"chat_template": "a\ud83d"}}, {"": "a?"}),
+    ],
+)  # fmt: skip
+def test_chat_templates(files: dict[str, Any], expected: dict[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    values = entries_of(tiny(tmp_path), 3).values
+    key = "tokenizer.chat_template"
+    assert {name.removeprefix(key): value for name, value in values.items() if name.startswith(key)} == expected
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": split("x+")}, "how this tokenizer cuts text into words"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "kind 'Unigram' is not supported"),
+        ({"model": {"type": "BPE", "vocab": [1], "merges": []}}, "not an object of tokens and ids"),
+        ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "not an object of tokens and ids"),
+        ({"model": {"type": "BPE", "vocab": {"a": 7}, "merges": []}}, "'a' has the id 7, and there are 3 embeddings"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}, "the merge 'a' is not one of two"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 1]]}}, "is not one of two"),
+        ({"model": {"type": "BPE", "vocab": {"\ud800": 0}, "merges": []}}, "half of a surrogate pair"),
+        ({"model": {"type": "BPE", "vocab": {"a": 1 << 23}, "merges": [], "byte_fallback": True}}, "with ids up to"),
+        ({"added_tokens": [{"id": "x", "content": "a"}]}, "an added token has the id 'x'"),
+        ({"added_tokens": [{"id": 1}]}, "has no content"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "no template of a single text"),
+    ],
+)
+def test_what_is_wrong_takes_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        entries_of(tiny(tmp_path, **changes), 3)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        entries_of(tmp_path, 3)
+
+
+def test_a_damaged_sentencepiece_model_never_gets_through_unnoticed(rng: np.random.Generator, tmp_path: Path) -> None:
+    whole = (DATA / "huggingface" / "mistral" / "tokenizer.model").read_bytes()
+    path = tmp_path / "tokenizer.model"
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        at = rng.integers(len(data))
+        if rng.random() < 0.3:
+            del data[at:]
+        else:
+            data[at] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            entries_of(tmp_path, 500)
+        except FormatError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 30
