@@ -33,6 +33,8 @@ from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_n
 CHUNK_WEIGHTS = 1 << 18
 # Bytes that are copied at a time.
 COPY_BYTES = 1 << 23
+# Bytes of a source that may stay in memory after they were read: an embedding alone can have gigabytes.
+FORGET_BYTES = 1 << 26
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 Progress = Callable[[int, int], None]
@@ -188,7 +190,7 @@ def convert(
         raise OSError(f"{out}: the disk has {free / 1e9:.1f} GB free, and {plan.n_bytes / 1e9:.1f} GB are needed")
     encoder = Encoder({tensor.type for tensor in plan.tensors if tensor.changes}, progress=compiling)
     result = Result(paths)
-    total, done = plan.source_bytes, 0
+    total, done, forgotten = plan.source_bytes, 0, 0
     threads = threads or available_cores()
     with ExitStack() as stack:
         # The pool is left last, so that no thread works on when the files are taken away.
@@ -202,6 +204,9 @@ def convert(
                     if tensor.changes:
                         _count(result, tensor, encoded)
                     done += n_source_bytes
+                    if done - forgotten > FORGET_BYTES:
+                        tensor.source.forget()
+                        forgotten = done
                     if progress:
                         progress(done, total)
                 if tensor.changes:
