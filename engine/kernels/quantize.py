@@ -94,8 +94,9 @@ def quantize(type_name: str) -> Kernel:
     search = SEARCHES[type]
     block_size, block_bytes = BLOCK_SIZES[type]
     nearest, code = build_nearest(search.levels)
-    build = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
-    build = build_fit_exponent if type_name == "MXFP4" else build
+    build: Callable[..., Any] = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
+    if type_name == "MXFP4":
+        build = build_fit_exponent
     in_lanes = type_name in LAYOUTS
     fit_weighted = build(search, nearest, code, True)
     # A second fit doubles what there is to compile: only the types that are soon done gain enough by it.

@@ -50,7 +50,7 @@ def build_finish(search: Search, nearest: Any, code: Any, weighted: bool) -> Any
     return finish
 
 
-def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted: bool = True) -> Any:
+def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     groups, size, low, high = search.groups, search.size, search.scale_low, search.scale_high
     vector = 4 * v.target().lanes
     group_bytes = size * vector
@@ -151,7 +151,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
     return fit
 
 
-def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bool = True) -> Any:
+def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     groups, size, high = search.groups, search.size, search.scale_high
     vector = 4 * v.target().lanes
     group_bytes = size * vector
