@@ -13,12 +13,11 @@ from qrun.engine import records as R
 from qrun.engine.compiler import Progress, load_kernels
 from qrun.engine.simd.target import Target, host_target
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
+from qrun.formats.blocks.floats import DTYPES, Floats
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
-Floats = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
-# What an array of floats holds. NumPy has no bfloat16: its bits go as integers.
-SOURCE_TYPES = {"<f4": TensorType.F32, "<f2": TensorType.F16, "<u2": TensorType.BF16}
+SOURCE_TYPES = {dtype: type for type, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -52,12 +51,9 @@ class Encoder:
         self._lanes = (target or host_target()).lanes
 
     def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
-        """weights: [rows, row], rows of whole blocks: float32, float16, or the bits of bfloat16 as uint16.
-
-        importance: float32 [row], positive.
-        """
-        weights = np.ascontiguousarray(weights)
-        source_type = SOURCE_TYPES[weights.dtype.str]
+        """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive."""
+        weights = np.require(weights, requirements="C")
+        source_type = SOURCE_TYPES[weights.dtype]
         if type not in self._functions:
             return _encode_floats(dequantize(weights.reshape(-1).view(np.uint8), source_type, weights.shape), type)
         effort = SEARCHES[type].effort(importance is not None)
