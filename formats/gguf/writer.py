@@ -14,6 +14,7 @@ from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_
 from qrun.formats.gguf.metadata import ValueType, encode_string, encode_value
 from qrun.formats.gguf.reader import GGUFReader
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_KEYS, SPLIT_NO, SPLIT_TENSORS, part_name
+from qrun.formats.write_behind import WriteBehind
 
 
 @dataclass
@@ -48,6 +49,7 @@ class GGUFWriter:
         self._tensors: dict[str, _Tensor] = {}
         self._unwritten: list[_Tensor] = []  # the next one last
         self._file: BinaryIO | None = None
+        self._disk: WriteBehind | None = None
         self._temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.part")
         self._header_end = 0
         self._finished = False
@@ -116,6 +118,8 @@ class GGUFWriter:
         file.write(view.cast("B"))
         tensor.written += view.nbytes
         self._finish_tensors(file)
+        assert self._disk is not None
+        self._disk.wrote(view.nbytes)
 
     def copy_tensors(self, reader: GGUFReader) -> None:
         """Describe and write all tensors of a reader.
@@ -153,8 +157,9 @@ class GGUFWriter:
             file = self._begin()
             if self._unwritten:
                 raise ValueError(f"tensor {quote(self._unwritten[-1].name)} has not been written in full")
-            file.flush()
-            os.fsync(file.fileno())  # or a crash could leave the name on a file whose data never reached the disk
+            assert self._disk is not None
+            self._disk.finish()  # or a crash could leave the name on a file whose data never reached the disk
+            self._disk.stop()
             file.close()
             os.replace(self._temporary, self.path)
             self._finished = True
@@ -163,7 +168,8 @@ class GGUFWriter:
 
     def abort(self) -> None:
         """Give up: remove what has been written, and leave the target as it was."""
-        if self._file is not None and not self._finished:
+        if self._file is not None and self._disk is not None and not self._finished:
+            self._disk.stop()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
         self._finished = True
@@ -192,6 +198,7 @@ class GGUFWriter:
             raise ValueError("the file is closed")
         if self._file is None:
             self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
+            self._disk = WriteBehind(self._file)
             self._file.write(self._header())
             self._header_end = self._file.tell()
             self._pad(self._file)
