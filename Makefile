@@ -21,12 +21,19 @@ BENCH_MIXES ?= q4_k_m
 BENCH_PEERS ?=
 BENCH_OPTIONS ?= --depths 0 4096 --seqs 8 --threads 1 2
 
-.PHONY: help chat test bench docs clean
+# What `make bench-convert` measures: a model in F16, BF16 or F32, an importance matrix for it, and llama-quantize to
+# compare with. All but the model may be left out.
+CONVERT_MODEL ?=
+CONVERT_IMATRIX ?=
+CONVERT_PEER ?=
+
+.PHONY: help chat test bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
+	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
 	@echo "make docs   write the generated parts of the documentation anew"
 	@echo "make clean  delete what these made, but no models"
 
@@ -41,6 +48,10 @@ test: $(TESTING)
 bench: $(RUNTIME)
 	@$(BIN)/python tests/bench/table.py $(BENCH_MODELS) --random $(BENCH_MIXES) \
 		$(addprefix --peer ,$(BENCH_PEERS)) $(BENCH_OPTIONS)
+
+bench-convert: $(RUNTIME)
+	@$(BIN)/python tests/bench/quantize_table.py $(CONVERT_MODEL) \
+		$(addprefix --imatrix ,$(CONVERT_IMATRIX)) $(addprefix --quantize ,$(CONVERT_PEER))
 
 docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs

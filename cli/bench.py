@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import cache_type_option, model_argument, threads_option
+from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
     from qrun.engine.runtime import Runtime
+    from qrun.models.adapter import Lora
 
 
 @click.command()
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @click.option("--seqs", type=click.IntRange(min=1), default=1, show_default=True, metavar="SEQUENCES",
               help="Also measure so many sequences that are decoded together.")  # fmt: skip
 @cache_type_option()
+@lora_option()
+@type_option()
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast memory is read, and how much of that generation makes use of.")  # fmt: skip
 @click.option(
@@ -51,6 +54,8 @@ def command(
     depth: int,
     seqs: int,
     cache_type: str,
+    loras: tuple[Lora, ...],
+    type_name: str | None,
     bandwidth: bool,
     peers: tuple[str, ...],
     plot: str | None,
@@ -66,24 +71,28 @@ def command(
       qrun bench model.gguf
       qrun bench model.gguf -t 2 -p 512 -n 64 -r 3 --json
       qrun bench model.gguf --depth 2048 --seqs 4
+      qrun bench model.gguf --lora adapter.gguf
       qrun bench model.gguf --compare peer-env/bin/python --plot speed.svg
       qrun bench model.gguf --compare "llama-bench -m {model} -t {threads} -p {prompt} -n {gen} -r {reps} -o json"
     """
-    from qrun.models.catalog import resolve
+    from qrun.cli.loading import find_model
 
-    path = resolve(model)
+    path = find_model(model, type_name)
     if peers:
-        from qrun.cli import compare
+        if loras:
+            raise click.UsageError("--lora does not go with --compare: other engines would run the model without it.")
+        from qrun.cli import bench_compare
 
-        task = compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
-        compare.report(task, [compare.Peer(peer) for peer in peers], [threads] if threads else [1, 2], plot, as_json)
+        task = bench_compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
+        others = [bench_compare.Peer(peer) for peer in peers]
+        bench_compare.report(task, others, [threads] if threads else [1, 2], plot, as_json)
         return
     if plot:
         raise click.UsageError("--plot needs --compare.")
     from qrun.cli.loading import open_runtime
 
     context = depth + max(prompt, gen) + 8
-    with open_runtime(path, threads=threads, context=context, cache_type=cache_type) as runtime:
+    with open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime:
         best = measure(runtime, prompt, gen, reps, depth, seqs)
         n_threads = runtime.threads
         if bandwidth and gen:

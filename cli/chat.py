@@ -34,6 +34,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
       qrun chat
       qrun chat model.gguf --system "You answer in one sentence."
       qrun chat model.gguf --temperature 0 --seed 1 --ctx 8192 --cache-type q8_0
+      qrun chat model.gguf --lora adapter.gguf=0.8
       echo "What is the capital of France?" | qrun chat
     """
     from qrun.cli.console import notice

@@ -1,220 +1,246 @@
-"""`qrun bench --compare`: this engine and others on the same model, in turns, the best of each."""
+"""`qrun compare`: what each type of file would save of a model, and what it would lose."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+import shutil
+import tempfile
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-ROUNDS = 2
-"""How often each engine has its turn: a neighbour that disturbs one turn does not decide the comparison."""
+from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
 
-_PEER_SCRIPT = Path(__file__).with_name("peer_bench.py")
-_ARGUMENTS = "{model} -t {threads} -p {prompt} -n {gen} -r {reps} --depth {depth} --seqs {seqs}"
+if TYPE_CHECKING:
+    from qrun.engine.divergence import Divergence
+    from qrun.engine.quantize.convert import Plan
+    from qrun.engine.scoring import Chunks, Score
+
+DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is measured; the names are those of the placeholders of a peer's command."""
+class Measured:
+    """A type: the size of its file, the root mean square error of the weights that changed relative to theirs, and how
+    far its predictions are from the source's."""
 
-    model: str
-    prompt: int = 512
-    gen: int = 64
-    reps: int = 3
-    depth: int = 0
-    seqs: int = 1
-    cache_type: str = "f16"
-
-    @property
-    def metrics(self) -> list[str]:
-        """The figures that there can be: pp512, tg64, tg64x8."""
-        names = [f"pp{self.prompt}"] * (self.prompt > 0) + [f"tg{self.gen}"] * (self.gen > 0)
-        return names + [f"tg{self.gen}x{self.seqs}"] * (self.gen > 0 and self.seqs > 1)
+    type: str
+    n_bytes: int
+    bits_per_weight: float
+    relative_rmse: float
+    divergence: Divergence
 
 
-class Peer:
-    """Another engine: a Python in which its package is installed, or [NAME=]COMMAND with placeholders."""
+@dataclass(frozen=True)
+class Comparison:
+    """All types, smallest first, and what they come from."""
 
-    def __init__(self, text: str) -> None:
-        self.name: str | None = None
-        if "{model}" not in text:
-            if not Path(text).is_file():
-                raise click.UsageError(f"--compare: {text!r} is no file, and no command with {{model}} in it.")
-            # Not run as a file: its folder, where modules have names of Python's own, would come before those.
-            script = _PEER_SCRIPT.read_text(encoding="utf-8")
-            self._words = [text, "-c", script, *shlex.split(_ARGUMENTS)]
-            return
-        name, equals, command = text.partition("=")
-        if equals and name.replace("-", "").replace(".", "").replace("_", "").isalnum():
-            self.name, text = name, command
-        else:
-            self.name = Path(shlex.split(text)[0]).name
-        self._words = shlex.split(text)
-
-    def command(self, task: Task, threads: int) -> list[str]:
-        """The command's words, with what is measured in place of the placeholders."""
-        values = {name: str(value) for name, value in asdict(task).items()} | {"threads": str(threads)}
-        pattern = re.compile("{(" + "|".join(values) + ")}")
-        return [pattern.sub(lambda match: values[match[1]], word) for word in self._words]
-
-    def run(self, task: Task, threads: int) -> dict[str, float]:
-        """Its figures. RuntimeError, with its last words, if it fails or prints none."""
-        answer = _last_json(_output(self.command(task, threads), self.name or "the peer"))
-        if isinstance(answer, dict) and self.name is None:
-            self.name = str(answer.get("peer", "peer"))
-        return {name: value for name, value in figures(answer).items() if name in task.metrics}
+    source: str
+    text: str
+    n_bytes: int
+    bits_per_weight: float
+    score: Score
+    types: list[Measured]
 
 
-def figures(answer: Any) -> dict[str, float]:
-    """Tokens per second by name, from what a benchmark printed: an object of them, or llama-bench's list of tests."""
-    if isinstance(answer, list):
-        found: dict[str, float] = {}
-        for test in answer:
-            n_prompt, n_gen = test.get("n_prompt", 0), test.get("n_gen", 0)
-            if bool(n_prompt) != bool(n_gen):
-                name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
-                found[name] = max([found.get(name, 0.0), test["avg_ts"], *test.get("samples_ts", [])])
-        return found
-    return {name: float(value) for name, value in answer.items() if name.startswith(("pp", "tg"))}
+@click.command()
+@click.argument("source", type=ModelName())
+@click.option("--text", "file", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="The text that the models are to predict.")  # fmt: skip
+@click.option("--types", type=Names(), default=DEFAULT_TYPES, show_default=True,
+              help="The types to compare: those of `qrun convert --type`.")  # fmt: skip
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Importance of the inputs, from `qrun imatrix`.")  # fmt: skip
+@click.option("--allow-requantize", is_flag=True, help="Also take a source that is quantised already.")
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Keep the models that are made, in this folder.")  # fmt: skip
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Draw size against loss, as PNG or SVG by the file's ending (needs matplotlib).")  # fmt: skip
+@chunk_options(16)
+@threads_option()
+@cache_type_option()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    source: str, file: Path, types: tuple[str, ...], imatrix: Path | None, allow_requantize: bool, keep: Path | None,
+    plot: str | None, ctx: int, chunks: int, threads: int | None, cache_type: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare what types cost and save.
 
+    SOURCE, best in F16 or BF16, is converted to each type in turn. Of each are measured: its size, the error of its
+    weights, its perplexity on a text, and the Kullback-Leibler divergence of its predictions from SOURCE's, which shows
+    losses long before perplexity does. The converted models, and the logits of SOURCE, lie in the folder for temporary
+    files meanwhile.
 
-def run_qrun(task: Task, threads: int) -> dict[str, float]:
-    """This engine's figures, from a process of its own."""
-    words = shlex.split(f"-t {threads} -p {task.prompt} -n {task.gen} -r {task.reps} --depth {task.depth}")
-    words += ["--seqs", str(task.seqs), "--cache-type", task.cache_type, "--json"]
-    command = [sys.executable, "-m", "qrun.cli.main", "bench", task.model, *words]
-    answer: dict[str, float] = _last_json(_output(command, "qrun"))
-    return answer
+    \b
+    Examples:
+      qrun compare model-f16.gguf --text wiki.test.raw
+      qrun compare model-f16.gguf --text wiki.test.raw --types q4_k_m,iq4_xs,q4_0 --imatrix imatrix.gguf --plot loss.svg
+      qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
+    """
+    from qrun.cli.loading import find_original, text_chunks
+    from qrun.engine import Tokenizer
+    from qrun.engine.quantize.convert import plan
+    from qrun.engine.quantize.imatrix import read_imatrix
+    from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
+    from qrun.engine.quantize.source import open_source
 
-
-def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """A row for each number of threads and each figure: {"threads", "metric", "qrun", "peers": {name: figure},
-    "ratios": {name: qrun's figure over the peer's}}, and "share" of the memory's speed with tg, where it is known."""
-    rows: list[dict[str, Any]] = []
-    for count in threads:
-        gigabytes = 0.0
-        best: dict[str, float] = {}
-        others: list[dict[str, float]] = [{} for _ in peers]
-        for _ in range(rounds):
-            found = run_qrun(task, count)
-            _keep_best(best, found)
-            gigabytes = _gigabytes_a_token(found, f"tg{task.gen}")
-            for peer, figures_of_peer in zip(peers, others, strict=True):
-                _keep_best(figures_of_peer, peer.run(task, count))
-        for metric in task.metrics:
-            named = {
-                peer.name or "peer": figures_of_peer[metric]
-                for peer, figures_of_peer in zip(peers, others, strict=True)
-                if figures_of_peer.get(metric)
-            }
-            row = {"threads": count, "metric": metric, "qrun": best[metric], "peers": named}
-            row["ratios"] = {name: round(best[metric] / figure, 3) for name, figure in named.items()}
-            if metric == f"tg{task.gen}" and gigabytes:
-                row |= {"memory": best["memory"], "share": round(gigabytes * best[metric] / best["memory"], 3)}
-            rows.append(row)
-    return rows
-
-
-def _keep_best(best: dict[str, float], found: dict[str, float]) -> None:
-    for name, value in found.items():
-        if name.startswith(("pp", "tg")) or name == "memory":
-            best[name] = max(best.get(name, 0.0), value)
-
-
-def _gigabytes_a_token(found: dict[str, float], metric: str) -> float:
-    """What generation reads for a token, from the share of the memory's speed that a run found for itself."""
-    return found["share"] * found["memory"] / found[metric] if found.get("share") and found.get(metric) else 0.0
-
-
-def report(task: Task, peers: list[Peer], threads: list[int], plot: str | None, as_json: bool) -> None:
-    """Compares, and prints it: a table, or JSON; draws it as well if `plot` names a file."""
     if plot:
+        from qrun.cli.plot import check_plot
+
         check_plot(plot)
-    rows = compare(task, peers, threads)
+    names = list(dict.fromkeys(file_type_name(name) for name in types))
+    if COPY in names:
+        raise ValueError("--types: COPY is no type to compare")
+    path = find_original(source)
+    text = text_chunks(file, Tokenizer.load(path), ctx, chunks)
+    importance = read_imatrix(imatrix) if imatrix else None
+    with closing(open_source(path)) as opened:
+        plans = [plan(opened, Choice(name), imatrix=importance, allow_requantize=allow_requantize) for name in names]
+        with tempfile.TemporaryDirectory(prefix="qrun-compare-") as folder:
+            comparison = compare(path, file.name, text, plans, Path(folder), keep, threads, cache_type)
     if plot:
-        draw(task, rows, plot)
-    click.echo(json.dumps(asdict(task) | {"results": rows}) if as_json else table(task, rows))
+        from qrun.cli.compare_plot import draw
+
+        draw(comparison, plot)
+    click.echo(json.dumps(as_object(comparison)) if as_json else table(comparison))
 
 
-def table(task: Task, rows: list[dict[str, Any]]) -> str:
-    """The comparison as text: tokens per second, and in brackets how many times as fast qrun is."""
-    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    widths = [max(len(name), 18) for name in names]
-    lines = [f"{Path(task.model).name}, after {task.depth} tokens, cache {task.cache_type}; tokens/s, best of each"]
-    head = "".join(f"{name:>{width + 2}}" for name, width in zip(names, widths, strict=True))
-    lines.append(f"{'threads':<9}{'':<8}{'qrun':>10}{head}")
-    for row in rows:
-        line = f"{row['threads']:<9}{row['metric']:<8}{row['qrun']:>10.2f}"
-        for name, width in zip(names, widths, strict=True):
-            figure = row["peers"].get(name)
-            text = "-" if figure is None else f"{figure:.2f} ({row['ratios'][name]:.2f}x)"
-            line += f"{text:>{width + 2}}"
-        if "share" in row:
-            line += f"  {row['share']:.0%} of {row['memory']:.1f} GB/s"
-        lines.append(line)
-    return "\n".join(lines)
+def compare(
+    path: Path, text_name: str, text: Chunks, plans: list[Plan], folder: Path, keep: Path | None,
+    threads: int | None, cache_type: str,
+) -> Comparison:  # fmt: skip
+    """Makes a model of each plan, and measures it against the source. One lies in the folder at a time."""
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+    with open(folder / "logits", "w+b") as logits:
+        score = write_logits(path, text, logits, threads, cache_type)
+        measured = []
+        for plan in plans:
+            out = (keep or folder) / f"{path.stem}-{plan.choice.file_type}.gguf"
+            measured.append(measure(plan, out, text, logits, threads, cache_type))
+            if not keep:
+                out.unlink()
+    measured.sort(key=lambda each: each.n_bytes)
+    first = plans[0]
+    size = sum(file.stat().st_size for file in first.source.files)
+    return Comparison(path.name, text_name, size, first.bits_per_weight(first.source_bytes), score, measured)
 
 
-def check_plot(path: str) -> None:
-    """Raises click.UsageError for a file that is neither PNG nor SVG, or if there is nothing to draw with."""
-    if Path(path).suffix.lower() not in (".png", ".svg"):
-        raise click.UsageError(f"--plot: {path} must end in .png or .svg.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib: pip install 'qrun-gguf[plot]'.") from None
+def measure(
+    plan: Plan, out: Path, text: Chunks, logits: IO[bytes], threads: int | None, cache_type: str
+) -> Measured:
+    """Converts, and scores the result against the source's logits."""
+    import numpy as np
+
+    from qrun.cli.convert import write
+
+    result = write(plan, out, threads)
+    error = sum(loss.error for loss in result.losses.values())
+    energy = sum(loss.energy for loss in result.losses.values())
+    relative_rmse = float(np.sqrt(error / energy)) if energy else 0.0
+    divergence = score_against(out, text, logits, plan.choice.file_type, threads, cache_type)
+    return Measured(
+        plan.choice.file_type, out.stat().st_size, plan.bits_per_weight(plan.n_bytes), relative_rmse, divergence
+    )
 
 
-def draw(task: Task, rows: list[dict[str, Any]], path: str) -> None:
-    """Bars of tokens per second, a panel for each figure, a group for each number of threads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def write_logits(path: Path, text: Chunks, out: IO[bytes], threads: int | None, cache_type: str) -> Score:
+    """Keeps the logits by which a text is scored, one float32 [n_vocab] after the other: a model is run once, however
+    many are measured against it. Returns how well it predicts the text."""
+    from qrun.cli.console import human_bytes, step_bar
+    from qrun.cli.loading import open_runtime
+    from qrun.cli.perplexity import so_far
+    from qrun.engine.scoring import Score, scored_logits
 
-    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    figure = Figure(figsize=(1 + 3.2 * len(task.metrics), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(task.metrics), squeeze=False)[0], task.metrics, strict=True):
-        chosen = [row for row in rows if row["metric"] == metric]
-        width = 0.8 / (1 + len(names))
-        for i, name in enumerate(["qrun", *names]):
-            values = [row["qrun"] if i == 0 else row["peers"].get(name, 0.0) for row in chosen]
-            places = [place + width * i for place in range(len(chosen))]
-            axes.bar_label(axes.bar(places, values, width, label=name), fmt="%.0f", fontsize=8)
-        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(chosen))])
-        axes.set_xticklabels([f"{row['threads']} thread{'s' * (row['threads'] > 1)}" for row in chosen])
-        axes.set_title(metric)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("tokens per second")
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="best")
-    figure.suptitle(f"{Path(task.model).name}, after {task.depth} tokens", fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
-def _output(command: list[str], name: str) -> str:
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise RuntimeError(f"{name}: {command[0]} cannot be run: {error.strerror}") from None
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
-        raise RuntimeError(f"{name} failed ({done.returncode}): {words[-1]}")
-    return done.stdout
+    score = Score()
+    with ExitStack() as stack:
+        runtime = stack.enter_context(
+            open_runtime(path, threads=threads, context=text.size, cache_type=cache_type)
+        )
+        needed = len(text) * text.scored * runtime.n_vocab * 4
+        folder = Path(out.name).parent
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            sizes = f"{human_bytes(needed)} of logits, and {human_bytes(free)} are free"
+            raise OSError(f"{folder}: {len(text)} chunks take {sizes} (see --chunks, or set TMPDIR to another folder)")
+        progress = stack.enter_context(step_bar("source"))
+        progress(0, len(text))
+        for done, chunk in enumerate(text, 1):
+            for logits, targets in scored_logits(runtime, chunk, text.bos):
+                score.add(logits, targets)
+                out.write(logits.data)
+            progress(done, len(text), so_far(score))
+    return score
 
 
-def _last_json(text: str) -> Any:
-    """The JSON that a program printed: all of its output, or the last line that is some."""
-    for candidate in [text, *reversed(text.splitlines())]:
-        try:
-            answer = json.loads(candidate)
-        except ValueError:
-            continue
-        if isinstance(answer, dict | list):
-            return answer
-    raise RuntimeError("a benchmark printed no JSON")
+def score_against(
+    path: Path, text: Chunks, expected: IO[bytes], name: str, threads: int | None, cache_type: str
+) -> Divergence:
+    """How far a model is from the one whose logits were kept, on the same text."""
+    import numpy as np
+
+    from qrun.cli.console import step_bar
+    from qrun.cli.loading import open_runtime
+    from qrun.engine.divergence import Divergence
+    from qrun.engine.scoring import scored_logits
+
+    divergence = Divergence()
+    expected.seek(0)
+    with (
+        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type) as runtime,
+        step_bar(name) as progress,
+    ):
+        progress(0, len(text))
+        for done, chunk in enumerate(text, 1):
+            for logits, targets in scored_logits(runtime, chunk, text.bos):
+                reference = np.frombuffer(expected.read(logits.nbytes), np.float32).reshape(logits.shape)
+                divergence.add(reference, logits, targets)
+            progress(done, len(text), f"KL {divergence.mean_kl.value:.4g} so far")
+    return divergence
+
+
+def as_object(comparison: Comparison) -> dict[str, Any]:
+    """The object of --json."""
+    from qrun.cli.perplexity import finite, summary
+
+    found: dict[str, Any] = finite({
+        "source": comparison.source, "text": comparison.text, "bytes": comparison.n_bytes,
+        "bits_per_weight": comparison.bits_per_weight, "perplexity": comparison.score.perplexity.value,
+        "error": comparison.score.perplexity.error, "tokens": comparison.score.count,
+    })  # fmt: skip
+    found["types"] = [
+        finite({"type": each.type, "bytes": each.n_bytes, "bits_per_weight": each.bits_per_weight,
+                "relative_rmse": each.relative_rmse} | summary(each.divergence))
+        for each in comparison.types
+    ]  # fmt: skip
+    return found
+
+
+def table(comparison: Comparison) -> str:
+    """The comparison as text: a line for each type."""
+    from qrun.cli.console import human_bytes
+    from qrun.cli.perplexity import percent, plus_minus
+
+    rows = [("", "size", "bits/weight", "RMSE", "perplexity", "KL divergence", "same top token")]
+    for each in comparison.types:
+        divergence = each.divergence
+        rows.append((
+            each.type, human_bytes(each.n_bytes), f"{each.bits_per_weight:.2f}", f"{each.relative_rmse:.5f}",
+            plus_minus(divergence.model.perplexity, 3), plus_minus(divergence.mean_kl, 5),
+            percent(divergence.agreement, 2),
+        ))  # fmt: skip
+    rows.append((
+        "source", human_bytes(comparison.n_bytes), f"{comparison.bits_per_weight:.2f}", "",
+        plus_minus(comparison.score.perplexity, 3), "", "",
+    ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        for row in rows
+    ]
+    lines = ["  ".join(row) for row in aligned]
+    lines.append(f"{comparison.source}; {comparison.score.count} tokens of {comparison.text} scored")
+    return "\n".join(line.rstrip() for line in lines)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import click
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-Update = Callable[[int, int | None], None]
+class Update(Protocol):
+    """How far something is: steps done, all of them, and a word on what came of it so far."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
 
 
 def notice(text: str) -> None:
@@ -101,14 +104,15 @@ class DownloadBar:
 def step_bar(description: str) -> Iterator[Update]:
     """A bar for steps with the time that remains; nothing where standard error is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, note="": None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
     with Progress(*columns, console=stderr_console(), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(description, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
 
 
 class CompileProgress:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import threads_option
+from qrun.cli.options import LoraFile, ModelName, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
-    from qrun.engine.quantize.mixes import Choice
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
+    from qrun.models.adapter import Lora
 
 
 class Size(click.ParamType):
@@ -34,11 +35,12 @@ class Size(click.ParamType):
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=ModelName())
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--type", "type_name", required=True, metavar="TYPE",
+@click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
-                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY.")  # fmt: skip
+                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY; of an adapter "
+                   "F16 (the default), BF16 or F32.")  # fmt: skip
 @click.option("--pure", is_flag=True, help="One type for all: no tensor gets more bits than others.")
 @click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
               help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
@@ -47,42 +49,70 @@ class Size(click.ParamType):
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
 @click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")
+@click.option("--merge-lora", "merged", type=LoraFile(), multiple=True,
+              help="Merge a LoRA adapter into the weights before they are quantised; SCALE says how strongly (1: as it "
+                   "was trained). May be given several times.")  # fmt: skip
+@click.option("--lora", is_flag=True,
+              help="SOURCE is a LoRA adapter, a folder as PEFT saves it: make a GGUF file of it.")  # fmt: skip
+@click.option("--base", type=ModelName(), metavar="MODEL",
+              help="With --lora, the model that the adapter was trained for: a GGUF file, or a folder with its "
+                   "config.json.", show_default="the folder that the adapter names")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; write nothing.")
 @click.option("--split-max-size", type=Size(), help="Split the result into files with no more tensor data than this.")
 @click.option("--override", "metadata", multiple=True, metavar="KEY=TYPE:VALUE",
               help="Set a metadata value; TYPE is int, float, bool or str.")  # fmt: skip
 @threads_option()
 def command(
-    source: Path, out: Path | None, type_name: str, pure: bool, overrides: tuple[str, ...], output_type: str | None,
-    embedding_type: str | None, imatrix: Path | None, allow_requantize: bool, dry_run: bool,
-    split_max_size: int | None, metadata: tuple[str, ...], threads: int | None,
+    source: str, out: Path | None, type_name: str | None, pure: bool, overrides: tuple[str, ...],
+    output_type: str | None, embedding_type: str | None, imatrix: Path | None, allow_requantize: bool,
+    merged: tuple[Lora, ...], lora: bool, base: str | None, dry_run: bool, split_max_size: int | None,
+    metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
-    """Convert a model file to another type: smaller and faster, and a little less exact.
+    """Convert a model to a GGUF file of another type: smaller and faster, and a little less exact.
 
-    SOURCE is a GGUF file, or the first of a split model. OUT is by default named after it and the type. At the end
-    stands what was lost: the relative root mean square error of each tensor type, and with an importance matrix also
-    that error with every weight counted by its importance, which is what is made as small as can be.
+    SOURCE is a GGUF file (of a split model the first), a folder with a checkpoint of Hugging Face (config.json and
+    safetensors; PyTorch is not needed), a name from the catalog or the store, or hf:ORG/REPO, from where a GGUF file is
+    fetched. OUT is by default named after it and the type, and lies where it does. At the end stands what was lost:
+    the relative root mean square error of each tensor type, and with an importance matrix also that error with every
+    weight counted by its importance, which is what is made as small as can be.
 
     \b
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
+      qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
       qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
       qrun convert model.gguf --type copy --split-max-size 2G
+      qrun convert model-f16.gguf --type q4_k_m --merge-lora adapter.gguf --merge-lora peft-folder=0.5
+      qrun convert --lora peft-folder adapter.gguf --base model.gguf
     """
+    from qrun.cli.convert_adapter import convert_adapter, merged_into
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import Choice, file_type_name
     from qrun.engine.quantize.source import open_source
+    from qrun.models.adapter import is_peft
 
+    if lora or is_peft(Path(source)):
+        for given, name in ((merged, "--merge-lora"), (imatrix, "--imatrix"), (overrides, "--tensor-type"),
+                            (output_type, "--output-type"), (embedding_type, "--embedding-type")):  # fmt: skip
+            if given:
+                raise click.UsageError(f"{name} is for models, and SOURCE is an adapter.")
+        convert_adapter(Path(source), out, type_name or "F16", base, dry_run, threads, metadata)
+        return
+    if base:
+        raise click.UsageError("--base needs --lora.")
+    if type_name is None:
+        raise click.UsageError("Missing option '--type'.")
     choice = Choice(
         file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(open_source(source)) as opened:
+    path = locate(source)
+    with closing(open_source(path)) as original, merged_into(original, merged) as opened:
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
@@ -90,19 +120,21 @@ def command(
         if dry_run:
             show_plan(planned)
         else:
-            run(planned, out or default_out(source, choice), threads, values)
+            beside = path if Path(source).exists() else Path(path.name)  # not in the store
+            out = out or default_out(beside, choice.file_type)
+            show_result(planned, write(planned, out, threads, values))
 
 
-def run(plan: Plan, out: Path, threads: int | None, values: list[tuple[str, Any, ValueType]]) -> None:
-    """Converts, with a bar for the bytes, and says what came of it."""
+def write(
+    plan: Plan, out: Path, threads: int | None, values: Sequence[tuple[str, Any, ValueType]] = (),
+    type_name: str | None = None,
+) -> Result:  # fmt: skip
+    """Converts, with a bar for the bytes."""
     from qrun.cli.console import CompileProgress, DownloadBar
     from qrun.engine.quantize.convert import convert
 
-    with DownloadBar(f"converting {plan.source.path} to {plan.choice.file_type}") as bar:
-        result = convert(
-            plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress()
-        )
-    show_result(plan, result)
+    with DownloadBar(f"converting {plan.source.path} to {type_name or plan.choice.file_type}") as bar:
+        return convert(plan, out, threads=threads, metadata=values, progress=bar.update, compiling=CompileProgress())
 
 
 def tensor_type(name: str | None) -> TensorType | None:
@@ -157,11 +189,25 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
     raise ValueError(f"--override {text!r}: {kind!r} is no type: it can be int, float, bool or str")
 
 
-def default_out(source: Path, choice: Choice) -> Path:
-    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder."""
+def locate(source: str) -> Path:
+    """The file or folder that SOURCE names. What lies elsewhere is fetched into the store, with a bar."""
+    from qrun.cli.loading import pull_with_progress
+    from qrun.models.catalog import resolve
+
+    if source.startswith(("hf:", "https://", "http://")):
+        return pull_with_progress(source, f"fetching {source}")
+    return Path(source) if Path(source).is_dir() else resolve(source)
+
+
+def default_out(source: Path, type_name: str) -> Path:
+    """model-f16.gguf -> model-Q4_K_M.gguf, in the same folder; model -> model/model-Q4_K_M.gguf."""
+    if source.is_dir():
+        from qrun.models.huggingface.general import model_name
+
+        return source / f"{model_name(source)}-{type_name}.gguf"
     stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
     stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
-    return source.with_name(f"{stem}-{choice.file_type}.gguf")
+    return source.with_name(f"{stem}-{type_name}.gguf")
 
 
 def show_plan(plan: Plan) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import CACHE_TYPES, model_argument
+from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import Graph
+    from qrun.models.adapter import Lora
 
 # Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
 WORKING_BYTES = 250_000_000
@@ -35,33 +38,46 @@ FILE_TYPES = {
 @model_argument()
 @click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS", help="The context for which memory is counted.",
               show_default="the model's own")  # fmt: skip
+@lora_option()
 @click.option("--tensors", is_flag=True, help="List every tensor too.")
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, ctx: int | None, tensors: bool, as_json: bool) -> None:
+def command(
+    model: str, ctx: int | None, loras: tuple[Lora, ...], tensors: bool, type_name: str | None, as_json: bool
+) -> None:
     """Show what a model file holds, and the memory that it needs against what this machine has.
+
+    Of a LoRA adapter's file: what it changes. With --lora: the memory of the model and its adapters.
 
     \b
     Examples:
       qrun info model.gguf
       qrun info model.gguf --ctx 4096
       qrun info model.gguf --tensors
+      qrun info adapter.gguf
       qrun info model.gguf --json
     """
+    from qrun.cli.loading import find_model
     from qrun.cli.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
-    from qrun.models.catalog import resolve
+    from qrun.models.adapter import is_adapter, open_adapters
 
     unsupported: FormatError | None = None
-    with GGUFReader(resolve(model)) as reader:
+    with GGUFReader(find_model(model, type_name)) as reader, open_adapters(loras) as adapters:
         facts = describe(reader, tensors)
         try:
-            graph = build_graph(reader, ctx)
+            if is_adapter(reader):
+                facts["adapter"] = describe_adapter(reader.path)
+                graph = None
+            else:
+                graph = build_graph(reader, ctx, adapters)
         except FormatError as error:  # what the file holds is worth showing all the same
-            unsupported = error
-        else:
+            unsupported, graph = error, None
+        if graph is not None:
             context = ctx or graph.context_length
-            needs = {kind: memory_needed(graph, facts["file_bytes"], context, kind) for kind in CACHE_TYPES}
+            file_bytes = facts["file_bytes"] + sum(lora.path.stat().st_size for lora in loras)
+            needs = {kind: memory_needed(graph, file_bytes, context, kind) for kind in CACHE_TYPES}
             has = memory()
             facts["memory"] = {
                 "context": context,
@@ -125,6 +141,18 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
             for name, tensor in reader.tensors.items()
         ]
     return facts
+
+
+def describe_adapter(path: Path) -> dict[str, Any]:
+    """What an adapter's file says of itself. FormatError if it is none that can be used."""
+    from qrun.models.adapter import Lora, open_adapters
+
+    with open_adapters([Lora(path)]) as (adapter,):
+        kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.|\.weight$", "", name) for name in adapter.changes)
+        return {
+            "alpha": adapter.alpha, "ranks": adapter.ranks, "matrices": len(adapter.changes), "kinds": list(kinds),
+            "notice": adapter.notice,
+        }  # fmt: skip
 
 
 def quantization(reader: GGUFReader, sizes: Mapping[str, int]) -> str | None:
@@ -199,14 +227,22 @@ def show(facts: dict[str, Any]) -> None:
          counted("experts", "experts") if facts["experts"] else None)  # fmt: skip
     line("parameters", human_count(facts["parameters"]), facts["quantization"],
          facts["bits_per_weight"] and f"{facts['bits_per_weight']} bits per weight")  # fmt: skip
-    line("context", counted("context_length", "tokens"))
-    tokenizer = facts["tokenizer"]
-    if tokenizer["model"] in (None, "none"):
-        line("tokenizer", "none in the file")
+    if "adapter" in facts:
+        adapter = facts["adapter"]
+        ranks = " ".join(map(str, adapter["ranks"]))
+        alpha = "" if adapter["alpha"] is None else f"alpha {adapter['alpha']:g}"
+        line("LoRA adapter", f"{adapter['matrices']} matrices", f"rank {ranks}", alpha)
+        line("it changes", *adapter["kinds"])
+        line("left out", adapter["notice"])
     else:
-        line("tokenizer", tokenizer["model"], tokenizer["pre"], f"{tokenizer['tokens']} tokens")
-    template = facts["chat_template"]
-    line("chat template", f"{len(template)} characters" if template else "none in the file")
+        line("context", counted("context_length", "tokens"))
+        tokenizer = facts["tokenizer"]
+        if tokenizer["model"] in (None, "none"):
+            line("tokenizer", "none in the file")
+        else:
+            line("tokenizer", tokenizer["model"], tokenizer["pre"], f"{tokenizer['tokens']} tokens")
+        template = facts["chat_template"]
+        line("chat template", f"{len(template)} characters" if template else "none in the file")
     for name, held in facts["tensor_types"].items():
         line("  " + name, f"{held['tensors']} tensors", human_bytes(held["bytes"]))
     if "memory" in facts:

@@ -20,6 +20,7 @@ def command(as_json: bool) -> None:
       qrun list --json
     """
     from qrun.cli.console import human_bytes, notice, printable
+    from qrun.engine.quantize.on_load import converted_bytes
     from qrun.models.catalog import CATALOG
     from qrun.models.store import models_folder, partial_bytes, stored_models
 
@@ -36,6 +37,8 @@ def command(as_json: bool) -> None:
         click.echo(printable(f"{name:<{width}}  {human_bytes(size):>8}  {kind:<16}  {path}"))
     if unfinished := partial_bytes():
         notice(f"{human_bytes(unfinished)} of unfinished downloads; delete them with: qrun rm --partial")
+    if made := converted_bytes():
+        notice(f"{human_bytes(made)} of converted checkpoints; delete them with: qrun rm --converted")
 
 
 def model_type(model: StoredModel) -> str:

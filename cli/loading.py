@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,38 +11,100 @@ from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from qrun.engine import Model
+    from qrun.engine import Model, Tokenizer
     from qrun.engine.runtime import Runtime
+    from qrun.engine.scoring import Chunks
+    from qrun.models.adapter import Adapter, Lora
 
 
 def load_model(source: str, loading: dict[str, Any]) -> Model:
     """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
     from qrun.engine import Model
 
-    return Model.load(source, progress=CompileProgress(), **loading)
+    with converting_bar(source, loading.get("type")) as converting:
+        model = Model.load(source, progress=CompileProgress(), converting=converting, **loading)
+    show_notices(model.loras)
+    return model
+
+
+def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
+    """Says what of the adapters is not used, if anything."""
+    for adapter in adapters:
+        if adapter.notice:
+            notice(adapter.notice)
+
+
+def find_model(source: str, type: str | None = None) -> Path:
+    """The file of a model; a folder with a checkpoint is converted, with a bar, if it was not before."""
+    from qrun.engine.model import find_model
+
+    with converting_bar(source, type) as converting:
+        return find_model(source, type, progress=converting, compiling=CompileProgress())
+
+
+def find_original(source: str) -> Path:
+    """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
+    from qrun.engine.model import is_checkpoint
+
+    return find_model(source, "BF16" if is_checkpoint(source) else None)
 
 
 @contextmanager
-def open_runtime(path: Path, *, threads: int | None, context: int, cache_type: str) -> Iterator[Runtime]:
+def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
+    """The callback for a conversion on loading: a bar for the bytes."""
+    from qrun.engine.model import is_checkpoint
+
+    if not is_checkpoint(source):
+        yield lambda done, total: None
+        return
+    from qrun.engine.quantize.on_load import DEFAULT_TYPE
+
+    with DownloadBar(f"converting {source} to {(type or DEFAULT_TYPE).upper()}, once") as bar:
+        yield bar.update
+
+
+@contextmanager
+def open_runtime(
+    path: Path,
+    *,
+    threads: int | None,
+    context: int,
+    cache_type: str = "f16",
+    observe: bool = False,
+    loras: Iterable[Lora] = (),
+) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.cpu_count import available_cores
     from qrun.engine.runtime import Runtime
     from qrun.formats import GGUFReader
     from qrun.models import build_graph
+    from qrun.models.adapter import open_adapters
 
-    with GGUFReader(path) as reader:
-        graph = build_graph(reader, context)
+    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
+        graph = build_graph(reader, context, adapters)
+        show_notices(adapters)
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),
             context=context,
             cache_type=cache_type,
             progress=CompileProgress(),
+            observe=observe,
         )
         try:
             yield runtime
         finally:
             runtime.close()
+
+
+def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
+    """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
+    from qrun.engine.scoring import Chunks, TextTooShort
+
+    try:
+        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+    except TextTooShort as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def with_tokenizer(model: Model) -> Model:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
@@ -19,6 +22,8 @@ COMMANDS = {
     "bench": "Measure tokens per second.",
     "perplexity": "Measure how well a model predicts a text.",
     "convert": "Convert a model file to another type.",
+    "imatrix": "Collect what converting should spare.",
+    "compare": "Compare what types cost and save.",
     "pull": "Fetch a model into the store.",
     "list": "List the models in the store.",
     "rm": "Delete a model from the store.",
@@ -56,7 +61,8 @@ def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     cls=LazyGroup,
     name="qrun",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="MODEL is a path, a name from the catalog or the store, or the first file of a split model.",
+    epilog="MODEL is a path, a name from the catalog or the store, the first file of a split model, or a folder with a "
+    "checkpoint of Hugging Face (config.json, safetensors), which is quantised when it is first needed.",
 )
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version,
               help="Show the version and exit.")  # fmt: skip
@@ -86,8 +92,31 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(text.split()))
 
 
+@contextmanager
+def terminating() -> Iterator[None]:
+    """Within it SIGTERM ends, as Ctrl-C does, what is under way in good order, so that nothing half-written stays."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    with terminating():
+        return run(arguments)
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """What `main` does, with signals as they are."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what an encoding lacks becomes "?", not an error
             stream.reconfigure(errors="replace")

@@ -12,12 +12,16 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from qrun.engine.sampling_options import SamplingOptions
+
+if TYPE_CHECKING:
+    from qrun.models.adapter import Lora
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 Command = Callable[..., Any]
@@ -50,6 +54,25 @@ class LogitBias(click.ParamType):
             return int(token), float(bias)
         except ValueError:
             self.fail(f"{value!r} is not a token id, '=' and a number", param, ctx)
+
+
+class LoraFile(click.ParamType):
+    """FILE, or FILE=SCALE, as a `Lora`. A file whose name ends like a scale can be named all the same."""
+
+    name = "FILE[=SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        from qrun.models.adapter import Lora
+
+        if isinstance(value, Lora):
+            return value
+        path, equals, scale = value.rpartition("=")
+        try:
+            if equals and path and not Path(value).exists():
+                return Lora(Path(path), float(scale))
+            return Lora(Path(value))
+        except ValueError:
+            self.fail(f"{value!r}: {scale!r} is no scale of an adapter, which is a number", param, ctx)
 
 
 class Names(click.ParamType):
@@ -135,7 +158,8 @@ def sampling_options(function: Command) -> Command:
 
 
 def loading_options(function: Command) -> Command:
-    """Adds --threads, --ctx and --cache-type; the command gets them as Model.load's arguments, called `loading`."""
+    """Adds --threads, --ctx, --cache-type, --lora and --type; the command gets them as Model.load's arguments, as
+    `loading`."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -143,6 +167,8 @@ def loading_options(function: Command) -> Command:
             "threads": kwargs.pop("threads"),
             "context": kwargs.pop("ctx"),
             "cache_type": kwargs.pop("cache_type"),
+            "loras": kwargs.pop("loras"),
+            "type": kwargs.pop("type_name"),
         }
         return function(*args, loading=loading, **kwargs)
 
@@ -152,6 +178,8 @@ def loading_options(function: Command) -> Command:
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
+        lora_option(),
+        type_option(),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -164,9 +192,38 @@ def threads_option() -> Callable[[Command], Command]:
     )
 
 
+def lora_option() -> Callable[[Command], Command]:
+    """--lora, given any number of times: a tuple of `Lora` called `loras`."""
+    return click.option(
+        "--lora", "loras", type=LoraFile(), multiple=True,
+        help="Change the model by a LoRA adapter, a GGUF file; SCALE says how strongly (1: as it was trained). May be "
+        "given several times.",
+    )  # fmt: skip
+
+
+def type_option() -> Callable[[Command], Command]:
+    """--type, called `type_name`."""
+    return click.option(
+        "--type", "type_name", metavar="TYPE", show_default="Q8_0",
+        help="Where MODEL is a folder with a checkpoint: what it is quantised to, as for qrun convert.",
+    )  # fmt: skip
+
+
 def cache_type_option() -> Callable[[Command], Command]:
     """--cache-type."""
     return click.option(
         "--cache-type", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
         help="How keys and values of past tokens are kept: the smaller the type, the less memory.",
     )  # fmt: skip
+
+
+def chunk_options(default_chunks: int | None = None) -> Callable[[Command], Command]:
+    """--ctx and --chunks, of commands that read a text."""
+    ctx = click.option(
+        "--ctx", type=click.IntRange(min=4), default=512, show_default=True, metavar="TOKENS", help="Tokens in a chunk."
+    )
+    chunks = click.option(
+        "--chunks", type=click.IntRange(min=1), metavar="N", default=default_chunks,
+        show_default=default_chunks is not None, help="Read the first N chunks only.",
+    )  # fmt: skip
+    return lambda function: ctx(chunks(function))

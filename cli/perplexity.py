@@ -1,129 +1,205 @@
-"""`qrun perplexity`: how well a model predicts a text, measured as llama-perplexity does.
-
-The text is cut into chunks of the context's length. In each, the tokens of the second half are scored, each with at
-least half a chunk before it; where the model's tokenizer begins texts with a BOS token, it takes the place of the
-first token of every chunk.
-"""
+"""`qrun perplexity`: how well a model predicts a text, and how far it is from another model that predicts the same."""
 
 from __future__ import annotations
 
 import json
 import math
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.options import cache_type_option, model_argument, threads_option
+from qrun.cli.options import (
+    ModelName,
+    cache_type_option,
+    chunk_options,
+    lora_option,
+    model_argument,
+    threads_option,
+    type_option,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from qrun.engine.runtime import Runtime
-
-LOGIT_BYTES = 64 << 20  # the logits that are held at a time
+    from qrun.engine.divergence import Divergence
+    from qrun.engine.scoring import Chunks, Estimate, Score
+    from qrun.models.adapter import Lora
 
 
 @click.command()
 @model_argument()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--ctx", type=click.IntRange(min=4), default=512, show_default=True, metavar="TOKENS",
-              help="Tokens in a chunk.")  # fmt: skip
-@click.option("--chunks", type=click.IntRange(min=1), metavar="N", help="Measure the first N chunks only.")
+@chunk_options()
+@click.option("--against", type=ModelName(), metavar="REFERENCE",
+              help="Another model with the same vocabulary, the original of this one, say: also measure how far MODEL "
+                   "is from it.")  # fmt: skip
 @threads_option()
 @cache_type_option()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks.")
+@lora_option()
+@type_option()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks, ...")
 def command(
-    model: str, file: Path, ctx: int, chunks: int | None, threads: int | None, cache_type: str, as_json: bool
-) -> None:
+    model: str, file: Path, ctx: int, chunks: int | None, against: str | None, threads: int | None, cache_type: str,
+    loras: tuple[Lora, ...], type_name: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
+
+    With --against, both models read the text, and what is printed besides tells how much of REFERENCE is lost: the
+    Kullback-Leibler divergence of MODEL from REFERENCE (in nats for each token), how often both hold the same token to
+    be the likeliest, and how the probability of the token that came has changed.
 
     \b
     Examples:
       qrun perplexity model.gguf wiki.test.raw
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
+      qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
+      qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
     """
+    from qrun.cli.loading import find_model, find_original, text_chunks
+    from qrun.engine import Tokenizer
+
+    path = find_model(model, type_name)
+    tokenizer = Tokenizer.load(path)
+    text = text_chunks(file, tokenizer, ctx, chunks)
+    counts = {"chunks": len(text), "ctx": ctx}
+    if against is None:
+        score = measure(path, text, threads, cache_type, loras)
+        estimate = score.perplexity
+        if as_json:
+            result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
+            click.echo(json.dumps(finite(result | counts)))
+        else:
+            click.echo(f"perplexity {plus_minus(estimate, 4)}")
+            click.echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
+        return
+    reference = find_original(against)
+    check_vocabulary(reference, tokenizer)
+    divergence = measure_against(path, reference, text, threads, cache_type, loras)
+    if as_json:
+        click.echo(json.dumps(finite(summary(divergence) | counts)))
+    else:
+        click.echo(report(divergence))
+        click.echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
+
+
+def measure(
+    path: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
+) -> Score:
+    """How well the model predicts the text."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
-    from qrun.engine import Tokenizer
-    from qrun.models.catalog import resolve
+    from qrun.engine.scoring import Score, scored_logits
 
-    path = resolve(model)
-    text = file.read_bytes().decode("utf-8", "replace")
-    tokenizer = Tokenizer.load(path)
-    tokens = tokenizer.encode(text, add_special=True)
-    n_chunks = len(tokens) // ctx
-    if n_chunks == 0:
-        raise ValueError(f"{file}: {len(tokens)} tokens, but one chunk takes {ctx} (see --ctx)")
-    n_chunks = min(n_chunks, chunks or n_chunks)
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
     score = Score()
     with (
-        open_runtime(path, threads=threads, context=ctx, cache_type=cache_type) as runtime,
+        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type, loras=loras) as runtime,
         step_bar("perplexity") as progress,
     ):
-        progress(0, n_chunks)
-        for i in range(n_chunks):
-            score_chunk(runtime, tokens[i * ctx : (i + 1) * ctx], bos, score)
-            progress(i + 1, n_chunks)
-    if as_json:
-        result = {"perplexity": score.perplexity, "error": score.error, "tokens": score.count}
-        click.echo(json.dumps(result | {"chunks": n_chunks, "ctx": ctx}))
-    else:
-        click.echo(f"perplexity {score.perplexity:.4f} ± {score.error:.4f}")
-        click.echo(f"{score.count} tokens scored, {n_chunks} chunks of {ctx}")
+        progress(0, len(text))
+        for done, chunk in enumerate(text, 1):
+            for logits, targets in scored_logits(runtime, chunk, text.bos):
+                score.add(logits, targets)
+            progress(done, len(text), so_far(score))
+    return score
 
 
-@dataclass
-class Score:
-    """Sums over scored tokens of the negative log likelihood, and of its square."""
+def measure_against(
+    path: Path, reference: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
+) -> Divergence:
+    """How far the model is from the reference: both go through the text side by side, some rows at a time."""
+    from qrun.cli.console import step_bar
+    from qrun.cli.loading import open_runtime
+    from qrun.engine.divergence import Divergence
+    from qrun.engine.scoring import scored_logits
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, negative_log_likelihoods: np.ndarray) -> None:
-        """Takes in the scores of some tokens, in nats."""
-        self.count += len(negative_log_likelihoods)
-        self.total += float(negative_log_likelihoods.sum())
-        self.squares += float((negative_log_likelihoods**2).sum())
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log likelihood."""
-        return math.exp(self.total / self.count)
-
-    @property
-    def error(self) -> float:
-        """The standard error of the mean, carried over to the perplexity to first order."""
-        if self.count < 2:
-            return math.inf
-        mean = self.total / self.count
-        variance = max(self.squares / self.count - mean**2, 0.0)
-        return math.sqrt(variance / (self.count - 1)) * self.perplexity
-
-
-def score_chunk(runtime: Runtime, chunk: list[int], bos: int | None, score: Score) -> None:
-    """Evaluates a chunk and scores its second half: token i+1 by the logits of token i, for i from the middle on."""
-    first = len(chunk) // 2
-    inputs = [bos, *chunk[1:]] if bos is not None else chunk
-    rows = max(16, LOGIT_BYTES // (4 * runtime.n_vocab))
-    with closing(runtime.sequence()) as sequence:
-        runtime.evaluate(sequence, inputs[:first], logits="none")
-        for start in range(first, len(chunk) - 1, rows):
-            end = min(start + rows, len(chunk) - 1)
-            logits = runtime.evaluate(sequence, inputs[start:end], logits="all")
-            assert logits is not None
-            score.add(negative_log_likelihoods(logits, chunk[start + 1 : end + 1]))
+    divergence = Divergence()
+    with ExitStack() as stack:
+        settings: dict[str, Any] = {"threads": threads, "context": text.size, "cache_type": cache_type}
+        runtimes = [
+            stack.enter_context(open_runtime(reference, **settings)),
+            stack.enter_context(open_runtime(path, loras=loras, **settings)),
+        ]
+        if runtimes[0].n_vocab != runtimes[1].n_vocab:
+            raise ValueError(
+                f"{reference}: it computes logits of {runtimes[0].n_vocab} tokens, the model of {runtimes[1].n_vocab}"
+            )
+        progress = stack.enter_context(step_bar("perplexity"))
+        progress(0, len(text))
+        for done, chunk in enumerate(text, 1):
+            both = [scored_logits(runtime, chunk, text.bos) for runtime in runtimes]
+            for (expected, targets), (logits, _) in zip(*both, strict=True):
+                divergence.add(expected, logits, targets)
+            progress(done, len(text), so_far(divergence.model))
+    return divergence
 
 
-def negative_log_likelihoods(logits: np.ndarray, targets: list[int]) -> np.ndarray:
-    """-log softmax(logits)[target] of each row, in nats: float64 [n] from float32 [n, n_vocab]."""
+def check_vocabulary(reference: Path, tokenizer: Any) -> None:
+    """Raises ValueError, naming the reference, if its vocabulary is not this tokenizer's."""
+    from qrun.engine import Tokenizer
+    from qrun.engine.divergence import check_same_vocabulary
+
+    other = Tokenizer.load(reference)
+    try:
+        check_same_vocabulary(tokenizer, other)
+    except ValueError as error:
+        raise ValueError(f"{reference}: {error}") from None
+
+
+def so_far(score: Score) -> str:
+    """What a progress bar says of it."""
+    return f"{score.perplexity.value:.4g} so far"
+
+
+def plus_minus(estimate: Estimate, digits: int) -> str:
+    """A value with its standard error."""
+    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+
+
+def percent(estimate: Estimate, digits: int = 3) -> str:
+    return f"{100 * estimate.value:.{digits}f}% ± {100 * estimate.error:.{digits}f}%"
+
+
+def summary(divergence: Divergence) -> dict[str, Any]:
+    """All that is known, as numbers: the object of --json."""
     import numpy as np
 
-    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
-    top = logits.max(axis=1, keepdims=True)
-    sums = np.exp(logits - top).sum(axis=1, dtype=np.float64)
-    return np.log(sums) + top[:, 0] - chosen
+    kl, model, reference = divergence.kl, divergence.model.perplexity, divergence.reference.perplexity
+    median, p99 = np.percentile(kl, (50, 99))
+    change, rms = divergence.probability_change, divergence.rms_probability_change
+    pairs = {
+        "reference": reference, "ratio": divergence.perplexity_ratio, "top1_agreement": divergence.agreement,
+        "probability_change": change, "probability_change_rms": rms,
+    }  # fmt: skip
+    mean = divergence.mean_kl
+    return {
+        "perplexity": model.value, "error": model.error,
+        **{name: {"value": estimate.value, "error": estimate.error} for name, estimate in pairs.items()},
+        "kl_divergence": {"mean": mean.value, "error": mean.error, "median": float(median), "p99": float(p99),
+                          "max": float(kl.max())},
+        "tokens": divergence.model.count,
+    }  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinities and no NaN: null takes their place."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(divergence: Divergence) -> str:
+    """The same as text."""
+    found = summary(divergence)["kl_divergence"]
+    rows = [
+        ("perplexity", plus_minus(divergence.model.perplexity, 4)),
+        ("of the reference", plus_minus(divergence.reference.perplexity, 4)),
+        ("ratio", plus_minus(divergence.perplexity_ratio, 5)),
+        ("KL divergence", plus_minus(divergence.mean_kl, 6)),
+        ("", f"median {found['median']:.6f}, 99% below {found['p99']:.6f}, at most {found['max']:.6f}"),
+        ("same top token", percent(divergence.agreement)),
+        ("probability of the token that came", percent(divergence.probability_change) + " on average"),
+        ("", percent(divergence.rms_probability_change) + " root mean square"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:{width}}  {value}" for label, value in rows)

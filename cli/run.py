@@ -44,6 +44,7 @@ def command(
       qrun run model.gguf --chat "Why is the sky blue?"
       qrun run model.gguf - --json < prompt.txt
       qrun run model.gguf "One, two," --stop "." --logit-bias 1234=-5
+      qrun run model.gguf --lora style.gguf --lora topic.gguf=0.5 "Once upon a time"
     """
     from qrun.cli.console import read_stdin
     from qrun.cli.loading import load_model, with_tokenizer

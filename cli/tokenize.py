@@ -6,7 +6,7 @@ import json
 
 import click
 
-from qrun.cli.options import model_argument
+from qrun.cli.options import model_argument, type_option
 
 
 @click.command()
@@ -14,8 +14,9 @@ from qrun.cli.options import model_argument
 @click.argument("text")
 @click.option("--special", is_flag=True, help="Read special tokens in TEXT, such as <|im_start|>, as such.")
 @click.option("--no-bos", is_flag=True, help="Add no special tokens of the model's own at the ends.")
+@type_option()
 @click.option("--json", "as_json", is_flag=True, help='Print {"tokens": [ids], "pieces": [texts]}.')
-def command(model: str, text: str, special: bool, no_bos: bool, as_json: bool) -> None:
+def command(model: str, text: str, special: bool, no_bos: bool, type_name: str | None, as_json: bool) -> None:
     """Show the tokens of TEXT (- reads it from standard input): id and piece, one a line.
 
     \b
@@ -25,12 +26,12 @@ def command(model: str, text: str, special: bool, no_bos: bool, as_json: bool) -
       qrun tokenize model.gguf - --json < text.txt
     """
     from qrun.cli.console import read_stdin
+    from qrun.cli.loading import find_model
     from qrun.engine import Tokenizer
-    from qrun.models.catalog import resolve
 
     if text == "-":
         text = read_stdin()
-    tokenizer = Tokenizer.load(resolve(model))
+    tokenizer = Tokenizer.load(find_model(model, type_name))
     ids = tokenizer.encode(text, add_special=not no_bos, parse_special=special)
     pieces = [tokenizer.token_bytes(token) for token in ids]
     if as_json:

@@ -54,8 +54,11 @@ def bytes_per_token(graph: Graph, cache_type: str, position: float) -> float:
         if isinstance(operation, G.Linear):
             total += operation.weight.raw.nbytes
         elif isinstance(operation, G.MoE):
-            experts = operation.gate.raw.nbytes + operation.up.raw.nbytes + operation.down.raw.nbytes
-            total += operation.router.raw.nbytes + experts * operation.n_used / operation.gate.shape[0]
+            weights = [operation.router, operation.gate, operation.up, operation.down]
+            weights += [weight for change in operation.changes for weight in (change.a, change.b)]
+            for weight in weights:  # those of experts have three dimensions
+                used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
+                total += weight.raw.nbytes * used
     layout = CacheLayout(graph.cache_layers, cache_type)
     for window, page_bytes in zip(layout.windows, layout.page_bytes, strict=True):
         seen = position if window is None else min(position, window)

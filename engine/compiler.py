@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qrun.engine.cache_root import cache_root
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.simd.target import Target, compiling_for, host_target
 from qrun.formats import blocks
@@ -101,16 +102,7 @@ def symbol(key: str) -> str:
 
 
 def cache_folder(target: Target) -> Path:
-    root = os.environ.get("QRUN_CACHE") or _user_cache()
-    return Path(root) / "kernels" / _digest(target)
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qrun"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qrun"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrun"
+    return cache_root() / "kernels" / _digest(target)
 
 
 @functools.cache
@@ -236,6 +228,15 @@ def _no_host_code(context: Any) -> Iterator[None]:
         del context.get_executable, engine.finalize_object
 
 
+@functools.cache
+def _set_options() -> None:
+    """Options of LLVM that hold for the whole process, which is one that compiles and nothing else."""
+    import llvmlite.binding as llvm
+
+    # Loop strength reduction would make sixteen pointers of one pointer and a stride, and keep them on the stack.
+    llvm.set_option("qrun", "--disable-lsr")
+
+
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
     from numba.core import compiler, config, registry, types
@@ -268,6 +269,7 @@ define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
 }}
 """
     initialize_llvm(target.triple)
+    _set_options()
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
     for definition in module.functions:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.arena import Arena, Place
 from qrun.engine.kv_cache import CacheLayout
+from qrun.engine.lowering_experts import lower_experts
+from qrun.engine.program_records import InRecord, InStep, Record, Routing
 from qrun.engine.rope_table import RopeTable
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorType
@@ -25,33 +25,6 @@ from qrun.models import graph as G
 FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class InStep:
-    """An address inside of the step's record."""
-
-    offset: int
-
-
-@dataclass(frozen=True)
-class InRecord:
-    """An address inside of another operation's record."""
-
-    operation: Record
-    offset: int
-
-
-@dataclass(eq=False)
-class Record:
-    """An operation as kernels see it, before addresses are known."""
-
-    kernel: str
-    fields: dict[int, int | float | Place | InStep | InRecord | NDArray[np.generic]]
-    reads: list[object]
-    writes: list[object]
-    by_rows: bool  # each thread touches its own rows only
-    barrier: bool = False
 
 
 class Lowering:
@@ -78,16 +51,16 @@ class Lowering:
         self.arena = Arena()
         self.records: list[Record] = []
         self.n_body = 0
-        self._index = 0
+        self.index = 0
         self._in_head = False
-        self._places: dict[int, Place] = {}
+        self.places: dict[int, Place] = {}
         self._packed: dict[tuple[int, str], Place] = {}
         self._lifetimes()
         self._fuse()
-        for self._index, operation in enumerate(graph.operations):
+        for self.index, operation in enumerate(graph.operations):
             if operation.out.id not in self._fused:
                 self._lower(operation)
-        self.logits = self._places[graph.logits.id]
+        self.logits = self.places[graph.logits.id]
 
     @property
     def kernel_keys(self) -> list[str]:
@@ -116,7 +89,7 @@ class Lowering:
         return root
 
     def _last_use(self, value: G.Value) -> int:
-        return self._last.get(self._root(value), self._index)
+        return self._last.get(self._root(value), self.index)
 
     def _fuse(self) -> None:
         """Find matmuls whose result only goes into a sum: they add the other side themselves."""
@@ -138,41 +111,41 @@ class Lowering:
     # Placing values
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         return self.head_rows if self._in_head else self.batch
 
-    def _new(self, value: G.Value) -> Place:
+    def new(self, value: G.Value) -> Place:
         last = self._last_use(value)
-        place = Place(self.arena.buffer(self._rows * value.width * 4, self._index, last), 0, value.width * 4)
-        self._places[value.id] = place
+        place = Place(self.arena.buffer(self.rows * value.width * 4, self.index, last), 0, value.width * 4)
+        self.places[value.id] = place
         return place
 
-    def _packing(self, weight: G.Weight) -> str:
+    def packing(self, weight: G.Weight) -> str:
         return "f32" if weight.type in FLOAT_TYPES else "q8"
 
-    def _packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
+    def packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
         """Where value's packed columns go. They live as long as the value."""
-        columns = -(-(rows or self._rows) // self.target.columns) * self.target.columns
+        columns = -(-(rows or self.rows) // self.target.columns) * self.target.columns
         column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * R.PACKED_BYTES
         last = self._last_use(value) if last is None else last
-        return Place(self.arena.buffer(columns * column_bytes, self._index, last), 0, column_bytes)
+        return Place(self.arena.buffer(columns * column_bytes, self.index, last), 0, column_bytes)
 
     # Records
 
-    def _emit(
+    def emit(
         self, kernel: str, fields: dict[int, object], reads: list[object], writes: list[object], by_rows: bool
     ) -> Record:
         record = Record(kernel, fields, [r for r in reads if r is not None], writes, by_rows)  # type: ignore[arg-type]
         self.records.append(record)
         return record
 
-    def _row_operation(
+    def row_operation(
         self, name: str, out: Place, width: int, x: Place, z: Place | None = None, *, factor: float = 1.0,
         packed: tuple[str, Place] | None = None, count: InStep | InRecord | None = None, **fields: object,
     ) -> Record:  # fmt: skip
         packing, packed_place = packed or ("", None)
         extra = {getattr(R, name.upper()): value for name, value in fields.items()}
-        return self._emit(
+        return self.emit(
             f"{name}-{packing}",
             {
                 R.ROW_COUNT: count or InStep(R.N_ROWS), R.ROW_X: x, R.ROW_X_STRIDE: x.stride,
@@ -183,36 +156,42 @@ class Lowering:
             [x, z], [out, *([packed_place] if packed_place else [])], True,
         )  # fmt: skip
 
-    def _first_packing(self, value: G.Value) -> str | None:
-        """How the first matmul that takes `value` wants it, if there is one."""
-        for operation in self.graph.operations[self._index :]:
+    def _packings(self, value: G.Value) -> list[str]:
+        """How the matmuls that take `value` want it, each way once."""
+        weights: list[G.Weight] = []
+        for operation in self.graph.operations[self.index :]:
             if isinstance(operation, G.Linear) and operation.x.id == value.id:
-                return self._packing(operation.weight)
-            if isinstance(operation, G.MoE) and operation.x.id == value.id:
-                return self._packing(operation.router)
-        return None
+                weights.append(operation.weight)
+            elif isinstance(operation, G.MoE) and operation.x.id == value.id:
+                router = operation.router
+                weights += [router, *(change.a for change in operation.changes if change.weight is router)]
+        return list(dict.fromkeys(self.packing(weight) for weight in weights))
 
     def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> None:
-        """A row operation that makes `out`, and packs it for the matmul that takes it."""
-        place = self._new(out)
-        packing = self._first_packing(out)
+        """A row operation that makes `out`, and packs it for the matmuls that take it."""
+        place = self.new(out)
+        packings = self._packings(out)
         packed = None
-        if packing:
-            packed = (packing, self._packed_place(out, packing))
-            self._packed[out.id, packing] = packed[1]
-        self._row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
+        if packings:
+            packed = (packings[0], self.packed_place(out, packings[0]))
+            self._packed[out.id, packings[0]] = packed[1]
+        self.row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
+        for packing in packings[1:]:
+            self._pack(out, packing)
 
-    def _packed_input(self, value: G.Value, packing: str) -> Place:
-        key = (value.id, packing)
-        if key not in self._packed:
-            place = self._packed_place(value, packing)
-            x = self._places[value.id]
-            self._row_operation("pack", x, value.width, x, packed=(packing, place))
-            self.records[-1].writes = [place]
-            self._packed[key] = place
-        return self._packed[key]
+    def packed_input(self, value: G.Value, packing: str) -> Place:
+        """The rows of a value, packed. They are packed in all ways at once, so that no matmul waits for it later."""
+        if (value.id, packing) not in self._packed:
+            for wanted in self._packings(value):
+                self._pack(value, wanted)
+        return self._packed[value.id, packing]
 
-    def _matmul(
+    def _pack(self, value: G.Value, packing: str) -> None:
+        place, x = self.packed_place(value, packing), self.places[value.id]
+        self.row_operation("pack", x, value.width, x, packed=(packing, place)).writes = [place]
+        self._packed[value.id, packing] = place
+
+    def matmul(
         self, weight: G.Weight, out: Place, x: Place, *, ranges: InStep | Place | None = None, bias: object = None,
         residual: Place | None = None, scale: float = 1.0,
     ) -> None:  # fmt: skip
@@ -223,7 +202,7 @@ class Lowering:
         wanted = max(CHUNK_BYTES // row_bytes, 1)
         share = -(-rows // (self.threads * 4))
         chunk = max(-(-min(wanted, share) // lanes) * lanes, lanes)
-        self._emit(
+        self.emit(
             f"matmul-{weight.type.name}",
             {
                 R.MM_WEIGHTS: weight.raw, R.MM_ROW_BYTES: row_bytes, R.MM_MATRIX_BYTES: rows * row_bytes,
@@ -236,16 +215,24 @@ class Lowering:
             [x, residual, ranges if isinstance(ranges, Place) else None], [out], False,
         )  # fmt: skip
 
+    # For those who watch: see engine.observing
+
+    def taken(self, weight: G.Weight, value: G.Value) -> None:
+        """A matmul is about to take the float32 rows of `value`."""
+
+    def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
+        """Matmuls of experts are about to take the float32 rows at x."""
+
     # One method for each operation
 
     def _lower(self, operation: G.Operation) -> None:
         getattr(self, f"_lower_{type(operation).__name__.lower()}")(operation)
 
     def _lower_embed(self, o: G.Embed) -> None:
-        out = self._new(o.out)
+        out = self.new(o.out)
         rows, width = o.weight.shape
         blocks, tail = blocks_and_tail(o.weight.type, width)
-        self._emit(
+        self.emit(
             f"embed-{o.weight.type.name}",
             {
                 R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
@@ -256,26 +243,27 @@ class Lowering:
 
     def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
         weight = 0 if o.weight is None else np.ascontiguousarray(o.weight, np.float32)
-        self._produce("rms_norm", o.out, self._places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
+        self._produce("rms_norm", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
 
     def _lower_linear(self, o: G.Linear) -> None:
-        x = self._packed_input(o.x, self._packing(o.weight))
+        x = self.packed_input(o.x, self.packing(o.weight))
         residual = None
         out = o.out
         if o.out.id in self._residual:
             other, out = self._residual[o.out.id]
-            residual = self._places[other.id]
+            residual = self.places[other.id]
         bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
-        self._matmul(o.weight, self._new(out), x, bias=bias, residual=residual, scale=o.scale)
+        self.taken(o.weight, o.x)
+        self.matmul(o.weight, self.new(out), x, bias=bias, residual=residual, scale=o.scale)
 
     def _lower_slice(self, o: G.Slice) -> None:
-        x = self._places[o.x.id]
-        self._places[o.out.id] = Place(x.buffer, x.offset + 4 * o.start, x.stride)
+        x = self.places[o.x.id]
+        self.places[o.out.id] = Place(x.buffer, x.offset + 4 * o.start, x.stride)
 
     def _lower_rope(self, o: G.Rope) -> None:
         table = self._rope_table(o)
-        self._row_operation(
-            "rope", self._new(o.out), o.out.width, self._places[o.x.id], row_rope_head_dim=o.head_dim,
+        self.row_operation(
+            "rope", self.new(o.out), o.out.width, self.places[o.x.id], row_rope_head_dim=o.head_dim,
             row_rope_dims=o.n_rot, row_rope_interleaved=int(o.interleaved), row_rope_table=table.values,
         )  # fmt: skip
 
@@ -289,14 +277,14 @@ class Lowering:
 
     def _lower_attention(self, o: G.Attention) -> None:
         layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
-        q, k, v = (self._places[value.id] for value in (o.q, o.k, o.v))
+        q, k, v = (self.places[value.id] for value in (o.q, o.k, o.v))
         cache = f"cache of layer {o.layer}"
         kind = self.layout.cache_type
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
         group = layer.n_heads // layer.n_kv_heads
         together = max(n for n in range(1, R.TILE_SIZE + 1) if group % n == 0)
-        self._emit(
+        self.emit(
             f"append-{kind}",
             {
                 R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride, R.KV_HEADS: layer.n_kv_heads,
@@ -307,8 +295,8 @@ class Lowering:
             },
             [k, v], [cache], True,
         )  # fmt: skip
-        out = self._new(o.out)
-        self._emit(
+        out = self.new(o.out)
+        self.emit(
             f"attention-{kind}-{together}",
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
@@ -323,86 +311,26 @@ class Lowering:
         )  # fmt: skip
 
     def _lower_activate(self, o: G.Activate) -> None:
-        self._produce(o.kind, o.out, self._places[o.gate.id], self._places[o.up.id])
+        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id])
 
     def _lower_add(self, o: G.Add) -> None:
-        self._produce("add", o.out, self._places[o.a.id], self._places[o.b.id])
+        self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
 
     def _lower_scale(self, o: G.Scale) -> None:
-        self._produce("scale", o.out, self._places[o.x.id], factor=o.factor)
+        self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
 
     def _lower_softcap(self, o: G.Softcap) -> None:
-        self._produce("softcap", o.out, self._places[o.x.id], factor=o.cap)
+        self._produce("softcap", o.out, self.places[o.x.id], factor=o.cap)
 
     def _lower_selectrows(self, o: G.SelectRows) -> None:
         self.n_body = len(self.records)
         self._in_head = True
-        x = self._places[o.x.id]
-        self._row_operation("select_rows", self._new(o.out), o.out.width, x)
+        x = self.places[o.x.id]
+        self.row_operation("select_rows", self.new(o.out), o.out.width, x)
         self.records[-1].by_rows = False  # its rows are not the body's
 
     def _lower_moe(self, o: G.MoE) -> None:
-        """Router, routing, the experts' matmuls over slots, and the weighted sum: see `kernels.experts`."""
-        n_experts, ffn, width = o.gate.shape
-        rows, lanes = self._rows, self.target.columns
-        slots = rows * o.n_used + n_experts * (lanes - 1)
-        here = self._index
-
-        def memory(size: int) -> Place:
-            return Place(self.arena.buffer(size, here, here), 0, 0)
-
-        def floats(count: int, width: int) -> Place:
-            return Place(self.arena.buffer(count * width * 4, here, here), 0, width * 4)
-
-        logits = floats(rows, n_experts)
-        bias = None if o.router_bias is None else np.ascontiguousarray(o.router_bias, np.float32)
-        self._matmul(o.router, logits, self._packed_input(o.x, self._packing(o.router)), bias=bias)
-        chosen, weights, counts = memory(rows * o.n_used * 8), memory(rows * o.n_used * 4), memory(n_experts * 8)
-        chances, ranges = memory(n_experts * 4), memory(8 + 24 * n_experts)
-        route = self._emit(
-            "route-",
-            {
-                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_experts,
-                R.MOE_USED: o.n_used,
-                R.MOE_NORMALIZE: int(o.normalize), R.MOE_SIGMOID: int(o.gating == "sigmoid"),
-                R.MOE_SCALE: float(o.scale),
-                R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts,
-                R.MOE_RANGES: ranges,
-            },
-            [logits], [chosen, weights, chances, counts, ranges], False,
-        )  # fmt: skip
-        n_slots = InRecord(route, R.MOE_N_SLOTS)
-        x = self._places[o.x.id]
-        inputs: dict[str, Place] = {}
-        gate, up = floats(slots, ffn), floats(slots, ffn)
-        for weight, out in ((o.gate, gate), (o.up, up)):
-            packing = self._packing(weight)
-            if packing not in inputs:
-                inputs[packing] = self._packed_place(o.x, packing, slots, here)
-                self._emit(
-                    f"to_experts-{packing}",
-                    {
-                        R.MOE_X: x, R.MOE_X_STRIDE: x.stride, R.MOE_Y: inputs[packing], R.MOE_WIDTH: width,
-                        R.MOE_SLOTS: chosen, R.MOE_USED: o.n_used,
-                    },
-                    [x, chosen], [inputs[packing]], False,
-                )  # fmt: skip
-            self._matmul(weight, out, inputs[packing], ranges=ranges)
-        packing = self._packing(o.down)
-        packed = self._packed_place(G.Value(-1, ffn), packing, slots, here)
-        self._row_operation(o.kind, gate, ffn, gate, up, packed=(packing, packed), count=n_slots)
-        self.records[-1].by_rows = False  # its rows are slots
-        down = floats(slots, width)
-        self._matmul(o.down, down, packed, ranges=ranges)
-        out = self._new(o.out)
-        self._emit(
-            "from_experts-",
-            {
-                R.MOE_X: down, R.MOE_X_STRIDE: down.stride, R.MOE_Y: out, R.MOE_Y_STRIDE: out.stride,
-                R.MOE_WIDTH: width, R.MOE_SLOTS: chosen, R.MOE_WEIGHTS: weights, R.MOE_USED: o.n_used,
-            },
-            [down, chosen, weights], [out], False,
-        )  # fmt: skip
+        lower_experts(self, o)
 
 
 def _inputs(operation: G.Operation) -> Iterator[G.Value]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qrun.engine.tokenizer import Tokenizer
     from qrun.formats import GGUFReader
     from qrun.models import Graph
+    from qrun.models.adapter import Adapter, LoraLike
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
@@ -41,6 +42,7 @@ class Model:
         runtime: "Runtime",
         tokenizer: "Tokenizer | None",
         tokenizer_problem: str | None = None,
+        loras: "Sequence[Adapter[Any]]" = (),
     ) -> None:
         self.path = path
         self.reader = reader
@@ -50,6 +52,8 @@ class Model:
         None also once the model is closed."""
         self.tokenizer_problem = tokenizer_problem
         """Why there is no tokenizer, in one line; None if there is one."""
+        self.loras = tuple(loras)
+        """The adapters that were loaded with the model: their paths and scales."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
@@ -58,7 +62,12 @@ class Model:
         self._runtime = runtime
         # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
         description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
-        fingerprint = functools.partial(_fingerprint, reader.files, description)
+        # An adapter of scale 0 changes nothing.
+        acting = [lora for lora in loras if lora.scale != 0]
+        if acting:  # their order decides that of additions, and so the last bits
+            description += repr([lora.scale for lora in acting])
+        files = [*reader.files, *(lora.path for lora in acting)]
+        fingerprint = functools.partial(_fingerprint, files, description)
         self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
         self._closed = False
         # Guards what follows.
@@ -75,16 +84,24 @@ class Model:
         context: int | None = None,
         cache_type: str = "f16",
         batch: int = 512,
+        loras: "Sequence[LoraLike]" = (),
+        type: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        converting: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """Load a model from a GGUF file, or by a name from the catalog.
+        """Load a model from a GGUF file, by a name from the catalog, or from a folder with a checkpoint.
 
-        source: a path (of a split model, its first file), or the name of a model that was pulled.
+        source: a path (of a split model, its first file), the name of a model that was pulled, or a folder with
+            config.json and safetensors files as Hugging Face has them: it is quantised when it is first loaded, and
+            the result kept in the cache.
         threads: threads that compute; by default one for each core that the process may use.
         context: the most tokens of one session; by default what the model was trained for, at most 4096.
         cache_type: how keys and values are kept: "f16", "q8_0" or "q4_0".
         batch: the most tokens of a prompt that are computed at once.
+        loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
+        type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
+        converting: called with (done, total), in bytes, while a folder is quantised.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -98,12 +115,14 @@ class Model:
         from qrun.engine.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import build_graph
-        from qrun.models.catalog import resolve
+        from qrun.models.adapter import Lora, open_adapters
 
-        path = resolve(source)
+        path = find_model(source, type, threads=threads, progress=converting, compiling=progress)
+        wanted = [Lora.of(lora) for lora in loras]
         reader = GGUFReader(path)
         try:
-            graph = build_graph(reader, context or DEFAULT_CONTEXT)
+            with open_adapters(wanted) as adapters:
+                graph = build_graph(reader, context or DEFAULT_CONTEXT, adapters)
             tokenizer: Tokenizer | None = None
             problem = None
             try:
@@ -121,7 +140,7 @@ class Model:
         except BaseException:
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer, problem)
+        return cls(path, reader, graph, runtime, tokenizer, problem, adapters)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -279,6 +298,34 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def find_model(
+    source: str | os.PathLike[str],
+    type: str | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    compiling: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The GGUF file of a model that is named as `Model.load` takes it; a folder is converted if it was not before.
+
+    progress, compiling: see `Model.load`, where they are called `converting` and `progress`.
+    """
+    from qrun.models.catalog import resolve
+
+    if is_checkpoint(source):
+        from qrun.engine.quantize.on_load import converted
+
+        return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling)
+    if type is not None:
+        raise ValueError(f"{os.fspath(source)}: a type is for folders with a checkpoint (for others: qrun convert)")
+    return resolve(source)
+
+
+def is_checkpoint(source: str | os.PathLike[str]) -> bool:
+    """Is this a folder as Hugging Face has them?"""
+    return Path(source, "config.json").is_file()
 
 
 def _fingerprint(files: Sequence[Path], description: str) -> str:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.arena import Place
-from qrun.engine.lowering import InRecord, InStep, Lowering, Record
+from qrun.engine.lowering import Lowering
+from qrun.engine.program_records import InRecord, InStep, Record
 
 
 class Program:

@@ -11,7 +11,7 @@ _FIRST = 24
 # Shared record of a team. EPOCH, ARRIVED and GENERATION are written by all threads: a cache line for each.
 EPOCH, ARRIVED, GENERATION = 0, 64, 128
 ASLEEP = 192  # one field for each thread
-PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING = range(2240, 2288, 8)
+PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING, STALLS = range(2240, 2296, 8)
 SHARED_BYTES = 2304
 MAX_THREADS = (PROGRAM - ASLEEP) // 8
 
@@ -62,6 +62,9 @@ def _fields(count: int) -> range:
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
  MOE_WIDTH) = _fields(18)  # fmt: skip
+
+# Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
+(OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
 
 # Quantising: blocks of floats to bytes. SOURCE_TYPE is F32, F16 or BF16, as GGUF numbers them. IMPORTANCE is 0 or the
 # address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);

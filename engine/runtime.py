@@ -14,6 +14,7 @@ from qrun.engine.compiler import Progress, load_kernels
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kv_cache import CacheLayout, KVSequence, PagePool
 from qrun.engine.lowering import Lowering
+from qrun.engine.observing import ObservingLowering
 from qrun.engine.program import Program
 from qrun.engine.simd.target import Target, host_target
 from qrun.engine.team import TEAM_KERNELS, Team
@@ -28,11 +29,12 @@ class Runtime:
 
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
+    observe: collect in `observations` what matmuls take (see engine.observing).
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
-        progress: Progress | None = None, target: Target | None = None,
+        progress: Progress | None = None, target: Target | None = None, observe: bool = False,
     ) -> None:  # fmt: skip
         if context < 1:
             raise ValueError(f"context is {context}: it must be at least 1")
@@ -44,10 +46,11 @@ class Runtime:
         self.batch = min(batch, context)
         self._layout = CacheLayout(graph.cache_layers, cache_type)
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
-        lowering = Lowering(
+        lowering = (ObservingLowering if observe else Lowering)(
             graph, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
             threads=threads,
         )  # fmt: skip
+        self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
         self._kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools), threads)
@@ -91,11 +94,9 @@ class Runtime:
             )
             with self._lock:
                 sequence.reserve(len(part))
-                rows = self._run([(sequence, part)], wanted)
+                rows = self._run([(sequence, part)], wanted, None if out is None else out[start : start + len(part)])
                 sequence.advance(len(part))
-            if out is not None:
-                out[start : start + len(part)] = rows
-            elif len(rows):
+            if out is None and len(rows):
                 last = rows[0]
         return out if logits == "all" else last
 
@@ -116,7 +117,7 @@ class Runtime:
                 for sequence in chosen:
                     sequence.reserve(1)
                 parts = [(s, ids[start + i : start + i + 1]) for i, s in enumerate(chosen)]
-                out[start : start + len(chosen)] = self._run(parts, range(len(chosen)))
+                self._run(parts, range(len(chosen)), out[start : start + len(chosen)])
                 for sequence in chosen:
                     sequence.advance(1)
         return out
@@ -150,20 +151,24 @@ class Runtime:
             raise ValueError(f"a token id is outside of the vocabulary of {self.n_vocab}")
         return ids
 
-    def _run(self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range) -> NDArray[np.float32]:
-        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted."""
+    def _run(
+        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given."""
         if self._team is None:
             raise ValueError("this model is closed")
         step, program = self._step, self._program
         rows = step.fill(parts)
         for table in program.rope_tables:
             table.fill(int(step.positions[:rows].max()) + 1)
+        if out is None:
+            out = np.empty((len(wanted), self.n_vocab), np.float32)
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
             self._team.run(program.whole, step.record)
-            return program.logits[:1].copy()
+            out[0] = program.logits[0]
+            return out
         self._team.run(program.body, step.record)
-        out = np.empty((len(wanted), self.n_vocab), np.float32)
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)

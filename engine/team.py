@@ -16,6 +16,13 @@ from qrun.engine.compiler import Kernels
 
 TEAM_KERNELS = ("begin_step", "run_step", "serve")
 
+# Generating a token takes milliseconds, and has hundreds of barriers. If another program gets one of the cores, for
+# milliseconds at a time, all threads wait for the one that is without. It is faster then to go on alone for a while:
+# so many steps after the first stall, twice as many after each that follows, and fewer again after steps without one.
+STEPS_ALONE, MOST_STEPS_ALONE = 4, 128
+# With more rows than this, an uneven end of an operation may look like a stall; and there is more to do together.
+FEW_ROWS = 8
+
 
 def _yield_address() -> int:
     """The C function by which a thread offers its core to others."""
@@ -37,7 +44,7 @@ class Team:
         start = -memory.ctypes.data % 64
         self._shared = memory[start : start + R.SHARED_BYTES].view(np.int64)
         self._address = int(self._shared.ctypes.data)
-        self._shared[R.N_THREADS // 8] = threads
+        self._alone, self._penalty = 0, STEPS_ALONE
         self._shared[R.YIELD // 8] = _yield_address()
         self._begin = kernels.function("begin_step")
         self._run = kernels.function("run_step")
@@ -52,12 +59,28 @@ class Team:
     def run(self, program: np.ndarray, step: np.ndarray) -> None:
         """Run the operations of `program` (int64 [operations, RECORD_BYTES / 8]) on the step's rows."""
         shared = self._shared
+        few = 0 < step[R.N_ROWS // 8] <= FEW_ROWS
+        threads = 1 if few and self._alone else self.size
+        shared[R.N_THREADS // 8] = step[R.STEP_THREADS // 8] = threads
         shared[R.PROGRAM // 8] = program.ctypes.data
         shared[R.N_OPERATIONS // 8] = len(program)
         shared[R.STEP // 8] = step.ctypes.data
         self._begin(self._address, 0, 0)
-        self._wake_sleepers()
+        if threads > 1:
+            self._wake_sleepers()
         self._run(self._address, 0, 0)
+        if few and self.size > 1:
+            self._mind_stalls(threads)
+
+    def _mind_stalls(self, threads: int) -> None:
+        """Decide whether the next steps are better run alone."""
+        if threads == 1:
+            self._alone -= 1
+        elif self._shared[R.STALLS // 8]:
+            self._alone = self._penalty
+            self._penalty = min(2 * self._penalty, MOST_STEPS_ALONE)
+        else:
+            self._penalty = max(self._penalty - 1, STEPS_ALONE)
 
     def close(self) -> None:
         self._shared[R.CLOSING // 8] = 1

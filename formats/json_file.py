@@ -1,7 +1,6 @@
 """JSON files that come from strangers."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,3 @@ def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bo
         raise FormatError(path, "the JSON is not an object", offset)
     return parsed
 
-
-def get(path: Path, values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-    """A value that is of that kind; the default if it is null or missing. FormatError if it is anything else."""
-    value = values.get(key)
-    if value is None:
-        return default
-    whole = kind is int or (isinstance(kind, tuple) and bool not in kind)
-    if not isinstance(value, kind) or (whole and isinstance(value, bool)):
-        raise FormatError(path, f"{quote(key)} is {quote(str(value))}, which is of the wrong kind")
-    return value

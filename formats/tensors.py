@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from qrun.formats.blocks import BLOCK_SIZES, TensorType, quantize
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
+
+
+class Described(Protocol):
+    """A tensor as far as a header tells of it: `TensorInfo` of a GGUF file, `SourceTensor`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> TensorType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+T_co = TypeVar("T_co", bound=Described, covariant=True)
+
+
+class TensorFile(Protocol[T_co]):
+    """Metadata and tensors of a `GGUFReader`, or of anything that can be seen as one.
+
+    path: for messages. files: all that belong to it.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, T_co]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +63,11 @@ class SourceTensor(ABC):
     name: str
     type: TensorType
     shape: tuple[int, ...]
+
+    @property
+    def copyable(self) -> bool:
+        """Are there bytes of it to be copied? If not, it is encoded, even to its own type."""
+        return True
 
     @property
     def row(self) -> int:

@@ -1,7 +1,10 @@
 """What can be run: architectures described as graphs. Executes nothing."""
 
-from qrun.formats import FormatError, GGUFReader
+from collections.abc import Sequence
+
+from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.models import gemma, gemma2, gemma3, llama, phi3, qwen2, qwen3, smollm3
+from qrun.models.adapter import Adapter, adapt, is_adapter
 from qrun.models.graph import Graph, GraphBuilder
 from qrun.models.hyperparameters import Hyperparameters, Metadata, shorten
 
@@ -21,13 +24,16 @@ ARCHITECTURES = {
 """By the name that a file gives under `general.architecture`."""
 
 
-def build_graph(reader: GGUFReader, context: int | None = None) -> Graph:
-    """The graph of the model in an open file.
+def build_graph(reader: GGUFReader, context: int | None = None, adapters: Sequence[Adapter[TensorInfo]] = ()) -> Graph:
+    """The graph of the model in an open file, with the changes of some adapters in it.
 
     context: the most tokens that will be used at once, by default the trained context. It matters to models that turn
     their heads differently for long contexts. Raises `FormatError`, naming the file, for an architecture that is not
-    known, a hyper-parameter out of bounds, or a tensor that is missing or has the wrong shape or type.
+    known, a hyper-parameter out of bounds, a tensor that is missing or has the wrong shape or type, or an adapter of
+    another model.
     """
+    if is_adapter(reader):
+        raise FormatError(reader.path, "this is an adapter, not a model: name it after --lora, beside its model")
     metadata = Metadata(reader)
     build = ARCHITECTURES.get(metadata.architecture)
     if build is None:
@@ -40,4 +46,4 @@ def build_graph(reader: GGUFReader, context: int | None = None) -> Graph:
     logits = build(builder, metadata, h, context or h.context_length)
     if builder.has(f"blk.{h.n_layer}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_layer}, but the file has tensors of block {h.n_layer}")
-    return builder.finish(metadata.architecture, logits, h.n_embd, h.context_length)
+    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length), adapters)

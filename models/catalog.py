@@ -105,7 +105,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         if stored := find_stored(text):
             return stored.path
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, not a model file", text)
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and no checkpoint: it has no config.json", text)
     if path.exists():
         return path  # a pipe or a device: the reader says what is wrong with it
     looks_like_a_path = len(path.parts) > 1 or path.suffix

@@ -160,12 +160,25 @@ class Softcap:
 
 
 @dataclass(frozen=True, eq=False)
+class Change:
+    """What an adapter makes of one matrix of a `MoE`: it counts as weight + scale * b @ a, expert by expert.
+
+    `a` is [n_expert, rank, columns], `b` is [n_expert, rows, rank]; those of the router have no experts.
+    """
+
+    weight: Weight
+    a: Weight
+    b: Weight
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
 class MoE:
     """A mixture of experts: the `n_used` experts that the router likes best, summed by their weights.
 
     Probabilities are gating(router @ x + router_bias); the chosen ones are divided by their sum if `normalize`, then
     multiplied by `scale`. An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others
-    are [n_expert, rows, columns].
+    are [n_expert, rows, columns]. Any of the four may have changes.
     """
 
     out: Value
@@ -180,6 +193,7 @@ class MoE:
     normalize: bool
     scale: float
     gating: Gating
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

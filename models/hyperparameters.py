@@ -9,7 +9,8 @@ from math import isfinite
 
 import numpy as np
 
-from qrun.formats import FormatError, GGUFReader
+from qrun.formats import FormatError
+from qrun.formats.tensors import Described, TensorFile
 from qrun.models.graph import CacheLayer
 
 # Far above any published model; low enough that products of a few of them stay far from overflow.
@@ -24,7 +25,7 @@ MAX_CONTEXT = 1 << 30
 class Metadata:
     """Typed, bounded access to the keys of one architecture, without its name: `attention.head_count`."""
 
-    def __init__(self, reader: GGUFReader) -> None:
+    def __init__(self, reader: TensorFile[Described]) -> None:
         self.reader = reader
         architecture = reader.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -155,7 +156,7 @@ class Hyperparameters:
         return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
 
 
-def count_vocabulary(reader: GGUFReader) -> int:
+def count_vocabulary(reader: TensorFile[Described]) -> int:
     """The rows of the token embedding: a file need not bring its tokens, and may have padded them."""
     embedding = reader.tensors.get("token_embd.weight")
     if embedding is None:

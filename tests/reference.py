@@ -40,6 +40,33 @@ def forward(graph: Graph, tokens: Sequence[int]) -> Array:
     return values[graph.logits.id]
 
 
+def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array, Array]]:
+    """For each tensor that is multiplied with: the sums of squares of its inputs over all tokens [experts, inputs], and
+    how many inputs there were [experts]; those of an expert are the tokens that its router sends there."""
+    found: dict[str, tuple[Array, Array]] = {}
+    values: dict[int, Array] = {}
+    for operation in graph.operations:
+        values[operation.out.id] = compute(operation, values, graph, np.asarray(tokens)).astype(np.float32)
+        if not isinstance(operation, Linear | MoE):
+            continue
+        x = values[operation.x.id].astype(np.float64)
+        total = (x**2).sum(0)[None], np.array([len(x)])
+        if isinstance(operation, Linear):
+            found[operation.weight.name] = total
+            continue
+        chosen, _ = routing(x, operation)
+        found[operation.router.name] = total
+        for weight in (operation.gate, operation.up, operation.down):
+            found[weight.name] = np.zeros((weight.shape[0], weight.shape[-1])), np.zeros(weight.shape[0], int)
+        for expert in np.unique(chosen):
+            rows = x[np.nonzero(chosen == expert)[0]]
+            inner = expert_inner(rows, operation, expert)
+            for weight, inputs in ((operation.gate, rows), (operation.up, rows), (operation.down, inner)):
+                found[weight.name][0][expert] = (inputs**2).sum(0)
+                found[weight.name][1][expert] = len(inputs)
+    return found
+
+
 def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens: Array) -> Array:
     """The result of one operation: [n_tokens, width]."""
     match operation:
@@ -124,9 +151,19 @@ def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, sof
     return out.reshape(n, -1)
 
 
-def mixture_of_experts(x: Array, moe: MoE) -> Array:
-    """Each row through the experts that its router prefers."""
-    scores = multiply(x, moe.router).astype(np.float64)
+def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
+    """x through a matrix of an expert (or the router), and through what adapters add to it."""
+    out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
+    for change in moe.changes:
+        if change.weight is weight:
+            inner = multiply(x, change.a, expert * change.a.shape[-2], change.a.shape[-2])
+            out = out + change.scale * multiply(inner, change.b, expert * weight.shape[-2], weight.shape[-2])
+    return out
+
+
+def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
+    """The experts that the router prefers for each row, and their shares: two [rows, n_used]."""
+    scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
     probabilities = softmax(scores) if moe.gating == "softmax" else 1 / (1 + np.exp(-scores))
@@ -134,12 +171,22 @@ def mixture_of_experts(x: Array, moe: MoE) -> Array:
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
         shares = shares / shares.sum(axis=1, keepdims=True)
+    return chosen, shares
+
+
+def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
+    """What an expert's last matrix takes."""
+    gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
+    return activate(gate, moe.kind) * up
+
+
+def mixture_of_experts(x: Array, moe: MoE) -> Array:
+    """Each row through the experts that its router prefers."""
+    chosen, shares = routing(x, moe)
     out = np.zeros(x.shape)
     for expert in np.unique(chosen):
         rows, ranks = np.nonzero(chosen == expert)
-        gate, up = (multiply(x[rows], w, expert * w.shape[1], w.shape[1]) for w in (moe.gate, moe.up))
-        inner = activate(gate, moe.kind) * up
-        y = multiply(inner, moe.down, expert * moe.down.shape[1], moe.down.shape[1])
+        y = product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
         out[rows] += moe.scale * shares[rows, ranks, None] * y
     return out
 

@@ -18,6 +18,7 @@ _MODULES = {
     **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
     "attention": "attention",
     "quantize": "quantize",
+    "observe": "observe",
     "read": "read",
     **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
 }
@@ -44,6 +45,7 @@ def all_keys() -> list[str]:
         *(f"append-{type_}" for type_ in CACHE_TYPES),
         *(f"attention-{type_}-{together}" for type_ in CACHE_TYPES for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
+        *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"{name}-" for name in ("rope", "route", "select_rows", "from_experts")),
         *(f"{name}-{packing}" for name in ("add", "scale", "softcap", "silu", "gelu", "rms_norm")
           for packing in ("", *packings)),

@@ -16,6 +16,7 @@ from qrun.engine.records import (
     OP_KERNEL,
     PROGRAM,
     RECORD_BYTES,
+    STALLS,
     STEP,
     YIELD,
 )
@@ -33,14 +34,18 @@ from qrun.engine.simd.operations import (
 
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_SLEEP = 40000
+# So long a wait at a barrier (about a millisecond) means that another program has the other thread's core.
+SPINS_OF_A_STALL = 4000
 
 
 def begin_step(shared, _step, _thread):  # type: ignore[no-untyped-def]
-    """Announce a new step: reset the chunk counters, then let waiting threads see the next epoch."""
+    """Announce a new step: reset the chunk counters, then let waiting threads see the next epoch, if they take part."""
     program = load_i64(shared + PROGRAM)
     for i in range(load_i64(shared + N_OPERATIONS)):
         store_i64(program + i * RECORD_BYTES + OP_COUNTER, 0)
-    atomic_add(shared + EPOCH, 1)
+    store_i64(shared + STALLS, 0)
+    if load_i64(shared + N_THREADS) > 1:
+        atomic_add(shared + EPOCH, 1)
 
 
 @helper
@@ -65,6 +70,8 @@ def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
                     spins += 1
                     if spins > SPINS_BEFORE_YIELD:
                         call_plain(yield_address)
+                if spins > SPINS_OF_A_STALL:
+                    store_i64(shared + STALLS, 1)
 
 
 def serve(shared, seen, thread):  # type: ignore[no-untyped-def]

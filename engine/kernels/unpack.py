@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from qrun.engine.simd.vector import F16, F32, I8, I16, I32, Emitter, Vector
+from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of a 4-bit float (1 sign, 2 exponent, 1 mantissa bit), so that they are integers.
@@ -26,9 +26,13 @@ class Rows:
 
     def __init__(self, e: Emitter, address: ir.Value, stride: ir.Value) -> None:
         self.e = e
-        self.addresses = [address]
-        for _ in range(e.lanes - 1):
-            self.addresses.append(e.builder.add(self.addresses[-1], stride))
+        multiples = [ir.Constant(I64, 0), stride, e.builder.shl(stride, ir.Constant(I64, 1))]
+        multiples.append(e.builder.add(stride, multiples[2]))
+        four = e.builder.shl(stride, ir.Constant(I64, 2))
+        self.addresses = []
+        for _ in range(e.lanes // 4):
+            self.addresses += [e.builder.add(address, multiple) for multiple in multiples]
+            address = e.builder.add(address, four)
 
     def words(self, offset: int, count: int) -> list[Vector]:
         """`count` int32 vectors (a multiple of 4) from byte `offset` on: 16 bytes of four rows, transposed."""
@@ -121,13 +125,20 @@ def _half_of(word: Vector, high: bool) -> Vector:
     return (word >> 16 if high else word).narrow(I16).bits_as(F16).to_float()
 
 
-def _spread_bits(bits: Vector, first: int) -> Vector:
-    """Bits first..first+3 of each int32, each at bit 4 of one byte.
+def _add_fifth(words: list[Vector], bits: Vector) -> list[Vector]:
+    """Bit 4 i + b of `bits`, in each lane, becomes bit 4 of byte b of words[i]."""
+    result = []
+    for i, word in enumerate(words):
+        # The byte that holds the four bits, in all bytes of its lane; then one bit of it in each.
+        copies = bits.bits_as(I8).permute([lane // 4 * 4 + i // 2 for lane in range(4 * bits.lanes)])
+        result.append(_add_where(copies.bits_as(I32) & (0x80402010 if i % 2 else 0x08040201), 16, word))
+    return result
 
-    Times 2^4 + 2^11 + 2^18 + 2^25, four copies stand seven bits apart, free of carries; of each, one bit is where it
-    should be.
-    """
-    return (((bits >> first) & 0xF) * 0x02040810) & 0x10101010
+
+def _add_where(bits: Vector, value: int, word: Vector) -> Vector:
+    """`value` added to the bytes of `word` in whose place `bits` is not zero."""
+    low = word.bits_as(I8)
+    return bits.bits_as(I8).is_zero().choose(low, low + value).bits_as(I32)
 
 
 def _q4_0(rows: Rows) -> Iterator[Group]:
@@ -141,18 +152,18 @@ def _q4_1(rows: Rows) -> Iterator[Group]:
     yield Group(_low(words) + _high(words), [_half_of(both, False)], [-_half_of(both, True)])
 
 
-def _q5(words: list[Vector], fifth: Vector) -> list[Vector]:
-    return [w | _spread_bits(fifth, 4 * i) for i, w in enumerate(_low(words) + _high(words))]
-
-
 def _q5_0(rows: Rows) -> Iterator[Group]:
-    yield Group(_q5(rows.words(6, 4), rows.word(2)), [rows.half(0)], [])
+    first, second, *_ = rows.words(0, 4)
+    words = rows.words(6, 4)
+    fifths = (first >> 16) | (second << 16)
+    yield Group(_add_fifth(_low(words) + _high(words), fifths), [_half_of(first, False)], [])
 
 
 def _q5_1(rows: Rows) -> Iterator[Group]:
-    header = rows.words(0, 4)
-    words = [*header[2:], rows.word(16), rows.word(20)]
-    yield Group(_q5(words, header[1]), [_half_of(header[0], False)], [-_half_of(header[0], True)])
+    both, fifths, *_ = rows.words(0, 4)
+    words = rows.words(8, 4)
+    quants = _add_fifth(_low(words) + _high(words), fifths)
+    yield Group(quants, [_half_of(both, False)], [-_half_of(both, True)])
 
 
 def _signed(rows: Rows, words: list[Vector]) -> list[Vector]:
@@ -229,10 +240,8 @@ def _q3_k(rows: Rows) -> Iterator[Group]:
                 low = (_byte(packed, i % 8) >> (4 * (i // 8))) & 15
                 top = (_byte(packed, 8 + i % 4) >> (2 * (i // 4))) & 3
                 scales.append(d * ((low | (top << 4)) - 32).to_float())
-            weights = [
-                ((word >> (2 * j)) & 0x03030303) | (((bit >> g) & 0x01010101) << 2)
-                for word, bit in zip(words, high, strict=True)
-            ]
+            lowest = [(word >> (2 * j)) & 0x03030303 for word in words]
+            weights = [_add_where(bit & (0x01010101 << g), 4, w) for w, bit in zip(lowest, high, strict=True)]
             yield Group(weights, scales, [])
 
 
@@ -254,7 +263,7 @@ def _k_with_minimum(rows: Rows, quants: int, fifth: int | None) -> Iterator[Grou
         words = rows.words(quants + 32 * pair, 8)
         for g, weights in ((2 * pair, _low(words)), (2 * pair + 1, _high(words))):
             if fifths is not None:
-                weights = [w | (((f >> g) & 0x01010101) << 4) for w, f in zip(weights, fifths, strict=True)]
+                weights = [_add_where(f & (0x01010101 << g), 16, w) for w, f in zip(weights, fifths, strict=True)]
             scale, minimum = _scale_and_minimum(header, g)
             yield Group(weights, [d * scale.to_float()], [dmin * minimum.to_float()])
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qrun.engine.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoded, Encoder
 from qrun.engine.quantize.imatrix import Imatrix
-from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types
+from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types, needs_importance
 from qrun.engine.quantize.source import Source, SourceTensor
 from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
@@ -56,7 +56,8 @@ class PlannedTensor:
 
     @property
     def changes(self) -> bool:
-        return self.type != self.source.type
+        """Has it to be encoded? A tensor that was made while reading has no bytes yet, whatever its type."""
+        return self.type != self.source.type or not self.source.copyable
 
 
 @dataclass(frozen=True)
@@ -129,20 +130,25 @@ def plan(
     """Decide about every tensor, and check that it can be done.
 
     Raises FormatError if the imatrix is of another model or a tensor cannot be decoded, ValueError if a tensor is
-    quantised already and that is not allowed.
+    quantised already and that is not allowed, or the type needs an importance matrix that there is not.
     """
+    if imatrix and not any(name in imatrix.values for name in source.tensors):
+        raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
     layout = {name: (tensor.type, tensor.shape) for name, tensor in source.tensors.items()}
     types = choose_types(layout, Facts.of(source.metadata, imatrix is not None), choice)
     planned = []
     for name, tensor in source.tensors.items():
-        type = types[name]
-        importance = None
-        if type != tensor.type:
-            _check_convertible(source, tensor, type, allow_requantize)
+        entry = PlannedTensor(tensor, types[name])
+        if entry.changes:
+            _check_convertible(source, tensor, entry.type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
-        planned.append(PlannedTensor(tensor, type, importance))
-    if imatrix and not any(name in imatrix.values for name in source.tensors):
-        raise FormatError(imatrix.path, f"it has nothing of the tensors of {source.path.name}: it is of another model")
+            if importance is None and needs_importance(name, entry.type, choice):
+                raise ValueError(
+                    f"{source.path}: {choice.file_type} needs an importance matrix"
+                    + (f", and {imatrix.path.name} has nothing of {name}" if imatrix else " (--imatrix)")
+                )
+            entry = PlannedTensor(tensor, entry.type, importance)
+        planned.append(entry)
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in planned:

@@ -1,4 +1,4 @@
-"""Reading an importance matrix: how much the inputs of each matrix of a model weigh, from a calibration run.
+"""Importance matrices, read and written: how much the inputs of each matrix of a model weigh, from a calibration run.
 
 For each matrix it holds the mean square of every input (of every input of every expert), which is how much an error of
 the weights in that column matters: E[(sum of e[j] * a[j])^2] is about the sum of e[j]^2 * E[a[j]^2].
@@ -9,22 +9,28 @@ many were summed). The older one, `.dat`, all little-endian:
     int32 entries
     each:   int32 length, name | int32 calls | int32 values, float32[values]: sums divided by their count, times calls
     then, perhaps:   int32 chunks | int32 length, name of the text
+
+What is written is GGUF, with the names and keys of llama.cpp's `tools/imatrix`.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats import FormatError, GGUFReader
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.gguf.cursor import decode_text, quote
 
 F32Array = NDArray[np.float32]
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
 # Inputs that the calibration text hardly ever moved still count for this part of the mean.
 FLOOR = np.float32(1e-4)
@@ -61,6 +67,43 @@ class Imatrix:
         return np.maximum(scaled, FLOOR)
 
 
+@dataclass(frozen=True)
+class InputSums:
+    """What the rows of a text were, at one matrix: sums of squares [experts, inputs], and counts [experts] of rows."""
+
+    sums: NDArray[np.floating]
+    counts: NDArray[np.integer]
+
+
+def write_imatrix(
+    path: str | os.PathLike[str], sums: Mapping[str, InputSums], *, dataset: str, chunks: int, chunk_size: int
+) -> None:
+    """Write a GGUF file; it appears when it is complete.
+
+    sums: by the tensor's name. dataset: what the text is called. chunks: how many were read, of `chunk_size` tokens.
+    """
+    with GGUFWriter(path) as writer:
+        writer.set_metadata("general.type", "imatrix", ValueType.STRING)
+        writer.set_metadata(DATASETS, [dataset], ValueType.ARRAY, ValueType.STRING)
+        writer.set_metadata(CHUNK_COUNT, chunks, ValueType.UINT32)
+        writer.set_metadata(CHUNK_SIZE, chunk_size, ValueType.UINT32)
+        arrays: dict[str, F32Array] = {}
+        for name in sorted(sums):
+            entry = sums[name]
+            dense = len(entry.counts) == 1  # GGUF files spell no dimensions of one
+            arrays[name + SUMS] = entry.sums.astype(np.float32).reshape(-1 if dense else entry.sums.shape)
+            arrays[name + COUNTS] = entry.counts.astype(np.float32).reshape((-1,) if dense else (-1, 1))
+        for name, array in arrays.items():
+            writer.add_tensor(name, TensorType.F32, array.shape)
+        for name, array in arrays.items():
+            writer.write_tensor(name, array)
+
+
+def unused_experts(sums: Mapping[str, InputSums]) -> int:
+    """How many experts' matrices no row of the text went through."""
+    return sum(int((entry.counts == 0).sum()) for entry in sums.values())
+
+
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Read either format. Raises FormatError, naming the file and the matter, if it is damaged or holds nothing."""
     path = Path(path)
@@ -79,10 +122,10 @@ def _read_gguf(path: Path) -> Imatrix:
     values: dict[str, F32Array] = {}
     with GGUFReader(path) as reader:
         for name, tensor in reader.tensors.items():
-            if not name.endswith(".in_sum2"):
+            if not name.endswith(SUMS):
                 continue
-            name = name.removesuffix(".in_sum2")
-            counts_tensor = reader.tensors.get(f"{name}.counts")
+            name = name.removesuffix(SUMS)
+            counts_tensor = reader.tensors.get(name + COUNTS)
             if counts_tensor is None:
                 raise FormatError(path, f"{quote(name)} has sums but no counts")
             sums, counts = tensor.dequantize().reshape(-1), counts_tensor.dequantize().reshape(-1, 1)
@@ -90,8 +133,8 @@ def _read_gguf(path: Path) -> Imatrix:
                 raise FormatError(path, f"the sums and counts of {quote(name)} do not fit together")
             matrix = sums.reshape(counts.size, -1)
             values[name] = np.where(counts > 0, matrix / np.maximum(counts, 1), np.float32(1)).reshape(-1)
-        datasets = reader.metadata.get("imatrix.datasets", [])
-        chunks = reader.metadata.get("imatrix.chunk_count", 0)
+        datasets = reader.metadata.get(DATASETS, [])
+        chunks = reader.metadata.get(CHUNK_COUNT, 0)
     if not values:
         raise FormatError(path, "this is a GGUF file, but not of an importance matrix")
     return Imatrix(

@@ -136,6 +136,11 @@ def category(name: str) -> str:
     return next((part for part in ("ffn_up", "ffn_gate", "ffn_down") if part in name), "other")
 
 
+def needs_importance(name: str, type: T, choice: Choice) -> bool:
+    """Whether a tensor of this type would be garbage without an importance matrix: Q2_K in a file of little else."""
+    return choice.file_type == "Q2_K_S" and type == T.Q2_K and category(name) not in ("output", "embedding")
+
+
 def is_quantisable(name: str, shape: tuple[int, ...], type: T) -> bool:
     n_dims = next((len(shape) - i for i, n in enumerate(shape) if n > 1), 1)
     if n_dims < 2 or type in NUMBERS or not name.endswith("weight"):

@@ -378,11 +378,6 @@ def load_tile(e: Emitter, columns: int, address: ir.Value, stride: Any) -> list[
     return [e.load(_nth(e, address, stride, i), 0, F32, e.lanes) for i in range(columns)]
 
 
-@operation(lambda tile, index: VectorType("f32", tile.lanes))
-def column(e: Emitter, tile: list[Vector], index: int) -> Vector:
-    return tile[index]
-
-
 @operation(lambda vector: types.float32)
 def first_lane(e: Emitter, vector: Vector) -> ir.Value:
     return vector.lane(0)
@@ -439,12 +434,9 @@ def pause(e: Emitter) -> None:
 
 @operation(_void)
 def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
-    """Bring the cache lines of `size` bytes (a literal) from `address`, mapped or not, into the second level."""
-    type_ = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
-    function = emit.declare(e.builder.module, "llvm.prefetch.p0", type_)
-    read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+    """Ask for the cache lines of `size` bytes (a literal) from `address`."""
     for offset in range(0, size, 64):
-        e.builder.call(function, [e.pointer(address, offset, I8), read, second_level, data])
+        e.prefetch(address, offset)
 
 
 @operation(_void)

@@ -114,6 +114,10 @@ class Vector:
         compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_signed
         return self._new(compare("<", self.value, self._operand(other)))
 
+    def is_zero(self) -> Vector:
+        """A vector of single bits, for integers."""
+        return self._new(self.builder.icmp_signed("==", self.value, self._operand(0)))
+
     def choose(self, yes: Vector, no: Vector) -> Vector:
         """self holds single bits: lane by lane `yes` where set, else `no`."""
         return self._new(self.builder.select(self.value, yes.value, no.value))
@@ -204,6 +208,18 @@ class Emitter:
 
     def store(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
         self.builder.store(value, self.pointer(address, offset, value.type), align=1)
+
+    def prefetch(self, address: ir.Value, offset: int) -> None:
+        """Bring the cache line at an address, mapped or not, into the second level."""
+        type_ = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = declare(self.builder.module, "llvm.prefetch.p0", type_)
+        read, second_level, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+        self.builder.call(function, [self.pointer(address, offset, I8), read, second_level, data])
+
+    def fence(self) -> None:
+        """LLVM moves no access to memory from one side to the other. It is no instruction."""
+        assembly = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True)
+        self.builder.call(assembly, [])
 
     def splat(self, scalar: ir.Value, lanes: int | None = None) -> Vector:
         type_ = ir.VectorType(scalar.type, lanes or self.lanes)

@@ -46,7 +46,7 @@ class CheckpointSource:
         self.architecture, config = read_config(self.path)
         sizes = dimensions(config, self.architecture)
         entries = Entries()
-        general_entries(entries, self.path, config, self.architecture.name)
+        general_entries(entries, self.path, self.architecture.name)
         hyperparameter_entries(entries, self.architecture, config, sizes)
         tokenizer_entries(entries, self.path, config, sizes["vocab"])
         self._checkpoint = SafetensorsFolder(self.path)

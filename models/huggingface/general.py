@@ -7,7 +7,6 @@ from pathlib import Path
 from qrun.formats import FormatError
 from qrun.formats.json_file import read_json
 from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 
 MAX_CARD_BYTES = 1 << 20
@@ -19,24 +18,23 @@ _REALS = {
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
-def general_entries(entries: Entries, folder: Path, config: Config, architecture: str) -> None:
+def general_entries(entries: Entries, folder: Path, architecture: str) -> None:
     """The keys under `general.`, but for those that depend on the tensors."""
     entries.text("general.architecture", architecture)
     entries.text("general.type", "model")
     sampling_entries(entries, folder)
-    entries.text("general.name", model_name(folder, config))
+    entries.text("general.name", model_name(folder))
     if licence := _licence(folder / "README.md"):
         entries.text("general.license", licence)
 
 
-def model_name(folder: Path, config: Config) -> str:
+def model_name(folder: Path) -> str:
     """The last part of the model's name on Hugging Face, as far as the folder tells."""
     folder = folder.resolve()
     # Hugging Face's own cache: models--ORG--NAME/snapshots/COMMIT
     if folder.parent.name == "snapshots" and (match := re.match(r"models--.+?--(.+)", folder.parent.parent.name)):
         return match[1]
-    given = config.get("_name_or_path")
-    return folder.name or (given.rpartition("/")[2] if isinstance(given, str) else "") or "model"
+    return folder.name or "model"
 
 
 def sampling_entries(entries: Entries, folder: Path) -> None:

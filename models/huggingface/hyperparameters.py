@@ -6,7 +6,7 @@ What a file cannot say, and no engine would therefore do, is refused: a wrong mo
 from collections.abc import Mapping
 
 from qrun.formats import ValueType
-from qrun.models.huggingface.architectures import Architecture, Experts
+from qrun.models.huggingface.architectures import Architecture
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.rope import longrope_entries, rope_entries
@@ -88,7 +88,7 @@ def _check(architecture: Architecture, config: Config, sizes: Mapping[str, int])
         raise config.error("use_bidirectional_attention", "is true, which is not supported")
     if name in LARGEST:
         _check_query_scale(config, sizes, largest=sizes["layers"] == LARGEST[name])
-    if name == "qwen3moe" and any(isinstance(part, Experts) for part in architecture.layer):
+    if name == "qwen3moe":
         if not config.flag("norm_topk_prob"):
             raise config.error("norm_topk_prob", "is not true: GGUF cannot say so, and engines would normalise")
         if config.get("mlp_only_layers") or config.integer("decoder_sparse_step", 1) != 1:

@@ -230,7 +230,8 @@ class _Mapper:
         if tensor is None:
             if optional:
                 return None
-            raise FormatError(self.config.path.parent, f"tensor {quote('model.' + name)} is missing")
+            full = name if name.startswith("lm_head.") else f"model.{name}"
+            raise FormatError(self.config.path.parent, f"tensor {quote(full)} is missing")
         if tensor.shape != shape:
             raise tensor.error(f"has shape {tensor.shape}, expected {shape}")
         self._taken.add(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import random_model
 
-from qrun.cli.compare import Peer, Task, compare
+from qrun.cli.bench_compare import Peer, Task, compare
 from qrun.models.catalog import resolve
 
 Row = dict[str, Any]

@@ -10,21 +10,21 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qrun.cli import bench, compare
+from qrun.cli import bench, bench_compare
 from qrun.cli.main import cli
 from qrun.engine.bandwidth import bytes_per_token, read_bandwidth
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 
 MODEL = Path(__file__).parents[1] / "data" / "arch" / "llama-dense.gguf"
-TASK = compare.Task(str(MODEL), prompt=4, gen=2, reps=1, depth=3, seqs=2)
+TASK = bench_compare.Task(str(MODEL), prompt=4, gen=2, reps=1, depth=3, seqs=2)
 # Prints its arguments as figures.
 ECHO = f"{sys.executable} -c 'import json, sys; print(json.dumps(dict(pp4=int(sys.argv[1]), tg2=float(sys.argv[2]))))'"
 
 
 def test_figures_of_qrun_s_and_the_peers_own_benchmarks() -> None:
     answer = {"peer": "x", "threads": 2, "depth": 0, "pp512": 10, "tg64": 2.5}
-    assert compare.figures(answer) == {"pp512": 10, "tg64": 2.5}
+    assert bench_compare.figures(answer) == {"pp512": 10, "tg64": 2.5}
 
 
 def test_figures_of_llama_bench() -> None:
@@ -33,33 +33,33 @@ def test_figures_of_llama_bench() -> None:
         {"n_prompt": 0, "n_gen": 64, "avg_ts": 9.0},
         {"n_prompt": 512, "n_gen": 64, "avg_ts": 50.0},
     ]
-    assert compare.figures(tests) == {"pp512": 100.0, "tg64": 9.0}
+    assert bench_compare.figures(tests) == {"pp512": 100.0, "tg64": 9.0}
 
 
 def test_a_command_is_filled_in() -> None:
-    peer = compare.Peer("mine=run '{model}' -t {threads} -p {prompt},{gen} {unknown} {reps}{depth}{seqs}")
-    task = compare.Task("a model's {gen}.gguf", prompt=4, gen=2, reps=1, depth=3, seqs=2)
+    peer = bench_compare.Peer("mine=run '{model}' -t {threads} -p {prompt},{gen} {unknown} {reps}{depth}{seqs}")
+    task = bench_compare.Task("a model's {gen}.gguf", prompt=4, gen=2, reps=1, depth=3, seqs=2)
     assert peer.name == "mine"
     assert peer.command(task, 7) == ["run", "a model's {gen}.gguf", "-t", "7", "-p", "4,2", "{unknown}", "132"]
-    assert compare.Peer("/opt/llama-bench -m {model}").name == "llama-bench"
+    assert bench_compare.Peer("/opt/llama-bench -m {model}").name == "llama-bench"
 
 
 def test_engines_take_turns_and_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[tuple[str, int]] = []
     speeds = iter([10.0, 30.0, 20.0, 5.0, 7.0, 6.0])
 
-    def run_qrun(task: compare.Task, threads: int) -> dict[str, float]:
+    def run_qrun(task: bench_compare.Task, threads: int) -> dict[str, float]:
         turns.append(("qrun", threads))
         speed = next(speeds)
         return {"pp4": speed, "tg2": speed, "tg2x2": speed, "memory": 10 * speed, "share": 0.5}
 
-    class Fake(compare.Peer):
-        def run(self, task: compare.Task, threads: int) -> dict[str, float]:
+    class Fake(bench_compare.Peer):
+        def run(self, task: bench_compare.Task, threads: int) -> dict[str, float]:
             turns.append((str(self.name), threads))
             return {"pp4": 15.0, "tg2": 20.0}
 
-    monkeypatch.setattr(compare, "run_qrun", run_qrun)
-    rows = compare.compare(TASK, [Fake("a={model}"), Fake("b={model}")], [1, 2], rounds=3)
+    monkeypatch.setattr(bench_compare, "run_qrun", run_qrun)
+    rows = bench_compare.compare(TASK, [Fake("a={model}"), Fake("b={model}")], [1, 2], rounds=3)
     assert turns == [(name, threads) for threads in (1, 2) for _ in range(3) for name in ("qrun", "a", "b")]
     assert [(row["threads"], row["metric"], row["qrun"]) for row in rows] == [
         (1, "pp4", 30.0), (1, "tg2", 30.0), (1, "tg2x2", 30.0), (2, "pp4", 7.0), (2, "tg2", 7.0), (2, "tg2x2", 7.0),
@@ -67,7 +67,7 @@ def test_engines_take_turns_and_the_best_counts(monkeypatch: pytest.MonkeyPatch)
     assert rows[0]["ratios"] == {"a": 2.0, "b": 2.0}
     assert (rows[1]["memory"], rows[1]["share"]) == (300.0, 0.5)
     assert rows[2]["peers"] == {}
-    text = compare.table(TASK, rows).splitlines()
+    text = bench_compare.table(TASK, rows).splitlines()
     assert text[2].split() == ["1", "pp4", "30.00", "15.00", "(2.00x)", "15.00", "(2.00x)"]
     assert text[3].endswith("50% of 300.0 GB/s")
     assert text[4].split() == ["1", "tg2x2", "30.00", "-", "-"]
@@ -81,7 +81,7 @@ def test_the_comparison_is_drawn(tmp_path: Path, ending: str) -> None:
         for t in (1, 2) for m in TASK.metrics
     ]  # fmt: skip
     path = tmp_path / f"speed.{ending}"
-    compare.draw(TASK, rows, str(path))
+    bench_compare.draw(TASK, rows, str(path))
     assert path.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"<?xml")
 
 
@@ -103,7 +103,7 @@ def test_a_whole_comparison() -> None:
 )  # fmt: skip
 def test_a_peer_that_does_not_work_is_one_line(peer: str, message: str) -> None:
     with pytest.raises((RuntimeError, click.UsageError), match=re.escape(message)):
-        compare.Peer(peer).run(TASK, 1)
+        bench_compare.Peer(peer).run(TASK, 1)
 
 
 def test_a_plot_needs_a_comparison_and_a_known_ending() -> None:

@@ -113,14 +113,14 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
     monkeypatch.setattr(loading, "load_model", load)
     arguments = (
         "--temperature 0.5 --top-k 3 --max-tokens 7 --seed 1 --logit-bias 5=-inf --logit-bias 6=1.5 --stop a --stop b "
-        "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0"
+        "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0 --type q4_0"
     )
     result = CliRunner().invoke(cli, ["run", "m.gguf", "hi", *arguments.split()])
     assert result.exit_code == 0, result.output
     assert taken == {
         "prompt": "hi", "temperature": 0.5, "top_k": 3, "max_tokens": 7, "seed": 1,
         "logit_bias": {5: float("-inf"), 6: 1.5}, "stop": ("a", "b"), "samplers": ("top_k", "temperature"),
-        "dry_breakers": ("x",), "threads": 2, "context": 64, "cache_type": "q8_0",
+        "dry_breakers": ("x",), "threads": 2, "context": 64, "cache_type": "q8_0", "type": "q4_0",
     }  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_bad_files_are_one_line(
 
 def test_a_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = run_main("info", str(tmp_path), capsys=capsys)
-    assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, not a model file\n")
+    assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
 
 
 def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from cli_fakes import ChatTokenizer, make_model
 from click.testing import CliRunner, Result
 from engine_fakes import FakeRuntime, ids_of
 
-from qrun.cli import bench, info, loading, machine, perplexity
+from qrun.cli import bench, info, loading, machine
 from qrun.cli.main import cli
 from qrun.models.graph import CacheLayer
 from qrun.models.store import models_folder
@@ -246,48 +243,6 @@ def test_bench_tokens_are_those_of_other_engines_benchmarks() -> None:
 
 
 # perplexity
-
-
-def test_negative_log_likelihoods() -> None:
-    logits = np.array([[0.0, 0.0], [math.log(3), 0.0], [1e4, 0.0]], np.float32)
-    found = perplexity.negative_log_likelihoods(logits, [0, 1, 0])
-    assert found == pytest.approx([math.log(2), math.log(4), 0])
-
-
-def test_the_second_half_of_a_chunk_is_scored() -> None:
-    runtime = FakeRuntime()
-    score = perplexity.Score()
-    chunk = ids_of("0123456789")
-    perplexity.score_chunk(runtime, chunk, None, score)  # type: ignore[arg-type]
-    expected = [
-        perplexity.negative_log_likelihoods(runtime.logits_after(chunk[: i + 1])[None], [chunk[i + 1]])[0]
-        for i in range(5, 9)
-    ]
-    assert score.count == 4
-    assert score.total == pytest.approx(sum(expected))
-
-
-def test_bos_takes_the_place_of_a_chunk_s_first_token() -> None:
-    runtime = FakeRuntime()
-    perplexity.score_chunk(runtime, ids_of("0123456789"), 0, perplexity.Score())  # type: ignore[arg-type]
-    assert list(chain.from_iterable(runtime.evaluated)) == [0, *ids_of("12345678")]
-
-
-def test_many_logits_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parts = perplexity.Score(), perplexity.Score()
-    chunk = ids_of("0123456789" * 8)
-    perplexity.score_chunk(FakeRuntime(), chunk, None, whole)  # type: ignore[arg-type]
-    monkeypatch.setattr(perplexity, "LOGIT_BYTES", 1)
-    perplexity.score_chunk(FakeRuntime(), chunk, None, parts)  # type: ignore[arg-type]
-    assert (parts.count, parts.total) == (whole.count, pytest.approx(whole.total))
-
-
-def test_perplexity_and_its_standard_error() -> None:
-    score = perplexity.Score()
-    score.add(np.array([1.0, 2.0]))
-    score.add(np.array([3.0, 6.0]))
-    assert score.perplexity == pytest.approx(math.exp(3))
-    assert score.error == pytest.approx(math.exp(3) * np.std([1, 2, 3, 6], ddof=1) / 2)
 
 
 def test_a_text_that_is_too_short_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def test_importance_goes_to_each_expert(tmp_path: Path) -> None:
     assert result.losses[TensorType.Q4_K].weighted_rmse < result.losses[TensorType.Q4_K].relative_rmse
 
 
+def test_q2_k_s_without_importance_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = source.with_name("out.gguf")
+    status, _, err = run(source, out, "--type", "q2_k_s", capsys=capsys)
+    assert (status, err) == (1, f"qrun: {source}: Q2_K_S needs an importance matrix (--imatrix)\n")
+    imatrix = Imatrix(Path("i.gguf"), {"blk.0.attn_v.weight": np.ones(ROW, np.float32)})
+    message = r"needs an importance matrix, and i\.gguf has nothing of blk\.0\.attn_q\.weight"
+    with GGUFReader(source) as reader, pytest.raises(ValueError, match=message):
+        plan(GGUFSource(reader), Choice("Q2_K_S"), imatrix=imatrix)
+    assert leftovers(source.parent) == [source.name]
+
+
 def test_copy_is_the_same_tensors(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = source.with_name("copy.gguf")
     values = ("llama.block_count=int:3", "general.name=str:a=b:c", "x.flag=bool:true")

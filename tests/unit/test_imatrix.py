@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.engine.quantize.imatrix import read_imatrix
-from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.engine.quantize.imatrix import InputSums, read_imatrix, unused_experts, write_imatrix
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 
 
 def write_gguf(path: Path, sums: np.ndarray, counts: np.ndarray) -> Path:
@@ -39,6 +39,38 @@ def test_gguf_holds_sums_and_counts_of_each_expert(tmp_path: Path) -> None:
     importance = found.importance("a.weight", (2, 5, 2))
     assert importance is not None
     np.testing.assert_array_equal(importance, np.float32([[0.5, 1.5], [1, 1]]))
+
+
+def test_what_is_written_is_read_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    path, counts = tmp_path / "i.gguf", np.array([3, 0, 70])
+    sums = {
+        "b.weight": InputSums(rng.uniform(1, 9, (1, 33)), np.array([512])),
+        "a_exps.weight": InputSums(rng.uniform(1, 9, (3, 7)) * (counts > 0)[:, None], counts),
+    }
+    write_imatrix(path, sums, dataset="wiki.txt", chunks=4, chunk_size=128)
+    found = read_imatrix(path)
+    assert (found.datasets, found.chunks) == (["wiki.txt"], 4)
+    assert list(found.values) == ["a_exps.weight", "b.weight"]
+    np.testing.assert_allclose(found.values["b.weight"], sums["b.weight"].sums[0] / 512, rtol=1e-6)
+    experts = found.values["a_exps.weight"].reshape(3, 7)
+    np.testing.assert_allclose(experts[[0, 2]], sums["a_exps.weight"].sums[[0, 2]] / [[3], [70]], rtol=1e-6)
+    np.testing.assert_array_equal(experts[1], 1)  # never used
+    assert unused_experts(sums) == 1
+
+
+def test_what_is_written_is_llama_cpp_s_format(tmp_path: Path) -> None:
+    sums = {"a.weight": InputSums(np.ones((1, 3)), np.array([5])), "e": InputSums(np.ones((2, 3)), np.array([5, 6]))}
+    write_imatrix(tmp_path / "i.gguf", sums, dataset="wiki.txt", chunks=4, chunk_size=128)
+    with GGUFReader(tmp_path / "i.gguf") as reader:
+        assert reader.metadata == {
+            "general.type": "imatrix", "imatrix.datasets": ["wiki.txt"], "imatrix.chunk_count": 4,
+            "imatrix.chunk_size": 128,
+        }  # fmt: skip
+        assert {name: (tensor.type, tensor.shape) for name, tensor in reader.tensors.items()} == {
+            "a.weight.in_sum2": (TensorType.F32, (3,)), "a.weight.counts": (TensorType.F32, (1,)),
+            "e.in_sum2": (TensorType.F32, (2, 3)), "e.counts": (TensorType.F32, (2, 1)),
+        }  # fmt: skip
+        assert reader.tensors["e.counts"].dequantize().tolist() == [[5], [6]]
 
 
 def test_dat_holds_means_times_calls(tmp_path: Path) -> None:

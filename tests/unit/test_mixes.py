@@ -5,7 +5,15 @@ from collections import Counter
 
 import pytest
 
-from qrun.engine.quantize.mixes import Choice, Facts, choose_types, file_type_name, fitting_type, is_quantisable
+from qrun.engine.quantize.mixes import (
+    Choice,
+    Facts,
+    choose_types,
+    file_type_name,
+    fitting_type,
+    is_quantisable,
+    needs_importance,
+)
 from qrun.formats import TensorType as T
 
 Layout = dict[str, tuple[T, tuple[int, ...]]]
@@ -90,6 +98,20 @@ def test_mxfp4_is_for_experts() -> None:
     types = choose_types(model(2, experts=4), facts(2, experts=4), Choice("MXFP4"))
     assert types["blk.0.ffn_up_exps.weight"] == T.MXFP4
     assert types["blk.0.attn_q.weight"] == types["output.weight"] == types["token_embd.weight"] == T.Q8_0
+
+
+def test_queries_keys_and_values_in_one_count_as_values() -> None:
+    layout = {name.replace("attn_v", "attn_qkv"): entry for name, entry in model(16).items()}
+    types = choose_types(layout, facts(16, arch="phi3"), Choice("Q5_K_M"))
+    assert layers_of(types, "attn_qkv", T.Q6_K) == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
+def test_q2_k_s_needs_importance_where_it_has_two_bits() -> None:
+    choice = Choice("Q2_K_S")
+    assert needs_importance("blk.3.attn_q.weight", T.Q2_K, choice)
+    assert not needs_importance("blk.3.attn_v.weight", T.Q4_K, choice)
+    assert not needs_importance("token_embd.weight", T.Q2_K, choice)
+    assert not needs_importance("blk.3.attn_q.weight", T.Q2_K, Choice("Q2_K"))
 
 
 def test_importance_changes_a_few_choices() -> None:

@@ -85,11 +85,12 @@ def test_importance_lowers_the_error_where_it_matters(name: str, encoder: Encode
 @pytest.mark.parametrize("name", NAMES)
 def test_quantising_again_loses_next_to_nothing(name: str, rng: np.random.Generator) -> None:
     type = TensorType[name]
-    weights = rng.normal(size=(8, 512)).astype(np.float32)
+    weights = rng.normal(size=(64, 512)).astype(np.float32)
     once = dequantize(quantize(weights, type), type, weights.shape)
     again = dequantize(quantize(once, type), type, weights.shape)
     loss = np.sqrt(np.square(once - weights).mean())
-    assert np.sqrt(np.square(again - once).mean()) < 0.2 * loss
+    # Q5_K has the most: 0.178, with a standard deviation of 0.007 from one draw of so many weights to the next.
+    assert np.sqrt(np.square(again - once).mean()) < 0.22 * loss
 
 
 @pytest.mark.parametrize("name", [*NAMES, "F32", "F16", "BF16"])

@@ -1,0 +1,62 @@
+"""`qrun imatrix`: which weights of a model matter, from a text that runs through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qrun.cli.options import chunk_options, lora_option, model_argument, threads_option
+
+if TYPE_CHECKING:
+    from qrun.models.adapter import Lora
+
+
+@click.command()
+@model_argument()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("imatrix.gguf"), show_default=True,
+              metavar="OUT", help="The file to write.")  # fmt: skip
+@chunk_options()
+@threads_option()
+@lora_option()
+def command(
+    model: str, file: Path, out: Path, ctx: int, chunks: int | None, threads: int | None, loras: tuple[Lora, ...]
+) -> None:
+    """Collect an importance matrix, with which `qrun convert --imatrix` loses less.
+
+    The text in FILE runs through the model. Of each matrix of its layers, the squares of the inputs are summed up,
+    column by column: they tell how much an error in that column's weights matters. Some hundred chunks of text like
+    that which the model will meet are enough. The file is in llama.cpp's format.
+
+    \b
+    Examples:
+      qrun imatrix model-f16.gguf calibration.txt
+      qrun imatrix model-f16.gguf calibration.txt -o model.imatrix.gguf --chunks 100
+      qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
+    """
+    from qrun.cli.console import notice, step_bar
+    from qrun.cli.loading import find_original, open_runtime, text_chunks
+    from qrun.cli.perplexity import plus_minus, so_far
+    from qrun.engine import Tokenizer
+    from qrun.engine.quantize.calibration import collect
+    from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
+
+    path = find_original(model)
+    if out.exists() and out.samefile(path):
+        raise ValueError(f"{out}: this is the model itself: name another file")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
+    text = text_chunks(file, Tokenizer.load(path), ctx, chunks)
+    with (
+        open_runtime(path, threads=threads, context=ctx, observe=True, loras=loras) as runtime,
+        step_bar("collecting") as progress,
+    ):
+        progress(0, len(text))
+        sums, score = collect(runtime, text, lambda done, total, score: progress(done, total, so_far(score)))
+    write_imatrix(out, sums, dataset=file.name, chunks=len(text), chunk_size=ctx)
+    unused = unused_experts(sums)
+    if unused:
+        notice(f"{unused} of the experts' matrices were never used: a longer text would reach more")
+    click.echo(f"{out}: {len(sums)} tensors, {len(text)} chunks of {ctx}; perplexity {plus_minus(score.perplexity, 4)}")

@@ -1,0 +1,51 @@
+"""What commands that draw have in common: matplotlib is optional, and files are PNG or SVG."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ENDINGS = (".png", ".svg")
+GREY = "#8a8a8a"
+BLUE = "#1f6fb4"
+
+
+def check_plot(path: str) -> None:
+    """Raises click.UsageError for a file that is neither PNG nor SVG, or if there is nothing to draw with."""
+    if Path(path).suffix.lower() not in ENDINGS:
+        raise click.UsageError(f"--plot: {path} must end in .png or .svg.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise click.UsageError("--plot needs matplotlib: pip install 'qrun-gguf[plot]'.") from None
+
+
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches, with panels side by side and no frames above and right of them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write the file as a whole or not at all."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
+    try:
+        figure.savefig(temporary, dpi=150, format=target.suffix[1:].lower())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

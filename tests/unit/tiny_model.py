@@ -1,0 +1,40 @@
+"""Model files with random weights that can read text: one of the small architectures, and a tokenizer of characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
+
+ARCHITECTURES = Path(__file__).parents[1] / "data" / "arch"
+# Printable ASCII, a space and a newline in GPT-2's spelling, and a piece that one merge makes.
+PIECES = ["<|endoftext|>", *map(chr, range(0x21, 0x7F)), "Ġ", "Ċ", "th"]
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
+
+
+def write_tiny_model(
+    path: Path, *, architecture: str = "llama-dense", pieces: list[str] | None = None, experts: int | None = None
+) -> Path:
+    """experts: where the architecture has some, so many with new random weights, of which each token goes to two."""
+    rng = np.random.default_rng(7)
+    pieces = PIECES if pieces is None else pieces
+    pieces = [*pieces, *(f"[{i}]" for i in range(128 - len(pieces)))]
+    with GGUFReader(ARCHITECTURES / f"{architecture}.gguf") as reader, GGUFWriter.from_reader(path, reader) as writer:
+        writer.set_metadata("tokenizer.ggml.model", "gpt2", ValueType.STRING)
+        writer.set_metadata("tokenizer.ggml.pre", "gpt-2", ValueType.STRING)
+        writer.set_metadata("tokenizer.ggml.tokens", pieces, ValueType.ARRAY, ValueType.STRING)
+        writer.set_metadata("tokenizer.ggml.merges", ["t h"], ValueType.ARRAY, ValueType.STRING)
+        arrays = {name: tensor.dequantize() for name, tensor in reader.tensors.items()}
+        if experts:
+            writer.set_metadata(f"{reader.metadata['general.architecture']}.expert_count", experts, ValueType.UINT32)
+            for name, array in arrays.items():
+                if "_exps.weight" in name or "ffn_gate_inp.weight" in name:
+                    shape = (experts, *array.shape[1:])
+                    arrays[name] = rng.normal(0, array.std(), shape).astype(np.float32)
+        for name, array in arrays.items():
+            writer.add_tensor(name, TensorType.F32, array.shape)
+        for name, array in arrays.items():
+            writer.write_tensor(name, np.ascontiguousarray(array))
+    return path
