@@ -18,32 +18,32 @@ class WriteBehind:
     What fails there is an OSError of the next `wrote` or of `finish`.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self) -> None:
         self._new = 0
         self._thread = ThreadPoolExecutor(1, "qrun-disk")
         self._running: Future[None] | None = None
 
-    def wrote(self, n_bytes: int) -> None:
-        """Say that this many bytes more have been written."""
+    def wrote(self, file: BinaryIO, n_bytes: int) -> None:
+        """Say that this many bytes more have been written to the file."""
         self._new += n_bytes
         if self._new >= PART_BYTES and (self._running is None or self._running.done()):
             self._take()
             self._new = 0
-            self._file.flush()
-            self._running = self._thread.submit(_sync, self._file.fileno())
+            file.flush()
+            self._running = self._thread.submit(_sync, file.fileno())
 
-    def finish(self) -> None:
+    def finish(self, file: BinaryIO) -> None:
         """Return when all that has been written is on the disk."""
         self._take()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
 
     def stop(self) -> None:
         """End the thread, before the file is closed."""
         self._thread.shutdown()
 
     def _take(self) -> None:
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+        """Wait for the part that is under way, and raise what failed there, once."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()

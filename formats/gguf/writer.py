@@ -2,7 +2,8 @@
 
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -37,7 +38,7 @@ class GGUFWriter:
             writer.write_tensor("output.weight", rows)
 
     The file grows under a temporary name beside its target, takes its name when it is complete, and is removed if an
-    exception leaves the `with`. Misuse raises ValueError.
+    exception leaves the `with`. Misuse raises ValueError; a disk that is full, OSError with the target's name.
     """
 
     def __init__(self, path: str | os.PathLike[str], version: int = 3) -> None:
@@ -49,7 +50,7 @@ class GGUFWriter:
         self._tensors: dict[str, _Tensor] = {}
         self._unwritten: list[_Tensor] = []  # the next one last
         self._file: BinaryIO | None = None
-        self._disk: WriteBehind | None = None
+        self._disk = WriteBehind()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.part")
         self._header_end = 0
         self._finished = False
@@ -115,11 +116,11 @@ class GGUFWriter:
         tensor = self._unwritten[-1]
         if tensor.written + view.nbytes > tensor.n_bytes:
             raise ValueError(f"tensor {quote(name)} has {tensor.n_bytes} bytes, and more were written")
-        file.write(view.cast("B"))
-        tensor.written += view.nbytes
-        self._finish_tensors(file)
-        assert self._disk is not None
-        self._disk.wrote(view.nbytes)
+        with self._naming_the_file():
+            file.write(view.cast("B"))
+            tensor.written += view.nbytes
+            self._finish_tensors(file)
+            self._disk.wrote(file, view.nbytes)
 
     def copy_tensors(self, reader: GGUFReader) -> None:
         """Describe and write all tensors of a reader.
@@ -141,7 +142,8 @@ class GGUFWriter:
             # Unchanged so far, so the padding is the file's own too: it may be other than zeros, or missing at the end.
             start = file.seek(source.header_end)
             file.truncate()
-        file.write(memoryview(source.data)[start:])
+        with self._naming_the_file():
+            file.write(memoryview(source.data)[start:])
 
     def _append_tensors(self, tensors: Collection[TensorInfo]) -> None:
         for tensor in tensors:
@@ -157,10 +159,10 @@ class GGUFWriter:
             file = self._begin()
             if self._unwritten:
                 raise ValueError(f"tensor {quote(self._unwritten[-1].name)} has not been written in full")
-            assert self._disk is not None
-            self._disk.finish()  # or a crash could leave the name on a file whose data never reached the disk
-            self._disk.stop()
-            file.close()
+            with self._naming_the_file():
+                self._disk.finish(file)  # or a crash could leave the name on a file whose data never reached the disk
+                self._disk.stop()
+                file.close()
             os.replace(self._temporary, self.path)
             self._finished = True
         finally:
@@ -168,9 +170,10 @@ class GGUFWriter:
 
     def abort(self) -> None:
         """Give up: remove what has been written, and leave the target as it was."""
-        if self._file is not None and self._disk is not None and not self._finished:
+        if self._file is not None and not self._finished:
             self._disk.stop()
-            self._file.close()
+            with suppress(OSError):  # a full disk does not take what is still in the buffer either
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
         self._finished = True
 
@@ -182,6 +185,16 @@ class GGUFWriter:
             self.close()
         else:
             self.abort()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """An OSError of an open file does not say which file: the disk of this one is full, say."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                error.filename = str(self.path)
+            raise
 
     def _check_header_open(self) -> None:
         if self._file is not None or self._finished:
@@ -198,12 +211,12 @@ class GGUFWriter:
             raise ValueError("the file is closed")
         if self._file is None:
             self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
-            self._disk = WriteBehind(self._file)
-            self._file.write(self._header())
-            self._header_end = self._file.tell()
-            self._pad(self._file)
-            self._unwritten = list(reversed(self._tensors.values()))
-            self._finish_tensors(self._file)
+            with self._naming_the_file():
+                self._file.write(self._header())
+                self._header_end = self._file.tell()
+                self._pad(self._file)
+                self._unwritten = list(reversed(self._tensors.values()))
+                self._finish_tensors(self._file)
         return self._file
 
     def _header(self) -> bytes:
