@@ -13,10 +13,10 @@ from collections.abc import Iterable
 MAX_GUESSES = 15
 """With the token before them, 16 rows: two panels of a matrix product."""
 _FEWEST = 3  # guesses after a failure: with the token before them, half a panel of eight
-_AGREEING, _AGREEING_LESS = 6, 2  # tokens that have to agree with an earlier place: at first, and while guesses pay
+_AGREEING, _AGREEING_LESS = 3, 2  # tokens that have to agree with an earlier place: at first, and while guesses pay
 _COMPARED = 16  # tokens, at most
 _PLACES = 4  # the last so many places are compared
-_RISK = 0.01  # of the time of a generation may be lost to guesses that fail
+_RISK = 0.02  # of the time of a generation may be lost to guesses that fail
 _RESERVE = 4  # tokens' time, of what guesses have gained, that may be lost again
 
 

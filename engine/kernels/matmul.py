@@ -16,7 +16,8 @@ range; experts have one each. A range begins on a panel's first column.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -39,19 +40,20 @@ SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for
 AHEAD_BYTES = 16384
 
 
-def _dot_quantised(e: Emitter, spec: Quantised, group: Group, total: list[Vector], block: ir.Value) -> list[Vector]:
-    """total + group times the columns of one packed block."""
-    width = len(total)
+def _dot_quantised(
+    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value
+) -> list[Vector]:
+    """total + group times the first columns of one packed block, as many as there are totals."""
     zero = e.signed_bias if spec.limit is None else spec.zero
     result = []
     for column, value in enumerate(total):
 
         def field(index: int, element: ir.Type, column: int = column) -> Vector:
-            return e.broadcast(block, 32 * width + 4 * (index * width + column), element)
+            return e.broadcast(block, 32 * panel + 4 * (index * panel + column), element)
 
         products = []
         for half in range(2):
-            words = [e.broadcast(block, 4 * (k * width + column), I32) for k in range(4 * half, 4 * half + 4)]
+            words = [e.broadcast(block, 4 * (k * panel + column), I32) for k in range(4 * half, 4 * half + 4)]
             # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
             sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
             weights = group.weights[4 * half : 4 * half + 4]
@@ -91,23 +93,11 @@ def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
-def quantised_operations(spec: Quantised) -> tuple[Any, Any, Any]:
-    """For one type: unpack a block into memory; add a group from memory; add a block straight from the file."""
+def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
+    """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
+    block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read."""
 
-    @operation(lambda *_: types.void)
-    def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value) -> None:
-        for index, group in enumerate(spec.groups(Rows(e, address, stride))):
-            for i, vector in enumerate([*group.weights, *group.scales, *group.minimums]):
-                e.store(vector.value, out, 4 * e.lanes * (index * _group_vectors(spec) + i))
-
-    @operation(_tile_of)
-    def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, block: ir.Value) -> list[Vector]:
-        return _dot_quantised(e, spec, _load_group(e, spec, unpacked), total, block)
-
-    @operation(_tile_of)
-    def dot_block(
-        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value, ahead: ir.Value
-    ) -> list[Vector]:
+    def groups(e: Emitter, address: ir.Value, stride: ir.Value, ahead: ir.Value) -> Iterator[Group]:
         # Asked for at once, a block of 256 weights of each row is more lines than a core can wait for: loads that miss
         # the first level would queue behind them.
         lines = range(0, e.lanes * spec.block_bytes, 64)
@@ -116,22 +106,40 @@ def quantised_operations(spec: Quantised) -> tuple[Any, Any, Any]:
             for offset in lines[share * index : share * (index + 1)]:
                 e.prefetch(ahead, offset)
             e.fence()
-            total = _dot_quantised(e, spec, group, total, e.offset(block, R.PACKED_BYTES * len(total) * index))
+            yield group
+
+    @operation(lambda *_: types.void)
+    def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
+        for index, group in enumerate(groups(e, address, stride, ahead)):
+            for i, vector in enumerate([*group.weights, *group.scales, *group.minimums]):
+                e.store(vector.value, out, 4 * e.lanes * (index * _group_vectors(spec) + i))
+
+    @operation(_tile_of)
+    def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, block: ir.Value) -> list[Vector]:
+        return _dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block)
+
+    @operation(_tile_of)
+    def dot_block(
+        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value, ahead: ir.Value
+    ) -> list[Vector]:
+        for index, group in enumerate(groups(e, address, stride, ahead)):
+            total = _dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
         return total
 
     return unpack_block, dot_group, dot_block
 
 
-def float_operations(spec: Float) -> tuple[Any, Any, Any]:
+def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     """The same for a float type, whose blocks are 16 bytes of a row; columns are packed as float32."""
     per_block = 16 // spec.weight_bytes
 
     def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
-        width = len(total)
-        return [weight.fma(e.broadcast(x, 4 * (index * width + c), F32), t) for c, t in enumerate(total)]
+        return [weight.fma(e.broadcast(x, 4 * (index * panel + c), F32), t) for c, t in enumerate(total)]
 
     @operation(lambda *_: types.void)
-    def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value) -> None:
+    def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
+        for offset in range(0, e.lanes * 16, 64):
+            e.prefetch(ahead, offset)
         for i, vector in enumerate(spec.several(Rows(e, address, stride), 0)):
             e.store(vector.value, out, 4 * e.lanes * i)
 
@@ -172,17 +180,19 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     spec = TYPES[type_name]
     lanes, columns = v.target().lanes, v.target().columns
     if isinstance(spec, Quantised):
-        unpack_block, dot_group, dot_block = quantised_operations(spec)
+        operations = functools.partial(quantised_operations, spec)
         block_bytes, groups = spec.block_bytes, spec.block_size // 32
         group_bytes, x_bytes, tail_bytes = 4 * lanes * _group_vectors(spec), R.PACKED_BYTES, 0
     else:
-        unpack_block, dot_group, dot_block = float_operations(spec)
+        operations = functools.partial(float_operations, spec)
         block_bytes, groups = 16, 1
         group_bytes, x_bytes, tail_bytes = (
             4 * lanes * (16 // spec.weight_bytes),
             64 // spec.weight_bytes,
             spec.weight_bytes,
         )
+    unpack_block, dot_group, dot_block = operations(columns)
+    dot_block_of_one = operations(1)[2]
     dot_one = _tail_operation(spec)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
@@ -218,8 +228,8 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         """The address of a range's matrix."""
         return v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
 
-    def through_registers(width: int) -> Any:
-        """A row group times one panel of `width` columns, whose totals go to memory.
+    def through_registers(width: int, panel: int, dot_block: Any) -> Any:
+        """A row group times the first `width` columns of one panel, whose totals go to memory.
 
         Weights are asked for from `ahead` on; once that is behind the chunk, from `after_chunk` on.
         """
@@ -234,15 +244,17 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 asked = ahead if ahead < chunk_end else ahead + jump
                 total = dot_block(total, weights + block * block_bytes, stride, x, asked)
                 ahead += lanes * block_bytes
-                x += x_bytes * groups * width
+                x += x_bytes * groups * panel
             for i in range(tail):
                 total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                x += 4 * width
+                x += 4 * panel
             v.store_tile(total, totals, 4 * lanes)
 
         return dot
 
-    dot_one_column, dot_one_panel = through_registers(1), through_registers(columns)
+    dot_one_column = through_registers(1, 1, dot_block_of_one)
+    dot_half_panel = through_registers(columns // 2, columns, dot_block)
+    dot_one_panel = through_registers(columns, columns, dot_block)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
@@ -283,11 +295,13 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 # The last group is moved back over rows that are done: computed again, to the same bits.
                 row = min(wanted, n_rows - lanes) if whole else wanted
                 weights = matrix + row * row_bytes
+                ahead = weights + lanes * row_bytes + AHEAD_BYTES
                 if n_columns <= columns:
                     x = inputs + first_column * column_bytes
-                    ahead = weights + lanes * row_bytes + AHEAD_BYTES
                     if narrow:
                         dot_one_column(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
+                    elif n_columns <= columns // 2:
+                        dot_half_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
                     else:
                         dot_one_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
                     for column in range(n_columns):
@@ -300,7 +314,10 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                     for first in range(0, n_blocks, slice_blocks):
                         blocks = min(slice_blocks, n_blocks - first)
                         for i in range(blocks):
-                            unpack_block(weights + (first + i) * block_bytes, stride, unpacked + i * block_out)
+                            asked = ahead if ahead < chunk_end else ahead + after_chunk - chunk_end
+                            address = weights + (first + i) * block_bytes
+                            unpack_block(address, stride, unpacked + i * block_out, asked)
+                            ahead += lanes * block_bytes
                         for panel in range(panels):
                             place = totals + panel * (4 * lanes * columns)
                             total = v.zero_tile(columns)

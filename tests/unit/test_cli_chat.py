@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,16 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Callable[..., str]) -> Non
     assert chat(KeyboardInterrupt, "hello") == "To leave: /exit or Ctrl-D.\nHELLO!\n"
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts, even where the tests themselves were started so that it does not: in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Callable[..., str]) -> None:
     model = make_model()
     conversation = Conversation(model)
@@ -120,6 +129,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Callable[..., str])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_ctrl_c_interrupts() -> None:
     stopped: list[bool] = []
     with pytest.raises(KeyboardInterrupt), stopping_at_interrupt(lambda: stopped.append(True)):

@@ -85,8 +85,9 @@ def test_a_column_has_the_same_bits_alone_and_among_others(
     raw, _ = random_tensor(rng, name, 37, 512)
     x = rng.normal(size=(11, 512)).astype(np.float32)
     together = harness.matmul(name, raw, 37, x)
-    alone = np.concatenate([harness.matmul(name, raw, 37, x[i : i + 1]) for i in range(len(x))])
-    assert np.array_equal(together.view(np.int32), alone.view(np.int32))
+    for count in (1, 3, 6):  # through registers: a column, half a panel, a panel
+        parts = [harness.matmul(name, raw, 37, x[i : i + count]) for i in range(0, len(x), count)]
+        assert np.array_equal(together.view(np.int32), np.concatenate(parts).view(np.int32))
 
 
 def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> None:
