@@ -15,7 +15,7 @@ _sync = getattr(os, "fdatasync", os.fsync)  # not every system has the first
 class WriteBehind:
     """Has a thread hand on to the disk what has been written, part by part, so that `finish` has little left to do.
 
-    What fails there is an OSError of the next `wrote` or of `finish`.
+    What fails there is an OSError of all later `wrote` and of `finish`.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class WriteBehind:
         self._thread.shutdown()
 
     def _take(self) -> None:
-        """Wait for the part that is under way, and raise what failed there, once."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        """Wait for the part that is under way. A failure stays: the system tells of it only once."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None

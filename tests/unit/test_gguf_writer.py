@@ -1,6 +1,7 @@
 """What the writer writes reads back, here and by the reference library; and a copy is the same bytes."""
 
 import errno
+import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -222,6 +223,8 @@ def test_what_fails_in_the_background_fails_the_file(
             assert writer._disk._running is not None
             wait([writer._disk._running])
     assert written == 1 and caught.value.filename == str(path)
+    with pytest.raises(OSError, match="No space left"):  # again: what was lost stays lost
+        writer._disk.finish(io.BytesIO())
     assert not list(tmp_path.iterdir())
 
 
