@@ -66,9 +66,10 @@ def _fields(count: int) -> range:
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
 
-# Quantising: float32 blocks to bytes. IMPORTANCE is 0 or the address of one float32 row that all rows share; SUMS takes
-# float32 [4, blocks] (`STATS` in kernels.quantize_fit); TRIALS holds pairs of float32: see formats.blocks.fitting.
-(Q_SOURCE, Q_BLOCKS, Q_IMPORTANCE, Q_FIRST_BLOCK, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
+# Quantising: blocks of floats to bytes. SOURCE_TYPE is F32, F16 or BF16, as GGUF numbers them. IMPORTANCE is 0 or the
+# address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);
+# TRIALS holds pairs of float32: see formats.blocks.fitting.
+(Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
  Q_ROUNDS) = _fields(11)  # fmt: skip
 
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from qrun.formats.blocks import BLOCK_SIZES, TensorType, quantize
+from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
 
@@ -86,6 +87,10 @@ class SourceTensor(ABC):
     @abstractmethod
     def rows(self, start: int, end: int) -> F32Array:
         """Rows start to end, decoded: float32 [end - start, row]. Raises FormatError if that cannot be done."""
+
+    def floats(self, start: int, end: int) -> Floats:
+        """Rows start to end as they are stored, if that is as floats of some kind, else decoded: [end - start, row]."""
+        return self.rows(start, end)
 
     def raw(self, start: int, end: int) -> U8Array:
         """The bytes of rows start to end in the tensor's type: uint8 [(end - start) * bytes of a row]."""

@@ -1,11 +1,12 @@
-"""Quantising blocks of float32, one block in each vector lane: "quantize-Q4_K" and so on.
+"""Quantising blocks of floats, one block in each vector lane: "quantize-Q4_K" and so on.
 
 `formats.blocks.fitting` states the problem and solves it in NumPy. Here are the same operations in the same order, none
 fused, so that the bytes are the same; sums run along a block while lanes are blocks, so they also do not depend on how
 many lanes there are. What is tried (starts, refinements, rounds) comes with the record.
 
-Lanes lie side by side in scratch memory: weight j of all blocks is one vector. Once the search is over its place takes
-the code of the weight, and `quantize_pack` puts the codes and scales of one lane into the bytes of its block.
+Lanes lie side by side in scratch memory: weight j of all blocks is one vector, which `quantize_lanes` puts there. Once
+the search is over its place takes the code of the weight. Codes and scales are then put into the bytes of blocks, by
+`quantize_lanes` for blocks of 32 weights, by `quantize_pack` for the K formats.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from llvmlite import ir
 
 from qrun.engine import records as R
 from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, STATS, build_fit_with_minimum, build_fit_without_minimum
+from qrun.engine.kernels.quantize_lanes import LAYOUTS, SOURCES, build_pack_lanes, build_to_lanes
 from qrun.engine.kernels.quantize_mxfp4 import build_fit_exponent
-from qrun.engine.kernels.quantize_pack import PACKERS
+from qrun.engine.kernels.quantize_pack import build_pack_codes
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import Emitter, Vector
@@ -26,7 +28,7 @@ from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType
 from qrun.formats.blocks.fitting import Levels, Steps
 
 Kernel = Callable[[int, int, int], None]
-
+F32, F16, BF16 = int(TensorType.F32), int(TensorType.F16), int(TensorType.BF16)
 
 
 def build_nearest(levels: Levels) -> tuple[Any, Any]:
@@ -60,51 +62,87 @@ def fill(e: Emitter, address: ir.Value, value: ir.Value) -> None:
     e.store(e.splat(value).value, address)
 
 
+def build_load(source_type: int, block_size: int) -> Any:
+    """load(source, first, count, period, x): `count` blocks of a row of `period` blocks to lanes, a vector a weight.
+
+    Block `first` + i, modulo the period, goes to lane i. Lanes to spare repeat the last of the blocks.
+    """
+    lanes, vector = v.target().lanes, 4 * v.target().lanes
+    width = SOURCES[source_type][0]
+    to_lanes = build_to_lanes(source_type, block_size)
+    block_bytes = width * block_size
+    gathered_bytes = lanes * block_bytes
+
+    @v.helper
+    def load(source, first, count, period, x):  # type: ignore[no-untyped-def]
+        first %= period
+        place = source + first * block_bytes
+        if count < lanes or first + count > period:
+            place = v.scratch(gathered_bytes)
+            for lane in range(lanes):
+                block = (first + min(lane, count - 1)) % period
+                for j in range(0, block_bytes, 8):
+                    v.store_i64(place + lane * block_bytes + j, v.load_i64(source + block * block_bytes + j))
+        for j in range(0, block_size, lanes):
+            to_lanes(place + j * width, x + j * vector)
+
+    return load
+
+
 def quantize(type_name: str) -> Kernel:
-    search = SEARCHES[TensorType[type_name]]
-    block_size, block_bytes = BLOCK_SIZES[TensorType[type_name]]
+    type = TensorType[type_name]
+    search = SEARCHES[type]
+    block_size, block_bytes = BLOCK_SIZES[type]
     nearest, code = build_nearest(search.levels)
-    build = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
-    build = build_fit_exponent if type_name == "MXFP4" else build
-    fit = build(search, nearest, code)
-    pack = PACKERS[type_name]
+    build: Callable[..., Any] = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
+    if type_name == "MXFP4":
+        build = build_fit_exponent
+    in_lanes = type_name in LAYOUTS
+    fit_weighted = build(search, nearest, code, True)
+    # A second fit doubles what there is to compile: only the types that are soon done gain enough by it.
+    fit_alike = build(search, nearest, code, False) if in_lanes else fit_weighted
+    pack = (build_pack_lanes if in_lanes else build_pack_codes)(type_name)
+    load_f32, load_f16, load_bf16 = (build_load(source, block_size) for source in (F32, F16, BF16))
     lanes = v.target().lanes
     vector = 4 * lanes
     weight_bytes = block_size * vector
     head_bytes = HEAD_VECTORS * vector
     stats_bytes = STATS * vector
 
+    @v.helper
+    def add_stats(stats, sums, count):  # type: ignore[no-untyped-def]
+        """Of the lanes that are no repetition."""
+        counted = v.lane_numbers() < v.splat_int(count)
+        for i in range(0, stats_bytes, vector):
+            v.store(sums + i, v.load(sums + i) + v.choose(counted, v.load(stats + i), v.splat(0.0)))
+
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         x, w = v.scratch(weight_bytes), v.scratch(weight_bytes)
-        head, stats, codes = v.scratch(head_bytes), v.scratch(stats_bytes), v.scratch(block_size)
+        head, stats = v.scratch(head_bytes), v.scratch(stats_bytes)
         source, out = v.load_i64(op + R.Q_SOURCE), v.load_i64(op + R.Q_OUT)
-        importance = v.load_i64(op + R.Q_IMPORTANCE)
-        n_blocks = v.load_i64(op + R.Q_BLOCKS)
-        if importance == 0:
-            for j in range(block_size):
-                fill(w + j * vector, 1.0)
+        source_type = v.load_i64(op + R.Q_SOURCE_TYPE)
+        importance, row_blocks = v.load_i64(op + R.Q_IMPORTANCE), v.load_i64(op + R.Q_ROW_BLOCKS)
+        n_blocks, sums = v.load_i64(op + R.Q_BLOCKS), v.load_i64(op + R.Q_SUMS)
+        for i in range(0, stats_bytes, vector):
+            fill(sums + i, 0.0)
+        for j in range(0, weight_bytes, vector):
+            fill(w + j, 1.0)
         for first in range(0, n_blocks, lanes):
             count = min(lanes, n_blocks - first)
-            for lane in range(lanes):
-                # Lanes to spare repeat the last block.
-                block = first + min(lane, count - 1)
-                place = source + block * block_size * 4
-                for j in range(block_size):
-                    v.store_f32(x + j * vector + 4 * lane, v.load_f32(place + 4 * j))
-                if importance != 0:
-                    within = (v.load_i64(op + R.Q_FIRST_BLOCK) + block) % v.load_i64(op + R.Q_ROW_BLOCKS)
-                    place = importance + within * block_size * 4
-                    for j in range(block_size):
-                        v.store_f32(w + j * vector + 4 * lane, v.load_f32(place + 4 * j))
-            for i in range(STATS):
-                fill(stats + i * vector, 0.0)
-            fit(op, x, w, head, stats)
-            for lane in range(count):
-                for j in range(block_size):
-                    v.store_u8(codes + j, v.load_i32(x + j * vector + 4 * lane))
-                pack(codes, head + 4 * lane, vector, out + (first + lane) * block_bytes)
-                for i in range(STATS):
-                    place = v.load_i64(op + R.Q_SUMS) + 4 * (i * n_blocks + first + lane)
-                    v.store_f32(place, v.load_f32(stats + i * vector + 4 * lane))
+            if source_type == F16:
+                load_f16(source, first, count, n_blocks, x)
+            elif source_type == BF16:
+                load_bf16(source, first, count, n_blocks, x)
+            else:
+                load_f32(source, first, count, n_blocks, x)
+            for i in range(0, stats_bytes, vector):
+                fill(stats + i, 0.0)
+            if importance == 0:
+                fit_alike(op, x, w, head, stats)
+            else:
+                load_f32(importance, first, count, row_blocks, w)
+                fit_weighted(op, x, w, head, stats)
+            pack(x, head, out + first * block_bytes, count)
+            add_stats(stats, sums, count)
 
     return kernel

@@ -2,7 +2,8 @@
 
 Read that file first: names and order are its. A fit takes the addresses of weights and importance (one vector for each
 weight of a block), writes what it finds to `head` (laid out below), the codes over the weights, and to `stats` four
-sums: squared errors and squared weights, and both once more with each multiplied by its importance.
+sums: squared errors and squared weights, and both once more with each multiplied by its importance. A fit that is not
+`weighted` takes all importance to be 1 without reading it: a product with 1 is exact, so the bytes are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCALES, MINIMUMS, HEAD_VECTORS = 2, 18, 34
 tiny, alike = float(TINY), float(ALIKE)
 
 
-def build_finish(search: Search, nearest: Any, code: Any) -> Any:
+def build_finish(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     """finish(x, w, stats, inverse, scale, minimum, first, last): from weights to codes, and what that costs."""
     vector = 4 * v.target().lanes
 
@@ -32,10 +33,15 @@ def build_finish(search: Search, nearest: Any, code: Any) -> Any:
             value = v.load(x + j * vector)
             q = nearest((value + minimum) * inverse)
             miss = value - (scale * q - minimum)
-            error, energy, weight = miss * miss, value * value, v.load(w + j * vector)
-            errors, weighted_errors = errors + error, weighted_errors + weight * error
-            energies, weighted_energies = energies + energy, weighted_energies + weight * energy
+            error, energy = miss * miss, value * value
+            errors, energies = errors + error, energies + energy
+            if weighted:
+                weight = v.load(w + j * vector)
+                weighted_errors = weighted_errors + weight * error
+                weighted_energies = weighted_energies + weight * energy
             v.store(x + j * vector, code(q))
+        if not weighted:
+            weighted_errors, weighted_energies = errors, energies
         v.store(stats, errors)
         v.store(stats + vector, energies)
         v.store(stats + 2 * vector, weighted_errors)
@@ -44,14 +50,14 @@ def build_finish(search: Search, nearest: Any, code: Any) -> Any:
     return finish
 
 
-def build_fit_without_minimum(search: Search, nearest: Any, code: Any) -> Any:
+def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     groups, size, low, high = search.groups, search.size, search.scale_low, search.scale_high
     vector = 4 * v.target().lanes
     group_bytes = size * vector
     scales_bytes = groups * vector
     two_level = high > 0
     one_over_low = 1 / low if low else 1.0
-    finish = build_finish(search, nearest, code)
+    finish = build_finish(search, nearest, code, weighted)
 
     @v.helper
     def moments(x, w, inverse):  # type: ignore[no-untyped-def]
@@ -59,7 +65,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any) -> Any:
         for j in range(size):
             value = v.load(x + j * vector)
             q = nearest(value * inverse)
-            wq = v.load(w + j * vector) * q
+            wq = v.load(w + j * vector) * q if weighted else q
             xq = xq + wq * value
             qq = qq + wq * q
         return xq, qq
@@ -145,7 +151,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any) -> Any:
     return fit
 
 
-def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
+def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     groups, size, high = search.groups, search.size, search.scale_high
     vector = 4 * v.target().lanes
     group_bytes = size * vector
@@ -153,7 +159,7 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
     n_bytes = groups * vector
     two_level = high > 0
     one_over_high = 1 / high if high else 1.0
-    finish = build_finish(search, nearest, code)
+    finish = build_finish(search, nearest, code, weighted)
 
     @v.helper
     def moments(x, w, inverse, minimum):  # type: ignore[no-untyped-def]
@@ -161,7 +167,7 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
         for j in range(size):
             value = v.load(x + j * vector)
             q = nearest((value + minimum) * inverse)
-            wq = v.load(w + j * vector) * q
+            wq = v.load(w + j * vector) * q if weighted else q
             sum_q = sum_q + wq
             qq = qq + wq * q
             qx = qx + wq * value
@@ -211,7 +217,7 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any) -> Any:
     def sums(x, w):  # type: ignore[no-untyped-def]
         w_sum, x_sum = v.splat(0.0), v.splat(0.0)
         for j in range(size):
-            weight = v.load(w + j * vector)
+            weight = v.load(w + j * vector) if weighted else v.splat(1.0)
             w_sum = w_sum + weight
             x_sum = x_sum + weight * v.load(x + j * vector)
         return w_sum, x_sum

@@ -10,10 +10,10 @@ from qrun.formats.blocks.fitting import Search
 from qrun.formats.blocks.mxfp4 import SHIFTS
 
 
-def build_fit_exponent(search: Search, nearest: Any, code: Any) -> Any:
+def build_fit_exponent(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     size, lanes = search.size, v.target().lanes
     vector = 4 * lanes
-    finish = build_finish(search, nearest, code)
+    finish = build_finish(search, nearest, code, weighted)
 
     @v.helper
     def fit(op, x, w, head, stats):  # type: ignore[no-untyped-def]
@@ -36,7 +36,7 @@ def build_fit_exponent(search: Search, nearest: Any, code: Any) -> Any:
             for j in range(size):
                 value = v.load(x + j * vector)
                 miss = value - nearest(value * inverse) * scale
-                error = error + (v.load(w + j * vector) * miss) * miss
+                error = error + (v.load(w + j * vector) * miss if weighted else miss) * miss
             if trial == 0:
                 least, best = error, scale
             else:

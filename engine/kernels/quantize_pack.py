@@ -1,4 +1,4 @@
-"""Codes and scales into the bytes of a block, as `formats/blocks` draws them: eight codes at a time, in 64-bit words.
+"""Codes and scales of a K format into the bytes of a block, as `formats/blocks` draws them: eight codes at a time.
 
 A packer takes the address of a block's codes (a byte each), of its lane in `head` (see `quantize_fit`; its numbers lie
 `vector` bytes apart) and of its bytes. Formats put codes together that lie 16, 32 or 64 apart, and codes are so small
@@ -12,12 +12,11 @@ from typing import Any
 
 from qrun.engine.kernels.quantize_fit import MINIMUMS, SCALES
 from qrun.engine.simd import operations as v
+from qrun.formats.blocks import BLOCK_SIZES, TensorType
 
 LOW_BITS = 0x0101010101010101
 LOW_TWO = 0x0303030303030303
 LOW_FOUR = 0x0F0F0F0F0F0F0F0F
-# Times this, bit 0 of byte i of a word comes to stand at bit 56 + i, free of carries: 8 i + (56 - 7 i).
-GATHER = 0x0102040810204080
 
 
 @v.helper
@@ -44,64 +43,11 @@ def pack_nibbles(codes, out):  # type: ignore[no-untyped-def]
 
 
 @v.helper
-def pack_bit(codes, out, bit):  # type: ignore[no-untyped-def]
-    """One bit of each of 32 codes, in order."""
-    for i in range(4):
-        word = (eight(codes, 8 * i) >> bit) & LOW_BITS
-        v.store_u8(out + i, (word * GATHER) >> 56)
-
-
-@v.helper
 def pack_pairs(codes, out):  # type: ignore[no-untyped-def]
     """The low two bits of 128 codes to 32 bytes: j, j + 32, j + 64, j + 96 together."""
     for j in range(0, 32, 8):
         low = (eight(codes, j) & LOW_TWO) | (eight(codes, j + 32) & LOW_TWO) << 2
         v.store_i64(out + j, low | (eight(codes, j + 64) & LOW_TWO) << 4 | (eight(codes, j + 96) & LOW_TWO) << 6)
-
-
-@v.helper
-def pack_q4_0(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_f16(out, v.load_f32(head))
-    pack_nibbles(codes, out + 2)
-
-
-@v.helper
-def pack_q5_0(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_f16(out, v.load_f32(head))
-    pack_bit(codes, out + 2, 4)
-    pack_nibbles(codes, out + 6)
-
-
-@v.helper
-def pack_q4_1(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_f16(out, v.load_f32(head))
-    v.store_f16(out + 2, v.float32(0.0) - v.load_f32(head + vector))
-    pack_nibbles(codes, out + 4)
-
-
-@v.helper
-def pack_q5_1(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_f16(out, v.load_f32(head))
-    v.store_f16(out + 2, v.float32(0.0) - v.load_f32(head + vector))
-    pack_bit(codes, out + 4, 4)
-    pack_nibbles(codes, out + 8)
-
-
-@v.helper
-def pack_q8_0(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_f16(out, v.load_f32(head))
-    for j in range(32):
-        v.store_u8(out + 2 + j, v.load_u8(codes + j) - 127)
-
-
-@v.helper
-def pack_mxfp4(codes, head, vector, out):  # type: ignore[no-untyped-def]
-    v.store_u8(out, scale_of(head, vector, 0))
-    for j in range(32):
-        # Rising levels, zero in the middle; the format has a bit for the sign.
-        index = v.load_u8(codes + j)
-        v.store_u8(codes + j, index - 7 if index >= 7 else 15 - index)
-    pack_nibbles(codes, out + 1)
 
 
 @v.helper
@@ -205,17 +151,27 @@ def pack_q6_k(codes, head, vector, out):  # type: ignore[no-untyped-def]
 
 
 PACKERS: dict[str, Callable[..., Any]] = {
-    "Q4_0": pack_q4_0,
-    "IQ4_NL": pack_q4_0,
-    "Q4_1": pack_q4_1,
-    "Q5_0": pack_q5_0,
-    "Q5_1": pack_q5_1,
-    "Q8_0": pack_q8_0,
     "Q2_K": pack_q2_k,
     "Q3_K": pack_q3_k,
     "Q4_K": pack_q4_k,
     "Q5_K": pack_q5_k,
     "Q6_K": pack_q6_k,
     "IQ4_XS": pack_iq4_xs,
-    "MXFP4": pack_mxfp4,
 }
+
+
+def build_pack_codes(type_name: str) -> Any:
+    """pack(x, head, out, count): the blocks of `count` lanes, of which the codes lie at x, to `out`."""
+    pack_block = PACKERS[type_name]
+    block_size, block_bytes = BLOCK_SIZES[TensorType[type_name]]
+    vector = 4 * v.target().lanes
+
+    @v.helper
+    def pack(x, head, out, count):  # type: ignore[no-untyped-def]
+        codes = v.scratch(block_size)
+        for lane in range(count):
+            for j in range(block_size):
+                v.store_u8(codes + j, v.load_i32(x + j * vector + 4 * lane))
+            pack_block(codes, head + 4 * lane, vector, out + lane * block_bytes)
+
+    return pack

@@ -30,8 +30,8 @@ from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
 
-# Weights in a chunk: 1 MB as float32, so that what a thread works on stays in its cache.
-CHUNK_WEIGHTS = 1 << 18
+# Weights in a chunk: 1 MB as they are mostly stored, so that what a thread works on stays in its cache.
+CHUNK_WEIGHTS = 1 << 19
 # Bytes that are copied at a time.
 COPY_BYTES = 1 << 23
 # Bytes of a source that may stay in memory after they were read: an embedding alone can have gigabytes.
@@ -298,7 +298,7 @@ def _encode(
         if not tensor.changes:
             return n_bytes, Encoded(source.raw(start, end))
         importance = None if tensor.importance is None else tensor.importance[expert]
-        return n_bytes, encoder.encode(source.rows(start, end), tensor.type, importance)
+        return n_bytes, encoder.encode(source.floats(start, end), tensor.type, importance)
 
     waiting: deque[Future[tuple[int, Encoded]]] = deque()
     for expert in range(experts):

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.compiler import Progress, load_kernels
-from qrun.engine.simd.target import Target
-from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType
+from qrun.engine.simd.target import Target, host_target
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
+from qrun.formats.blocks.floats import DTYPES, Floats
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
+SOURCE_TYPES = {dtype: type for type, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -46,14 +48,15 @@ class Encoder:
         if searched:
             self._kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
             self._functions = {type: self._kernels.function(f"quantize-{type.name}") for type in searched}
-        self._trials = {type: SEARCHES[type].trials for type in searched}
+        self._lanes = (target or host_target()).lanes
 
-    def encode(self, weights: F32Array, type: TensorType, importance: F32Array | None = None) -> Encoded:
-        """weights: float32 [rows, row], rows of whole blocks. importance: float32 [row], positive."""
-        weights = np.ascontiguousarray(weights, np.float32)
+    def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
+        """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive."""
+        weights = np.require(weights, requirements="C")
+        source_type = SOURCE_TYPES[weights.dtype]
         if type not in self._functions:
-            return _encode_floats(weights, type)
-        search = SEARCHES[type]
+            return _encode_floats(dequantize(weights.reshape(-1).view(np.uint8), source_type, weights.shape), type)
+        effort = SEARCHES[type].effort(importance is not None)
         size, n_bytes = BLOCK_SIZES[type]
         row = weights.shape[-1]
         if row % size:
@@ -64,13 +67,14 @@ class Encoder:
                 raise ValueError(f"importance of shape {importance.shape} for rows of {row} weights")
         n_blocks = weights.size // size
         raw = np.empty(n_blocks * n_bytes, np.uint8)
-        sums = np.empty((4, n_blocks), np.float32)
+        sums = np.empty((4, self._lanes), np.float32)
+        trials = effort.trials
         record = np.zeros(R.RECORD_BYTES // 8, np.int64)
         fields = {
-            R.Q_SOURCE: weights.ctypes.data, R.Q_BLOCKS: n_blocks, R.Q_ROW_BLOCKS: row // size,
-            R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_OUT: raw.ctypes.data,
-            R.Q_SUMS: sums.ctypes.data, R.Q_TRIALS: self._trials[type].ctypes.data,
-            R.Q_N_TRIALS: len(self._trials[type]), R.Q_REFINEMENTS: search.refinements, R.Q_ROUNDS: search.rounds,
+            R.Q_SOURCE: weights.ctypes.data, R.Q_SOURCE_TYPE: source_type, R.Q_BLOCKS: n_blocks,
+            R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_ROW_BLOCKS: row // size,
+            R.Q_OUT: raw.ctypes.data, R.Q_SUMS: sums.ctypes.data, R.Q_TRIALS: trials.ctypes.data,
+            R.Q_N_TRIALS: len(trials), R.Q_REFINEMENTS: effort.refinements, R.Q_ROUNDS: SEARCHES[type].rounds,
         }  # fmt: skip
         for offset, value in fields.items():
             record[offset // 8] = value

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qrun.engine.quantize.source import GGUFSource, Source
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.formats.blocks.floats import Floats
 from qrun.formats.tensors import SourceTensor, TensorFile
 from qrun.models.adapter import EMBEDDING, HEAD, Adapter, Lora, LowRank, is_peft
 from qrun.models.huggingface.peft import Base, PeftSource
@@ -154,6 +155,9 @@ class _MergedTensor(SourceTensor):
             for change in self.changes:
                 change.add_to(rows, start)
         return rows
+
+    def floats(self, start: int, end: int) -> Floats:
+        return self.rows(start, end) if self.changes else self.base.floats(start, end)
 
     def raw(self, start: int, end: int) -> NDArray[np.uint8]:
         return super().raw(start, end) if self.changes else self.base.raw(start, end)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, ValueType
 from qrun.formats.blocks import dequantize
+from qrun.formats.blocks.floats import DTYPES, Floats, as_stored
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.mapping import forget_pages
 from qrun.formats.tensors import SourceTensor, TensorFile
@@ -54,6 +55,11 @@ class GGUFTensor(SourceTensor):
 
     def rows(self, start: int, end: int) -> F32Array:
         return dequantize(self.raw(start, end), self.type, (end - start, self.row))
+
+    def floats(self, start: int, end: int) -> Floats:
+        if self.type in DTYPES:
+            return as_stored(self.raw(start, end), self.type, self.row)
+        return self.rows(start, end)
 
     def raw(self, start: int, end: int) -> U8Array:
         row_bytes = self.n_bytes // self.n_rows if self.n_rows else 0

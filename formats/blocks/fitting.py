@@ -73,31 +73,46 @@ def spaced(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Search:
-    """How a format's scales are sought.
+class Effort:
+    """How long a search goes on.
 
-    size: weights that share a scale, in `groups` groups a block. starts: where the search begins, as the level upon
-    which the weight of largest magnitude is put; with a minimum, how many steps span the weights, and each of them with
-    each of `shifts`, by how many steps the least weight lies below level 0. refinements: how often quants and scale are
-    then fitted to each other. scale_low, scale_high, rounds: of the integer scales under a super-scale, and how often
-    those are gone over; a format without them has scale_high = 0.
+    starts: where it begins, as the level upon which the weight of largest magnitude is put; with a minimum, how many
+    steps span the weights, and each of them with each of `shifts`, by how many steps the least weight lies below level
+    0. refinements: how often quants and scale are then fitted to each other.
     """
 
-    groups: int
-    size: int
-    levels: Levels
-    has_minimum: bool
     starts: tuple[float, ...]
     refinements: int
-    scale_low: int = 0
-    scale_high: int = 0
-    rounds: int = 0
     shifts: tuple[float, ...] = (0.0,)
 
     @property
     def trials(self) -> F32Array:
         """All pairs of start and shift: [trials, 2]."""
         return np.array([(start, shift) for start in self.starts for shift in self.shifts], np.float32).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a format's scales are sought.
+
+    size: weights that share a scale, in `groups` groups a block. scale_low, scale_high, rounds: of the integer scales
+    under a super-scale, and how often those are gone over; a format without them has scale_high = 0. quick: the effort
+    where there is no importance, if it is another: E is smoother there, and few starts find nearly what many do.
+    """
+
+    groups: int
+    size: int
+    levels: Levels
+    has_minimum: bool
+    thorough: Effort
+    scale_low: int = 0
+    scale_high: int = 0
+    rounds: int = 0
+    quick: Effort | None = None
+
+    def effort(self, weighted: bool) -> Effort:
+        """weighted: whether there is importance."""
+        return self.thorough if weighted or self.quick is None else self.quick
 
     @property
     def block_size(self) -> int:
@@ -133,7 +148,7 @@ def fit(search: Search, values: F32Array, importance: F32Array | None) -> Fit:
     w = np.ones_like(x) if importance is None else by_lanes(importance)
     solve = _with_minimum if search.has_minimum else _without_minimum
     with np.errstate(all="ignore"):
-        return solve(search, x, w)
+        return solve(search, search.effort(importance is not None), x, w)
 
 
 # --- arithmetic, spelt as the kernels do it ---------------------------------------------------------------------------
@@ -188,7 +203,7 @@ def _best(gains: list[F32Array], *choices: list[F32Array]) -> tuple[F32Array, ..
 # --- y = scale * q ----------------------------------------------------------------------------------------------------
 
 
-def _without_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
+def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
     zero = np.zeros_like(x[:, 0])
 
@@ -203,13 +218,13 @@ def _without_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
     for j in range(1, search.size):
         top = np.where(np.abs(top) < np.abs(x[:, j]), x[:, j], top)
     gains, scales = [zero], [zero]
-    for start, _ in search.trials:
+    for start, _ in effort.trials:
         xq, qq = moments(divide(start, top))
         scale = divide(xq, qq)
         gains.append(scale * xq)
         scales.append(scale)
     (scale,) = _best(gains, scales)
-    for _ in range(search.refinements):
+    for _ in range(effort.refinements):
         scale = divide(*moments(divide(1, scale)))
 
     if not search.scale_high:
@@ -243,7 +258,7 @@ def _without_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
 # --- y = scale * q - minimum ------------------------------------------------------------------------------------------
 
 
-def _with_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
+def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
     two_level = search.scale_high > 0
     w_sum, x_sum = total(w), total(w * x)
@@ -276,14 +291,14 @@ def _with_minimum(search: Search, x: F32Array, w: F32Array) -> Fit:
     first = zero - low
     # Without a start: all quants 0.
     gains, scales, minimums = [zero - first * (first * w_sum + (x_sum + x_sum))], [zero], [first]
-    for start, shift in search.trials:
+    for start, shift in effort.trials:
         inverse = divide(start, high - low)
         scale, minimum, gain = solved(*moments(inverse, first - divide(shift, inverse)))
         gains.append(gain)
         scales.append(scale)
         minimums.append(minimum)
     scale, minimum = _best(gains, scales, minimums)
-    for _ in range(search.refinements):
+    for _ in range(effort.refinements):
         refined, lowered, _ = solved(*moments(divide(1, scale), minimum))
         better = refined > TINY
         scale, minimum = np.where(better, refined, scale), np.where(better, lowered, minimum)

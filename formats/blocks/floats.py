@@ -9,8 +9,23 @@ file, since they are few and matter much. BF16 is what models are trained in, so
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qrun.formats.blocks.layout import F32Array, U8Array, read_f16
+from qrun.formats.blocks.layout import F32Array, TensorType, U8Array, read_f16
+
+Floats = F32Array | NDArray[np.float16] | NDArray[np.uint16]
+"""Numbers of any of the three types. NumPy has no BF16: its bits go as integers."""
+
+DTYPES: dict[TensorType, np.dtype[np.float32] | np.dtype[np.float16] | np.dtype[np.uint16]] = {
+    TensorType.F32: np.dtype("<f4"),
+    TensorType.F16: np.dtype("<f2"),
+    TensorType.BF16: np.dtype("<u2"),
+}
+
+
+def as_stored(raw: U8Array, type: TensorType, row: int) -> Floats:
+    """The bytes of rows of F32, F16 or BF16 as the numbers that they are: [rows, row]."""
+    return raw.view(DTYPES[type]).reshape(-1, row)
 
 
 def dequantize_f32(blocks: U8Array) -> F32Array:

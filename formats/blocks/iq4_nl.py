@@ -13,7 +13,7 @@ and the quantiser uses that by picking the sign of d.
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Table, fit
+from qrun.formats.blocks.fitting import Effort, Search, Table, fit
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
@@ -26,7 +26,7 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 # The largest weight is put near either end of the levels: 127 / 16 apart, and 113 / 16.
 STARTS = (*(-127 * (1 + k / 16) for k in range(-6, 6)), *(113 * (1 + k / 16) for k in range(-6, 6)))
-SEARCH = Search(1, 32, Table(tuple(LEVELS.tolist())), False, STARTS, 2)
+SEARCH = Search(1, 32, Table(tuple(LEVELS.tolist())), False, Effort(STARTS, 2))
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -15,7 +15,7 @@ The uneven levels of IQ4_NL with the two-level scales of the K formats: 6 bits a
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Table, fit
+from qrun.formats.blocks.fitting import Effort, Search, Table, fit
 from qrun.formats.blocks.iq4_nl import LEVELS, STARTS
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
@@ -31,7 +31,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * levels.astype(np.float32)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(8, 32, Table(tuple(LEVELS.tolist())), False, STARTS, 1, -32, 31, 2)
+SEARCH = Search(8, 32, Table(tuple(LEVELS.tolist())), False, Effort(STARTS, 1), -32, 31, 2)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -14,7 +14,7 @@ instead of 127 to make up for it. The specification's e = 255 (NaN) is not treat
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Table, divide, total
+from qrun.formats.blocks.fitting import Effort, Search, Table, divide, total
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields
 
 LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.int8)
@@ -26,7 +26,7 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 
 RISING = Table(tuple(sorted(set(LEVELS.tolist()))))
-SEARCH = Search(1, 32, RISING, False, (), 0)
+SEARCH = Search(1, 32, RISING, False, Effort((), 0))
 # The exponent under which the largest weight falls between 4 and 8 (in LEVELS: 8 and 16), one less, and one more.
 SHIFTS = (-2, -3, -1)
 

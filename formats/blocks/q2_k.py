@@ -17,7 +17,7 @@ shift and a mask of 32 bytes, one AVX2 register, yield 32 neighbours.
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -30,7 +30,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Steps(0, 3), True, spaced(2, 4, 9), 2, 0, 15, 4, (-0.2, 0.0, 0.2, 0.4, 0.6))
+SEARCH = Search(16, 16, Steps(0, 3), True, Effort(spaced(2, 4, 9), 2, (-0.2, 0.0, 0.2, 0.4, 0.6)), 0, 15, 4)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

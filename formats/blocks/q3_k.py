@@ -23,7 +23,7 @@ off and where it is clear 4 is, so that q - 4 comes out of two masks and one sub
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -43,7 +43,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * q.astype(np.float32)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Steps(-4, 3), False, spaced(-5.4, -2.6, 10) + spaced(4.4, 1.6, 10), 1, -32, 31, 2)
+SEARCH = Search(16, 16, Steps(-4, 3), False, Effort(spaced(-5.4, -2.6, 10) + spaced(4.4, 1.6, 10), 1), -32, 31, 2)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

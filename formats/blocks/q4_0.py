@@ -13,7 +13,7 @@ one shift of a 16-byte register give two runs of neighbours.
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -23,7 +23,10 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 
 # The largest weight is put at or beyond -8, the end that is one further out, or at the other.
-SEARCH = Search(1, 32, Steps(-8, 7), False, spaced(-9.6, -6.4, 17) + spaced(8.6, 5.6, 16), 2)
+SEARCH = Search(
+    1, 32, Steps(-8, 7), False, Effort(spaced(-9.6, -6.4, 17) + spaced(8.6, 5.6, 16), 2),
+    quick=Effort(spaced(-9.2, -6.8, 4), 1),
+)  # fmt: skip
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -12,7 +12,7 @@ wherever zero lies. That costs two bytes more. Note that m is added; the K forma
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -21,7 +21,9 @@ def dequantize(blocks: U8Array) -> F32Array:
     return read_f16(blocks, 0) * q.astype(np.float32) + read_f16(blocks, 2)
 
 
-SEARCH = Search(1, 32, Steps(0, 15), True, spaced(13, 18, 12), 2, shifts=(-0.5, 0.0, 0.5))
+SEARCH = Search(
+    1, 32, Steps(0, 15), True, Effort(spaced(13, 18, 12), 2, (-0.5, 0.0, 0.5)), quick=Effort((15,), 1, (0.0, 0.5))
+)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

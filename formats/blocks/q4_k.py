@@ -22,7 +22,7 @@ a time, so that three 32-bit words, a few shifts and a few masks give all sixtee
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -43,7 +43,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
 
 
-SEARCH = Search(8, 32, Steps(0, 15), True, spaced(13, 17, 9), 2, 0, 63, 2, (-0.75, -0.25, 0.25, 0.75))
+SEARCH = Search(8, 32, Steps(0, 15), True, Effort(spaced(13, 17, 9), 2, (-0.75, -0.25, 0.25, 0.75)), 0, 63, 2)
 
 
 def pack_scales(scales: NDArray[np.int32], minimums: NDArray[np.int32]) -> U8Array:

@@ -13,7 +13,7 @@ unpacks just as Q4_0 does.
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -28,7 +28,10 @@ def dequantize(blocks: U8Array) -> F32Array:
     return read_f16(blocks, 0) * q.astype(np.float32)
 
 
-SEARCH = Search(1, 32, Steps(-16, 15), False, spaced(-18.5, -13, 24) + spaced(17.5, 12, 24), 2)
+SEARCH = Search(
+    1, 32, Steps(-16, 15), False, Effort(spaced(-18.5, -13, 24) + spaced(17.5, 12, 24), 2),
+    quick=Effort(spaced(-17.8, -14, 5), 0),
+)  # fmt: skip
 
 
 def pack(codes: U8Array) -> tuple[U8Array, U8Array]:

@@ -12,7 +12,7 @@ What Q4_1 is to Q4_0, this is to Q5_0: a minimum of its own for two bytes more.
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
 from qrun.formats.blocks.q5_0 import pack, unpack
 
@@ -22,7 +22,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return read_f16(blocks, 0) * q.astype(np.float32) + read_f16(blocks, 2)
 
 
-SEARCH = Search(1, 32, Steps(0, 31), True, spaced(28, 35, 28), 2)
+SEARCH = Search(1, 32, Steps(0, 31), True, Effort(spaced(28, 35, 28), 2), quick=Effort((31,), 1, (0.0, 0.5)))
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

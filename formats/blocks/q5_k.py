@@ -18,7 +18,7 @@ Q4_K with one bit more. The fifth bits of a sub-block lie in one bit position of
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 from qrun.formats.blocks.q4_k import pack_scales, unpack_scales
 
@@ -33,7 +33,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * q.astype(np.float32) - m).reshape(n_blocks, 256)
 
 
-SEARCH = Search(8, 32, Steps(0, 31), True, spaced(28, 35, 15), 2, 0, 63, 2, (-0.5, 0.0, 0.5))
+SEARCH = Search(8, 32, Steps(0, 31), True, Effort(spaced(28, 35, 15), 2, (-0.5, 0.0, 0.5)), 0, 63, 2)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

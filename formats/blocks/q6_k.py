@@ -20,7 +20,7 @@ a minimum no longer pays, so it is symmetric, and the scales have a whole byte, 
 
 import numpy as np
 
-from qrun.formats.blocks.fitting import Search, Steps, fit, spaced
+from qrun.formats.blocks.fitting import Effort, Search, Steps, fit, spaced
 from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
@@ -33,7 +33,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * q.astype(np.float32)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Steps(-32, 31), False, spaced(-36, -27, 20) + spaced(35, 26, 20), 1, -128, 127, 1)
+SEARCH = Search(16, 16, Steps(-32, 31), False, Effort(spaced(-36, -27, 20) + spaced(35, 26, 20), 1), -128, 127, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qrun.formats.checkpoints import scaled
+from qrun.formats.checkpoints import packed, scaled
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
@@ -27,6 +27,9 @@ QUANT_METHODS: dict[str, Decoder] = {
     "fp8": scaled.decode,
     "fbgemm_fp8": scaled.decode,
     "compressed-tensors": scaled.decode,
+    "gptq": packed.decoder("gptq"),
+    "awq": packed.decoder("awq"),
+    "bitsandbytes": packed.decoder("bitsandbytes"),
 }
 """By `quant_method`."""
 
@@ -34,7 +37,7 @@ QUANT_METHODS: dict[str, Decoder] = {
 def decode_tensors(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, path: Path
 ) -> dict[str, SourceTensor]:
-    """All weights of a checkpoint, by name. quantization: what `path`, its config.json, says under that name.
+    """All weights of a checkpoint, by name. quantization: what `path`, mostly its config.json, says of that.
 
     Tensors that are neither floats nor part of a packed weight are left out.
     """

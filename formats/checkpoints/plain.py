@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats.blocks import TensorType, dequantize
+from qrun.formats.blocks.floats import Floats, as_stored
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.safetensors import DTYPES, StoredTensor
@@ -62,6 +63,11 @@ class PlainTensor(SourceTensor):
 
     def rows(self, start: int, end: int) -> F32Array:
         return decode(self.stored, self._bytes(start, end)).reshape(end - start, self.row)
+
+    def floats(self, start: int, end: int) -> Floats:
+        if self.stored.dtype == self.type.name:
+            return as_stored(self._bytes(start, end), self.type, self.row)
+        return self.rows(start, end)
 
     def raw(self, start: int, end: int) -> U8Array:
         if self.stored.dtype == self.type.name:

@@ -2,7 +2,8 @@
 
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_
 from qrun.formats.gguf.metadata import ValueType, encode_string, encode_value
 from qrun.formats.gguf.reader import GGUFReader
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_KEYS, SPLIT_NO, SPLIT_TENSORS, part_name
+from qrun.formats.write_behind import WriteBehind
 
 
 @dataclass
@@ -36,7 +38,7 @@ class GGUFWriter:
             writer.write_tensor("output.weight", rows)
 
     The file grows under a temporary name beside its target, takes its name when it is complete, and is removed if an
-    exception leaves the `with`. Misuse raises ValueError.
+    exception leaves the `with`. Misuse raises ValueError; a disk that is full, OSError with the target's name.
     """
 
     def __init__(self, path: str | os.PathLike[str], version: int = 3) -> None:
@@ -48,6 +50,7 @@ class GGUFWriter:
         self._tensors: dict[str, _Tensor] = {}
         self._unwritten: list[_Tensor] = []  # the next one last
         self._file: BinaryIO | None = None
+        self._disk = WriteBehind()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.part")
         self._header_end = 0
         self._finished = False
@@ -113,9 +116,11 @@ class GGUFWriter:
         tensor = self._unwritten[-1]
         if tensor.written + view.nbytes > tensor.n_bytes:
             raise ValueError(f"tensor {quote(name)} has {tensor.n_bytes} bytes, and more were written")
-        file.write(view.cast("B"))
-        tensor.written += view.nbytes
-        self._finish_tensors(file)
+        with self._naming_the_file():
+            file.write(view.cast("B"))
+            tensor.written += view.nbytes
+            self._finish_tensors(file)
+            self._disk.wrote(file, view.nbytes)
 
     def copy_tensors(self, reader: GGUFReader) -> None:
         """Describe and write all tensors of a reader.
@@ -137,7 +142,8 @@ class GGUFWriter:
             # Unchanged so far, so the padding is the file's own too: it may be other than zeros, or missing at the end.
             start = file.seek(source.header_end)
             file.truncate()
-        file.write(memoryview(source.data)[start:])
+        with self._naming_the_file():
+            file.write(memoryview(source.data)[start:])
 
     def _append_tensors(self, tensors: Collection[TensorInfo]) -> None:
         for tensor in tensors:
@@ -153,10 +159,11 @@ class GGUFWriter:
             file = self._begin()
             if self._unwritten:
                 raise ValueError(f"tensor {quote(self._unwritten[-1].name)} has not been written in full")
-            file.flush()
-            os.fsync(file.fileno())  # or a crash could leave the name on a file whose data never reached the disk
-            file.close()
-            os.replace(self._temporary, self.path)
+            with self._naming_the_file():
+                self._disk.finish(file)  # or a crash could leave the name on a file whose data never reached the disk
+                self._disk.stop()
+                file.close()
+                os.replace(self._temporary, self.path)
             self._finished = True
         finally:
             self.abort()
@@ -164,7 +171,9 @@ class GGUFWriter:
     def abort(self) -> None:
         """Give up: remove what has been written, and leave the target as it was."""
         if self._file is not None and not self._finished:
-            self._file.close()
+            self._disk.stop()
+            with suppress(OSError):  # a full disk does not take what is still in the buffer either
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
         self._finished = True
 
@@ -176,6 +185,16 @@ class GGUFWriter:
             self.close()
         else:
             self.abort()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """An OSError of an open file does not say which file: the disk of this one is full, say. Others name the
+        temporary file, of which nobody knows."""
+        try:
+            yield
+        except OSError as error:
+            error.filename, error.filename2 = str(self.path), None
+            raise
 
     def _check_header_open(self) -> None:
         if self._file is not None or self._finished:
@@ -191,12 +210,13 @@ class GGUFWriter:
         if self._finished:
             raise ValueError("the file is closed")
         if self._file is None:
-            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
-            self._file.write(self._header())
-            self._header_end = self._file.tell()
-            self._pad(self._file)
-            self._unwritten = list(reversed(self._tensors.values()))
-            self._finish_tensors(self._file)
+            with self._naming_the_file():
+                self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
+                self._file.write(self._header())
+                self._header_end = self._file.tell()
+                self._pad(self._file)
+                self._unwritten = list(reversed(self._tensors.values()))
+                self._finish_tensors(self._file)
         return self._file
 
     def _header(self) -> bytes:

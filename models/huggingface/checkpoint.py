@@ -18,16 +18,17 @@ from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.general import general_entries, size_entry
 from qrun.models.huggingface.hyperparameters import hyperparameter_entries
+from qrun.models.huggingface.quantization import FILES as QUANTIZATION_FILES
+from qrun.models.huggingface.quantization import read_quantization
 from qrun.models.huggingface.rope import rope_factors
 from qrun.models.huggingface.tensors import ConstantTensor, dimensions, map_tensors
 from qrun.models.huggingface.tokenizer import tokenizer_entries
 
 CONFIG_NAME = "config.json"
-QUANTIZATION = "quantization_config"
 # Other files that belong to a checkpoint, and must not be written over.
 OTHER_FILES = (
     CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", *QUANTIZATION_FILES,
 )  # fmt: skip
 _FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
 
@@ -50,7 +51,7 @@ class CheckpointSource:
         tokenizer_entries(entries, self.path, config, sizes["vocab"])
         self._checkpoint = SafetensorsFolder(self.path)
         try:
-            weights = decode_tensors(self._checkpoint.tensors, _quantization(config), config.path)
+            weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config))
             tensors = map_tensors(weights, self.architecture, sizes, config)
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
@@ -90,12 +91,3 @@ def read_config(folder: Path) -> tuple[Architecture, Config]:
     if isinstance(text, dict):
         values = {**values, **text}
     return architecture, Config(path, values, {**DEFAULTS, **architecture.defaults})
-
-
-def _quantization(config: Config) -> Mapping[str, Any] | None:
-    if config.get(QUANTIZATION) is None:
-        return None
-    quantization = config.get(QUANTIZATION)
-    if not isinstance(quantization, dict):
-        raise config.error(QUANTIZATION, "is not an object")
-    return quantization

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrun.formats import FormatError, TensorType
+from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
@@ -51,6 +52,13 @@ class MappedTensor(SourceTensor):
         else:
             rows = self._permuted(start, end, self._stored) if self.heads else self._stored(start, end)
         return rows + np.float32(self.shift) if self.shift else rows
+
+    def floats(self, start: int, end: int) -> Floats:
+        pieces = list(self._pieces(start, end))
+        if len(self.shape) == 1 or self.heads or self.shift or len(pieces) != 1:
+            return self.rows(start, end)
+        tensor, first, last = pieces[0]
+        return tensor.floats(first, last)
 
     def raw(self, start: int, end: int) -> U8Array:
         if self.heads or self.shift or any(segment.tensor.type != self.type for segment in self.segments):

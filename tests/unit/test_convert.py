@@ -88,14 +88,15 @@ def test_tensors_are_those_of_the_plain_quantiser(type: str, source: Path, capsy
         assert after.metadata["general.file_type"] != before.metadata["general.file_type"]
 
 
+@pytest.mark.parametrize("type", ["q3_k_m", "q4_0", "q5_1"])
 def test_any_number_of_threads_gives_the_same_file(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    type: str, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(converting, "CHUNK_WEIGHTS", 7 * ROW)  # so that there are chunks to be mixed up
     files = []
     for threads in (1, 2, 5):
         out = source.with_name(f"{threads}.gguf")
-        assert run(source, out, "--type", "q3_k_m", "-t", threads, capsys=capsys)[0] == 0
+        assert run(source, out, "--type", type, "-t", threads, capsys=capsys)[0] == 0
         files.append(out.read_bytes())
     assert files[0] == files[1] == files[2]
 

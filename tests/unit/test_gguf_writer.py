@@ -1,5 +1,11 @@
 """What the writer writes reads back, here and by the reference library; and a copy is the same bytes."""
 
+import errno
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +14,7 @@ import numpy as np
 import pytest
 from gguf_builder import Tensor, array, build, scalar
 
-from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType, write_behind
 
 V = ValueType
 
@@ -173,6 +179,80 @@ def test_a_tensor_that_is_not_whole_fails_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensor 't' has not been written in full"):
         writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_told_by_the_files_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "m.gguf"
+    with pytest.raises(FileNotFoundError) as caught, GGUFWriter(path):
+        pass
+    assert caught.value.filename == str(path)
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """No file can grow beyond that: the nearest thing to a full disk that needs no disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("piece", [1 << 10, 1 << 20])  # through the file object's buffer, and past it
+def test_a_disk_that_takes_no_more(tmp_path: Path, piece: int) -> None:
+    path = tmp_path / "m.gguf"
+    with pytest.raises(OSError) as caught, files_of_at_most(1 << 18), GGUFWriter(path) as writer:
+        writer.add_tensor("t", TensorType.I8, (1 << 20,))
+        for _ in range(0, 1 << 20, piece):
+            writer.write_tensor("t", bytes(piece))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n_tensors", [1, 3])  # the failure is seen by close, and by a write
+def test_what_fails_in_the_background_fails_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tensors: int
+) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write_behind, "_sync", failing)
+    monkeypatch.setattr(write_behind, "PART_BYTES", 1000)
+    path, written = tmp_path / "m.gguf", 0
+    with pytest.raises(OSError, match="No space left") as caught, GGUFWriter(path) as writer:
+        for i in range(n_tensors):
+            writer.add_tensor(f"t{i}", TensorType.I8, (1000,))
+        for i in range(n_tensors):
+            writer.write_tensor(f"t{i}", bytes(1000))
+            written += 1
+            assert writer._disk._running is not None
+            wait([writer._disk._running])
+    assert written == 1 and caught.value.filename == str(path)
+    with pytest.raises(OSError, match="No space left"):  # again: what was lost stays lost
+        writer._disk.finish(io.BytesIO())
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_is_on_its_way_to_the_disk_before_the_file_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of it is there when the file gets its name."""
+    synced: list[int] = []
+    monkeypatch.setattr(write_behind, "_sync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(write_behind, "PART_BYTES", 1000)
+    whole: list[int] = []
+    monkeypatch.setattr(write_behind.os, "fsync", lambda descriptor: whole.append(os.fstat(descriptor).st_size))
+    path = tmp_path / "m.gguf"
+    with GGUFWriter(path) as writer:
+        writer.add_tensor("t", TensorType.I8, (2560,))
+        for _ in range(10):
+            writer.write_tensor("t", bytes(256))
+            if writer._disk._running is not None:
+                wait([writer._disk._running])
+    assert len(synced) == 2 and 1000 <= synced[0] < synced[1]  # after every fourth piece
+    assert whole == [path.stat().st_size]
 
 
 @pytest.mark.parametrize(

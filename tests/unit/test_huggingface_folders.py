@@ -96,6 +96,19 @@ def test_what_is_copied_is_what_is_decoded(rng: np.random.Generator) -> None:
     source.close()
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir() if (path / "config.json").exists()))
+def test_floats_as_they_are_stored_are_what_is_decoded(name: str, rng: np.random.Generator) -> None:
+    """Also where rows change places or are put together, and nothing is stored as it has to be."""
+    with closing(CheckpointSource(DATA / name)) as source:
+        for found in source.tensors.values():
+            start = int(rng.integers(found.n_rows))
+            end = int(rng.integers(start, found.n_rows)) + 1
+            floats = found.floats(start, end)
+            if floats.dtype == np.uint16:
+                floats = (floats.astype(np.uint32) << 16).view(np.float32)
+            np.testing.assert_array_equal(floats.astype(np.float32), found.rows(start, end), found.name)
+
+
 def test_experts_are_stacked_from_one_tensor_or_from_many(rng: np.random.Generator, tmp_path: Path) -> None:
     parts = CheckpointSource(DATA / "qwen3moe")
 

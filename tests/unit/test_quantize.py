@@ -145,6 +145,21 @@ def test_compiled_code_gives_the_same_bytes(
     np.testing.assert_array_equal(encoded.raw, quantize(weights, type, matters))
 
 
+def in_two_bytes(weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights as F16 and as the bits of BF16, each with what they are in single precision."""
+    half = weights.clip(-65504, 65504).astype(np.float16)  # subnormal numbers and zeros are among them
+    brain = (weights.view(np.uint32) >> 16).astype(np.uint16)
+    return [(half, half.astype(np.float32)), (brain, (brain.astype(np.uint32) << 16).view(np.float32))]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 19])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_read_as_they_are_stored(name: str, rows: int, encoder: Encoder, rng: np.random.Generator) -> None:
+    type = TensorType[name]
+    for stored, decoded in in_two_bytes(difficult(rng)[-rows:]):
+        np.testing.assert_array_equal(encoder.encode(stored, type).raw, encoder.encode(decoded, type).raw)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q6_K"])
 def test_any_number_of_blocks_will_do(name: str, rows: int, encoder: Encoder, rng: np.random.Generator) -> None:
@@ -178,5 +193,8 @@ def test_bytes_do_not_depend_on_the_instruction_set(
     encoder = Encoder(types, host_target(form))
     weights = difficult(rng)
     for type in types:
-        expected = quantize(weights, type, importance)
-        np.testing.assert_array_equal(encoder.encode(weights, type, importance).raw, expected)
+        for matters in (None, importance):
+            expected = quantize(weights, type, matters)
+            np.testing.assert_array_equal(encoder.encode(weights, type, matters).raw, expected)
+        for stored, decoded in in_two_bytes(weights):
+            np.testing.assert_array_equal(encoder.encode(stored, type).raw, quantize(decoded, type))
