@@ -21,7 +21,7 @@ KEYS = [
     *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES), *(f"append-{cache}" for cache in CACHES),
     "pack-q8", "pack-f32", *ROWS,
 ]  # fmt: skip
-ACROSS_LANES = ["rms_norm-", "rms_norm-q8", *(f"attention-{cache}-{together}" for cache in CACHES for together in (1, 3))]
+ACROSS_LANES = ["rms_norm-", "rms_norm-q8", *(f"attention-{cache}-{heads}" for cache in CACHES for heads in (1, 3))]
 
 
 @pytest.fixture(scope="module", params=["neon", "neon-dotprod"])
@@ -78,7 +78,7 @@ def test_every_float16_is_read_alike(arm: Harness, host: Harness) -> None:
 
 
 def test_packing(rng: np.random.Generator, arm: Harness, narrow_host: Harness) -> None:
-    x = rng.normal(size=(8, 96)).astype(np.float32) * np.float32(10.0) ** rng.integers(-36, 36, (8, 96))
+    x = (rng.normal(size=(8, 96)) * 10.0 ** rng.integers(-36, 36, (8, 96))).astype(np.float32)
     x[0, :16], x[1, 16:32] = 0.0, 1e-35
     ties = np.arange(-31, 33, 2, dtype=np.float32) / 2
     x[2, :16], x[3, :16] = np.append(ties[:15], 127), np.append(ties[15:30], -127)
