@@ -18,7 +18,7 @@ from qrun.engine import records as R
 from qrun.engine.kernels.matmul import MINIMUM_FACTOR, NEGATED_SUM, SCALE
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter
+from qrun.engine.simd.vector import F32, I8, I64, Emitter
 
 Kernel = Callable[[int, int, int], None]
 
@@ -29,8 +29,9 @@ def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, co
     b = e.builder
 
     def put(value: ir.Value, size: int, index: int) -> None:
-        """The column's value among those of `size` bytes that each column has there, `index` times as many before."""
-        e.store(value, b.add(block, b.mul(b.add(b.mul(width, ir.Constant(I64, index)), column), ir.Constant(I64, size))))
+        """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
+        place = b.add(b.mul(width, ir.Constant(I64, index)), column)
+        e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
 
     correction: ir.Value = ir.Constant(F32, 0.0)
     for half in range(2):

@@ -69,8 +69,9 @@ INSTRUCTIONS = {
     "avx512-vnni": (["vpdpbusd.*%zmm"], ["vcvtph2ps.*%zmm", "vfmadd231ps.*%zmm"], "vpmaddubsw"),
     "avx-vnni": ([r"\{vex\}\s*vpdpbusd.*%ymm"], ["vcvtph2ps.*%ymm", "vfmadd231ps.*%ymm"], "zmm|vpmaddubsw"),
     "neon": ([r"smull2?[\s.]", r"addp[\s.]", r"sa(da|dd)lp[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sdot[\s.]"),
-    "neon-dotprod": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
-    "apple": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "neon-dotprod": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "neon-i8mm": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "apple": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
     "x86-64": (["pmuludq|pmullw|pmaddwd"], ["mulps"], "ymm|vcvtph2ps|vfmadd"),
 }
 
