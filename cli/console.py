@@ -129,7 +129,7 @@ class CompileProgress:
             return
         if not sys.stderr.isatty():
             if not self._announced:
-                notice(f"compiling {total} kernels for this CPU (once)")
+                notice(f"compiling {total} kernel{'s' * (total > 1)} for this CPU (once)")
         elif done < total:
             click.echo(f"\r\033[Kcompiling kernels for this CPU  {done}/{total}", nl=False, err=True)
         else:
@@ -137,10 +137,15 @@ class CompileProgress:
         self._announced = True
 
 
-@contextmanager
-def while_reading() -> Iterator[Callable[[], None]]:
-    """Says that the prompt is being read once that takes more than two seconds (on a terminal only).
+READING_DELAY = 2.0
+"""Seconds after which `while_reading` begins to tell."""
 
+
+@contextmanager
+def while_reading(progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
+    """Says how much of the prompt has been read once that takes more than two seconds (on a terminal only).
+
+    progress: returns (tokens read, tokens of the prompt); it is called from another thread.
     Yields a function to be called when the answer begins.
     """
     finished = threading.Event()
@@ -150,11 +155,11 @@ def while_reading() -> Iterator[Callable[[], None]]:
     started = time.monotonic()
 
     def show() -> None:
-        if finished.wait(2.0):
+        if finished.wait(READING_DELAY):
             return
         while not finished.wait(0.25):
-            seconds = time.monotonic() - started
-            click.echo(f"\r\033[Kreading the prompt  {seconds:.0f} s", nl=False, err=True)
+            (done, total), seconds = progress(), time.monotonic() - started
+            click.echo(f"\r\033[Kreading the prompt  {done}/{total} tokens, {seconds:.0f} s", nl=False, err=True)
         click.echo("\r\033[K", nl=False, err=True)
 
     thread = threading.Thread(target=show, daemon=True)

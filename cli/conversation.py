@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qrun.engine import Model
-    from qrun.engine.generation import GenerationStats
+    from qrun.engine.generation import Generation, GenerationStats
 
 Message = dict[str, str]
 SAVED_FORMAT = "qrun conversation 1"
@@ -36,6 +36,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.last_stats: GenerationStats | None = None
         self.stop_reason: str | None = None
+        self._generation: Generation | None = None  # the newest
         # the text of the last prompt with its answer, and the tokens that the session holds for it
         self._known: tuple[str, list[int]] = ("", [])
         if system:
@@ -45,6 +46,11 @@ class Conversation:
     def system(self) -> str | None:
         """The system prompt."""
         return self.messages[0]["content"] if self._first_turn else None
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """Tokens of the newest prompt that have been read, and all of them."""
+        return self._generation.prompt_progress if self._generation else (0, 0)
 
     @property
     def _first_turn(self) -> int:
@@ -79,7 +85,7 @@ class Conversation:
             while True:
                 prompt_text, prompt = self._fitting_prompt(len(reply_tokens))
                 options = self.sampling if budget is None else self.sampling | {"max_tokens": budget}
-                generation = self.session.generate(prompt + reply_tokens, **options)
+                generation = self._generation = self.session.generate(prompt + reply_tokens, **options)
                 try:
                     for piece in generation:
                         reply += piece

@@ -78,7 +78,8 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         conversation = self.conversation
-        with stopping_at_interrupt(conversation.session.stop), while_reading() as begun:
+        reading = while_reading(lambda: conversation.prompt_progress)
+        with stopping_at_interrupt(conversation.session.stop), reading as begun:
             for piece in conversation.answer(text):
                 if piece:
                     begun()

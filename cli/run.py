@@ -74,7 +74,7 @@ def stream(generation: Generation, quiet: bool) -> None:
     from qrun.cli.console import printable, while_reading
 
     at_terminal = sys.stdout.isatty()
-    with while_reading() as begun:
+    with while_reading(lambda: generation.prompt_progress) as begun:
         for piece in generation:
             if piece:
                 begun()

@@ -14,10 +14,12 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,9 @@ from qrun.engine.simd.target import Target, compiling_for, host_target
 from qrun.formats import blocks
 
 Progress = Callable[[int, int], None]
+
+UNUSED_DAYS = 60
+"""Compiled kernels that were not loaded for so long are removed when others are compiled."""
 
 
 class CompileError(RuntimeError):
@@ -48,6 +53,8 @@ def load_objects(keys: Sequence[str], target: Target, progress: Progress | None 
     compile_kernels(keys, target, progress)
     folder = cache_folder(target)
     objects = {key: _read_object(folder, key) for key in keys}
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # says that it is in use: see `_forget_old`
     return {key: code for key, code in objects.items() if code is not None}
 
 
@@ -57,8 +64,17 @@ def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | No
     missing = [key for key in dict.fromkeys(keys) if _read_object(folder, key) is None]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
+        _forget_old(folder.parent, but=folder)
         _compile_missing(missing, target, folder, progress)
     return len(missing)
+
+
+def _forget_old(folders: Path, but: Path) -> None:
+    """Remove what versions of qrun, Python or the CPU's features have left that nobody has used for long."""
+    for folder in folders.iterdir():
+        with contextlib.suppress(OSError):
+            if folder != but and folder.stat().st_mtime < time.time() - UNUSED_DAYS * 86400:
+                shutil.rmtree(folder)
 
 
 def _read_object(folder: Path, key: str) -> bytes | None:
@@ -234,7 +250,7 @@ def _no_host_code(context: Any) -> Iterator[None]:
 
 @functools.cache
 def _set_options() -> None:
-    """Options of LLVM that hold for the whole process, which is one that compiles and nothing else."""
+    """Options of LLVM that hold for the whole process: one that compiles and nothing else, but in a packed app."""
     import llvmlite.binding as llvm
 
     # Loop strength reduction would make sixteen pointers of one pointer and a stride, and keep them on the stack.

@@ -133,6 +133,11 @@ class Generation(Iterator[Piece]):
         return self._cancelled.is_set()
 
     @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates."""
+        return min(self._cache.sequence.n_past, len(self._prompt)), len(self._prompt)
+
+    @property
     def stats(self) -> GenerationStats:
         """Counts and times so far."""
         return GenerationStats(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from cli_fakes import make_model, runtime_of
 from click.testing import CliRunner
 
-from qrun.cli import loading
+from qrun.cli import console, loading
 from qrun.cli.conversation import Conversation
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl, stopping_at_interrupt
@@ -207,3 +209,21 @@ def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: py
     assert begun[0] == (CATALOG[DEFAULT_MODEL].system, CATALOG[DEFAULT_MODEL].sampling)
     assert begun[1] == ("", {**CATALOG[DEFAULT_MODEL].sampling, "temperature": 1.0})
     assert begun[2] == (None, {})
+
+
+def test_a_long_prompt_says_how_much_of_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(console, "READING_DELAY", 0.01)
+    shown = threading.Event()
+
+    def progress() -> tuple[int, int]:
+        shown.set()
+        return 512, 4000
+
+    with console.while_reading(progress) as begun:
+        assert shown.wait(10)
+        begun()
+        printed = capsys.readouterr().err
+    assert re.match(r"\r\x1b\[Kreading the prompt  512/4000 tokens, 0 s.*\r\x1b\[K$", printed, re.S)

@@ -1,5 +1,6 @@
 """The kernel cache, and the threads that run kernels."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from qrun.engine import records as R
-from qrun.engine.compiler import CompileError, cache_folder, load_kernels
+from qrun.engine.compiler import UNUSED_DAYS, CompileError, cache_folder, load_kernels
 from qrun.engine.simd.target import host_target
 from qrun.engine.team import TEAM_KERNELS, Team
 from tests.kernel_harness import record
@@ -32,6 +33,22 @@ def test_kernels_are_compiled_once_with_progress(empty_cache: Path) -> None:
     seen.clear()
     load_kernels(KEYS, progress=lambda done, total: seen.append((done, total)))
     assert seen == []
+
+
+def test_kernels_that_nobody_has_used_for_long_are_removed(empty_cache: Path) -> None:
+    load_kernels(KEYS[:1])
+    ours, long_ago = cache_folder(host_target()), time.time() - (UNUSED_DAYS + 1) * 86400
+    others = [ours.with_name(name) for name in ("old", "recent")]
+    for folder in others:
+        folder.mkdir()
+        (folder / "scale-.o").write_bytes(b"code")
+    for folder in (ours, others[0]):
+        os.utime(folder, (long_ago, long_ago))
+    load_kernels(KEYS)
+    assert [folder.exists() for folder in (ours, *others)] == [True, False, True]
+    os.utime(ours, (long_ago, long_ago))
+    load_kernels(KEYS)
+    assert ours.stat().st_mtime > long_ago + 86400, "loading says that they are in use"
 
 
 def test_loading_compiled_kernels_does_not_import_numba() -> None:

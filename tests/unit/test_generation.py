@@ -141,6 +141,16 @@ def test_dry_gets_its_breakers_from_the_tokenizer() -> None:
         assert (generation.tokens == ids_of("c")) == expected
 
 
+def test_progress_counts_the_tokens_of_the_prompt_that_are_read() -> None:
+    runtime, seen = FakeRuntime(), list[tuple[int, int]]()
+    runtime.on_batch = lambda: seen.append(generation.prompt_progress)
+    generation = make_session(runtime).generate(ids_of("a" * 20), max_tokens=3)
+    assert generation.prompt_progress == (0, 20)
+    run(generation)
+    assert seen[:3] == [(8, 20), (16, 20), (20, 20)]
+    assert generation.prompt_progress == (20, 20)
+
+
 def test_cancel_before_the_start_computes_nothing() -> None:
     runtime = FakeRuntime()
     generation = make_session(runtime).generate(PROMPT)
