@@ -60,6 +60,8 @@ class EmulatedKernels:
 
 def _share_memory(cpu: unicorn.Uc, access: int, address: int, size: int, value: int, data: Any) -> bool:
     """Let the emulated CPU see the pages of this process around an address that it does not see yet."""
+    if address < PAGE:
+        return False  # an error of the emulation, and no crash of this process
     for page in {address // PAGE * PAGE, (address + size - 1) // PAGE * PAGE}:
         with contextlib.suppress(unicorn.UcError):  # one of two is mapped already
             cpu.mem_map_ptr(page, PAGE, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE, page)
