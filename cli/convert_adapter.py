@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from errno import ENOTDIR
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrun.cli.console import notice
-from qrun.cli.convert import default_out, metadata_value, show_plan, show_result, tensor_type, write
+from qrun.cli.convert import default_out, metadata_value, show_plan, show_result, write
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source
@@ -32,10 +33,11 @@ def convert_adapter(
     """A GGUF file of a PEFT adapter."""
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.mixes import COPY, Choice
-    from qrun.models.huggingface.peft import PeftSource, find_base
+    from qrun.models.huggingface.peft import PeftSource, adapter_type, find_base
 
-    type = tensor_type(type_name)
-    assert type is not None
+    type = adapter_type(type_name)
+    if folder.is_file():
+        raise NotADirectoryError(ENOTDIR, "is no folder: --lora takes an adapter as PEFT saves it", str(folder))
     with closing(PeftSource(folder, base_of(base) if base else find_base(folder), type)) as source:
         if source.notice:
             notice(source.notice)

@@ -94,7 +94,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """Within it SIGTERM ends, as Ctrl-C does, what is under way in good order, so that nothing half-written stays."""
+    """Within it SIGTERM, or that a terminal closes (SIGHUP), ends in good order what is under way, as Ctrl-C does.
+
+    Nothing half-written stays. What was ignored from the start, as nohup has it, is ignored still.
+    """
 
     def terminate(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -102,11 +105,16 @@ def terminating() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # others cannot set a handler
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

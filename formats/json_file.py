@@ -6,21 +6,14 @@ from typing import Any
 
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import read_file
 
 MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a file. Raises FormatError if it is missing, too large, or holds anything else."""
-    try:
-        if path.is_file() and path.stat().st_size > max_bytes:
-            raise FormatError(path, f"the file has more than {max_bytes} bytes")
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise FormatError(path, "there is no such file") from None
-    except OSError as error:
-        raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
-    return parse_json(path, text)
+    return parse_json(path, read_file(path, max_bytes))
 
 
 def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Mapping files that may be anything into memory."""
+"""Reading and mapping files that may be anything."""
 
 import mmap
 import os
@@ -37,8 +37,25 @@ def map_file(path: Path) -> mmap.mmap:
         raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """All of a file. Raises FormatError if it is missing, unreadable, no regular file, or has more than max_bytes."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and a device have no end
+            raise FormatError(path, "this is not a regular file")
+        if status.st_size > max_bytes:
+            raise FormatError(path, f"the file has more than {max_bytes} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FormatError(path, "there is no such file") from None
+    except OSError as error:
+        raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
+
+
 def describe_start(start: bytes) -> str:
     """What a file that should begin otherwise is, as far as its first bytes tell."""
+    if start[8:9] == b"{":  # after the length of its header
+        return "it is a safetensors file: name the folder in which it lies"
     kind = next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
     return f"it is {kind}" if kind else f"it begins with {start[:4]!r}"
 

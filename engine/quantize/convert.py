@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from errno import EISDIR
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ def convert(
     for path in paths:
         if any(path.exists() and path.samefile(file) for file in plan.source.files):
             raise ValueError(f"{path}: this is the source itself: name another file")
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
     free = shutil.disk_usage(out.absolute().parent).free
     if free < plan.n_bytes:
         raise OSError(f"{out}: the disk has {free / 1e9:.1f} GB free, and {plan.n_bytes / 1e9:.1f} GB are needed")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, ValueT
 from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.mapping import forget_pages
-from qrun.formats.tensors import SourceTensor
+from qrun.formats.tensors import SourceTensor, TensorFile
 from qrun.models.huggingface import CheckpointSource
 
 __all__ = ["CheckpointSource", "GGUFSource", "GGUFTensor", "Source", "SourceTensor", "open_source"]
@@ -30,34 +30,19 @@ F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
 
 
-class Source(Protocol):
+class Source(TensorFile[SourceTensor], Protocol):
     """A model that can be converted.
 
     path: for messages, and to name the result after. files: all that belong to it, never to be written over.
     metadata: in order. metadata_types: of each value and, if that is an array, of its items. tensors: by name, in the
-    order in which they are written.
+    order in which they are written; when the source is closed they cannot be read any more.
     """
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def files(self) -> Sequence[Path]: ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
 
     @property
     def metadata_types(self) -> Mapping[str, tuple[ValueType, ValueType | None]]: ...
 
-    @property
-    def tensors(self) -> Mapping[str, SourceTensor]: ...
-
     def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
         """A writer that has all metadata, and as yet no tensors."""
-
-    def close(self) -> None:
-        """Give back what is open. The tensors cannot be read any more."""
 
 
 @dataclass(frozen=True, eq=False)

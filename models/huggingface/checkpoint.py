@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.formats import FormatError, TensorType, ValueType
 from qrun.formats.checkpoints import decode_tensors
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json
@@ -62,18 +62,12 @@ class CheckpointSource:
         self.tensors: Mapping[str, SourceTensor] = tensors
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
+        self.writer = entries.writer
 
     @property
     def files(self) -> Sequence[Path]:
         others = [self.path / name for name in OTHER_FILES]
         return [*self._checkpoint.files, *(path for path in others if path.is_file())]
-
-    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
-        """A writer that has all metadata, and as yet no tensors."""
-        writer = GGUFWriter(path)
-        for key, value in self.metadata.items():
-            writer.set_metadata(key, value, *self.metadata_types[key])
-        return writer
 
     def close(self) -> None:
         """Unmap the files. The tensors cannot be read any more."""

@@ -1,9 +1,10 @@
 """Metadata that are being put together for a GGUF file."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from qrun.formats import ValueType
+from qrun.formats import GGUFWriter, ValueType
 
 
 class Entries:
@@ -30,6 +31,13 @@ class Entries:
 
     def array(self, key: str, values: Sequence[Any], item_type: ValueType) -> None:
         self._set(key, values, ValueType.ARRAY, item_type)
+
+    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
+        """A writer that has all of them, and as yet no tensors."""
+        writer = GGUFWriter(path)
+        for key, value in self.values.items():
+            writer.set_metadata(key, value, *self.types[key])
+        return writer
 
     def _set(self, key: str, value: Any, type: ValueType, item_type: ValueType | None = None) -> None:
         self.values[key] = value

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qrun.formats import FormatError
 from qrun.formats.json_file import read_json
+from qrun.formats.mapping import read_file
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.entries import Entries
 
@@ -68,9 +69,8 @@ def size_entry(entries: Entries, tensors: Iterable[SourceTensor], n_experts: int
 def _licence(card: Path) -> str | None:
     """The licence that the head of a model card names."""
     try:
-        with card.open("rb") as file:
-            head = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
-    except OSError:
+        head = read_file(card, MAX_CARD_BYTES).decode("utf-8", "replace")
+    except FormatError:
         return None
     front = re.match(r"---\s*\n(.*?)\n---\s*\n", head, re.DOTALL)
     match = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", front[1], re.MULTILINE) if front else None

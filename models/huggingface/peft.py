@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
+from qrun.formats import FormatError, TensorType, ValueType
 from qrun.formats.blocks.layout import F32Array
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor, decode
 from qrun.formats.gguf.cursor import quote
@@ -116,6 +116,15 @@ class _Target:
     expert: int | None = None
 
 
+def adapter_type(name: str) -> TensorType:
+    """What an adapter's matrices are to be written as, by its name in any case. Raises ValueError if they cannot be."""
+    type = next((type for type in FILE_TYPES if type.name == name.upper()), None)
+    if type is None:
+        known = ", ".join(type.name for type in FILE_TYPES)
+        raise ValueError(f"an adapter is written as {known}, not {name.upper()}")
+    return type
+
+
 class PeftSource:
     """A folder of PEFT as a `Source` of the converter: metadata and tensors are those of a GGUF adapter.
 
@@ -125,8 +134,6 @@ class PeftSource:
 
     def __init__(self, folder: str | os.PathLike[str], base: Base, type: TensorType = TensorType.F16) -> None:
         self.path = Path(folder)
-        if type not in FILE_TYPES:
-            raise ValueError(f"an adapter is written as {', '.join(kind.name for kind in FILE_TYPES)}, not {type.name}")
         self._base, self._type = base, type
         self._config = read_adapter_config(self.path)
         self._folder = SafetensorsFolder(self.path, WEIGHTS_NAME)
@@ -144,6 +151,7 @@ class PeftSource:
         entries = self._entries(alpha)
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
+        self.writer = entries.writer
 
     @property
     def files(self) -> Sequence[Path]:
@@ -156,13 +164,6 @@ class PeftSource:
         if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
             return f"{self.path}: the adapter began as {quote(start)}: it fits the model only as that changed it"
         return None
-
-    def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
-        """A writer that has all metadata, and as yet no tensors."""
-        writer = GGUFWriter(path)
-        for key, value in self.metadata.items():
-            writer.set_metadata(key, value, *self.metadata_types[key])
-        return writer
 
     def close(self) -> None:
         """Unmap the file. The tensors cannot be read any more."""

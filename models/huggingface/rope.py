@@ -23,15 +23,24 @@ def rope_section(config: Config) -> tuple[Config, float | None]:
     """What holds for layers that see everything, and the base of those that see a window only, if it is another."""
     section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
     if section.get("full_attention") is not None:
-        local = section.section("sliding_attention").get("rope_theta")
-        return section.section("full_attention").over(_bases(config)), local
-    local = config.real("rope_local_base_freq", 0.0) or None
-    return section.over(_bases(config)), local
+        local, key = section.section("sliding_attention"), "rope_theta"
+        section = section.section("full_attention")
+    else:
+        local, key = config, "rope_local_base_freq"
+    return section.over(_bases(config)), _base(local, key) if local.get(key) is not None else None
 
 
 def _bases(config: Config) -> Config:
     keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     return Config(config.path, {key: config.get(key) for key in keys})
+
+
+def _base(rope: Config, key: str = "rope_theta") -> float:
+    """A base of frequencies. One of 1 or less would not make a scale of them, and engines refuse it."""
+    base = rope.real(key, high=1e15)
+    if base <= 1.0:
+        raise rope.error(key, f"is {base:g}, expected more than 1")
+    return base
 
 
 def rope_entries(entries: Entries, name: str, config: Config) -> None:
@@ -52,7 +61,7 @@ def rope_entries(entries: Entries, name: str, config: Config) -> None:
         entries.count(f"{name}.rope.scaling.original_context_length", original)
     elif kind not in ("llama3", *WITHOUT_EFFECT) and (kind, name) != ("longrope", "phi3"):
         raise rope.error("rope_type", f"is {kind!r}, which is not supported")
-    entries.real(f"{name}.rope.freq_base", rope.real("rope_theta", high=1e15))
+    entries.real(f"{name}.rope.freq_base", _base(rope))
     if local_base is not None:
         entries.real(f"{name}.rope.freq_base_swa", local_base)
 
@@ -113,7 +122,7 @@ def _check_yarn(rope: Config, factor: float) -> None:
 
 def _llama3_factors(rope: Config, head: int) -> F32Array:
     """Long waves are stretched by the whole factor, short ones not at all, and those between in part."""
-    base = np.float32(rope.real("rope_theta", high=1e15))
+    base = np.float32(_base(rope))
     factor = rope.real("factor", 8.0, low=1e-6, high=1e6)
     low, high = rope.real("low_freq_factor", 1.0, low=1e-6), rope.real("high_freq_factor", 4.0, low=1e-6)
     original = rope.integer("original_max_position_embeddings", 8192, high=MAX_CONTEXT)

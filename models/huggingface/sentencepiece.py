@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrun.formats import FormatError
+from qrun.formats.mapping import read_file
 
 BPE = 2  # TrainerSpec.ModelType
 NORMAL = 1  # SentencePiece.Type
@@ -34,12 +35,7 @@ class SentencePieceModel:
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Raises FormatError if the file is missing, damaged, or of another kind than byte-pair encoding."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise FormatError(path, f"the file has more than {MAX_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
+    data = read_file(path, MAX_BYTES)
     try:
         return _parse(path, data)
     except (IndexError, struct.error):

@@ -9,6 +9,7 @@ from typing import Any
 
 from qrun.formats import FormatError, ValueType
 from qrun.formats.json_file import read_json
+from qrun.formats.mapping import read_file
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.vocabulary import TokenizerFiles, Vocabulary, read_vocabulary
@@ -172,9 +173,7 @@ def _chat_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
 
 
 def _template_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise FormatError(path, f"the template has more than {MAX_TEMPLATE_BYTES} bytes")
-    return path.read_bytes().decode("utf-8", "replace")
+    return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
 
 
 def _safe_name(name: str) -> str:

@@ -197,16 +197,18 @@ def make(name: str, folder: Path) -> None:
     model = vision_model(settings) if name.endswith("-vision") else text_model(kind, settings)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.copy_(random_values(parameter_name, parameter, shifted=kind.startswith("Gemma")))
-    model = model.to(getattr(torch, dtype)).eval()
-    model.generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.9)
-    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
+            values = random_values(parameter_name, parameter, shifted=kind.startswith("Gemma"))
+            parameter.copy_(values.to(getattr(torch, dtype)))
+    model.eval()
+    # The logits come before the model is cast: that would round its tables for rope too, which no file holds.
     tokens = torch.randint(0, settings["vocab_size"], (1, N_TOKENS))
-    model = model.float()
     with torch.no_grad():
         reference = {"tokens": tokens[0].numpy().astype(np.int32), "logits": model(tokens).logits[0].numpy()}
         if name == "phi-longrope":
             reference["short_logits"] = model(tokens[:, :12]).logits[0].numpy()
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.9)
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
     np.savez_compressed(folder / "reference.npz", **{k: v for k, v in reference.items()})
     texts = [*TEXTS, *(f"a{token}b {token} c" for token in tokenizer.all_special_tokens if "▁" not in token)]
     encoder = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,18 +96,3 @@ def matrices(model: Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tensor.shape for name, tensor in reader.tensors.items()}
     shapes.setdefault("output.weight", shapes[EMBEDDING])
     return {name: shape for name, shape in shapes.items() if len(shape) > 1}
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> Path:
-    """A safetensors file of float32, float16 or bfloat16 (given as uint16) arrays."""
-    names = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
-    header: dict[str, object] = {}
-    data = b""
-    for name, values in tensors.items():
-        raw = np.ascontiguousarray(values).tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": names[values.dtype.name], "shape": list(values.shape), "data_offsets": offsets}
-        data += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path

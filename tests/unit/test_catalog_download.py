@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from web_server import Site, serve
+from web_server import Site, add_repository, run_with_hub, serve
 
 from qrun.models import download, store
 from qrun.models.catalog import CatalogEntry, WheelMember
@@ -297,44 +297,9 @@ def test_specs_are_taken_apart() -> None:
             parse_spec(wrong)
 
 
-def add_repository(site: Site, repo: str, files: dict[str, bytes]) -> None:
-    """Serves a repository as the Hub does: its listing, and its files with their commit and checksum."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    siblings = [
-        {
-            "rfilename": name,
-            "size": len(content),
-            "blobId": "0" * 40,
-            "lfs": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134},
-        }
-        for name, content in files.items()
-    ]
-    listing = json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode()
-    for path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
-        site.files[path] = listing
-        site.headers[path] = {"Content-Type": "application/json"}
-    for name, content in files.items():
-        path = f"/{repo}/resolve/{commit}/{name}"
-        site.files[path] = content
-        site.headers[path] = {
-            "X-Repo-Commit": commit,
-            "X-Linked-Size": str(len(content)),
-            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
-        }
-
-
 def pull_in_a_process(site: Site, spec: str) -> subprocess.CompletedProcess[str]:
-    """`qrun pull SPEC`; in a process of its own, since the Hub's library reads HF_ENDPOINT when it is imported."""
-    environment = os.environ | {
-        "HF_ENDPOINT": site.address, "HF_HOME": os.environ["QRUN_HOME"] + "/hf", "HF_HUB_DISABLE_TELEMETRY": "1"
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "qrun.cli.main", "pull", spec],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    """`qrun pull SPEC`."""
+    return run_with_hub(site, "pull", spec)
 
 
 def test_a_repository_is_pulled_through_its_own_endpoint(site: Site) -> None:

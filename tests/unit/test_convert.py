@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from web_server import add_repository, run_with_hub, serve
 
 from qrun.cli import main
 from qrun.engine.quantize import convert as converting
@@ -15,6 +16,8 @@ from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.source import GGUFSource
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import quantize
+from qrun.models import store
+from qrun.models.catalog import catalog_entry
 
 ROW = 256
 N_LAYERS = 2
@@ -159,6 +162,57 @@ def test_out_is_named_after_source_and_type(source: Path, capsys: pytest.Capture
     assert leftovers(source.parent) == ["model-Q4_0.gguf", "model-f16.gguf"]
 
 
+# Sources that are named
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, outside of a store that is new."""
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def file_type(path: Path) -> int:
+    with GGUFReader(path) as reader:
+        return int(reader.metadata["general.file_type"])
+
+
+@pytest.mark.parametrize("name", ["org/repo/m-F16", "SMOLLM2-135m-instruct"])
+def test_a_model_of_the_store_is_converted_out_of_it(
+    name: str, source: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = catalog_entry(name)
+    stored = entry.path if entry else store.models_folder() / f"{name}.gguf"
+    stored.parent.mkdir(parents=True)
+    source.rename(stored)
+    assert run(name, "--type", "q8_0", capsys=capsys)[0] == 0
+    (made,) = elsewhere.iterdir()
+    assert made.name == ("SmolLM2-135M-Instruct-Q8_0.gguf" if entry else "m-Q8_0.gguf")
+    assert file_type(made) == 7
+    assert leftovers(stored.parent) == [stored.name]
+
+
+def test_a_model_that_is_not_pulled_yet_is_said_to_be_so(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run("SmolLM2-135M-Instruct", "--type", "q8_0", capsys=capsys)
+    assert status == 1 and "fetch it with: qrun pull SmolLM2-135M-Instruct" in err
+    assert leftovers(elsewhere) == []
+
+
+def test_a_model_is_fetched_and_converted(source: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve() as site:
+        site.files["/model-f16.gguf"] = source.read_bytes()
+        assert run(f"{site.address}/model-f16.gguf", "--type", "q8_0", capsys=capsys)[0] == 0
+        add_repository(site, "org/repo", {"m-F16.gguf": source.read_bytes()})
+        done = run_with_hub(site, "convert", "hf:org/repo:F16", "named.gguf", "--type", "q8_0")
+        assert done.returncode == 0, done.stderr
+    assert leftovers(elsewhere) == ["model-Q8_0.gguf", "named.gguf"]
+    assert (elsewhere / "named.gguf").read_bytes() == (elsewhere / "model-Q8_0.gguf").read_bytes()
+    assert [model.name for model in store.stored_models()] == ["127.0.0.1/model-f16", "org/repo/m-F16"]
+
+
 # What it says
 
 
@@ -230,6 +284,14 @@ def test_the_source_is_not_written_over(source: Path, capsys: pytest.CaptureFixt
     status, _, err = run(source, source, "--type", "q4_0", capsys=capsys)
     assert status == 1 and "the source itself" in err
     assert source.read_bytes() == before
+
+
+def test_a_folder_is_no_name_for_the_result(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = source.with_name("out")
+    folder.mkdir()
+    status, _, err = run(source, folder, "--type", "q4_0", capsys=capsys)
+    assert (status, err.splitlines()[-1]) == (1, f"qrun: {folder}: is a folder: name a file")
+    assert leftovers(source.parent) == [source.name, "out"]
 
 
 def test_another_models_importance_is_refused(source: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.general import model_name, size_entry
 from qrun.models.huggingface.rope import rope_entries, rope_factors
+from qrun.models.huggingface.sentencepiece import read_sentencepiece
 from qrun.models.huggingface.tensors import MappedTensor
 
 DATA = Path(__file__).parent.parent / "data" / "huggingface"
@@ -209,6 +213,55 @@ def test_the_factors_of_llama3() -> None:
     np.testing.assert_allclose(factors["rope_freqs.weight"], expected, rtol=1e-5)
 
 
+def spelt_as_before_5(config: dict[str, Any]) -> None:
+    """A configuration as Transformers 4 wrote it, which is how most checkpoints have it."""
+    config["torch_dtype"] = config.pop("dtype", None)
+    text = config.get("text_config", config)
+    rope = text.pop("rope_parameters")
+    if "full_attention" in rope:
+        text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            text[key] = rope.pop(key)
+    text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    kinds = text.pop("layer_types", [])
+    if "sliding_attention" in kinds:
+        text["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    if text["model_type"] == "qwen3_moe":
+        text["num_experts"] = text.pop("num_local_experts")
+    elif text["model_type"] == "smollm3":
+        del text["no_rope_layers"]
+    elif text["model_type"] == "phi3" and text["rope_scaling"]:
+        del rope["original_max_position_embeddings"]
+
+
+def describe_tokens_as_before_5(folder: Path) -> None:
+    """Added tokens in tokenizer_config.json too, and special ones in a file of their own."""
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+
+    def describe(config: dict[str, Any]) -> None:
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+        special = {key: config.pop(key) for key in ("bos_token", "eos_token") if config.get(key)}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+    edit(folder / "tokenizer_config.json", describe)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir()))
+def test_checkpoints_of_transformers_4_mean_the_same(name: str, tmp_path: Path) -> None:
+    folder = copy(name, tmp_path, spelt_as_before_5)
+    describe_tokens_as_before_5(folder)
+    before, now = CheckpointSource(folder), CheckpointSource(DATA / name)
+    assert dict(before.metadata) == dict(now.metadata)
+    assert before.metadata_types == now.metadata_types
+    assert before.tensors.keys() == now.tensors.keys()
+    for factors in before.tensors.keys() & {"rope_freqs.weight", "rope_factors_long.weight"}:
+        np.testing.assert_array_equal(before.tensors[factors].rows(0, 1), now.tensors[factors].rows(0, 1))
+    before.close()
+    now.close()
+
+
 def test_windows_are_said_only_where_they_are_unusual(tmp_path: Path) -> None:
     key = "gemma3.attention.sliding_window_pattern"
     usual = CheckpointSource(DATA / "gemma3")
@@ -280,6 +333,9 @@ def moved(key: str, value: Any) -> Edit:
         ("llama", moved("quantization_config", 4), "quantization_config is not an object"),
         ("llama", moved("rope_parameters", {"rope_type": "odd", "rope_theta": 1e4}), "rope_type is 'odd'"),
         ("llama", moved("rope_parameters", {"rope_type": "longrope"}), "rope_type is 'longrope'"),
+        ("llama", moved("rope_parameters", {"rope_type": "llama3", "rope_theta": 1}), "rope_theta is 1, expected more"),
+        ("gemma3", moved("rope_parameters", {"full_attention": {}, "sliding_attention": {"rope_theta": "x"}}),
+         "sliding_attention.rope_theta is not a number: 'x'"),
         ("llama", moved("rope_parameters", []), None),
         ("llama", moved("rope_parameters", [1]), "rope_parameters is not an object"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}), "only 32 is"),
@@ -322,6 +378,67 @@ def test_tensors_that_are_wrong(name: str, change: Edit, message: str, tmp_path:
         CheckpointSource(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("qwen3", "config.json"), ("qwen3", "model.safetensors"), ("mistral", "tokenizer.model"),
+     ("qwen3", "chat_template.jinja")],
+)  # fmt: skip
+def test_a_pipe_is_not_waited_for(folder: str, name: str, tmp_path: Path) -> None:
+    path = copy(folder, tmp_path) / name
+    path.unlink()
+    os.mkfifo(path)
+    if name == "chat_template.jinja":  # as good as none
+        CheckpointSource(path.parent).close()
+        return
+    with pytest.raises(FormatError, match=r"not a regular file|there is no"):
+        if name == "tokenizer.model":
+            read_sentencepiece(path)
+        CheckpointSource(path.parent)
+
+
+def test_a_file_of_a_checkpoint_is_not_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    path = DATA / "qwen3" / "model.safetensors"
+    assert main.main(["info", str(path)]) == 1
+    assert "it is a safetensors file: name the folder in which it lies" in capsys.readouterr().err
+
+
+STRANGE = (None, True, -1, 0, 1.5, 1 << 70, float("nan"), "", "x", "\ud800", [], [1], {}, {"a": []}, [[]], "Infinity")
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in JSON where a value stands: what it is in, and its key or index."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["gemma3-vision", "llama", "mixtral", "phi-longrope", "qwen3moe"])
+def test_strange_values_anywhere_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    folder = copy(name, tmp_path)
+    random = Random(int(rng.integers(1 << 31)))
+    refused = 0
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"):
+        path = folder / file
+        if not path.is_file():
+            continue
+        text = path.read_text()
+        for _ in range(40):
+            values = json.loads(text)
+            holder, key = random.choice([place for place in places(values) if not str(place[1]).isdecimal()])
+            holder[key] = random.choice(STRANGE)
+            path.write_text(json.dumps(values))
+            try:
+                with closing(CheckpointSource(folder)) as source:
+                    source.writer(tmp_path / "model.gguf")  # has encoded what it would write
+            except FormatError as error:
+                assert str(error).startswith(str(folder)) and "\n" not in str(error)
+                refused += 1
+        path.write_text(text)
+    assert refused > 10
 
 
 def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

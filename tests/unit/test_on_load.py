@@ -126,16 +126,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there, this signal ends a process at once")
-def test_a_conversion_that_is_terminated_leaves_nothing(folder: Path) -> None:
-    before = sorted(folder.iterdir())
-    arguments = ["convert", str(folder), "--type", "bf16"]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.skipif(sys.platform == "win32", reason="there, signals end a process at once")
+@pytest.mark.parametrize(
+    ("command", "signal_name"),
+    [("convert", "SIGTERM"), ("convert", "SIGINT"), ("convert", "SIGHUP"), ("tokenize", "SIGTERM")],
+)
+def test_a_conversion_that_is_ended_leaves_nothing(command: str, signal_name: str, folder: Path) -> None:
+    def files() -> set[Path]:
+        found = {path for path in folder.parent.rglob("*") if path.is_file()}
+        return {path for path in found if path.suffix not in (".lock", ".nbi", ".nbc")}
+
+    before = files()
+    arguments = [sys.executable, "-c", SLOW, command, str(folder), "--type", "bf16", *["text"] * (command != "convert")]
+    environment = os.environ | {"QRUN_CACHE": str(folder.parent / "cache")}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"writing\n"
-    assert len(list(folder.glob(".*.part"))) == 1
-    process.send_signal(signal.SIGTERM)
+    assert {path.suffix for path in files() - before} == {".part"}
+    number = signal.Signals[signal_name]
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert b"Traceback" not in errors
-    assert sorted(folder.iterdir()) == before
+    assert files() == before

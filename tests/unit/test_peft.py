@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_files import read_pairs, write_safetensors
+from adapter_files import read_pairs
+from safetensors_builder import tensor, write
 
 from qrun.cli import main
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
@@ -37,6 +38,7 @@ JOINED = {
     "mlp.gate_up_proj": ("ffn_up", (2 * FF, EMBD)),
     "mlp.down_proj": ("ffn_down", (EMBD, FF)),
 }
+DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}  # brain floats are given by their bits
 # Files of these have the pairs that rope turns side by side.
 PERMUTED = {"llama", "smollm3"}
 
@@ -69,7 +71,8 @@ def write_peft(
         prefix = "base_model.model." + ("" if module == "lm_head" else "model.") + module
         end = "lora_embedding_{}" if module == "embed_tokens" else "lora_{}.weight"
         tensors |= {f"{prefix}.{end.format('A')}": a, f"{prefix}.{end.format('B')}": b}
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    stored = {name: tensor(values, DTYPES[values.dtype.name]) for name, values in tensors.items()}
+    write(folder / "adapter_model.safetensors", stored)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16} | config))
     return folder
 
@@ -324,7 +327,8 @@ def test_missing_and_damaged_files(
     assert "has to be named with --base: its config says 'someone/something'" in error(peft, out)
     assert "there is no such file" in error(tmp_path / "nothing", out, "--base", base)
     assert "there is no such file" in error(peft, out, "--base", tmp_path)
-    assert "is written as F32, F16, BF16, not Q4_K" in error(peft, out, "--base", base, "--type", "q4_k")
+    assert "is written as F32, F16, BF16, not Q4_K_M" in error(peft, out, "--base", base, "--type", "q4_k_m")
+    assert "is no folder: --lora takes an adapter as PEFT saves it" in error(base / "config.json", out)
     a, b = pairs["layers.0.self_attn.q_proj"]
     big = write_peft(tmp_path / "big", {"layers.0.self_attn.q_proj": (a, b * np.float32(1e6))})
     assert "has weights that are not finite, or too large for F16" in error(big, out, "--base", base)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,3 +84,44 @@ def serve() -> Iterator[Site]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def add_repository(site: Site, repo: str, files: dict[str, bytes]) -> None:
+    """Serves a repository as the Hub does: its listing, and its files with their commit and checksum."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    siblings = [
+        {
+            "rfilename": name,
+            "size": len(content),
+            "blobId": "0" * 40,
+            "lfs": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134},
+        }
+        for name, content in files.items()
+    ]
+    listing = json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode()
+    for path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
+        site.files[path] = listing
+        site.headers[path] = {"Content-Type": "application/json"}
+    for name, content in files.items():
+        path = f"/{repo}/resolve/{commit}/{name}"
+        site.files[path] = content
+        site.headers[path] = {
+            "X-Repo-Commit": commit,
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+
+
+def run_with_hub(site: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """qrun with the site as the Hub; in a process of its own, since the Hub's library reads HF_ENDPOINT when it is
+    imported."""
+    environment = os.environ | {
+        "HF_ENDPOINT": site.address, "HF_HOME": os.environ["QRUN_HOME"] + "/hf", "HF_HUB_DISABLE_TELEMETRY": "1"
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "qrun.cli.main", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
