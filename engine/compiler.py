@@ -45,13 +45,17 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
 
     progress: called with (compiled so far, to be compiled), only if anything has to be compiled.
     """
-    target = target or host_target()
+    return Kernels(load_objects(keys, target or host_target(), progress))
+
+
+def load_objects(keys: Sequence[str], target: Target, progress: Progress | None = None) -> dict[str, bytes]:
+    """The object files of `keys` for any target, compiled first where the cache lacks them."""
     compile_kernels(keys, target, progress)
     folder = cache_folder(target)
     objects = {key: _read_object(folder, key) for key in keys}
     with contextlib.suppress(OSError):
         os.utime(folder)  # says that it is in use: see `_forget_old`
-    return Kernels({key: code for key, code in objects.items() if code is not None})
+    return {key: code for key, code in objects.items() if code is not None}
 
 
 def compile_kernels(keys: Sequence[str], target: Target, progress: Progress | None = None) -> int:

@@ -1,15 +1,25 @@
-"""Running single kernels from tests: records filled by hand, on one thread."""
+"""Running single kernels from tests, on random tensors: records filled by hand, on one thread."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from qrun.engine import records as R
-from qrun.engine.compiler import Kernels, load_kernels
+from qrun.engine.compiler import load_kernels
+from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.lowering import FLOAT_TYPES, blocks_and_tail
 from qrun.engine.simd.target import Target
-from qrun.formats import TensorType
+from qrun.formats import TensorType, dequantize
+from qrun.formats.blocks import BLOCK_FORMATS
 
+# Where a block's float16 scales and minimums lie: random bytes there would give infinities.
+HALVES = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+}  # fmt: skip
 # Added to an offset: the address of that field of the step's record.
 IN_STEP = -(1 << 40)
 
@@ -25,12 +35,20 @@ def record(size: int, fields: dict[int, int | float]) -> np.ndarray:
     return words
 
 
+class Functions(Protocol):
+    """Kernels that can be called: those of `engine.compiler`, or emulated ones."""
+
+    def function(self, key: str) -> Callable[[int, int, int], None]: ...
+
+
 class Harness:
     """Kernels for one target, and a step of `rows` rows."""
 
-    def __init__(self, target: Target, keys: list[str]) -> None:
+    def __init__(
+        self, target: Target, keys: list[str], load: Callable[[Sequence[str], Target], Functions] = load_kernels
+    ) -> None:
         self.target = target
-        self.kernels: Kernels = load_kernels(keys, target)
+        self.kernels = load(keys, target)
 
     def run(
         self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None
@@ -79,3 +97,62 @@ class Harness:
         }  # fmt: skip
         self.run(f"matmul-{type_name}", fields, rows)
         return out
+
+    def embed(
+        self, type_name: str, weights: np.ndarray, n_rows: int, width: int, tokens: np.ndarray, scale: float = 1.0
+    ) -> np.ndarray:
+        """The rows `tokens` (int64) of a matrix, times `scale`; weights: the file's bytes."""
+        blocks, tail = blocks_and_tail(TensorType[type_name], width)
+        out = np.full((len(tokens), width), np.nan, np.float32)
+        fields = {
+            R.EMBED_WEIGHTS: weights.ctypes.data, R.EMBED_ROW_BYTES: weights.nbytes // n_rows, R.EMBED_BLOCKS: blocks,
+            R.EMBED_TAIL: tail, R.EMBED_OUT: out.ctypes.data, R.EMBED_OUT_STRIDE: width * 4, R.EMBED_SCALE: scale,
+        }  # fmt: skip
+        self.run(f"embed-{type_name}", fields, len(tokens), {R.TOKENS: tokens.ctypes.data})
+        return out
+
+    def rows(
+        self,
+        key: str,
+        x: np.ndarray,
+        z: np.ndarray | None = None,
+        step: dict[int, int | float] | None = None,
+        **fields: int | float,
+    ) -> np.ndarray:
+        """A kernel that makes rows of rows; fields: those of its record, by their names in `records`."""
+        rows, width = x.shape
+        z = x if z is None else z
+        y = np.full_like(x, np.nan)
+        row_fields = {
+            R.ROW_COUNT: IN_STEP + R.N_ROWS, R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: width * 4, R.ROW_Y: y.ctypes.data,
+            R.ROW_Y_STRIDE: width * 4, R.ROW_Z: z.ctypes.data, R.ROW_Z_STRIDE: width * 4, R.ROW_WIDTH: width,
+            R.ROW_FACTOR: 1.0, R.ROW_GROUPS: 1,
+        }  # fmt: skip
+        self.run(key, row_fields | {getattr(R, name): value for name, value in fields.items()}, rows, step)
+        return y
+
+
+def random_tensor(
+    rng: np.random.Generator, name: str, rows: int, width: int, byte: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor's bytes, and its values as float32 [rows, width]. `byte`: what all bytes of quantised weights are."""
+    layout = BLOCK_FORMATS[TensorType[name]]
+    if not isinstance(TYPES[name], Quantised):
+        values = rng.normal(size=(rows, width)).astype(np.float32)
+        raw = {
+            "F32": values,
+            "F16": values.astype(np.float16),
+            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }[name].view(np.uint8)
+    else:
+        low, high = (0, 256) if byte is None else (byte, byte + 1)
+        raw = rng.integers(low, high, (rows * width // layout.block_size, layout.block_bytes), np.uint8)
+        for offset in HALVES.get(name, []):
+            raw[:, offset : offset + 2] = (rng.uniform(-0.01, 0.01, (len(raw), 1)).astype(np.float16)).view(np.uint8)
+        if name == "MXFP4":
+            raw[:, 0] = rng.integers(118, 124, len(raw))
+            raw[0, 0] = rng.integers(0, 3)
+        if name == "Q8_K":
+            raw[:, :4] = rng.uniform(-1, 1, (len(raw), 1)).astype(np.float32).view(np.uint8)
+    raw = np.ascontiguousarray(raw.reshape(-1))
+    return raw, dequantize(raw, TensorType[name], (rows, width))

@@ -139,7 +139,7 @@ def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
                 if factors:
                     key = key * factors[part]
                 for row in range(rows):
-                    query = e.broadcast(queries, row * ROW + 4 * d, F32)
+                    query = e.broadcast_word(e.offset(queries, row * ROW), d, 32, F32)
                     tile[parts * row + part] = key.fma(query, tile[parts * row + part])
         return tile
 

@@ -29,8 +29,8 @@ from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 
-# How 32 activations of each column lie in a panel of `width` columns: eight words of four int8 for each column, then
-# for each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
+# How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
+# each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
 # KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
@@ -48,12 +48,15 @@ def _dot_quantised(
     result = []
     for column, value in enumerate(total):
 
+        def broadcast(index: int, element: ir.Type) -> Vector:
+            return e.broadcast_word(block, index, R.PACKED_BYTES // 4 * panel, element)
+
         def field(index: int, element: ir.Type, column: int = column) -> Vector:
-            return e.broadcast(block, 32 * panel + 4 * (index * panel + column), element)
+            return broadcast((8 + index) * panel + column, element)
 
         products = []
         for half in range(2):
-            words = [e.broadcast(block, 4 * (k * panel + column), I32) for k in range(4 * half, 4 * half + 4)]
+            words = [broadcast(k // 2 * 2 * panel + 2 * column + k % 2, I32) for k in range(4 * half, 4 * half + 4)]
             # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
             sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
             weights = group.weights[4 * half : 4 * half + 4]
@@ -134,7 +137,8 @@ def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     per_block = 16 // spec.weight_bytes
 
     def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
-        return [weight.fma(e.broadcast(x, 4 * (index * panel + c), F32), t) for c, t in enumerate(total)]
+        words = per_block * panel
+        return [weight.fma(e.broadcast_word(x, index * panel + c, words, F32), t) for c, t in enumerate(total)]
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:

@@ -18,7 +18,7 @@ from qrun.engine import records as R
 from qrun.engine.kernels.matmul import MINIMUM_FACTOR, NEGATED_SUM, SCALE
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter
+from qrun.engine.simd.vector import F32, I8, I64, Emitter
 
 Kernel = Callable[[int, int, int], None]
 
@@ -27,11 +27,11 @@ Kernel = Callable[[int, int, int], None]
 def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, column: ir.Value) -> None:
     """32 floats at `x` into column `column` of a packed block of `width` columns."""
     b = e.builder
-    place = b.add(block, b.mul(column, ir.Constant(I64, 4)))
-    word_stride = b.mul(width, ir.Constant(I64, 4))
 
-    def put(value: ir.Value, index: int) -> None:
-        e.store(value, b.add(place, b.mul(word_stride, ir.Constant(I64, index))))
+    def put(value: ir.Value, size: int, index: int) -> None:
+        """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
+        place = b.add(b.mul(width, ir.Constant(I64, index)), column)
+        e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
 
     correction: ir.Value = ir.Constant(F32, 0.0)
     for half in range(2):
@@ -42,14 +42,14 @@ def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, co
         usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
         inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
         whole = (values * e.splat(inverse, 16)).round().to_int()
-        bytes_ = whole.narrow(I8).bits_as(I32)
-        for word in range(4):
-            put(bytes_.lane(word), 4 * half + word)
+        eights = whole.narrow(I8).bits_as(I64)
+        for i in range(2):
+            put(eights.lane(i), 8, 2 * half + i)
         negated = b.neg(whole.reduce("add"))
-        put(scale, 8 + SCALE + half)
-        put(negated, 8 + NEGATED_SUM + half)
+        put(scale, 4, 8 + SCALE + half)
+        put(negated, 4, 8 + NEGATED_SUM + half)
         correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
-    put(correction, 8 + MINIMUM_FACTOR)
+    put(correction, 4, 8 + MINIMUM_FACTOR)
 
 
 @v.helper

@@ -230,6 +230,16 @@ class Emitter:
     def broadcast(self, address: ir.Value, offset: int, element: ir.Type) -> Vector:
         return self.splat(self.load_scalar(address, offset, element))
 
+    def broadcast_word(self, address: ir.Value, index: int, count: int, element: ir.Type) -> Vector:
+        """Element `index` of the `count` elements of four bytes at an address.
+
+        On Arm, where a product can take one lane of a vector for all lanes, four of them are loaded at once.
+        """
+        first = index // 4 * 4
+        if self.target.is_arm and first + 4 <= count:
+            return self.load(address, 4 * first, element, 4).permute([index - first] * self.lanes)
+        return self.broadcast(address, 4 * index, element)
+
     def constant(self, value: float, element: ir.Type = F32) -> Vector:
         return self.vector(ir.Constant(ir.VectorType(element, self.lanes), [value] * self.lanes))
 

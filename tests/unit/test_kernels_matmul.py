@@ -5,49 +5,18 @@ import pytest
 
 from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
-from qrun.engine.lowering import blocks_and_tail
 from qrun.engine.simd.target import host_target
-from qrun.formats import TensorType, dequantize
-from qrun.formats.blocks import BLOCK_FORMATS
-from tests.kernel_harness import Harness
+from tests.kernel_harness import Harness, random_tensor
 
 FORMS = sorted(
     {form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"}
 )
-# Where a block's float16 scales and minimums lie: random bytes there would give infinities.
-HALVES = {
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def harness(request: pytest.FixtureRequest) -> Harness:
     keys = [f"{kernel}-{name}" for name in TYPES for kernel in ("matmul", "embed")]
     return Harness(host_target(request.param), [*keys, "pack-q8", "pack-f32"])
-
-
-def random_tensor(rng: np.random.Generator, name: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A tensor's bytes, and its values as float32 [rows, width]."""
-    layout = BLOCK_FORMATS[TensorType[name]]
-    if not isinstance(TYPES[name], Quantised):
-        values = rng.normal(size=(rows, width)).astype(np.float32)
-        raw = {
-            "F32": values,
-            "F16": values.astype(np.float16),
-            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
-        }[name].view(np.uint8)
-    else:
-        raw = rng.integers(0, 256, (rows * width // layout.block_size, layout.block_bytes), np.uint8)
-        for offset in HALVES.get(name, []):
-            raw[:, offset : offset + 2] = (rng.uniform(-0.01, 0.01, (len(raw), 1)).astype(np.float16)).view(np.uint8)
-        if name == "MXFP4":
-            raw[:, 0] = rng.integers(118, 124, len(raw))
-            raw[0, 0] = rng.integers(0, 3)
-        if name == "Q8_K":
-            raw[:, :4] = rng.uniform(-1, 1, (len(raw), 1)).astype(np.float32).view(np.uint8)
-    raw = np.ascontiguousarray(raw.reshape(-1))
-    return raw, dequantize(raw, TensorType[name], (rows, width))
 
 
 def as_quantised(x: np.ndarray) -> np.ndarray:
@@ -112,11 +81,5 @@ def test_embedding_is_the_dequantised_row(rng: np.random.Generator, harness: Har
     width = 512 if isinstance(TYPES[name], Quantised) else 509
     raw, weights = random_tensor(rng, name, 7, width)
     tokens = np.array([3, 0, 6, 3], np.int64)
-    out = np.zeros((len(tokens), width), np.float32)
-    blocks, tail = blocks_and_tail(TensorType[name], width)
-    fields = {
-        R.EMBED_WEIGHTS: raw.ctypes.data, R.EMBED_ROW_BYTES: len(raw) // 7, R.EMBED_BLOCKS: blocks, R.EMBED_TAIL: tail,
-        R.EMBED_OUT: out.ctypes.data, R.EMBED_OUT_STRIDE: width * 4, R.EMBED_SCALE: 2.0,
-    }  # fmt: skip
-    harness.run(f"embed-{name}", fields, len(tokens), {R.TOKENS: tokens.ctypes.data})
+    out = harness.embed(name, raw, 7, width, tokens, 2.0)
     np.testing.assert_allclose(out, 2 * weights[tokens], rtol=2e-7, atol=1e-7 * np.abs(weights).max())

@@ -5,7 +5,7 @@ import pytest
 
 from qrun.engine import records as R
 from qrun.engine.simd.target import host_target
-from tests.kernel_harness import IN_STEP, Harness
+from tests.kernel_harness import Harness
 
 NAMES = ("add", "scale", "softcap", "silu", "gelu", "rms_norm", "rope", "select_rows")
 
@@ -13,19 +13,6 @@ NAMES = ("add", "scale", "softcap", "silu", "gelu", "rms_norm", "rope", "select_
 @pytest.fixture(scope="module", params=["best", "plain"])
 def harness(request: pytest.FixtureRequest) -> Harness:
     return Harness(host_target(request.param), [f"{name}-" for name in NAMES] + ["rms_norm-q8", "pack-q8", "pack-f32"])
-
-
-def run(harness: Harness, key: str, x: np.ndarray, z: np.ndarray | None = None, step=None, **fields) -> np.ndarray:  # type: ignore[no-untyped-def]
-    rows, width = x.shape
-    z = x if z is None else z
-    y = np.full_like(x, np.nan)
-    row_fields = {
-        R.ROW_COUNT: IN_STEP + R.N_ROWS, R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: width * 4, R.ROW_Y: y.ctypes.data,
-        R.ROW_Y_STRIDE: width * 4, R.ROW_Z: z.ctypes.data, R.ROW_Z_STRIDE: width * 4, R.ROW_WIDTH: width,
-        R.ROW_FACTOR: 1.0, R.ROW_GROUPS: 1,
-    }  # fmt: skip
-    harness.run(key, row_fields | {getattr(R, name): value for name, value in fields.items()}, rows, step)
-    return y
 
 
 @pytest.fixture(params=[1, 15, 64, 97])
@@ -48,7 +35,7 @@ def test_sums_products_and_activations(harness: Harness, xz: tuple[np.ndarray, n
     }
     factors = {"scale": 0.3, "softcap": 30.0}
     for name, values in expected.items():
-        result = run(harness, f"{name}-", x, z, ROW_FACTOR=factors.get(name, 1.0))
+        result = harness.rows(f"{name}-", x, z, ROW_FACTOR=factors.get(name, 1.0))
         np.testing.assert_allclose(result, values, rtol=2e-6, atol=2e-6, err_msg=name)
 
 
@@ -58,18 +45,18 @@ def test_rms_norm(harness: Harness, rng: np.random.Generator, width: int, groups
     weight = rng.normal(size=width // groups).astype(np.float32)
     parts = x.astype(np.float64).reshape(3, groups, -1)
     normed = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + 1e-5)
-    plain = run(harness, "rms_norm-", x, ROW_FACTOR=1e-5, ROW_GROUPS=groups)
-    weighted = run(harness, "rms_norm-", x, ROW_FACTOR=1e-5, ROW_GROUPS=groups, ROW_WEIGHT=weight.ctypes.data)
+    plain = harness.rows("rms_norm-", x, ROW_FACTOR=1e-5, ROW_GROUPS=groups)
+    weighted = harness.rows("rms_norm-", x, ROW_FACTOR=1e-5, ROW_GROUPS=groups, ROW_WEIGHT=weight.ctypes.data)
     np.testing.assert_allclose(plain, normed.reshape(x.shape), rtol=3e-6)
     np.testing.assert_allclose(weighted, (normed * weight).reshape(x.shape), rtol=3e-6)
 
 
 def test_a_norm_packs_what_packing_its_result_would_give(harness: Harness, rng: np.random.Generator) -> None:
     x = rng.normal(size=(9, 96)).astype(np.float32)
-    normed = run(harness, "rms_norm-", x, ROW_FACTOR=1e-6)
+    normed = harness.rows("rms_norm-", x, ROW_FACTOR=1e-6)
     expected = harness.packed(normed, "q8")
     packed = np.zeros_like(expected)
-    run(harness, "rms_norm-q8", x, ROW_FACTOR=1e-6, ROW_PACKED=packed.ctypes.data)
+    harness.rows("rms_norm-q8", x, ROW_FACTOR=1e-6, ROW_PACKED=packed.ctypes.data)
     assert np.array_equal(packed, expected)
 
 
@@ -80,8 +67,8 @@ def test_rope_turns_pairs(harness: Harness, rng: np.random.Generator, interleave
     positions = np.array([0, 3, 9, 4], np.int64)
     angles = np.arange(10)[:, None] * rng.uniform(0, 1, n_rot // 2)
     table = np.ascontiguousarray(np.stack([np.cos(angles), np.sin(angles)], -1), np.float32)
-    result = run(
-        harness, "rope-", x, step={R.POSITIONS: positions.ctypes.data}, ROW_ROPE_HEAD_DIM=32, ROW_ROPE_DIMS=n_rot,
+    result = harness.rows(
+        "rope-", x, step={R.POSITIONS: positions.ctypes.data}, ROW_ROPE_HEAD_DIM=32, ROW_ROPE_DIMS=n_rot,
         ROW_ROPE_INTERLEAVED=int(interleaved), ROW_ROPE_TABLE=table.ctypes.data,
     )  # fmt: skip
     expected = x.reshape(4, 3, 32).copy()
@@ -95,4 +82,4 @@ def test_rope_turns_pairs(harness: Harness, rng: np.random.Generator, interleave
 def test_selected_rows(harness: Harness, rng: np.random.Generator) -> None:
     x = rng.normal(size=(5, 33)).astype(np.float32)
     chosen = np.array([4, 0, 2, 2, 1], np.int64)
-    assert np.array_equal(run(harness, "select_rows-", x, step={R.SELECTED: chosen.ctypes.data}), x[chosen])
+    assert np.array_equal(harness.rows("select_rows-", x, step={R.SELECTED: chosen.ctypes.data}), x[chosen])

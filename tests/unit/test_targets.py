@@ -69,8 +69,9 @@ INSTRUCTIONS = {
     "avx512-vnni": (["vpdpbusd.*%zmm"], ["vcvtph2ps.*%zmm", "vfmadd231ps.*%zmm"], "vpmaddubsw"),
     "avx-vnni": ([r"\{vex\}\s*vpdpbusd.*%ymm"], ["vcvtph2ps.*%ymm", "vfmadd231ps.*%ymm"], "zmm|vpmaddubsw"),
     "neon": ([r"smull2?[\s.]", r"addp[\s.]", r"sa(da|dd)lp[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sdot[\s.]"),
-    "neon-dotprod": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
-    "apple": ([r"sdot[\s.]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "neon-dotprod": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "neon-i8mm": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
+    "apple": ([r"sdot[\s.].*\[\d\]"], [r"fcvtl[\s.]", r"fmla[\s.]"], r"sa(da|dd)lp[\s.]"),
     "x86-64": (["pmuludq|pmullw|pmaddwd"], ["mulps"], "ymm|vcvtph2ps|vfmadd"),
 }
 
@@ -116,13 +117,7 @@ def oldest() -> Harness:
 
 def test_float16_is_read_without_instructions_for_it(oldest: Harness) -> None:
     halves = np.arange(1 << 16).astype(np.uint16).view(np.float16)
-    out = np.zeros(len(halves), np.float32)
-    token = np.zeros(1, np.int64)
-    fields = {
-        R.EMBED_WEIGHTS: halves.ctypes.data, R.EMBED_ROW_BYTES: halves.nbytes, R.EMBED_BLOCKS: len(halves) // 8,
-        R.EMBED_OUT: out.ctypes.data, R.EMBED_OUT_STRIDE: out.nbytes, R.EMBED_SCALE: 1.0,
-    }  # fmt: skip
-    oldest.run("embed-F16", fields, 1, {R.TOKENS: token.ctypes.data})
+    out = oldest.embed("F16", halves.view(np.uint8), 1, len(halves), np.zeros(1, np.int64))[0]
     assert np.array_equal(out, halves.astype(np.float32), equal_nan=True)
 
 
