@@ -283,7 +283,9 @@ class Lowering:
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
         group = layer.n_heads // layer.n_kv_heads
-        together = max(n for n in range(1, R.TILE_SIZE + 1) if group % n == 0)
+        # As many of the heads that share a key and value as possible, but so that there is work for every thread.
+        most = max(min(R.TILE_SIZE, layer.n_heads // self.threads), 1)
+        together = max(n for n in range(1, most + 1) if group % n == 0)
         self.emit(
             f"append-{kind}",
             {

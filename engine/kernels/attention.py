@@ -103,15 +103,17 @@ def append(cache_type: str) -> Kernel:
     return kernel
 
 
-def _widened(e: Emitter, cache_type: str, address: ir.Value, offset: int, index: int) -> Vector:
-    """Neighbouring values as float32, without their scale. `index`: which of the 32 dimensions (q4_0 needs to know)."""
+def _widened(e: Emitter, cache_type: str, address: ir.Value, offset: int, dimension: ir.Value) -> Vector:
+    """Neighbouring values as float32, without their scale. `dimension`: theirs, or the first of them, in its block of
+    32 (q4_0 needs to know)."""
     if cache_type == "f16":
         return e.load(address, offset, F16, e.lanes).to_float()
     whole = e.load(address, offset, I8, e.lanes)
     if cache_type == "q8_0":
         return whole.widen_signed(I32).to_float()
-    nibble = whole.widen_unsigned(I32)
-    return (((nibble >> 4) if index >= 16 else nibble & 15) - 8).to_float()
+    b = e.builder
+    four_in_the_upper_half = b.trunc(b.lshr(b.and_(dimension, ir.Constant(I64, 16)), ir.Constant(I64, 2)), I32)
+    return (((whole.widen_unsigned(I32) >> e.splat(four_in_the_upper_half)) & 15) - 8).to_float()
 
 
 def _parts(rows: int, most: int) -> int:
@@ -123,23 +125,37 @@ def _parts(rows: int, most: int) -> int:
     return parts
 
 
+def _score_dims(rows: int, parts: int) -> int:
+    """Dimensions that the loop over them takes at a time: with more products in its body than this leaves, LLVM would
+    load keys and queries ahead of them until it runs out of registers."""
+    return max(2, 16 >> (rows * parts - 1).bit_length() - 1)
+
+
 def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
-    """tile += queries[row][32 dimensions] . keys[32 dimensions][`parts` vectors of positions]."""
+    """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions of a block of 32.
+
+    first: which of the block's dimensions is the first of them.
+    """
     value_bytes = {"f16": 2, "q8_0": 1, "q4_0": 1}[cache_type]
 
     @operation(lambda tile, *_: tile)
-    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value) -> list[Vector]:
-        factors = []
+    def score(
+        e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value, first: ir.Value
+    ) -> list[Vector]:
+        b, factors = e.builder, []
         if cache_type != "f16":
             factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(parts)]
-        for d in range(32):
-            line = (d % 16 if cache_type == "q4_0" else d) * POSITIONS * value_bytes
+        line = b.and_(first, ir.Constant(I64, 15)) if cache_type == "q4_0" else first
+        place = b.add(keys, b.mul(line, ir.Constant(I64, POSITIONS * value_bytes)))
+        dims = _score_dims(rows, parts)
+        for d in range(dims):
             for part in range(parts):
-                key = _widened(e, cache_type, keys, line + part * e.lanes * value_bytes, d)
+                offset = (d * POSITIONS + part * e.lanes) * value_bytes
+                key = _widened(e, cache_type, place, offset, first)
                 if factors:
                     key = key * factors[part]
                 for row in range(rows):
-                    query = e.broadcast_word(e.offset(queries, row * ROW), d, 32, F32)
+                    query = e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
                     tile[parts * row + part] = key.fma(query, tile[parts * row + part])
         return tile
 
@@ -167,17 +183,13 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Valu
     """One position's value from dimension `first` on, one vector of it, as float32."""
     b = e.builder
     if cache_type == "f16":
-        return _widened(e, cache_type, b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, 0)
+        return _widened(e, cache_type, b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, first)
     block = b.lshr(first, ir.Constant(I64, 5))
     scale = e.load(b.add(scales, b.shl(block, ir.Constant(I64, 1))), 0, F16, 1).to_float().lane(0)
-    if cache_type == "q8_0":
-        vector = _widened(e, cache_type, b.add(values, first), 0, 0)
-    else:
-        byte = b.add(b.shl(block, ir.Constant(I64, 4)), b.and_(first, ir.Constant(I64, 15)))
-        nibbles = e.load(b.add(values, byte), 0, I8, e.lanes).widen_unsigned(I32)
-        high = b.trunc(b.and_(first, ir.Constant(I64, 16)), I32)
-        vector = (((nibbles >> e.splat(b.lshr(high, ir.Constant(I32, 2)))) & 15) - 8).to_float()
-    return vector * e.splat(scale)
+    place = first
+    if cache_type == "q4_0":
+        place = b.add(b.shl(block, ir.Constant(I64, 4)), b.and_(first, ir.Constant(I64, 15)))
+    return _widened(e, cache_type, b.add(values, place), 0, first) * e.splat(scale)
 
 
 def attention(variant: str) -> Kernel:
@@ -194,6 +206,7 @@ def attention(variant: str) -> Kernel:
     def tile_function(rows: int, of_heads: bool) -> Any:
         score_parts, mix_parts = _parts(rows, POSITIONS // lanes), _parts(rows, 32 // lanes)
         score, mix = _score_operation(cache_type, rows, score_parts), _mix_operation(cache_type, rows, mix_parts)
+        score_dims = _score_dims(rows, score_parts)
         score_vectors, mix_vectors = score_parts * rows, mix_parts * rows
         score_width, mix_width = score_parts * lanes, mix_parts * lanes
         row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
@@ -245,21 +258,24 @@ def attention(variant: str) -> Kernel:
                     for block in range(blocks_k):
                         line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
                         scale_line = key_scales + 2 * (block * POSITIONS + position)
-                        tile = score(tile, queries + 128 * block, line, scale_line)
+                        for first in range(0, 32, score_dims):
+                            tile = score(tile, queries + 128 * block + 4 * first, line, scale_line, first)
                     v.store_rows(tile, score_parts, scores + 4 * position, 4 * POSITIONS)
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
                     highest = first_position - page_position + (0 if of_heads else row)
                     after = v.splat_int(highest + 1)
                     before = v.splat_int(max(highest - window, -1))
+                    some_hidden = highest < POSITIONS - 1 or highest >= window
                     largest = v.splat(v.float32(-1e30))
                     for i in range(0, POSITIONS, lanes):
                         value = v.load(place + 4 * i) * scale
                         if cap > v.float32(0.0):
                             value = v.splat(cap) * v.tanh(value / v.splat(cap))
-                        number = v.lane_numbers() + v.splat_int(i)
-                        value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
-                        value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
+                        if some_hidden:
+                            number = v.lane_numbers() + v.splat_int(i)
+                            value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
+                            value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
                         largest = v.maximum(largest, value)
                         v.store(place + 4 * i, value)
                     old = v.load_f32(state + 8 * row)
@@ -271,12 +287,14 @@ def attention(variant: str) -> Kernel:
                         value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
                         total = total + value
                         v.store(place + 4 * i, value)
-                    fading = v.exp(v.splat(old - new))
-                    kept = v.load_f32(state + 8 * row + 4) * v.first_lane(fading)
+                    kept = v.load_f32(state + 8 * row + 4)
+                    if old < new:  # else what there is would fade by 1
+                        fading = v.exp(v.splat(old - new))
+                        kept *= v.first_lane(fading)
+                        for i in range(0, blocks_v * 32, lanes):
+                            v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
                     v.store_f32(state + 8 * row, new)
                     v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
-                    for i in range(0, blocks_v * 32, lanes):
-                        v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
                 visible = min(POSITIONS, last_position - page_position + 1)
                 for first in range(0, blocks_v * 32, mix_width):
                     tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
