@@ -9,12 +9,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import unicorn
-from unicorn import arm64_const as arm64
+import pytest
 
 from qrun.engine.compiler import load_objects, symbol
 from qrun.engine.simd.target import Target
 from tests.elf_loader import link
+
+unicorn: Any = pytest.importorskip("unicorn")  # there are no wheels for some platforms
+arm64: Any = pytest.importorskip("unicorn.arm64_const")
 
 # Where code and stack lie: at 128 GiB, where no system puts what a process has.
 CODE, STACK, STACK_BYTES = 0x20_0000_0000, 0x21_0000_0000, 1 << 20
