@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from qrun.engine.compiler import Kernels
 TEAM_KERNELS = ("begin_step", "run_step", "serve")
 
 # Generating a token takes milliseconds, and has hundreds of barriers. If another program gets one of the cores, for
-# milliseconds at a time, all threads wait for the one that is without. It is faster then to go on alone for a while:
-# so many steps after the first stall, twice as many after each that follows, and fewer again after steps without one.
+# milliseconds at a time, all threads wait for the one that is without. Where a step took longer by that than one thread
+# needs for all of it, the next steps are run alone: so many at first, twice as many each time after, and fewer again
+# after steps without a stall.
 STEPS_ALONE, MOST_STEPS_ALONE = 4, 128
 # With more rows than this, an uneven end of an operation may look like a stall; and there is more to do together.
 FEW_ROWS = 8
@@ -45,6 +47,7 @@ class Team:
         self._shared = memory[start : start + R.SHARED_BYTES].view(np.int64)
         self._address = int(self._shared.ctypes.data)
         self._alone, self._penalty = 0, STEPS_ALONE
+        self._seconds_alone: dict[tuple[int, int], float] = {}  # of the newest step alone, by rows and operations
         self._shared[R.YIELD // 8] = _yield_address()
         self._begin = kernels.function("begin_step")
         self._run = kernels.function("run_step")
@@ -58,29 +61,33 @@ class Team:
 
     def run(self, program: np.ndarray, step: np.ndarray) -> None:
         """Run the operations of `program` (int64 [operations, RECORD_BYTES / 8]) on the step's rows."""
-        shared = self._shared
-        few = 0 < step[R.N_ROWS // 8] <= FEW_ROWS
+        shared, rows = self._shared, int(step[R.N_ROWS // 8])
+        few = 0 < rows <= FEW_ROWS
         threads = 1 if few and self._alone else self.size
         shared[R.N_THREADS // 8] = step[R.STEP_THREADS // 8] = threads
         shared[R.PROGRAM // 8] = program.ctypes.data
         shared[R.N_OPERATIONS // 8] = len(program)
         shared[R.STEP // 8] = step.ctypes.data
+        start = time.perf_counter()
         self._begin(self._address, 0, 0)
         if threads > 1:
             self._wake_sleepers()
         self._run(self._address, 0, 0)
         if few and self.size > 1:
-            self._mind_stalls(threads)
+            self._mind_stalls(threads, (rows, len(program)), time.perf_counter() - start)
 
-    def _mind_stalls(self, threads: int) -> None:
-        """Decide whether the next steps are better run alone."""
+    def _mind_stalls(self, threads: int, work: tuple[int, int], seconds: float) -> None:
+        """Decide whether the next steps are better run alone. work: what kind of step this was."""
         if threads == 1:
             self._alone -= 1
-        elif self._shared[R.STALLS // 8]:
+            self._seconds_alone[work] = seconds
+        elif not self._shared[R.STALLS // 8]:
+            self._penalty = max(self._penalty - 1, STEPS_ALONE)
+        elif work not in self._seconds_alone:
+            self._alone = 1  # to learn how long it takes
+        elif seconds > self._seconds_alone[work]:
             self._alone = self._penalty
             self._penalty = min(2 * self._penalty, MOST_STEPS_ALONE)
-        else:
-            self._penalty = max(self._penalty - 1, STEPS_ALONE)
 
     def close(self) -> None:
         self._shared[R.CLOSING // 8] = 1
