@@ -282,10 +282,6 @@ class Lowering:
         kind = self.layout.cache_type
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
-        group = layer.n_heads // layer.n_kv_heads
-        # As many of the heads that share a key and value as possible, but so that there is work for every thread.
-        most = max(min(R.TILE_SIZE, layer.n_heads // self.threads), 1)
-        together = max(n for n in range(1, most + 1) if group % n == 0)
         self.emit(
             f"append-{kind}",
             {
@@ -299,7 +295,7 @@ class Lowering:
         )  # fmt: skip
         out = self.new(o.out)
         self.emit(
-            f"attention-{kind}-{together}",
+            attention_key(layer, kind, self.threads),
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
@@ -333,6 +329,15 @@ class Lowering:
 
     def _lower_moe(self, o: G.MoE) -> None:
         lower_experts(self, o)
+
+
+def attention_key(layer: G.CacheLayer, cache_type: str, threads: int) -> str:
+    """The kernel for a layer: with as many together of the query heads that share a key and value head as possible,
+    but so that there is work for every thread."""
+    group = layer.n_heads // layer.n_kv_heads
+    most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
+    together = max(n for n in range(1, most + 1) if group % n == 0)
+    return f"attention-{cache_type}-{together}"
 
 
 def _inputs(operation: G.Operation) -> Iterator[G.Value]:

@@ -8,7 +8,9 @@ from click.testing import CliRunner
 from qrun.cli.main import cli
 from qrun.engine import compiler, warmup
 from qrun.engine.kernels import all_keys
-from qrun.engine.kv_cache import CACHE_TYPES
+from qrun.engine.kv_cache import CACHE_TYPES, CacheLayout
+from qrun.engine.lowering import Lowering
+from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 
@@ -23,6 +25,20 @@ def test_all_kernels_are_all_that_any_model_needs(path: Path) -> None:
             needed = warmup.kernels_of(graph, cache_type)
             assert any(key.startswith(f"attention-{cache_type}-") for key in needed)
             assert set(needed) <= set(all_keys())
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_that_was_warmed_up_needs_no_other_kernel_on_fewer_threads(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "available_cores", lambda: 5)
+    with GGUFReader(path) as reader:
+        graph = build_graph(reader)
+        warmed = warmup.kernels_of(graph)
+        layout = CacheLayout(graph.cache_layers, "f16")
+        for threads in range(1, 6):
+            program = Lowering(graph, layout, host_target(), batch=8, head_rows=8, context=64, threads=threads)
+            assert set(program.kernel_keys) <= set(warmed)
 
 
 def test_no_kernel_is_named_twice() -> None:
