@@ -29,7 +29,6 @@ def read_bandwidth(
     buffer = np.ones(size // 4, np.int32)  # ones: pages that were never written are all the same one
     out = np.zeros(16 * threads, np.int32)
     step = np.zeros(R.STEP_BYTES // 8, np.int64)
-    step[R.STEP_THREADS // 8] = threads
     program = np.zeros((1, R.RECORD_BYTES // 8), np.int64)
     for field, value in (
         (R.OP_KERNEL, kernels["read-"]), (R.OP_BARRIER, 1), (R.READ_ADDRESS, buffer.ctypes.data),

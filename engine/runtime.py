@@ -53,7 +53,7 @@ class Runtime:
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
         self._kernels = load_kernels(keys, target, progress)
-        self._step = _Step(self.batch, len(self._pools), threads)
+        self._step = _Step(self.batch, len(self._pools))
         self._program = Program(lowering, {key: self._kernels[key] for key in keys}, self._step.address)
         self._team: Team | None = Team(self._kernels, threads)
         self._lock = threading.RLock()  # also held by sequences while they change what they share
@@ -180,14 +180,13 @@ class Runtime:
 class _Step:
     """The step's record, and the arrays that it points to."""
 
-    def __init__(self, batch: int, groups: int, threads: int) -> None:
+    def __init__(self, batch: int, groups: int) -> None:
         self.tokens = np.zeros(batch, np.int64)
         self.positions = np.zeros(batch, np.int64)
         self.selected = np.zeros(batch, np.int64)
         self.tables = np.zeros(batch * groups, np.int64)
         self.tiles = np.zeros((batch, R.TILE_BYTES // 8), np.int64)
         self.record = np.zeros(R.STEP_BYTES // 8, np.int64)
-        self.record[R.STEP_THREADS // 8] = threads
         for offset, array in (
             (R.TOKENS, self.tokens), (R.POSITIONS, self.positions), (R.SELECTED, self.selected), (R.TILES, self.tiles),
             (R.PAGE_TABLES, self.tables),

@@ -128,7 +128,7 @@ def _parts(rows: int, most: int) -> int:
 def _score_dims(rows: int, parts: int) -> int:
     """Dimensions that the loop over them takes at a time: with more products in its body than this leaves, LLVM would
     load keys and queries ahead of them until it runs out of registers."""
-    return max(2, 16 >> (rows * parts - 1).bit_length() - 1)
+    return max(2, 32 >> (rows * parts - 1).bit_length())
 
 
 def _score_operation(cache_type: str, rows: int, parts: int) -> Any:

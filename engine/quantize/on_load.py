@@ -14,9 +14,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from qrun.engine.cache_root import cache_root
-from qrun.engine.quantize.convert import convert, plan
-from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
-from qrun.engine.quantize.source import open_source
 from qrun.models.store import folder_bytes
 
 DEFAULT_TYPE = "Q8_0"
@@ -41,7 +38,7 @@ def converted(
     the folder is no checkpoint that can be converted, ValueError for a type that does not exist, OSError if the disk is
     full.
     """
-    from filelock import FileLock
+    from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
 
     file_type = file_type_name(type or DEFAULT_TYPE)
     if file_type == COPY:
@@ -51,6 +48,11 @@ def converted(
     target = converted_folder() / f"{place}-{_digest(_state(folder))}.gguf"
     if target.is_file():
         return target
+    from filelock import FileLock
+
+    from qrun.engine.quantize.convert import convert, plan
+    from qrun.engine.quantize.source import open_source
+
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.parent / f".{place}.lock"
     with FileLock(lock):

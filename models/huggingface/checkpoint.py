@@ -30,7 +30,7 @@ OTHER_FILES = (
     CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", *QUANTIZATION_FILES,
 )  # fmt: skip
-_FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
+FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
 
 
 class CheckpointSource:
@@ -59,7 +59,7 @@ class CheckpointSource:
             self._checkpoint.close()
             raise
         size_entry(entries, tensors.values(), sizes["experts"])
-        entries.count("general.file_type", _FILE_TYPES[tensors["token_embd.weight"].type])
+        entries.count("general.file_type", FILE_TYPES[tensors["token_embd.weight"].type])
         self.tensors: Mapping[str, SourceTensor] = tensors
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types

@@ -30,14 +30,13 @@ from qrun.formats.safetensors import SafetensorsFolder, StoredTensor
 from qrun.formats.tensors import Described, SourceTensor, TensorFile
 from qrun.models.adapter import ALPHA_KEY, EMBEDDING, HEAD, PEFT_CONFIG, SUFFIXES
 from qrun.models.huggingface.architectures import ARCHITECTURES, Architecture, Experts
-from qrun.models.huggingface.checkpoint import read_config
+from qrun.models.huggingface.checkpoint import FILE_TYPES, read_config
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.tensors import MappedTensor, Segment, dimensions
+from qrun.models.huggingface.tensors import MappedTensor, Segment, dimensions, short_name
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Metadata
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
 
 # What a config may ask for and a GGUF adapter cannot say: refused where it is given.
 REFUSED = {
@@ -201,7 +200,7 @@ class PeftSource:
             both[match["which"]] = stored
         for module, matrices in found.items():
             first = next(iter(matrices.values()))
-            target = targets.get(_short(module))
+            target = targets.get(short_name(module))
             if target is None:
                 architecture = self._base.architecture.name
                 raise first.error(f"is of a module that is no matrix of models of architecture {quote(architecture)}")
@@ -347,12 +346,6 @@ def find_base(folder: Path) -> Base:
         return Base.of_folder(Path(name))
     says = f": its config says {quote(name)}" if name else ""
     raise FormatError(folder, f"the model that it was trained for has to be named with --base{says}")
-
-
-def _short(module: str) -> str:
-    for prefix in ("model.", "language_model.", "model."):
-        module = module.removeprefix(prefix)
-    return module
 
 
 def _why_not(name: str) -> str:

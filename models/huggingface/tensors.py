@@ -163,13 +163,18 @@ def map_tensors(
     return mapper.tensors
 
 
+def short_name(name: str) -> str:
+    """A tensor's or a module's name without "model." and the like, by which models of other kinds hold this one."""
+    for prefix in ("model.", "language_model.", "model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
 def _text_part(weights: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
     """The tensors of the language model, by names without "model." and the like."""
     text: dict[str, SourceTensor] = {}
     for name, tensor in weights.items():
-        short = name
-        for prefix in ("model.", "language_model.", "model."):
-            short = short.removeprefix(prefix)
+        short = short_name(name)
         if short.startswith(OTHER_PARTS) or short.endswith(DERIVED):
             continue
         if short in text:

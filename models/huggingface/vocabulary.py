@@ -109,6 +109,15 @@ def _empty(model: str, pre: str, n_vocab: int, scored: bool) -> Vocabulary:
     return Vocabulary(model, pre, tokens, [UNUSED] * n_vocab, [UNUSED_SCORE] * n_vocab if scored else None)
 
 
+def _put_added(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
+    """The tokens beside the model's own, in the place of what has their ids."""
+    for id, text, special in files.added_tokens():
+        control = special or _LOOK_SPECIAL.fullmatch(text) is not None
+        spelt = text if control else text.replace(SPACE, " ")
+        vocabulary.put(id, spelt, CONTROL if control else USER_DEFINED, ADDED_SCORE)
+        vocabulary.ids[text] = id
+
+
 def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> Vocabulary:
     """The bytes of a text are spelt in characters, and those merge: GPT-2's way."""
     vocabulary = _empty("gpt2", pre_tokenizer_name(files.path, files.tokenizer), n_vocab, False)
@@ -116,10 +125,7 @@ def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) ->
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
         vocabulary.put(id, token, NORMAL)
-    for id, text, special in files.added_tokens():
-        control = special or _LOOK_SPECIAL.fullmatch(text) is not None
-        vocabulary.put(id, text if control else text.replace(SPACE, " "), CONTROL if control else USER_DEFINED)
-        vocabulary.ids[text] = id
+    _put_added(vocabulary, files)
     vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(files.path, model)]
     return vocabulary
 
@@ -132,11 +138,7 @@ def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, n_vocab: in
             vocabulary.put(id, piece.decode(), type, score)
         except UnicodeDecodeError:
             vocabulary.put(id, piece, type, score)
-    for id, text, special in files.added_tokens():
-        control = special or _LOOK_SPECIAL.fullmatch(text) is not None
-        spelt = text if control else text.replace(SPACE, " ")
-        vocabulary.put(id, spelt, CONTROL if control else USER_DEFINED, ADDED_SCORE)
-        vocabulary.ids[text] = id
+    _put_added(vocabulary, files)
     prefix = files.config.get("add_prefix_space")
     vocabulary.add_space_prefix = prefix if isinstance(prefix, bool) else model.add_dummy_prefix
     return vocabulary

@@ -13,7 +13,7 @@ import pytest
 
 from qrun.cli import main
 from qrun.engine import Model
-from qrun.engine.quantize import on_load
+from qrun.engine.quantize import on_load, source
 from qrun.formats import FormatError, GGUFReader
 
 DATA = Path(__file__).parent.parent / "data" / "huggingface"
@@ -39,7 +39,7 @@ def file_type(path: Path) -> int:
 def test_a_folder_is_converted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = on_load.converted(folder)
     assert file_type(path) == 7  # Q8_0
-    monkeypatch.setattr(on_load, "open_source", None)  # a second conversion would fail
+    monkeypatch.setattr(source, "open_source", None)  # a second conversion would fail
     assert on_load.converted(folder) == path
     monkeypatch.chdir(folder.parent)
     assert on_load.converted(Path("qwen3")) == path
