@@ -113,7 +113,11 @@ def test_commands_take_a_folder(folder: Path, cache: Path, capsys: pytest.Captur
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+# As a terminal has it, even where the tests themselves run in the background or under nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from qrun.cli.main import main
 from qrun.formats import GGUFWriter
 write = GGUFWriter.write_tensor
