@@ -24,7 +24,7 @@ from qrun.models import graph as G
 
 FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
-CHUNK_BYTES = 64 * 1024
+CHUNK_BYTES = 128 * 1024
 
 
 class Lowering:

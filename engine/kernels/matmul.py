@@ -2,6 +2,8 @@
 
 Rows are taken in groups of as many as a vector has lanes. Weights of a group are unpacked so that a lane is a row
 (`unpack`), and activations are broadcast against them. So sums stay in their lanes, and nothing is added across lanes.
+A group's rows are neighbours where there are several columns. With a single one, memory decides the speed: there each
+lane has a run of neighbouring rows to itself, which hardware foresees.
 
 Every output is computed by the same float operations in the same order, however many columns there are: exact integer
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
@@ -27,17 +29,22 @@ from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I32, Emitter, Vector
+from qrun.engine.simd.vector import F32, I32, I64, Emitter, Vector
 
 # How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
 # each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
 # KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
-# Rows of a group are read side by side, a pattern that hardware does not foresee. So while one group is computed, the
+# Neighbouring rows are read side by side, a pattern that hardware does not foresee. So while one group is computed, the
 # next one is asked for, and a little more: its last rows must not arrive when they are needed already. 16 KB
 # did best of 4, 8, 16 and 32 KB with rows of 2048 weights, by 3 %; with shorter ones 4 KB do as well.
 AHEAD_BYTES = 16384
+
+# With a run of rows for each lane, this much of it is asked for ahead. Of what a plain loop over memory reads with two
+# threads (Zen 4), Q8_0, Q4_K and Q6_K get 0.84, 0.85 and 0.83 with neighbouring rows; with runs and 512 bytes 0.96,
+# 0.93 and 0.90, with 1024 bytes 1.02, 1.00 and 0.91, with 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
+RUN_AHEAD_BYTES = 1536
 
 
 def _dot_quantised(
@@ -96,18 +103,36 @@ def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
+def _neighbouring_lines(e: Emitter, ahead: ir.Value, stride: ir.Value, block_bytes: int) -> list[ir.Value]:
+    """The cache lines from `ahead` on that are as much as a block of each row."""
+    return [e.offset(ahead, offset) for offset in range(0, e.lanes * block_bytes, 64)]
+
+
+def _lines_of_runs(e: Emitter, ahead: ir.Value, stride: ir.Value, block_bytes: int) -> list[ir.Value]:
+    """The cache lines of a block of each lane's row; of `1 / _turns` of the lanes where blocks are short."""
+    lanes = range(e.lanes // _turns(block_bytes))
+    rows = [e.builder.add(ahead, e.builder.mul(stride, ir.Constant(I64, lane))) for lane in lanes]
+    return [e.offset(row, offset) for offset in range(0, block_bytes, 64) for row in rows]
+
+
+def _turns(block_bytes: int) -> int:
+    """Lanes ask for memory by turns, so that none skips a line and few ask twice for one."""
+    return 4 if block_bytes <= 16 else 2 if block_bytes <= 32 else 1
+
+
 def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
     block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read."""
+    lines_of = _lines_of_runs if panel == 1 else _neighbouring_lines
 
     def groups(e: Emitter, address: ir.Value, stride: ir.Value, ahead: ir.Value) -> Iterator[Group]:
         # Asked for at once, a block of 256 weights of each row is more lines than a core can wait for: loads that miss
         # the first level would queue behind them.
-        lines = range(0, e.lanes * spec.block_bytes, 64)
+        lines = lines_of(e, ahead, stride, spec.block_bytes)
         share = -(-len(lines) * 32 // spec.block_size)
         for index, group in enumerate(spec.groups(Rows(e, address, stride))):
-            for offset in lines[share * index : share * (index + 1)]:
-                e.prefetch(ahead, offset)
+            for line in lines[share * index : share * (index + 1)]:
+                e.prefetch(line)
             e.fence()
             yield group
 
@@ -135,16 +160,20 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
 def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     """The same for a float type, whose blocks are 16 bytes of a row; columns are packed as float32."""
     per_block = 16 // spec.weight_bytes
+    lines_of = _lines_of_runs if panel == 1 else _neighbouring_lines
 
     def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
         words = per_block * panel
         return [weight.fma(e.broadcast_word(x, index * panel + c, words, F32), t) for c, t in enumerate(total)]
 
+    def weights(e: Emitter, address: ir.Value, stride: ir.Value, ahead: ir.Value) -> list[Vector]:
+        for line in lines_of(e, ahead, stride, 16):
+            e.prefetch(line)
+        return spec.several(Rows(e, address, stride), 0)
+
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        for offset in range(0, e.lanes * 16, 64):
-            e.prefetch(ahead, offset)
-        for i, vector in enumerate(spec.several(Rows(e, address, stride), 0)):
+        for i, vector in enumerate(weights(e, address, stride, ahead)):
             e.store(vector.value, out, 4 * e.lanes * i)
 
     @operation(_tile_of)
@@ -157,9 +186,7 @@ def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        for offset in range(0, e.lanes * 16, 64):
-            e.prefetch(ahead, offset)
-        for i, weight in enumerate(spec.several(Rows(e, address, stride), 0)):
+        for i, weight in enumerate(weights(e, address, stride, ahead)):
             total = add(e, total, weight, x, i)
         return total
 
@@ -202,37 +229,47 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
     block_out, slice_bytes = groups * group_bytes, slice_blocks * groups * group_bytes
     totals_bytes = 4 * lanes * R.MAX_COLUMNS
+    turns = _turns(block_bytes)
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
 
     @v.helper
-    def write(op, total, column, row, whole):  # type: ignore[no-untyped-def]
+    def write_rows(op, totals, column, row):  # type: ignore[no-untyped-def]
         """One column of a row group to its place: times the factor, with bias and residual."""
-        value = total * v.splat(v.load_f32(op + R.MM_SCALE))
+        value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
         bias = v.load_i64(op + R.MM_BIAS)
         residual = v.load_i64(op + R.MM_RESIDUAL)
-        out = v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row
-        residual_row = residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row
+        if bias != 0:
+            value = value + v.load(bias + 4 * row)
+        if residual != 0:
+            value = value + v.load(residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row)
+        v.store(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
+
+    @v.helper
+    def write_row(op, total, column, row):  # type: ignore[no-untyped-def]
+        """The same for a single row."""
+        value = v.load_f32(total) * v.load_f32(op + R.MM_SCALE)
+        bias = v.load_i64(op + R.MM_BIAS)
+        residual = v.load_i64(op + R.MM_RESIDUAL)
+        if bias != 0:
+            value = value + v.load_f32(bias + 4 * row)
+        if residual != 0:
+            value = value + v.load_f32(residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row)
+        v.store_f32(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
+
+    @v.helper
+    def write(op, totals, column, row, whole):  # type: ignore[no-untyped-def]
         if whole:
-            if bias != 0:
-                value = value + v.load(bias + 4 * row)
-            if residual != 0:
-                value = value + v.load(residual_row)
-            v.store(out, value)
+            write_rows(op, totals, column, row)
         else:
-            one = v.first_lane(value)
-            if bias != 0:
-                one = one + v.load_f32(bias + 4 * row)
-            if residual != 0:
-                one = one + v.load_f32(residual_row)
-            v.store_f32(out, one)
+            write_row(op, totals, column, row)
 
     @v.helper
     def matrix_of(op, chosen):  # type: ignore[no-untyped-def]
         """The address of a range's matrix."""
         return v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
 
-    def through_registers(width: int, panel: int, dot_block: Any) -> Any:
+    def through_registers(width: int) -> Any:
         """A row group times the first `width` columns of one panel, whose totals go to memory.
 
         Weights are asked for from `ahead` on; once that is behind the chunk, from `after_chunk` on.
@@ -248,17 +285,59 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 asked = ahead if ahead < chunk_end else ahead + jump
                 total = dot_block(total, weights + block * block_bytes, stride, x, asked)
                 ahead += lanes * block_bytes
-                x += x_bytes * groups * panel
+                x += wide_block
             for i in range(tail):
                 total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                x += 4 * panel
+                x += tail_x
             v.store_tile(total, totals, 4 * lanes)
 
         return dot
 
-    dot_one_column = through_registers(1, 1, dot_block_of_one)
-    dot_half_panel = through_registers(columns // 2, columns, dot_block)
-    dot_one_panel = through_registers(columns, columns, dot_block)
+    @v.helper
+    def dot_one_column(weights, stride, n_blocks, tail, x, run_end, jump, totals):  # type: ignore[no-untyped-def]
+        """A row of each lane's run, `stride` bytes apart, times a single column. What is to be asked for behind the
+        first lane's `run_end` is `jump` bytes further on."""
+        total = v.zero_tile(1)
+        for block in range(n_blocks):
+            asked = weights + RUN_AHEAD_BYTES
+            asked = asked if asked < run_end else asked + jump
+            asked += block % turns * (lanes // turns) * stride
+            total = dot_block_of_one(total, weights, stride, x, asked)
+            weights += block_bytes
+            x += x_bytes * groups
+        for i in range(tail):
+            total = dot_one(total, weights + i * tail_bytes, stride, x)
+            x += 4
+        v.store_tile(total, totals, 4 * lanes)
+
+    dot_half_panel = through_registers(columns // 2)
+    dot_one_panel = through_registers(columns)
+
+    @v.helper
+    def one_column(op, matrix, begin, end, column, after, totals):  # type: ignore[no-untyped-def]
+        """Rows `begin` to `end` times a single column. `after`: where the chunk begins that follows, or 0."""
+        row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
+        n_rows = v.load_i64(op + R.MM_ROWS)
+        n_blocks = v.load_i64(op + R.MM_BLOCKS)
+        tail = v.load_i64(op + R.MM_TAIL)
+        x = v.load_i64(op + R.MM_INPUT) + column * v.load_i64(op + R.MM_COLUMN_BYTES)
+        whole = n_rows >= lanes
+        group_rows = lanes if whole else 1
+        run_rows = (end - begin) // group_rows
+        run = run_rows * row_bytes if whole else 0
+        first = matrix + begin * row_bytes
+        jump = after - first - run if after != 0 else -RUN_AHEAD_BYTES
+        for i in range(run_rows):
+            dot_one_column(first + i * row_bytes, run, n_blocks, tail, x, first + run, jump, totals)
+            for lane in range(group_rows):
+                write_row(op, totals + 4 * lane, column, begin + lane * run_rows + i)
+        if begin + run_rows * group_rows < end:
+            # Fewer rows are left than lanes: the last ones of all, and some before them once more.
+            row = n_rows - lanes
+            last = matrix + row * row_bytes
+            dot_one_column(last, row_bytes, n_blocks, tail, x, last, -RUN_AHEAD_BYTES, totals)
+            for lane in range(lanes):
+                write_row(op, totals + 4 * lane, column, row + lane)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
@@ -266,15 +345,17 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         n_blocks = v.load_i64(op + R.MM_BLOCKS)
         tail = v.load_i64(op + R.MM_TAIL)
         ranges = v.load_i64(op + R.MM_RANGES)
-        chunk_rows = v.load_i64(op + R.MM_CHUNK)
         inputs = v.load_i64(op + R.MM_INPUT)
         column_bytes = v.load_i64(op + R.MM_COLUMN_BYTES)
         # With fewer rows than lanes, a group is one row in all lanes, and only the first lane counts.
         whole = n_rows >= lanes
         group_rows = lanes if whole else 1
         stride = row_bytes if whole else 0
-        chunks = (n_rows + chunk_rows - 1) // chunk_rows
         narrow = v.load_i64(step + R.N_ROWS) == 1
+        # With many columns even one row group is long, and shares the work most evenly.
+        many = v.load_i64(step + R.N_ROWS) > columns
+        chunk_rows = lanes if many else v.load_i64(op + R.MM_CHUNK)
+        chunks = (n_rows + chunk_rows - 1) // chunk_rows
         unpacked = v.scratch(slice_bytes)
         totals = v.scratch(totals_bytes)
         n_chunks = chunks * v.load_i64(ranges)
@@ -295,21 +376,22 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             if following < n_chunks:
                 after_chunk = matrix_of(op, ranges + 8 + 24 * (following // chunks)) + following % chunks * chunk_bytes
             chunk = following
+            if narrow:
+                one_column(op, matrix, begin, end, first_column, after_chunk if following < n_chunks else 0, totals)
+                continue
             for wanted in range(begin, end, group_rows):
                 # The last group is moved back over rows that are done: computed again, to the same bits.
                 row = min(wanted, n_rows - lanes) if whole else wanted
                 weights = matrix + row * row_bytes
-                ahead = weights + lanes * row_bytes + AHEAD_BYTES
+                ahead = weights + lanes * row_bytes + (0 if many else AHEAD_BYTES)
                 if n_columns <= columns:
                     x = inputs + first_column * column_bytes
-                    if narrow:
-                        dot_one_column(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
-                    elif n_columns <= columns // 2:
+                    if n_columns <= columns // 2:
                         dot_half_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
                     else:
                         dot_one_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
                     for column in range(n_columns):
-                        write(op, v.load(totals + column * (4 * lanes)), first_column + column, row, whole)
+                        write(op, totals + column * (4 * lanes), first_column + column, row, whole)
                     continue
                 for pass_first in range(0, n_columns, R.MAX_COLUMNS):
                     pass_columns = min(n_columns - pass_first, R.MAX_COLUMNS)
@@ -346,10 +428,14 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                                 x += tail_x
                             v.store_tile(total, place, 4 * lanes)
                     for column in range(pass_columns):
-                        value = v.load(totals + column * (4 * lanes))
-                        write(op, value, first_column + pass_first + column, row, whole)
+                        write(op, totals + column * (4 * lanes), first_column + pass_first + column, row, whole)
         # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
-        if v.load_i64(step + R.N_ROWS) <= columns:
+        if narrow:
+            run = v.load_i64(op + R.MM_NEXT_BYTES) // lanes
+            for lane in range(lanes):
+                for offset in range(0, min(run, RUN_AHEAD_BYTES), 256):
+                    v.prefetch(after_all + lane * run + offset, 256)
+        elif v.load_i64(step + R.N_ROWS) <= columns:
             for offset in range(0, v.load_i64(op + R.MM_NEXT_BYTES), 256):
                 v.prefetch(after_all + offset, 256)
 

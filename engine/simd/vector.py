@@ -209,7 +209,7 @@ class Emitter:
     def store(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
         self.builder.store(value, self.pointer(address, offset, value.type), align=1)
 
-    def prefetch(self, address: ir.Value, offset: int) -> None:
+    def prefetch(self, address: ir.Value, offset: int = 0) -> None:
         """Bring the cache line at an address, mapped or not, into the second level."""
         type_ = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = declare(self.builder.module, "llvm.prefetch.p0", type_)

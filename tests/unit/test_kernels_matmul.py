@@ -28,7 +28,9 @@ def as_quantised(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("shape", [(64, 2, 1), (40, 3, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)])
+@pytest.mark.parametrize(
+    "shape", [(64, 2, 1), (40, 3, 1), (83, 1, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)]
+)
 def test_matmul_is_the_product(
     rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]
 ) -> None:
@@ -67,10 +69,10 @@ def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> No
 
 
 def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness) -> None:
-    for rows in (40, 3):
+    for rows, columns in ((40, 5), (3, 5), (40, 1), (3, 1)):
         raw, weights = random_tensor(rng, "F32", rows, 64)
-        x = rng.normal(size=(5, 64)).astype(np.float32)
-        bias, residual = rng.normal(size=rows).astype(np.float32), rng.normal(size=(5, rows)).astype(np.float32)
+        x = rng.normal(size=(columns, 64)).astype(np.float32)
+        bias, residual = rng.normal(size=rows).astype(np.float32), rng.normal(size=(columns, rows)).astype(np.float32)
         fields = {R.MM_BIAS: bias.ctypes.data, R.MM_RESIDUAL: residual.ctypes.data, R.MM_RESIDUAL_STRIDE: rows * 4}
         result = harness.matmul("F32", raw, rows, x, extra={**fields, R.MM_SCALE: 0.5})
         np.testing.assert_allclose(result, 0.5 * (x @ weights.T) + bias + residual, rtol=1e-4, atol=1e-5)
