@@ -2,8 +2,8 @@
 
 Rows are taken in groups of as many as a vector has lanes. Weights of a group are unpacked so that a lane is a row
 (`unpack`), and activations are broadcast against them. So sums stay in their lanes, and nothing is added across lanes.
-A group's rows are neighbours where there are several columns. With a single one, memory decides the speed: there each
-lane has a run of neighbouring rows to itself, which hardware foresees.
+A group's rows are neighbours where there are many columns. With few, memory decides the speed: there each lane has a
+run of neighbouring rows to itself, which hardware foresees.
 
 Every output is computed by the same float operations in the same order, however many columns there are: exact integer
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
@@ -36,15 +36,11 @@ from qrun.engine.simd.vector import F32, I32, I64, Emitter, Vector
 # KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
-# Neighbouring rows are read side by side, a pattern that hardware does not foresee. So while one group is computed, the
-# next one is asked for, and a little more: its last rows must not arrive when they are needed already. 16 KB
-# did best of 4, 8, 16 and 32 KB with rows of 2048 weights, by 3 %; with shorter ones 4 KB do as well.
-AHEAD_BYTES = 16384
-
-# With a run of rows for each lane, this much of it is asked for ahead. Of what a plain loop over memory reads with two
-# threads (Zen 4), Q8_0, Q4_K and Q6_K get 0.84, 0.85 and 0.83 with neighbouring rows; with runs and 512 bytes 0.96,
-# 0.93 and 0.90, with 1024 bytes 1.02, 1.00 and 0.91, with 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
-RUN_AHEAD_BYTES = 1536
+# With few columns each lane has a run of rows, and this much of it is asked for ahead. Of what a plain loop over memory
+# reads with two threads (Zen 4), a column of Q8_0, Q4_K and Q6_K gets 0.84, 0.85 and 0.83 with neighbouring rows, the
+# next of which are asked for; with runs and 512 bytes 0.96, 0.93 and 0.90, with 1024 bytes 1.02, 1.00 and 0.91, with
+# 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
+AHEAD_BYTES = 1536
 
 
 def _dot_quantised(
@@ -103,7 +99,7 @@ def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
-def _neighbouring_lines(e: Emitter, ahead: ir.Value, stride: ir.Value, block_bytes: int) -> list[ir.Value]:
+def _neighbouring_lines(e: Emitter, ahead: ir.Value, block_bytes: int) -> list[ir.Value]:
     """The cache lines from `ahead` on that are as much as a block of each row."""
     return [e.offset(ahead, offset) for offset in range(0, e.lanes * block_bytes, 64)]
 
@@ -122,13 +118,12 @@ def _turns(block_bytes: int) -> int:
 
 def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
-    block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read."""
-    lines_of = _lines_of_runs if panel == 1 else _neighbouring_lines
+    block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read: of
+    neighbouring rows, or of runs."""
 
-    def groups(e: Emitter, address: ir.Value, stride: ir.Value, ahead: ir.Value) -> Iterator[Group]:
+    def groups(e: Emitter, address: ir.Value, stride: ir.Value, lines: list[ir.Value]) -> Iterator[Group]:
         # Asked for at once, a block of 256 weights of each row is more lines than a core can wait for: loads that miss
         # the first level would queue behind them.
-        lines = lines_of(e, ahead, stride, spec.block_bytes)
         share = -(-len(lines) * 32 // spec.block_size)
         for index, group in enumerate(spec.groups(Rows(e, address, stride))):
             for line in lines[share * index : share * (index + 1)]:
@@ -138,7 +133,8 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        for index, group in enumerate(groups(e, address, stride, ahead)):
+        lines = _neighbouring_lines(e, ahead, spec.block_bytes)
+        for index, group in enumerate(groups(e, address, stride, lines)):
             for i, vector in enumerate([*group.weights, *group.scales, *group.minimums]):
                 e.store(vector.value, out, 4 * e.lanes * (index * _group_vectors(spec) + i))
 
@@ -150,7 +146,8 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        for index, group in enumerate(groups(e, address, stride, ahead)):
+        lines = _lines_of_runs(e, ahead, stride, spec.block_bytes)
+        for index, group in enumerate(groups(e, address, stride, lines)):
             total = _dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
         return total
 
@@ -160,20 +157,19 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
 def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     """The same for a float type, whose blocks are 16 bytes of a row; columns are packed as float32."""
     per_block = 16 // spec.weight_bytes
-    lines_of = _lines_of_runs if panel == 1 else _neighbouring_lines
 
     def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
         words = per_block * panel
         return [weight.fma(e.broadcast_word(x, index * panel + c, words, F32), t) for c, t in enumerate(total)]
 
-    def weights(e: Emitter, address: ir.Value, stride: ir.Value, ahead: ir.Value) -> list[Vector]:
-        for line in lines_of(e, ahead, stride, 16):
+    def weights(e: Emitter, address: ir.Value, stride: ir.Value, lines: list[ir.Value]) -> list[Vector]:
+        for line in lines:
             e.prefetch(line)
         return spec.several(Rows(e, address, stride), 0)
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        for i, vector in enumerate(weights(e, address, stride, ahead)):
+        for i, vector in enumerate(weights(e, address, stride, _neighbouring_lines(e, ahead, 16))):
             e.store(vector.value, out, 4 * e.lanes * i)
 
     @operation(_tile_of)
@@ -186,7 +182,7 @@ def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        for i, weight in enumerate(weights(e, address, stride, ahead)):
+        for i, weight in enumerate(weights(e, address, stride, _lines_of_runs(e, ahead, stride, 16))):
             total = add(e, total, weight, x, i)
         return total
 
@@ -222,8 +218,7 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             64 // spec.weight_bytes,
             spec.weight_bytes,
         )
-    unpack_block, dot_group, dot_block = operations(columns)
-    dot_block_of_one = operations(1)[2]
+    unpack_block, dot_group, _ = operations(columns)
     dot_one = _tail_operation(spec)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
@@ -246,9 +241,23 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         v.store(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
 
     @v.helper
-    def write_row(op, total, column, row):  # type: ignore[no-untyped-def]
-        """The same for a single row."""
-        value = v.load_f32(total) * v.load_f32(op + R.MM_SCALE)
+    def write_apart(op, totals, column, row, apart):  # type: ignore[no-untyped-def]
+        """The same for rows that are `apart` rows from one another."""
+        value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
+        bias = v.load_i64(op + R.MM_BIAS)
+        residual = v.load_i64(op + R.MM_RESIDUAL)
+        if bias != 0:
+            value = value + v.load_apart(bias + 4 * row, 4 * apart)
+        if residual != 0:
+            place = residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row
+            value = value + v.load_apart(place, 4 * apart)
+        out = v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row
+        v.store_apart(out, value, 4 * apart)
+
+    @v.helper
+    def write_row(op, totals, column, row):  # type: ignore[no-untyped-def]
+        """The same for the row of the first lane."""
+        value = v.load_f32(totals) * v.load_f32(op + R.MM_SCALE)
         bias = v.load_i64(op + R.MM_BIAS)
         residual = v.load_i64(op + R.MM_RESIDUAL)
         if bias != 0:
@@ -258,185 +267,169 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         v.store_f32(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
 
     @v.helper
-    def write(op, totals, column, row, whole):  # type: ignore[no-untyped-def]
-        if whole:
-            write_rows(op, totals, column, row)
-        else:
-            write_row(op, totals, column, row)
-
-    @v.helper
     def matrix_of(op, chosen):  # type: ignore[no-untyped-def]
         """The address of a range's matrix."""
         return v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
 
-    def through_registers(width: int) -> Any:
-        """A row group times the first `width` columns of one panel, whose totals go to memory.
-
-        Weights are asked for from `ahead` on; once that is behind the chunk, from `after_chunk` on.
-        """
+    def through_registers(width: int, panel: int) -> Any:
+        """A row of each lane's run, `stride` bytes apart, times the first `width` columns of one panel. Totals go to
+        memory. What is to be asked for behind the first lane's `run_end` is `jump` bytes further on."""
+        dot_block = operations(panel)[2]
 
         @v.helper
-        def dot(  # type: ignore[no-untyped-def]
-            weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals
-        ):  # fmt: skip
+        def dot(weights, stride, n_blocks, tail, x, run_end, jump, totals):  # type: ignore[no-untyped-def]
             total = v.zero_tile(width)
-            jump = after_chunk - chunk_end
             for block in range(n_blocks):
-                asked = ahead if ahead < chunk_end else ahead + jump
-                total = dot_block(total, weights + block * block_bytes, stride, x, asked)
-                ahead += lanes * block_bytes
-                x += wide_block
+                asked = weights + AHEAD_BYTES
+                asked = asked if asked < run_end else asked + jump
+                asked += block % turns * (lanes // turns) * stride
+                total = dot_block(total, weights, stride, x, asked)
+                weights += block_bytes
+                x += x_bytes * groups * panel
             for i in range(tail):
-                total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                x += tail_x
+                total = dot_one(total, weights + i * tail_bytes, stride, x)
+                x += 4 * panel
             v.store_tile(total, totals, 4 * lanes)
 
         return dot
 
-    @v.helper
-    def dot_one_column(weights, stride, n_blocks, tail, x, run_end, jump, totals):  # type: ignore[no-untyped-def]
-        """A row of each lane's run, `stride` bytes apart, times a single column. What is to be asked for behind the
-        first lane's `run_end` is `jump` bytes further on."""
-        total = v.zero_tile(1)
-        for block in range(n_blocks):
-            asked = weights + RUN_AHEAD_BYTES
-            asked = asked if asked < run_end else asked + jump
-            asked += block % turns * (lanes // turns) * stride
-            total = dot_block_of_one(total, weights, stride, x, asked)
-            weights += block_bytes
-            x += x_bytes * groups
-        for i in range(tail):
-            total = dot_one(total, weights + i * tail_bytes, stride, x)
-            x += 4
-        v.store_tile(total, totals, 4 * lanes)
-
-    dot_half_panel = through_registers(columns // 2)
-    dot_one_panel = through_registers(columns)
+    dot_one_column = through_registers(1, 1)
+    dot_half_panel = through_registers(columns // 2, columns)
+    dot_one_panel = through_registers(columns, columns)
 
     @v.helper
-    def one_column(op, matrix, begin, end, column, after, totals):  # type: ignore[no-untyped-def]
-        """Rows `begin` to `end` times a single column. `after`: where the chunk begins that follows, or 0."""
+    def dot_few(weights, stride, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow):  # type: ignore[no-untyped-def]
+        if narrow:
+            dot_one_column(weights, stride, n_blocks, tail, x, run_end, jump, totals)
+        elif n_columns <= columns // 2:
+            dot_half_panel(weights, stride, n_blocks, tail, x, run_end, jump, totals)
+        else:
+            dot_one_panel(weights, stride, n_blocks, tail, x, run_end, jump, totals)
+
+    @v.helper
+    def few_columns(op, matrix, begin, end, first_column, n_columns, narrow, after, totals):  # type: ignore[no-untyped-def]
+        """Rows `begin` to `end` times a panel at most, or a column that is packed for itself (`narrow`).
+
+        after: where the chunk begins that follows, or 0.
+        """
         row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
         n_rows = v.load_i64(op + R.MM_ROWS)
         n_blocks = v.load_i64(op + R.MM_BLOCKS)
         tail = v.load_i64(op + R.MM_TAIL)
-        x = v.load_i64(op + R.MM_INPUT) + column * v.load_i64(op + R.MM_COLUMN_BYTES)
-        whole = n_rows >= lanes
-        group_rows = lanes if whole else 1
-        run_rows = (end - begin) // group_rows
-        run = run_rows * row_bytes if whole else 0
+        x = v.load_i64(op + R.MM_INPUT) + first_column * v.load_i64(op + R.MM_COLUMN_BYTES)
         first = matrix + begin * row_bytes
-        jump = after - first - run if after != 0 else -RUN_AHEAD_BYTES
-        for i in range(run_rows):
-            dot_one_column(first + i * row_bytes, run, n_blocks, tail, x, first + run, jump, totals)
-            for lane in range(group_rows):
-                write_row(op, totals + 4 * lane, column, begin + lane * run_rows + i)
-        if begin + run_rows * group_rows < end:
-            # Fewer rows are left than lanes: the last ones of all, and some before them once more.
-            row = n_rows - lanes
-            last = matrix + row * row_bytes
-            dot_one_column(last, row_bytes, n_blocks, tail, x, last, -RUN_AHEAD_BYTES, totals)
-            for lane in range(lanes):
-                write_row(op, totals + 4 * lane, column, row + lane)
+        # With fewer rows than lanes, one row is in all lanes, and only the first lane counts.
+        whole = n_rows >= lanes
+        run_rows = (end - begin) // lanes if whole else end - begin
+        run = run_rows * row_bytes if whole else 0
+        run_end = first + run
+        jump = after - run_end if whole and after != 0 else -AHEAD_BYTES
+        for row in range(begin, begin + run_rows):
+            dot_few(first, run, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow)
+            for column in range(n_columns):
+                if whole:
+                    write_apart(op, totals + column * (4 * lanes), first_column + column, row, run_rows)
+                else:
+                    write_row(op, totals + column * (4 * lanes), first_column + column, row)
+            first += row_bytes
+        if whole and begin + run_rows * lanes < end:
+            # Fewer rows are left than lanes: the last ones of all, and some before them once more, to the same bits.
+            last = matrix + (n_rows - lanes) * row_bytes
+            dot_few(last, row_bytes, n_blocks, tail, x, last, -AHEAD_BYTES, totals, n_columns, narrow)
+            for column in range(n_columns):
+                write_rows(op, totals + column * (4 * lanes), first_column + column, n_rows - lanes)
+
+    @v.helper
+    def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
+        """A row group (or `begin` to `end`, if the matrix has fewer rows) times many columns. What lies from `after` on
+        is asked for meanwhile."""
+        row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
+        n_rows = v.load_i64(op + R.MM_ROWS)
+        n_blocks = v.load_i64(op + R.MM_BLOCKS)
+        tail = v.load_i64(op + R.MM_TAIL)
+        column_bytes = v.load_i64(op + R.MM_COLUMN_BYTES)
+        whole = n_rows >= lanes
+        stride = row_bytes if whole else 0
+        for wanted in range(begin, end, lanes if whole else 1):
+            # The last group is moved back over rows that are done: computed again, to the same bits.
+            row = min(wanted, n_rows - lanes) if whole else wanted
+            weights = matrix + row * row_bytes
+            ahead = after
+            for pass_first in range(0, n_columns, R.MAX_COLUMNS):
+                pass_columns = min(n_columns - pass_first, R.MAX_COLUMNS)
+                panels = (pass_columns + columns - 1) // columns
+                x0 = v.load_i64(op + R.MM_INPUT) + (first_column + pass_first) * column_bytes
+                for first in range(0, n_blocks, slice_blocks):
+                    blocks = min(slice_blocks, n_blocks - first)
+                    for i in range(blocks):
+                        address = weights + (first + i) * block_bytes
+                        unpack_block(address, stride, unpacked + i * block_out, ahead)
+                        ahead += lanes * block_bytes
+                    for panel in range(panels):
+                        place = totals + panel * (4 * lanes * columns)
+                        total = v.zero_tile(columns)
+                        if first > 0:
+                            total = v.load_tile(columns, place, 4 * lanes)
+                        x = x0 + panel * columns * column_bytes + first * wide_block
+                        group = unpacked
+                        for _ in range(blocks * groups):
+                            total = dot_group(total, group, x)
+                            group += group_bytes
+                            x += wide_x
+                        v.store_tile(total, place, 4 * lanes)
+                for panel in range(panels):
+                    place = totals + panel * (4 * lanes * columns)
+                    if tail > 0:
+                        total = v.zero_tile(columns)
+                        if n_blocks > 0:
+                            total = v.load_tile(columns, place, 4 * lanes)
+                        x = x0 + panel * columns * column_bytes + n_blocks * wide_block
+                        for i in range(tail):
+                            total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
+                            x += tail_x
+                        v.store_tile(total, place, 4 * lanes)
+                for column in range(pass_columns):
+                    if whole:
+                        write_rows(op, totals + column * (4 * lanes), first_column + pass_first + column, row)
+                    else:
+                        write_row(op, totals + column * (4 * lanes), first_column + pass_first + column, row)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
-        row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
         n_rows = v.load_i64(op + R.MM_ROWS)
-        n_blocks = v.load_i64(op + R.MM_BLOCKS)
-        tail = v.load_i64(op + R.MM_TAIL)
         ranges = v.load_i64(op + R.MM_RANGES)
-        inputs = v.load_i64(op + R.MM_INPUT)
-        column_bytes = v.load_i64(op + R.MM_COLUMN_BYTES)
-        # With fewer rows than lanes, a group is one row in all lanes, and only the first lane counts.
-        whole = n_rows >= lanes
-        group_rows = lanes if whole else 1
-        stride = row_bytes if whole else 0
-        narrow = v.load_i64(step + R.N_ROWS) == 1
+        all_columns = v.load_i64(step + R.N_ROWS)
         # With many columns even one row group is long, and shares the work most evenly.
-        many = v.load_i64(step + R.N_ROWS) > columns
-        chunk_rows = lanes if many else v.load_i64(op + R.MM_CHUNK)
+        chunk_rows = v.load_i64(op + R.MM_CHUNK) if all_columns <= columns else lanes
+        chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
+        n_chunks = chunks * v.load_i64(ranges)
+        next_bytes = v.load_i64(op + R.MM_NEXT_BYTES)
+        after_all = v.load_i64(op + R.MM_NEXT) + thread * next_bytes
         unpacked = v.scratch(slice_bytes)
         totals = v.scratch(totals_bytes)
-        n_chunks = chunks * v.load_i64(ranges)
-        chunk_bytes = chunk_rows * row_bytes
-        after_all = v.load_i64(op + R.MM_NEXT) + thread * v.load_i64(op + R.MM_NEXT_BYTES)
         chunk = v.atomic_add(op + R.OP_COUNTER, 1)
         while chunk < n_chunks:
             # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
             following = v.atomic_add(op + R.OP_COUNTER, 1)
+            after = 0
+            if following < n_chunks:
+                after = matrix_of(op, ranges + 8 + 24 * (following // chunks)) + following % chunks * chunk_bytes
             chosen = ranges + 8 + 24 * (chunk // chunks)
             matrix = matrix_of(op, chosen)
-            first_column = v.load_i64(chosen + 8)
-            n_columns = v.load_i64(chosen + 16)
-            begin = (chunk % chunks) * chunk_rows
+            begin = chunk % chunks * chunk_rows
             end = min(begin + chunk_rows, n_rows)
-            chunk_end = matrix + end * row_bytes
-            after_chunk = after_all
-            if following < n_chunks:
-                after_chunk = matrix_of(op, ranges + 8 + 24 * (following // chunks)) + following % chunks * chunk_bytes
+            first, count = v.load_i64(chosen + 8), v.load_i64(chosen + 16)
+            if count <= columns:
+                few_columns(op, matrix, begin, end, first, count, all_columns == 1, after, totals)
+            else:
+                after = after if after != 0 else after_all
+                many_columns(op, matrix, begin, end, first, count, after, unpacked, totals)
             chunk = following
-            if narrow:
-                one_column(op, matrix, begin, end, first_column, after_chunk if following < n_chunks else 0, totals)
-                continue
-            for wanted in range(begin, end, group_rows):
-                # The last group is moved back over rows that are done: computed again, to the same bits.
-                row = min(wanted, n_rows - lanes) if whole else wanted
-                weights = matrix + row * row_bytes
-                ahead = weights + lanes * row_bytes + (0 if many else AHEAD_BYTES)
-                if n_columns <= columns:
-                    x = inputs + first_column * column_bytes
-                    if n_columns <= columns // 2:
-                        dot_half_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
-                    else:
-                        dot_one_panel(weights, stride, n_blocks, tail, x, ahead, chunk_end, after_chunk, totals)
-                    for column in range(n_columns):
-                        write(op, totals + column * (4 * lanes), first_column + column, row, whole)
-                    continue
-                for pass_first in range(0, n_columns, R.MAX_COLUMNS):
-                    pass_columns = min(n_columns - pass_first, R.MAX_COLUMNS)
-                    panels = (pass_columns + columns - 1) // columns
-                    x0 = inputs + (first_column + pass_first) * column_bytes
-                    for first in range(0, n_blocks, slice_blocks):
-                        blocks = min(slice_blocks, n_blocks - first)
-                        for i in range(blocks):
-                            asked = ahead if ahead < chunk_end else ahead + after_chunk - chunk_end
-                            address = weights + (first + i) * block_bytes
-                            unpack_block(address, stride, unpacked + i * block_out, asked)
-                            ahead += lanes * block_bytes
-                        for panel in range(panels):
-                            place = totals + panel * (4 * lanes * columns)
-                            total = v.zero_tile(columns)
-                            if first > 0:
-                                total = v.load_tile(columns, place, 4 * lanes)
-                            x = x0 + panel * columns * column_bytes + first * wide_block
-                            group = unpacked
-                            for _ in range(blocks * groups):
-                                total = dot_group(total, group, x)
-                                group += group_bytes
-                                x += wide_x
-                            v.store_tile(total, place, 4 * lanes)
-                    for panel in range(panels):
-                        place = totals + panel * (4 * lanes * columns)
-                        if tail > 0:
-                            total = v.zero_tile(columns)
-                            if n_blocks > 0:
-                                total = v.load_tile(columns, place, 4 * lanes)
-                            x = x0 + panel * columns * column_bytes + n_blocks * wide_block
-                            for i in range(tail):
-                                total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                                x += tail_x
-                            v.store_tile(total, place, 4 * lanes)
-                    for column in range(pass_columns):
-                        write(op, totals + column * (4 * lanes), first_column + pass_first + column, row, whole)
         # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
-        if narrow:
-            run = v.load_i64(op + R.MM_NEXT_BYTES) // lanes
+        if all_columns <= columns:
+            run = next_bytes // lanes
             for lane in range(lanes):
-                for offset in range(0, min(run, RUN_AHEAD_BYTES), 256):
+                for offset in range(0, min(run, AHEAD_BYTES), 256):
                     v.prefetch(after_all + lane * run + offset, 256)
-        elif v.load_i64(step + R.N_ROWS) <= columns:
-            for offset in range(0, v.load_i64(op + R.MM_NEXT_BYTES), 256):
-                v.prefetch(after_all + offset, 256)
 
     return kernel

@@ -298,6 +298,22 @@ def store(e: Emitter, address: ir.Value, v: Vector) -> None:
     e.store(v.value, address)
 
 
+@operation(_f32)
+def load_apart(e: Emitter, address: ir.Value, stride: ir.Value) -> Vector:
+    """float32 values `stride` bytes apart, `lanes` of them."""
+    vector = ir.Constant(ir.VectorType(F32, e.lanes), ir.Undefined)
+    for lane in range(e.lanes):
+        one = e.load_scalar(_nth(e, address, stride, lane), 0, F32)
+        vector = e.builder.insert_element(vector, one, ir.Constant(I32, lane))
+    return e.vector(vector)
+
+
+@operation(_void)
+def store_apart(e: Emitter, address: ir.Value, v: Vector, stride: ir.Value) -> None:
+    for lane in range(e.lanes):
+        e.store(v.lane(lane), _nth(e, address, stride, lane))
+
+
 @operation(lambda a: types.float32)
 def load_f32(e: Emitter, address: ir.Value) -> ir.Value:
     return e.load_scalar(address, 0, F32)
