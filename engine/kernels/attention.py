@@ -209,6 +209,8 @@ def attention(variant: str) -> Kernel:
         score_dims = _score_dims(rows, score_parts)
         score_vectors, mix_vectors = score_parts * rows, mix_parts * rows
         score_width, mix_width = score_parts * lanes, mix_parts * lanes
+        # What one call reads, and so asks for ahead: values during scores, and during the mix the next page's keys.
+        scored_bytes, mixed_bytes = score_dims * score_width * bits // 8, mix_width * bits // 8
         row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
         state_bytes = max(64, 8 * rows)
         n = rows
@@ -253,12 +255,15 @@ def attention(variant: str) -> Kernel:
                 values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
                 key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
                 value_scales = values + blocks_v * 32 * POSITIONS * bits // 8
+                asked = values
                 for position in range(0, POSITIONS, score_width):
                     tile = v.zero_tile(score_vectors)
                     for block in range(blocks_k):
                         line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
                         scale_line = key_scales + 2 * (block * POSITIONS + position)
                         for first in range(0, 32, score_dims):
+                            v.prefetch(asked, scored_bytes)
+                            asked += scored_bytes
                             tile = score(tile, queries + 128 * block + 4 * first, line, scale_line, first)
                     v.store_rows(tile, score_parts, scores + 4 * position, 4 * POSITIONS)
                 for row in range(n):
@@ -296,11 +301,15 @@ def attention(variant: str) -> Kernel:
                     v.store_f32(state + 8 * row, new)
                     v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
                 visible = min(POSITIONS, last_position - page_position + 1)
+                next_page = v.load_i64(table + 8 * min(page_index + 1, last_position // POSITIONS))
+                asked = next_page + (keys - page)
                 for first in range(0, blocks_v * 32, mix_width):
                     tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
                     for position in range(visible):
                         place = position * blocks_v
                         value = values + place * 32 * bits // 8
+                        v.prefetch(asked, mixed_bytes)
+                        asked += mixed_bytes
                         tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, first)
                     v.store_rows(tile, mix_parts, sums + 4 * first, ROW)
             for row in range(count):
