@@ -132,19 +132,13 @@ def _score_dims(rows: int, parts: int) -> int:
 
 
 def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
-    """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions of a block of 32.
-
-    first: which of the block's dimensions is the first of them.
-    """
+    """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions of a block of 32, the
+    first of which is its `first`. Scales of keys are left for `_scale_operation`."""
     value_bytes = {"f16": 2, "q8_0": 1, "q4_0": 1}[cache_type]
 
     @operation(lambda tile, *_: tile)
-    def score(
-        e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value, first: ir.Value
-    ) -> list[Vector]:
-        b, factors = e.builder, []
-        if cache_type != "f16":
-            factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(parts)]
+    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, first: ir.Value) -> list[Vector]:
+        b = e.builder
         line = b.and_(first, ir.Constant(I64, 15)) if cache_type == "q4_0" else first
         place = b.add(keys, b.mul(line, ir.Constant(I64, POSITIONS * value_bytes)))
         dims = _score_dims(rows, parts)
@@ -152,14 +146,23 @@ def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
             for part in range(parts):
                 offset = (d * POSITIONS + part * e.lanes) * value_bytes
                 key = _widened(e, cache_type, place, offset, first)
-                if factors:
-                    key = key * factors[part]
                 for row in range(rows):
                     query = e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
                     tile[parts * row + part] = key.fma(query, tile[parts * row + part])
         return tile
 
     return score
+
+
+def _scale_operation(parts: int) -> Any:
+    """totals + tile, the sums of one block, times the block's scales: one of each position."""
+
+    @operation(lambda totals, *_: totals)
+    def add_scaled(e: Emitter, totals: list[Vector], tile: list[Vector], scales: ir.Value) -> list[Vector]:
+        factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(parts)]
+        return [sums.fma(factors[i % parts], total) for i, (sums, total) in enumerate(zip(tile, totals, strict=True))]
+
+    return add_scaled
 
 
 def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
@@ -206,6 +209,7 @@ def attention(variant: str) -> Kernel:
     def tile_function(rows: int, of_heads: bool) -> Any:
         score_parts, mix_parts = _parts(rows, POSITIONS // lanes), _parts(rows, 32 // lanes)
         score, mix = _score_operation(cache_type, rows, score_parts), _mix_operation(cache_type, rows, mix_parts)
+        add_scaled, has_scales = _scale_operation(score_parts), bits < 16
         score_dims = _score_dims(rows, score_parts)
         score_vectors, mix_vectors = score_parts * rows, mix_parts * rows
         score_width, mix_width = score_parts * lanes, mix_parts * lanes
@@ -258,14 +262,22 @@ def attention(variant: str) -> Kernel:
                 asked = values
                 for position in range(0, POSITIONS, score_width):
                     tile = v.zero_tile(score_vectors)
+                    place = scores + 4 * position
                     for block in range(blocks_k):
                         line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
-                        scale_line = key_scales + 2 * (block * POSITIONS + position)
                         for first in range(0, 32, score_dims):
                             v.prefetch(asked, scored_bytes)
                             asked += scored_bytes
-                            tile = score(tile, queries + 128 * block + 4 * first, line, scale_line, first)
-                    v.store_rows(tile, score_parts, scores + 4 * position, 4 * POSITIONS)
+                            tile = score(tile, queries + 128 * block + 4 * first, line, first)
+                        if has_scales:
+                            totals = v.zero_tile(score_vectors)
+                            if block > 0:
+                                totals = v.load_rows(score_vectors, score_parts, place, 4 * POSITIONS)
+                            totals = add_scaled(totals, tile, key_scales + 2 * (block * POSITIONS + position))
+                            v.store_rows(totals, score_parts, place, 4 * POSITIONS)
+                            tile = v.zero_tile(score_vectors)
+                    if not has_scales:
+                        v.store_rows(tile, score_parts, place, 4 * POSITIONS)
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
                     highest = first_position - page_position + (0 if of_heads else row)
