@@ -29,7 +29,7 @@ from qrun.engine import records as R
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I32, I64, Emitter, Vector
+from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 
 # How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
 # each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
@@ -106,8 +106,7 @@ def _neighbouring_lines(e: Emitter, ahead: ir.Value, block_bytes: int) -> list[i
 
 def _lines_of_runs(e: Emitter, ahead: ir.Value, stride: ir.Value, block_bytes: int) -> list[ir.Value]:
     """The cache lines of a block of each lane's row; of `1 / _turns` of the lanes where blocks are short."""
-    lanes = range(e.lanes // _turns(block_bytes))
-    rows = [e.builder.add(ahead, e.builder.mul(stride, ir.Constant(I64, lane))) for lane in lanes]
+    rows = Rows(e, ahead, stride).addresses[: e.lanes // _turns(block_bytes)]
     return [e.offset(row, offset) for offset in range(0, block_bytes, 64) for row in rows]
 
 
@@ -229,42 +228,32 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     tail_x = 4 * columns
 
     @v.helper
-    def write_rows(op, totals, column, row):  # type: ignore[no-untyped-def]
-        """One column of a row group to its place: times the factor, with bias and residual."""
-        value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
-        bias = v.load_i64(op + R.MM_BIAS)
-        residual = v.load_i64(op + R.MM_RESIDUAL)
-        if bias != 0:
-            value = value + v.load(bias + 4 * row)
-        if residual != 0:
-            value = value + v.load(residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row)
-        v.store(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
+    def load_neighbours(address, _):  # type: ignore[no-untyped-def]
+        return v.load(address)
 
     @v.helper
-    def write_apart(op, totals, column, row, apart):  # type: ignore[no-untyped-def]
-        """The same for rows that are `apart` rows from one another."""
-        value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
-        bias = v.load_i64(op + R.MM_BIAS)
-        residual = v.load_i64(op + R.MM_RESIDUAL)
-        if bias != 0:
-            value = value + v.load_apart(bias + 4 * row, 4 * apart)
-        if residual != 0:
-            place = residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row
-            value = value + v.load_apart(place, 4 * apart)
-        out = v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row
-        v.store_apart(out, value, 4 * apart)
+    def store_neighbours(address, value, _):  # type: ignore[no-untyped-def]
+        v.store(address, value)
 
-    @v.helper
-    def write_row(op, totals, column, row):  # type: ignore[no-untyped-def]
-        """The same for the row of the first lane."""
-        value = v.load_f32(totals) * v.load_f32(op + R.MM_SCALE)
-        bias = v.load_i64(op + R.MM_BIAS)
-        residual = v.load_i64(op + R.MM_RESIDUAL)
-        if bias != 0:
-            value = value + v.load_f32(bias + 4 * row)
-        if residual != 0:
-            value = value + v.load_f32(residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row)
-        v.store_f32(v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row, value)
+    def writer(load: Any, store: Any) -> Any:
+        @v.helper
+        def write(op, totals, column, row, apart):  # type: ignore[no-untyped-def]
+            """One column of a row group to its place: times the factor, with bias and residual. A lane's row is `apart`
+            rows from the lane's before; 0 where all lanes have the same."""
+            value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
+            bias = v.load_i64(op + R.MM_BIAS)
+            residual = v.load_i64(op + R.MM_RESIDUAL)
+            if bias != 0:
+                value = value + load(bias + 4 * row, 4 * apart)
+            if residual != 0:
+                place = residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row
+                value = value + load(place, 4 * apart)
+            out = v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row
+            store(out, value, 4 * apart)
+
+        return write
+
+    write_apart, write_neighbours = writer(v.load_apart, v.store_apart), writer(load_neighbours, store_neighbours)
 
     @v.helper
     def matrix_of(op, chosen):  # type: ignore[no-untyped-def]
@@ -318,26 +307,24 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         tail = v.load_i64(op + R.MM_TAIL)
         x = v.load_i64(op + R.MM_INPUT) + first_column * v.load_i64(op + R.MM_COLUMN_BYTES)
         first = matrix + begin * row_bytes
-        # With fewer rows than lanes, one row is in all lanes, and only the first lane counts.
+        # With fewer rows than lanes, one row is in all lanes.
         whole = n_rows >= lanes
         run_rows = (end - begin) // lanes if whole else end - begin
-        run = run_rows * row_bytes if whole else 0
+        apart = run_rows if whole else 0
+        run = apart * row_bytes
         run_end = first + run
         jump = after - run_end if whole and after != 0 else -AHEAD_BYTES
         for row in range(begin, begin + run_rows):
             dot_few(first, run, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow)
             for column in range(n_columns):
-                if whole:
-                    write_apart(op, totals + column * (4 * lanes), first_column + column, row, run_rows)
-                else:
-                    write_row(op, totals + column * (4 * lanes), first_column + column, row)
+                write_apart(op, totals + column * (4 * lanes), first_column + column, row, apart)
             first += row_bytes
         if whole and begin + run_rows * lanes < end:
             # Fewer rows are left than lanes: the last ones of all, and some before them once more, to the same bits.
             last = matrix + (n_rows - lanes) * row_bytes
             dot_few(last, row_bytes, n_blocks, tail, x, last, -AHEAD_BYTES, totals, n_columns, narrow)
             for column in range(n_columns):
-                write_rows(op, totals + column * (4 * lanes), first_column + column, n_rows - lanes)
+                write_apart(op, totals + column * (4 * lanes), first_column + column, n_rows - lanes, 1)
 
     @v.helper
     def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
@@ -389,10 +376,11 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                             x += tail_x
                         v.store_tile(total, place, 4 * lanes)
                 for column in range(pass_columns):
+                    place = totals + column * (4 * lanes)
                     if whole:
-                        write_rows(op, totals + column * (4 * lanes), first_column + pass_first + column, row)
+                        write_neighbours(op, place, first_column + pass_first + column, row, 1)
                     else:
-                        write_row(op, totals + column * (4 * lanes), first_column + pass_first + column, row)
+                        write_apart(op, place, first_column + pass_first + column, row, 0)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(op + R.MM_ROWS)
