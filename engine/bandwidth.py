@@ -31,7 +31,7 @@ def read_bandwidth(
     step = np.zeros(R.STEP_BYTES // 8, np.int64)
     program = np.zeros((1, R.RECORD_BYTES // 8), np.int64)
     for field, value in (
-        (R.OP_KERNEL, kernels["read-"]), (R.OP_BARRIER, 1), (R.READ_ADDRESS, buffer.ctypes.data),
+        (R.OP_KERNEL, kernels["read-"]), (R.OP_BARRIER, 1), (R.OP_IN_PARTS, 1), (R.READ_ADDRESS, buffer.ctypes.data),
         (R.READ_BLOCKS, buffer.nbytes // R.READ_BLOCK), (R.READ_OUT, out.ctypes.data),
     ):  # fmt: skip
         program[0, field // 8] = value

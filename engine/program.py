@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.arena import Place
+from qrun.engine.kernels import in_parts
 from qrun.engine.lowering import Lowering
 from qrun.engine.program_records import InRecord, InStep, Record
 
@@ -28,13 +29,14 @@ class Program:
     def __init__(self, lowering: Lowering, kernels: dict[str, int], step_address: int) -> None:
         self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
         self.arena.place()
-        self._place_barriers(lowering.n_body)
+        place_barriers(self.records, lowering.n_body)
         self._arrays: list[object] = []  # whose addresses the records hold
         self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)
         numbers = {id(record): index for index, record in enumerate(self.records)}
         for row, record in zip(self.whole, self.records, strict=True):
             row[R.OP_KERNEL // 8] = kernels[record.kernel]
             row[R.OP_BARRIER // 8] = record.barrier
+            row[R.OP_IN_PARTS // 8] = in_parts(record.kernel)
             for offset, value in record.fields.items():
                 if isinstance(value, float):
                     row[offset // 8 : offset // 8 + 1].view(np.float32)[0] = value
@@ -66,25 +68,28 @@ class Program:
             row[R.MM_NEXT // 8] = following[R.MM_WEIGHTS // 8]
             row[R.MM_NEXT_BYTES // 8] = following[R.MM_CHUNK // 8] * following[R.MM_ROW_BYTES // 8]
 
-    def _place_barriers(self, n_body: int) -> None:
-        """A barrier where an operation would meet what other threads have not finished reading or writing."""
-        pending: list[Record] = []
-        for before, record in zip([None, *self.records], self.records, strict=False):
-            if before is not None and any(_conflict(earlier, record) for earlier in pending):
-                before.barrier = True
-                pending = []
-            pending.append(record)
-        for last in (n_body - 1, len(self.records) - 1):
-            self.records[last].barrier = True
+
+def place_barriers(records: list[Record], n_body: int) -> None:
+    """A barrier where an operation would meet what other threads have not finished reading or writing."""
+    pending: list[Record] = []
+    run: list[Record] = []  # of these, the newest, all in parts: the same thread does a part of each
+    for before, record in zip([None, *records], records, strict=False):
+        if before is not None and any(_conflict(earlier, record, earlier in run) for earlier in pending):
+            before.barrier = True
+            pending, run = [], []
+        pending.append(record)
+        run = [*run, record] if in_parts(record.kernel) else []
+    for last in (n_body - 1, len(records) - 1):
+        records[last].barrier = True
 
 
-def _conflict(earlier: Record, later: Record) -> bool:
+def _conflict(earlier: Record, later: Record, in_a_run: bool) -> bool:
     def touch(a: object, b: object) -> bool:
         if not isinstance(a, Place) or not isinstance(b, Place):
             return a == b
         if a.buffer is b.buffer:
-            # The same rows: each thread meets only its own.
-            return not (earlier.by_rows and later.by_rows)
+            # The same rows: each part meets only its own.
+            return not (in_a_run and earlier.by_rows and later.by_rows)
         return a.buffer.offset < b.buffer.end and b.buffer.offset < a.buffer.end
 
     writes = any(touch(a, b) for a in earlier.writes for b in [*later.reads, *later.writes])

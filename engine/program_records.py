@@ -33,7 +33,7 @@ class Record:
     fields: dict[int, int | float | Place | InStep | InRecord | NDArray[np.generic]]
     reads: list[object]
     writes: list[object]
-    by_rows: bool  # each thread touches its own rows only
+    by_rows: bool  # each part touches its own rows only
     barrier: bool = False
 
 

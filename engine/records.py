@@ -1,24 +1,25 @@
 """The records through which Python tells kernels what to do: byte offsets of their fields, all of them int64.
 
 An operation's record begins with what the team needs (its kernel, whether a barrier follows, the counter from which
-threads take chunks); the rest is the kernel's own. Addresses of float32 rows go with a stride in bytes between rows.
+threads take chunks, or parts where IN_PARTS is set); the rest is the kernel's own. Addresses of float32 rows go with a
+stride in bytes between rows.
 """
 
 RECORD_BYTES = 256
-OP_KERNEL, OP_BARRIER, OP_COUNTER = 0, 8, 16
-_FIRST = 24
+OP_KERNEL, OP_BARRIER, OP_COUNTER, OP_IN_PARTS = 0, 8, 16, 24
+_FIRST = 32
 
-# Shared record of a team. EPOCH, ARRIVED and GENERATION are written by all threads: a cache line for each.
-EPOCH, ARRIVED, GENERATION = 0, 64, 128
-ASLEEP = 192  # one field for each thread
-PROGRAM, N_OPERATIONS, STEP, N_THREADS, YIELD, CLOSING, STALLS = range(2240, 2296, 8)
-SHARED_BYTES = 2304
-MAX_THREADS = (PROGRAM - ASLEEP) // 8
+# Shared record of a team. What all threads write has a cache line to itself. Each thread has a record too.
+STATE, OPENED, LATE = 0, 64, 128
+PHASE_BEGIN, PROGRAM, N_OPERATIONS, STEP, CLOSING, YIELD, CLOCK, CLOCK_ID = range(192, 256, 8)
+THREAD, THREAD_BYTES, MAX_THREADS = 256, 64, 256
+ASLEEP, DEADLINE, TIME, IN_VAIN = 0, 8, 16, 32  # TIME: a timespec
+SHARED_BYTES = THREAD + THREAD_BYTES * MAX_THREADS
 
 # What varies from step to step. Ranges are [count, (matrix, first column, columns) ...]: see kernels.matmul.
-STEP_THREADS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES = range(0, 64, 8)
-ROW_RANGES = 64
-STEP_BYTES = 96
+STEP_PARTS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES, STEP_TEAM = range(0, 72, 8)
+ROW_RANGES = 72
+STEP_BYTES = 104
 
 # Attention tiles: rows of one sequence at consecutive positions.
 TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
@@ -72,6 +73,6 @@ def _fields(count: int) -> range:
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
  Q_ROUNDS) = _fields(11)  # fmt: skip
 
-# For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each thread.
+# For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024
 READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)

@@ -53,7 +53,7 @@ class Harness:
     def run(
         self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None
     ) -> None:
-        words = record(R.STEP_BYTES, {R.STEP_THREADS: 1, R.N_ROWS: rows, **(step or {})})
+        words = record(R.STEP_BYTES, {R.STEP_PARTS: 1, R.N_ROWS: rows, **(step or {})})
         words[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, rows)
         base = words.ctypes.data
         places = {IN_STEP + offset: base + offset for offset in (R.N_ROWS, R.ROW_RANGES)}

@@ -1,7 +1,9 @@
 """The kernels, by key. A key names a function, and what it is specialised for: "matmul-Q4_K", "attention-f16".
 
 Every kernel is `kernel(op, step, thread)`: the address of its operation's record, of the step's record, and the number
-of the thread that runs it. `build` gives the Python function for the compiler; nothing here is called from Python.
+of the thread that runs it. It takes chunks of the work from its operation's counter until none is left, or it does one
+part of STEP_PARTS, and then that part's number comes in place of the thread's (`in_parts`). `build` gives the Python
+function for the compiler; nothing here is called from Python.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,10 @@ def build(key: str) -> Callable[[int, int, int], None]:
     function = getattr(module, name)
     function = function if _MODULES[name] == "team" else function(variant)
     return getattr(function, "py_func", function)
+
+
+def in_parts(key: str) -> bool:
+    return not key.startswith(("matmul-", "attention-"))
 
 
 def all_keys() -> list[str]:

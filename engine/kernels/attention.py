@@ -21,6 +21,7 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine import records as R
+from qrun.engine.kernels.team import more_wanted
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
@@ -69,15 +70,15 @@ def append(cache_type: str) -> Kernel:
 
     bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         dim_k = v.load_i64(op + R.KV_DIM_K)
         dim_v = v.load_i64(op + R.KV_DIM_V)
         blocks_k = (dim_k + 31) // 32
         blocks_v = (dim_v + 31) // 32
         tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.KV_GROUP) * n_rows
-        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
             position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
             page = v.load_i64(v.load_i64(tables + 8 * row) + 8 * (position // POSITIONS))
             slot = position % POSITIONS
@@ -337,7 +338,7 @@ def attention(variant: str) -> Kernel:
         heads = v.load_i64(op + R.ATT_HEADS)
         tiles = v.load_i64(step + R.TILES)
         units = v.load_i64(step + R.N_TILES) * heads
-        while True:
+        while more_wanted(step, thread):
             unit = v.atomic_add(op + R.OP_COUNTER, 1)
             if unit >= units:
                 return

@@ -49,11 +49,11 @@ def embed(type_name: str) -> Callable[[int, int, int], None]:
             weight = spec.one(Rows(e, address, ir.Constant(I64, 0)), 0)
             e.store(e.builder.fmul(weight.lane(0), factor), out)
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         count = v.load_i64(step + R.N_ROWS)
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         factor = v.load_f32(op + R.EMBED_SCALE)
-        for row in range(count * thread // n_threads, count * (thread + 1) // n_threads):
+        for row in range(count * part // parts, count * (part + 1) // parts):
             token = v.load_i64(v.load_i64(step + R.TOKENS) + 8 * row)
             place = v.load_i64(op + R.EMBED_WEIGHTS) + token * v.load_i64(op + R.EMBED_ROW_BYTES)
             out = v.load_i64(op + R.EMBED_OUT) + row * v.load_i64(op + R.EMBED_OUT_STRIDE)

@@ -17,7 +17,7 @@ Kernel = Callable[[int, int, int], None]
 
 
 def route(_: str) -> Kernel:
-    """Choose experts from the router's logits: slots, weights and ranges. One thread does it, in microseconds."""
+    """Choose experts from the router's logits: slots, weights and ranges. It is done in one part, in microseconds."""
     panel_columns = v.target().columns
 
     @v.helper
@@ -40,8 +40,8 @@ def route(_: str) -> Kernel:
             for i in range(n_experts):
                 v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
-        if thread != 0:
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
+        if part != 0:
             return
         n_rows = v.load_i64(step + R.N_ROWS)
         n_experts = v.load_i64(op + R.MOE_EXPERTS)
@@ -102,12 +102,12 @@ def to_experts(packing: str) -> Kernel:
     packer = PACKERS[packing]
     panel_columns = v.target().columns
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
         columns = 1 if n_rows == 1 else panel_columns
-        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
             x = v.load_i64(op + R.MOE_X) + row * v.load_i64(op + R.MOE_X_STRIDE)
             for i in range(row * n_used, (row + 1) * n_used):
                 slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * i)
@@ -119,11 +119,11 @@ def to_experts(packing: str) -> Kernel:
 def from_experts(_: str) -> Kernel:
     """y = the weighted sum of the row's slots in x."""
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
-        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
+        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
             y = v.load_i64(op + R.MOE_Y) + row * v.load_i64(op + R.MOE_Y_STRIDE)
             for i in range(n_used):
                 which = row * n_used + i

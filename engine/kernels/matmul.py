@@ -26,6 +26,7 @@ from llvmlite import ir
 from numba.core import types
 
 from qrun.engine import records as R
+from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -398,7 +399,7 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         chunk = v.atomic_add(op + R.OP_COUNTER, 1)
         while chunk < n_chunks:
             # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
-            following = v.atomic_add(op + R.OP_COUNTER, 1)
+            following = v.atomic_add(op + R.OP_COUNTER, 1) if more_wanted(step, thread) else n_chunks
             after = 0
             if following < n_chunks:
                 after = matrix_of(op, ranges + 8 + 24 * (following // chunks)) + following % chunks * chunk_bytes

@@ -1,6 +1,6 @@
 """Watching what matmuls take: for each column of their input, the sum of squares over the rows, and how many rows.
 
-Each thread has columns of its own and takes the rows in their order, so that sums are the same on any number of
+A part is some of the columns and takes the rows in their order, so that sums are the same on any number of
 threads. Sums are added to in float32; whoever reads them begins anew from time to time (see `engine.observing`).
 """
 
@@ -13,7 +13,7 @@ from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
 
-# Columns are dealt out by so many: a cache line of sums is one thread's alone.
+# Columns are dealt out by so many: a cache line of sums belongs to one part.
 SHARE = 16
 
 
@@ -42,13 +42,13 @@ def observe(variant: str) -> Kernel:
                 return v.load_i64(entry)
         return 0
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         width = v.load_i64(op + R.OBS_WIDTH)
         shares = (width + SHARE - 1) // SHARE
-        begin = shares * thread // n_threads * SHARE
-        end = min(shares * (thread + 1) // n_threads * SHARE, width)
+        begin = shares * part // parts * SHARE
+        end = min(shares * (part + 1) // parts * SHARE, width)
         x = v.load_i64(op + R.OBS_X)
         stride = v.load_i64(op + R.OBS_X_STRIDE)
         sums = v.load_i64(op + R.OBS_SUMS)
@@ -60,12 +60,12 @@ def observe(variant: str) -> Kernel:
                 expert = expert_of(v.load_i64(op + R.OBS_RANGES), slot)
                 row = slot if v.load_i64(op + R.OBS_BY_SLOT) != 0 else i // n_used
                 add_squares(x + row * stride, sums + expert * width * 4, begin, end)
-                if thread == 0:
+                if part == 0:
                     v.store_i64(counts + 8 * expert, v.load_i64(counts + 8 * expert) + 1)
         else:
             for row in range(n_rows):
                 add_squares(x + row * stride, sums, begin, end)
-            if thread == 0:
+            if part == 0:
                 v.store_i64(counts, v.load_i64(counts) + n_rows)
 
     return kernel

@@ -34,20 +34,20 @@ def store_total(e: Emitter, sums: ir.Value, out: ir.Value) -> None:
 
 
 def read(_: str) -> Callable[[int, int, int], None]:
-    """Each thread reads its own part, from its beginning to its end."""
+    """A part is a piece of the memory, from its beginning to its end."""
     sums_bytes, block_bytes = 16 * v.target().lanes, R.READ_BLOCK
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
+        parts = v.load_i64(step + R.STEP_PARTS)
         n_blocks = v.load_i64(op + R.READ_BLOCKS)
         sums = v.scratch(sums_bytes)
         for i in range(0, sums_bytes, 4):
             v.store_i32(sums + i, 0)
-        first, last = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
+        first, last = n_blocks * part // parts, n_blocks * (part + 1) // parts
         for block in range(first, last):
             place = v.load_i64(op + R.READ_ADDRESS) + block * block_bytes
             v.prefetch(place + _AHEAD, block_bytes)
             add_block(place, sums)
-        store_total(sums, v.load_i64(op + R.READ_OUT) + 64 * thread)
+        store_total(sums, v.load_i64(op + R.READ_OUT) + 64 * part)
 
     return kernel

@@ -1,7 +1,7 @@
 """Operations on rows of float32, and packing rows for a matmul.
 
-Each thread has its own share of the rows, always the same one within a step, so one such operation can follow another
-without a barrier. Every row is computed in one fixed order, whatever its neighbours.
+The rows come in parts, always the same within a step, and one thread does a part of all operations that follow one
+another: they need no barrier between them. Every row is computed in one fixed order, whatever its neighbours.
 
 Packing: see `kernels.matmul` for where a column's values lie in a panel. Columns are quantised to int8, 16 of them with
 one scale = max |x| / 127, or kept as float32 for float weights.
@@ -76,12 +76,12 @@ def _row_kernel(compute: Any, packing: str) -> Kernel:
     packs = packing in PACKERS
     panel_columns = v.target().columns
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
         count = v.load_i64(v.load_i64(op + R.ROW_COUNT))
-        n_threads = v.load_i64(step + R.STEP_THREADS)
+        parts = v.load_i64(step + R.STEP_PARTS)
         width = v.load_i64(op + R.ROW_WIDTH)
         columns = 1 if v.load_i64(step + R.N_ROWS) == 1 else panel_columns
-        for row in range(count * thread // n_threads, count * (thread + 1) // n_threads):
+        for row in range(count * part // parts, count * (part + 1) // parts):
             x = v.load_i64(op + R.ROW_X) + row * v.load_i64(op + R.ROW_X_STRIDE)
             y = v.load_i64(op + R.ROW_Y) + row * v.load_i64(op + R.ROW_Y_STRIDE)
             z = v.load_i64(op + R.ROW_Z) + row * v.load_i64(op + R.ROW_Z_STRIDE)

@@ -1,29 +1,46 @@
-"""Running a program: operation after operation, on every thread, with a barrier where the next one needs all of it.
+"""Running a program: phase after phase, on as many threads as have a core. A phase is the operations up to a barrier.
 
-The shared record that all threads see is laid out in `engine.records`, like the program's records.
+Threads are members of a step while they work on it. Others that come along join, and one that is about to lose its core
+leaves, in the middle of a phase if need be: nobody waits for a thread that is not running. That needs no plan of who
+does what: an operation's work is handed out in chunks by a counter, or in parts, so that a member finds whatever has
+not been taken. The shared record that all threads see is laid out in `engine.records`, like the program's records.
+
+STATE is one word: PHASE times the number of phases so far, MEMBER times the number of members, and how many of these
+have arrived at the barrier. The last one opens the next phase. Without members, no step is under way. Those that wait
+look at OPENED, the number of phases again, so that those that arrive have STATE to themselves.
 """
 
 from qrun.engine.records import (
-    ARRIVED,
     ASLEEP,
+    CLOCK,
+    CLOCK_ID,
     CLOSING,
-    EPOCH,
-    GENERATION,
+    DEADLINE,
+    IN_VAIN,
+    LATE,
     N_OPERATIONS,
-    N_THREADS,
     OP_BARRIER,
     OP_COUNTER,
+    OP_IN_PARTS,
     OP_KERNEL,
+    OPENED,
+    PHASE_BEGIN,
     PROGRAM,
     RECORD_BYTES,
-    STALLS,
+    STATE,
     STEP,
+    STEP_PARTS,
+    STEP_TEAM,
+    THREAD,
+    THREAD_BYTES,
+    TIME,
     YIELD,
 )
 from qrun.engine.simd.operations import (
     atomic_add,
     atomic_exchange,
     atomic_load,
+    atomic_replace,
     call_kernel,
     call_plain,
     helper,
@@ -32,57 +49,198 @@ from qrun.engine.simd.operations import (
     store_i64,
 )
 
+MEMBER, PHASE = 1 << 12, 1 << 24
+
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_SLEEP = 40000
-# So long a wait at a barrier (about a millisecond) means that another program has the other thread's core.
-SPINS_OF_A_STALL = 4000
+
+# A thread whose core another program wants too gets it for 4 ms and then loses it for 4 ms (Linux at 250 ticks a
+# second; measured), often with a chunk in hand for which all others wait. So after a delay of that kind it gives the
+# core away by itself, in time and between chunks: every 2 ms, for as long as somebody takes it.
+NANOSECONDS_AT_A_TIME = 2_000_000
+NANOSECONDS_OF_A_PAUSE = 50_000  # a yield that takes no longer has met nobody
+NANOSECONDS_BEFORE_ANOTHER, MOST_IN_VAIN = 500_000, 20
+
+
+@helper
+def members_in(state):  # type: ignore[no-untyped-def]
+    return state // MEMBER % (PHASE // MEMBER)
+
+
+@helper
+def now(shared, thread):  # type: ignore[no-untyped-def]
+    """Nanoseconds."""
+    place = shared + THREAD + thread * THREAD_BYTES + TIME
+    call_kernel(load_i64(shared + CLOCK), load_i64(shared + CLOCK_ID), place, thread)
+    return load_i64(place) * 1_000_000_000 + load_i64(place + 8)
+
+
+@helper
+def time_is_up(shared, thread):  # type: ignore[no-untyped-def]
+    """Whether this thread had better take no more work now: another program wants its core."""
+    deadline = load_i64(shared + THREAD + thread * THREAD_BYTES + DEADLINE)
+    return deadline != 0 and now(shared, thread) >= deadline
+
+
+@helper
+def more_wanted(step, thread):  # type: ignore[no-untyped-def]
+    """The same question, asked by a kernel between chunks: whether it should take another one."""
+    shared = load_i64(step + STEP_TEAM)
+    return shared == 0 or not time_is_up(shared, thread)
 
 
 def begin_step(shared, _step, _thread):  # type: ignore[no-untyped-def]
-    """Announce a new step: reset the chunk counters, then let waiting threads see the next epoch, if they take part."""
+    """Reset the counters, and begin a step with the caller as its only member."""
     program = load_i64(shared + PROGRAM)
     for i in range(load_i64(shared + N_OPERATIONS)):
         store_i64(program + i * RECORD_BYTES + OP_COUNTER, 0)
-    store_i64(shared + STALLS, 0)
-    if load_i64(shared + N_THREADS) > 1:
-        atomic_add(shared + EPOCH, 1)
+    store_i64(shared + PHASE_BEGIN, program)
+    atomic_add(shared + STATE, MEMBER)
+
+
+@helper
+def join(shared):  # type: ignore[no-untyped-def]
+    """Become a member. Returns the operation with which the phase begins, or 0 if no step is under way."""
+    yield_address = load_i64(shared + YIELD)
+    spins = 0
+    while True:
+        state = atomic_load(shared + STATE)
+        members = members_in(state)
+        if members == 0:
+            return 0
+        if state % MEMBER < members:  # else the next phase is about to begin
+            op = load_i64(shared + PHASE_BEGIN)
+            if atomic_replace(shared + STATE, state, state + MEMBER):
+                return op
+        pause()
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            call_plain(yield_address)
+
+
+@helper
+def open_next(shared, state, following):  # type: ignore[no-untyped-def]
+    """All members have arrived: let them go on with the operation `following`, or end the step if that is 0."""
+    arrived = state % MEMBER
+    if following != 0:
+        store_i64(shared + PHASE_BEGIN, following)
+        atomic_add(shared + STATE, PHASE - arrived)
+    else:
+        atomic_add(shared + STATE, PHASE - arrived - arrived * MEMBER)
+    atomic_exchange(shared + OPENED, state // PHASE + 1)
+
+
+@helper
+def step_aside(shared, op, following):  # type: ignore[no-untyped-def]
+    """Leave in the middle of the phase that begins with `op`, give the core away, join again; returns what `join` does.
+
+    What this thread has taken it has done. The only member stays one.
+    """
+    yield_address = load_i64(shared + YIELD)
+    while True:
+        state = atomic_load(shared + STATE)
+        members = members_in(state)
+        if members == 1:
+            call_plain(yield_address)
+            return op
+        if atomic_replace(shared + STATE, state, state - MEMBER):
+            if state % MEMBER == members - 1:
+                open_next(shared, state - MEMBER, following)
+            call_plain(yield_address)
+            return join(shared)
+
+
+@helper
+def meet(shared, following):  # type: ignore[no-untyped-def]
+    """Wait until all members have arrived. Returns with which operation to go on, 0 if that was the last.
+
+    After a long wait: leave, give the core away, and return -1. The next phase may begin before it comes back.
+    """
+    state = atomic_add(shared + STATE, 1) + 1
+    phase = state // PHASE
+    if state % MEMBER == members_in(state):
+        open_next(shared, state, following)
+        return following
+    spins = 0
+    while atomic_load(shared + OPENED) == phase:
+        pause()
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            store_i64(shared + LATE, 1)
+            state = atomic_load(shared + STATE)
+            still_closed = state // PHASE == phase and state % MEMBER < members_in(state)
+            if still_closed and atomic_replace(shared + STATE, state, state - MEMBER - 1):
+                call_plain(load_i64(shared + YIELD))
+                return -1
+    return following
+
+
+@helper
+def run_phase(op, step, thread):  # type: ignore[no-untyped-def]
+    """Do what there is to do of the phase that begins with `op`. Returns the address of its last operation."""
+    while True:
+        if load_i64(op + OP_IN_PARTS) != 0:
+            # All such operations in a row for one part, then for another: so they need no barrier between them.
+            parts = load_i64(step + STEP_PARTS)
+            last = op
+            while load_i64(last + OP_BARRIER) == 0 and load_i64(last + RECORD_BYTES + OP_IN_PARTS) != 0:
+                last += RECORD_BYTES
+            part = atomic_add(op + OP_COUNTER, 1)
+            while part < parts:
+                for each in range(op, last + RECORD_BYTES, RECORD_BYTES):
+                    call_kernel(load_i64(each + OP_KERNEL), each, step, part)
+                part = atomic_add(op + OP_COUNTER, 1)
+            op = last
+        else:
+            call_kernel(load_i64(op + OP_KERNEL), op, step, thread)
+        if load_i64(op + OP_BARRIER) != 0:
+            return op
+        op += RECORD_BYTES
 
 
 @helper
 def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
-    """Run the whole program once, as thread number `thread`."""
-    program = load_i64(shared + PROGRAM)
-    step = load_i64(shared + STEP)
-    n_threads = load_i64(shared + N_THREADS)
-    yield_address = load_i64(shared + YIELD)
-    for i in range(load_i64(shared + N_OPERATIONS)):
-        op = program + i * RECORD_BYTES
-        call_kernel(load_i64(op + OP_KERNEL), op, step, thread)
-        if n_threads > 1 and load_i64(op + OP_BARRIER) != 0:
-            generation = atomic_load(shared + GENERATION)
-            if atomic_add(shared + ARRIVED, 1) == n_threads - 1:
-                atomic_exchange(shared + ARRIVED, 0)
-                atomic_add(shared + GENERATION, 1)
+    """Take part in the step that is under way, as thread number `thread`, until it is over."""
+    own = shared + THREAD + thread * THREAD_BYTES
+    op = load_i64(shared + PHASE_BEGIN) if thread == 0 else join(shared)
+    fresh = True  # has not been here since the phase began
+    while op != 0:
+        last = run_phase(op, load_i64(shared + STEP), thread)
+        end = load_i64(shared + PROGRAM) + load_i64(shared + N_OPERATIONS) * RECORD_BYTES
+        following = last + RECORD_BYTES if last + RECORD_BYTES < end else 0
+        if time_is_up(shared, thread):
+            start = now(shared, thread)
+            op = step_aside(shared, op, following)
+            fresh = True
+            back = now(shared, thread)
+            if back - start > NANOSECONDS_OF_A_PAUSE:
+                store_i64(own + DEADLINE, back + NANOSECONDS_AT_A_TIME)
+                store_i64(own + IN_VAIN, 0)
+            elif load_i64(own + IN_VAIN) < MOST_IN_VAIN:
+                # The system may think that this thread has been short of time: it will not be so for long.
+                store_i64(own + DEADLINE, back + NANOSECONDS_BEFORE_ANOTHER)
+                store_i64(own + IN_VAIN, load_i64(own + IN_VAIN) + 1)
             else:
-                spins = 0
-                while atomic_load(shared + GENERATION) == generation:
-                    pause()
-                    spins += 1
-                    if spins > SPINS_BEFORE_YIELD:
-                        call_plain(yield_address)
-                if spins > SPINS_OF_A_STALL:
-                    store_i64(shared + STALLS, 1)
+                store_i64(own + DEADLINE, 0)
+        else:
+            if load_i64(shared + LATE) != 0 and load_i64(shared + CLOCK) != 0 and not fresh:
+                # Somebody has waited long for this thread: it may not have been running.
+                store_i64(shared + LATE, 0)
+                store_i64(own + DEADLINE, now(shared, thread) + NANOSECONDS_AT_A_TIME)
+                store_i64(own + IN_VAIN, 0)
+            op = meet(shared, following)
+            fresh = op < 0
+            if fresh:
+                op = join(shared)
 
 
-def serve(shared, seen, thread):  # type: ignore[no-untyped-def]
-    """Take part in steps as they come; return (to sleep) when none has come for a while.
-
-    `seen` is the address of this thread's own record of the last epoch that it took part in.
-    """
+def serve(shared, _step, thread):  # type: ignore[no-untyped-def]
+    """Take part in steps as they come; return (to sleep) when none has come for a while."""
     yield_address = load_i64(shared + YIELD)
+    asleep = shared + THREAD + thread * THREAD_BYTES + ASLEEP
     while True:
         spins = 0
-        while atomic_load(shared + EPOCH) == load_i64(seen):
+        while members_in(atomic_load(shared + STATE)) == 0:
             if load_i64(shared + CLOSING) != 0:
                 return
             pause()
@@ -91,11 +249,10 @@ def serve(shared, seen, thread):  # type: ignore[no-untyped-def]
                 call_plain(yield_address)
             if spins > SPINS_BEFORE_SLEEP:
                 # Say so first, look once more after: a step that begins in between is seen by one side or the other.
-                atomic_exchange(shared + ASLEEP + 8 * thread, 1)
-                if atomic_load(shared + EPOCH) == load_i64(seen):
+                atomic_exchange(asleep, 1)
+                if members_in(atomic_load(shared + STATE)) == 0:
                     return
-                if atomic_exchange(shared + ASLEEP + 8 * thread, 0) == 0:
+                if atomic_exchange(asleep, 0) == 0:
                     return  # the wake-up is already on its way
                 spins = 0
-        store_i64(seen, load_i64(seen) + 1)
         run_step(shared, 0, thread)

@@ -438,6 +438,14 @@ def atomic_exchange(e: Emitter, address: ir.Value, value: Any) -> ir.Value:
     return e.builder.atomic_rmw("xchg", e.pointer(address, 0, I64), _as_index(e, value), "seq_cst")
 
 
+@operation(lambda a, old, new: types.boolean)
+def atomic_replace(e: Emitter, address: ir.Value, old: Any, new: Any) -> ir.Value:
+    """Put `new` in the place of `old` at `address`; whether `old` was there. Sequentially consistent."""
+    pointer = e.pointer(address, 0, I64)
+    pair = e.builder.cmpxchg(pointer, _as_index(e, old), _as_index(e, new), "seq_cst")
+    return e.builder.extract_value(pair, 1)
+
+
 @operation(lambda a: types.intp)
 def atomic_load(e: Emitter, address: ir.Value) -> ir.Value:
     return e.builder.load_atomic(e.pointer(address, 0, I64), "seq_cst", 8)
@@ -459,7 +467,8 @@ def prefetch(e: Emitter, address: ir.Value, size: int) -> None:
 def call_kernel(e: Emitter, address: ir.Value, op: ir.Value, step: ir.Value, thread: ir.Value) -> None:
     """Call a compiled kernel by its address."""
     type_ = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
-    e.builder.call(e.builder.inttoptr(address, type_.as_pointer()), [op, step, thread])
+    call = e.builder.call(e.builder.inttoptr(address, type_.as_pointer()), [op, step, thread])
+    call.attributes.add("nounwind")  # then a kernel needs no tables that say how to unwind it
 
 
 @operation(_void)

@@ -1,20 +1,15 @@
-"""The kernel cache, and the threads that run kernels."""
+"""The kernel cache."""
 
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from qrun.engine import records as R
 from qrun.engine.compiler import UNUSED_DAYS, CompileError, cache_folder, load_kernels
 from qrun.engine.simd.target import host_target
-from qrun.engine.team import TEAM_KERNELS, Team
-from tests.kernel_harness import record
 
 KEYS = ["pack-f32", "scale-"]
 
@@ -78,37 +73,3 @@ def test_a_damaged_object_is_compiled_again(empty_cache: Path) -> None:
 def test_what_does_not_compile_is_named(empty_cache: Path) -> None:
     with pytest.raises(CompileError, match="matmul-Q9_9"):
         load_kernels(["matmul-Q9_9"])
-
-
-def scale_program(steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A program of `steps` operations, each with a barrier, that double 7 rows in turn: its records, step and rows."""
-    x = np.ones((7, 33), np.float32)
-    step = record(R.STEP_BYTES, {R.N_ROWS: 7})
-    kernels = load_kernels([*TEAM_KERNELS, "scale-"])
-    fields = {
-        R.OP_KERNEL: kernels["scale-"], R.OP_BARRIER: 1, R.ROW_COUNT: step.ctypes.data + R.N_ROWS,
-        R.ROW_X: x.ctypes.data,
-        R.ROW_X_STRIDE: 132, R.ROW_Z: x.ctypes.data, R.ROW_Z_STRIDE: 132, R.ROW_Y: x.ctypes.data, R.ROW_Y_STRIDE: 132,
-        R.ROW_WIDTH: 33, R.ROW_FACTOR: 2.0,
-    }  # fmt: skip
-    return np.stack([record(R.RECORD_BYTES, fields)] * steps), step, x
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_team_runs_every_operation_once(threads: int) -> None:
-    program, step, x = scale_program(10)
-    step[R.STEP_THREADS // 8] = threads
-    kernels = load_kernels([*TEAM_KERNELS, "scale-"])
-    team = Team(kernels, threads)
-    for round_ in range(1, 4):
-        team.run(program, step)
-        assert np.all(x == 2.0 ** (10 * round_))
-        time.sleep(0.05)  # long enough for the others to go to sleep
-    team.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qrun-")]
-
-
-def test_a_team_has_at_least_one_thread() -> None:
-    kernels = load_kernels(list(TEAM_KERNELS))
-    with pytest.raises(ValueError, match="threads is 0"):
-        Team(kernels, 0)

@@ -1,50 +1,168 @@
-"""Threads that run steps together, and when they do not."""
+"""Threads that run steps together, join them, and leave them."""
 
-from contextlib import closing
+import functools
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import numpy as np
+import pytest
+from tiny_model import ARCHITECTURES
 
 from qrun.engine import records as R
-from qrun.engine.compiler import load_kernels
-from qrun.engine.team import MOST_STEPS_ALONE, STEPS_ALONE, TEAM_KERNELS, Team
+from qrun.engine.arena import Buffer, Place
+from qrun.engine.compiler import Kernels, load_kernels
+from qrun.engine.kernels.team import MOST_IN_VAIN
+from qrun.engine.program import place_barriers
+from qrun.engine.program_records import Record
+from qrun.engine.runtime import Runtime
+from qrun.engine.team import TEAM_KERNELS, Team
+from qrun.formats import GGUFReader
+from qrun.models import build_graph
 from tests.kernel_harness import record
 
 
-def test_after_a_stall_that_costs_more_some_steps_run_alone_and_more_after_the_next() -> None:
-    kernels = load_kernels([*TEAM_KERNELS, "read-"])
-    memory, sums = np.ones(8 * R.READ_BLOCK // 4, np.int32), np.zeros((2, 16), np.int32)
+@functools.cache  # their code stays where it is
+def kernels() -> Kernels:
+    return load_kernels([*TEAM_KERNELS, "scale-"])
+
+
+def doubling(steps: int, rows: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A program of `steps` operations, each with a barrier, that double rows in turn: its records, step and rows."""
+    x = np.ones((rows, 33), np.float32)
+    step = record(R.STEP_BYTES, {R.N_ROWS: rows})
     fields = {
-        R.OP_KERNEL: kernels["read-"], R.OP_BARRIER: 1, R.READ_ADDRESS: memory.ctypes.data, R.READ_BLOCKS: 8,
-        R.READ_OUT: sums.ctypes.data,
+        R.OP_KERNEL: kernels()["scale-"], R.OP_BARRIER: 1, R.OP_IN_PARTS: 1, R.ROW_COUNT: step.ctypes.data + R.N_ROWS,
+        R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: 132, R.ROW_Z: x.ctypes.data, R.ROW_Z_STRIDE: 132,
+        R.ROW_Y: x.ctypes.data, R.ROW_Y_STRIDE: 132, R.ROW_WIDTH: 33, R.ROW_FACTOR: 2.0,
     }  # fmt: skip
-    program, step = record(R.RECORD_BYTES, fields)[None], record(R.STEP_BYTES, {R.N_ROWS: 1})
+    return np.stack([record(R.RECORD_BYTES, fields)] * steps), step, x
 
-    def threads_of_a_step(stalled: bool = False, seconds: float = 1.0) -> int:
-        sums[:] = 0
-        penalty, times = team._penalty, dict(team._seconds_alone)
+
+def make_team(threads: int) -> Team:
+    return Team(kernels(), threads)
+
+
+def own_field(team: Team, thread: int, field: int) -> int:
+    return (R.THREAD + thread * R.THREAD_BYTES + field) // 8
+
+
+@contextmanager
+def short_of_time(team: Team) -> Iterator[None]:
+    """While it lasts, the time of threads drawn by lot is up again and again."""
+    over = threading.Event()
+
+    def disturb() -> None:
+        chance = random.Random(3)
+        while not over.is_set():
+            team._shared[own_field(team, chance.randrange(team.size), R.DEADLINE)] = 1
+            time.sleep(chance.random() * 2e-4)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_team_runs_every_operation_once(threads: int) -> None:
+    program, step, x = doubling(10)
+    team = make_team(threads)
+    for round_ in range(1, 4):
         team.run(program, step)
-        assert sums.sum() == memory.sum()
-        used = int((sums.sum(axis=1) > 0).sum())
-        if used > 1 or step[R.N_ROWS // 8] == 1:
-            # How long this step took, and whether it met a stall, is the machine's doing: it is played as wanted.
-            team._alone += used == 1
-            team._alone, team._penalty, team._seconds_alone = team._alone if used == 1 else 0, penalty, times
-            team._shared[R.STALLS // 8] = stalled
-            team._mind_stalls(used, (1, 1), seconds)
-        return used
+        assert np.all(x == 2.0 ** (10 * round_))
+        time.sleep(0.05)  # long enough for the others to go to sleep
+    team.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qrun-")]
 
-    with closing(Team(kernels, 2)) as team:
-        assert threads_of_a_step() == 2
-        assert threads_of_a_step(stalled=True) == 2
-        assert threads_of_a_step(seconds=1.5) == 1, "one step alone, to learn how long it takes"
-        assert [threads_of_a_step(stalled=True, seconds=1.4) for _ in range(3)] == [2] * 3, "still faster than alone"
-        for expected in (STEPS_ALONE, 2 * STEPS_ALONE):
-            assert threads_of_a_step(stalled=True, seconds=1.6) == 2
-            assert [threads_of_a_step(seconds=1.5) for _ in range(expected)] == [1] * expected
-        assert threads_of_a_step() == 2
-        assert team._penalty == 4 * STEPS_ALONE - 1
-        team._penalty = MOST_STEPS_ALONE
-        threads_of_a_step(stalled=True, seconds=1.6)
-        assert team._penalty == MOST_STEPS_ALONE
-        step[R.N_ROWS // 8] = 512
-        assert threads_of_a_step() == 2, "with many rows, all threads take part"
+
+def test_a_team_has_at_least_one_thread() -> None:
+    with pytest.raises(ValueError, match="threads is 0"):
+        make_team(0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_nothing_is_lost_or_done_twice_where_threads_leave_and_join(threads: int) -> None:
+    program, step, x = doubling(100, rows=101)
+    with closing(make_team(threads)) as team, short_of_time(team):
+        for _ in range(200):
+            x[:] = 2.0**-50
+            team.run(program, step)
+            assert np.all(x == 2.0**50)
+
+
+def test_a_step_waits_for_no_thread_that_does_not_come() -> None:
+    program, step, x = doubling(10)
+    team = make_team(2)
+    team.close()  # its second thread has gone for good
+    team.run(program, step)
+    assert np.all(x == 2.0**10)
+
+
+def test_a_thread_that_gives_its_core_away_in_vain_does_so_for_a_while_only() -> None:
+    program, step, _ = doubling(1)
+    with closing(make_team(1)) as team:
+        tries, deadline = (own_field(team, 0, field) for field in (R.IN_VAIN, R.DEADLINE))
+        for _ in range(10_000):
+            team._shared[deadline] = 1
+            before = int(team._shared[tries])
+            team.run(program, step)
+            # Where another program is running, somebody may take the core: then it counts from the beginning.
+            assert team._shared[tries] in (0, before + 1) or (before == MOST_IN_VAIN and team._shared[deadline] == 0)
+            if team._shared[deadline] == 0:
+                break
+        assert team._shared[deadline] == 0
+        assert team._shared[tries] == MOST_IN_VAIN
+
+
+def test_a_thread_that_others_have_waited_for_looks_at_the_time() -> None:
+    program, step, _ = doubling(2)
+    with closing(make_team(1)) as team:
+        deadline = own_field(team, 0, R.DEADLINE)
+        team.run(program, step)
+        assert team._shared[deadline] == 0
+        team._shared[R.LATE // 8] = 1
+        team.run(program, step)
+        assert team._shared[R.LATE // 8] == 0
+        assert 0 < team._shared[deadline] - time.clock_gettime_ns(time.CLOCK_MONOTONIC) < 2_000_000
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "gemma3-dense", "qwen3moe-moe"])
+def test_logits_are_the_same_bits_where_threads_leave_and_join(name: str) -> None:
+    with GGUFReader(ARCHITECTURES / f"{name}.gguf") as reader:
+        graph = build_graph(reader, 256)
+        tokens = np.random.default_rng(5).integers(0, graph.n_vocab, 90)
+
+        def logits(runtime: Runtime) -> np.ndarray:
+            sequence = runtime.sequence()
+            prompt = runtime.evaluate(sequence, tokens, "all")
+            return np.concatenate([prompt, *(runtime.evaluate(sequence, [t], "last")[None] for t in tokens[:40])])
+
+        with closing(Runtime(graph, threads=1, context=256)) as alone:
+            expected = logits(alone)
+        with closing(Runtime(graph, threads=3, context=256)) as together:
+            assert together._team is not None
+            with short_of_time(together._team):
+                for _ in range(5):
+                    assert np.array_equal(logits(together), expected)
+
+
+def test_rows_need_no_barrier_within_a_run_of_operations_in_parts() -> None:
+    first, second = Buffer(64, 0, 9, 0), Buffer(64, 0, 9, 64)
+
+    def barriers(*operations: tuple[str, Buffer, bool]) -> list[bool]:
+        records = [Record(kernel, {}, [], [Place(buffer, 0, 4)], by_rows) for kernel, buffer, by_rows in operations]
+        place_barriers(records, len(records))
+        return [record.barrier for record in records]
+
+    assert barriers(("scale-", first, True), ("add-", first, True)) == [False, True]
+    assert barriers(("scale-", first, True), ("add-", first, False)) == [True, True]
+    assert barriers(("scale-", first, True), ("matmul-F32", second, False)) == [False, True]
+    # Behind the matmul, another thread may get the part.
+    in_between = ("matmul-F32", second, False)
+    assert barriers(("scale-", first, True), in_between, ("add-", first, True)) == [False, True, True]
