@@ -22,7 +22,7 @@ import numpy as np
 
 from qrun.formats import FormatError
 
-_MAGIC = "qrun session 1"
+_MAGIC = "qrun session 2"
 _STATE_PREFIX = "kv_"
 
 # How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has

@@ -8,6 +8,9 @@ lanes), and the values ([position][dimension]). Dimensions are padded with zeros
     q8_0   int8, then a float16 scale for each 32 dimensions of a position: scale = max |x| / 127
     q4_0   4 bits, dimensions i and i + 16 of a block of 32 in one byte; scale = x of largest size / -8, value (q - 8)
 
+Scales lie as [block of 32][position], those of values too: neither a key nor a value is multiplied by its scale, but
+the sums over a block of keys are, and the weights that a block of values gets.
+
 Attention goes page by page with a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax",
 2018; Dao et al., "FlashAttention", 2022). Pages begin at multiples of 64, dimensions and positions are added in order,
 and what a row must not see counts exactly nothing: so a row's bits do not depend on which rows it is computed with.
@@ -98,7 +101,7 @@ def append(cache_type: str) -> Kernel:
                 scales = values + blocks_v * 32 * POSITIONS * bits // 8
                 for block in range(blocks_v):
                     place = values + (slot * blocks_v + block) * 32 * bits // 8
-                    scale_place = scales + 2 * (slot * blocks_v + block)
+                    scale_place = scales + 2 * (block * POSITIONS + slot)
                     put_block(x + 128 * block, min(32, dim_v - 32 * block), place, max(bits // 8, 1), 1, scale_place)
 
     return kernel
@@ -144,6 +147,7 @@ def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
         place = b.add(keys, b.mul(line, ir.Constant(I64, POSITIONS * value_bytes)))
         dims = _score_dims(rows, parts)
         for d in range(dims):
+            e.fence()  # else LLVM would load the next dimension's queries before there are registers for them
             for part in range(parts):
                 offset = (d * POSITIONS + part * e.lanes) * value_bytes
                 key = _widened(e, cache_type, place, offset, first)
@@ -170,10 +174,8 @@ def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
     """tile += weights[row] of one position * `parts` vectors of its value, from dimension `first` on."""
 
     @operation(lambda tile, *_: tile)
-    def mix(
-        e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, scales: ir.Value, first: ir.Value
-    ) -> list[Vector]:
-        vectors = [_value_vector(e, cache_type, values, scales, e.offset(first, e.lanes * i)) for i in range(parts)]
+    def mix(e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, first: ir.Value) -> list[Vector]:
+        vectors = [_value_vector(e, cache_type, values, e.offset(first, e.lanes * i)) for i in range(parts)]
         for row in range(rows):
             weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
             for i in range(parts):
@@ -183,17 +185,16 @@ def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
     return mix
 
 
-def _value_vector(e: Emitter, cache_type: str, values: ir.Value, scales: ir.Value, first: ir.Value) -> Vector:
-    """One position's value from dimension `first` on, one vector of it, as float32."""
+def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value) -> Vector:
+    """One position's value from dimension `first` on, one vector of it, as float32, without its scale."""
     b = e.builder
-    if cache_type == "f16":
-        return _widened(e, cache_type, b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, first)
-    block = b.lshr(first, ir.Constant(I64, 5))
-    scale = e.load(b.add(scales, b.shl(block, ir.Constant(I64, 1))), 0, F16, 1).to_float().lane(0)
     place = first
-    if cache_type == "q4_0":
+    if cache_type == "f16":
+        place = b.shl(first, ir.Constant(I64, 1))
+    elif cache_type == "q4_0":
+        block = b.lshr(first, ir.Constant(I64, 5))
         place = b.add(b.shl(block, ir.Constant(I64, 4)), b.and_(first, ir.Constant(I64, 15)))
-    return _widened(e, cache_type, b.add(values, place), 0, first) * e.splat(scale)
+    return _widened(e, cache_type, b.add(values, place), 0, first)
 
 
 def attention(variant: str) -> Kernel:
@@ -226,6 +227,7 @@ def attention(variant: str) -> Kernel:
             queries = v.scratch(row_bytes)
             sums = v.scratch(row_bytes)
             scores = v.scratch(score_bytes)
+            scaled = v.scratch(score_bytes)
             state = v.scratch(state_bytes)  # for each row: the maximum so far, the sum of exponentials so far
             dim_k = v.load_i64(op + R.ATT_DIM_K)
             dim_v = v.load_i64(op + R.ATT_DIM_V)
@@ -316,14 +318,19 @@ def attention(variant: str) -> Kernel:
                 visible = min(POSITIONS, last_position - page_position + 1)
                 next_page = v.load_i64(table + 8 * min(page_index + 1, last_position // POSITIONS))
                 asked = next_page + (keys - page)
+                weights = scaled if has_scales else scores
                 for first in range(0, blocks_v * 32, mix_width):
+                    if has_scales and first % 32 == 0:
+                        for i in range(0, POSITIONS, lanes):
+                            factor = v.load_halves(value_scales + 2 * (first // 32 * POSITIONS + i))
+                            for place in range(4 * i, score_bytes, 4 * POSITIONS):
+                                v.store(scaled + place, v.load(scores + place) * factor)
                     tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
                     for position in range(visible):
-                        place = position * blocks_v
-                        value = values + place * 32 * bits // 8
+                        value = values + position * blocks_v * 32 * bits // 8
                         v.prefetch(asked, mixed_bytes)
                         asked += mixed_bytes
-                        tile = mix(tile, scores + 4 * position, value, value_scales + 2 * place, first)
+                        tile = mix(tile, weights + 4 * position, value, first)
                     v.store_rows(tile, mix_parts, sums + 4 * first, ROW)
             for row in range(count):
                 total = v.load_f32(state + 8 * row + 4)

@@ -24,7 +24,7 @@ from numba.core.typing.templates import AbstractTemplate, builtin_registry, infe
 
 from qrun.engine.simd import vector as emit
 from qrun.engine.simd.target import target
-from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter, Vector
+from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
 
 # A function that kernels call, compiled into each of them.
 helper = njit(error_model="numpy")
@@ -291,6 +291,12 @@ def as_float(e: Emitter, x: Any) -> ir.Value:
 def load(e: Emitter, address: ir.Value) -> Vector:
     """float32 values from memory, `lanes` of them."""
     return e.load(address, 0, F32, e.lanes)
+
+
+@operation(_f32)
+def load_halves(e: Emitter, address: ir.Value) -> Vector:
+    """float16 values from memory, `lanes` of them, as float32."""
+    return e.load(address, 0, F16, e.lanes).to_float()
 
 
 @operation(_void)
