@@ -259,13 +259,16 @@ def _k_with_minimum(rows: Rows, quants: int, fifth: int | None) -> Iterator[Grou
     header = rows.words(0, 4)
     d, dmin = _half_of(header[0], False), _half_of(header[0], True)
     fifths = rows.words(fifth, 8) if fifth is not None else None
+    in_place = fifths is None and rows.e.unsigned_limit >= 0xF0
     for pair in range(4):
         words = rows.words(quants + 32 * pair, 8)
-        for g, weights in ((2 * pair, _low(words)), (2 * pair + 1, _high(words))):
+        # High nibbles can stay where they are, as 16 times the weight, where products allow it: exact, and no shift.
+        high, d_high = ([word & -0x0F0F0F10 for word in words], d * 0.0625) if in_place else (_high(words), d)
+        for g, weights, unit in ((2 * pair, _low(words), d), (2 * pair + 1, high, d_high)):
             if fifths is not None:
                 weights = [_add_where(f & (0x01010101 << g), 16, w) for w, f in zip(weights, fifths, strict=True)]
             scale, minimum = _scale_and_minimum(header, g)
-            yield Group(weights, [d * scale.to_float()], [dmin * minimum.to_float()])
+            yield Group(weights, [unit * scale.to_float()], [dmin * minimum.to_float()])
 
 
 def _q6_k(rows: Rows) -> Iterator[Group]:

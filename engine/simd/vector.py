@@ -279,6 +279,11 @@ class Emitter:
         return sums
 
     @property
+    def unsigned_limit(self) -> int:
+        """How large bytes of weights can be in `dot4_unsigned`, where their products are not added in int16."""
+        return 255 if self.target.dot == "vnni" else 127
+
+    @property
     def signed_bias(self) -> int:
         """What is added to signed weights when they are unpacked: the one VNNI instruction wants an unsigned side."""
         return 128 if self.target.dot == "vnni" else 0
