@@ -6,8 +6,10 @@ does what: an operation's work is handed out in chunks by a counter, or in parts
 not been taken. The shared record that all threads see is laid out in `engine.records`, like the program's records.
 
 STATE is one word: PHASE times the number of phases so far, MEMBER times the number of members, and how many of these
-have arrived at the barrier. The last one opens the next phase. Without members, no step is under way. Those that wait
-look at OPENED, the number of phases again, so that those that arrive have STATE to themselves.
+have arrived at the barrier. The last one opens the next phase. Without members, no step is under way.
+
+Those that wait look at OPENED, the number of the newest phase, so that those that arrive have STATE to themselves. That
+is a hint: a thread that has left may write it late, after newer ones. Only STATE is sure.
 """
 
 from qrun.engine.records import (
@@ -161,17 +163,22 @@ def meet(shared, following):  # type: ignore[no-untyped-def]
     if state % MEMBER == members_in(state):
         open_next(shared, state, following)
         return following
+    yield_address = load_i64(shared + YIELD)
     spins = 0
-    while atomic_load(shared + OPENED) == phase:
+    while atomic_load(shared + OPENED) != phase + 1:
         pause()
         spins += 1
         if spins > SPINS_BEFORE_YIELD:
-            store_i64(shared + LATE, 1)
             state = atomic_load(shared + STATE)
-            still_closed = state // PHASE == phase and state % MEMBER < members_in(state)
-            if still_closed and atomic_replace(shared + STATE, state, state - MEMBER - 1):
-                call_plain(load_i64(shared + YIELD))
+            if state // PHASE != phase:
+                break
+            store_i64(shared + LATE, 1)
+            closed = state % MEMBER < members_in(state)
+            if closed and atomic_replace(shared + STATE, state, state - MEMBER - 1):
+                call_plain(yield_address)
                 return -1
+            if not closed:  # the last one is opening the next phase, and may need this core for it
+                call_plain(yield_address)
     return following
 
 

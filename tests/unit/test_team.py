@@ -51,13 +51,14 @@ def own_field(team: Team, thread: int, field: int) -> int:
 
 @contextmanager
 def short_of_time(team: Team) -> Iterator[None]:
-    """While it lasts, the time of threads drawn by lot is up again and again."""
+    """While it lasts, the time of threads drawn by lot is up again and again, and OPENED is written late."""
     over = threading.Event()
 
     def disturb() -> None:
         chance = random.Random(3)
         while not over.is_set():
             team._shared[own_field(team, chance.randrange(team.size), R.DEADLINE)] = 1
+            team._shared[R.OPENED // 8] -= chance.randrange(3)
             time.sleep(chance.random() * 2e-4)
 
     thread = threading.Thread(target=disturb)
