@@ -22,7 +22,8 @@ import numpy as np
 
 from qrun.formats import FormatError
 
-_MAGIC = "qrun session 2"
+_FORMAT = "qrun session "
+_MAGIC = _FORMAT + "2"
 _STATE_PREFIX = "kv_"
 
 # How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has
@@ -90,7 +91,10 @@ def read(path: str | os.PathLike[str]) -> SavedSession:
     """
     try:
         arrays = _read_arrays(path)
-        if _text(arrays.pop("magic")) != _MAGIC:
+        magic = _text(arrays.pop("magic"))
+        if magic.startswith(_FORMAT) and magic != _MAGIC:
+            raise FormatError(path, "saved by another version of qrun")
+        if magic != _MAGIC:
             raise ValueError("not its format")
         tokens = arrays.pop("tokens")
         if tokens.dtype != np.int32 or tokens.ndim != 1:
@@ -101,6 +105,8 @@ def read(path: str | os.PathLike[str]) -> SavedSession:
             tokens.tolist(),
             {name.removeprefix(_STATE_PREFIX): values for name, values in arrays.items()},
         )
+    except FormatError:
+        raise
     except OSError as error:
         raise FormatError(path, error.strerror or "cannot be read") from error
     except KeyError as error:

@@ -289,6 +289,8 @@ def test_something_else_is_refused(tmp_path: Path) -> None:
     np.savez(path, tokens=np.zeros(3, np.int32))
     path = tmp_path / "other.npz"
     assert refused(make_session(), path) == "no saved session: it has no 'magic'"
+    np.savez(path, magic=np.frombuffer(b"qrun session 1", np.uint8))
+    assert refused(make_session(), path) == "saved by another version of qrun"
     np.savez_compressed(path, magic=np.zeros(100_000, np.uint8))
     assert "magic.npy is compressed" in refused(make_session(), path)
     np.savez(path, magic=np.array([{}], object), allow_pickle=True)
