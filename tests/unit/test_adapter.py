@@ -106,10 +106,10 @@ def test_a_changed_matrix_is_w_plus_b_a(rng: np.random.Generator, type: TensorTy
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_adapter_does_what_merging_it_does(rng: np.random.Generator, path: Path, tmp_path: Path) -> None:
-    lora = Lora(random_adapter(rng, path, tmp_path / "adapter.gguf"), 0.5)
-    merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 0.5)])
+    lora = Lora(random_adapter(rng, path, tmp_path / "adapter.gguf"), 1.5)
+    merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 1.5)])
     expected = logits(merged)
-    assert error_of(logits(path), expected) > 1e-4, "a hundred times what is allowed"
+    assert error_of(logits(path), expected) > 1e-2
     assert error_of(logits(path, [lora]), expected) <= 1e-6
 
 
