@@ -70,9 +70,14 @@ def members_in(state):  # type: ignore[no-untyped-def]
 
 
 @helper
+def record_of(shared, thread):  # type: ignore[no-untyped-def]
+    return shared + THREAD + thread * THREAD_BYTES
+
+
+@helper
 def now(shared, thread):  # type: ignore[no-untyped-def]
     """Nanoseconds."""
-    place = shared + THREAD + thread * THREAD_BYTES + TIME
+    place = record_of(shared, thread) + TIME
     call_kernel(load_i64(shared + CLOCK), load_i64(shared + CLOCK_ID), place, thread)
     return load_i64(place) * 1_000_000_000 + load_i64(place + 8)
 
@@ -80,13 +85,13 @@ def now(shared, thread):  # type: ignore[no-untyped-def]
 @helper
 def time_is_up(shared, thread):  # type: ignore[no-untyped-def]
     """Whether this thread had better take no more work now: another program wants its core."""
-    deadline = load_i64(shared + THREAD + thread * THREAD_BYTES + DEADLINE)
+    deadline = load_i64(record_of(shared, thread) + DEADLINE)
     return deadline != 0 and now(shared, thread) >= deadline
 
 
 @helper
 def more_wanted(step, thread):  # type: ignore[no-untyped-def]
-    """The same question, asked by a kernel between chunks: whether it should take another one."""
+    """Whether a kernel should take another chunk. Where it should not, the thread steps aside and comes back for it."""
     shared = load_i64(step + STEP_TEAM)
     return shared == 0 or not time_is_up(shared, thread)
 
@@ -208,7 +213,7 @@ def run_phase(op, step, thread):  # type: ignore[no-untyped-def]
 @helper
 def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
     """Take part in the step that is under way, as thread number `thread`, until it is over."""
-    own = shared + THREAD + thread * THREAD_BYTES
+    own = record_of(shared, thread)
     op = load_i64(shared + PHASE_BEGIN) if thread == 0 else join(shared)
     fresh = True  # has not been here since the phase began
     while op != 0:
@@ -244,7 +249,7 @@ def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
 def serve(shared, _step, thread):  # type: ignore[no-untyped-def]
     """Take part in steps as they come; return (to sleep) when none has come for a while."""
     yield_address = load_i64(shared + YIELD)
-    asleep = shared + THREAD + thread * THREAD_BYTES + ASLEEP
+    asleep = record_of(shared, thread) + ASLEEP
     while True:
         spins = 0
         while members_in(atomic_load(shared + STATE)) == 0:
