@@ -15,19 +15,17 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.records import PAGE_POSITIONS
+from qrun.engine.records import CACHE_BITS, PAGE_POSITIONS
 from qrun.models.graph import CacheLayer
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CACHE_TYPES = {"f16": 16, "q8_0": 8, "q4_0": 4}
-
 
 def head_bytes(dim: int, cache_type: str) -> int:
     """Bytes of one head's keys (or values) in a page: dimensions padded to 32, and a float16 scale for each 32."""
     blocks = -(-dim // 32)
-    values = blocks * 32 * PAGE_POSITIONS * CACHE_TYPES[cache_type] // 8
+    values = blocks * 32 * PAGE_POSITIONS * CACHE_BITS[cache_type] // 8
     return values + (0 if cache_type == "f16" else 2 * blocks * PAGE_POSITIONS)
 
 
@@ -46,8 +44,8 @@ class CacheLayout:
     """Groups of layers, and where each layer lies in a page of its group."""
 
     def __init__(self, layers: Sequence[CacheLayer], cache_type: str) -> None:
-        if cache_type not in CACHE_TYPES:
-            raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_TYPES)}")
+        if cache_type not in CACHE_BITS:
+            raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
         self.windows: list[int | None] = []
         self.page_bytes: list[int] = []

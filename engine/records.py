@@ -25,8 +25,9 @@ STEP_BYTES = 104
 TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
 TILE_BYTES = 24
 
-# Positions in one page of the KV cache.
+# The KV cache: positions in one page, and bits of a value by the cache's type.
 PAGE_POSITIONS = 64
+CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
 
 # Rows of one sequence that attention takes together, and the longest head that it has room for.
 TILE_SIZE, MAX_HEAD_DIM = 8, 512

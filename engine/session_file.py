@@ -23,7 +23,7 @@ import numpy as np
 from qrun.formats import FormatError
 
 _FORMAT = "qrun session "
-_MAGIC = _FORMAT + "2"
+_MAGIC = _FORMAT + "3"
 _STATE_PREFIX = "kv_"
 
 # How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has

@@ -41,15 +41,14 @@ def in_parts(key: str) -> bool:
 def all_keys() -> list[str]:
     """The keys of all kernels that any model may need."""
     from qrun.engine.kernels.unpack import TYPES
-    from qrun.engine.kv_cache import CACHE_TYPES
-    from qrun.engine.records import TILE_SIZE
+    from qrun.engine.records import CACHE_BITS, TILE_SIZE
 
     packings = ("q8", "f32")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
-        *(f"append-{type_}" for type_ in CACHE_TYPES),
-        *(f"attention-{type_}-{together}" for type_ in CACHE_TYPES for together in range(1, TILE_SIZE + 1)),
+        *(f"append-{type_}" for type_ in CACHE_BITS),
+        *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"{name}-" for name in ("rope", "route", "select_rows", "from_experts")),

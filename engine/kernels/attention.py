@@ -1,15 +1,18 @@
 """Writing keys and values to the cache, and attention over it.
 
 A page holds 64 positions of every layer that shares it. In it, for each layer and head: the keys transposed
-([dimension][position], so that a vector holds one dimension of neighbouring positions and scores need no sums across
-lanes), and the values ([position][dimension]). Dimensions are padded with zeros to a multiple of 32.
+([dimension][position], so that a lane of a vector is a position and scores need no sums across lanes), and the values
+([position][dimension]). Dimensions are padded with zeros to a multiple of 32.
 
     f16    2 bytes a value
     q8_0   int8, then a float16 scale for each 32 dimensions of a position: scale = max |x| / 127
     q4_0   4 bits, dimensions i and i + 16 of a block of 32 in one byte; scale = x of largest size / -8, value (q - 8)
 
-Scales lie as [block of 32][position], those of values too: neither a key nor a value is multiplied by its scale, but
-the sums over a block of keys are, and the weights that a block of values gets.
+Quantised keys lie four bytes of a position together ([4 bytes][position][byte]): so they are the weights of a matrix
+with a row for each position, and queries are its columns, packed and multiplied as all columns are (`kernels.columns`).
+
+Scales lie as [block of 32][position], those of values too: no value is multiplied by its scale, but the weights that a
+block of values gets.
 
 Attention goes page by page with a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax",
 2018; Dao et al., "FlashAttention", 2022). Pages begin at multiples of 64, dimensions and positions are added in order,
@@ -24,7 +27,9 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine import records as R
+from qrun.engine.kernels.columns import dot_quantised, pack_quantised
 from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.unpack import TYPES, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
@@ -43,11 +48,13 @@ def append(cache_type: str) -> Kernel:
     is_f16, is_q8 = cache_type == "f16", cache_type == "q8_0"
 
     @v.helper
-    def put_block(x, count, place, stride, pair_stride, scale_place):  # type: ignore[no-untyped-def]
-        """`count` (up to 32) values of a block, `stride` bytes apart from `place`; q4_0: byte i holds i and i + 16."""
+    def put_block(x, count, place, four_apart, apart, scale_place):  # type: ignore[no-untyped-def]
+        """`count` (up to 32) values of a block: four of them `apart` bytes from each other, and the next four
+        `four_apart` bytes on. q4_0: byte i holds i and i + 16."""
         if is_f16:
             for i in range(32):
-                v.store_f16(place + i * stride, v.load_f32(x + 4 * i) if i < count else v.float32(0.0))
+                at = place + i // 4 * four_apart + i % 4 * apart
+                v.store_f16(at, v.load_f32(x + 4 * i) if i < count else v.float32(0.0))
             return
         largest = v.float32(0.0)
         signed = v.float32(0.0)
@@ -59,19 +66,20 @@ def append(cache_type: str) -> Kernel:
         scale = largest / v.float32(127.0) if is_q8 else signed / v.float32(-8.0)
         v.store_f16(scale_place, scale)
         inverse = v.float32(1.0) / scale if largest > v.float32(1e-30) else v.float32(0.0)
-        if is_q8:
-            for i in range(32):
-                value = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
-                v.store_u8(place + i * stride, v.round_to_int(value * inverse))
-        else:
-            for i in range(16):
-                low = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
+        for i in range(32 if is_q8 else 16):
+            at = place + i // 4 * four_apart + i % 4 * apart
+            value = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
+            if is_q8:
+                v.store_u8(at, v.round_to_int(value * inverse))
+            else:
                 high = v.load_f32(x + 4 * (i + 16)) if i + 16 < count else v.float32(0.0)
-                a = min(max(v.round_to_int(low * inverse) + 8, 0), 15)
+                a = min(max(v.round_to_int(value * inverse) + 8, 0), 15)
                 b = min(max(v.round_to_int(high * inverse) + 8, 0), 15)
-                v.store_u8(place + i * pair_stride, a + 16 * b)
+                v.store_u8(at, a + 16 * b)
 
-    bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
+    bits = R.CACHE_BITS[cache_type]
+    size = max(bits // 8, 1)
+    key_apart = size * POSITIONS if is_f16 else 1
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
@@ -90,34 +98,21 @@ def append(cache_type: str) -> Kernel:
                 keys = page + v.load_i64(op + R.KV_K_OFFSET) + head * v.load_i64(op + R.KV_K_HEAD_BYTES)
                 scales = keys + blocks_k * 32 * POSITIONS * bits // 8
                 for block in range(blocks_k):
-                    place = keys + (block * 32 * POSITIONS + slot) * bits // 8
-                    if bits == 4:
-                        place = keys + block * 16 * POSITIONS + slot
-                    stride = POSITIONS * bits // 8
+                    place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_f16 else 4)
                     scale_place = scales + 2 * (block * POSITIONS + slot)
-                    put_block(k + 128 * block, min(32, dim_k - 32 * block), place, stride, POSITIONS, scale_place)
+                    put_block(
+                        k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
+                        scale_place,
+                    )
                 x = v.load_i64(op + R.KV_V) + row * v.load_i64(op + R.KV_V_STRIDE) + 4 * head * dim_v
                 values = page + v.load_i64(op + R.KV_V_OFFSET) + head * v.load_i64(op + R.KV_V_HEAD_BYTES)
                 scales = values + blocks_v * 32 * POSITIONS * bits // 8
                 for block in range(blocks_v):
                     place = values + (slot * blocks_v + block) * 32 * bits // 8
                     scale_place = scales + 2 * (block * POSITIONS + slot)
-                    put_block(x + 128 * block, min(32, dim_v - 32 * block), place, max(bits // 8, 1), 1, scale_place)
+                    put_block(x + 128 * block, min(32, dim_v - 32 * block), place, 4 * size, size, scale_place)
 
     return kernel
-
-
-def _widened(e: Emitter, cache_type: str, address: ir.Value, offset: int, dimension: ir.Value) -> Vector:
-    """Neighbouring values as float32, without their scale. `dimension`: theirs, or the first of them, in its block of
-    32 (q4_0 needs to know)."""
-    if cache_type == "f16":
-        return e.load(address, offset, F16, e.lanes).to_float()
-    whole = e.load(address, offset, I8, e.lanes)
-    if cache_type == "q8_0":
-        return whole.widen_signed(I32).to_float()
-    b = e.builder
-    four_in_the_upper_half = b.trunc(b.lshr(b.and_(dimension, ir.Constant(I64, 16)), ir.Constant(I64, 2)), I32)
-    return (((whole.widen_unsigned(I32) >> e.splat(four_in_the_upper_half)) & 15) - 8).to_float()
 
 
 def _parts(rows: int, most: int) -> int:
@@ -135,39 +130,80 @@ def _score_dims(rows: int, parts: int) -> int:
     return max(2, 32 >> (rows * parts - 1).bit_length())
 
 
-def _score_operation(cache_type: str, rows: int, parts: int) -> Any:
-    """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions of a block of 32, the
-    first of which is its `first`. Scales of keys are left for `_scale_operation`."""
-    value_bytes = {"f16": 2, "q8_0": 1, "q4_0": 1}[cache_type]
+def _score_halves(rows: int) -> Any:
+    """Scores of a page of float16 keys: score_page(queries, keys, scales, blocks, scores, asked).
+
+    queries: float32, a row each. blocks: of 32 dimensions. scores: [row][position]. asked: memory to be asked for.
+    """
+    parts = _parts(rows, POSITIONS // v.target().lanes)
+    dims, vectors, width = _score_dims(rows, parts), parts * rows, parts * v.target().lanes
+    asked_bytes = 2 * dims * width
 
     @operation(lambda tile, *_: tile)
-    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, first: ir.Value) -> list[Vector]:
-        b = e.builder
-        line = b.and_(first, ir.Constant(I64, 15)) if cache_type == "q4_0" else first
-        place = b.add(keys, b.mul(line, ir.Constant(I64, POSITIONS * value_bytes)))
-        dims = _score_dims(rows, parts)
+    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value) -> list[Vector]:
+        """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions."""
         for d in range(dims):
             e.fence()  # else LLVM would load the next dimension's queries before there are registers for them
             for part in range(parts):
-                offset = (d * POSITIONS + part * e.lanes) * value_bytes
-                key = _widened(e, cache_type, place, offset, first)
+                key = e.load(keys, 2 * (d * POSITIONS + part * e.lanes), F16, e.lanes).to_float()
                 for row in range(rows):
                     query = e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
                     tile[parts * row + part] = key.fma(query, tile[parts * row + part])
         return tile
 
-    return score
+    @v.helper
+    def score_page(queries, keys, scales, blocks, scores, asked):  # type: ignore[no-untyped-def]
+        for position in range(0, POSITIONS, width):
+            tile = v.zero_tile(vectors)
+            for first in range(0, 32 * blocks, dims):
+                v.prefetch(asked, asked_bytes)
+                asked += asked_bytes
+                tile = score(tile, queries + 4 * first, keys + 2 * (first * POSITIONS + position))
+            v.store_rows(tile, parts, scores + 4 * position, 4 * POSITIONS)
+
+    return score_page
 
 
-def _scale_operation(parts: int) -> Any:
-    """totals + tile, the sums of one block, times the block's scales: one of each position."""
+class _Keys(Rows):
+    """A block of 32 dimensions of neighbouring quantised keys, read as the rows of a matrix are."""
 
-    @operation(lambda totals, *_: totals)
-    def add_scaled(e: Emitter, totals: list[Vector], tile: list[Vector], scales: ir.Value) -> list[Vector]:
-        factors = [e.load(scales, 2 * e.lanes * i, F16, e.lanes).to_float() for i in range(parts)]
-        return [sums.fma(factors[i % parts], total) for i, (sums, total) in enumerate(zip(tile, totals, strict=True))]
+    def __init__(self, e: Emitter, keys: ir.Value, scales: ir.Value) -> None:
+        self.e, self.keys, self.scales = e, keys, scales
 
-    return add_scaled
+    def words(self, offset: int, count: int) -> list[Vector]:
+        return [self.e.load(self.keys, 4 * POSITIONS * i, I32, self.e.lanes) for i in range(count)]
+
+    def half(self, offset: int) -> Vector:
+        return self.e.load(self.scales, 0, F16, self.e.lanes).to_float()
+
+
+def _score_quantised(cache_type: str, rows: int) -> Any:
+    """Scores of a page of quantised keys, as those of `_score_halves`. queries: a panel of `rows` packed columns."""
+    spec = TYPES[cache_type.upper()]
+    assert isinstance(spec, Quantised)
+    lanes = v.target().lanes
+    block_bytes, query_bytes = 32 * POSITIONS * R.CACHE_BITS[cache_type] // 8, R.PACKED_BYTES * rows
+    asked_bytes = block_bytes * lanes // POSITIONS
+
+    @operation(lambda tile, *_: tile)
+    def score(
+        e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value
+    ) -> list[Vector]:
+        (group,) = spec.groups(_Keys(e, keys, scales))
+        return dot_quantised(e, spec, rows, group, tile, queries)
+
+    @v.helper
+    def score_page(queries, keys, scales, blocks, scores, asked):  # type: ignore[no-untyped-def]
+        for position in range(0, POSITIONS, lanes):
+            tile = v.zero_tile(rows)
+            for block in range(blocks):
+                v.prefetch(asked, asked_bytes)
+                asked += asked_bytes
+                place = scales + 2 * (block * POSITIONS + position)
+                tile = score(tile, queries + block * query_bytes, keys + block * block_bytes + 4 * position, place)
+            v.store_rows(tile, 1, scores + 4 * position, 4 * POSITIONS)
+
+    return score_page
 
 
 def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
@@ -188,13 +224,15 @@ def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
 def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value) -> Vector:
     """One position's value from dimension `first` on, one vector of it, as float32, without its scale."""
     b = e.builder
-    place = first
     if cache_type == "f16":
-        place = b.shl(first, ir.Constant(I64, 1))
-    elif cache_type == "q4_0":
-        block = b.lshr(first, ir.Constant(I64, 5))
-        place = b.add(b.shl(block, ir.Constant(I64, 4)), b.and_(first, ir.Constant(I64, 15)))
-    return _widened(e, cache_type, b.add(values, place), 0, first)
+        return e.load(b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, F16, e.lanes).to_float()
+    if cache_type == "q8_0":
+        return e.load(b.add(values, first), 0, I8, e.lanes).widen_signed(I32).to_float()
+    block, inside = b.lshr(first, ir.Constant(I64, 5)), b.and_(first, ir.Constant(I64, 15))
+    place = b.add(values, b.add(b.shl(block, ir.Constant(I64, 4)), inside))
+    four_in_the_upper_half = b.trunc(b.lshr(b.and_(first, ir.Constant(I64, 16)), ir.Constant(I64, 2)), I32)
+    both = e.load(place, 0, I8, e.lanes).widen_unsigned(I32)
+    return (((both >> e.splat(four_in_the_upper_half)) & 15) - 8).to_float()
 
 
 def attention(variant: str) -> Kernel:
@@ -206,25 +244,25 @@ def attention(variant: str) -> Kernel:
     cache_type, _, together_text = variant.partition("-")
     together = int(together_text)
     lanes = v.target().lanes
-    bits = {"f16": 16, "q8_0": 8, "q4_0": 4}[cache_type]
+    bits = R.CACHE_BITS[cache_type]
 
     def tile_function(rows: int, of_heads: bool) -> Any:
-        score_parts, mix_parts = _parts(rows, POSITIONS // lanes), _parts(rows, 32 // lanes)
-        score, mix = _score_operation(cache_type, rows, score_parts), _mix_operation(cache_type, rows, mix_parts)
-        add_scaled, has_scales = _scale_operation(score_parts), bits < 16
-        score_dims = _score_dims(rows, score_parts)
-        score_vectors, mix_vectors = score_parts * rows, mix_parts * rows
-        score_width, mix_width = score_parts * lanes, mix_parts * lanes
-        # What one call reads, and so asks for ahead: values during scores, and during the mix the next page's keys.
-        scored_bytes, mixed_bytes = score_dims * score_width * bits // 8, mix_width * bits // 8
+        quantised = bits < 16
+        score_page = _score_quantised(cache_type, rows) if quantised else _score_halves(rows)
+        mix_parts = _parts(rows, 32 // lanes)
+        mix = _mix_operation(cache_type, rows, mix_parts)
+        mix_vectors, mix_width = mix_parts * rows, mix_parts * lanes
+        mixed_bytes = mix_width * bits // 8
         row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
         state_bytes = max(64, 8 * rows)
+        packed_bytes = rows * R.PACKED_BYTES * R.MAX_HEAD_DIM // 32
         n = rows
 
         @v.helper
         def compute(op, step, first_row, count, first_position, head):  # type: ignore[no-untyped-def]
             """Rows first_row .. of one head; or one row's heads from `head` on."""
             queries = v.scratch(row_bytes)
+            packed = v.scratch(packed_bytes)
             sums = v.scratch(row_bytes)
             scores = v.scratch(score_bytes)
             scaled = v.scratch(score_bytes)
@@ -247,6 +285,8 @@ def attention(variant: str) -> Kernel:
                     if row < count and i < dim_k:
                         value = v.load_f32(query + row * query_stride + 4 * i)
                     v.store_f32(queries + row * ROW + 4 * i, value)
+                if quantised:
+                    pack_quantised(queries + row * ROW, blocks_k * 32, packed, row, n)
                 for i in range(blocks_v * 32):
                     v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
                 v.store_f32(state + 8 * row, v.float32(-1e30))
@@ -262,25 +302,8 @@ def attention(variant: str) -> Kernel:
                 values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
                 key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
                 value_scales = values + blocks_v * 32 * POSITIONS * bits // 8
-                asked = values
-                for position in range(0, POSITIONS, score_width):
-                    tile = v.zero_tile(score_vectors)
-                    place = scores + 4 * position
-                    for block in range(blocks_k):
-                        line = keys + block * 32 * POSITIONS * bits // 8 + position * max(bits // 8, 1)
-                        for first in range(0, 32, score_dims):
-                            v.prefetch(asked, scored_bytes)
-                            asked += scored_bytes
-                            tile = score(tile, queries + 128 * block + 4 * first, line, first)
-                        if has_scales:
-                            totals = v.zero_tile(score_vectors)
-                            if block > 0:
-                                totals = v.load_rows(score_vectors, score_parts, place, 4 * POSITIONS)
-                            totals = add_scaled(totals, tile, key_scales + 2 * (block * POSITIONS + position))
-                            v.store_rows(totals, score_parts, place, 4 * POSITIONS)
-                            tile = v.zero_tile(score_vectors)
-                    if not has_scales:
-                        v.store_rows(tile, score_parts, place, 4 * POSITIONS)
+                # Values are asked for during scores, and the next page's keys during the mix.
+                score_page(packed if quantised else queries, keys, key_scales, blocks_k, scores, values)
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
                     highest = first_position - page_position + (0 if of_heads else row)
@@ -318,9 +341,9 @@ def attention(variant: str) -> Kernel:
                 visible = min(POSITIONS, last_position - page_position + 1)
                 next_page = v.load_i64(table + 8 * min(page_index + 1, last_position // POSITIONS))
                 asked = next_page + (keys - page)
-                weights = scaled if has_scales else scores
+                weights = scaled if quantised else scores
                 for first in range(0, blocks_v * 32, mix_width):
-                    if has_scales and first % 32 == 0:
+                    if quantised and first % 32 == 0:
                         for i in range(0, POSITIONS, lanes):
                             factor = v.load_halves(value_scales + 2 * (first // 32 * POSITIONS + i))
                             for place in range(4 * i, score_bytes, 4 * POSITIONS):

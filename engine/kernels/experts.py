@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine import records as R
-from qrun.engine.kernels.rows import PACKERS
+from qrun.engine.kernels.columns import PACKERS
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]

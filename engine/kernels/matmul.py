@@ -9,7 +9,7 @@ Every output is computed by the same float operations in the same order, however
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
-Columns come packed by `kernels.rows` into panels. With one panel, weights go from the file through registers. With
+Columns come packed into panels (`kernels.columns`). With one panel, weights go from the file through registers. With
 more, a slice of the row group is unpacked into the first-level cache and used for all panels.
 
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
@@ -26,62 +26,18 @@ from llvmlite import ir
 from numba.core import types
 
 from qrun.engine import records as R
+from qrun.engine.kernels.columns import dot_quantised
 from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
 
-# How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
-# each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
-# KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
-SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
-
 # With few columns each lane has a run of rows, and this much of it is asked for ahead. Of what a plain loop over memory
 # reads with two threads (Zen 4), a column of Q8_0, Q4_K and Q6_K gets 0.84, 0.85 and 0.83 with neighbouring rows, the
 # next of which are asked for; with runs and 512 bytes 0.96, 0.93 and 0.90, with 1024 bytes 1.02, 1.00 and 0.91, with
 # 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
 AHEAD_BYTES = 1536
-
-
-def _dot_quantised(
-    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value
-) -> list[Vector]:
-    """total + group times the first columns of one packed block, as many as there are totals."""
-    zero = e.signed_bias if spec.limit is None else spec.zero
-    result = []
-    for column, value in enumerate(total):
-
-        def broadcast(index: int, element: ir.Type) -> Vector:
-            return e.broadcast_word(block, index, R.PACKED_BYTES // 4 * panel, element)
-
-        def field(index: int, element: ir.Type, column: int = column) -> Vector:
-            return broadcast((8 + index) * panel + column, element)
-
-        products = []
-        for half in range(2):
-            words = [broadcast(k // 2 * 2 * panel + 2 * column + k % 2, I32) for k in range(4 * half, 4 * half + 4)]
-            # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
-            sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
-            weights = group.weights[4 * half : 4 * half + 4]
-            if spec.limit is None:
-                sums = e.dot4_signed(sums, weights, words)
-            else:
-                sums = e.dot4_unsigned(sums, weights, words, spec.limit)
-            products.append(sums.to_float())
-        if len(group.scales) == 1:
-            scaled = products[1].fma(field(SCALE + 1, F32), products[0] * field(SCALE, F32))
-            value = scaled.fma(group.scales[0], value)
-        else:
-            for half in range(2):
-                value = (products[half] * field(SCALE + half, F32)).fma(group.scales[half], value)
-        if len(group.minimums) == 1:
-            value = group.minimums[0].fma(field(MINIMUM_FACTOR, F32), value)
-        for half, minimum in enumerate(group.minimums if len(group.minimums) == 2 else []):
-            factor = field(NEGATED_SUM + half, I32).to_float() * field(SCALE + half, F32)
-            value = minimum.fma(factor, value)
-        result.append(value)
-    return result
 
 
 def _group_vectors(spec: Quantised) -> int:
@@ -140,7 +96,7 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
 
     @operation(_tile_of)
     def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, block: ir.Value) -> list[Vector]:
-        return _dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block)
+        return dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block)
 
     @operation(_tile_of)
     def dot_block(
@@ -148,7 +104,7 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     ) -> list[Vector]:
         lines = _lines_of_runs(e, ahead, stride, spec.block_bytes)
         for index, group in enumerate(groups(e, address, stride, lines)):
-            total = _dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
+            total = dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
         return total
 
     return unpack_block, dot_group, dot_block

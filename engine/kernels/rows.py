@@ -1,10 +1,7 @@
-"""Operations on rows of float32, and packing rows for a matmul.
+"""Operations on rows of float32, and packing rows for a matmul (`kernels.columns`).
 
 The rows come in parts, always the same within a step, and one thread does a part of all operations that follow one
 another: they need no barrier between them. Every row is computed in one fixed order, whatever its neighbours.
-
-Packing: see `kernels.matmul` for where a column's values lie in a panel. Columns are quantised to int8, 16 of them with
-one scale = max |x| / 127, or kept as float32 for float weights.
 """
 
 from __future__ import annotations
@@ -12,62 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-
 from qrun.engine import records as R
-from qrun.engine.kernels.matmul import MINIMUM_FACTOR, NEGATED_SUM, SCALE
+from qrun.engine.kernels.columns import PACKERS, pack_float
 from qrun.engine.simd import operations as v
-from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I8, I64, Emitter
 
 Kernel = Callable[[int, int, int], None]
-
-
-@operation(lambda *_: v.types.void)
-def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value, column: ir.Value) -> None:
-    """32 floats at `x` into column `column` of a packed block of `width` columns."""
-    b = e.builder
-
-    def put(value: ir.Value, size: int, index: int) -> None:
-        """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
-        place = b.add(b.mul(width, ir.Constant(I64, index)), column)
-        e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
-
-    correction: ir.Value = ir.Constant(F32, 0.0)
-    for half in range(2):
-        values = e.load(x, 64 * half, F32, 16)
-        top = values.intrinsic("llvm.fabs").reduce("maximum")
-        scale = b.fmul(top, ir.Constant(F32, 1 / 127))
-        # The inverse is finite unless all values are tiny: then they count as zeros.
-        usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
-        inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
-        whole = (values * e.splat(inverse, 16)).round().to_int()
-        eights = whole.narrow(I8).bits_as(I64)
-        for i in range(2):
-            put(eights.lane(i), 8, 2 * half + i)
-        negated = b.neg(whole.reduce("add"))
-        put(scale, 4, 8 + SCALE + half)
-        put(negated, 4, 8 + NEGATED_SUM + half)
-        correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
-    put(correction, 4, 8 + MINIMUM_FACTOR)
-
-
-@v.helper
-def pack_quantised(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
-    """A row of `width` floats as column `place % columns` of panel `place // columns`."""
-    panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
-    for block in range(width // 32):
-        quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
-
-
-@v.helper
-def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
-    panel = packed + (place // columns) * width * 4 * columns + 4 * (place % columns)
-    for i in range(width):
-        v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
-
-
-PACKERS = {"q8": pack_quantised, "f32": pack_float}
 
 
 def _row_kernel(compute: Any, packing: str) -> Kernel:

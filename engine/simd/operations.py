@@ -133,10 +133,6 @@ def _void(*_: Any) -> types.Type:
     return types.void
 
 
-def _as_index(e: Emitter, value: Any) -> ir.Value:
-    return ir.Constant(I64, value) if isinstance(value, int) else value
-
-
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +219,7 @@ def splat(e: Emitter, value: ir.Value) -> Vector:
 
 @operation(_i32)
 def splat_int(e: Emitter, value: Any) -> Vector:
-    return e.splat(e.builder.trunc(_as_index(e, value), I32))
+    return e.splat(e.builder.trunc(e.index(value), I32))
 
 
 @operation(_i32)
@@ -281,7 +277,7 @@ def inverse_sqrt(e: Emitter, x: ir.Value) -> ir.Value:
 
 @operation(lambda x: types.float32)
 def as_float(e: Emitter, x: Any) -> ir.Value:
-    return e.builder.sitofp(_as_index(e, x), F32)
+    return e.builder.sitofp(e.index(x), F32)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -358,17 +354,17 @@ def store_f16(e: Emitter, address: ir.Value, value: ir.Value) -> None:
 
 @operation(_void)
 def store_i32(e: Emitter, address: ir.Value, value: Any) -> None:
-    e.store(e.builder.trunc(_as_index(e, value), I32), address)
+    e.store(e.builder.trunc(e.index(value), I32), address)
 
 
 @operation(_void)
 def store_i64(e: Emitter, address: ir.Value, value: Any) -> None:
-    e.store(_as_index(e, value), address)
+    e.store(e.index(value), address)
 
 
 @operation(_void)
 def store_u8(e: Emitter, address: ir.Value, value: Any) -> None:
-    e.store(e.builder.trunc(_as_index(e, value), I8), address)
+    e.store(e.builder.trunc(e.index(value), I8), address)
 
 
 @operation(lambda value: types.intp)
@@ -436,19 +432,19 @@ def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:
 @operation(lambda a, v: types.intp)
 def atomic_add(e: Emitter, address: ir.Value, value: Any) -> ir.Value:
     """Add to the int64 at `address`; gives what was there before. Sequentially consistent."""
-    return e.builder.atomic_rmw("add", e.pointer(address, 0, I64), _as_index(e, value), "seq_cst")
+    return e.builder.atomic_rmw("add", e.pointer(address, 0, I64), e.index(value), "seq_cst")
 
 
 @operation(lambda a, v: types.intp)
 def atomic_exchange(e: Emitter, address: ir.Value, value: Any) -> ir.Value:
-    return e.builder.atomic_rmw("xchg", e.pointer(address, 0, I64), _as_index(e, value), "seq_cst")
+    return e.builder.atomic_rmw("xchg", e.pointer(address, 0, I64), e.index(value), "seq_cst")
 
 
 @operation(lambda a, old, new: types.boolean)
 def atomic_replace(e: Emitter, address: ir.Value, old: Any, new: Any) -> ir.Value:
     """Put `new` in the place of `old` at `address`; whether `old` was there. Sequentially consistent."""
     pointer = e.pointer(address, 0, I64)
-    pair = e.builder.cmpxchg(pointer, _as_index(e, old), _as_index(e, new), "seq_cst")
+    pair = e.builder.cmpxchg(pointer, e.index(old), e.index(new), "seq_cst")
     return e.builder.extract_value(pair, 1)
 
 

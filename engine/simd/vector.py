@@ -191,6 +191,10 @@ class Emitter:
     def vector(self, value: ir.Value) -> Vector:
         return Vector(self.builder, value)
 
+    def index(self, value: ir.Value | int) -> ir.Value:
+        """An int64, which may be a literal."""
+        return ir.Constant(I64, value) if isinstance(value, int) else value
+
     def offset(self, address: ir.Value, bytes_: int) -> ir.Value:
         return self.builder.add(address, ir.Constant(I64, bytes_)) if bytes_ else address
 
@@ -355,6 +359,8 @@ class Emitter:
     def _sign(self, activations: Vector, weights: Vector) -> Vector:
         """Activations with the sign of the weights' bytes (a weight of zero makes the product zero anyway)."""
         values, signs = activations.bits_as(I8), weights.bits_as(I8)
+        if values.lanes == 32:  # AVX-512 has no such instruction, but masks
+            return self._target_call("llvm.x86.avx2.psign.b", values.value.type, values, signs).bits_as(I32)
         return signs.less(0).choose(-values, values).bits_as(I32)
 
     def _dot4_elsewhere(

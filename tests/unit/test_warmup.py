@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from qrun.cli.main import cli
 from qrun.engine import compiler, warmup
 from qrun.engine.kernels import all_keys
-from qrun.engine.kv_cache import CACHE_TYPES, CacheLayout
+from qrun.engine.kv_cache import CacheLayout
 from qrun.engine.lowering import Lowering
+from qrun.engine.records import CACHE_BITS
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
@@ -21,7 +22,7 @@ MODELS = sorted((Path(__file__).parents[1] / "data" / "arch").glob("*.gguf"))
 def test_all_kernels_are_all_that_any_model_needs(path: Path) -> None:
     with GGUFReader(path) as reader:
         graph = build_graph(reader)
-        for cache_type in CACHE_TYPES:
+        for cache_type in CACHE_BITS:
             needed = warmup.kernels_of(graph, cache_type)
             assert any(key.startswith(f"attention-{cache_type}-") for key in needed)
             assert set(needed) <= set(all_keys())

@@ -1,0 +1,107 @@
+"""Columns: the activations that a matrix is multiplied by, how they are packed, and their products with weights.
+
+Columns are quantised to int8, 16 values of them with one scale = max |x| / 127, or kept as float32 for float weights.
+A panel holds as many columns as are computed together.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from qrun.engine import records as R
+from qrun.engine.kernels.unpack import Group, Quantised
+from qrun.engine.simd import operations as v
+from qrun.engine.simd.operations import operation
+from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter, Vector
+
+# How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
+# each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
+# KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
+SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
+
+
+@operation(lambda *_: v.types.void)
+def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value | int, column: ir.Value | int) -> None:
+    """32 floats at `x` into column `column` of a packed block of `width` columns."""
+    b, width, column = e.builder, e.index(width), e.index(column)
+
+    def put(value: ir.Value, size: int, index: int) -> None:
+        """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
+        place = b.add(b.mul(width, ir.Constant(I64, index)), column)
+        e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
+
+    correction: ir.Value = ir.Constant(F32, 0.0)
+    for half in range(2):
+        values = e.load(x, 64 * half, F32, 16)
+        top = values.intrinsic("llvm.fabs").reduce("maximum")
+        scale = b.fmul(top, ir.Constant(F32, 1 / 127))
+        # The inverse is finite unless all values are tiny: then they count as zeros.
+        usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
+        inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
+        whole = (values * e.splat(inverse, 16)).round().to_int()
+        eights = whole.narrow(I8).bits_as(I64)
+        for i in range(2):
+            put(eights.lane(i), 8, 2 * half + i)
+        negated = b.neg(whole.reduce("add"))
+        put(scale, 4, 8 + SCALE + half)
+        put(negated, 4, 8 + NEGATED_SUM + half)
+        correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
+    put(correction, 4, 8 + MINIMUM_FACTOR)
+
+
+@v.helper
+def pack_quantised(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+    """A row of `width` floats as column `place % columns` of panel `place // columns`."""
+    panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
+    for block in range(width // 32):
+        quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
+
+
+@v.helper
+def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+    panel = packed + (place // columns) * width * 4 * columns + 4 * (place % columns)
+    for i in range(width):
+        v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
+
+
+PACKERS = {"q8": pack_quantised, "f32": pack_float}
+
+
+def dot_quantised(
+    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value
+) -> list[Vector]:
+    """total + group times the first columns of one packed block, as many as there are totals."""
+    zero = e.signed_bias if spec.limit is None else spec.zero
+    result = []
+    for column, value in enumerate(total):
+
+        def broadcast(index: int, element: ir.Type) -> Vector:
+            return e.broadcast_word(block, index, R.PACKED_BYTES // 4 * panel, element)
+
+        def field(index: int, element: ir.Type, column: int = column) -> Vector:
+            return broadcast((8 + index) * panel + column, element)
+
+        products = []
+        for half in range(2):
+            words = [broadcast(k // 2 * 2 * panel + 2 * column + k % 2, I32) for k in range(4 * half, 4 * half + 4)]
+            # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
+            sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
+            weights = group.weights[4 * half : 4 * half + 4]
+            if spec.limit is None:
+                sums = e.dot4_signed(sums, weights, words)
+            else:
+                sums = e.dot4_unsigned(sums, weights, words, spec.limit)
+            products.append(sums.to_float())
+        if len(group.scales) == 1:
+            scaled = products[1].fma(field(SCALE + 1, F32), products[0] * field(SCALE, F32))
+            value = scaled.fma(group.scales[0], value)
+        else:
+            for half in range(2):
+                value = (products[half] * field(SCALE + half, F32)).fma(group.scales[half], value)
+        if len(group.minimums) == 1:
+            value = group.minimums[0].fma(field(MINIMUM_FACTOR, F32), value)
+        for half, minimum in enumerate(group.minimums if len(group.minimums) == 2 else []):
+            factor = field(NEGATED_SUM + half, I32).to_float() * field(SCALE + half, F32)
+            value = minimum.fma(factor, value)
+        result.append(value)
+    return result
