@@ -40,7 +40,7 @@ def embed(type_name: str) -> Callable[[int, int, int], None]:
             for index, group in enumerate(spec.groups(rows)):
                 store_group(e, group, out, index, factor)
         else:
-            for i, weight in enumerate(spec.several(rows, 0)):
+            for i, weight in enumerate(spec.several(rows, 4)):
                 e.store(e.builder.fmul(weight.lane(0), factor), out, 4 * i)
 
     @operation(lambda *_: v.types.void)

@@ -28,7 +28,7 @@ from numba.core import types
 from qrun.engine import records as R
 from qrun.engine.kernels.columns import dot_quantised
 from qrun.engine.kernels.team import more_wanted
-from qrun.engine.kernels.unpack import TYPES, Float, Group, Quantised, Rows
+from qrun.engine.kernels.unpack import LINE_WORDS, TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
@@ -110,22 +110,23 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     return unpack_block, dot_group, dot_block
 
 
-def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
-    """The same for a float type, whose blocks are 16 bytes of a row; columns are packed as float32."""
-    per_block = 16 // spec.weight_bytes
+def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any, Any]:
+    """The same for a float type, whose blocks are four words of a row, or more; columns are packed as float32."""
+    block_bytes, per_block = 4 * words, 4 * words // spec.weight_bytes
 
     def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
-        words = per_block * panel
-        return [weight.fma(e.broadcast_word(x, index * panel + c, words, F32), t) for c, t in enumerate(total)]
+        return [
+            weight.fma(e.broadcast_word(x, index * panel + c, per_block * panel, F32), t) for c, t in enumerate(total)
+        ]
 
     def weights(e: Emitter, address: ir.Value, stride: ir.Value, lines: list[ir.Value]) -> list[Vector]:
         for line in lines:
             e.prefetch(line)
-        return spec.several(Rows(e, address, stride), 0)
+        return spec.several(Rows(e, address, stride), words)
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        for i, vector in enumerate(weights(e, address, stride, _neighbouring_lines(e, ahead, 16))):
+        for i, vector in enumerate(weights(e, address, stride, _neighbouring_lines(e, ahead, block_bytes))):
             e.store(vector.value, out, 4 * e.lanes * i)
 
     @operation(_tile_of)
@@ -138,11 +139,27 @@ def float_operations(spec: Float, panel: int) -> tuple[Any, Any, Any]:
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        for i, weight in enumerate(weights(e, address, stride, _lines_of_runs(e, ahead, stride, 16))):
+        for i, weight in enumerate(weights(e, address, stride, _lines_of_runs(e, ahead, stride, block_bytes))):
             total = add(e, total, weight, x, i)
         return total
 
     return unpack_block, dot_group, dot_block
+
+
+def _no_lines(panel: int) -> tuple[Any, Any, Any]:
+    """In the place of `float_operations` where nothing is taken by cache lines: never called, but compiled."""
+
+    @operation(lambda *_: types.void)
+    def unpack(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
+        pass
+
+    @operation(_tile_of)
+    def dot(
+        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
+    ) -> list[Vector]:
+        return total
+
+    return unpack, None, dot
 
 
 def _tail_operation(spec: Quantised | Float) -> Any:
@@ -175,6 +192,12 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             spec.weight_bytes,
         )
     unpack_block, dot_group, _ = operations(columns)
+    # Floats are taken a cache line of each row at a time where as many rows are taken, and by blocks from there on.
+    by_lines, line_operations = False, _no_lines
+    if isinstance(spec, Float) and lanes == LINE_WORDS:
+        by_lines, line_operations = True, functools.partial(float_operations, spec, words=LINE_WORDS)
+    line_blocks = 4 if by_lines else 1
+    unpack_line, *_ = line_operations(columns)
     dot_one = _tail_operation(spec)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
@@ -220,12 +243,18 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     def through_registers(width: int, panel: int) -> Any:
         """A row of each lane's run, `stride` bytes apart, times the first `width` columns of one panel. Totals go to
         memory. What is to be asked for behind the first lane's `run_end` is `jump` bytes further on."""
-        dot_block = operations(panel)[2]
+        dot_block, dot_line = operations(panel)[2], line_operations(panel)[2]
 
         @v.helper
         def dot(weights, stride, n_blocks, tail, x, run_end, jump, totals):  # type: ignore[no-untyped-def]
             total = v.zero_tile(width)
-            for block in range(n_blocks):
+            lines = n_blocks // line_blocks if by_lines else 0
+            for _ in range(lines):
+                asked = weights + AHEAD_BYTES
+                total = dot_line(total, weights, stride, x, asked if asked < run_end else asked + jump)
+                weights += line_blocks * block_bytes
+                x += x_bytes * line_blocks * panel
+            for block in range(lines * line_blocks, n_blocks):
                 asked = weights + AHEAD_BYTES
                 asked = asked if asked < run_end else asked + jump
                 asked += block % turns * (lanes // turns) * stride
@@ -305,7 +334,12 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 x0 = v.load_i64(op + R.MM_INPUT) + (first_column + pass_first) * column_bytes
                 for first in range(0, n_blocks, slice_blocks):
                     blocks = min(slice_blocks, n_blocks - first)
-                    for i in range(blocks):
+                    lines = blocks // line_blocks if by_lines else 0
+                    for i in range(0, lines * line_blocks, line_blocks):
+                        address = weights + (first + i) * block_bytes
+                        unpack_line(address, stride, unpacked + i * block_out, ahead)
+                        ahead += lanes * block_bytes * line_blocks
+                    for i in range(lines * line_blocks, blocks):
                         address = weights + (first + i) * block_bytes
                         unpack_block(address, stride, unpacked + i * block_out, ahead)
                         ahead += lanes * block_bytes

@@ -21,6 +21,10 @@ IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
+# Words of a cache line, and lanes of the widest vectors.
+LINE_WORDS = 16
+
+
 class Rows:
     """As many rows as a vector has lanes, `stride` bytes apart: reads the same place of each into one vector."""
 
@@ -45,6 +49,20 @@ class Rows:
             vectors += _transpose(quarters)
         return vectors
 
+    def line(self) -> list[Vector]:
+        """The words of a cache line of each row: with as many rows, and each row's loaded at once.
+
+        Rows a power of two apart compete for few places in the first-level cache: by the time `words` came to the
+        second part of a row's line, it would not be there any more.
+        """
+        rows = [self.e.load(address, 0, I32, LINE_WORDS) for address in self.addresses]
+        fours = [_transpose(rows[i : i + 4]) for i in range(0, LINE_WORDS, 4)]  # each within 128 bits
+        vectors: list[list[Vector]] = []
+        for four in zip(*fours, strict=True):
+            halves = [[_parts_of(a, b, first, first + 1) for a, b in (four[:2], four[2:])] for first in (0, 2)]
+            vectors.append([_parts_of(a, b, i, i + 2) for a, b in halves for i in range(2)])
+        return [vectors[i % 4][i // 4] for i in range(LINE_WORDS)]
+
     def word(self, offset: int, element: ir.Type = I32) -> Vector:
         """One element of each row."""
         vector: ir.Value = ir.Constant(ir.VectorType(element, self.e.lanes), ir.Undefined)
@@ -62,6 +80,12 @@ def _concatenate(parts: list[Vector]) -> Vector:
     while len(parts) > 1:
         parts = [a.shuffle(b, range(2 * a.lanes)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def _parts_of(a: Vector, b: Vector, first: int, second: int) -> Vector:
+    """Two of the four 128-bit parts of a, and the same two of b."""
+    lanes = [4 * part + i for part in (first, second) for i in range(4)]
+    return a.shuffle(b, [*lanes, *(16 + lane for lane in lanes)])
 
 
 def _transpose(rows: list[Vector]) -> list[Vector]:
@@ -105,7 +129,8 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Float:
-    """A float type. `several(rows, offset)` gives vectors for the weights of 16 bytes, `one` for a single weight."""
+    """A float type. `several(rows, words)` gives vectors for the weights of that many words (four, or a cache line),
+    `one` for a single weight."""
 
     weight_bytes: int
     several: Callable[[Rows, int], list[Vector]]
@@ -283,18 +308,21 @@ def _q6_k(rows: Rows) -> Iterator[Group]:
             yield Group(weights, [d * s.to_float() for s in pair], [])
 
 
-def _f16_several(rows: Rows, offset: int) -> list[Vector]:
-    return [_half_of(word, high) for word in rows.words(offset, 4) for high in (False, True)]
+def _words(rows: Rows, count: int) -> list[Vector]:
+    return rows.line() if count == LINE_WORDS else rows.words(0, count)
 
 
-def _bf16_several(rows: Rows, offset: int) -> list[Vector]:
-    words = rows.words(offset, 4)
-    return [v.bits_as(F32) for word in words for v in (word << 16, word & -65536)]
+def _f16_several(rows: Rows, words: int) -> list[Vector]:
+    return [_half_of(word, high) for word in _words(rows, words) for high in (False, True)]
+
+
+def _bf16_several(rows: Rows, words: int) -> list[Vector]:
+    return [v.bits_as(F32) for word in _words(rows, words) for v in (word << 16, word & -65536)]
 
 
 TYPES: dict[str, Quantised | Float] = {
     "F32": Float(
-        4, lambda rows, o: [w.bits_as(F32) for w in rows.words(o, 4)], lambda rows, o: rows.word(o).bits_as(F32)
+        4, lambda rows, n: [w.bits_as(F32) for w in _words(rows, n)], lambda rows, o: rows.word(o).bits_as(F32)
     ),
     "F16": Float(2, _f16_several, lambda rows, o: rows.half(o)),
     "BF16": Float(2, _bf16_several, lambda rows, o: (rows.word(o, I16).widen_unsigned() << 16).bits_as(F32)),
