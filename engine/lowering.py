@@ -321,11 +321,10 @@ class Lowering:
         self._produce("softcap", o.out, self.places[o.x.id], factor=o.cap)
 
     def _lower_selectrows(self, o: G.SelectRows) -> None:
-        self.n_body = len(self.records)
+        if not self._in_head:
+            self.n_body = len(self.records)
         self._in_head = True
-        x = self.places[o.x.id]
-        self.row_operation("select_rows", self.new(o.out), o.out.width, x)
-        self.records[-1].by_rows = False  # its rows are not the body's
+        self._produce("select_rows", o.out, self.places[o.x.id])
 
     def _lower_moe(self, o: G.MoE) -> None:
         lower_experts(self, o)

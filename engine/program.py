@@ -70,17 +70,17 @@ class Program:
 
 
 def place_barriers(records: list[Record], n_body: int) -> None:
-    """A barrier where an operation would meet what other threads have not finished reading or writing."""
+    """A barrier where an operation would meet what other threads have not finished reading or writing; and before the
+    head, which begins with `n_body`: it has rows of its own."""
     pending: list[Record] = []
     run: list[Record] = []  # of these, the newest, all in parts: the same thread does a part of each
-    for before, record in zip([None, *records], records, strict=False):
-        if before is not None and any(_conflict(earlier, record, earlier in run) for earlier in pending):
-            before.barrier = True
+    for index, record in enumerate(records):
+        if index == n_body or any(_conflict(earlier, record, earlier in run) for earlier in pending):
+            records[index - 1].barrier = True
             pending, run = [], []
         pending.append(record)
         run = [*run, record] if in_parts(record.kernel) else []
-    for last in (n_body - 1, len(records) - 1):
-        records[last].barrier = True
+    records[-1].barrier = True
 
 
 def _conflict(earlier: Record, later: Record, in_a_run: bool) -> bool:

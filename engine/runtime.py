@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qrun.engine import records as R
 from qrun.engine.compiler import Progress, load_kernels
+from qrun.engine.early_selection import select_early
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kv_cache import CacheLayout, KVSequence, PagePool
 from qrun.engine.lowering import Lowering
@@ -46,8 +47,10 @@ class Runtime:
         self.batch = min(batch, context)
         self._layout = CacheLayout(graph.cache_layers, cache_type)
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
+        # Those who observe want to see all rows of the last block too.
+        to_lower = graph if observe else select_early(graph)
         lowering = (ObservingLowering if observe else Lowering)(
-            graph, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
+            to_lower, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
             threads=threads,
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []

@@ -51,7 +51,7 @@ def all_keys() -> list[str]:
         *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
-        *(f"{name}-" for name in ("rope", "route", "select_rows", "from_experts")),
-        *(f"{name}-{packing}" for name in ("add", "scale", "softcap", "silu", "gelu", "rms_norm")
+        *(f"{name}-" for name in ("rope", "route", "from_experts")),
+        *(f"{name}-{packing}" for name in ("add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows")
           for packing in ("", *packings)),
     ]  # fmt: skip

@@ -159,7 +159,7 @@ def rms_norm(packing: str) -> Kernel:
     return _row_kernel(compute, packing)
 
 
-def select_rows(_: str) -> Kernel:
+def select_rows(packing: str) -> Kernel:
     """y's row i is x's row SELECTED[i]: the rows whose logits are wanted."""
 
     @v.helper
@@ -170,7 +170,7 @@ def select_rows(_: str) -> Kernel:
         for i in range(width):
             v.store_f32(y + 4 * i, v.load_f32(source + 4 * i))
 
-    return _row_kernel(compute, "")
+    return _row_kernel(compute, packing)
 
 
 def rope(_: str) -> Kernel:

@@ -123,4 +123,7 @@ def test_observing_changes_no_logits_and_costs_nothing_when_it_is_off(rng: np.ra
             runtime.close()
     np.testing.assert_array_equal(*results)
     assert not any(kernel.startswith("observe") for kernel in kernels[0])
-    assert kernels[0] == [kernel for kernel in kernels[1] if not kernel.startswith("observe")]
+    # Behind the last attention, those who do not observe drop the rows that nobody wants.
+    watched = [kernel for kernel in kernels[1] if not kernel.startswith("observe")]
+    same = 1 + max(i for i, kernel in enumerate(watched) if kernel.startswith("attention"))
+    assert kernels[0][:same] == watched[:same]
