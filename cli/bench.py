@@ -12,7 +12,7 @@ import click
 from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
-    from qrun.engine.runtime import Runtime
+    from qrun.engine.program.runtime import Runtime
     from qrun.models.adapter import Lora
 
 
@@ -112,7 +112,8 @@ def memory_share(runtime: Runtime, speed: float, position: float) -> dict[str, f
     """How fast memory is read, in GB (10^9 bytes) per second, and the share of that which generation at `speed` uses,
     with so many positions in the cache."""
     from qrun.cli.console import CompileProgress
-    from qrun.engine.bandwidth import bytes_per_token, read_bandwidth
+    from qrun.engine.native.bandwidth import read_bandwidth
+    from qrun.engine.program.needs import bytes_per_token
 
     limit = read_bandwidth(runtime.threads, progress=CompileProgress())
     share = bytes_per_token(runtime.graph, runtime.cache_type, position) * speed / limit

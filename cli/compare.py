@@ -6,44 +6,20 @@ import json
 import shutil
 import tempfile
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.comparison import Comparison, Measured
 from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
 
 if TYPE_CHECKING:
-    from qrun.engine.divergence import Divergence
+    from qrun.engine.judging.divergence import Divergence
+    from qrun.engine.judging.scoring import Chunks, Score
     from qrun.engine.quantize.convert import Plan
-    from qrun.engine.scoring import Chunks, Score
 
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A type: the size of its file, the root mean square error of the weights that changed relative to theirs, and how
-    far its predictions are from the source's."""
-
-    type: str
-    n_bytes: int
-    bits_per_weight: float
-    relative_rmse: float
-    divergence: Divergence
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All types, smallest first, and what they come from."""
-
-    source: str
-    text: str
-    n_bytes: int
-    bits_per_weight: float
-    score: Score
-    types: list[Measured]
 
 
 @click.command()
@@ -135,7 +111,7 @@ def measure(
     """Converts, and scores the result against the source's logits."""
     import numpy as np
 
-    from qrun.cli.convert import write
+    from qrun.cli.conversion import write
 
     result = write(plan, out, threads)
     error = sum(loss.error for loss in result.losses.values())
@@ -153,7 +129,7 @@ def write_logits(path: Path, text: Chunks, out: IO[bytes], threads: int | None, 
     from qrun.cli.console import human_bytes, step_bar
     from qrun.cli.loading import open_runtime
     from qrun.cli.perplexity import so_far
-    from qrun.engine.scoring import Score, scored_logits
+    from qrun.engine.judging.scoring import Score, scored_logits
 
     score = Score()
     with ExitStack() as stack:
@@ -184,8 +160,8 @@ def score_against(
 
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
-    from qrun.engine.divergence import Divergence
-    from qrun.engine.scoring import scored_logits
+    from qrun.engine.judging.divergence import Divergence
+    from qrun.engine.judging.scoring import scored_logits
 
     divergence = Divergence()
     expected.seek(0)

@@ -9,7 +9,7 @@ from qrun.cli.plot import BLUE, GREY, new_figure, save
 from qrun.cli.plot_labels import label_points
 
 if TYPE_CHECKING:
-    from qrun.cli.compare import Comparison, Measured
+    from qrun.cli.comparison import Comparison, Measured
 
 def draw(comparison: Comparison, path: str) -> None:
     """Mean KL divergence, on a logarithmic axis, over the size of the file.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qrun.engine import Model
-    from qrun.engine.generation import Generation, GenerationStats
+    from qrun.engine.generation.generation import Generation, GenerationStats
 
 Message = dict[str, str]
 SAVED_FORMAT = "qrun conversation 1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrun.cli.console import notice
-from qrun.cli.convert import default_out, metadata_value, show_plan, show_result, write
+from qrun.cli.conversion import default_out, metadata_value, show_plan, show_result, write
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source

@@ -21,8 +21,8 @@ WIDTH = 100
 def support_table() -> str:
     """What can be run, from the tables that the code itself goes by, as Markdown."""
     from qrun.cli.options import CACHE_TYPES
-    from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS
-    from qrun.engine.tokenizer.vocabulary import KINDS
+    from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
+    from qrun.engine.text.tokenizer.vocabulary import KINDS
     from qrun.formats.blocks import BLOCK_FORMATS
     from qrun.models import ARCHITECTURES
 

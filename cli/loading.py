@@ -12,8 +12,8 @@ from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
-    from qrun.engine.runtime import Runtime
-    from qrun.engine.scoring import Chunks
+    from qrun.engine.judging.scoring import Chunks
+    from qrun.engine.program.runtime import Runtime
     from qrun.models.adapter import Adapter, Lora
 
 
@@ -74,8 +74,8 @@ def open_runtime(
     loras: Iterable[Lora] = (),
 ) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
-    from qrun.engine.cpu_count import available_cores
-    from qrun.engine.runtime import Runtime
+    from qrun.engine.native.cpu_count import available_cores
+    from qrun.engine.program.runtime import Runtime
     from qrun.formats import GGUFReader
     from qrun.models import build_graph
     from qrun.models.adapter import open_adapters
@@ -99,7 +99,7 @@ def open_runtime(
 
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
     """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
-    from qrun.engine.scoring import Chunks, TextTooShort
+    from qrun.engine.judging.scoring import Chunks, TextTooShort
 
     try:
         return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)

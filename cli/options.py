@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from qrun.engine.sampling_options import SamplingOptions
+from qrun.engine.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora

@@ -22,8 +22,8 @@ from qrun.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from qrun.engine.divergence import Divergence
-    from qrun.engine.scoring import Chunks, Estimate, Score
+    from qrun.engine.judging.divergence import Divergence
+    from qrun.engine.judging.scoring import Chunks, Estimate, Score
     from qrun.models.adapter import Lora
 
 
@@ -89,7 +89,7 @@ def measure(
     """How well the model predicts the text."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
-    from qrun.engine.scoring import Score, scored_logits
+    from qrun.engine.judging.scoring import Score, scored_logits
 
     score = Score()
     with (
@@ -110,8 +110,8 @@ def measure_against(
     """How far the model is from the reference: both go through the text side by side, some rows at a time."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
-    from qrun.engine.divergence import Divergence
-    from qrun.engine.scoring import scored_logits
+    from qrun.engine.judging.divergence import Divergence
+    from qrun.engine.judging.scoring import scored_logits
 
     divergence = Divergence()
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def measure_against(
 def check_vocabulary(reference: Path, tokenizer: Any) -> None:
     """Raises ValueError, naming the reference, if its vocabulary is not this tokenizer's."""
     from qrun.engine import Tokenizer
-    from qrun.engine.divergence import check_same_vocabulary
+    from qrun.engine.judging.divergence import check_same_vocabulary
 
     other = Tokenizer.load(reference)
     try:

@@ -31,7 +31,7 @@ def command(model: str | None, cache_type: str, loras: tuple[Lora, ...], type_na
       qrun warmup
     """
     from qrun.cli.console import CompileProgress
-    from qrun.engine.warmup import warm_up
+    from qrun.engine.program.needs import warm_up
 
     if model is None:
         if loras:

@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qrun.engine.chat_template import ChatTemplate
     from qrun.engine.errors import ContextOverflow, GenerationCancelled
-    from qrun.engine.generation import Generation, GenerationStats, Piece
+    from qrun.engine.generation.generation import Generation, GenerationStats, Piece
+    from qrun.engine.generation.session import Session
     from qrun.engine.model import Model
-    from qrun.engine.sampling_options import SamplingOptions
-    from qrun.engine.session import Session
-    from qrun.engine.tokenizer import Tokenizer
+    from qrun.engine.sampling.options import SamplingOptions
+    from qrun.engine.text.chat_template import ChatTemplate
+    from qrun.engine.text.tokenizer import Tokenizer
 
 __all__ = [
     "ChatTemplate",
@@ -34,16 +34,16 @@ __all__ = [
 
 # Imported when first asked for, so that nobody waits for what they do not use.
 _MODULES = {
-    "ChatTemplate": "chat_template",
+    "ChatTemplate": "text.chat_template",
     "ContextOverflow": "errors",
-    "Generation": "generation",
+    "Generation": "generation.generation",
     "GenerationCancelled": "errors",
-    "GenerationStats": "generation",
+    "GenerationStats": "generation.generation",
     "Model": "model",
-    "Piece": "generation",
-    "SamplingOptions": "sampling_options",
-    "Session": "session",
-    "Tokenizer": "tokenizer",
+    "Piece": "generation.generation",
+    "SamplingOptions": "sampling.options",
+    "Session": "generation.session",
+    "Tokenizer": "text.tokenizer",
 }
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from qrun.engine.sampling_options import SamplingOptions
-from qrun.engine.session import Host, Session, check_tokens
+from qrun.engine.generation.session import Host, Session, check_tokens
+from qrun.engine.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:
-    from qrun.engine.chat_template import ChatTemplate
-    from qrun.engine.generation import Generation
-    from qrun.engine.runtime import Runtime
-    from qrun.engine.tokenizer import Tokenizer
+    from qrun.engine.generation.generation import Generation
+    from qrun.engine.program.runtime import Runtime
+    from qrun.engine.text.chat_template import ChatTemplate
+    from qrun.engine.text.tokenizer import Tokenizer
     from qrun.formats import GGUFReader
     from qrun.models import Graph
     from qrun.models.adapter import Adapter, LoraLike
@@ -110,9 +110,9 @@ class Model:
         for name, value in (("threads", threads), ("context", context), ("batch", batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        from qrun.engine.cpu_count import available_cores
-        from qrun.engine.runtime import Runtime
-        from qrun.engine.tokenizer import Tokenizer
+        from qrun.engine.native.cpu_count import available_cores
+        from qrun.engine.program.runtime import Runtime
+        from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import build_graph
         from qrun.models.adapter import Lora, open_adapters
@@ -148,7 +148,7 @@ class Model:
         if the file's template is wrong."""
         if self.tokenizer is None:
             return None
-        from qrun.engine.chat_template import ChatTemplate
+        from qrun.engine.text.chat_template import ChatTemplate
 
         return ChatTemplate.from_reader(self.reader, self.tokenizer)
 
@@ -329,6 +329,6 @@ def is_checkpoint(source: str | os.PathLike[str]) -> bool:
 
 
 def _fingerprint(files: Sequence[Path], description: str) -> str:
-    from qrun.engine.session_file import model_fingerprint  # only for those who save or load sessions
+    from qrun.engine.generation.session_file import model_fingerprint  # only for those who save or load sessions
 
     return model_fingerprint(files, description)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qrun.engine.compiler import load_objects, symbol
+from qrun.engine.native.compiler import load_objects, symbol
 from qrun.engine.simd.target import Target
 from tests.elf_loader import link
 
@@ -26,7 +26,7 @@ PAGE = 1 << 16
 
 
 class EmulatedKernels:
-    """Kernels for an Arm target, in the place of `engine.compiler.Kernels`."""
+    """Kernels for an Arm target, in the place of `engine.native.compiler.Kernels`."""
 
     def __init__(self, keys: Sequence[str], target: Target) -> None:
         # The oldest CPU that has the instructions: any other instruction is an error.

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from qrun.engine import records as R
-from qrun.engine.compiler import load_kernels
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
-from qrun.engine.lowering import FLOAT_TYPES, blocks_and_tail
+from qrun.engine.native.compiler import load_kernels
+from qrun.engine.program.record_writer import FLOAT_TYPES, blocks_and_tail
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorType, dequantize
 from qrun.formats.blocks import BLOCK_FORMATS
@@ -36,7 +36,7 @@ def record(size: int, fields: dict[int, int | float]) -> np.ndarray:
 
 
 class Functions(Protocol):
-    """Kernels that can be called: those of `engine.compiler`, or emulated ones."""
+    """Kernels that can be called: those of `engine.native.compiler`, or emulated ones."""
 
     def function(self, key: str) -> Callable[[int, int, int], None]: ...
 

@@ -40,8 +40,8 @@ def in_parts(key: str) -> bool:
 
 def all_keys() -> list[str]:
     """The keys of all kernels that any model may need."""
+    from qrun.engine.kernels.records import CACHE_BITS, TILE_SIZE
     from qrun.engine.kernels.unpack import TYPES
-    from qrun.engine.records import CACHE_BITS, TILE_SIZE
 
     packings = ("q8", "f32")
     return [

@@ -26,7 +26,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised, pack_quantised
 from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import TYPES, Quantised, Rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import Group, Quantised
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation

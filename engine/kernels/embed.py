@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation

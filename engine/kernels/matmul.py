@@ -25,7 +25,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised
 from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import LINE_WORDS, TYPES, Float, Group, Quantised, Rows

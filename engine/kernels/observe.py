@@ -1,14 +1,14 @@
 """Watching what matmuls take: for each column of their input, the sum of squares over the rows, and how many rows.
 
 A part is some of the columns and takes the rows in their order, so that sums are the same on any number of
-threads. Sums are added to in float32; whoever reads them begins anew from time to time (see `engine.observing`).
+threads. Sums are added to in float32; whoever reads them begins anew from time to time (see `program.observing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]

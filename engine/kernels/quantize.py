@@ -16,7 +16,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, STATS, build_fit_with_minimum, build_fit_without_minimum
 from qrun.engine.kernels.quantize_lanes import LAYOUTS, SOURCES, build_pack_lanes, build_to_lanes
 from qrun.engine.kernels.quantize_mxfp4 import build_fit_exponent

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.simd import operations as v
 from qrun.formats.blocks.fitting import ALIKE, TINY, Search
 

@@ -3,7 +3,7 @@
 Threads are members of a step while they work on it. Others that come along join, and one that is about to lose its core
 leaves, in the middle of a phase if need be: nobody waits for a thread that is not running. That needs no plan of who
 does what: an operation's work is handed out in chunks by a counter, or in parts, so that a member finds whatever has
-not been taken. The shared record that all threads see is laid out in `engine.records`, like the program's records.
+not been taken. The shared record that all threads see is laid out in `kernels.records`, like the program's records.
 
 STATE is one word: PHASE times the number of phases so far, MEMBER times the number of members, and how many of these
 have arrived at the barrier. The last one opens the next phase. Without members, no step is under way.
@@ -12,7 +12,7 @@ Those that wait look at OPENED, the number of the newest phase, so that those th
 is a hint: a thread that has left may write it late, after newer ones. Only STATE is sure.
 """
 
-from qrun.engine.records import (
+from qrun.engine.kernels.records import (
     ASLEEP,
     CLOCK,
     CLOCK_ID,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.observing import Observation
+from qrun.engine.judging.scoring import Chunks, Score, scored_logits
+from qrun.engine.program.observing import Observation
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize.imatrix import InputSums
-from qrun.engine.runtime import Runtime
-from qrun.engine.scoring import Chunks, Score, scored_logits
 
 # called with chunks done, all of them, and the score so far
 Progress = Callable[[int, int, Score], None]

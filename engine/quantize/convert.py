@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.cpu_count import available_cores
+from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoded, Encoder
 from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types, needs_importance

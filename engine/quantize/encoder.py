@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine import records as R
-from qrun.engine.compiler import Progress, load_kernels
+from qrun.engine.kernels import records as R
+from qrun.engine.native.compiler import Progress, load_kernels
 from qrun.engine.simd.target import Target, host_target
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
 from qrun.formats.blocks.floats import DTYPES, Floats

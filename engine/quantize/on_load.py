@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from qrun.engine.cache_root import cache_root
+from qrun.engine.native.cache_root import cache_root
 from qrun.models.store import folder_bytes
 
 DEFAULT_TYPE = "Q8_0"

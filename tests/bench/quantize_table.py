@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrun.engine.cpu_count import available_cores
+from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.engine.runtime import Runtime
+from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qrun.engine import Tokenizer
-from qrun.engine.runtime import Runtime
+from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph, catalog, download, store
 from tests.reference import forward

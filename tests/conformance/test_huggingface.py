@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.source import CheckpointSource
-from qrun.engine.runtime import Runtime
-from qrun.engine.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import GGUFReader
 from qrun.models import ARCHITECTURES, build_graph
 

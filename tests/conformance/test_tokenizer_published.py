@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrun.engine.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data" / "tokenizer"
 NAMES = sorted(path.name.removesuffix(".gguf.xz") for path in DATA.glob("*.gguf.xz"))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
-from qrun.engine.sampling_options import SamplingOptions
-from qrun.engine.session import Host, Session
-from qrun.engine.token_cache import TokenCache
+from qrun.engine.generation.session import Host, Session
+from qrun.engine.generation.token_cache import TokenCache
+from qrun.engine.sampling.options import SamplingOptions
 
 BOS, EOS = 0, 1
 # Pieces of one byte each, so that "é" takes two tokens, and some longer ones.

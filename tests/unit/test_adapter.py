@@ -16,9 +16,9 @@ from qrun.cli import loading, main
 from qrun.cli.main import cli
 from qrun.cli.options import LoraFile
 from qrun.engine import Model
-from qrun.engine.bandwidth import bytes_per_token
-from qrun.engine.runtime import Runtime
-from qrun.engine.scoring import Score, scored_logits
+from qrun.engine.judging.scoring import Score, scored_logits
+from qrun.engine.program.needs import bytes_per_token
+from qrun.engine.program.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader, TensorType
 from qrun.models import build_graph
 from qrun.models import graph as G

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
-from qrun.engine.kv_cache import head_bytes
+from qrun.engine.program.kv_cache import head_bytes
 from qrun.engine.simd.target import host_target, machine_target
 from tests.arm_emulator import EmulatedKernels
 from tests.kernel_harness import Harness, random_tensor

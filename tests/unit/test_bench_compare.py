@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from qrun.cli import bench, bench_compare
 from qrun.cli.main import cli
-from qrun.engine.bandwidth import bytes_per_token, read_bandwidth
+from qrun.engine.native.bandwidth import read_bandwidth
+from qrun.engine.program.needs import bytes_per_token
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qrun.engine.chat_template import ChatTemplate, ChatTemplateError
+from qrun.engine.text.chat_template import ChatTemplate, ChatTemplateError
 from qrun.formats import FormatError
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -6,8 +6,8 @@ import tracemalloc
 import pytest
 from jinja2 import TemplateError
 
-from qrun.engine import template_sandbox
-from qrun.engine.template_sandbox import Limited
+from qrun.engine.text import template_sandbox
+from qrun.engine.text.template_sandbox import Limited
 
 GROW = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = STEP %}{% endfor %}{{ n.x }}"
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from qrun.cli import docs, loading, main
 from qrun.cli.main import COMMANDS, cli
-from qrun.engine.sampling_options import SamplingOptions
+from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.adapter import Lora
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ import pytest
 from tiny_model import PIECES, TEXT, write_tiny_model
 
 from qrun.cli import compare, compare_plot, main, plot_labels
-from qrun.cli.compare import Comparison, Measured
+from qrun.cli.comparison import Comparison, Measured
 from qrun.engine import Tokenizer
-from qrun.engine.divergence import Divergence
+from qrun.engine.judging.divergence import Divergence
+from qrun.engine.judging.scoring import Score
 from qrun.engine.quantize.imatrix import read_imatrix
-from qrun.engine.scoring import Score
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 from tests import reference

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qrun.engine.compiler import UNUSED_DAYS, CompileError, cache_folder, load_kernels
+from qrun.engine.native.compiler import UNUSED_DAYS, CompileError, cache_folder, load_kernels
 from qrun.engine.simd.target import host_target
 
 KEYS = ["pack-f32", "scale-"]
@@ -48,13 +48,13 @@ def test_kernels_that_nobody_has_used_for_long_are_removed(empty_cache: Path) ->
 
 def test_loading_compiled_kernels_does_not_import_numba() -> None:
     load_kernels(KEYS)
-    load = f"from qrun.engine.compiler import load_kernels; load_kernels({KEYS})"
+    load = f"from qrun.engine.native.compiler import load_kernels; load_kernels({KEYS})"
     code = f"import sys; {load}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_two_processes_at_once_do_not_harm_each_other(empty_cache: Path) -> None:
-    code = f"from qrun.engine.compiler import load_kernels; k = load_kernels({KEYS}); assert k['scale-']"
+    code = f"from qrun.engine.native.compiler import load_kernels; k = load_kernels({KEYS}); assert k['scale-']"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert not [path for path in cache_folder(host_target()).iterdir() if path.suffix != ".o"]

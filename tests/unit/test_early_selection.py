@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.engine.early_selection import select_early
-from qrun.engine.runtime import Runtime
+from qrun.engine.program.early_selection import select_early
+from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 from qrun.models import graph as G

@@ -5,8 +5,8 @@ import threading
 import pytest
 from engine_fakes import EOS, PIECES, FakeRuntime, ids_of, make_session, speaking
 
-from qrun.engine.generation import Generation, Piece
-from qrun.engine.session import Session
+from qrun.engine.generation.generation import Generation, Piece
+from qrun.engine.generation.session import Session
 
 PROMPT = ids_of("say>")
 

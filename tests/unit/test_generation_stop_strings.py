@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrun.engine.stop_strings import StopStrings
+from qrun.engine.text.stop_strings import StopStrings
 
 
 def filtered(pieces: list[str], strings: tuple[str, ...]) -> tuple[str, str | None]:

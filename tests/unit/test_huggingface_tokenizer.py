@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from huggingface_tokenizers import LLAMA3, STEPS, byte_level, sequence, split, write_byte_pair, write_merging
 
-from qrun.engine.tokenizer import Tokenizer
-from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
 from qrun.formats import FormatError, GGUFReader, GGUFWriter
 from qrun.models.huggingface import digests, pretokenizers
 from qrun.models.huggingface.config import Config

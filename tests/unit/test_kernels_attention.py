@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qrun.engine import records as R
-from qrun.engine.runtime import Runtime
+from qrun.engine.kernels import records as R
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType
 from qrun.models import graph as G

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.simd.target import host_target
 from tests.kernel_harness import Harness, random_tensor

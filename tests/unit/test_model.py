@@ -13,9 +13,9 @@ from engine_fakes import BOS, FakeRuntime, FakeTokenizer, ids_of, speaking
 
 import qrun.engine
 from qrun.engine.errors import ContextOverflow
-from qrun.engine.generation import Generation
+from qrun.engine.generation.generation import Generation
+from qrun.engine.generation.session_file import model_fingerprint
 from qrun.engine.model import Model
-from qrun.engine.session_file import model_fingerprint
 
 
 class FakeTemplate:

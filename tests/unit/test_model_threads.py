@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qrun.engine.cpu_count import available_cores, count_cores, cpu_quota
+from qrun.engine.native.cpu_count import available_cores, count_cores, cpu_quota
 
 
 def machine(root: Path, siblings: list[str]) -> Path:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrun.engine import records as R
+from qrun.engine.kernels import records as R
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize.calibration import Collector
-from qrun.engine.runtime import Runtime
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph

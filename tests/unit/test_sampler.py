@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.sampler import Sampler, probabilities
-from qrun.engine.sampling_options import SamplingOptions
+from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.sampler import Sampler, probabilities
 
 EVERYTHING: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qrun.engine import dry
+from qrun.engine.sampling import dry
 
 
 def naive_repeats(history: list[int], breakers: dry.Breakers, allowed: int, longest: int) -> dict[int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.sampling_options import SAMPLERS, SamplingOptions
+from qrun.engine.sampling.options import SAMPLERS, SamplingOptions
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qrun.engine import sampler
+from qrun.engine.sampling import sampler
 
 SIZES = [1, 2, 7, 64, 100, 1000, 5000]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from engine_fakes import FakeRuntime, FakeTokenizer, ids_of
 
-from qrun.engine import scoring
-from qrun.engine.divergence import Divergence, check_same_vocabulary, kl_divergences
-from qrun.engine.scoring import Chunks, Estimate, Score, negative_log_likelihoods, scored_logits
+from qrun.engine.judging import scoring
+from qrun.engine.judging.divergence import Divergence, check_same_vocabulary, kl_divergences
+from qrun.engine.judging.scoring import Chunks, Estimate, Score, negative_log_likelihoods, scored_logits
 
 
 def test_negative_log_likelihoods() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from engine_fakes import FakeRuntime, cache_of, ids_of, make_session, speaking
 
-from qrun.engine import session_file
 from qrun.engine.errors import ContextOverflow
-from qrun.engine.session import Session
-from qrun.engine.token_cache import common_prefix
+from qrun.engine.generation import session_file
+from qrun.engine.generation.session import Session
+from qrun.engine.generation.token_cache import common_prefix
 from qrun.formats import FormatError
 
 

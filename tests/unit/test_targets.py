@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from qrun.engine import records as R
-from qrun.engine.compiler import assembly
+from qrun.engine.kernels import records as R
+from qrun.engine.native.compiler import assembly
 from qrun.engine.simd.target import MACHINES, choose_target, host_target, linux_arm_features, machine_target
 from tests.kernel_harness import Harness
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from tiny_model import ARCHITECTURES
 
-from qrun.engine import records as R
-from qrun.engine.arena import Buffer, Place
-from qrun.engine.compiler import Kernels, load_kernels
+from qrun.engine.kernels import records as R
 from qrun.engine.kernels.team import MOST_IN_VAIN, NANOSECONDS_AT_A_TIME
-from qrun.engine.program import place_barriers
-from qrun.engine.program_records import Record
-from qrun.engine.runtime import Runtime
-from qrun.engine.team import TEAM_KERNELS, Team
+from qrun.engine.native.compiler import Kernels, load_kernels
+from qrun.engine.native.team import TEAM_KERNELS, Team
+from qrun.engine.program.arena import Buffer, Place
+from qrun.engine.program.program import place_barriers
+from qrun.engine.program.record import Record
+from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 from tests.kernel_harness import record

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.tokenizer import Tokenizer
-from qrun.engine.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = PieceType.NORMAL, PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

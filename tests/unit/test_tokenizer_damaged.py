@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qrun.engine.tokenizer import Tokenizer
-from qrun.engine.tokenizer.vocabulary import KINDS, Vocabulary
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer.vocabulary import KINDS, Vocabulary
 from qrun.formats import FormatError
 
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "<0x41>"]

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence, Split
 
-from qrun.engine.tokenizer.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
+from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 
 TEXT = "It's 12345 été  ÉTÉs\n\n x=camelCase; 你好かな"
 

@@ -6,11 +6,12 @@ import pytest
 from click.testing import CliRunner
 
 from qrun.cli.main import cli
-from qrun.engine import compiler, warmup
 from qrun.engine.kernels import all_keys
-from qrun.engine.kv_cache import CacheLayout
-from qrun.engine.lowering import Lowering
-from qrun.engine.records import CACHE_BITS
+from qrun.engine.kernels.records import CACHE_BITS
+from qrun.engine.native import compiler
+from qrun.engine.program import needs as warmup
+from qrun.engine.program.kv_cache import CacheLayout
+from qrun.engine.program.lowering import Lowering
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph

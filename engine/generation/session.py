@@ -1,0 +1,228 @@
+"""The state of one conversation: tokens, and the keys and values computed from them."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from qrun.engine.errors import ContextOverflow
+from qrun.engine.generation.generation import Generation
+from qrun.engine.generation.token_cache import TokenCache, common_prefix
+from qrun.engine.sampling import dry
+from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.sampler import Sampler
+from qrun.formats import FormatError
+
+if TYPE_CHECKING:
+    from qrun.engine.program.runtime import Runtime
+    from qrun.engine.text.tokenizer import Tokenizer
+
+
+def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]:
+    """The tokens as a list of int. Raises ValueError where there are none or one is not in the vocabulary,
+    ContextOverflow where they are more than the context holds."""
+    ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+    if ids.size == 0:
+        raise ValueError("the prompt is empty: there is nothing to go on from")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError("a prompt must be one list of token ids, all whole numbers")
+    wrong = ids[(ids < 0) | (ids >= n_vocab)]
+    if wrong.size:
+        raise ValueError(f"token {wrong[0]} is not in the vocabulary of {n_vocab}")
+    if ids.size > context:
+        raise ContextOverflow(f"the prompt has {ids.size} tokens, and the context holds {context}")
+    return ids.tolist()
+
+
+class Host:
+    """What the sessions of one model share. `fingerprint` tells the model from others; it is asked for when needed."""
+
+    def __init__(
+        self,
+        runtime: "Runtime",
+        tokenizer: "Tokenizer | None",
+        defaults: SamplingOptions,
+        fingerprint: Callable[[], str],
+    ) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self.fingerprint = fingerprint
+        self._lock = threading.Lock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def add(self, session: "Session") -> None:
+        """Note that there is one more session."""
+        with self._lock:
+            self._sessions.add(session)
+
+    def sessions(self) -> list["Session"]:
+        """All sessions that somebody still holds."""
+        with self._lock:
+            return list(self._sessions)
+
+
+class Session:
+    """The KV state of one conversation. Made by `Model.session`; several of one model work side by side.
+
+    One thread at a time generates in a session. `stop` and `close` may be called from any.
+    """
+
+    def __init__(self, host: Host, cache: TokenCache | None = None) -> None:
+        self.context = host.runtime.context
+        """The most tokens that the session can hold."""
+        self._host = host
+        self._cache = cache or TokenCache(host.runtime, host.runtime.sequence())
+        self._closed = False
+        # Guards who generates: the three below. Never held while anything is computed.
+        self._guard = threading.Lock()
+        self._generation: weakref.ref[Generation] | None = None
+        self._owner = 0
+        host.add(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that the cache holds now. One just generated joins them when the one after it is computed."""
+        return list(self._cache.tokens)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a generation has begun that has neither ended nor been cancelled or dropped."""
+        generation = self._current()
+        return generation is not None and generation.stop_reason is None and not generation.cancelled
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, on the session or its model."""
+        return self._closed
+
+    def generate(self, prompt_tokens: Iterable[int], **options: Any) -> Generation:
+        """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
+
+        `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
+        thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
+        arguments are checked: TypeError for an unknown option, ValueError for a wrong value or token,
+        ContextOverflow (a ValueError) for a prompt that is longer than the context. RuntimeError if the session is
+        closed or generates in another thread.
+        """
+        self._check_open()
+        tokenizer, n_vocab = self._host.tokenizer, self._host.runtime.n_vocab
+        chosen = self._host.defaults.replace(**options)
+        prompt = check_tokens(prompt_tokens, n_vocab, self.context)
+        breakers: dry.Breakers = {}
+        if tokenizer is not None:
+            # The head of a model may have rows of padding, for which there are no tokens.
+            n_vocab = min(n_vocab, tokenizer.n_vocab)
+            if chosen.dry_multiplier > 0:
+                breakers = dry.find_breakers(tokenizer, chosen.dry_breakers)
+        elif chosen.stop:
+            raise ValueError("stop strings need a tokenizer, and the model has none")
+        sampler = Sampler(chosen, n_vocab, prompt, breakers)
+        generation = Generation(self, self._cache, prompt, sampler, tokenizer)
+        self._take_over(generation)
+        return generation
+
+    def stop(self) -> None:
+        """End the generation under way, if there is one, with the stop reason "cancelled"; from any thread."""
+        generation = self._current()
+        if generation is not None:
+            generation.cancel()
+
+    def fork(self) -> "Session":
+        """A second session with the same tokens. The cache is shared until one of them writes."""
+        with self._cache.lock:
+            self._check_open()
+            cache = TokenCache(self._host.runtime, self._cache.sequence.fork(), self._cache.tokens)
+        return Session(self._host, cache)
+
+    def clear(self) -> None:
+        """Forget all tokens. Raises RuntimeError if the session generates in another thread."""
+        self._take_over(None)
+        with self._cache.lock:
+            del self._cache.tokens[self._cache.sequence.truncate(0) :]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to a file, from which `load` gets it back, in this model or another loaded from the
+        same file with the same cache type. Written under another name first, so that a failure (OSError) leaves what
+        was there before."""
+        from qrun.engine.generation import session_file  # not for those who save nothing: it takes 10 ms
+
+        host, cache = self._host, self._cache
+        with cache.lock:  # to the end: the state may be a view of the cache
+            self._check_open()
+            state = cache.sequence.state()
+            session_file.write(
+                path, session_file.SavedSession(host.fingerprint(), host.runtime.cache_type, cache.tokens, state)
+            )
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the place of a saved session.
+
+        Raises FormatError (a ValueError) if the file is missing, damaged, no saved session, or one of another model or
+        cache type; ContextOverflow if it holds more tokens than the context. Then the session stays as it was.
+        """
+        from qrun.engine.generation import session_file
+
+        self._check_open()
+        runtime = self._host.runtime
+        saved = session_file.read(path)
+        if saved.fingerprint != self._host.fingerprint():
+            raise FormatError(path, "saved by a session of another model")
+        if saved.cache_type != runtime.cache_type:
+            raise FormatError(path, f"saved with cache type {saved.cache_type}, not {runtime.cache_type} as loaded")
+        tokens = check_tokens(saved.tokens, runtime.n_vocab, self.context) if saved.tokens else []
+        sequence = runtime.sequence()
+        try:
+            sequence.restore(saved.state)
+            if sequence.n_past != len(tokens):
+                raise ValueError(f"it has {len(tokens)} tokens and a cache of {sequence.n_past}")
+            self._take_over(None)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            sequence.close()
+            raise FormatError(path, f"a saved session that does not fit: {error}") from error
+        except BaseException:
+            sequence.close()
+            raise
+        with self._cache.lock:
+            old, self._cache.sequence, self._cache.tokens = self._cache.sequence, sequence, tokens
+            old.close()
+
+    def close(self) -> None:
+        """Give the cache back; from any thread, after the step that is being computed. A second time does nothing."""
+        with self._guard:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self.stop()
+            with self._cache.lock:
+                self._cache.sequence.close()
+                self._cache.tokens.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def common_prefix(self, prompt: list[int]) -> int:
+        """How many tokens of a prompt the session holds."""
+        return common_prefix(self._cache.tokens, prompt)
+
+    def _current(self) -> Generation | None:
+        return self._generation() if self._generation is not None else None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the session is closed, or its model")
+
+    def _take_over(self, generation: Generation | None) -> None:
+        """Make this generation, or none, the one that the session is for; cancel the one before it."""
+        with self._guard:
+            self._check_open()
+            if self.busy and self._owner != threading.get_ident():
+                raise RuntimeError("the session generates in another thread: stop it first, or use a fork")
+            self.stop()
+            self._generation = weakref.ref(generation) if generation is not None else None
+            self._owner = threading.get_ident()

@@ -1,0 +1,82 @@
+"""The KV cache of one sequence, with the tokens that it was computed from."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from qrun.engine.program.kv_cache import KVSequence
+    from qrun.engine.program.runtime import Runtime
+
+
+class TokenCache:
+    """Moves a sequence from text to text, computing only what it does not hold.
+
+    Whoever calls a method holds `lock`. `tokens` and the sequence agree whenever nobody does, even after an
+    evaluation that was cancelled, interrupted or failed.
+    """
+
+    def __init__(self, runtime: "Runtime", sequence: "KVSequence", tokens: Sequence[int] = ()) -> None:
+        self.lock = threading.RLock()
+        self.tokens = list(tokens)
+        self.sequence = sequence
+        self._runtime = runtime
+
+    @property
+    def n_free(self) -> int:
+        """Positions of the context that are left."""
+        return self._runtime.context - len(self.tokens)
+
+    def advance_to(self, prompt: list[int], cancelled: Callable[[], bool]) -> tuple[np.ndarray, int]:
+        """Hold exactly `prompt` (at least one token, at most the context).
+
+        Returns the logits after it, float32 [n_vocab], and how many of its tokens were held already. `cancelled` is
+        asked between batches; if it says yes, GenerationCancelled is raised.
+        """
+        # The last token is always evaluated: logits are not kept.
+        wanted = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        if wanted < len(self.tokens):
+            # Sliding windows may have given back pages that the shorter text needs; then less is kept than wanted.
+            del self.tokens[self.sequence.truncate(wanted) :]
+        n_held = len(self.tokens)
+        return self._evaluate(prompt[n_held:], "last", cancelled), n_held
+
+    def advance(self, token: int) -> np.ndarray:
+        """Hold one more token; returns the logits after it, float32 [n_vocab]."""
+        return self._evaluate([token], "last", None)
+
+    @property
+    def room_for_guesses(self) -> int:
+        """How many guesses `advance_with` can take."""
+        return min(self.sequence.returnable(), self._runtime.batch - 1)
+
+    def advance_with(self, token: int, guesses: list[int]) -> np.ndarray:
+        """Hold one more token and, until `take_back`, guesses of what follows; returns the logits after each of them,
+        float32 [1 + guesses, n_vocab]."""
+        return self._evaluate([token, *guesses], "all", None)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` guesses."""
+        if count:
+            kept = self.sequence.truncate(len(self.tokens) - count)
+            assert kept == len(self.tokens) - count, "more guesses than there was room for"
+            del self.tokens[kept:]
+
+    def _evaluate(
+        self, tokens: list[int], wanted: Literal["last", "all"], cancelled: Callable[[], bool] | None
+    ) -> np.ndarray:
+        before = self.sequence.n_past
+        try:
+            logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
+        finally:
+            self.tokens += tokens[: self.sequence.n_past - before]
+        assert logits is not None
+        return logits
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -1,0 +1,256 @@
+"""The KV cache: pages of 64 positions, shared by sequences and copied when one of them writes.
+
+Layers with the same attention window form a group; a page of a group holds the keys and values of all its layers for
+64 positions (laid out in `kernels.attention`). Groups with a sliding window give pages back as the window passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS
+from qrun.models.graph import CacheLayer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def head_bytes(dim: int, cache_type: str) -> int:
+    """Bytes of one head's keys (or values) in a page: dimensions padded to 32, and a float16 scale for each 32."""
+    blocks = -(-dim // 32)
+    values = blocks * 32 * PAGE_POSITIONS * CACHE_BITS[cache_type] // 8
+    return values + (0 if cache_type == "f16" else 2 * blocks * PAGE_POSITIONS)
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer's keys and values lie in its group's pages, in bytes."""
+
+    group: int
+    k_offset: int
+    v_offset: int
+    k_head_bytes: int
+    v_head_bytes: int
+
+
+class CacheLayout:
+    """Groups of layers, and where each layer lies in a page of its group."""
+
+    def __init__(self, layers: Sequence[CacheLayer], cache_type: str) -> None:
+        if cache_type not in CACHE_BITS:
+            raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
+        self.cache_type = cache_type
+        self.windows: list[int | None] = []
+        self.page_bytes: list[int] = []
+        self.places: list[LayerPlace] = []
+        for layer in layers:
+            if layer.window not in self.windows:
+                self.windows.append(layer.window)
+                self.page_bytes.append(0)
+            group = self.windows.index(layer.window)
+            k, v = head_bytes(layer.head_dim_k, cache_type), head_bytes(layer.head_dim_v, cache_type)
+            start = self.page_bytes[group]
+            self.places.append(LayerPlace(group, start, start + layer.n_kv_heads * k, k, v))
+            self.page_bytes[group] = start + layer.n_kv_heads * (k + v)
+
+    def bytes_at(self, context: int) -> int:
+        """Bytes that one sequence of `context` tokens takes."""
+        total = 0
+        for window, size in zip(self.windows, self.page_bytes, strict=True):
+            # A window may begin and end inside a page, and a batch of new tokens comes on top.
+            seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
+            total += -(-seen // PAGE_POSITIONS) * size
+        return total
+
+
+@dataclass(eq=False)
+class Page:
+    memory: NDArray[np.uint8]
+    references: int = 1
+
+    @property
+    def address(self) -> int:
+        return int(self.memory.ctypes.data)
+
+
+@dataclass
+class PagePool:
+    """Pages of one group. Those given back are kept for the next sequence."""
+
+    page_bytes: int
+    free: list[NDArray[np.uint8]] = field(default_factory=list)
+    allocated: int = 0
+
+    def take(self) -> Page:
+        if self.free:
+            return Page(self.free.pop())
+        self.allocated += 1
+        # Zeros: a position that was never written counts nothing in attention, but must be a finite number.
+        whole = np.zeros(self.page_bytes + 64, np.uint8)
+        start = -int(whole.ctypes.data) % 64
+        return Page(whole[start : start + self.page_bytes])
+
+    def give_back(self, page: Page) -> None:
+        page.references -= 1
+        if page.references == 0:
+            self.free.append(page.memory)
+
+
+def _locked(method: Callable[Concatenate[KVSequence, P], T]) -> Callable[Concatenate[KVSequence, P], T]:
+    """The method, holding the sequence's lock."""
+
+    @functools.wraps(method)
+    def run(self: KVSequence, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class KVSequence:
+    """The cache of one sequence of tokens. Not for use by two threads at a time.
+
+    n_past: how many positions have been computed. `lock` guards what sequences share: the pools, and counts of
+    references.
+    """
+
+    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int, lock: threading.RLock) -> None:
+        self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
+        n_pages = -(-context // PAGE_POSITIONS)
+        self.n_past = 0
+        self._pages: list[dict[int, Page]] = [{} for _ in pools]
+        # Page addresses as kernels read them: one table a group.
+        self.tables = np.zeros((len(pools), max(n_pages, 1)), np.int64)
+        self._closed = False
+
+    @_locked
+    def reserve(self, count: int) -> None:
+        """Make the next `count` positions writable: pages that are missing are taken, shared ones copied."""
+        if self._closed:
+            raise ValueError("this sequence is closed")
+        if not count:
+            return
+        first, last = self.n_past // PAGE_POSITIONS, (self.n_past + count - 1) // PAGE_POSITIONS
+        for group, (pool, pages) in enumerate(zip(self.pools, self._pages, strict=True)):
+            for index in range(first, last + 1):
+                page = pages.get(index)
+                if page is not None and page.references == 1:
+                    continue
+                fresh = pool.take()
+                if page is not None:
+                    fresh.memory[:] = page.memory
+                    pool.give_back(page)
+                self._put(group, index, fresh)
+
+    @_locked
+    def advance(self, count: int) -> None:
+        """`count` positions have been written. Windows move on, and pages that they have left are given back."""
+        self.n_past += count
+        for group, window in enumerate(self.layout.windows):
+            if window is not None:
+                lowest = (self.n_past - window + 1) // PAGE_POSITIONS
+                for index in [i for i in self._pages[group] if i < lowest]:
+                    self._drop(group, index)
+
+    @_locked
+    def returnable(self) -> int:
+        """How many positions can follow the next one so that `truncate` still gets back to just after that one: no
+        window gives back a page on the way."""
+        after = self.n_past + 1
+        room = self.context - after
+        for window in self.layout.windows:
+            if window is not None:
+                lowest = max((after - window + 1) // PAGE_POSITIONS, 0)
+                room = min(room, (lowest + 1) * PAGE_POSITIONS + window - 2 - after)
+        return max(room, 0)
+
+    def truncate(self, n: int) -> int:
+        """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
+        if n >= self.n_past:
+            return self.n_past
+        n = max(n, 0)
+        for group, window in enumerate(self.layout.windows):
+            lowest = 0 if window is None else max(n - window + 1, 0) // PAGE_POSITIONS
+            needed = range(lowest, -(-n // PAGE_POSITIONS))
+            if any(index not in self._pages[group] for index in needed):
+                n = 0
+        for group in range(len(self.pools)):
+            for index in [i for i in self._pages[group] if i * PAGE_POSITIONS >= n]:
+                self._drop(group, index)
+        self.n_past = n
+        return n
+
+    @_locked
+    def fork(self) -> KVSequence:
+        """A second sequence with the same past. Pages are shared until one of the two writes."""
+        twin = KVSequence(self.layout, self.pools, self.context, self._lock)
+        twin.n_past = self.n_past
+        twin.tables[:] = self.tables
+        for mine, its in zip(self._pages, twin._pages, strict=True):
+            its.update(mine)
+            for page in mine.values():
+                page.references += 1
+        return twin
+
+    @_locked
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that `restore` needs: n_past, and for each group the numbers and the bytes of its pages."""
+        arrays: dict[str, NDArray[np.generic]] = {"n_past": np.array(self.n_past, np.int64)}
+        for group, pages in enumerate(self._pages):
+            numbers = sorted(pages)
+            arrays[f"pages{group}"] = np.array(numbers, np.int64)
+            empty = np.empty((0, self.pools[group].page_bytes), np.uint8)
+            arrays[f"data{group}"] = np.stack([pages[i].memory for i in numbers]) if numbers else empty
+        return arrays
+
+    @_locked
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Become what `state` describes. ValueError if it does not fit this model, cache type or context."""
+        if any(f"{name}{group}" not in state for name in ("pages", "data") for group in range(len(self.pools))):
+            raise ValueError("the saved state is of another model")
+        n_past = int(state["n_past"])
+        if not 0 <= n_past <= self.context:
+            raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
+        for group, (pool, window) in enumerate(zip(self.pools, self.layout.windows, strict=True)):
+            numbers, data = state[f"pages{group}"], state[f"data{group}"]
+            lowest = 0 if window is None else max(n_past - window + 1, 0) // PAGE_POSITIONS
+            needed = set(range(lowest, -(-n_past // PAGE_POSITIONS)))
+            shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
+            if not shaped or not needed <= {int(index) for index in numbers}:
+                raise ValueError("the saved state is of another model or cache type")
+        self.truncate(0)
+        self._clear()
+        for group, pool in enumerate(self.pools):
+            for index, memory in zip(state[f"pages{group}"].tolist(), state[f"data{group}"], strict=True):
+                if 0 <= index < self.tables.shape[1]:
+                    page = pool.take()
+                    page.memory[:] = memory
+                    self._put(group, index, page)
+        self.n_past = n_past
+
+    @_locked
+    def close(self) -> None:
+        """Give all pages back."""
+        self._clear()
+        self.n_past = 0
+        self._closed = True
+
+    def _clear(self) -> None:
+        for group in range(len(self.pools)):
+            for index in list(self._pages[group]):
+                self._drop(group, index)
+
+    def _put(self, group: int, index: int, page: Page) -> None:
+        self._pages[group][index] = page
+        self.tables[group, index] = page.address
+
+    def _drop(self, group: int, index: int) -> None:
+        self.pools[group].give_back(self._pages[group].pop(index))
+        self.tables[group, index] = 0

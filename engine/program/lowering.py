@@ -1,0 +1,168 @@
+"""Lowering: from a graph's operations on values to the records that kernels read.
+
+What is decided here, once per load: which kernels are needed, how long every value lives, and which operations become
+one (a norm or an activation packs its rows for the matmul that follows; a matmul adds the residual).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from qrun.engine.kernels import records as R
+from qrun.engine.program.arena import Place
+from qrun.engine.program.lowering_experts import lower_experts
+from qrun.engine.program.record_writer import RecordWriter, blocks_and_tail, inputs
+from qrun.engine.program.rope_table import RopeTable
+from qrun.models import graph as G
+
+
+class Lowering(RecordWriter):
+    """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
+
+    records: all operations; those from `n_body` on are the head. arena: where their values will be placed.
+    logits: the head's result.
+    """
+
+    def __init__(self, graph: G.Graph, *args: Any, **settings: Any) -> None:
+        """The arguments of `RecordWriter`."""
+        super().__init__(graph, *args, **settings)
+        self._fuse()
+        for self.index, operation in enumerate(graph.operations):
+            if operation.out.id not in self._fused:
+                self._lower(operation)
+        self.logits = self.places[graph.logits.id]
+
+    def _fuse(self) -> None:
+        """Find matmuls whose result only goes into a sum: they add the other side themselves."""
+        uses = Counter(value.id for operation in self.graph.operations for value in inputs(operation))
+        made = {operation.out.id: operation for operation in self.graph.operations}
+        order = {operation.out.id: index for index, operation in enumerate(self.graph.operations)}
+        self._residual: dict[int, tuple[G.Value, G.Value]] = {}  # linear's out -> (other side, sum)
+        self._fused: set[int] = set()
+        for operation in self.graph.operations:
+            if not isinstance(operation, G.Add):
+                continue
+            for value, other in ((operation.a, operation.b), (operation.b, operation.a)):
+                linear = made.get(value.id)
+                if isinstance(linear, G.Linear) and uses[value.id] == 1 and order.get(other.id, 0) < order[value.id]:
+                    self._residual[value.id] = (other, operation.out)
+                    self._fused.add(operation.out.id)
+                    break
+
+    # One method for each operation
+
+    def _lower(self, operation: G.Operation) -> None:
+        getattr(self, f"_lower_{type(operation).__name__.lower()}")(operation)
+
+    def _lower_embed(self, o: G.Embed) -> None:
+        out = self.new(o.out)
+        rows, width = o.weight.shape
+        blocks, tail = blocks_and_tail(o.weight.type, width)
+        self.emit(
+            f"embed-{o.weight.type.name}",
+            {
+                R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
+                R.EMBED_TAIL: tail, R.EMBED_OUT: out, R.EMBED_OUT_STRIDE: out.stride, R.EMBED_SCALE: float(o.scale),
+            },
+            [], [out], True,
+        )  # fmt: skip
+
+    def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
+        weight = 0 if o.weight is None else np.ascontiguousarray(o.weight, np.float32)
+        self._produce("rms_norm", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
+
+    def _lower_linear(self, o: G.Linear) -> None:
+        x = self.packed_input(o.x, self.packing(o.weight))
+        residual = None
+        out = o.out
+        if o.out.id in self._residual:
+            other, out = self._residual[o.out.id]
+            residual = self.places[other.id]
+        bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
+        self.taken(o.weight, o.x)
+        self.matmul(o.weight, self.new(out), x, bias=bias, residual=residual, scale=o.scale)
+
+    def _lower_slice(self, o: G.Slice) -> None:
+        x = self.places[o.x.id]
+        self.places[o.out.id] = Place(x.buffer, x.offset + 4 * o.start, x.stride)
+
+    def _lower_rope(self, o: G.Rope) -> None:
+        table = self._rope_table(o)
+        self.row_operation(
+            "rope", self.new(o.out), o.out.width, self.places[o.x.id], row_rope_head_dim=o.head_dim,
+            row_rope_dims=o.n_rot, row_rope_interleaved=int(o.interleaved), row_rope_table=table.values,
+        )  # fmt: skip
+
+    def _rope_table(self, o: G.Rope) -> RopeTable:
+        for table in self.rope_tables:
+            if table.magnitude == o.magnitude and np.array_equal(table.frequencies, o.frequencies):
+                return table
+        values = np.empty((self.context, o.n_rot // 2, 2), np.float32)
+        self.rope_tables.append(RopeTable(np.asarray(o.frequencies, np.float32), o.magnitude, values))
+        return self.rope_tables[-1]
+
+    def _lower_attention(self, o: G.Attention) -> None:
+        layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
+        q, k, v = (self.places[value.id] for value in (o.q, o.k, o.v))
+        cache = f"cache of layer {o.layer}"
+        kind = self.layout.cache_type
+        if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
+            raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+        self.emit(
+            f"append-{kind}",
+            {
+                R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride, R.KV_HEADS: layer.n_kv_heads,
+                R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v, R.KV_K_OFFSET: place.k_offset,
+                R.KV_V_OFFSET: place.v_offset, R.KV_K_HEAD_BYTES: place.k_head_bytes,
+                R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                R.KV_GROUP: place.group,
+            },
+            [k, v], [cache], True,
+        )  # fmt: skip
+        out = self.new(o.out)
+        self.emit(
+            attention_key(layer, kind, self.threads),
+            {
+                R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
+                R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
+                R.ATT_DIM_V: layer.head_dim_v, R.ATT_K_OFFSET: place.k_offset, R.ATT_V_OFFSET: place.v_offset,
+                R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
+                R.ATT_GROUP: place.group,
+                R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
+                R.ATT_WINDOW: layer.window or 1 << 40,
+            },
+            [q, cache], [out], False,
+        )  # fmt: skip
+
+    def _lower_activate(self, o: G.Activate) -> None:
+        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id])
+
+    def _lower_add(self, o: G.Add) -> None:
+        self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
+
+    def _lower_scale(self, o: G.Scale) -> None:
+        self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
+
+    def _lower_softcap(self, o: G.Softcap) -> None:
+        self._produce("softcap", o.out, self.places[o.x.id], factor=o.cap)
+
+    def _lower_selectrows(self, o: G.SelectRows) -> None:
+        if not self._in_head:
+            self.n_body = len(self.records)
+        self._in_head = True
+        self._produce("select_rows", o.out, self.places[o.x.id])
+
+    def _lower_moe(self, o: G.MoE) -> None:
+        lower_experts(self, o)
+
+
+def attention_key(layer: G.CacheLayer, cache_type: str, threads: int) -> str:
+    """The kernel for a layer: with as many together of the query heads that share a key and value head as possible,
+    but so that there is work for every thread."""
+    group = layer.n_heads // layer.n_kv_heads
+    most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
+    together = max(n for n in range(1, most + 1) if group % n == 0)
+    return f"attention-{cache_type}-{together}"

@@ -1,0 +1,96 @@
+"""The program: a graph's records in memory, with all addresses in place.
+
+A program has a body, up to the rows whose logits are wanted, and a head. They lie one behind the other, so that a
+step of one row runs as one piece.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine.kernels import in_parts
+from qrun.engine.kernels import records as R
+from qrun.engine.program.arena import Place
+from qrun.engine.program.lowering import Lowering
+from qrun.engine.program.record import InRecord, InStep, Record
+
+
+class Program:
+    """The records of `lowering`, linked: kernels, the step's record and the arena have addresses now.
+
+    body, head, whole: int64 [operations, RECORD_BYTES / 8], views of one array.
+    logits: float32 [head_rows, n_vocab], where the head leaves its result.
+    Where threads have to wait for each other is decided here, since it depends on where values lie.
+    """
+
+    def __init__(self, lowering: Lowering, kernels: dict[str, int], step_address: int) -> None:
+        self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
+        self.arena.place()
+        place_barriers(self.records, lowering.n_body)
+        self._arrays: list[object] = []  # whose addresses the records hold
+        self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)
+        numbers = {id(record): index for index, record in enumerate(self.records)}
+        for row, record in zip(self.whole, self.records, strict=True):
+            row[R.OP_KERNEL // 8] = kernels[record.kernel]
+            row[R.OP_BARRIER // 8] = record.barrier
+            row[R.OP_IN_PARTS // 8] = in_parts(record.kernel)
+            for offset, value in record.fields.items():
+                if isinstance(value, float):
+                    row[offset // 8 : offset // 8 + 1].view(np.float32)[0] = value
+                elif isinstance(value, np.ndarray):
+                    self._arrays.append(value)
+                    row[offset // 8] = value.ctypes.data
+                elif isinstance(value, Place):
+                    row[offset // 8] = self._address(value)
+                elif isinstance(value, InStep):
+                    row[offset // 8] = step_address + value.offset
+                elif isinstance(value, InRecord):
+                    number = numbers[id(value.operation)]
+                    row[offset // 8] = self.whole.ctypes.data + number * R.RECORD_BYTES + value.offset
+                else:
+                    row[offset // 8] = value
+        self._link_prefetch()
+        self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
+        pointer = ctypes.cast(self._address(lowering.logits), ctypes.POINTER(ctypes.c_float))
+        self.logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (lowering.head_rows, lowering.graph.n_vocab))
+
+    def _address(self, place: Place) -> int:
+        return self.arena.address + place.buffer.offset + place.offset
+
+    def _link_prefetch(self) -> None:
+        """Tell each matmul with what the next one begins."""
+        records = zip(self.whole, self.records, strict=True)
+        matmuls = [row for row, record in records if record.kernel.startswith("matmul")]
+        for row, following in zip(matmuls, [*matmuls[1:], matmuls[0]], strict=True):
+            row[R.MM_NEXT // 8] = following[R.MM_WEIGHTS // 8]
+            row[R.MM_NEXT_BYTES // 8] = following[R.MM_CHUNK // 8] * following[R.MM_ROW_BYTES // 8]
+
+
+def place_barriers(records: list[Record], n_body: int) -> None:
+    """A barrier where an operation would meet what other threads have not finished reading or writing; and before the
+    head, which begins with `n_body`: it has rows of its own."""
+    pending: list[Record] = []
+    run: list[Record] = []  # of these, the newest, all in parts: the same thread does a part of each
+    for index, record in enumerate(records):
+        if index == n_body or any(_conflict(earlier, record, earlier in run) for earlier in pending):
+            records[index - 1].barrier = True
+            pending, run = [], []
+        pending.append(record)
+        run = [*run, record] if in_parts(record.kernel) else []
+    records[-1].barrier = True
+
+
+def _conflict(earlier: Record, later: Record, in_a_run: bool) -> bool:
+    def touch(a: object, b: object) -> bool:
+        if not isinstance(a, Place) or not isinstance(b, Place):
+            return a == b
+        if a.buffer is b.buffer:
+            # The same rows: each part meets only its own.
+            return not (in_a_run and earlier.by_rows and later.by_rows)
+        return a.buffer.offset < b.buffer.end and b.buffer.offset < a.buffer.end
+
+    writes = any(touch(a, b) for a in earlier.writes for b in [*later.reads, *later.writes])
+    return writes or any(touch(a, b) for a in earlier.reads for b in later.writes)

@@ -1,0 +1,229 @@
+"""A model at work: its program, its threads, and the steps that they run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrun.engine.errors import ContextOverflow, GenerationCancelled
+from qrun.engine.kernels import records as R
+from qrun.engine.native.compiler import Progress, load_kernels
+from qrun.engine.native.team import TEAM_KERNELS, Team
+from qrun.engine.program.early_selection import select_early
+from qrun.engine.program.kv_cache import CacheLayout, KVSequence, PagePool
+from qrun.engine.program.lowering import Lowering
+from qrun.engine.program.observing import ObservingLowering
+from qrun.engine.program.program import Program
+from qrun.engine.simd.target import Target, host_target
+from qrun.models.graph import Graph
+
+# Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
+HEAD_ROWS = 16
+
+
+class Runtime:
+    """Computes logits. One step runs at a time; callers from several threads take turns.
+
+    context: positions that one sequence can have. batch: rows of one step at most (up to 512).
+    progress(done, total): called while kernels are compiled, if any have to be.
+    observe: collect in `observations` what matmuls take (see program.observing).
+    """
+
+    def __init__(
+        self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
+        progress: Progress | None = None, target: Target | None = None, observe: bool = False,
+    ) -> None:  # fmt: skip
+        if context < 1:
+            raise ValueError(f"context is {context}: it must be at least 1")
+        if not 1 <= batch <= R.MAX_COLUMNS:
+            raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
+        target = target or host_target()
+        self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
+        self.n_vocab = graph.n_vocab
+        self.batch = min(batch, context)
+        self._layout = CacheLayout(graph.cache_layers, cache_type)
+        self._pools = [PagePool(size) for size in self._layout.page_bytes]
+        # Those who observe want to see all rows of the last block too.
+        to_lower = graph if observe else select_early(graph)
+        lowering = (ObservingLowering if observe else Lowering)(
+            to_lower, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
+            threads=threads,
+        )  # fmt: skip
+        self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
+        keys = [*TEAM_KERNELS, *lowering.kernel_keys]
+        self._kernels = load_kernels(keys, target, progress)
+        self._step = _Step(self.batch, len(self._pools))
+        self._program = Program(lowering, {key: self._kernels[key] for key in keys}, self._step.address)
+        self._team: Team | None = Team(self._kernels, threads)
+        self._lock = threading.RLock()  # also held by sequences while they change what they share
+
+    def sequence(self) -> KVSequence:
+        """A new, empty sequence."""
+        return KVSequence(self._layout, self._pools, self.context, self._lock)
+
+    def evaluate(
+        self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
+        logits: Literal["none", "last", "all"] = "last",
+        cancelled: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32] | None:  # fmt: skip
+        """Append tokens to the sequence.
+
+        Returns float32 [n_vocab] of the last token, [n, n_vocab] of all of them, or nothing.
+        Raises ContextOverflow if the sequence would outgrow the context, ValueError for an id outside of the
+        vocabulary, GenerationCancelled if `cancelled()` is true between two batches.
+        """
+        ids = self._checked(tokens)
+        if sequence.n_past + len(ids) > self.context:
+            raise ContextOverflow(
+                f"{sequence.n_past + len(ids)} tokens do not fit into the context of {self.context} tokens"
+            )
+        out = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
+        last: NDArray[np.float32] | None = None
+        for start in range(0, len(ids), self.batch):
+            if cancelled is not None and cancelled():
+                raise GenerationCancelled("evaluation was cancelled")
+            part = ids[start : start + self.batch]
+            ends = start + len(part) == len(ids)
+            wanted = (
+                range(len(part))
+                if out is not None
+                else range(len(part) - 1, len(part))
+                if logits == "last" and ends
+                else range(0)
+            )
+            with self._lock:
+                sequence.reserve(len(part))
+                rows = self._run([(sequence, part)], wanted, None if out is None else out[start : start + len(part)])
+                sequence.advance(len(part))
+            if out is None and len(rows):
+                last = rows[0]
+        return out if logits == "all" else last
+
+    def evaluate_together(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append one token to each of several sequences. Returns float32 [n, n_vocab]."""
+        ids = self._checked(tokens)
+        if len(ids) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
+            raise ValueError("evaluate_together takes one token for each of several different sequences")
+        out = np.empty((len(ids), self.n_vocab), np.float32)
+        for sequence in sequences:
+            if sequence.n_past >= self.context:
+                raise ContextOverflow(
+                    f"{sequence.n_past + 1} tokens do not fit into the context of {self.context} tokens"
+                )
+        for start in range(0, len(ids), self.batch):
+            chosen = sequences[start : start + self.batch]
+            with self._lock:
+                for sequence in chosen:
+                    sequence.reserve(1)
+                parts = [(s, ids[start + i : start + i + 1]) for i, s in enumerate(chosen)]
+                self._run(parts, range(len(chosen)), out[start : start + len(chosen)])
+                for sequence in chosen:
+                    sequence.advance(1)
+        return out
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use: the weights (mapped from the file), the arena, and the pages of the cache."""
+        seen = {
+            id(value): value.nbytes
+            for r in self._program.records
+            for value in r.fields.values()
+            if isinstance(value, np.ndarray)
+        }
+        cache = sum(pool.allocated * pool.page_bytes for pool in self._pools)
+        return {"weights": sum(seen.values()), "arena": self._program.arena.size, "cache": cache}
+
+    def close(self) -> None:
+        """End the threads and let the memory go. Safe to call twice."""
+        with self._lock:
+            if self._team is None:
+                return
+            self._team.close()
+            for pool in self._pools:
+                pool.free.clear()
+            # The program holds views of the mapped file, and the graph too.
+            self._team = None
+            del self._program, self._step, self._kernels, self.graph
+
+    def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
+            raise ValueError(f"a token id is outside of the vocabulary of {self.n_vocab}")
+        return ids
+
+    def _run(
+        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given."""
+        if self._team is None:
+            raise ValueError("this model is closed")
+        step, program = self._step, self._program
+        rows = step.fill(parts)
+        for table in program.rope_tables:
+            table.fill(int(step.positions[:rows].max()) + 1)
+        if out is None:
+            out = np.empty((len(wanted), self.n_vocab), np.float32)
+        if rows == 1 and len(wanted) == 1:
+            step.select(range(1))
+            self._team.run(program.whole, step.record)
+            out[0] = program.logits[0]
+            return out
+        self._team.run(program.body, step.record)
+        for start in range(0, len(wanted), len(program.logits)):
+            chosen = wanted[start : start + len(program.logits)]
+            step.select(chosen)
+            self._team.run(program.head, step.record)
+            out[start : start + len(chosen)] = program.logits[: len(chosen)]
+        return out
+
+
+class _Step:
+    """The step's record, and the arrays that it points to."""
+
+    def __init__(self, batch: int, groups: int) -> None:
+        self.tokens = np.zeros(batch, np.int64)
+        self.positions = np.zeros(batch, np.int64)
+        self.selected = np.zeros(batch, np.int64)
+        self.tables = np.zeros(batch * groups, np.int64)
+        self.tiles = np.zeros((batch, R.TILE_BYTES // 8), np.int64)
+        self.record = np.zeros(R.STEP_BYTES // 8, np.int64)
+        for offset, array in (
+            (R.TOKENS, self.tokens), (R.POSITIONS, self.positions), (R.SELECTED, self.selected), (R.TILES, self.tiles),
+            (R.PAGE_TABLES, self.tables),
+        ):  # fmt: skip
+            self.record[offset // 8] = array.ctypes.data
+
+    @property
+    def address(self) -> int:
+        return int(self.record.ctypes.data)
+
+    def fill(self, parts: list[tuple[KVSequence, NDArray[np.int64]]]) -> int:
+        """Lay out the rows of all parts. Returns how many there are."""
+        total = sum(len(ids) for _, ids in parts)
+        tables = self.tables[: total * (len(self.tables) // len(self.tokens))].reshape(-1, total)
+        row = n_tiles = 0
+        for sequence, ids in parts:
+            count, past = len(ids), sequence.n_past
+            self.tokens[row : row + count] = ids
+            self.positions[row : row + count] = np.arange(past, past + count)
+            addresses = sequence.tables.ctypes.data + np.arange(len(tables)) * sequence.tables.strides[0]
+            tables[:, row : row + count] = addresses[:, None]
+            for first in range(0, count, R.TILE_SIZE):
+                self.tiles[n_tiles] = (row + first, min(R.TILE_SIZE, count - first), past + first)
+                n_tiles += 1
+            row += count
+        self.record[R.N_TILES // 8] = n_tiles
+        self._rows(total)
+        return total
+
+    def select(self, rows: range) -> None:
+        """The rows that the head works on: it has as many rows as are wanted."""
+        self.selected[: len(rows)] = rows
+        self._rows(len(rows))
+
+    def _rows(self, count: int) -> None:
+        self.record[R.N_ROWS // 8] = count
+        self.record[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, count)

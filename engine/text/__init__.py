@@ -1,0 +1,1 @@
+"""Between texts and tokens: tokenizers, chat templates and their sandbox, stop strings."""

@@ -1,0 +1,87 @@
+"""Byte-pair encoding through the `tokenizers` library."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+_UNSPELT = ""  # no piece of any vocabulary is empty
+
+
+def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    """Raises FormatError where the merges do not fit the pieces."""
+    tokenizer = _build(vocabulary)
+    metaspace = vocabulary.pre_tokenizer.alphabet == "metaspace"
+    unspelt = len(vocabulary)
+    lowercase = vocabulary.kind == "whitespace" and vocabulary.flag("normalizer.lowercase", False)
+
+    def encode(text: str) -> list[int]:
+        if metaspace:
+            text = text.replace(" ", SPACE)
+        ids: list[int] = tokenizer.encode(text.lower() if lowercase else text, add_special_tokens=False).ids
+        return [id for id in ids if id != unspelt] if unspelt in ids else ids
+
+    return encode
+
+
+def _build(vocabulary: Vocabulary) -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(_model(vocabulary))
+    pre = vocabulary.pre_tokenizer
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns
+    ]
+    if pre.alphabet == "bytes":
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre.prefix_words:
+        tokenizer.normalizer = normalizers.Replace(Regex(rf"^(?=[^{SPACE}\n])"), SPACE)
+    return tokenizer
+
+
+def _model(vocabulary: Vocabulary) -> "BPE":
+    """A dict of pieces and a list of pairs is the library's quickest way in: JSON and files take twice the time."""
+    from tokenizers.models import BPE
+
+    pre = vocabulary.pre_tokenizer
+    merges = vocabulary.merges()
+    try:
+        with _garbage_collection_paused():
+            ids = {piece.decode(): id for id, piece in enumerate(vocabulary.pieces)}
+            # Of a merge that is listed twice the first counts; the library would take the last.
+            pairs: list[Any] = [tuple(merge.decode().split(" ", 1)) for merge in dict.fromkeys(merges)]
+            # A character without a piece is left out in the end, but until then it keeps its neighbours apart.
+            ids[_UNSPELT] = len(vocabulary)
+            # Every byte has a piece in the byte alphabet; the others spell what has none as <0xNN>.
+            return BPE(
+                ids,
+                pairs,
+                unk_token=_UNSPELT,
+                byte_fallback=pre.alphabet != "bytes",
+                ignore_merges=pre.ignore_merges,
+            )
+    except UnicodeDecodeError:
+        raise vocabulary.error("a token or merge of the byte-pair tokenizer is not UTF-8") from None
+    except TypeError:
+        raise vocabulary.error("tokenizer.ggml.merges has one that is not two pieces") from None
+    except Exception as error:  # the library raises no narrower class
+        raise vocabulary.error(f"tokenizer.ggml.merges do not fit the tokens: {error}") from None
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """It would look through hundreds of thousands of new tuples again and again: an eighth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

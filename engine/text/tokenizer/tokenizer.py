@@ -1,0 +1,137 @@
+"""The tokenizer of a model, as the other parts see it."""
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from os import PathLike
+from typing import Self
+
+from qrun.engine.text.tokenizer.special import SpecialPieces
+from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.formats import GGUFReader
+
+
+class Tokenizer:
+    """Text to token ids and back, by the metadata of a GGUF file.
+
+    n_vocab: number of tokens. bos_id, eos_id: None if the model has none. stop_ids: tokens that end an answer.
+    add_bos: whether `encode` starts a text with `bos_id`. kind, pre: the tokenizer's kind and pre-tokenizer as the file
+    names them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.n_vocab = len(vocabulary)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.stop_ids = vocabulary.stop_ids
+        self.add_bos = vocabulary.add_bos and vocabulary.bos_id is not None
+        self.kind = vocabulary.kind
+        self.pre = vocabulary.pre
+
+    @classmethod
+    def load(cls, source: str | PathLike[str] | GGUFReader) -> Self:
+        """From a file, or from one that is open (and stays open as long as this tokenizer is used).
+
+        Raises FormatError if the file has no tokenizer, or one that is damaged or of a kind that is not supported.
+        """
+        return cls(Vocabulary(source if isinstance(source, GGUFReader) else GGUFReader(source)))
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """add_special: with the tokens that the model wants at the start and end of a text (bos, eos).
+        parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens."""
+        # Halves of surrogate pairs are not text: no encoder takes them.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        prefix = " " if self._prefixes_space else ""
+        at_start = True
+        for part in self._special.split(text, control=parse_special):
+            if isinstance(part, int):
+                ids.append(part)
+                at_start = True
+            else:
+                ids += self._encode_text(prefix + part if at_start else part)
+                at_start = False
+        end_id = self._vocabulary.end_id
+        return [*ids, end_id] if add_special and end_id is not None else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
+
+        skip_special: leave out control tokens. Raises ValueError if an id is not in the vocabulary."""
+        stream = StreamDecoder(self, skip_special, at_start=True)
+        return "".join([stream.push(id) for id in ids]) + stream.flush()
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for, on its own. Raises ValueError if the id is not in the vocabulary."""
+        if not 0 <= id < self.n_vocab:
+            raise ValueError(f"token {id} is not in the vocabulary of {self.n_vocab}")
+        return self._vocabulary.text(id)
+
+    def has_piece(self, piece: str) -> bool:
+        """Whether one token is spelt so."""
+        return piece.encode() in self._vocabulary.pieces
+
+    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
+        """A decoder for tokens as they are generated.
+
+        after: the tokens before them; if the last is special, a space that models of SentencePiece's kind put at the
+        start of every text is left out, as `decode` does."""
+        at_start = len(after) > 0 and after[-1] in self._special.ids
+        return StreamDecoder(self, skip_special, at_start)
+
+    @property
+    def _prefixes_space(self) -> bool:
+        return self._vocabulary.add_space_prefix and self.kind == "llama"
+
+    @cached_property
+    def _special(self) -> SpecialPieces:
+        return SpecialPieces(self._vocabulary)
+
+    @cached_property
+    def _hidden(self) -> frozenset[int]:
+        return frozenset(self._vocabulary.ids_of(PieceType.CONTROL, PieceType.UNKNOWN))
+
+    @cached_property
+    def _encode_text(self) -> Callable[[str], list[int]]:
+        """Built when a text is first encoded: a model that is only given token ids does not pay for it."""
+        if self._vocabulary.is_byte_pair:
+            from qrun.engine.text.tokenizer.bytepair import byte_pair_encoder
+
+            return byte_pair_encoder(self._vocabulary)
+        if self.kind == "bert":
+            from qrun.engine.text.tokenizer.wordpiece import word_piece_encoder
+
+            return word_piece_encoder(self._vocabulary)
+        from qrun.engine.text.tokenizer.sentencepiece_model import merging_encoder, unigram_encoder
+
+        return (merging_encoder if self.kind == "llama" else unigram_encoder)(self._vocabulary)
+
+
+class StreamDecoder:
+    """Turns tokens into text one at a time, and never gives out half a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, at_start: bool = False) -> None:
+        """at_start: the next token starts a text, so that a space which `encode` put before it is left out."""
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._at_start = at_start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The characters that this token completes: none, if its last character is still incomplete."""
+        tokenizer = self._tokenizer
+        text = tokenizer.token_bytes(id)
+        if id in tokenizer._special.ids:
+            self._at_start = True
+            if self._skip_special and id in tokenizer._hidden:
+                return ""
+        else:
+            if self._at_start and tokenizer._prefixes_space:
+                text = text.removeprefix(b" ")
+            self._at_start = False
+        return self._utf8.decode(text)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if the last character never was completed."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,244 @@
+"""The pieces of a model's tokenizer as its GGUF file gives them, checked."""
+
+import re
+from collections.abc import Iterable
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrun.engine.text.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
+from qrun.formats import FormatError, GGUFReader
+
+SPACE = "▁"
+"""U+2581, by which SentencePiece spells a space."""
+
+KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert"}
+"""The values of `tokenizer.ggml.model` that can be encoded with."""
+
+
+class PieceType(IntEnum):
+    """The values of `tokenizer.ggml.token_type` (SentencePiece's ModelProto.SentencePiece.Type)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# Pieces that end an answer, known by their text: not every file names them in its metadata.
+_END_OF_GENERATION = frozenset(
+    (
+        "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
+        "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
+        "<｜end▁of▁sentence｜> [e~["  # noqa: RUF001 (DeepSeek writes its bars in full width)
+    )
+    .encode()
+    .split()
+)
+# Pieces for code infilling that follow a finished file; they end an answer too.
+_END_OF_FILE = frozenset(
+    b"<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> "
+    b"<|file_sep|>".split()
+)
+_INFILL = frozenset(
+    (
+        "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "  # noqa: RUF001
+        "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "  # noqa: RUF001
+        "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>"  # noqa: RUF001
+    )
+    .encode()
+    .split()
+)
+# The marks of gpt-oss's message format, which is text that a caller wants to see.
+_CHANNEL_MARKS = frozenset(b"<|channel|> <|message|> <|start|> <|constrain|>".split())
+
+_BYTE_PIECE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
+
+
+class Vocabulary:
+    """pieces: the bytes of every token as the file spells them; types: uint8 [n], of PieceType; scores: float32 [n]."""
+
+    def __init__(self, reader: GGUFReader) -> None:
+        """Raises FormatError: no tokenizer, a kind that is not supported, or metadata which contradicts itself."""
+        self._reader = reader
+        self._metadata = reader.metadata
+        self.path: Path = reader.path
+        self.kind: str = self._value("tokenizer.ggml.model", str, "none")
+        if self.kind in ("none", "no_vocab"):
+            raise self.error("the file has no tokenizer")
+        if self.kind not in KINDS:
+            raise self.error(f"tokenizer kind {self.kind!r} is not supported")
+        self.pre: str | None = self._value("tokenizer.ggml.pre", str, None)
+
+        self.pieces = self._pieces()
+        self.types = self._types()
+        self.scores = self._numbers("tokenizer.ggml.scores", np.float32, 0)
+        if not np.isfinite(self.scores).all():
+            raise self.error("tokenizer.ggml.scores has a value that is not finite")
+        self._check_byte_pieces()
+
+        sentencepiece = self.kind == "llama"
+        self.bos_id = self._token_id("bos", {"llama": 1, "bert": 101}.get(self.kind))
+        self.eos_id = self._token_id("eos", {"llama": 2, "t5": 1}.get(self.kind))
+        self.unknown_id = self._token_id("unknown", {"llama": 0, "t5": 2, "bert": 100}.get(self.kind))
+        add_bos = sentencepiece or self.kind == "bert" or (self.is_byte_pair and self.pre_tokenizer.add_bos)
+        self.add_bos: bool = self._value("tokenizer.ggml.add_bos_token", bool, add_bos)
+        add_eos = self._value("tokenizer.ggml.add_eos_token", bool, self.kind == "t5")
+        self.end_id = self.eos_id if add_eos else None
+        if self.kind == "bert":
+            self.end_id = self._token_id("seperator", 102)  # spelt so in the format
+        self.add_space_prefix: bool = self._value("tokenizer.ggml.add_space_prefix", bool, sentencepiece)
+
+        stops = self._mark_known_spellings()
+        named = [self._token_id(name) for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
+        self.stop_ids = frozenset(stops.union(id for id in [self.eos_id, *named] if id is not None))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def error(self, reason: str) -> FormatError:
+        return FormatError(self.path, reason)
+
+    @property
+    def is_byte_pair(self) -> bool:
+        return self.kind in ("gpt2", "gemma4", "whitespace")
+
+    @cached_property
+    def pre_tokenizer(self) -> PreTokenizer:
+        return pre_tokenizer(self.kind if self.kind in ("gemma4", "whitespace") else self.pre)
+
+    @cached_property
+    def ids(self) -> dict[bytes, int]:
+        """The id of every piece; of those with one spelling, the last."""
+        return {piece: id for id, piece in enumerate(self.pieces)}
+
+    def merges(self) -> list[bytes]:
+        """Byte-pair merges, first the one that was learnt first: b"left right"."""
+        return self._strings("tokenizer.ggml.merges")
+
+    def charsmap(self) -> bytes:
+        """SentencePiece's compiled table of text normalisation, unchecked; empty where the model has none."""
+        table = self._metadata.get("tokenizer.ggml.precompiled_charsmap", np.empty(0, np.uint8))
+        if not isinstance(table, np.ndarray) or table.dtype.itemsize != 1:
+            raise self.error("tokenizer.ggml.precompiled_charsmap is not an array of bytes")
+        return table.tobytes()
+
+    def flag(self, name: str, default: bool) -> bool:
+        value: bool = self._value(f"tokenizer.ggml.{name}", bool, default)
+        return value
+
+    def ids_of(self, *types: PieceType) -> list[int]:
+        ids: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()
+        return ids
+
+    def strips_right(self, id: int) -> bool:
+        """Whether white space after this special piece belongs to it. Files do not say so: phi-3 is known by name."""
+        name = self._value("general.name", str, "").lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return False
+        return self.pieces[id] not in (b"<unk>", b"<s>", b"<|endoftext|>")
+
+    def _value(self, key: str, kind: type, default: Any) -> Any:
+        value = self._metadata.get(key, default)
+        if value is not default and not isinstance(value, kind):
+            raise self.error(f"{key} is not of type {kind.__name__}")
+        return value
+
+    def _token_id(self, name: str, default: int | None = None) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        if key not in self._metadata:
+            return default if default is not None and default < len(self) else None
+        id = self._metadata[key]
+        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < len(self):
+            raise self.error(f"{key} is {id!r}, but the vocabulary has {len(self)} tokens")
+        return id
+
+    def _strings(self, key: str) -> list[bytes]:
+        if key not in self._metadata:
+            raise self.error(f"{key} is missing")
+        return self._reader.raw_strings(key)
+
+    def _pieces(self) -> list[bytes]:
+        pieces = self._strings("tokenizer.ggml.tokens")
+        if not pieces:
+            raise self.error("tokenizer.ggml.tokens is empty")
+        if b"" in pieces:
+            pieces = [piece or b"[EMPTY_%d]" % i for i, piece in enumerate(pieces)]
+        return pieces
+
+    def _numbers(self, key: str, dtype: type, default: float) -> np.ndarray:
+        values = self._metadata.get(key)
+        if values is None:
+            return np.full(len(self), default, dtype)
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+            raise self.error(f"{key} is not an array of numbers")
+        if len(values) != len(self):
+            raise self.error(f"{key} has {len(values)} values for {len(self)} tokens")
+        with np.errstate(all="ignore"):  # what does not fit becomes infinite, or a type that does not exist
+            return values.astype(dtype)
+
+    def _types(self) -> np.ndarray:
+        types = self._numbers("tokenizer.ggml.token_type", np.int64, PieceType.NORMAL)
+        types[(types < PieceType.NORMAL) | (types > PieceType.BYTE)] = PieceType.UNUSED
+        return types.astype(np.uint8)
+
+    def _check_byte_pieces(self) -> None:
+        for id in np.flatnonzero(self.types == PieceType.BYTE):
+            if not _BYTE_PIECE.fullmatch(self.pieces[id]):
+                raise self.error(f"token {id} is of type byte, but spelt {self.pieces[id]!r}")
+
+    def _mark_known_spellings(self) -> set[int]:
+        """Give special pieces the type that their spelling tells, as llama.cpp does; the ids of those that stop."""
+        known = {
+            piece: self.pieces.index(piece)
+            for piece in (_END_OF_GENERATION | _END_OF_FILE | _INFILL | _CHANNEL_MARKS).intersection(self.pieces)
+        }
+
+        def ids(spellings: Iterable[bytes]) -> set[int]:
+            return {known[piece] for piece in spellings if piece in known}
+
+        stops = ids(_END_OF_GENERATION | _END_OF_FILE)
+        self.types[list(stops | ids(_INFILL))] = PieceType.CONTROL
+        self.types[list(ids(_CHANNEL_MARKS))] = PieceType.USER_DEFINED
+        # Where "<|end|>" ends a message and another piece ends the answer (gpt-oss, Solar), it is no stop.
+        if b"<|end|>" in known and (
+            known.keys() >= {b"<|call|>", b"<|return|>"}
+            or known.keys() >= {b"<|call|>", b"<|flush|>"}
+            or known.keys() >= {b"<|calls|>", b"<|flush|>"}
+        ):
+            self.types[known[b"<|end|>"]] = PieceType.USER_DEFINED
+            stops.remove(known[b"<|end|>"])
+        # Gemma 4 has a "</s>" that is an HTML tag and nothing more.
+        if b"</s>" in known and b"<|tool_response>" in known:
+            self.types[known[b"</s>"]] = PieceType.NORMAL
+            stops.remove(known[b"</s>"])
+        return stops
+
+    def text(self, id: int) -> bytes:
+        """The bytes that token `id` stands for."""
+        piece, kind = self.pieces[id], self.types[id]
+        if kind == PieceType.NORMAL:
+            if self.is_byte_pair and self.pre_tokenizer.alphabet == "bytes":
+                return b"".join(_BYTE_OF.get(c, c.encode(errors="replace")) for c in piece.decode(errors="replace"))
+            return piece.replace(SPACE.encode(), b" ")
+        if kind == PieceType.BYTE:
+            return bytes.fromhex(piece[3:5].decode())
+        return b"" if kind == PieceType.UNUSED else piece
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's spelling of bytes: a printable Latin-1 character is itself, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): bytes([byte]) for byte in printable},
+        **{chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _byte_alphabet()

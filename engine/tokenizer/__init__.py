@@ -1,5 +1,0 @@
-"""Text to token ids and back, as a model's file describes it."""
-
-from qrun.engine.tokenizer.tokenizer import StreamDecoder, Tokenizer
-
-__all__ = ["StreamDecoder", "Tokenizer"]
