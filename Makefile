@@ -27,11 +27,12 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat test bench bench-convert docs clean
+.PHONY: help chat test soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some ten minutes)"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
 	@echo "make docs   write the generated parts of the documentation anew"
@@ -44,6 +45,9 @@ test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+soak: $(TESTING)
+	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
 
 bench: $(RUNTIME)
 	@$(BIN)/python tests/bench/table.py $(BENCH_MODELS) --random $(BENCH_MIXES) \

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.session import Host, Session, check_tokens
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ DEFAULT_CONTEXT = 4096
 
 
 class Model:
-    """A model that is ready to run. Get one with `Model.load`; close it, or use it in a `with` statement.
+    """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
+    otherwise it goes when nobody holds it, its sessions or its generations any more.
 
     May be used from several threads: each generation of `chat`, `generate` and `complete` has a session to itself
     while it lasts. One that begins after another has ended goes on in the same session, so that only the tokens in
@@ -71,7 +73,7 @@ class Model:
         self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
         self._closed = False
         # Guards what follows.
-        self._lock = threading.Lock()
+        self._lock = ForkAwareLock()
         # Sessions of chat, generate and complete: those busy, and at most one more.
         self._pool: list[Session] = []
 
@@ -215,7 +217,10 @@ class Model:
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         sequence = self._runtime.sequence()
         try:
-            logits = self._runtime.evaluate(sequence, tokens, "all")
+            logits = self._runtime.evaluate(sequence, tokens, "all", lambda: self._closed)
+        except GenerationCancelled:
+            self._check_open()
+            raise
         finally:
             sequence.close()
         assert logits is not None

@@ -1,9 +1,9 @@
 """The loop from a prompt to a text: evaluate, sample, stream, and know when to end."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.lookup import Lookup
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.stop_strings import StopStrings
 
@@ -70,7 +71,7 @@ class Generation(Iterator[Piece]):
     """Pieces of text, each computed when it is asked for. Made by `Session.generate`.
 
     The prompt is evaluated with the first piece. `text` and `tokens` grow with the pieces; `stop_reason` is None until
-    the end, then one of:
+    the end, then one of these. One thread at a time may ask for a piece: RuntimeError if two do.
       "stop"       the model ended its turn, or a stop string came up
       "length"     `max_tokens` were generated
       "context"    the context is full
@@ -101,7 +102,8 @@ class Generation(Iterator[Piece]):
         self._lookup = Lookup(prompt) if sampler.options.lookup else None
         self._sampled: deque[tuple[int, float | None, int]] = deque()
         """Tokens without a piece yet, each with its log probability and the positions left before it."""
-        self._cancelled = threading.Event()
+        self._cancelled = False
+        self._reading = ForkAwareLock("this generation")
         self._started = False
         self._n_cached = 0
         self._n_sampled = 0
@@ -111,31 +113,36 @@ class Generation(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
-        if self.stop_reason is not None:
-            raise StopIteration
+        if not self._reading.acquire(blocking=False):
+            raise RuntimeError("this generation is being read by another thread")
         try:
-            piece = self._next_piece()
-        except BaseException:
-            self.stop_reason = "cancelled"
-            raise
-        if piece is None:
-            raise StopIteration
-        self.text += piece
-        return piece
+            if self.stop_reason is not None:
+                raise StopIteration
+            try:
+                piece = self._next_piece()
+            except BaseException:
+                self.stop_reason = "cancelled"
+                raise
+            if piece is None:
+                raise StopIteration
+            self.text += piece
+            return piece
+        finally:
+            self._reading.release()
 
     def cancel(self) -> None:
-        """End as soon as possible, from any thread: after the token, or the batch of the prompt, under way."""
-        self._cancelled.set()
+        """End as soon as possible, from any thread: after the token under way, or within a tenth of a second."""
+        self._cancelled = True
 
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
-        return self._cancelled.is_set()
+        return self._cancelled
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
         """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates."""
-        return min(self._cache.sequence.n_past, len(self._prompt)), len(self._prompt)
+        return min(self._cache.n_computed, len(self._prompt)), len(self._prompt)
 
     @property
     def stats(self) -> GenerationStats:
@@ -220,17 +227,17 @@ class Generation(Iterator[Piece]):
 
     def _next_logits(self) -> np.ndarray | None:
         """Logits after all tokens so far; None if the evaluation was cancelled."""
-        if self._started:
-            return self._cache.advance(self.tokens[-1])
-        self._started = True
-        start = time.perf_counter()
-        try:
-            logits, self._n_cached = self._cache.advance_to(self._prompt, self._cancelled.is_set)
-        except GenerationCancelled:
-            return None
-        finally:
-            self._prompt_seconds = time.perf_counter() - start
-        return logits
+        with suppress(GenerationCancelled):
+            if self._started:
+                return self._cache.advance(self.tokens[-1], lambda: self._cancelled)
+            self._started = True
+            start = time.perf_counter()
+            try:
+                logits, self._n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled)
+            finally:
+                self._prompt_seconds = time.perf_counter() - start
+            return logits
+        return None
 
     def _piece(self, token: int, logprob: float | None, n_free: int) -> Piece | None:
         """The piece of a sampled token, with which the generation may end. `n_free` positions are left before it."""

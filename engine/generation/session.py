@@ -11,6 +11,7 @@ import numpy as np
 from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.token_cache import TokenCache, common_prefix
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling import dry
 from qrun.engine.sampling.options import SamplingOptions
 from qrun.engine.sampling.sampler import Sampler
@@ -51,7 +52,7 @@ class Host:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.fingerprint = fingerprint
-        self._lock = threading.Lock()
+        self._lock = ForkAwareLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def add(self, session: "Session") -> None:
@@ -78,7 +79,7 @@ class Session:
         self._cache = cache or TokenCache(host.runtime, host.runtime.sequence())
         self._closed = False
         # Guards who generates: the three below. Never held while anything is computed.
-        self._guard = threading.Lock()
+        self._guard = ForkAwareLock()
         self._generation: weakref.ref[Generation] | None = None
         self._owner = 0
         host.add(self)
@@ -196,6 +197,8 @@ class Session:
             closed, self._closed = self._closed, True
         if not closed:
             self.stop()
+            if self._cache.lock.abandoned:  # its threads are those of another process
+                return
             with self._cache.lock:
                 self._cache.sequence.close()
                 self._cache.tokens.clear()

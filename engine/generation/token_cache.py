@@ -1,10 +1,11 @@
 """The KV cache of one sequence, with the tokens that it was computed from."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
     from qrun.engine.program.kv_cache import KVSequence
@@ -19,7 +20,7 @@ class TokenCache:
     """
 
     def __init__(self, runtime: "Runtime", sequence: "KVSequence", tokens: Sequence[int] = ()) -> None:
-        self.lock = threading.RLock()
+        self.lock = ForkAwareLock("this session")
         self.tokens = list(tokens)
         self.sequence = sequence
         self._runtime = runtime
@@ -33,7 +34,7 @@ class TokenCache:
         """Hold exactly `prompt` (at least one token, at most the context).
 
         Returns the logits after it, float32 [n_vocab], and how many of its tokens were held already. `cancelled` is
-        asked between batches; if it says yes, GenerationCancelled is raised.
+        asked ten times a second; if it says yes, GenerationCancelled is raised.
         """
         # The last token is always evaluated: logits are not kept.
         wanted = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
@@ -43,9 +44,14 @@ class TokenCache:
         n_held = len(self.tokens)
         return self._evaluate(prompt[n_held:], "last", cancelled), n_held
 
-    def advance(self, token: int) -> np.ndarray:
-        """Hold one more token; returns the logits after it, float32 [n_vocab]."""
-        return self._evaluate([token], "last", None)
+    @property
+    def n_computed(self) -> int:
+        """How many tokens have been computed, also while an evaluation is under way in another thread."""
+        return self._runtime.progress(self.sequence)
+
+    def advance(self, token: int, cancelled: Callable[[], bool]) -> np.ndarray:
+        """Hold one more token; returns the logits after it, float32 [n_vocab]. `cancelled` as for `advance_to`."""
+        return self._evaluate([token], "last", cancelled)
 
     @property
     def room_for_guesses(self) -> int:

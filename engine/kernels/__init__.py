@@ -11,8 +11,7 @@ from importlib import import_module
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
 _MODULES = {
-    "begin_step": "team",
-    "run_step": "team",
+    "lead": "team",
     "serve": "team",
     "matmul": "matmul",
     "append": "attention",

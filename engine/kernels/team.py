@@ -54,7 +54,11 @@ from qrun.engine.simd.operations import (
 MEMBER, PHASE = 1 << 12, 1 << 24
 
 SPINS_BEFORE_YIELD = 2000
-SPINS_BEFORE_SLEEP = 40000
+# A thread that waits for a step sleeps after this time. Spins say little of time: where another program wants the core,
+# each yield takes as long as that is given. Where there is no clock they have to do.
+NANOSECONDS_BEFORE_SLEEP = 5_000_000
+SPINS_BETWEEN_LOOKS = 64
+SPINS_BEFORE_SLEEP = 4000
 
 # A thread whose core another program wants too gets it for 4 ms and then loses it for 4 ms (Linux at 250 ticks a
 # second; measured), often with a chunk in hand for which all others wait. So after a delay of that kind it gives the
@@ -94,15 +98,6 @@ def more_wanted(step, thread):  # type: ignore[no-untyped-def]
     """Whether a kernel should take another chunk. Where it should not, the thread steps aside and comes back for it."""
     shared = load_i64(step + STEP_TEAM)
     return shared == 0 or not time_is_up(shared, thread)
-
-
-def begin_step(shared, _step, _thread):  # type: ignore[no-untyped-def]
-    """Reset the counters, and begin a step with the caller as its only member."""
-    program = load_i64(shared + PROGRAM)
-    for i in range(load_i64(shared + N_OPERATIONS)):
-        store_i64(program + i * RECORD_BYTES + OP_COUNTER, 0)
-    store_i64(shared + PHASE_BEGIN, program)
-    atomic_add(shared + STATE, MEMBER)
 
 
 @helper
@@ -211,7 +206,7 @@ def run_phase(op, step, thread):  # type: ignore[no-untyped-def]
 
 
 @helper
-def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
+def run_step(shared, thread):  # type: ignore[no-untyped-def]
     """Take part in the step that is under way, as thread number `thread`, until it is over."""
     own = record_of(shared, thread)
     op = load_i64(shared + PHASE_BEGIN) if thread == 0 else join(shared)
@@ -246,20 +241,42 @@ def run_step(shared, _step, thread):  # type: ignore[no-untyped-def]
                 op = join(shared)
 
 
+def lead(shared, _step, thread):  # type: ignore[no-untyped-def]
+    """Begin a step, as thread 0, and see it through. One call, so that nothing of Python's comes between: with its
+    caller gone, a step would go on for ever.
+
+    The counters are reset, and the step begins with the caller as its only member.
+    """
+    program = load_i64(shared + PROGRAM)
+    for i in range(load_i64(shared + N_OPERATIONS)):
+        store_i64(program + i * RECORD_BYTES + OP_COUNTER, 0)
+    store_i64(shared + PHASE_BEGIN, program)
+    atomic_add(shared + STATE, MEMBER)
+    run_step(shared, thread)
+
+
 def serve(shared, _step, thread):  # type: ignore[no-untyped-def]
     """Take part in steps as they come; return (to sleep) when none has come for a while."""
     yield_address = load_i64(shared + YIELD)
+    has_clock = load_i64(shared + CLOCK) != 0
     asleep = record_of(shared, thread) + ASLEEP
     while True:
         spins = 0
+        since = now(shared, thread) if has_clock else 0
         while members_in(atomic_load(shared + STATE)) == 0:
             if load_i64(shared + CLOSING) != 0:
                 return
             pause()
             spins += 1
-            if spins > SPINS_BEFORE_YIELD:
+            yielding = spins > SPINS_BEFORE_YIELD
+            if yielding:
                 call_plain(yield_address)
-            if spins > SPINS_BEFORE_SLEEP:
+            if has_clock:
+                look = yielding or spins % SPINS_BETWEEN_LOOKS == 0
+                tired = look and now(shared, thread) - since > NANOSECONDS_BEFORE_SLEEP
+            else:
+                tired = spins > SPINS_BEFORE_SLEEP
+            if tired:
                 # Say so first, look once more after: a step that begins in between is seen by one side or the other.
                 atomic_exchange(asleep, 1)
                 if members_in(atomic_load(shared + STATE)) == 0:
@@ -267,4 +284,5 @@ def serve(shared, _step, thread):  # type: ignore[no-untyped-def]
                 if atomic_exchange(asleep, 0) == 0:
                     return  # the wake-up is already on its way
                 spins = 0
-        run_step(shared, 0, thread)
+                since = now(shared, thread) if has_clock else 0
+        run_step(shared, thread)

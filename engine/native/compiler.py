@@ -95,7 +95,10 @@ def _write_object(folder: Path, key: str, code: bytes) -> None:
 
 
 class Kernels:
-    """Loaded machine code: `kernels["matmul-Q4_K"]` is the address of a C function (op, step, thread), all int64."""
+    """Loaded machine code: `kernels["matmul-Q4_K"]` is the address of a C function (op, step, thread), all int64.
+
+    The code goes with this object: whoever runs it, or keeps an address in it, holds the object.
+    """
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
@@ -113,8 +116,10 @@ class Kernels:
         return self._addresses[key]
 
     def function(self, key: str) -> Callable[[int, int, int], None]:
-        """The kernel as a Python callable that releases the GIL while it runs."""
-        return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._addresses[key])
+        """The kernel as a Python callable that releases the GIL while it runs, and that holds the machine code."""
+        function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._addresses[key])
+        function.kernels = self  # type: ignore[attr-defined]
+        return function
 
 
 def symbol(key: str) -> str:

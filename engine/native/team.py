@@ -1,22 +1,28 @@
 """Threads that run a program together: each makes one compiled call a step (see `engine.kernels.team`).
 
-Between steps threads spin for a moment, then sleep on a semaphore until a step wakes them. A step does not wait for
-those that are still asleep: its caller begins alone.
+Between steps threads spin for a moment, then sleep until a step wakes them. A step does not wait for those that are
+still asleep: its caller begins alone.
+
+A thread holds the machine code that it runs and the memory that it looks at, and not the team. So a team that nobody
+holds any more goes away, and its threads end: by themselves, since nobody may be in a position to wait for them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 import time
+import weakref
+from queue import SimpleQueue
 
 import numpy as np
 
 from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Kernels
 
-TEAM_KERNELS = ("begin_step", "run_step", "serve")
+TEAM_KERNELS = ("lead", "serve")
 
 # With many rows, operations on rows come in more parts than there are threads: then nobody waits long for one of them.
 MANY_ROWS, PARTS_A_THREAD = 64, 4
@@ -38,58 +44,91 @@ def _clock() -> tuple[int, int]:
     return ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0, time.CLOCK_MONOTONIC
 
 
+class _Crew:
+    """What the threads of a team hold: the record that they share, their code, and what wakes them."""
+
+    def __init__(self, kernels: Kernels, threads: int) -> None:
+        self.process = os.getpid()
+        memory = np.zeros(R.SHARED_BYTES + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.shared = memory[start : start + R.SHARED_BYTES].view(np.int64)
+        self.address = int(self.shared.ctypes.data)
+        self.shared[R.YIELD // 8] = _yield_address()
+        self.shared[R.CLOCK // 8], self.shared[R.CLOCK_ID // 8] = _clock()
+        # A function holds its kernels.
+        self.lead, self.serve = (kernels.function(key) for key in TEAM_KERNELS)
+        # Of all queues and locks, this one alone may be used by what the garbage collector runs, wherever it runs.
+        self.wake: list[SimpleQueue[None]] = [SimpleQueue() for _ in range(threads)]
+
+    def work(self, number: int) -> None:
+        """The life of a thread."""
+        while not self.shared[R.CLOSING // 8]:
+            self.serve(self.address, 0, number)
+            self.wake[number].get()
+
+    def wake_sleepers(self) -> None:
+        for number in range(1, len(self.wake)):
+            asleep = (R.THREAD + number * R.THREAD_BYTES + R.ASLEEP) // 8
+            if self.shared[asleep]:
+                self.shared[asleep] = 0
+                self.wake[number].put(None)
+
+    def dismiss(self) -> None:
+        """Have the threads end. Waits for nothing, and does nothing in a child process, which has none of them."""
+        if self.process == os.getpid():
+            self.shared[R.CLOSING // 8] = 1
+            for queue in self.wake:
+                queue.put(None)
+
+
 class Team:
-    """`threads` threads, the caller's own among them. `run` is for one caller at a time."""
+    """`threads` threads, the caller's own among them. `run` is for one caller at a time.
+
+    In a child process (`os.fork`) the team has new threads from its first step on.
+    """
 
     def __init__(self, kernels: Kernels, threads: int) -> None:
         if not 1 <= threads <= R.MAX_THREADS:
             raise ValueError(f"threads is {threads}: it can be 1 to {R.MAX_THREADS}")
         self.size = threads
-        memory = np.zeros(R.SHARED_BYTES + 64, np.uint8)
-        start = -memory.ctypes.data % 64
-        self._shared = memory[start : start + R.SHARED_BYTES].view(np.int64)
-        self._address = int(self._shared.ctypes.data)
-        self._shared[R.YIELD // 8] = _yield_address()
-        self._shared[R.CLOCK // 8], self._shared[R.CLOCK_ID // 8] = _clock()
-        self._begin = kernels.function("begin_step")
-        self._run = kernels.function("run_step")
-        self._serve = kernels.function("serve")
-        self._wake = [threading.Semaphore(0) for _ in range(threads)]
-        self._threads = [
-            threading.Thread(target=self._work, args=(i,), name=f"qrun-{i}", daemon=True) for i in range(1, threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._kernels = kernels
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._crew = self._start()
 
     def run(self, program: np.ndarray, step: np.ndarray) -> None:
         """Run the operations of `program` (int64 [operations, RECORD_BYTES / 8]) on the step's rows."""
-        shared = self._shared
+        if self._crew.process != os.getpid():
+            self._crew = self._start()
+        crew = self._crew
+        shared = crew.shared
         many = step[R.N_ROWS // 8] >= MANY_ROWS
         step[R.STEP_PARTS // 8] = self.size * (PARTS_A_THREAD if many else 1)
-        step[R.STEP_TEAM // 8] = self._address
+        step[R.STEP_TEAM // 8] = crew.address
         shared[R.PROGRAM // 8] = program.ctypes.data
         shared[R.N_OPERATIONS // 8] = len(program)
         shared[R.STEP // 8] = step.ctypes.data
-        self._begin(self._address, 0, 0)
-        self._wake_sleepers()
-        self._run(self._address, 0, 0)
+        # Who falls asleep between this and the step sleeps through it. To begin first would be worse: an interrupt
+        # (Ctrl-C) between the two calls would leave a step that goes on without its caller.
+        crew.wake_sleepers()
+        crew.lead(crew.address, 0, 0)
 
     def close(self) -> None:
-        self._shared[R.CLOSING // 8] = 1
-        for semaphore in self._wake:
-            semaphore.release()
+        """End the threads, and wait until they have ended. Not during a step."""
+        self._closed = True
+        self._crew.dismiss()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join()
         self._threads = []
 
-    def _wake_sleepers(self) -> None:
-        for i in range(1, self.size):
-            asleep = (R.THREAD + i * R.THREAD_BYTES + R.ASLEEP) // 8
-            if self._shared[asleep]:
-                self._shared[asleep] = 0
-                self._wake[i].release()
-
-    def _work(self, number: int) -> None:
-        while not self._shared[R.CLOSING // 8]:
-            self._serve(self._address, 0, number)
-            self._wake[number].acquire()
+    def _start(self) -> _Crew:
+        """A crew, and its threads."""
+        crew = _Crew(self._kernels, self.size)
+        self._threads = []
+        weakref.finalize(self, crew.dismiss)
+        for number in range(1, 1 if self._closed else self.size):
+            thread = threading.Thread(target=crew.work, args=(number,), name=f"qrun-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return crew

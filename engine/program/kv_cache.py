@@ -7,7 +7,8 @@ Layers with the same attention window form a group; a page of a group holds the 
 from __future__ import annotations
 
 import functools
-import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.models.graph import CacheLayer
 
 P = ParamSpec("P")
@@ -82,13 +84,20 @@ class Page:
 
 @dataclass
 class PagePool:
-    """Pages of one group. Those given back are kept for the next sequence."""
+    """Pages of one group. Those given back are kept for the next sequence.
+
+    dropped: pages of sequences that went without `close`. The collector may take a sequence away at any time, in any
+    thread, so nothing more is done then than to note its pages here.
+    """
 
     page_bytes: int
     free: list[NDArray[np.uint8]] = field(default_factory=list)
     allocated: int = 0
+    dropped: deque[Page] = field(default_factory=deque)
 
     def take(self) -> Page:
+        while self.dropped:
+            self.give_back(self.dropped.popleft())
         if self.free:
             return Page(self.free.pop())
         self.allocated += 1
@@ -101,6 +110,12 @@ class PagePool:
         page.references -= 1
         if page.references == 0:
             self.free.append(page.memory)
+
+
+def _drop_all(pools: list[PagePool], held: list[dict[int, Page]]) -> None:
+    """What is left to do when a sequence is collected."""
+    for pool, pages in zip(pools, held, strict=True):
+        pool.dropped.extend(pages.values())
 
 
 def _locked(method: Callable[Concatenate[KVSequence, P], T]) -> Callable[Concatenate[KVSequence, P], T]:
@@ -118,10 +133,10 @@ class KVSequence:
     """The cache of one sequence of tokens. Not for use by two threads at a time.
 
     n_past: how many positions have been computed. `lock` guards what sequences share: the pools, and counts of
-    references.
+    references. A sequence that goes without `close` gives its pages back, too.
     """
 
-    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int, lock: threading.RLock) -> None:
+    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int, lock: ForkAwareLock) -> None:
         self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
         n_pages = -(-context // PAGE_POSITIONS)
         self.n_past = 0
@@ -129,6 +144,7 @@ class KVSequence:
         # Page addresses as kernels read them: one table a group.
         self.tables = np.zeros((len(pools), max(n_pages, 1)), np.int64)
         self._closed = False
+        weakref.finalize(self, _drop_all, pools, self._pages).atexit = False
 
     @_locked
     def reserve(self, count: int) -> None:
@@ -171,6 +187,7 @@ class KVSequence:
                 room = min(room, (lowest + 1) * PAGE_POSITIONS + window - 2 - after)
         return max(room, 0)
 
+    @_locked
     def truncate(self, n: int) -> int:
         """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
         if n >= self.n_past:

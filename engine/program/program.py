@@ -6,7 +6,9 @@ step of one row runs as one piece.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +20,26 @@ from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.record import InRecord, InStep, Record
 
 
+class Addresses(Protocol):
+    """Kernels by key, as `native.compiler.Kernels` has them."""
+
+    def __getitem__(self, key: str, /) -> int: ...
+
+
 class Program:
     """The records of `lowering`, linked: kernels, the step's record and the arena have addresses now.
 
-    body, head, whole: int64 [operations, RECORD_BYTES / 8], views of one array.
+    body, head, whole: int64 [operations, RECORD_BYTES / 8], views of one array. The program holds all that the records
+    have addresses of: kernels, weights, the arena.
     logits: float32 [head_rows, n_vocab], where the head leaves its result.
     Where threads have to wait for each other is decided here, since it depends on where values lie.
     """
 
-    def __init__(self, lowering: Lowering, kernels: dict[str, int], step_address: int) -> None:
+    def __init__(self, lowering: Lowering, kernels: Addresses, step_address: int) -> None:
         self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
         self.arena.place()
         place_barriers(self.records, lowering.n_body)
-        self._arrays: list[object] = []  # whose addresses the records hold
+        self._held: list[object] = [kernels]  # whose addresses the records have
         self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)
         numbers = {id(record): index for index, record in enumerate(self.records)}
         for row, record in zip(self.whole, self.records, strict=True):
@@ -41,7 +50,7 @@ class Program:
                 if isinstance(value, float):
                     row[offset // 8 : offset // 8 + 1].view(np.float32)[0] = value
                 elif isinstance(value, np.ndarray):
-                    self._arrays.append(value)
+                    self._held.append(value)
                     row[offset // 8] = value.ctypes.data
                 elif isinstance(value, Place):
                     row[offset // 8] = self._address(value)
@@ -54,8 +63,15 @@ class Program:
                     row[offset // 8] = value
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
+        self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
         pointer = ctypes.cast(self._address(lowering.logits), ctypes.POINTER(ctypes.c_float))
         self.logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (lowering.head_rows, lowering.graph.n_vocab))
+
+    def piece(self, operations: NDArray[np.int64], start: int, count: int) -> int:
+        """Where a piece of `body`, `head` or `whole` ends that starts at an operation and has about `count` of them."""
+        first = len(self.body) if operations is self.head else 0
+        index = bisect.bisect_left(self._ends, first + min(start + count, len(operations)))
+        return self._ends[index] - first
 
     def _address(self, place: Place) -> int:
         return self.arena.address + place.buffer.offset + place.offset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Progress, load_kernels
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence, PagePool
@@ -24,9 +25,18 @@ from qrun.models.graph import Graph
 # Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
 HEAD_ROWS = 16
 
+# A batch can take seconds. It is run in pieces of about this length, between which it can be cancelled, Python handles
+# signals (Ctrl-C), and others learn how far it has come.
+PIECE_SECONDS = 0.1
+FIRST_PIECE = 4  # operations, while it is not known how long they take
+AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear ones have their share
+
 
 class Runtime:
     """Computes logits. One step runs at a time; callers from several threads take turns.
+
+    Goes away, with its threads and memory, when nobody holds it any more; `close` does that at once. A child process
+    (`os.fork`) can go on with it, but not with sequences that another thread was computing.
 
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
@@ -57,13 +67,23 @@ class Runtime:
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
         self._kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools))
-        self._program = Program(lowering, {key: self._kernels[key] for key in keys}, self._step.address)
+        self._program = Program(lowering, self._kernels, self._step.address)
         self._team: Team | None = Team(self._kernels, threads)
-        self._lock = threading.RLock()  # also held by sequences while they change what they share
+        self._lock = ForkAwareLock()  # whoever runs steps
+        self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
+        self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
+        self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
-        return KVSequence(self._layout, self._pools, self.context, self._lock)
+        return KVSequence(self._layout, self._pools, self.context, self._pages_lock)
+
+    def progress(self, sequence: KVSequence) -> int:
+        """How many positions of the sequence have been computed; also while a batch of it is under way, from any
+        thread: then with the part of the batch that corresponds to the work done."""
+        under_way = self._under_way
+        reached = under_way[1] if under_way is not None and under_way[0] is sequence else 0
+        return max(sequence.n_past, int(reached))
 
     def evaluate(
         self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
@@ -74,7 +94,8 @@ class Runtime:
 
         Returns float32 [n_vocab] of the last token, [n, n_vocab] of all of them, or nothing.
         Raises ContextOverflow if the sequence would outgrow the context, ValueError for an id outside of the
-        vocabulary, GenerationCancelled if `cancelled()` is true between two batches.
+        vocabulary, GenerationCancelled if `cancelled()` becomes true: it is asked ten times a second. What is left then
+        are whole batches.
         """
         ids = self._checked(tokens)
         if sequence.n_past + len(ids) > self.context:
@@ -84,8 +105,6 @@ class Runtime:
         out = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
         last: NDArray[np.float32] | None = None
         for start in range(0, len(ids), self.batch):
-            if cancelled is not None and cancelled():
-                raise GenerationCancelled("evaluation was cancelled")
             part = ids[start : start + self.batch]
             ends = start + len(part) == len(ids)
             wanted = (
@@ -97,8 +116,12 @@ class Runtime:
             )
             with self._lock:
                 sequence.reserve(len(part))
-                rows = self._run([(sequence, part)], wanted, None if out is None else out[start : start + len(part)])
-                sequence.advance(len(part))
+                into = None if out is None else out[start : start + len(part)]
+                try:
+                    rows = self._run([(sequence, part)], wanted, into, cancelled)
+                    sequence.advance(len(part))
+                finally:
+                    self._under_way = None
             if out is None and len(rows):
                 last = rows[0]
         return out if logits == "all" else last
@@ -155,8 +178,9 @@ class Runtime:
         return ids
 
     def _run(
-        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32]:  # fmt: skip
         """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given."""
         if self._team is None:
             raise ValueError("this model is closed")
@@ -168,16 +192,38 @@ class Runtime:
             out = np.empty((len(wanted), self.n_vocab), np.float32)
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
-            self._team.run(program.whole, step.record)
+            self._run_pieces(program.whole, rows, cancelled)
             out[0] = program.logits[0]
             return out
-        self._team.run(program.body, step.record)
+        self._run_pieces(program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
-            self._team.run(program.head, step.record)
+            self._run_pieces(program.head, len(chosen), cancelled)
             out[start : start + len(chosen)] = program.logits[: len(chosen)]
         return out
+
+    def _run_pieces(
+        self, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
+        sequence: KVSequence | None = None,
+    ) -> None:  # fmt: skip
+        """Run all operations, on that many rows. sequence: that whose next positions the rows are, for `progress`."""
+        assert self._team is not None
+        start, magnitude = 0, rows.bit_length()
+        while start < len(operations):
+            if cancelled is not None and cancelled():
+                raise GenerationCancelled("evaluation was cancelled")
+            seconds = self._seconds.get(magnitude)
+            count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
+            end = self._program.piece(operations, start, count)
+            begin = time.perf_counter()
+            self._team.run(operations[start:end], self._step.record)
+            taken = (time.perf_counter() - begin) / (end - start)
+            before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
+            self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
+            start = end
+            if sequence is not None:
+                self._under_way = (sequence, sequence.n_past + rows * start / len(operations))
 
 
 class _Step:

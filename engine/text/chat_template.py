@@ -1,8 +1,8 @@
 """From the messages of a conversation to the text that a model continues."""
 
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
 
@@ -59,7 +59,7 @@ class ChatTemplate:
         self._tool_source = tool_source or source
         self._tokenizer = tokenizer
         self._environment: Limited | None = None
-        self._lock = Lock()
+        self._lock = ForkAwareLock()
 
     @classmethod
     def from_reader(cls, reader: GGUFReader, tokenizer: Tokenizer) -> Self:

@@ -135,6 +135,9 @@ class FakeRuntime:
         assert not self.closed
         return FakeSequence(self)
 
+    def progress(self, sequence: FakeSequence) -> int:
+        return sequence.n_past
+
     def logits_after(self, held: list[int]) -> np.ndarray:
         logits = np.random.default_rng(held[-3:]).standard_normal(self.n_vocab).astype(np.float32)
         logits[self.rule(held)] = 6

@@ -57,8 +57,8 @@ def short_of_time(team: Team) -> Iterator[None]:
     def disturb() -> None:
         chance = random.Random(3)
         while not over.is_set():
-            team._shared[own_field(team, chance.randrange(team.size), R.DEADLINE)] = 1
-            team._shared[R.OPENED // 8] -= chance.randrange(3)
+            team._crew.shared[own_field(team, chance.randrange(team.size), R.DEADLINE)] = 1
+            team._crew.shared[R.OPENED // 8] -= chance.randrange(3)
             time.sleep(chance.random() * 2e-4)
 
     thread = threading.Thread(target=disturb)
@@ -110,15 +110,16 @@ def test_a_thread_that_gives_its_core_away_in_vain_does_so_for_a_while_only() ->
     with closing(make_team(1)) as team:
         tries, deadline = (own_field(team, 0, field) for field in (R.IN_VAIN, R.DEADLINE))
         for _ in range(10_000):
-            team._shared[deadline] = 1
-            before = int(team._shared[tries])
+            team._crew.shared[deadline] = 1
+            before = int(team._crew.shared[tries])
             team.run(program, step)
             # Where another program is running, somebody may take the core: then it counts from the beginning.
-            assert team._shared[tries] in (0, before + 1) or (before == MOST_IN_VAIN and team._shared[deadline] == 0)
-            if team._shared[deadline] == 0:
+            over = team._crew.shared[deadline] == 0
+            assert team._crew.shared[tries] in (0, before + 1) or (before == MOST_IN_VAIN and over)
+            if over:
                 break
-        assert team._shared[deadline] == 0
-        assert team._shared[tries] == MOST_IN_VAIN
+        assert team._crew.shared[deadline] == 0
+        assert team._crew.shared[tries] == MOST_IN_VAIN
 
 
 def test_a_thread_that_others_have_waited_for_looks_at_the_time() -> None:
@@ -126,12 +127,12 @@ def test_a_thread_that_others_have_waited_for_looks_at_the_time() -> None:
     with closing(make_team(1)) as team:
         deadline = own_field(team, 0, R.DEADLINE)
         team.run(program, step)
-        assert team._shared[deadline] == 0
-        team._shared[R.LATE // 8] = 1
+        assert team._crew.shared[deadline] == 0
+        team._crew.shared[R.LATE // 8] = 1
         before = time.monotonic_ns()
         team.run(program, step)
-        assert team._shared[R.LATE // 8] == 0
-        assert before < team._shared[deadline] - NANOSECONDS_AT_A_TIME < time.monotonic_ns()
+        assert team._crew.shared[R.LATE // 8] == 0
+        assert before < team._crew.shared[deadline] - NANOSECONDS_AT_A_TIME < time.monotonic_ns()
 
 
 @pytest.mark.parametrize("name", ["llama-dense", "gemma3-dense", "qwen3moe-moe"])
