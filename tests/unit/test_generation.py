@@ -1,6 +1,7 @@
 """The generation loop: what it yields, when it ends, and that it can be stopped."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_fakes import EOS, PIECES, FakeRuntime, ids_of, make_session, speaking
@@ -149,6 +150,36 @@ def test_progress_counts_the_tokens_of_the_prompt_that_are_read() -> None:
     run(generation)
     assert seen[:3] == [(8, 20), (16, 20), (20, 20)]
     assert generation.prompt_progress == (20, 20)
+
+
+def test_a_second_reader_is_refused_and_the_first_goes_on() -> None:
+    runtime, refused = FakeRuntime(), list[str]()
+
+    def read() -> None:
+        try:
+            next(generation)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def another_reader() -> None:
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+
+    expected = run(make_session(FakeRuntime()).generate(PROMPT, max_tokens=6, temperature=0))
+    runtime.on_batch = another_reader
+    generation = make_session(runtime).generate(PROMPT, max_tokens=6, temperature=0)
+    assert run(generation) == expected
+    assert set(refused) == {"this generation is being read by another thread"}
+    assert (len(generation.tokens), generation.stop_reason) == (6, "length")
+
+
+def test_readers_may_take_turns() -> None:
+    generation = make_session(FakeRuntime()).generate(PROMPT, max_tokens=6, temperature=0)
+    expected = run(make_session(FakeRuntime()).generate(PROMPT, max_tokens=6, temperature=0))
+    with ThreadPoolExecutor(3) as pool:
+        pieces = [pool.submit(next, generation).result() for _ in expected]
+    assert pieces == expected
 
 
 def test_cancel_before_the_start_computes_nothing() -> None:
