@@ -43,6 +43,8 @@ def chat_history() -> History:
 
 
 def _not_kept(error: OSError) -> None:
-    reason = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    reason = str(error) if error.strerror is None else error.strerror
+    if error.filename is not None:
+        reason = f"{error.filename}: {reason}"
     hint = "" if "QRUN_HOME" in reason else " (QRUN_HOME can name another folder)"
     notice(f"what is typed is not kept as history: {reason}{hint}")

@@ -130,6 +130,8 @@ def warnings_as_notices() -> Iterator[None]:
             return before(message, category, *rest, **more)
         from qrun.cli.console import notice
 
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", nl=False, err=True)  # over the line that tells how far something is
         return notice(str(message))
 
     with warnings.catch_warnings():
