@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -67,7 +68,7 @@ class ObjectCache:
         try:
             whole = _read_private(self._folder / f"{key}.o")
         except NotPrivate as error:
-            _warn_once(f"{_reason(error)}: this compiled kernel is not used, and compiled anew")
+            _warn_once(f"compiled kernels in {self._folder} are not used, and compiled anew: {error.strerror}")
             return None
         except OSError:  # mostly because it is not there
             return None
@@ -117,12 +118,21 @@ def warn_not_kept(what: str, error: OSError) -> None:
 def _warn_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
-        warnings.warn(text, CacheWarning, stacklevel=2)
+        warnings.warn(text, CacheWarning, stacklevel=2 + _frames_of_ours())
+
+
+def _frames_of_ours() -> int:
+    """How many callers of `_warn_once` are qrun's own: the next one's line is what a warning should show."""
+    depth = 2
+    with contextlib.suppress(ValueError):  # there are no more frames
+        while sys._getframe(depth).f_globals.get("__name__", "").startswith("qrun."):
+            depth += 1
+    return depth - 2
 
 
 def _with_hint(error: OSError) -> str:
     reason = _reason(error)
-    return reason if "QRUN_CACHE" in reason else f"{reason} (QRUN_CACHE can name another folder)"
+    return reason if "QRUN_CACHE" in reason else f"{reason}; QRUN_CACHE can name another folder"
 
 
 def _reason(error: OSError) -> str:

@@ -2,7 +2,6 @@
 
 import configparser
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,21 +81,3 @@ def test_an_app_without_sources_names_code_by_its_bytecode(
     codegen.code_digest.cache_clear()
     assert without != with_sources
     assert codegen.code_digest(host_target()) == without
-
-
-def test_the_version_is_that_of_the_packaging() -> None:
-    import qrun.engine
-
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    assert qrun.engine.__version__ == config["metadata"]["version"] == importlib.metadata.version("qrun-gguf")
-
-
-def test_all_requirements_have_a_lowest_version() -> None:
-    spec = importlib.util.spec_from_file_location("lowest", ROOT / ".ci" / "lowest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    requirements = module.lowest((ROOT / "setup.cfg").read_text("utf-8"))
-    assert "numba==0.66" in requirements and "llvmlite==0.48" in requirements
-    assert not [line for line in requirements if line.startswith(("ruff", "mypy"))]

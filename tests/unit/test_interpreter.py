@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qrun.models.interpreter import clean_environment, interpreter
+from qrun.models.interpreter import clean_environment, in_background, interpreter
 
 
 @pytest.fixture
@@ -63,3 +63,9 @@ def test_variables_that_have_python_import_or_run_something_are_left_out(monkeyp
     environment = clean_environment()
     assert [name for name in left_out if name in environment] == []
     assert [environment[name] for name in kept] == ["1"] * 3
+
+
+def test_on_windows_no_window_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert in_background() == {"creationflags": 0x08000000}

@@ -20,7 +20,7 @@ from qrun.engine.native.codegen import CompileError
 from qrun.engine.native.compiler import load_objects
 from qrun.engine.simd.target import host_target
 
-KEYS = ["pack-f32", "scale-", "add-"]
+KEYS = ["pack-f32", "scale-"]
 ROOT = Path(__file__).parents[2]
 
 
