@@ -14,6 +14,12 @@ TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 WORKERS ?= 2
 
+# `make test-lowest` installs what setup.cfg allows at its lowest, which goes with the lowest Python. CI does not run it:
+# it takes as long as `make test` once more, and what it finds changes only when a bound or a dependency does.
+LOWEST := .venv-lowest
+LOWEST_PYTHON ?= $(shell command -v python3.11 || echo $(PYTHON))
+LOWEST_TESTS ?= tests
+
 # What `make bench` measures: models (paths or names), types of random models of 1.2 billion weights, and the engines to
 # compare with (Pythons as `qrun bench --compare` takes them). None of them is needed.
 BENCH_MODELS ?=
@@ -27,12 +33,13 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat test soak bench bench-convert docs clean
+.PHONY: help chat test test-lowest soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
-	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some ten minutes)"
+	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
+	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
 	@echo "make docs   write the generated parts of the documentation anew"
@@ -49,6 +56,14 @@ test: $(TESTING)
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
 
+test-lowest:
+	@rm -rf $(LOWEST)
+	@$(LOWEST_PYTHON) -m venv $(LOWEST) </dev/null
+	@$(LOWEST)/bin/python .ci/lowest.py >$(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LOWEST)/lowest.txt
+	$(PIP_INSTALL:$(BIN)/%=$(LOWEST)/bin/%) --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) $(LOWEST_TESTS)
+
 bench: $(RUNTIME)
 	@$(BIN)/python tests/bench/table.py $(BENCH_MODELS) --random $(BENCH_MIXES) \
 		$(addprefix --peer ,$(BENCH_PEERS)) $(BENCH_OPTIONS)
@@ -61,7 +76,7 @@ docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from qrun.cli.plot import check_plot, new_figure, save
+from qrun.models.interpreter import interpreter
 
 ROUNDS = 2
 """How often each engine has its turn: a neighbour that disturbs one turn does not decide the comparison."""
@@ -91,7 +91,10 @@ def run_qrun(task: Task, threads: int) -> dict[str, float]:
     """This engine's figures, from a process of its own."""
     words = shlex.split(f"-t {threads} -p {task.prompt} -n {task.gen} -r {task.reps} --depth {task.depth}")
     words += ["--seqs", str(task.seqs), "--cache-type", task.cache_type, "--json"]
-    command = [sys.executable, "-m", "qrun.cli.main", "bench", task.model, *words]
+    python = interpreter()
+    if python is None:
+        raise ValueError("a comparison needs a Python to start qrun with, and this program has none")
+    command = [*python, "-m", "qrun.cli.main", "bench", task.model, *words]
     answer: dict[str, float] = _last_json(_output(command, "qrun"))
     return answer
 

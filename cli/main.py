@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -51,9 +53,9 @@ class LazyGroup(click.Group):
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version
+        from qrun.engine import __version__
 
-        click.echo(f"qrun {version('qrun-gguf')}")
+        click.echo(f"qrun {__version__}")
         ctx.exit()
 
 
@@ -117,6 +119,26 @@ def terminating() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+@contextmanager
+def warnings_as_notices() -> Iterator[None]:
+    """Within it what the engine warns of is said as the command line says things."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        from qrun.engine import CacheWarning
+
+        if not issubclass(category, CacheWarning):
+            return before(message, category, *rest, **more)
+        from qrun.cli.console import notice
+
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", nl=False, err=True)  # over the line that tells how far something is
+        return notice(str(message))
+
+    with warnings.catch_warnings():
+        before, warnings.showwarning = warnings.showwarning, show
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     with terminating():
@@ -129,8 +151,9 @@ def run(arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):  # what an encoding lacks becomes "?", not an error
             stream.reconfigure(errors="replace")
     try:
-        # prog_name: the usage line reads the same whichever way this was started
-        return cli.main(arguments, prog_name="qrun", standalone_mode=False) or 0
+        with warnings_as_notices():
+            # prog_name: the usage line reads the same whichever way this was started
+            return cli.main(arguments, prog_name="qrun", standalone_mode=False) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -144,7 +167,7 @@ def run(arguments: Sequence[str] | None) -> int:
             raise
         from qrun.models.store import NotPulled, PullError
 
-        expected = isinstance(error, OSError | ValueError | MemoryError | NotPulled | PullError)
+        expected = isinstance(error, OSError | ValueError | MemoryError | ImportError | NotPulled | PullError)
         internal = "" if expected else f"internal error: {type(error).__name__}: "
         click.echo(f"qrun: {internal}{one_line(error)}", err=True)
         return 1

@@ -14,7 +14,7 @@ import click
 
 from qrun.cli.console import printable, while_reading
 from qrun.cli.conversation import Conversation
-from qrun.models.store import home
+from qrun.cli.history import chat_history
 
 SLASH_COMMAND = re.compile(r"^/([a-z]+)(?:\s+(.*))?$", re.DOTALL)
 
@@ -147,7 +147,6 @@ def terminal_reader(words: list[str]) -> Callable[[], str]:
     """A line editor that completes `words` and keeps its history under the user's data folder."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -163,9 +162,8 @@ def terminal_reader(words: list[str]) -> Callable[[], str]:
         else:
             event.app.exit(exception=KeyboardInterrupt())
 
-    home().mkdir(parents=True, exist_ok=True)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(home() / "history")),
+        history=chat_history(),
         completer=WordCompleter(words, sentence=True),
         complete_while_typing=False,
         key_bindings=keys,

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qrun.engine.errors import ContextOverflow, GenerationCancelled
+    from qrun.engine.errors import CacheWarning, ContextOverflow, GenerationCancelled
     from qrun.engine.generation.generation import Generation, GenerationStats, Piece
     from qrun.engine.generation.session import Session
     from qrun.engine.model import Model
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from qrun.engine.text.chat_template import ChatTemplate
     from qrun.engine.text.tokenizer import Tokenizer
 
+__version__ = "0.1.0"  # and in setup.cfg
+
 __all__ = [
+    "CacheWarning",
     "ChatTemplate",
     "ContextOverflow",
     "Generation",
@@ -34,6 +37,7 @@ __all__ = [
 
 # Imported when first asked for, so that nobody waits for what they do not use.
 _MODULES = {
+    "CacheWarning": "errors",
     "ChatTemplate": "text.chat_template",
     "ContextOverflow": "errors",
     "Generation": "generation.generation",

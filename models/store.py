@@ -49,14 +49,34 @@ class StoredModel:
 
 
 def home() -> Path:
-    """Where qrun keeps what belongs to the user: QRUN_HOME, or `qrun` in the platform's folder for user data."""
+    """Where qrun keeps what belongs to the user: QRUN_HOME, or `qrun` in the platform's folder for user data.
+
+    It may not exist yet. OSError if there is no home.
+    """
     if configured := os.environ.get("QRUN_HOME"):
-        return Path(configured).expanduser()
+        return Path(os.path.abspath(os.path.expanduser(configured)))
+    return platform_folder("QRUN_HOME", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
+
+
+def platform_folder(variable: str, macos: str, xdg_variable: str, xdg_default: str) -> Path:
+    """`qrun` in one of the platform's folders for a user's files. `variable` says instead where it is.
+
+    Raises OSError, naming `variable`, for a user who has no home, as some containers have it.
+    """
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qrun"
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else _user_home(variable) / "AppData" / "Local") / "qrun"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "qrun"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qrun"
+        return _user_home(variable) / macos / "qrun"
+    xdg = os.environ.get(xdg_variable, "")
+    return (Path(xdg) if os.path.isabs(xdg) else _user_home(variable) / xdg_default) / "qrun"
+
+
+def _user_home(variable: str) -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        raise OSError(f"this user has no home folder: {variable} can name a folder instead") from None
 
 
 def models_folder() -> Path:
@@ -80,7 +100,10 @@ def shard_names(file_name: str) -> list[str]:
 
 def stored_models() -> list[StoredModel]:
     """Every whole model in the store, by name."""
-    root = models_folder()
+    try:
+        root = models_folder()
+    except OSError:  # no home, and so no store
+        return []
     models = []
     for path in sorted(root.rglob("*.gguf")):
         relative = path.relative_to(root)
@@ -123,7 +146,10 @@ def remove(model: StoredModel) -> int:
 
 def partial_bytes() -> int:
     """Bytes held by downloads that were interrupted or are under way."""
-    return folder_bytes(partial_folder())
+    try:
+        return folder_bytes(partial_folder())
+    except OSError:  # no home, and so none
+        return 0
 
 
 def remove_partial() -> int:
@@ -160,8 +186,20 @@ def _key(target: Path) -> str:
 
 def _lock_path(key: str) -> Path:
     folder = models_folder() / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     return folder / f"{key}.lock"
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder of the store. PullError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+        reason = "it cannot be written to"
+    except OSError as error:
+        writable, reason = False, f"{error.filename}: {error.strerror}"
+    if not writable:
+        raise PullError(f"no model can be kept in {models_folder()}: {reason} (QRUN_HOME can name another folder)")
 
 
 @contextmanager
@@ -218,7 +256,7 @@ def watch(measure: Callable[[], int], total: int | None, progress: Progress | No
 
 def check_space(needed: int) -> None:
     """Raises PullError where the store's disk has fewer than `needed` bytes left."""
-    models_folder().mkdir(parents=True, exist_ok=True)
+    _make_folder(models_folder())
     free = shutil.disk_usage(models_folder()).free
     if free < needed:
         raise PullError(f"{models_folder()}: {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 from qrun.engine.native.cache_root import cache_root
+from qrun.engine.native.object_cache import make_private, warn_not_kept
 from qrun.models.store import folder_bytes
 
 DEFAULT_TYPE = "Q8_0"
@@ -34,7 +37,8 @@ def converted(
 ) -> Path:
     """The GGUF file of a checkpoint, made now if it is not in the cache.
 
-    type: as `qrun convert` takes it, by default DEFAULT_TYPE. progress, compiling: see `convert`. Raises FormatError if
+    type: as `qrun convert` takes it, by default DEFAULT_TYPE. progress, compiling: see `convert`. If the cache cannot
+    be written to, it is a file that goes with this process, and a `CacheWarning` says so. Raises FormatError if
     the folder is no checkpoint that can be converted, ValueError for a type that does not exist, OSError if the disk is
     full.
     """
@@ -45,15 +49,16 @@ def converted(
         raise ValueError("a model is not run as COPY: name a type such as BF16")
     folder = folder.resolve()
     place = f"{_safe(folder.name)}-{_digest(str(folder))}-{file_type}"
-    target = converted_folder() / f"{place}-{_digest(_state(folder))}.gguf"
-    if target.is_file():
-        return target
+    name = f"{place}-{_digest(_state(folder))}.gguf"
+    for kept in _folders():
+        if (kept / name).is_file():
+            return kept / name
     from filelock import FileLock
 
     from qrun.engine.quantize.convert import convert, plan
     from qrun.engine.quantize.source import open_source
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _folder_to_write() / name
     lock = target.parent / f".{place}.lock"
     with FileLock(lock):
         if not target.is_file():  # another process may have made it meanwhile
@@ -66,22 +71,55 @@ def converted(
     return target
 
 
+def _folders() -> Iterator[Path]:
+    """Where a converted checkpoint may lie."""
+    with suppress(OSError):
+        yield converted_folder()
+    if _temporary is not None:
+        yield Path(_temporary.name)
+
+
+def _folder_to_write() -> Path:
+    """The cache's folder; where it cannot be written to, one that goes with this process."""
+    global _temporary
+    try:
+        folder = converted_folder()
+        make_private(folder.parent)
+        make_private(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        warn_not_kept("converted checkpoints are", error)
+        with _making_temporary:
+            if _temporary is None:
+                _temporary = tempfile.TemporaryDirectory(prefix="qrun-converted-", ignore_cleanup_errors=True)
+            return Path(_temporary.name)
+
+
+_temporary: tempfile.TemporaryDirectory[str] | None = None
+_making_temporary = threading.Lock()
+
+
 def converted_folder() -> Path:
-    """Where they are kept; it may not exist yet."""
+    """Where they are kept; it may not exist yet. OSError if there is no home."""
     return cache_root() / "converted"
 
 
 def converted_bytes() -> int:
     """Bytes that they take."""
-    return folder_bytes(converted_folder())
+    try:
+        return folder_bytes(converted_folder())
+    except OSError:  # no home, and so none
+        return 0
 
 
 def remove_converted() -> int:
     """Delete them all, and what interrupted conversions left. Returns the bytes freed."""
     freed = converted_bytes()
-    for path in converted_folder().glob("*"):
-        with suppress(OSError):
-            path.unlink()
+    with suppress(OSError):
+        for path in converted_folder().glob("*"):
+            with suppress(OSError):
+                path.unlink()
     return freed - converted_bytes()
 
 

@@ -69,7 +69,7 @@ class TensorType(IntEnum):
 
 
 BLOCK_SIZES: dict[TensorType, tuple[int, int]] = {
-    # type: (weights in a block, bytes in a block)
+    # weights in a block, bytes in a block
     TensorType.F32: (1, 4),
     TensorType.F16: (1, 2),
     TensorType.Q4_0: (32, 18),

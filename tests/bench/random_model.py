@@ -52,6 +52,9 @@ class Shape:
         return shapes
 
 
+LLAMA_1B = Shape()
+
+
 def type_of(name: str, mix: str, layers: int) -> TensorType:
     """The type of a matrix."""
     if mix != MIX:
@@ -92,7 +95,7 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
     return raw
 
 
-def write(path: Path, mix: str, shape: Shape = Shape(), seed: int = 1) -> None:
+def write(path: Path, mix: str, shape: Shape = LLAMA_1B, seed: int = 1) -> None:
     """Write the model. mix: "Q4_K_M", or the name of a TensorType."""
     rng = np.random.default_rng(seed)
     with GGUFWriter(path) as writer:

@@ -148,3 +148,28 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(store.PullError, match="not a GGUF file"):
         store.check_magic(page, "https://example.org/page.gguf")
     assert not page.exists()
+
+
+def test_a_home_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path / "file" / "home"))
+    assert store.stored_models() == []
+    with (
+        pytest.raises(store.PullError, match=r"no model can be kept in .*models: .*QRUN_HOME can name another"),
+        store.staging(store.models_folder() / "model.gguf"),
+    ):
+        pass
+    with pytest.raises(store.PullError, match="QRUN_HOME"):
+        store.check_space(1)
+
+
+def test_folders_of_the_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QRUN_HOME")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")  # to be ignored, by the specification
+    assert store.home() == tmp_path / ".local" / "share" / "qrun"
+    monkeypatch.setenv("QRUN_HOME", "~/models")
+    assert store.home() == tmp_path / "models"
+    monkeypatch.setenv("QRUN_HOME", "here")
+    assert store.home() == Path.cwd() / "here"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qrun.engine.native.compiler import UNUSED_DAYS, CompileError, cache_folder, load_kernels
+from qrun.engine.native.compiler import CompileError, cache_folder, load_kernels
+from qrun.engine.native.object_cache import UNUSED_DAYS
 from qrun.engine.simd.target import host_target
 
 KEYS = ["pack-f32", "scale-"]

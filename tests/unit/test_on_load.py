@@ -153,3 +153,17 @@ def test_a_conversion_that_is_ended_leaves_nothing(command: str, signal_name: st
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert files() == before
+
+
+def test_where_the_cache_cannot_be_written_to_the_result_goes_with_the_process(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    code = (
+        f"from pathlib import Path; from qrun.engine.quantize import on_load; folder = Path({str(folder)!r})\n"
+        "path = on_load.converted(folder); print(path, path == on_load.converted(folder), path.is_file())"
+    )
+    environment = os.environ | {"QRUN_CACHE": str(tmp_path / "file" / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    path, same, whole = done.stdout.split()
+    assert (same, whole) == ("True", "True")
+    assert done.stderr.count("converted checkpoints are not kept: ") == 1 and "QRUN_CACHE" in done.stderr
+    assert not Path(path).parent.exists()

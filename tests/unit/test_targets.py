@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qrun.engine.kernels import records as R
-from qrun.engine.native.compiler import assembly
+from qrun.engine.native.codegen import assembly
 from qrun.engine.simd.target import MACHINES, choose_target, host_target, linux_arm_features, machine_target
 from tests.kernel_harness import Harness
 

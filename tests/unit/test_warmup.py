@@ -1,5 +1,6 @@
 """What `qrun warmup` compiles is what models need."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("QRUN_CACHE", str(tmp_path))
     keys: list[str] = []
 
-    def compile_missing(missing: list[str], target: object, folder: Path, progress: compiler.Progress) -> None:
-        for key in missing:
-            compiler._write_object(folder, key, b"")
+    def compile_all(missing: list[str], target: object) -> Iterator[tuple[str, bytes]]:
         keys.extend(missing)
-        progress(len(missing), len(missing))
+        yield from ((key, b"") for key in missing)
 
-    monkeypatch.setattr(compiler, "_compile_missing", compile_missing)
+    monkeypatch.setattr(compiler, "compile_all", compile_all)
     return keys
 
 

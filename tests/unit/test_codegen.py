@@ -1,0 +1,83 @@
+"""What the compiler needs, and what names the code that it makes."""
+
+import configparser
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qrun.cli.main import main
+from qrun.engine.native import codegen
+from qrun.engine.simd.target import host_target
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Versions that are said to be installed."""
+    versions = {"numba": "0.66.0", "llvmlite": "0.48.0"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    codegen.code_digest.cache_clear()
+    yield versions
+    codegen.code_digest.cache_clear()
+
+
+def test_the_lowest_versions_are_those_of_the_packaging() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].split()
+    for package, version in codegen.OLDEST.items():
+        assert f"{package}>={'.'.join(map(str, version))}" in lines
+
+
+@pytest.mark.parametrize(("package", "version"), [("numba", "0.65.1"), ("numba", "0.61.0"), ("llvmlite", "0.47.0")])
+def test_versions_that_are_too_old_are_named(
+    installed: dict[str, str], capsys: pytest.CaptureFixture[str], package: str, version: str
+) -> None:
+    installed[package] = version
+    assert main(["warmup"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qrun: {package} 0.") and said.count("\n") == 1
+    assert f"or newer is needed to compile kernels, and {version} is installed" in said
+
+
+@pytest.mark.parametrize("version", ["0.66.0", "0.66.0rc1", "0.100.0", "1.0", "0.69.0dev0+12.g3f"])
+def test_later_versions_will_do(installed: dict[str, str], version: str) -> None:
+    installed["numba"] = version
+    codegen.code_digest(host_target())
+
+
+def test_a_compiler_that_is_not_there_is_named(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del installed["numba"]
+    monkeypatch.setitem(codegen.sys.modules, "numba", None)
+    with pytest.raises(ImportError, match=r"numba 0\.66 or newer is needed to compile kernels, and cannot be imported"):
+        codegen.code_digest(host_target())
+
+
+def test_an_app_without_records_of_what_was_installed_compiles(installed: dict[str, str]) -> None:
+    before = codegen.code_digest(host_target())
+    codegen.code_digest.cache_clear()
+    del installed["llvmlite"]
+    assert codegen.code_digest(host_target()) != before  # the version is that of the package itself
+
+
+def test_an_app_without_sources_names_code_by_its_bytecode(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_sources = codegen.code_digest(host_target())
+    codegen.code_digest.cache_clear()
+    monkeypatch.setattr("importlib.machinery.SourceFileLoader.get_source", lambda loader, name: None)
+    without = codegen.code_digest(host_target())
+    codegen.code_digest.cache_clear()
+    assert without != with_sources
+    assert codegen.code_digest(host_target()) == without

@@ -1,0 +1,50 @@
+"""What setup.cfg says is so."""
+
+import configparser
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import qrun.engine
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_the_version_is_said_alike_everywhere(config: configparser.ConfigParser) -> None:
+    assert qrun.engine.__version__ == config["metadata"]["version"] == importlib.metadata.version("qrun-gguf")
+
+
+def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
+    folders = {
+        f"qrun.{'.'.join(path.parent.relative_to(ROOT).parts)}"
+        for top in ("engine", "formats", "models", "cli")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert set(config["options"]["packages"].split()) == folders
+
+
+def test_the_licence_is_packed(config: configparser.ConfigParser) -> None:
+    assert config["metadata"]["license_expression"] == "Apache-2.0"
+    for name in config["metadata"]["license_files"].split():
+        assert "Apache License\n                           Version 2.0" in (ROOT / name).read_text("utf-8")
+
+
+def test_all_requirements_have_a_lowest_version() -> None:
+    spec = importlib.util.spec_from_file_location("lowest", ROOT / ".ci" / "lowest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    requirements = module.lowest((ROOT / "setup.cfg").read_text("utf-8"))
+    assert "numba==0.66" in requirements and "pytest==8" in requirements
+    assert not [line for line in requirements if line.startswith(("ruff", "mypy"))]
+    with pytest.raises(SystemExit, match="numpy has no lower bound"):
+        module.lowest("[options]\ninstall_requires =\n    numpy\n[options.extras_require]\ntest =\n")
