@@ -22,7 +22,7 @@ from qrun.formats.blocks.layout import U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import parse_json, read_json
-from qrun.formats.mapping import describe_start, forget_pages, map_file
+from qrun.formats.mapping import bytes_of, describe_start, forget_pages, map_file
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_DIMS = 8
@@ -78,7 +78,7 @@ class SafetensorsFile:
         self._start = LENGTH_BYTES + length
         header = self._read_header(length)
         self.metadata: dict[str, str] = self._strings(header.pop("__metadata__", {}))
-        raw = np.frombuffer(self._data, np.uint8)
+        raw = bytes_of(self._data)
         self.tensors = {name: self._tensor(name, entry, raw) for name, entry in header.items()}
         self._check_cover()
 
