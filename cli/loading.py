@@ -86,7 +86,7 @@ def open_runtime(
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),
-            context=context,
+            context=graph.context,
             cache_type=cache_type,
             progress=CompileProgress(),
             observe=observe,

@@ -122,7 +122,7 @@ class Model:
         reader = GGUFReader(path)
         try:
             with open_adapters(wanted) as adapters:
-                graph = build_graph(reader, context or DEFAULT_CONTEXT, adapters)
+                graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
             tokenizer: Tokenizer | None = None
             problem = None
             try:
@@ -132,7 +132,7 @@ class Model:
             runtime = Runtime(
                 graph,
                 threads=threads or available_cores(),
-                context=context or min(graph.context_length, DEFAULT_CONTEXT),
+                context=graph.context,
                 cache_type=cache_type,
                 batch=batch,
                 progress=progress,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qrun.cli import main
 from qrun.engine import Model
 from qrun.formats import FormatError
 
@@ -99,6 +100,22 @@ def test_defaults_of_load() -> None:
         assert (model.tokenizer, model.chat_template, model.chat_notice) == (None, None, None)
         with pytest.raises(ValueError, match=r"llama-dense.gguf: tokenizer kind 'test' is not supported"):
             model.complete("text")
+
+
+def test_a_model_of_short_contexts_is_built_for_the_context_it_runs_with(tmp_path: Path) -> None:
+    """The default is more than it was trained for; its rope factors for long contexts are not for that."""
+    path = tmp_path / "model.gguf"
+    folder = ARCH.parent / "huggingface" / "phi-longrope"
+    override = "phi3.context_length=int:16"
+    assert main.main(["convert", str(folder), str(path), "--type", "f32", "--override", override]) == 0
+    reference = np.load(folder / "reference.npz")
+    expected = reference["short_logits"]
+    tokens = reference["tokens"][: len(expected)].tolist()
+    with Model.load(path, threads=1) as model:
+        assert model.context == model.graph.context == 16
+        assert np.mean((model.logits(tokens) - expected) ** 2) <= 1e-6 * np.mean(expected**2)
+    with Model.load(path, threads=1, context=64) as model:  # now they are
+        assert np.mean((model.logits(tokens) - expected) ** 2) > 1e-6 * np.mean(expected**2)
 
 
 def test_closing_twice_and_using_afterwards() -> None:
