@@ -42,7 +42,7 @@ def map_file(path: Path) -> mmap.mmap:
                 raise FormatError(path, "the file is empty: get it again")
             try:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as refusal:
+            except (OSError, ValueError) as refusal:
                 return _copy(path, file, n_bytes, refusal)
     except FileNotFoundError:
         raise FormatError(path, "there is no such file") from None
@@ -50,13 +50,14 @@ def map_file(path: Path) -> mmap.mmap:
         raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
 
 
-def _copy(path: Path, file: FileIO, n_bytes: int, refusal: OSError) -> Copy:
+def _copy(path: Path, file: FileIO, n_bytes: int, refusal: OSError | ValueError) -> Copy:
     """The file in memory, page-aligned as a map is."""
     try:
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
         copy = Copy(-1, n_bytes, **flags)
     except (OSError, MemoryError):
-        reason = f"the file cannot be mapped ({refusal.strerror}), and memory has no room for its {n_bytes} bytes"
+        why = getattr(refusal, "strerror", None) or refusal
+        reason = f"the file cannot be mapped ({why}), and memory has no room for its {n_bytes} bytes"
         raise FormatError(path, reason) from refusal
     done = 0
     with memoryview(copy) as view:

@@ -242,6 +242,8 @@ def _missing(folder: Path, name: str) -> FormatError:
         return FormatError(folder, f"{reason}, and of several files it is not said which are meant: {names}")
     elif ADAPTER_NAME in there:
         return FormatError(folder, f"{reason}, only an adapter ({ADAPTER_NAME}), without its model")
+    elif "weights.npz" in there:
+        return FormatError(folder, f"{reason}, only weights.npz, as early versions of MLX have it, which is not read")
     elif any(other.startswith("consolidated") and other.endswith(".safetensors") for other in there):
         return FormatError(folder, f"{reason}, only a file with Mistral's own names of tensors, which are not known")
     if any(other.endswith((".bin", ".pt", ".pth")) and not NO_WEIGHTS.match(other) for other in there):

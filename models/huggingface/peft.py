@@ -37,6 +37,7 @@ from qrun.models.huggingface.tensors import OTHER_PARTS, MappedTensor, Segment, 
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Metadata
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 
 # What a config may ask for and a GGUF adapter cannot say: refused where it is given.
 REFUSED = {
@@ -140,6 +141,8 @@ class PeftSource:
         self.path = Path(folder)
         self._base, self._type = base, type
         self._config = read_adapter_config(self.path)
+        if (self.path / MLX_WEIGHTS_NAME).is_file() and not (self.path / WEIGHTS_NAME).is_file():
+            raise FormatError(self.path, f"this is an adapter of MLX ({MLX_WEIGHTS_NAME}), which is not supported")
         self._folder = SafetensorsFolder(self.path, WEIGHTS_NAME)
         try:
             # What is not used: tensors of norms, which engines leave out of GGUF adapters too, and of the parts of a

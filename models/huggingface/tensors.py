@@ -22,8 +22,10 @@ from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MA
 ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight")
 # Parts of a model that sees or hears, which are left behind.
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
-# Constants that some files hold and that follow from config.json: frequencies, masks, the factor of an embedding.
-DERIVED = re.compile(r"(.*\.)?(rotary_emb(_local)?\.\w+|attention\.(masked_)?bias|embed_tokens\.embed_scale)")
+# Constants that some files hold and that follow from config.json: frequencies, masks, positions, a factor.
+DERIVED = re.compile(
+    r"(.*\.)?(rotary_emb(_local)?\.\w+|attention\.(masked_)?bias|position_ids|embed_tokens\.embed_scale)"
+)
 # Of a quantised cache of keys and values.
 CACHE_SCALES = re.compile(r".*\.(kv|k|v)_(scale|zero_point)")
 COMPARE_WEIGHTS = 1 << 20  # that are compared at a time

@@ -178,6 +178,7 @@ def test_what_follows_from_the_configuration_is_left_out(tmp_path: Path) -> None
         for name in ("model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq",
                      "model.rotary_emb_local.inv_freq", "model.layers.0.self_attn.q_proj.input_scale"):  # fmt: skip
             tensors[name] = tensor(np.ones(8, "<f4"))
+        tensors["model.position_ids"] = tensor(np.arange(8, dtype="<i8"), "I64")
 
     assert notices(copy("qwen3", tmp_path, tensors=add)) == []
 
@@ -242,6 +243,7 @@ def test_a_single_file_of_another_name_is_read(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["adapter_model.safetensors"], "there is no model.safetensors, only an adapter (adapter_model.safetensors)"),
+        (["weights.npz"], "there is no model.safetensors, only weights.npz, as early versions of MLX have it"),
         (["consolidated.safetensors"], "only a file with Mistral's own names of tensors, which are not known"),
         (["training_args.bin", "optimizer.pt"], "there is no model.safetensors"),
         (["pytorch_model.bin", "training_args.bin"], "only files of PyTorch, which can hold programs"),

@@ -377,6 +377,12 @@ def notices(peft: Path, base: Path) -> list[str]:
         return [notice.removeprefix(f"{peft}: ") for notice in source.notices]
 
 
+def test_an_adapter_of_mlx_is_called_one(base: Path, tmp_path: Path) -> None:
+    peft = write_peft(tmp_path / "peft", {})
+    (peft / "adapter_model.safetensors").rename(peft / "adapters.safetensors")
+    assert refusal(peft, base) == "this is an adapter of MLX (adapters.safetensors), which is not supported"
+
+
 def test_what_it_changes_of_a_vision_tower_is_left_out(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
