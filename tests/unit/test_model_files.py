@@ -1,4 +1,4 @@
-"""Models loaded from files: small random ones, without a tokenizer, whose windows are shorter than the texts."""
+"""Models loaded from files: small random ones, mostly without a tokenizer, with windows shorter than the texts."""
 
 import threading
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_folders import copy
 
 from qrun.cli import main
 from qrun.engine import Model
@@ -15,9 +16,15 @@ from qrun.formats import FormatError
 ARCH = Path(__file__).parents[1] / "data" / "arch"
 
 
-@pytest.fixture(scope="module", params=["llama-dense", "gemma3-dense"])
-def model(request: pytest.FixtureRequest) -> Iterator[Model]:
-    with Model.load(ARCH / f"{request.param}.gguf", threads=2, context=256) as model:
+@pytest.fixture(scope="module", params=["llama-dense", "gemma3-dense", "mistral"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Of the last, all layers see a window."""
+    path = ARCH / f"{request.param}.gguf"
+    if request.param == "mistral":
+        folder = copy("mistral", tmp_path_factory.mktemp("model"), lambda config: config.update(sliding_window=24))
+        path = folder / "model.gguf"
+        assert main.main(["convert", str(folder), str(path), "--type", "f32"]) == 0
+    with Model.load(path, threads=2, context=256) as model:
         yield model
 
 
@@ -88,7 +95,8 @@ def test_two_threads_get_what_one_gets(model: Model) -> None:
 
 def test_generate_takes_token_ids(model: Model) -> None:
     generation = model.generate([1, 2, 3], max_tokens=5, temperature=0)
-    assert list(generation) == [""] * 5
+    pieces = list(generation)
+    assert len(pieces) == 5 and (model.tokenizer is not None or pieces == [""] * 5)
     logits = model.logits([1, 2, 3, *generation.tokens])
     assert logits[2:7].argmax(axis=1).tolist() == generation.tokens
 
