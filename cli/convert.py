@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import notice
 from qrun.cli.conversion import default_out, metadata_value, show_plan, show_result, write
 from qrun.cli.options import LoraFile, ModelName, threads_option
 
@@ -111,6 +112,8 @@ def command(
     importance = read_imatrix(imatrix) if imatrix else None
     path = locate(source)
     with closing(open_source(path)) as original, merged_into(original, merged) as opened:
+        for text in original.notices:
+            notice(text)
         values = [metadata_value(text, opened) for text in metadata]
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size

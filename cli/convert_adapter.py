@@ -39,8 +39,8 @@ def convert_adapter(
     if folder.is_file():
         raise NotADirectoryError(ENOTDIR, "is no folder: --lora takes an adapter as PEFT saves it", str(folder))
     with closing(PeftSource(folder, base_of(base) if base else find_base(folder), type)) as source:
-        if source.notice:
-            notice(source.notice)
+        for text in source.notices:
+            notice(text)
         values = [metadata_value(text, source) for text in metadata]
         planned = plan(source, Choice(COPY))
         if dry_run:

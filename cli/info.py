@@ -75,7 +75,7 @@ def command(
         except FormatError as error:  # what the file holds is worth showing all the same
             unsupported, graph = error, None
         if graph is not None:
-            context = ctx or graph.context_length
+            context = graph.context
             file_bytes = facts["file_bytes"] + sum(lora.path.stat().st_size for lora in loras)
             needs = {kind: memory_needed(graph, file_bytes, context, kind) for kind in CACHE_TYPES}
             has = memory()

@@ -22,7 +22,7 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     from qrun.engine import Model
 
     with converting_bar(source, loading.get("type")) as converting:
-        model = Model.load(source, progress=CompileProgress(), converting=converting, **loading)
+        model = Model.load(source, progress=CompileProgress(), converting=converting, notice=notice, **loading)
     show_notices(model.loras)
     return model
 
@@ -39,7 +39,7 @@ def find_model(source: str, type: str | None = None) -> Path:
     from qrun.engine.model import find_model
 
     with converting_bar(source, type) as converting:
-        return find_model(source, type, progress=converting, compiling=CompileProgress())
+        return find_model(source, type, progress=converting, compiling=CompileProgress(), notice=notice)
 
 
 def find_original(source: str) -> Path:
@@ -86,7 +86,7 @@ def open_runtime(
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),
-            context=context,
+            context=graph.context,
             cache_type=cache_type,
             progress=CompileProgress(),
             observe=observe,

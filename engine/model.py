@@ -90,6 +90,7 @@ class Model:
         type: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         converting: Callable[[int, int], None] | None = None,
+        notice: Callable[[str], None] | None = None,
     ) -> Self:
         """Load a model from a GGUF file, by a name from the catalog, or from a folder with a checkpoint.
 
@@ -104,6 +105,7 @@ class Model:
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
         converting: called with (done, total), in bytes, while a folder is quantised.
+        notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -119,12 +121,12 @@ class Model:
         from qrun.models import build_graph
         from qrun.models.adapter import Lora, open_adapters
 
-        path = find_model(source, type, threads=threads, progress=converting, compiling=progress)
+        path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
         wanted = [Lora.of(lora) for lora in loras]
         reader = GGUFReader(path)
         try:
             with open_adapters(wanted) as adapters:
-                graph = build_graph(reader, context or DEFAULT_CONTEXT, adapters)
+                graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
             tokenizer: Tokenizer | None = None
             problem = None
             try:
@@ -134,7 +136,7 @@ class Model:
             runtime = Runtime(
                 graph,
                 threads=threads or available_cores(),
-                context=context or min(graph.context_length, DEFAULT_CONTEXT),
+                context=graph.context,
                 cache_type=cache_type,
                 batch=batch,
                 progress=progress,
@@ -312,17 +314,18 @@ def find_model(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     compiling: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Path:
     """The GGUF file of a model that is named as `Model.load` takes it; a folder is converted if it was not before.
 
-    progress, compiling: see `Model.load`, where they are called `converting` and `progress`.
+    progress, compiling: see `Model.load`, where they are called `converting` and `progress`. notice: see there.
     """
     from qrun.models.catalog import resolve
 
     if is_checkpoint(source):
         from qrun.engine.quantize.on_load import converted
 
-        return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling)
+        return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling, notice=notice)
     if type is not None:
         raise ValueError(f"{os.fspath(source)}: a type is for folders with a checkpoint (for others: qrun convert)")
     return resolve(source)

@@ -4,8 +4,12 @@ import mmap
 import os
 import stat
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
+
+from qrun.formats.blocks.layout import U8Array
 from qrun.formats.errors import FormatError
 
 # What people hand over instead of a model file: how it begins, and what to tell them.
@@ -19,22 +23,58 @@ LOOKALIKES = {
 }
 
 
+class Copy(mmap.mmap):
+    """A file that was read into memory of its own: what a map is where a file system has none (some of networks and of
+    FUSE). It is used like a map, and like one it is there as long as somebody looks at it."""
+
+
 def map_file(path: Path) -> mmap.mmap:
-    """All of a file, read-only. Raises FormatError if it is missing, empty, unreadable or no regular file."""
+    """All of a file, to be read only. Raises FormatError if it is missing, empty, unreadable or no regular file."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise FormatError(path, "this is a folder: name the .gguf file in it")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise FormatError(path, "this is not a regular file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with open(path, "rb", buffering=0) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes == 0:
                 raise FormatError(path, "the file is empty: get it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as refusal:
+                return _copy(path, file, n_bytes, refusal)
     except FileNotFoundError:
         raise FormatError(path, "there is no such file") from None
     except OSError as error:
         raise FormatError(path, f"the file cannot be opened: {error.strerror}") from error
+
+
+def _copy(path: Path, file: FileIO, n_bytes: int, refusal: OSError | ValueError) -> Copy:
+    """The file in memory, page-aligned as a map is."""
+    try:
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        copy = Copy(-1, n_bytes, **flags)
+    except (OSError, MemoryError):
+        why = getattr(refusal, "strerror", None) or refusal
+        reason = f"the file cannot be mapped ({why}), and memory has no room for its {n_bytes} bytes"
+        raise FormatError(path, reason) from refusal
+    done = 0
+    with memoryview(copy) as view:
+        # A read gives less than was asked for where that is much.
+        while done < n_bytes and (n_read := file.readinto(view[done:])):
+            done += n_read
+    if done < n_bytes:
+        copy.close()
+        raise FormatError(path, f"the file ended at byte {done} of {n_bytes} while it was read", done)
+    return copy
+
+
+def bytes_of(data: mmap.mmap) -> U8Array:
+    """All of a map, uint8 [n_bytes], read-only. The array, and every view of it, holds the map."""
+    array = np.frombuffer(data, np.uint8)
+    array.flags.writeable = False
+    return array
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -62,6 +102,8 @@ def describe_start(start: bytes) -> str:
 
 def forget_pages(data: mmap.mmap, offset: int, n_bytes: int) -> None:
     """Let the system take back the memory of these bytes of a map. They can still be read: then they come back."""
+    if isinstance(data, Copy):  # they would not
+        return
     if hasattr(mmap, "MADV_DONTNEED") and n_bytes:
         start = offset - offset % mmap.PAGESIZE
         with suppress(OSError, ValueError):

@@ -9,6 +9,7 @@ another. The tensors cover all bytes after the header, without overlap or gap, s
 """
 
 import mmap
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -22,13 +23,18 @@ from qrun.formats.blocks.layout import U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import parse_json, read_json
-from qrun.formats.mapping import describe_start, forget_pages, map_file
+from qrun.formats.mapping import bytes_of, describe_start, forget_pages, map_file
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_DIMS = 8
 LENGTH_BYTES = 8
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"  # of PEFT
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+# Files beside a model that are none: one of many, an adapter, Mistral's own format; and what a training leaves behind.
+NO_MODEL = re.compile(r".*-\d+-of-\d+\.safetensors|adapter_model\.safetensors|consolidated.*\.safetensors")
+NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
 
 # What NumPy has no type for (brain floats, floats of a byte) is read as unsigned integers of that size.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -78,7 +84,7 @@ class SafetensorsFile:
         self._start = LENGTH_BYTES + length
         header = self._read_header(length)
         self.metadata: dict[str, str] = self._strings(header.pop("__metadata__", {}))
-        raw = np.frombuffer(self._data, np.uint8)
+        raw = bytes_of(self._data)
         self.tensors = {name: self._tensor(name, entry, raw) for name, entry in header.items()}
         self._check_cover()
 
@@ -148,10 +154,12 @@ class SafetensorsFile:
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint: of model.safetensors, or of the files that model.safetensors.index.json names.
+    """The tensors of a checkpoint: of model.safetensors, or of the files that model.safetensors.index.json names, or of
+    the only safetensors file that there is.
 
-    Raises FormatError if a file or a tensor is missing, or anything in a file is wrong. tensors: by name. files: all
-    that were opened, the index among them.
+    An index beside model.safetensors counts for nothing, as in Transformers: it is left from before the model was saved
+    anew. Raises FormatError if a file or a tensor is missing, or anything in a file is wrong. tensors: by name. files:
+    all that were opened, the index among them.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE_NAME) -> None:
@@ -161,10 +169,12 @@ class SafetensorsFolder:
         self._open: list[SafetensorsFile] = []
         index = folder / INDEX_NAME
         try:
-            if single == SINGLE_NAME and index.is_file():
-                self._open_shards(index)
-            elif (folder / single).is_file():
+            if (folder / single).is_file():
                 self._add(folder / single)
+            elif single == SINGLE_NAME and index.is_file():
+                self._open_shards(index)
+            elif single == SINGLE_NAME and (only := _only_file(folder)) is not None:
+                self._add(only)
             else:
                 raise _missing(folder, single)
         except BaseException:
@@ -208,14 +218,37 @@ class SafetensorsFolder:
                 raise FormatError(path, f"tensor {quote(absent)} is missing, which {index.name} says is here")
 
 
+def _others(folder: Path) -> list[Path]:
+    """Safetensors files that may hold a whole model, under names of their own."""
+    files = (path for path in sorted(folder.glob("*.safetensors")) if path.is_file())
+    return [path for path in files if not NO_MODEL.fullmatch(path.name)]
+
+
+def _only_file(folder: Path) -> Path | None:
+    others = _others(folder)
+    return others[0] if len(others) == 1 and not any(folder.glob("*-of-*.safetensors")) else None
+
+
 def _missing(folder: Path, name: str) -> FormatError:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        reason = f"there is no {name}, only files of PyTorch, which can hold programs and are not opened"
-        return FormatError(folder, reason + ": get the model as safetensors")
-    shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
-    if shard is not None:
-        return FormatError(folder, f"there is {shard.name}, but no {INDEX_NAME} that lists all files")
-    return FormatError(folder, f"there is no {name}")
+    there = {path.name for path in folder.glob("*")}
+    shard = min((other for other in there if SHARD.search(other)), default=None)
+    reason = f"there is no {name}"
+    if name != SINGLE_NAME:
+        pass
+    elif shard is not None:
+        return FormatError(folder, f"there is {shard}, but no {INDEX_NAME} that lists all files")
+    elif others := _others(folder):
+        names = ", ".join(path.name for path in others[:8])
+        return FormatError(folder, f"{reason}, and of several files it is not said which are meant: {names}")
+    elif ADAPTER_NAME in there:
+        return FormatError(folder, f"{reason}, only an adapter ({ADAPTER_NAME}), without its model")
+    elif "weights.npz" in there:
+        return FormatError(folder, f"{reason}, only weights.npz, as early versions of MLX have it, which is not read")
+    elif any(other.startswith("consolidated") and other.endswith(".safetensors") for other in there):
+        return FormatError(folder, f"{reason}, only a file with Mistral's own names of tensors, which are not known")
+    if any(other.endswith((".bin", ".pt", ".pth")) and not NO_WEIGHTS.match(other) for other in there):
+        reason += ", only files of PyTorch, which can hold programs and are not opened: get the model as safetensors"
+    return FormatError(folder, reason)
 
 
 def _are_counts(values: Any) -> bool:

@@ -229,7 +229,8 @@ class CacheLayer:
 
 @dataclass
 class Graph:
-    """A model, ready to be compiled. `context_length` is the trained one, in tokens."""
+    """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
+    for which it was built."""
 
     architecture: str
     operations: list[Operation]
@@ -239,6 +240,7 @@ class Graph:
     n_embd: int
     context_length: int
     n_parameters: int
+    context: int = 0
 
 
 class GraphBuilder:
@@ -382,11 +384,11 @@ class GraphBuilder:
         """The rows whose logits are wanted."""
         return self._append(SelectRows(self._value(x.width), x))
 
-    def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int) -> Graph:
+    def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int, context: int) -> Graph:
         """The graph of everything said so far."""
         size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
         cache = self.cache_layers
-        return Graph(architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size)
+        return Graph(architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context)
 
     def _append(self, operation: Operation) -> Value:
         self.operations.append(operation)

@@ -4,7 +4,7 @@ Mixtral, SmolLM2 and many others."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import attention, feed_forward, head
+from qrun.models.transformer import attention, feed_forward, head, windows
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -13,12 +13,13 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
     # Files of this architecture hold query and key rows permuted, so that the pairs of a head lie side by side.
     rotation = scaling.rotation(h.n_rot, factors, interleaved=True)
+    window = windows(metadata, h.n_layer)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation))
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer, window[layer]), rotation))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         if h.n_expert:

@@ -3,7 +3,7 @@
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import attention, head
+from qrun.models.transformer import attention, head, windows
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -11,13 +11,13 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     scaling = RopeScaling.read(metadata, h)
     factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
     rotation = scaling.rotation(h.n_rot, factors)
+    window = windows(metadata, h.n_layer)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        # Converters do not fill in the sliding window reliably. The reference engine ignores it, and so do we.
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation))
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer, window[layer]), rotation))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         gate_up = builder.linear(y, f"{block}.ffn_up", 2 * h.n_ff[layer])

@@ -3,7 +3,7 @@
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import attention, feed_forward, head
+from qrun.models.transformer import attention, feed_forward, head, windows
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -11,12 +11,14 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     # A file that does not say how wide an expert is shares the dense width out among those in use.
     n_ff_expert = metadata.integer("expert_feed_forward_length", h.n_ff[0] // h.n_used) if h.n_expert else 0
+    window = windows(metadata, h.n_layer)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norms=True))
+        cache = h.cache_layer(layer, window[layer])
+        x = builder.add(x, attention(builder, h, y, block, cache, rotation, qk_norms=True))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         if h.n_expert:

@@ -3,7 +3,7 @@
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import attention, feed_forward, head
+from qrun.models.transformer import attention, feed_forward, head, windows
 
 NOPE_PERIOD = 4
 
@@ -11,13 +11,14 @@ NOPE_PERIOD = 4
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
+    window = windows(metadata, h.n_layer)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         positions = None if (layer + 1) % NOPE_PERIOD == 0 else rotation
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), positions))
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer, window[layer]), positions))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         x = builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], "silu"))

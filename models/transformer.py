@@ -3,7 +3,7 @@
 import numpy as np
 
 from qrun.models.graph import Activation, CacheLayer, GraphBuilder, Rotation, Value
-from qrun.models.hyperparameters import MAX_LAYERS, Hyperparameters, Metadata
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters, Metadata
 
 
 def attention(
@@ -69,6 +69,19 @@ def head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Value:
     """Logits of the rows that are wanted. Without an output matrix of its own, a model reuses its embedding."""
     x = builder.rms_norm(builder.select_rows(x), "output_norm", h.rms_eps)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+
+
+def windows(metadata: Metadata, n_layer: int) -> tuple[int | None, ...]:
+    """The window of each layer, None for those that see everything, of architectures that mostly have none.
+
+    It counts only with a flag for each layer: there are files with a window that was never used, which the reference
+    engine ignores.
+    """
+    flags = metadata.flags("attention.sliding_window_pattern", n_layer)
+    window = metadata.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT)
+    if flags is None or not window:
+        return (None,) * n_layer
+    return tuple(window if flag else None for flag in flags)
 
 
 def sliding_layers(metadata: Metadata, n_layer: int, period: int) -> tuple[bool, ...]:

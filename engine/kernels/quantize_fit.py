@@ -12,13 +12,22 @@ from typing import Any
 
 from qrun.engine.kernels import records as R
 from qrun.engine.simd import operations as v
-from qrun.formats.blocks.fitting import ALIKE, TINY, Search
+from qrun.formats.blocks.fitting import ALIKE, INFINITY, OVERFLOW, SKEWED, SMALLEST, TINY, Search
 
 STATS = 4
 # `head`, in vectors: scale, minimum, the integer scales (int32), the integer minimums.
 SCALES, MINIMUMS, HEAD_VECTORS = 2, 18, 34
 
-tiny, alike = float(TINY), float(ALIKE)
+tiny, alike, skewed = float(TINY), float(ALIKE), float(SKEWED)
+overflow, smallest, infinity = float(OVERFLOW), float(SMALLEST), float(INFINITY)
+
+
+@v.helper
+def half_scale(value):  # type: ignore[no-untyped-def]
+    magnitude = v.magnitude(value)
+    least = v.choose(value < v.splat(0.0), v.splat(-smallest), v.splat(smallest))
+    vanishes = (magnitude < v.splat(smallest)) & (v.splat(tiny) < magnitude)
+    return v.choose(vanishes, least, v.round_to_half(value))
 
 
 def build_finish(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
@@ -57,6 +66,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
     scales_bytes = groups * vector
     two_level = high > 0
     one_over_low = 1 / low if low else 1.0
+    largest_top = float(OVERFLOW) * search.levels.largest
     finish = build_finish(search, nearest, code, weighted)
 
     @v.helper
@@ -76,17 +86,21 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
         for j in range(1, size):
             value = v.load(x + j * vector)
             top = v.choose(v.magnitude(top) < v.magnitude(value), value, top)
+        bound = v.splat(infinity)
+        if not two_level:
+            bound = v.choose(v.magnitude(top) < v.splat(largest_top), v.splat(overflow), bound)
         best, scale = v.splat(0.0), v.splat(0.0)
         for i in range(v.load_i64(op + R.Q_N_TRIALS)):
             start = v.splat(v.load_f32(v.load_i64(op + R.Q_TRIALS) + 8 * i))
             xq, qq = moments(x, w, v.divide(start, top, tiny))
             tried = v.divide(xq, qq, tiny)
             gain = tried * xq
-            better = best < gain
+            better = (best < gain) & (v.magnitude(tried) < bound)
             best, scale = v.choose(better, gain, best), v.choose(better, tried, scale)
         for _ in range(v.load_i64(op + R.Q_REFINEMENTS)):
             xq, qq = moments(x, w, v.divide(v.splat(1.0), scale, tiny))
-            scale = v.divide(xq, qq, tiny)
+            refined = v.divide(xq, qq, tiny)
+            scale = v.choose(v.magnitude(refined) < bound, refined, scale)
         return scale
 
     @v.helper
@@ -110,8 +124,10 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
             v.store(integers + i * vector, integer)
             above = above + integer * best_xq
             below = below + (integer * integer) * best_qq
-        solved = v.round_to_half(v.divide(above, below, tiny))
-        return v.choose(v.splat(tiny) < v.magnitude(solved), solved, super_scale)
+        solved = half_scale(v.divide(above, below, tiny))
+        gain = super_scale * ((above + above) - super_scale * below)
+        better = gain < solved * ((above + above) - solved * below)
+        return v.choose(better, solved, super_scale)
 
     @v.helper
     def fit_two_levels(op, x, w, head):  # type: ignore[no-untyped-def]
@@ -121,7 +137,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
             scale = fit_group(op, x + i * group_bytes, w + i * group_bytes)
             v.store(integers + i * vector, scale)
             top = v.choose(v.magnitude(top) < v.magnitude(scale), scale, top)
-        super_scale = v.round_to_half(top * v.splat(one_over_low))
+        super_scale = half_scale(top * v.splat(one_over_low))
         inverse = v.divide(v.splat(1.0), super_scale, tiny)
         for i in range(groups):
             rounded = v.round_to_whole(v.load(integers + i * vector) * inverse)
@@ -144,7 +160,7 @@ def build_fit_without_minimum(search: Search, nearest: Any, code: Any, weighted:
                 scale = v.load(scales + i * vector)
                 finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, i * size, (i + 1) * size)
         else:
-            scale = v.round_to_half(fit_group(op, x, w))
+            scale = half_scale(fit_group(op, x, w))
             v.store(head, scale)
             finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, zero, 0, size)
 
@@ -159,6 +175,7 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
     n_bytes = groups * vector
     two_level = high > 0
     one_over_high = 1 / high if high else 1.0
+    largest_range = float(OVERFLOW) * search.levels.largest
     finish = build_finish(search, nearest, code, weighted)
 
     @v.helper
@@ -187,14 +204,33 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
         return scale, minimum, scale * qx - minimum * x_sum
 
     @v.helper
-    def fit_group(op, x, w, w_sum, x_sum):  # type: ignore[no-untyped-def]
+    def ends(x, count):  # type: ignore[no-untyped-def]
         low, high = v.load(x), v.load(x)
-        for j in range(1, size):
+        for j in range(1, count):
             value = v.load(x + j * vector)
             low, high = v.choose(value < low, value, low), v.choose(high < value, value, high)
+        return low, high
+
+    @v.helper
+    def turn_upright(x):  # type: ignore[no-untyped-def]
+        """Turns the weights of blocks upside down that are to be fitted so. Returns their sign, else 1."""
+        low, high = ends(x, groups * size)
+        upside_down = v.splat(skewed) * v.magnitude(high) < v.splat(0.0) - low
+        sign = v.choose(upside_down, v.splat(-1.0), v.splat(1.0))
+        for j in range(groups * size):
+            v.store(x + j * vector, v.load(x + j * vector) * sign)
+        return sign
+
+    @v.helper
+    def fit_group(op, x, w, w_sum, x_sum):  # type: ignore[no-untyped-def]
+        low, high = ends(x, size)
         if two_level:
             low = v.choose(v.splat(0.0) < low, v.splat(0.0), low)
         first = v.splat(0.0) - low
+        bound = v.splat(infinity)
+        if not two_level:
+            small_enough = (v.magnitude(first) < v.splat(overflow)) & (high - low < v.splat(largest_range))
+            bound = v.choose(small_enough, v.splat(overflow), bound)
         best = v.splat(0.0) - first * (first * w_sum + (x_sum + x_sum))
         scale, minimum = v.splat(0.0), first
         for i in range(v.load_i64(op + R.Q_N_TRIALS)):
@@ -203,13 +239,13 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
             offset = first - v.divide(v.splat(v.load_f32(trial + 4)), inverse, tiny)
             q, qq, qx = moments(x, w, inverse, offset)
             tried, below, gain = solved(w_sum, x_sum, q, qq, qx)
-            better = best < gain
+            better = (best < gain) & (v.magnitude(tried) < bound) & (v.magnitude(below) < bound)
             best = v.choose(better, gain, best)
             scale, minimum = v.choose(better, tried, scale), v.choose(better, below, minimum)
         for _ in range(v.load_i64(op + R.Q_REFINEMENTS)):
             q, qq, qx = moments(x, w, v.divide(v.splat(1.0), scale, tiny), minimum)
             tried, below, _gain = solved(w_sum, x_sum, q, qq, qx)
-            better = v.splat(tiny) < tried
+            better = (v.splat(tiny) < tried) & (tried < bound) & (v.magnitude(below) < bound)
             scale, minimum = v.choose(better, tried, scale), v.choose(better, below, minimum)
         return scale, minimum
 
@@ -221,6 +257,11 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
             w_sum = w_sum + weight
             x_sum = x_sum + weight * v.load(x + j * vector)
         return w_sum, x_sum
+
+    @v.helper
+    def gain_of(scale, minimum, ss, sm, mm, sx, mx):  # type: ignore[no-untyped-def]
+        first = scale * (((sx + sx) - scale * ss) + (minimum + minimum) * sm)
+        return first - minimum * (minimum * mm + (mx + mx))
 
     @v.helper
     def go_over(x, w, super_scale, super_minimum, integers):  # type: ignore[no-untyped-def]
@@ -258,9 +299,11 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
             sx = sx + integer * best_qx
             mx = mx + depth * x_sum
         determinant = ss * mm - sm * sm
-        new_scale = v.round_to_half(v.divide(sx * mm - mx * sm, determinant, tiny))
-        new_minimum = v.round_to_half(v.divide(sx * sm - mx * ss, determinant, tiny))
+        new_scale = half_scale(v.divide(sx * mm - mx * sm, determinant, tiny))
+        new_minimum = half_scale(v.divide(sx * sm - mx * ss, determinant, tiny))
+        gain = gain_of(super_scale, super_minimum, ss, sm, mm, sx, mx)
         better = (v.splat(tiny) < new_scale) & (v.splat(tiny) < new_minimum)
+        better = better & (gain < gain_of(new_scale, new_minimum, ss, sm, mm, sx, mx))
         return v.choose(better, new_scale, super_scale), v.choose(better, new_minimum, super_minimum)
 
     @v.helper
@@ -277,8 +320,8 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
             v.store(place + 3 * n_bytes, x_sum)
             largest = v.choose(largest < scale, scale, largest)
             deepest = v.choose(deepest < minimum, minimum, deepest)
-        super_scale = v.round_to_half(largest * v.splat(one_over_high))
-        super_minimum = v.round_to_half(deepest * v.splat(one_over_high))
+        super_scale = half_scale(largest * v.splat(one_over_high))
+        super_minimum = half_scale(deepest * v.splat(one_over_high))
         inverse, inverse_minimum = (
             v.divide(v.splat(1.0), super_scale, tiny), v.divide(v.splat(1.0), super_minimum, tiny)
         )  # fmt: skip
@@ -302,6 +345,7 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
 
     @v.helper
     def fit(op, x, w, head, stats):  # type: ignore[no-untyped-def]
+        sign = turn_upright(x)
         if two_level:
             numbers = fit_two_levels(op, x, w, head)
             for i in range(groups):
@@ -310,9 +354,11 @@ def build_fit_with_minimum(search: Search, nearest: Any, code: Any, weighted: bo
         else:
             w_sum, x_sum = sums(x, w)
             scale, minimum = fit_group(op, x, w, w_sum, x_sum)
-            scale, minimum = v.round_to_half(scale), v.round_to_half(minimum)
+            scale, minimum = half_scale(scale), v.round_to_half(minimum)
             v.store(head, scale)
             v.store(head + vector, minimum)
             finish(x, w, stats, v.divide(v.splat(1.0), scale, tiny), scale, minimum, 0, size)
+        v.store(head, v.load(head) * sign)
+        v.store(head + vector, v.load(head + vector) * sign)
 
     return fit

@@ -131,6 +131,8 @@ def _read_gguf(path: Path) -> Imatrix:
             sums, counts = tensor.dequantize().reshape(-1), counts_tensor.dequantize().reshape(-1, 1)
             if counts.size == 0 or sums.size % counts.size:
                 raise FormatError(path, f"the sums and counts of {quote(name)} do not fit together")
+            if not np.isfinite(counts).all() or (counts < 0).any():
+                raise FormatError(path, f"the counts of {quote(name)} are not finite positive numbers throughout")
             matrix = sums.reshape(counts.size, -1)
             values[name] = np.where(counts > 0, matrix / np.maximum(counts, 1), np.float32(1)).reshape(-1)
         datasets = reader.metadata.get(DATASETS, [])

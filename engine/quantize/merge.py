@@ -50,9 +50,8 @@ def open_sources(
             stack.callback(source.close)
             file: TensorFile[SourceTensor] = source
             adapters.append(Adapter(file, lora.scale))
-            for text in (adapters[-1].notice, source.notice if isinstance(source, PeftSource) else None):
-                if text:
-                    notice(text)
+            for text in (*source.notices, *filter(None, [adapters[-1].notice])):
+                notice(text)
         yield adapters
 
 
@@ -67,6 +66,7 @@ class MergedSource:
         self.base = base
         self.path = base.path
         self.files: Sequence[Path] = [*base.files, *(path for adapter in adapters for path in adapter.file.files)]
+        self.notices = base.notices
         self.metadata: Mapping[str, Any] = base.metadata
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = base.metadata_types
         tensors = dict(base.tensors)

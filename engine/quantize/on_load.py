@@ -22,7 +22,7 @@ from qrun.models.store import folder_bytes
 DEFAULT_TYPE = "Q8_0"
 """Half the size of the checkpoint, and nothing lost that could be noticed."""
 
-VERSION = 1  # of what a conversion gives: one more than before when that changes
+VERSION = 2  # of what a conversion gives: one more than before when that changes
 
 Progress = Callable[[int, int], None]
 
@@ -34,11 +34,13 @@ def converted(
     threads: int | None = None,
     progress: Progress | None = None,
     compiling: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Path:
     """The GGUF file of a checkpoint, made now if it is not in the cache.
 
-    type: as `qrun convert` takes it, by default DEFAULT_TYPE. progress, compiling: see `convert`. If the cache cannot
-    be written to, it is a file that goes with this process, and a `CacheWarning` says so. Raises FormatError if
+    type: as `qrun convert` takes it, by default DEFAULT_TYPE. progress, compiling: see `convert`. notice: called with
+    lines about what of the folder is not used, or may be wrong, where it is converted. If the cache cannot be written
+    to, it is a file that goes with this process, and a `CacheWarning` says so. Raises FormatError if
     the folder is no checkpoint that can be converted, ValueError for a type that does not exist, OSError if the disk is
     full.
     """
@@ -63,6 +65,9 @@ def converted(
     with FileLock(lock):
         if not target.is_file():  # another process may have made it meanwhile
             with closing(open_source(folder)) as source:
+                if notice:
+                    for text in source.notices:
+                        notice(text)
                 choice = Choice(file_type)
                 convert(plan(source, choice), target, threads=threads, progress=progress, compiling=compiling)
             for old in set(target.parent.glob(f"{place}-*.gguf")) - {target}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,8 +36,12 @@ class Source(TensorFile[SourceTensor], Protocol):
 
     path: for messages, and to name the result after. files: all that belong to it, never to be written over.
     metadata: in order. metadata_types: of each value and, if that is an array, of its items. tensors: by name, in the
-    order in which they are written; when the source is closed they cannot be read any more.
+    order in which they are written; when the source is closed they cannot be read any more. notices: lines for whoever
+    uses it, about what of it is not used, or may be wrong.
     """
+
+    @property
+    def notices(self) -> Sequence[str]: ...
 
     @property
     def metadata_types(self) -> Mapping[str, tuple[ValueType, ValueType | None]]: ...
@@ -79,6 +83,7 @@ class GGUFSource:
         self.reader = reader
         self.path = reader.path
         self.files = reader.files
+        self.notices: Sequence[str] = ()
         self.metadata = reader.metadata
         self.metadata_types = reader.metadata_types
         data = {part.path: part.data for part in reader.parts}

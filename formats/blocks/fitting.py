@@ -10,6 +10,11 @@ form; with scale and minimum held, each q is best rounded by itself. To alternat
 nearest valley. So the search begins at several scales, keeps the best, alternates from there, and then does the same
 one level up, among the integers that a K format stores for scales and minimums.
 
+What is found is stored in half precision: of 11 bits, and no larger than 65,504. No number wins that would overflow
+there, and a super-scale is replaced only by one that is better once it is rounded. A minimum of half precision should
+be a small number, or its rounding costs more than all else: blocks whose least weight lies far below zero, and whose
+largest does not lie far above, are fitted upside down, with a scale below zero.
+
 E is never summed up weight by weight: it follows from a few moments (sums of w*q*q, w*q*x, ...), so a trial costs one
 pass. Arrays have blocks along their last axis and every sum runs in the order of the weights, one operation at a time:
 `engine.kernels.quantize` computes the same in vector lanes, to the bit.
@@ -30,6 +35,12 @@ from qrun.formats.blocks.layout import F32Array, U8Array
 TINY = np.float32(1e-30)
 # Quants count as all alike, and a minimum as none, if their variance is no larger a part of their mean square.
 ALIKE = np.float32(1e-6)
+# Half precision: what is as large as this becomes infinite, and the smallest number above zero.
+OVERFLOW = np.float32(65520)
+SMALLEST = np.float32(2.0**-24)
+INFINITY = np.float32(np.inf)
+# A block is fitted upside down if its least weight lies so many times as far from zero as its largest.
+SKEWED = np.float32(8)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class Steps:
 
     low: int
     high: int
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude."""
+        return max(-self.low, self.high)
 
     def nearest(self, values: F32Array) -> F32Array:
         return clamp(np.rint(values), self.low, self.high)
@@ -51,6 +67,11 @@ class Table:
     """Uneven levels, rising. The code of a level is its index."""
 
     levels: tuple[int, ...]
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude."""
+        return max(map(abs, self.levels))
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -177,6 +198,19 @@ def half(values: F32Array) -> F32Array:
     return values.astype(np.float16).astype(np.float32)
 
 
+def half_scale(values: F32Array) -> F32Array:
+    """The same of a scale, which does not become zero: with the smallest there is, weights may still find levels."""
+    smallest = np.where(values < np.float32(0), -SMALLEST, SMALLEST)
+    magnitude = np.abs(values)
+    return np.where((magnitude < SMALLEST) & (magnitude > TINY), smallest, half(values))
+
+
+def limit(too_large: Any) -> F32Array:
+    """What scales and minimums have to be below. Weights that are too large for the format may have any: they are found
+    out afterwards, by what they decode to."""
+    return np.where(too_large, INFINITY, OVERFLOW)
+
+
 def total(terms: F32Array) -> F32Array:
     """The sum over the weights of a group, in their order: [groups, size, n] -> [groups, n]."""
     result = np.zeros_like(terms[:, 0])
@@ -217,18 +251,21 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
     top = x[:, 0].copy()
     for j in range(1, search.size):
         top = np.where(np.abs(top) < np.abs(x[:, j]), x[:, j], top)
+    two_level = search.scale_high > 0
+    bound = limit(two_level | ~(np.abs(top) < OVERFLOW * np.float32(levels.largest)))
     gains, scales = [zero], [zero]
     for start, _ in effort.trials:
         xq, qq = moments(divide(start, top))
         scale = divide(xq, qq)
-        gains.append(scale * xq)
+        gains.append(np.where(np.abs(scale) < bound, scale * xq, zero))
         scales.append(scale)
     (scale,) = _best(gains, scales)
     for _ in range(effort.refinements):
-        scale = divide(*moments(divide(1, scale)))
+        refined = divide(*moments(divide(1, scale)))
+        scale = np.where(np.abs(refined) < bound, refined, scale)
 
-    if not search.scale_high:
-        scale = half(scale)
+    if not two_level:
+        scale = half_scale(scale)
         q = levels.nearest(x * divide(1, scale)[:, None])
         return Fit(scale[0], _codes(levels, q))
 
@@ -236,7 +273,8 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
     top = scale[0].copy()
     for i in range(1, search.groups):
         top = np.where(np.abs(top) < np.abs(scale[i]), scale[i], top)
-    super_scale = half(top * np.float32(1 / low))  # the largest is put on the lowest level, which is one further out
+    # The largest is put on the lowest level, which is one further out.
+    super_scale = half_scale(top * np.float32(1 / low))
     integers = clamp(np.rint(scale * divide(1, super_scale)), low, high)
     for _ in range(search.rounds):
         gains, chosen, xqs, qqs = [], [], [], []
@@ -249,8 +287,10 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
             xqs.append(xq)
             qqs.append(qq)
         integers, xq, qq = _best(gains, chosen, xqs, qqs)
-        solved = half(divide(over_groups(integers * xq), over_groups((integers * integers) * qq)))
-        super_scale = np.where(np.abs(solved) > TINY, solved, super_scale)
+        above, below = over_groups(integers * xq), over_groups((integers * integers) * qq)
+        solved = half_scale(divide(above, below))
+        better = super_scale * ((above + above) - super_scale * below) < solved * ((above + above) - solved * below)
+        super_scale = np.where(better, solved, super_scale)
     q = levels.nearest(x * divide(1, super_scale * integers)[:, None])
     return Fit(super_scale, _codes(levels, q), scales=integers.T.astype(np.int32))
 
@@ -261,6 +301,8 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
 def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
     two_level = search.scale_high > 0
+    sign = _upright(x)
+    x = x * sign
     w_sum, x_sum = total(w), total(w * x)
 
     def moments(inverse: F32Array, minimum: F32Array) -> Moments:
@@ -282,37 +324,37 @@ def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> F
         minimum = np.where(apart, minimum, np.float32(0))
         return scale, minimum, scale * qx - minimum * x_sum
 
-    low = high = x[:, 0]
-    for j in range(1, search.size):
-        low, high = smaller(low, x[:, j]), larger(high, x[:, j])
+    low, high = _ends(x)
     if two_level:
         low = smaller(low, np.float32(0))
     zero = np.zeros_like(low)
     first = zero - low
+    small_enough = (np.abs(first) < OVERFLOW) & (high - low < OVERFLOW * np.float32(levels.largest))
+    bound = limit(two_level | ~small_enough)
     # Without a start: all quants 0.
     gains, scales, minimums = [zero - first * (first * w_sum + (x_sum + x_sum))], [zero], [first]
     for start, shift in effort.trials:
         inverse = divide(start, high - low)
         scale, minimum, gain = solved(*moments(inverse, first - divide(shift, inverse)))
-        gains.append(gain)
+        gains.append(np.where((np.abs(scale) < bound) & (np.abs(minimum) < bound), gain, -INFINITY))
         scales.append(scale)
         minimums.append(minimum)
     scale, minimum = _best(gains, scales, minimums)
     for _ in range(effort.refinements):
         refined, lowered, _ = solved(*moments(divide(1, scale), minimum))
-        better = refined > TINY
+        better = (refined > TINY) & (refined < bound) & (np.abs(lowered) < bound)
         scale, minimum = np.where(better, refined, scale), np.where(better, lowered, minimum)
 
     if not two_level:
-        scale, minimum = half(scale), half(minimum)
+        scale, minimum = half_scale(scale), half(minimum)
         q = levels.nearest((x + minimum[:, None]) * divide(1, scale)[:, None])
-        return Fit(scale[0], _codes(levels, q), minimum[0])
+        return Fit(scale[0] * sign, _codes(levels, q), minimum[0] * sign)
 
     top = search.scale_high
     largest, deepest = scale[0], minimum[0]
     for i in range(1, search.groups):
         largest, deepest = larger(largest, scale[i]), larger(deepest, minimum[i])
-    super_scale, super_minimum = half(largest * np.float32(1 / top)), half(deepest * np.float32(1 / top))
+    super_scale, super_minimum = half_scale(largest * np.float32(1 / top)), half_scale(deepest * np.float32(1 / top))
     integers = clamp(np.rint(scale * divide(1, super_scale)), 0, top)
     depths = clamp(np.rint(minimum * divide(1, super_minimum)), 0, top)
     for _ in range(search.rounds):
@@ -335,22 +377,45 @@ def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> F
         )  # fmt: skip
     minimum = super_minimum * depths
     q = levels.nearest((x + minimum[:, None]) * divide(1, super_scale * integers)[:, None])
-    fitted = Fit(super_scale, _codes(levels, q), super_minimum)
+    fitted = Fit(super_scale * sign, _codes(levels, q), super_minimum * sign)
     fitted.scales, fitted.minimums = integers.T.astype(np.int32), depths.T.astype(np.int32)
     return fitted
+
+
+def _ends(x: F32Array) -> tuple[F32Array, F32Array]:
+    """The least and the largest weight of each group."""
+    low = high = x[:, 0]
+    for j in range(1, x.shape[1]):
+        low, high = smaller(low, x[:, j]), larger(high, x[:, j])
+    return low, high
+
+
+def _upright(x: F32Array) -> F32Array:
+    """-1 for a block that is to be fitted upside down, else 1: [n]."""
+    lows, highs = _ends(x)
+    low, high = lows[0], highs[0]
+    for i in range(1, len(lows)):
+        low, high = smaller(low, lows[i]), larger(high, highs[i])
+    upside_down = SKEWED * np.abs(high) < np.float32(0) - low
+    return np.where(upside_down, np.float32(-1), np.float32(1))
 
 
 def _solve_both(
     scale: F32Array, minimum: F32Array, ss: F32Array, sm: F32Array, mm: F32Array, sx: F32Array, mx: F32Array
 ) -> tuple[F32Array, F32Array]:
-    """The best super-scale and super-minimum for the integers and quants of a block; as they were if there is none.
+    """The best super-scale and super-minimum for the integers and quants of a block; as they were if none is better.
 
     ss, sm, mm: sums of w times (integer scale * q) and integer minimum, squared and multiplied; sx, mx: times x.
     """
+
+    def gain(scale: F32Array, minimum: F32Array) -> F32Array:
+        first = scale * (((sx + sx) - scale * ss) + (minimum + minimum) * sm)
+        return first - minimum * (minimum * mm + (mx + mx))
+
     determinant = ss * mm - sm * sm
-    new_scale = half(divide(sx * mm - mx * sm, determinant))
-    new_minimum = half(divide(sx * sm - mx * ss, determinant))
-    better = (new_scale > TINY) & (new_minimum > TINY)
+    new_scale = half_scale(divide(sx * mm - mx * sm, determinant))
+    new_minimum = half_scale(divide(sx * sm - mx * ss, determinant))
+    better = (new_scale > TINY) & (new_minimum > TINY) & (gain(scale, minimum) < gain(new_scale, new_minimum))
     return np.where(better, new_scale, scale), np.where(better, new_minimum, minimum)
 
 

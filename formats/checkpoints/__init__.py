@@ -5,18 +5,19 @@ names under `quantization_config`. Each method has a file here; whatever the met
 decoded to float32 row by row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qrun.formats.checkpoints import packed, scaled
+from qrun.formats.checkpoints import mlx, packed, scaled
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
+from qrun.formats.checkpoints.unread import UnreadTensor
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.safetensors import StoredTensor
 from qrun.formats.tensors import SourceTensor
 
-__all__ = ["QUANT_METHODS", "PlainTensor", "decode_tensors"]
+__all__ = ["QUANT_METHODS", "PlainTensor", "UnreadTensor", "decode_tensors"]
 
 Decoder = Callable[[dict[str, StoredTensor], Mapping[str, Any], Path], dict[str, SourceTensor]]
 """decode(tensors, quantization, path): takes the tensors of its method out of the dict, and returns the weights that
@@ -30,23 +31,50 @@ QUANT_METHODS: dict[str, Decoder] = {
     "gptq": packed.decoder("gptq"),
     "awq": packed.decoder("awq"),
     "bitsandbytes": packed.decoder("bitsandbytes"),
+    "mlx": mlx.decode,
 }
 """By `quant_method`."""
 
+# Methods that compute with other weights than those they store, which may well be plain.
+ALWAYS_REFUSED = ("bitnet",)
+# What tensors have that are neither weights nor parts of them: masks, positions.
+NO_WEIGHTS = ("BOOL", "I64", "U64")
+WIDE_FLOATS = ("F32", "F16", "BF16", "F64")
+# Scales of activations, which are not quantised here.
+UNUSED = (
+    ".input_scale", ".input_zero_point", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale",
+    ".prob_scale",
+)  # fmt: skip
+
 
 def decode_tensors(
-    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, path: Path
+    tensors: Mapping[str, StoredTensor],
+    quantization: Mapping[str, Any] | None,
+    path: Path,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, SourceTensor]:
     """All weights of a checkpoint, by name. quantization: what `path`, mostly its config.json, says of that.
 
-    Tensors that are neither floats nor part of a packed weight are left out.
+    What is neither floats nor part of a packed weight is an UnreadTensor. notice: called with a line where the settings
+    say that weights are quantised and none is.
     """
-    rest = dict(tensors)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
     weights: dict[str, SourceTensor] = {}
-    if quantization is not None:
-        method = str(quantization.get("quant_method"))
+    method = "" if quantization is None else str(quantization.get("quant_method"))
+    if not method and mlx.is_quantized(rest):  # whatever was lost of config.json
+        method = "mlx"
+    if quantization is not None and method not in ALWAYS_REFUSED and _are_plain(rest.values()):
+        notice(f"{path}: the weights, said to be quantised ({quote(method)}), are not: they are read as they are")
+    elif method:
         if method not in QUANT_METHODS:
             known = ", ".join(QUANT_METHODS)
             raise FormatError(path, f"the quantisation method {quote(method)} is not supported (supported: {known})")
-        weights = QUANT_METHODS[method](rest, quantization, path)
-    return weights | {name: PlainTensor.of(tensor) for name, tensor in rest.items() if tensor.dtype in FLOATS}
+        weights = QUANT_METHODS[method](rest, quantization or {}, path)
+    return weights | {
+        name: PlainTensor.of(tensor) if tensor.dtype in FLOATS else UnreadTensor.of(tensor)
+        for name, tensor in rest.items()
+    }
+
+
+def _are_plain(tensors: Iterable[StoredTensor]) -> bool:
+    return all(tensor.dtype in (*WIDE_FLOATS, *NO_WEIGHTS) for tensor in tensors)

@@ -1,9 +1,10 @@
-"""Weights of 8 bits with scales beside them: w = q * scale.
+"""Weights of 8 bits with scales beside them, and perhaps zero points: w = (q - zero) * scale.
 
 The weight is of type F8_E4M3, F8_E5M2 or I8; the scale is a tensor NAME_scale or NAME_scale_inv (DeepSeek's name: the
 inverse of what the floats were multiplied by, so it too is multiplied with). One scale serves the whole matrix, a row,
-or a block of 128 x 128 weights: its shape says which. Such files come from the methods that Hugging Face calls fp8,
-fbgemm_fp8 and compressed-tensors.
+a group of inputs in a row, or a block of 128 x 128 weights: its shape says which. Asymmetric weights have a tensor
+NAME_zero_point too, in the shape of the scale. Such files come from the methods that Hugging Face calls fp8, fbgemm_fp8
+and compressed-tensors.
 """
 
 from collections.abc import Mapping
@@ -24,26 +25,31 @@ from qrun.formats.tensors import SourceTensor
 
 BYTE_TYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 SUFFIXES = ("_scale_inv", "_scale")
-# Scales of activations and of the KV cache: of no use here, since activations are not quantised so.
-UNUSED = (
-    ".input_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale", ".q_scale", ".output_scale"
-)  # fmt: skip
+ZERO_POINT = "_zero_point"
+ZERO_TYPES = frozenset({*FLOATS, "I8", "I16", "I32", "I64"})
 DEFAULT_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledTensor(SourceTensor):
-    """scale: float32 [row blocks, column blocks], each for a block of `block` weights."""
+    """scale, zero: float32 [row blocks, column blocks], each for a block of `block` weights; zero may be None."""
 
     stored: StoredTensor
     scale: F32Array
+    zero: F32Array | None
     block: tuple[int, int]
 
     def rows(self, start: int, end: int) -> F32Array:
         weights = decode_floats(self.stored, self.stored.raw[start * self.row : end * self.row])
-        per_row = self.scale[np.arange(start, end) // self.block[0]]
-        scale = np.repeat(per_row, self.block[1], axis=1)[:, : self.row] if per_row.shape[1] > 1 else per_row
-        return weights.reshape(end - start, self.row) * scale
+        weights = weights.reshape(end - start, self.row)
+        if self.zero is not None:
+            weights = weights - self._spread(self.zero, start, end)
+        return weights * self._spread(self.scale, start, end)
+
+    def _spread(self, values: F32Array, start: int, end: int) -> F32Array:
+        """The values that belong to rows start to end, as broadcasting wants them."""
+        per_row = values[np.arange(start, end) // self.block[0]]
+        return np.repeat(per_row, self.block[1], axis=1)[:, : self.row] if per_row.shape[1] > 1 else per_row
 
     def forget(self) -> None:
         self.stored.forget()
@@ -56,18 +62,17 @@ def decode(
     tensors: dict[str, StoredTensor], quantization: Mapping[str, Any], path: Path
 ) -> dict[str, SourceTensor]:
     """See `formats.checkpoints.Decoder`."""
-    packed = next((name for name in tensors if name.endswith("_packed")), None)
-    if packed is not None:
-        format = quote(str(quantization.get("format")))
-        raise FormatError(path, f"the quantisation format {format} is not supported: tensor {quote(packed)} is packed")
+    for suffix, state in (("_packed", "packed"), ("bitmask", "sparse"), ("_g_idx", "in groups of its own order")):
+        name = next((name for name in tensors if name.endswith(suffix)), None)
+        if name is not None:
+            format, tensor = quote(str(quantization.get("format"))), quote(name)
+            raise FormatError(path, f"the quantisation format {format} is not supported: tensor {tensor} is {state}")
     block = _block(quantization, path)
-    for name in [name for name in tensors if name.endswith(UNUSED)]:
-        del tensors[name]
     weights: dict[str, SourceTensor] = {}
     for name in [name for name, tensor in tensors.items() if tensor.dtype in BYTE_TYPES]:
         scale = next((found for suffix in SUFFIXES if (found := tensors.pop(name + suffix, None)) is not None), None)
         if scale is not None:
-            weights[name] = _scaled(tensors.pop(name), scale, block)
+            weights[name] = _scaled(tensors.pop(name), scale, tensors.pop(name + ZERO_POINT, None), block)
     return weights
 
 
@@ -80,7 +85,9 @@ def _block(quantization: Mapping[str, Any], path: Path) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _scaled(stored: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -> ScaledTensor:
+def _scaled(
+    stored: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, block: tuple[int, int]
+) -> ScaledTensor:
     if len(stored.shape) != 2:
         raise stored.error(f"has scales and the shape {stored.shape}, expected a matrix")
     if scale.dtype not in FLOATS:
@@ -88,11 +95,23 @@ def _scaled(stored: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -
     rows, columns = stored.shape
     values = decode_floats(scale, scale.raw)
     if values.size == 1:
-        block, values = (max(rows, 1), max(columns, 1)), values.reshape(1, 1)
+        block, shape = (max(rows, 1), max(columns, 1)), (1, 1)
     elif scale.shape in ((rows,), (rows, 1)):
-        block, values = (1, max(columns, 1)), values.reshape(rows, 1)
-    elif scale.shape != (-(-rows // block[0]), -(-columns // block[1])):
-        raise scale.error(f"has the shape {scale.shape}, which does not fit a weight of {stored.shape}")
+        block, shape = (1, max(columns, 1)), (rows, 1)
+    elif scale.shape == (-(-rows // block[0]), -(-columns // block[1])):
+        shape = (scale.shape[0], scale.shape[1])
+    elif len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and columns % scale.shape[1] == 0:
+        block, shape = (1, columns // scale.shape[1]), (rows, scale.shape[1])
     else:
-        values = values.reshape(scale.shape)
-    return ScaledTensor(stored.name, TensorType.BF16, stored.shape, stored, values, block)
+        raise scale.error(f"has the shape {scale.shape}, which does not fit a weight of {stored.shape}")
+    zeros = None if zero is None else _zeros(zero, values.size).reshape(shape)
+    return ScaledTensor(stored.name, TensorType.BF16, stored.shape, stored, values.reshape(shape), zeros, block)
+
+
+def _zeros(zero: StoredTensor, count: int) -> F32Array:
+    if zero.dtype not in ZERO_TYPES:
+        raise zero.error(f"is of type {zero.dtype}, expected one of {', '.join(sorted(ZERO_TYPES))}")
+    values = decode_floats(zero, zero.raw)
+    if values.size != count:
+        raise zero.error(f"has the shape {zero.shape}, and there are {count} scales")
+    return values

@@ -14,14 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, quote
 from qrun.formats.gguf.metadata import MIN_PAIR_BYTES, Metadata, Span, ValueType, read_span
-from qrun.formats.mapping import describe_start, map_file
+from qrun.formats.mapping import bytes_of, describe_start, map_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -84,7 +82,7 @@ class GGUFFile:
         layouts = _read_layouts(cursor, n_tensors)
         self.header_end = cursor.position
         self.data_start = align(self.header_end, self.alignment)
-        raw = np.frombuffer(self.data, np.uint8)
+        raw = bytes_of(self.data)
         self.tensors = {name: self._tensor(name, layout, raw) for name, layout in layouts.items()}
         self._check_overlap()
 

@@ -7,10 +7,13 @@ Transformers library (modeling_*.py); the names in GGUF files those of llama.cpp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Heads = Literal["", "heads", "kv_heads"]
+Windows = Literal["", "all", "all if used", "later layers", "layers without positions", "gemma"]
+"""Which layers see a window only, where config.json gives one: all; all or those from `max_window_layers` on, if
+`use_sliding_window` says so; as each Gemma has it. What `layer_types` says of single layers goes before that."""
 
 SILU = frozenset({"silu", "swish"})
 GELU = frozenset({"gelu", "gelu_pytorch_tanh"})  # a config that says "gelu" is an old one of Gemma: it means the other
@@ -48,7 +51,7 @@ class Experts:
 class Architecture:
     """name: as GGUF has it. layer: the tensors of a layer. norm_shift: what is to be added to the weights of norms.
 
-    defaults: of config.json, where they differ from DEFAULTS.
+    defaults: of config.json, where they differ from DEFAULTS. windows: which layers see a window only, see Windows.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Architecture:
     activations: frozenset[str] = SILU
     norm_shift: float = 0.0
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    windows: Windows = ""
 
 
 def _norm(hf: str, gguf: str, width: str = "embd") -> Mapped:
@@ -112,33 +116,41 @@ _GEMMA3 = _GEMMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_s
                     "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "rope_theta": 1_000_000.0,
                     "rope_local_base_freq": 10000.0}  # fmt: skip
 
+_QWEN_WINDOW = {"sliding_window": 4096}  # if it is used
+
 _LLAMA = Architecture("llama", (*_NORMS, *_attention(permuted=True), *_FEED_FORWARD))
 _GEMMA3_TEXT = Architecture(
-    "gemma3", (*_FOUR_NORMS, *_QK_NORMS, *_attention(), *_FEED_FORWARD), GELU, 1.0, _GEMMA3
+    "gemma3", (*_FOUR_NORMS, *_QK_NORMS, *_attention(), *_FEED_FORWARD), GELU, 1.0, _GEMMA3, "gemma"
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
     "LLaMAForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
+    "MistralForCausalLM": replace(_LLAMA, defaults={"sliding_window": 4096}, windows="all"),
     "MixtralForCausalLM": Architecture(
         "llama", (*_NORMS, *_attention(permuted=True), *_experts("block_sparse_moe", "w1", "w3", "w2")),
         defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        windows="all",
     ),
-    "Qwen2ForCausalLM": Architecture("qwen2", (*_NORMS, *_attention(), *_FEED_FORWARD)),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2", (*_NORMS, *_attention(), *_FEED_FORWARD), defaults=_QWEN_WINDOW, windows="later layers"
+    ),
     "Qwen3ForCausalLM": Architecture(
-        "qwen3", (*_NORMS, *_QK_NORMS, *_attention(), *_FEED_FORWARD), defaults={"head_dim": 128}
+        "qwen3", (*_NORMS, *_QK_NORMS, *_attention(), *_FEED_FORWARD), defaults={"head_dim": 128} | _QWEN_WINDOW,
+        windows="later layers",
     ),
     "Qwen3MoeForCausalLM": Architecture(
         "qwen3moe",
         (*_NORMS, *_QK_NORMS, *_attention(), *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
-        defaults={"num_experts": 128, "num_experts_per_tok": 8},
+        defaults={"num_experts": 128, "num_experts_per_tok": 8} | _QWEN_WINDOW,
+        windows="all if used",
     ),
     "GemmaForCausalLM": Architecture("gemma", (*_NORMS, *_attention(), *_FEED_FORWARD), GELU, 1.0, _GEMMA),
     "Gemma2ForCausalLM": Architecture(
         "gemma2", (*_FOUR_NORMS, *_attention(), *_FEED_FORWARD), GELU, 1.0,
         _GEMMA | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                   "query_pre_attn_scalar": 256},
+        "gemma",
     ),
     "Gemma3ForCausalLM": _GEMMA3_TEXT,
     "Gemma3ForConditionalGeneration": _GEMMA3_TEXT,
@@ -152,10 +164,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             *_linear("mlp.down_proj", "ffn_down", "embd", "ff"),
         ),
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        windows="all",
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3", (*_NORMS, *_attention(permuted=True), *_FEED_FORWARD),
         defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0, "num_key_value_heads": 4},
+        windows="layers without positions",
     ),
 }  # fmt: skip
 """By the class's name."""

@@ -15,6 +15,7 @@ from qrun.formats.safetensors import SafetensorsFolder
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.architectures import ARCHITECTURES, DEFAULTS, Architecture
 from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.config_keys import check_keys
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.general import general_entries, size_entry
 from qrun.models.huggingface.hyperparameters import hyperparameter_entries
@@ -37,22 +38,24 @@ class CheckpointSource:
     """A folder with config.json, model.safetensors (or an index and several files) and a tokenizer.
 
     It is a `Source` of the converter: metadata and tensors are those of a GGUF file, the tensors in the type that the
-    checkpoint has, norms and biases as F32. Raises FormatError, one line, for an architecture that is not known, and
-    for a file, a tensor or a value that is missing or wrong.
+    checkpoint has, norms and biases as F32. notices: lines about what of the folder is not used, or contradicts itself.
+    Raises FormatError, one line, for an architecture that is not known, and for a file, a tensor or a value that is
+    missing or wrong.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)
         self.architecture, config = read_config(self.path)
         sizes = dimensions(config, self.architecture)
+        notices = check_keys(config, self.architecture)
         entries = Entries()
         general_entries(entries, self.path, self.architecture.name)
         hyperparameter_entries(entries, self.architecture, config, sizes)
         tokenizer_entries(entries, self.path, config, sizes["vocab"])
         self._checkpoint = SafetensorsFolder(self.path)
         try:
-            weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config))
-            tensors = map_tensors(weights, self.architecture, sizes, config)
+            weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append)
+            tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
         except BaseException:
@@ -64,6 +67,7 @@ class CheckpointSource:
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
         self.writer = entries.writer
+        self.notices: Sequence[str] = notices
 
     @property
     def files(self) -> Sequence[Path]:

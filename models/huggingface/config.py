@@ -31,6 +31,10 @@ class Config:
         """The error to raise: `<file>: <key> <problem>`."""
         return FormatError(self.path, f"{self._prefix}{key} {problem}")
 
+    def given(self) -> Mapping[str, Any]:
+        """All keys that the file has, with their values."""
+        return self._values
+
     def get(self, key: str, default: Any = None) -> Any:
         """A value of any type."""
         value = self._values.get(key)

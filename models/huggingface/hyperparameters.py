@@ -10,7 +10,7 @@ from qrun.models.huggingface.architectures import Architecture
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.rope import longrope_entries, rope_entries
-from qrun.models.hyperparameters import MAX_CONTEXT
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS
 from qrun.models.smollm3 import NOPE_PERIOD
 
 # Layers of which the last sees everything and the others a window: what engines take where a file says nothing.
@@ -48,6 +48,41 @@ def hyperparameter_entries(
         entries.count(f"{name}.attention.sliding_window", config.integer("sliding_window", 0, 0, MAX_CONTEXT))
     elif name in WINDOW_PERIODS:
         _gemma_entries(entries, name, config, sizes)
+    if name not in WINDOW_PERIODS:
+        _window_entries(entries, architecture, config, sizes["layers"])
+
+
+def _window_entries(entries: Entries, architecture: Architecture, config: Config, n_layers: int) -> None:
+    """Which layers see a window, with a flag for each: without flags engines take a window for unsure."""
+    null = "sliding_window" in config.given() and config.given()["sliding_window"] is None
+    window = 0 if null else config.integer("sliding_window", 0, low=0, high=MAX_CONTEXT)
+    sliding = _windowed(architecture, config, n_layers, has_window=window > 0)
+    if any(sliding) and window < config.integer("max_position_embeddings", high=MAX_CONTEXT):
+        entries.count(f"{architecture.name}.attention.sliding_window", window)
+        entries.array(f"{architecture.name}.attention.sliding_window_pattern", sliding, ValueType.BOOL)
+
+
+def _windowed(architecture: Architecture, config: Config, n_layers: int, *, has_window: bool) -> list[bool]:
+    """Of each layer, whether it sees a window only, as the model's class has it."""
+    kind = architecture.windows
+    if not kind:  # the class knows no windows
+        return [False] * n_layers
+    if kind != "all":
+        has_window = has_window and config.flag("use_sliding_window")
+    match kind:
+        case "later layers":
+            first = config.integer("max_window_layers", 28, low=0, high=MAX_LAYERS)
+            sliding = [has_window and layer >= first for layer in range(n_layers)]
+        case "layers without positions":
+            sliding = [has_window and (layer + 1) % NOPE_PERIOD == 0 for layer in range(n_layers)]
+        case _:
+            sliding = [has_window] * n_layers
+    named = _sliding_layers(config, n_layers)
+    if named is None or named == sliding:
+        return sliding
+    if kind in ("all", "all if used") or (any(named) and not has_window):
+        raise config.error("layer_types", "is not what sliding_window and use_sliding_window say")
+    return named
 
 
 def _gemma_entries(entries: Entries, name: str, config: Config, sizes: Mapping[str, int]) -> None:
@@ -58,16 +93,18 @@ def _gemma_entries(entries: Entries, name: str, config: Config, sizes: Mapping[s
         return
     entries.count(f"{name}.attention.sliding_window", config.integer("sliding_window", high=MAX_CONTEXT))
     sliding = _sliding_layers(config, sizes["layers"])
+    if sliding is None and (given := config.integer("sliding_window_pattern", 0, low=0)):
+        sliding = [(layer + 1) % given > 0 for layer in range(sizes["layers"])]
     period = WINDOW_PERIODS[name]
     if sliding is not None and sliding != [(layer + 1) % period > 0 for layer in range(sizes["layers"])]:
         entries.array(f"{name}.attention.sliding_window_pattern", sliding, ValueType.BOOL)
 
 
 def _sliding_layers(config: Config, n_layers: int) -> list[bool] | None:
+    """What `layer_types` says, if anything."""
     kinds = config.get("layer_types")
     if kinds is None:
-        period = config.integer("sliding_window_pattern", 0, low=0)
-        return [(layer + 1) % period > 0 for layer in range(n_layers)] if period else None
+        return None
     if not isinstance(kinds, list) or len(kinds) != n_layers:
         raise config.error("layer_types", f"is not a list of {n_layers} kinds")
     unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)

@@ -33,30 +33,36 @@ from qrun.models.huggingface.architectures import ARCHITECTURES, Architecture, E
 from qrun.models.huggingface.checkpoint import FILE_TYPES, read_config
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.tensors import MappedTensor, Segment, dimensions, short_name
+from qrun.models.huggingface.tensors import OTHER_PARTS, MappedTensor, Segment, dimensions, short_name
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Metadata
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 
 # What a config may ask for and a GGUF adapter cannot say: refused where it is given.
 REFUSED = {
     "use_dora": "DoRA adapters are not supported: they change more than B A",
-    "modules_to_save": "it holds whole modules beside its LoRA pairs (modules_to_save), which is not supported",
     "trainable_token_indices": "it holds rows of the embedding beside its LoRA pairs, which is not supported",
     "target_parameters": "it changes parameters that are no modules (target_parameters), which is not supported",
     "layer_replication": "it repeats layers of its model (layer_replication), which is not supported",
     "lora_bias": "its pairs have biases (lora_bias), which are not supported",
     "use_qalora": "QA-LoRA adapters are not supported: they sum inputs in groups",
     "alora_invocation_tokens": "an adapter that acts from certain tokens on (aLoRA) is not supported",
+    "use_bdlora": "adapters of block-diagonal matrices (BD-LoRA) are not supported",
+    "arrow_config": "an adapter that chooses among others (Arrow) is not supported",
 }
-# Ways to begin a training that put a part of the model's weights into the adapter and take them off the model.
-CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
+MODULES = "modules_to_save"
+WHOLE_MODULES = f"it holds whole modules beside its LoRA pairs ({MODULES}), which is not supported"
+# Ways to begin a training that leave the model's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) put
+# a part of them into the adapter and take it off the model, or quantise the model.
+KEPT_BASES = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 _PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.\w+)*")
 # Patterns of module names are regular expressions of strangers. Those in which little is left open, and nothing within
 # what is open, are matched in little time; others are refused.
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?|\\d\+?|\((?:[\w|-]|\\\.)+\))+\$?")
 _MAX_OPEN = 3
+_NORM = re.compile(r".*norm(\.\w+)*\.weight")
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,14 @@ class PeftSource:
         self.path = Path(folder)
         self._base, self._type = base, type
         self._config = read_adapter_config(self.path)
+        if (self.path / MLX_WEIGHTS_NAME).is_file() and not (self.path / WEIGHTS_NAME).is_file():
+            raise FormatError(self.path, f"this is an adapter of MLX ({MLX_WEIGHTS_NAME}), which is not supported")
         self._folder = SafetensorsFolder(self.path, WEIGHTS_NAME)
         try:
+            # What is not used: tensors of norms, which engines leave out of GGUF adapters too, and of the parts of a
+            # model that see or hear.
+            self._norms: list[str] = []
+            self._others: list[str] = []
             pairs = list(self._pairs())
             if not pairs:
                 raise FormatError(self.path, "the adapter changes nothing: it has no pairs of lora_A and lora_B")
@@ -157,12 +169,17 @@ class PeftSource:
         return [*self._folder.files, self._config.path]
 
     @property
-    def notice(self) -> str | None:
-        """A line about what may be wrong with it, if anything."""
-        start = self._config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
-            return f"{self.path}: the adapter began as {quote(start)}: it fits the model only as that changed it"
-        return None
+    def notices(self) -> Sequence[str]:
+        """Lines about what of it is not used, or may be wrong."""
+        found = []
+        start = str(self._config.get("init_lora_weights", True))
+        if start.lower() not in KEPT_BASES:
+            found.append(f"the adapter began as {quote(start)}: it fits the model only as that changed it")
+        if self._norms:
+            found.append(f"the norms in the adapter ({len(self._norms)}) are left out")
+        if self._others:
+            found.append(f"the adapter's changes of what sees or hears ({len(self._others)} tensors) are left out")
+        return [f"{self.path}: {text}" for text in found]
 
     def close(self) -> None:
         """Unmap the file. The tensors cannot be read any more."""
@@ -188,8 +205,15 @@ class PeftSource:
         found: dict[str, dict[str, StoredTensor]] = {}
         for name, stored in self._folder.tensors.items():
             match = _PAIR.fullmatch(name)
+            module = match["module"] if match else name.removeprefix("base_model.model.")
+            if short_name(module).startswith(OTHER_PARTS):
+                self._others.append(name)
+                continue
             if match is None:
                 if name.endswith(".base_layer.weight"):  # the embedding as it was, saved because it has a pair
+                    continue
+                if _NORM.fullmatch(name) and len(stored.shape) == 1:
+                    self._norms.append(name)
                     continue
                 raise stored.error(_why_not(name))
             if stored.dtype not in FLOATS or len(stored.shape) != 2 or not all(stored.shape):
@@ -329,6 +353,13 @@ def read_adapter_config(folder: Path) -> Config:
     for key, reason in REFUSED.items():
         if config.get(key):
             raise FormatError(folder, reason)
+    modules = config.get(MODULES) or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise config.error(MODULES, "is not a list of names")
+    for module in modules:
+        short = short_name(module)
+        if not short.endswith("norm") and not f"{short}.".startswith(OTHER_PARTS):
+            raise FormatError(folder, WHOLE_MODULES)
     if config.text("bias", "none") != "none":
         raise FormatError(folder, "it changes biases too (bias), which is not supported")
     return config

@@ -10,14 +10,18 @@ from qrun.formats.json_file import read_json
 from qrun.models.huggingface.config import Config
 
 KEY = "quantization_config"
+MLX_KEY = "quantization"
+OLD_KEY = "compression_config"  # of compressed-tensors
 # The files in which AutoGPTQ and AutoAWQ said it before config.json had a place for it, and the method that each means.
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_quantization(config: Config) -> tuple[Mapping[str, Any] | None, Path]:
     """The settings, with their `quant_method`, or None if nothing is quantised; and the file that they come from."""
-    settings = config.get(KEY)
-    if settings is None:
+    settings = config.get(KEY) or config.get(MLX_KEY)
+    if not settings and config.get(OLD_KEY):
+        settings = {"quant_method": "compressed-tensors", **config.section(OLD_KEY).given()}
+    if not settings:
         for name, method in FILES.items():
             path = config.path.parent / name
             if path.is_file():
@@ -25,6 +29,9 @@ def read_quantization(config: Config) -> tuple[Mapping[str, Any] | None, Path]:
         return None, config.path
     if not isinstance(settings, dict):
         raise config.error(KEY, "is not an object")
-    if settings.get("quant_method") is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        settings = {**settings, "quant_method": "bitsandbytes"}  # as files were written when there was no other method
+    if settings.get("quant_method") is None:
+        if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+            return {**settings, "quant_method": "bitsandbytes"}, config.path  # as it was when there was no other method
+        if "bits" in settings and "group_size" in settings:
+            return {**settings, "quant_method": "mlx"}, config.path
     return settings, config.path

@@ -24,6 +24,8 @@ def rope_section(config: Config) -> tuple[Config, float | None]:
     section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
     if section.get("full_attention") is not None:
         local, key = section.section("sliding_attention"), "rope_theta"
+        if _kind(local) not in WITHOUT_EFFECT:
+            raise local.error("rope_type", f"is {_kind(local)!r}, which layers with a window cannot have in GGUF")
         section = section.section("full_attention")
     else:
         local, key = config, "rope_local_base_freq"
@@ -61,6 +63,8 @@ def rope_entries(entries: Entries, name: str, config: Config) -> None:
         entries.count(f"{name}.rope.scaling.original_context_length", original)
     elif kind not in ("llama3", *WITHOUT_EFFECT) and (kind, name) != ("longrope", "phi3"):
         raise rope.error("rope_type", f"is {kind!r}, which is not supported")
+    if name != "phi3" and rope.real("partial_rotary_factor", 1.0) != 1.0:
+        raise rope.error("partial_rotary_factor", "is not 1, which is not supported in models of this architecture")
     entries.real(f"{name}.rope.freq_base", _base(rope))
     if local_base is not None:
         entries.real(f"{name}.rope.freq_base_swa", local_base)

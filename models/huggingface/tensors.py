@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qrun.formats import FormatError, TensorType
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.checkpoints import UnreadTensor
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.architectures import Architecture, Experts, Mapped
@@ -20,8 +22,17 @@ from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MA
 ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight")
 # Parts of a model that sees or hears, which are left behind.
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
-# Constants that some files hold and that follow from config.json.
-DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".self_attn.rotary_emb.cos_cached")
+# Constants that some files hold and that follow from config.json: frequencies, masks, positions, a factor.
+DERIVED = re.compile(
+    r"(.*\.)?(rotary_emb(_local)?\.\w+|attention\.(masked_)?bias|position_ids|embed_tokens\.embed_scale)"
+)
+# Of a quantised cache of keys and values.
+CACHE_SCALES = re.compile(r".*\.(kv|k|v)_(scale|zero_point)")
+COMPARE_WEIGHTS = 1 << 20  # that are compared at a time
+
+
+EMBEDDING = Mapped("embed_tokens.weight", "token_embd.weight", ("vocab", "embd"))
+HEAD = Mapped("lm_head.weight", "output.weight", ("vocab", "embd"))
 
 
 @dataclass(frozen=True)
@@ -146,19 +157,25 @@ def _n_experts(config: Config) -> int:
 
 
 def map_tensors(
-    weights: Mapping[str, SourceTensor], architecture: Architecture, sizes: Mapping[str, int], config: Config
+    weights: Mapping[str, SourceTensor],
+    architecture: Architecture,
+    sizes: Mapping[str, int],
+    config: Config,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, SourceTensor]:
     """Every tensor of the GGUF file, by its name there.
 
-    weights: of the checkpoint. Raises FormatError where one is missing, has the wrong shape, or is not known.
+    weights: of the checkpoint. notice: called with a line about what of it is not used, or is not as config.json says.
+    Raises FormatError where a tensor is missing, has the wrong shape, or is not known.
     """
-    mapper = _Mapper(_text_part(weights), architecture, sizes, config)
-    mapper.add(Mapped("embed_tokens.weight", "token_embd.weight", ("vocab", "embd")))
+    mapper = _Mapper(_text_part(weights, notice), architecture, sizes, config)
+    tied = mapper.add_embedding(notice)
     for layer in range(sizes["layers"]):
         for part in architecture.layer:
             mapper.add(part, f"layers.{layer}.", f"blk.{layer}.")
     mapper.add(Mapped("norm.weight", "output_norm.weight", ("embd",)))
-    mapper.add_head()
+    if not tied:
+        mapper.add(HEAD)
     mapper.check_rest()
     return mapper.tensors
 
@@ -170,17 +187,42 @@ def short_name(name: str) -> str:
     return name
 
 
-def _text_part(weights: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+def _text_part(weights: Mapping[str, SourceTensor], notice: Callable[[str], None]) -> dict[str, SourceTensor]:
     """The tensors of the language model, by names without "model." and the like."""
     text: dict[str, SourceTensor] = {}
+    cache_scales: list[SourceTensor] = []
     for name, tensor in weights.items():
         short = short_name(name)
-        if short.startswith(OTHER_PARTS) or short.endswith(DERIVED):
+        if short.startswith(OTHER_PARTS) or DERIVED.fullmatch(short):
+            continue
+        if CACHE_SCALES.fullmatch(short):
+            cache_scales.append(tensor)
             continue
         if short in text:
             raise tensor.error(f"and {quote(text[short].name)} are the same tensor")
         text[short] = tensor
+    if cache_scales:
+        first = cache_scales[0].error("and its like are scales of a quantised cache, which are not used here")
+        notice(str(first))
     return text
+
+
+def _equal(a: SourceTensor, b: SourceTensor) -> bool:
+    """Are these the same numbers?"""
+    if a.shape != b.shape or isinstance(a, UnreadTensor) or isinstance(b, UnreadTensor):
+        return False
+    step = max(1, COMPARE_WEIGHTS // max(a.row, 1))
+    try:
+        for start in range(0, a.n_rows, step):
+            end = min(start + step, a.n_rows)
+            if a.type == b.type and np.array_equal(a.raw(start, end), b.raw(start, end)):  # sooner than decoded
+                continue
+            if not np.array_equal(a.rows(start, end), b.rows(start, end)):
+                return False
+        return True
+    finally:
+        a.forget()
+        b.forget()
 
 
 class _Mapper:
@@ -207,20 +249,39 @@ class _Mapper:
             shift = self.architecture.norm_shift if part.hf.endswith("norm.weight") else 0.0
             self._put(gguf_prefix + part.gguf, shape, [Segment(tensor, 0, tensor.n_rows)], heads, shift)
 
-    def add_head(self) -> None:
-        """The output matrix. A model that shares the embedding may have it all the same, and then it is left out."""
-        name = "lm_head.weight"
+    def add_embedding(self, notice: Callable[[str], None]) -> bool:
+        """The embedding. Returns whether it is the head too: if config.json says so, and the weights do not differ.
+
+        One matrix for both may go by either name, or be there twice.
+        """
+        embedding, head = self.weights.get(EMBEDDING.hf), self.weights.get(HEAD.hf)
         unsaid = self.config.get("tie_word_embeddings") is None
-        if self.config.flag("tie_word_embeddings") or (unsaid and name not in self.weights):
-            self._taken.add(name)
-        else:
-            self.add(Mapped(name, "output.weight", ("vocab", "embd")))
+        tied = self.config.flag("tie_word_embeddings") or (unsaid and head is None)
+        if tied and head is not None:
+            if embedding is None:
+                self.add(replace(EMBEDDING, hf=HEAD.hf))
+                return True
+            if _equal(embedding, head):
+                self._taken.add(HEAD.hf)
+            else:
+                text = "differs from the embedding, though tie_word_embeddings says that it is the same: it is kept"
+                notice(str(head.error(text)))
+                tied = False
+        self.add(EMBEDDING)
+        return tied
 
     def check_rest(self) -> None:
         """Nothing may be left over: it would be missing from the result."""
         rest = next((tensor for name, tensor in self.weights.items() if name not in self._taken), None)
         if rest is not None:
+            self._check_read()
             raise rest.error(f"is not known in models of the architecture {self.architecture.name}")
+
+    def _check_read(self) -> None:
+        """Raises FormatError for a tensor that could not be read: that says more than that another one is missing."""
+        for tensor in self.weights.values():
+            if isinstance(tensor, UnreadTensor):
+                raise tensor.unread()
 
     def _put(
         self, name: str, shape: tuple[int, ...], segments: list[Segment], heads: int = 0, shift: float = 0.0
@@ -235,8 +296,11 @@ class _Mapper:
         if tensor is None:
             if optional:
                 return None
+            self._check_read()
             full = name if name.startswith("lm_head.") else f"model.{name}"
             raise FormatError(self.config.path.parent, f"tensor {quote(full)} is missing")
+        if isinstance(tensor, UnreadTensor):
+            raise tensor.unread()
         if tensor.shape != shape:
             raise tensor.error(f"has shape {tensor.shape}, expected {shape}")
         self._taken.add(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_logits_and_token_ids_are_those_of_transformers(folder: Path, tmp_path: 
         tokenizer = Tokenizer.load(reader)
         for expected in json.loads((folder / "texts.json").read_text()):
             assert tokenizer.encode(expected["text"], parse_special=True) == expected["ids"], expected["text"]
+
+
+WINDOWS = np.load(DATA / "huggingface_windows.npz")
+
+
+@pytest.mark.parametrize("case", [name for name in WINDOWS.files if not name.endswith(": changes")])
+def test_windows_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    source = DATA / "huggingface" / case.split()[0]
+    folder = shutil.copytree(source, tmp_path / source.name)
+    config = json.loads((folder / "config.json").read_text()) | json.loads(str(WINDOWS[f"{case}: changes"]))
+    (folder / "config.json").write_text(json.dumps(config))
+    reference = np.load(source / "reference.npz")
+    found = logits(converted(folder, tmp_path / "model.gguf"), reference["tokens"], CONTEXT)
+    assert error(found, WINDOWS[case]) <= 1e-6
+    beyond = config["sliding_window"]
+    assert error(WINDOWS[case][beyond:], reference["logits"][beyond:]) > 1e-3  # the window matters
 
 
 @pytest.mark.slow  # imports torch, and makes and runs all models anew

@@ -4,7 +4,9 @@
 
 It needs torch, transformers, tokenizers and sentencepiece, which neither qrun nor its tests do: what it makes is kept.
 Each folder is a checkpoint, with two files more: reference.npz (tokens, logits in float32) and texts.json (texts with
-their token ids).
+their token ids). huggingface_windows.npz, beside the folders, has the logits of some of them with windows shorter than
+the text, and the changes of config.json that say so. `make_huggingface.py windows` makes that alone, of the folders
+that are there.
 """
 
 from __future__ import annotations
@@ -184,6 +186,20 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 SHARDED = "llama"  # saved in several files
 
+LATER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "layer_types": None}
+EARLIER = LATER | {"layer_types": ["sliding_attention", "full_attention"]}
+# Folder and case -> changes of config.json.
+WINDOWS: dict[str, dict[str, object]] = {
+    "mistral all": {"sliding_window": 6},
+    "mixtral all": {"sliding_window": 6},
+    "qwen2 later": LATER,
+    "qwen2 named": EARLIER,
+    "qwen3 named": EARLIER,
+    "qwen3moe all": {"use_sliding_window": True, "sliding_window": 6},
+    "phi all": {"sliding_window": 6},
+    "smollm3 some": {"use_sliding_window": True, "sliding_window": 6, "layer_types": None},
+}
+
 
 def make(name: str, folder: Path) -> None:
     """One checkpoint. Random numbers come from torch's generator."""
@@ -239,7 +255,27 @@ def random_values(name: str, parameter: torch.Tensor, *, shifted: bool) -> torch
     return torch.randn_like(parameter) * 0.2 + (1.0 if norm else 0.0)
 
 
+def make_windows(folders: Path, out: Path) -> None:
+    arrays = {}
+    for case, changes in WINDOWS.items():
+        source = folders / case.split()[0]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(shutil.copytree(source, Path(temporary) / "model"))
+            config = json.loads((folder / "config.json").read_text()) | changes
+            (folder / "config.json").write_text(json.dumps(config))
+            options = {"dtype": torch.float32, "attn_implementation": "eager"}
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        tokens = torch.tensor(np.load(source / "reference.npz")["tokens"][None].astype(np.int64))
+        with torch.no_grad():
+            arrays[case] = model(tokens).logits[0].numpy()
+        arrays[f"{case}: changes"] = np.array(json.dumps(changes))
+    np.savez_compressed(out, **arrays)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["windows"]:
+        make_windows(HERE / "huggingface", HERE / "huggingface_windows.npz")
+        return
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "huggingface"
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else DEFAULT_SEED
     torch.manual_seed(seed)
@@ -247,6 +283,7 @@ def main() -> None:
     for name in CASES:
         shutil.rmtree(target / name, ignore_errors=True)
         make(name, target / name)
+    make_windows(target, target.with_name(f"{target.name}_windows.npz"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors_builder import Tensor, build, tensor
+from huggingface_folders import DATA, Edit, copy, edit, stored
+from safetensors_builder import tensor
 
 from qrun.cli import main
 from qrun.formats import FormatError, GGUFReader, TensorType
-from qrun.formats.safetensors import SafetensorsFolder
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
@@ -25,41 +24,6 @@ from qrun.models.huggingface.general import model_name, size_entry
 from qrun.models.huggingface.rope import rope_entries, rope_factors
 from qrun.models.huggingface.sentencepiece import read_sentencepiece
 from qrun.models.huggingface.tensors import MappedTensor
-
-DATA = Path(__file__).parent.parent / "data" / "huggingface"
-Edit = Callable[[dict[str, Any]], object]
-
-
-def copy(name: str, folder: Path, config: Edit | None = None, tensors: Edit | None = None) -> Path:
-    """A checkpoint of the fixtures, with changes to its config.json and its tensors."""
-    target = folder / name
-    shutil.copytree(DATA / name, target)
-    if config:
-        edit(target / "config.json", config)
-    if tensors:
-        source = SafetensorsFolder(target)
-        held: dict[str, Tensor] = {n: (t.dtype, t.shape, t.raw.tobytes()) for n, t in source.tensors.items()}
-        source.close()
-        for path in [*target.glob("*.safetensors"), *target.glob("*.index.json")]:
-            path.unlink()
-        tensors(held)
-        (target / "model.safetensors").write_bytes(build(held))
-    return target
-
-
-def edit(path: Path, change: Edit) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def stored(folder: Path, name: str) -> np.ndarray:
-    source = SafetensorsFolder(folder)
-    found = source.tensors[name]
-    values = (found.array().astype(np.uint32) << 16).view(np.float32) if found.dtype == "BF16" else found.array()
-    source.close()
-    return np.array(values, np.float32)
-
 
 # Tensors
 
@@ -342,7 +306,7 @@ def moved(key: str, value: Any) -> Edit:
         ("llama", moved("rms_norm_eps", float("nan")), "rms_norm_eps is nan"),
         ("llama", moved("hidden_act", "relu2"), "hidden_act is 'relu2'"),
         ("llama", moved("head_dim", 15), "head_dim is 15, expected an even number"),
-        ("llama", moved("quantization_config", {"quant_method": "eetq"}), "'eetq' is not supported"),
+        ("llama", moved("quantization_config", {"quant_method": "bitnet"}), "'bitnet' is not supported"),
         ("llama", moved("quantization_config", 4), "quantization_config is not an object"),
         ("llama", moved("rope_parameters", {"rope_type": "odd", "rope_theta": 1e4}), "rope_type is 'odd'"),
         ("llama", moved("rope_parameters", {"rope_type": "longrope"}), "rope_type is 'longrope'"),
@@ -358,6 +322,14 @@ def moved(key: str, value: Any) -> Edit:
         ("qwen3moe", moved("num_experts_per_tok", 5), "num_experts_per_tok is 5, expected 1 to 4"),
         ("gemma2", moved("query_pre_attn_scalar", 24), "query_pre_attn_scalar is 24"),
         ("gemma3", moved("layer_types", ["sliding_attention"]), "layer_types is not a list of 6 kinds"),
+        ("gemma3", moved("rope_parameters", {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {
+            "rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}), "sliding_attention.rope_type is 'linear'"),
+        ("qwen2", moved("layer_types", ["sliding_attention", "full_attention"]), "is not what sliding_window and use_"),
+        ("qwen2", moved("layer_types", ["linear_attention", "full_attention"]), "has 'linear_attention', which is not"),
+        ("qwen2", moved("partial_rotary_factor", 0.5), "partial_rotary_factor is not 1, which is not supported"),
+        ("mistral", moved("sliding_window", -1), "sliding_window is -1, expected 0 to"),
+        ("llama", moved("embedding_multiplier", 12.0), "embedding_multiplier is 12.0, which models of the arch"),
+        ("qwen3", moved("final_logit_softcapping", 30.0), "final_logit_softcapping is 30.0, which models of the arch"),
         ("gemma3", moved("use_bidirectional_attention", True), "use_bidirectional_attention is true"),
         ("phi-longrope", lambda c: c["rope_parameters"].pop("long_factor"), "long_factor is not a list of 6 numbers"),
         ("smollm3", moved("no_rope_layers", [0, 1, 1, 1]), "no_rope_layers is not every layer but each 4th"),

@@ -130,3 +130,10 @@ def test_a_model_is_no_importance_matrix(tmp_path: Path) -> None:
 def test_counts_must_fit(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="do not fit together"):
         read_imatrix(write_gguf(tmp_path / "i.gguf", np.ones((1, 3)), np.ones((2, 1))))
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -1.0])
+def test_counts_are_numbers(count: float, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "i.gguf", np.ones((1, 3)), np.array([[count]]))
+    with pytest.raises(FormatError, match=r"the counts of 'a.weight' are not finite positive numbers throughout"):
+        read_imatrix(path)

@@ -1,4 +1,4 @@
-"""Models loaded from files: small random ones, without a tokenizer, whose windows are shorter than the texts."""
+"""Models loaded from files: small random ones, mostly without a tokenizer, with windows shorter than the texts."""
 
 import threading
 from collections.abc import Iterator
@@ -7,16 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_folders import copy
 
+from qrun.cli import main
 from qrun.engine import Model
 from qrun.formats import FormatError
 
 ARCH = Path(__file__).parents[1] / "data" / "arch"
 
 
-@pytest.fixture(scope="module", params=["llama-dense", "gemma3-dense"])
-def model(request: pytest.FixtureRequest) -> Iterator[Model]:
-    with Model.load(ARCH / f"{request.param}.gguf", threads=2, context=256) as model:
+@pytest.fixture(scope="module", params=["llama-dense", "gemma3-dense", "mistral"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Of the last, all layers see a window."""
+    path = ARCH / f"{request.param}.gguf"
+    if request.param == "mistral":
+        folder = copy("mistral", tmp_path_factory.mktemp("model"), lambda config: config.update(sliding_window=24))
+        path = folder / "model.gguf"
+        assert main.main(["convert", str(folder), str(path), "--type", "f32"]) == 0
+    with Model.load(path, threads=2, context=256) as model:
         yield model
 
 
@@ -87,7 +95,8 @@ def test_two_threads_get_what_one_gets(model: Model) -> None:
 
 def test_generate_takes_token_ids(model: Model) -> None:
     generation = model.generate([1, 2, 3], max_tokens=5, temperature=0)
-    assert list(generation) == [""] * 5
+    pieces = list(generation)
+    assert len(pieces) == 5 and (model.tokenizer is not None or pieces == [""] * 5)
     logits = model.logits([1, 2, 3, *generation.tokens])
     assert logits[2:7].argmax(axis=1).tolist() == generation.tokens
 
@@ -99,6 +108,22 @@ def test_defaults_of_load() -> None:
         assert (model.tokenizer, model.chat_template, model.chat_notice) == (None, None, None)
         with pytest.raises(ValueError, match=r"llama-dense.gguf: tokenizer kind 'test' is not supported"):
             model.complete("text")
+
+
+def test_a_model_of_short_contexts_is_built_for_the_context_it_runs_with(tmp_path: Path) -> None:
+    """The default is more than it was trained for; its rope factors for long contexts are not for that."""
+    path = tmp_path / "model.gguf"
+    folder = ARCH.parent / "huggingface" / "phi-longrope"
+    override = "phi3.context_length=int:16"
+    assert main.main(["convert", str(folder), str(path), "--type", "f32", "--override", override]) == 0
+    reference = np.load(folder / "reference.npz")
+    expected = reference["short_logits"]
+    tokens = reference["tokens"][: len(expected)].tolist()
+    with Model.load(path, threads=1) as model:
+        assert model.context == model.graph.context == 16
+        assert np.mean((model.logits(tokens) - expected) ** 2) <= 1e-6 * np.mean(expected**2)
+    with Model.load(path, threads=1, context=64) as model:  # now they are
+        assert np.mean((model.logits(tokens) - expected) ** 2) > 1e-6 * np.mean(expected**2)
 
 
 def test_closing_twice_and_using_afterwards() -> None:

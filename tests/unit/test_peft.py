@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,9 @@ def refusal(peft: Path, base: Path) -> str:
     [
         ({"peft_type": "LOHA"}, "adapters of type 'LOHA' are not supported, only 'LORA'"),
         ({"use_dora": True}, "DoRA adapters are not supported: they change more than B A"),
-        ({"modules_to_save": ["lm_head"]}, "it holds whole modules beside its LoRA pairs (modules_to_save)"),
+        ({"modules_to_save": ["input_layernorm", "lm_head"]}, "it holds whole modules beside its LoRA pairs"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is not a list of names"),
+        ({"use_bdlora": {"nblocks": 2}}, "adapters of block-diagonal matrices (BD-LoRA) are not supported"),
         ({"bias": "all"}, "it changes biases too (bias), which is not supported"),
         ({"lora_bias": True}, "its pairs have biases (lora_bias), which are not supported"),
         ({"trainable_token_indices": [1]}, "it holds rows of the embedding beside its LoRA pairs"),
@@ -348,13 +351,64 @@ def test_options_that_do_not_go_together(rng: np.random.Generator, base: Path, t
     assert main.main(["convert", "model.gguf"]) == 2
 
 
+CHANGING = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "not_yet_known"]
+
+
+@pytest.mark.parametrize("start", CHANGING)
 def test_an_adapter_of_a_changed_base_comes_with_a_notice(
-    rng: np.random.Generator, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: str, rng: np.random.Generator, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = {"lm_head": pair_of(rng, (N_VOCAB, EMBD), 4)}
-    peft = write_peft(tmp_path / "peft", pairs, init_lora_weights="pissa_niter_4")
+    peft = write_peft(tmp_path / "peft", pairs, init_lora_weights=start)
     converted(peft, tmp_path / "out.gguf", "--base", str(base))
-    assert "the adapter began as 'pissa_niter_4': it fits the model only as that changed it" in capsys.readouterr().err
+    assert f"the adapter began as {start!r}: it fits the model only as that changed it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_that_left_the_model_as_it_was_comes_without(
+    start: Any, rng: np.random.Generator, base: Path, tmp_path: Path
+) -> None:
+    peft = write_peft(tmp_path / "peft", {"lm_head": pair_of(rng, (N_VOCAB, EMBD), 4)}, init_lora_weights=start)
+    assert notices(peft, base) == []
+
+
+def notices(peft: Path, base: Path) -> list[str]:
+    with closing(PeftSource(peft, Base.of_folder(base))) as source:
+        return [notice.removeprefix(f"{peft}: ") for notice in source.notices]
+
+
+def test_an_adapter_of_mlx_is_called_one(base: Path, tmp_path: Path) -> None:
+    peft = write_peft(tmp_path / "peft", {})
+    (peft / "adapter_model.safetensors").rename(peft / "adapters.safetensors")
+    assert refusal(peft, base) == "this is an adapter of MLX (adapters.safetensors), which is not supported"
+
+
+def test_what_it_changes_of_a_vision_tower_is_left_out(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_config(tmp_path / "base", "Gemma3ForConditionalGeneration")
+    tower = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    pairs = {
+        "language_model.layers.0.self_attn.q_proj": pair_of(rng, (HEADS * HEAD, EMBD), 4),
+        tower: pair_of(rng, (32, 32), 4),
+    }
+    projector = {"base_model.model.model.multi_modal_projector.mm_input_projection_weight": np.ones((3, 3), np.float32)}
+    peft = write_peft(tmp_path / "peft", pairs, projector, modules_to_save=["model.multi_modal_projector"])
+    assert set(converted(peft, tmp_path / "out.gguf", "--base", str(base))) == {"blk.0.attn_q.weight"}
+    said = f"qrun: {peft}: the adapter's changes of what sees or hears (3 tensors) are left out\n"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("modules", [None, ["input_layernorm", "q_norm", "model.norm"]])
+def test_norms_are_left_out_as_of_other_adapters(
+    modules: Any, rng: np.random.Generator, base: Path, tmp_path: Path
+) -> None:
+    pairs = {"layers.0.self_attn.q_proj": pair_of(rng, (HEADS * HEAD, EMBD), 4)}
+    names = ("layers.0.input_layernorm", "layers.1.self_attn.q_norm", "norm.modules_to_save")
+    norms = {f"base_model.model.model.{name}.weight": np.ones(EMBD, np.float32) for name in names}
+    peft = write_peft(tmp_path / "peft", pairs, norms, modules_to_save=modules)
+    assert notices(peft, base) == ["the norms in the adapter (3) are left out"]
+    assert set(converted(peft, tmp_path / "out.gguf", "--base", str(base))) == {"blk.0.attn_q.weight"}
 
 
 def test_a_folder_of_peft_is_merged(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def difficult(rng: np.random.Generator) -> np.ndarray:
     x[12] = 0
     x[12, 17] = 3
     x[13] = np.round(x[13] * 100) / 100
+    x[14, ::37] = -6e4
+    x[15, ::37] = 65504
+    x[16, ::37] = -65504
+    x[17] *= 2e-5  # scales are among the smallest numbers of half precision
     return x
 
 
@@ -102,6 +106,67 @@ def test_no_weights_are_too_odd(name: str, rng: np.random.Generator) -> None:
     assert (decoded[1:3] == 0).all()
     if name not in ("Q2_K", "MXFP4"):
         np.testing.assert_allclose(decoded[3:5], weights[3:5], rtol=0.01)
+
+
+HALF = [name for name in NAMES if name != "MXFP4"]  # whose scales have half precision
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("outlier", [-3e4, -4e4, -6e4, -65504.0, 65504.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_large_weight_does_not_spoil_the_others(
+    name: str, outlier: float, weighted: bool, encoder: Encoder, importance: np.ndarray
+) -> None:
+    """In a column that hardly matters, as importance has it of inputs that are mostly zero."""
+    type = TensorType[name]
+    weights = np.random.default_rng(4).normal(size=(32, 512)).astype(np.float32) * 0.1
+    weights[:, ::128] = outlier
+    matters = importance.copy()
+    matters[::128] = 1e-4
+    raw = encoder.encode(weights, type, matters if weighted else None).raw
+    decoded = dequantize(raw, type, weights.shape)
+    assert np.isfinite(decoded).all()
+    others = np.delete(decoded, np.s_[::128], axis=1)
+    if name.startswith("IQ4"):  # it has no level at zero
+        assert np.abs(others).max() < abs(outlier) / 50
+    else:
+        np.testing.assert_allclose(decoded[:, ::128], outlier, rtol=0.02)
+        assert np.square(others).mean() < (100 if name in ("Q4_K", "Q5_K") else 0.05)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_weights_upside_down_lose_as_much(name: str, encoder: Encoder) -> None:
+    """Also where a format has minimums, which make a difference between below and above zero."""
+    type = TensorType[name]
+    weights = np.random.default_rng(5).normal(size=(64, 512)).astype(np.float32)
+    weights[:, ::32] = 1e3
+    up, down = (relative_rmse(w, encoder.encode(w, type).raw, type) for w in (weights, -weights))
+    assert down == pytest.approx(up, rel=0.02)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_weights_next_to_nothing_are_not_lost(name: str, encoder: Encoder) -> None:
+    """With a scale that is the smallest number there is, a weight may still be so many times as large."""
+    type = TensorType[name]
+    weights = np.random.default_rng(6).normal(size=(8, 512)).astype(np.float32) * 1e-6
+    assert relative_rmse(weights, encoder.encode(weights, type).raw, type) < 0.5
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1"])
+def test_weights_near_what_the_format_can_say_at_most(name: str, encoder: Encoder, importance: np.ndarray) -> None:
+    type = TensorType[name]
+    levels = SEARCHES[type].levels.largest
+    weights = np.random.default_rng(7).uniform(-1, 1, (16, 512)).astype(np.float32)
+    weights[:, ::32] = 1.0 if SEARCHES[type].has_minimum else -1.0
+    if SEARCHES[type].has_minimum:  # which has no more room than 65,504
+        weights = np.abs(weights)
+        weights[:, 1::32] = 0
+    fitting = weights * np.float32(0.9 * 65504 * levels)
+    for matters in (None, importance):
+        encoded = encoder.encode(fitting, type, matters)
+        assert np.isfinite(encoded.error) and relative_rmse(fitting, encoded.raw, type) < 0.2
+        # And what is beyond is found out, as an error that is not finite.
+        assert not np.isfinite(encoder.encode(weights * np.float32(4e6 * levels), type, matters).error)
 
 
 def test_floats_are_rounded_to_the_nearest() -> None:

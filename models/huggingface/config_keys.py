@@ -1,0 +1,155 @@
+"""Every key that a config.json may have: read, known to do no harm, or known to make another model of it.
+
+A key that is on none of these lists may be anything. Where its value says "off", nothing comes of it; where it does
+not, whoever converts the folder is told. The lists are those of Transformers 4 and 5, of the files that the makers of
+these architectures publish, and of what tools for training leave behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qrun.formats.gguf.cursor import quote
+from qrun.models.huggingface.architectures import Architecture
+from qrun.models.huggingface.config import Config
+from qrun.models.hyperparameters import shorten
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# By this package, whatever the architecture.
+READ = _words("""
+    architectures text_config vocab_size max_position_embeddings tie_word_embeddings
+    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act hidden_activation rms_norm_eps
+    rope_theta rope_scaling rope_parameters rope_local_base_freq partial_rotary_factor original_max_position_embeddings
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    use_bidirectional_attention quantization_config quantization compression_config
+""")
+# By this package, of models of some architectures.
+_SOFT_CAPS = _words("query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping")
+READ_OF = {
+    "llama": _words("num_local_experts num_experts_per_tok"),
+    "qwen3moe": _words("""num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob
+                          decoder_sparse_step mlp_only_layers"""),
+    "smollm3": _words("no_rope_layers no_rope_layer_interval"),
+    "gemma2": _SOFT_CAPS | _words("sliding_window_pattern"),
+    "gemma3": _SOFT_CAPS | _words("sliding_window_pattern _sliding_window_pattern"),
+}
+WINDOW_KEYS = _words("sliding_window use_sliding_window max_window_layers layer_types")
+
+# Of no effect on what a model computes from tokens.
+HARMLESS = (
+    # What it is called, who made it, and how it is run elsewhere.
+    _words("""
+        model_type transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash auto_map use_cache
+        cache_implementation cache_dtype attn_implementation _attn_implementation _attn_implementation_autoset
+        _attn_implementation_internal _experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention
+        use_flash_attention_2 flash_attn unsloth_version unsloth_fixed unsloth_training_args trl_version peft_version
+        is_llama_config transformers.js_config tokenizer_class tokenizer_name model_name custom_pipelines
+        language languages license tags pretraining_tp tensor_parallel_degree base_model_tp_plan base_model_pp_plan
+        max_sequence_length model_max_length seq_length max_seq_len max_seq_length tokenizer_model_max_length
+        max_window_layers sliding_window_size interpolate_factor full_attn_mod
+    """)
+    # Of training.
+    | _words("""
+        initializer_range initializer_factor initializer_std gradient_checkpointing use_gradient_checkpointing
+        attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop
+        embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
+        output_router_logits router_aux_loss_coef router_jitter_noise router_z_loss_coef input_jitter_noise
+        aux_loss_coef z_loss_coefficient label_smoothing neftune_noise_alpha loss_type
+    """)
+    # What the weights say by being there.
+    | _words("""
+        attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
+        ffn_dim_multiplier multiple_of
+    """)
+    # Of any model of Transformers, and of how to sample from it, which has a file of its own by now.
+    | _words("""
+        return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
+        chunk_size_feed_forward is_encoder_decoder is_decoder decoder_start_token_id prefix problem_type
+        finetuning_task id2label label2id num_labels task_specific_params remove_invalid_values
+        max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+        temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+        forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+        chat_template bos_token eos_token pad_token unk_token padding_side padding_idx
+    """)
+    # Of the parts that see or hear.
+    | _words("""
+        vision_config audio_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index
+        audio_token_index image_token_id boi_token_id eoi_token_id audio_token_id boa_token_id eoa_token_id
+        image_seq_length
+    """)
+)
+
+# Of other kinds of models, which have weights by the same names and compute something else with them; and the value
+# that would change nothing, besides those that say "off".
+CHANGING = dict.fromkeys(
+    _words("""
+        embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale lm_head_multiplier
+        scale_emb scale_depth rotary_pct rotary_percent
+    """), 1,
+) | dict.fromkeys(
+    _words("""
+        attn_logit_softcapping final_logit_softcapping alibi use_alibi parallel_attn use_parallel_residual clip_qkv
+        dim_model_base attention_chunk_size attn_temperature_tuning attention_sinks use_attention_sinks rope_interleaved
+    """), None,
+)  # fmt: skip
+
+# Of an object that says how rope is stretched.
+ROPE_KEYS = _words("""
+    rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings beta_fast beta_slow truncate
+    attention_factor mscale mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor
+    full_attention sliding_attention mrope_section mrope_interleaved alpha finetuned
+""")
+
+
+def check_keys(config: Config, architecture: Architecture) -> list[str]:
+    """A line for whoever converts the folder, or none: the keys of which nothing here knows what they mean.
+
+    Raises FormatError for a key that is known to make another model of it.
+    """
+    values = config.given()
+    read = READ | READ_OF.get(architecture.name, frozenset())
+    if architecture.windows or _sees_everything(values):
+        read |= WINDOW_KEYS
+    unknown = []
+    for key, value in values.items():
+        if key in read or key in HARMLESS or _is_off(value):
+            continue
+        if key not in CHANGING:
+            unknown.append(key)
+        elif value != CHANGING[key]:
+            problem = f"is {shorten(value)}, which models of the architecture {architecture.name} cannot have in GGUF"
+            raise config.error(key, problem)
+    for section in ("rope_parameters", "rope_scaling"):
+        unknown += _unknown_of_rope(section, values.get(section))
+    if not unknown:
+        return []
+    listed = ", ".join(quote(key)[1:-1] for key in unknown[:20])
+    return [f"{config.path}: not known here, and left out: {listed}"]
+
+
+def _sees_everything(values: Mapping[str, Any]) -> bool:
+    """Do keys of windows say that there is none?"""
+    kinds = values.get("layer_types")
+    none_by_layer = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
+    return none_by_layer and (values.get("use_sliding_window") is False or _is_off(values.get("sliding_window")))
+
+
+def _unknown_of_rope(name: str, section: Any) -> Iterator[str]:
+    if isinstance(section, Mapping):
+        for key, value in section.items():
+            if key in ("full_attention", "sliding_attention"):
+                yield from _unknown_of_rope(f"{name}.{key}", value)
+            elif key not in ROPE_KEYS and not _is_off(value):
+                yield f"{name}.{key}"
+
+
+def _is_off(value: Any) -> bool:
+    """Nothing, no, none, or an empty list or object."""
+    return value is None or value is False or value in (0, "", "none") or value in ([], {})
