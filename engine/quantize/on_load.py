@@ -19,7 +19,7 @@ from qrun.models.store import folder_bytes
 DEFAULT_TYPE = "Q8_0"
 """Half the size of the checkpoint, and nothing lost that could be noticed."""
 
-VERSION = 1  # of what a conversion gives: one more than before when that changes
+VERSION = 2  # of what a conversion gives: one more than before when that changes
 
 Progress = Callable[[int, int], None]
 

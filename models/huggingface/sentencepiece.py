@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrun.formats import FormatError
-from qrun.formats.mapping import read_file
+from qrun.formats.mapping import lookalike, read_file
 
 BPE = 2  # TrainerSpec.ModelType
 NORMAL = 1  # SentencePiece.Type
@@ -36,6 +36,8 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Raises FormatError if the file is missing, damaged, or of another kind than byte-pair encoding."""
     data = read_file(path, MAX_BYTES)
+    if kind := lookalike(data):
+        raise FormatError(path, f"this is no SentencePiece model; it is {kind}")
     try:
         return _parse(path, data)
     except (IndexError, struct.error):
