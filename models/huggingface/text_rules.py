@@ -9,6 +9,7 @@ from typing import Any
 
 from qrun.formats import FormatError
 from qrun.models.huggingface.pretokenizers import flat_pre_tokenizers
+from qrun.models.huggingface.sentencepiece import SentencePieceModel
 from qrun.models.normalizer import Normalizer, NormalizerError, flat_steps, step_type
 
 SPACE = "▁"  # by which SentencePiece spells a space
@@ -20,17 +21,20 @@ _SCHEMES = {"always": "unless_there", "first": "start", "never": "never"}  # Met
 class TextRules:
     """normalizer: as tokenizer.json has it. space_prefix: where a space is put before a text that it has normalised:
     "never", "always", "unless_there", "start" (see the engine's SpacePrefix). adds_space: whether one of both puts one
-    there."""
+    there. charsmap, remove_extra_whitespaces: what SentencePiece itself does to a text."""
 
     normalizer: Any = None
     space_prefix: str = "never"
     adds_space: bool = False
+    charsmap: bytes = b""
+    remove_extra_whitespaces: bool = False
 
     def with_prefix(self, wanted: Any) -> TextRules:
         """With or without a space in front, where tokenizer_config.json says so."""
         if wanted is False and self.adds_space:
             steps = [step for step in flat_steps(self.normalizer) if not _puts_space(step)]
-            return TextRules({"type": "Sequence", "normalizers": steps} if steps else None)
+            normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
+            return replace(self, normalizer=normalizer, space_prefix="never", adds_space=False)
         return replace(self, space_prefix="always", adds_space=True) if wanted is True and not self.adds_space else self
 
 
@@ -70,6 +74,12 @@ def metaspace_rules(path: Path, tokenizer: Mapping[str, Any], pieces: Sequence[b
     if not spelt:
         raise FormatError(path, f"neither its normalizer nor its pre_tokenizer spells spaces as {SPACE}")
     return TextRules(description, prefix, puts_space or prefix != "never")
+
+
+def sentencepiece_rules(model: SentencePieceModel) -> TextRules:
+    """Of a tokenizer.model, where no tokenizer.json says otherwise."""
+    prefix = "always" if model.add_dummy_prefix else "never"
+    return TextRules(None, prefix, model.add_dummy_prefix, model.charsmap, model.remove_extra_whitespaces)
 
 
 def _puts_space(step: Any) -> bool:

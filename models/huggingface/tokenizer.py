@@ -64,6 +64,10 @@ def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     rules = vocabulary.rules
     if vocabulary.model == "llama":
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)
+    if rules.remove_extra_whitespaces:
+        entries.flag("tokenizer.ggml.remove_extra_whitespaces", True)
+    if rules.charsmap:
+        entries.array("tokenizer.ggml.precompiled_charsmap", list(rules.charsmap), ValueType.UINT8)
     kinds = {step_type(step) for step in flat_steps(rules.normalizer)}
     if "Lowercase" in kinds:  # the one step of which GGUF has a key for such models
         entries.flag("tokenizer.ggml.normalizer.lowercase", True)

@@ -12,7 +12,7 @@ from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
 from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
-from qrun.models.huggingface.text_rules import SPACE, TextRules, byte_level_rules, metaspace_rules
+from qrun.models.huggingface.text_rules import SPACE, TextRules, byte_level_rules, metaspace_rules, sentencepiece_rules
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
 
 # tokenizer.ggml.token_type
@@ -73,8 +73,7 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
         return _sentencepiece(files, read_sentencepiece(path) if path.is_file() else pieces, rules, n_vocab)
     if path.is_file():
         sentencepiece = read_sentencepiece(path)
-        rules = TextRules().with_prefix(sentencepiece.add_dummy_prefix)
-        return _sentencepiece(files, sentencepiece, rules, n_vocab)
+        return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
     if files.tokenizer:
         kind = model.get("type") if isinstance(model, dict) else None
         raise FormatError(files.path, f"a tokenizer of the kind {quote(str(kind))} is not supported")

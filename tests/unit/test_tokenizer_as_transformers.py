@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,38 @@ def test_spaces_that_are_spelt(name: str, rng: np.random.Generator, tmp_path: Pa
               added("<|c|>", special=False, normalized=True, lstrip=True), added("word", single_word=True)]  # fmt: skip
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}  # which adds nothing to a text
     compare(tmp_path, metaspace(*SPACES[name], added_tokens=tokens), rng, tokenizer_config=config)
+
+
+# tokenizer.model alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    ],
+    ids=lambda options: str(options["normalization_rule_name"]),
+)
+def test_a_sentencepiece_model_normalises_as_the_library_does(
+    options: dict[str, Any], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    words = ["hello", "world", "café", "\ufb01ne", "①", "the", "x²", "\u3000", "日本語", "Å"]
+    lines = iter([" ".join(rng.choice(words, 8)) for _ in range(300)])
+    model = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=5, **options,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    entries = Entries()
+    tokenizer_entries(entries, tmp_path, Config(tmp_path / "config.json", {}), 330)
+    ours, reference = load(entries, tmp_path / "made.gguf"), SentencePieceProcessor(model_proto=model.getvalue())
+    for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
+        assert ours.encode(text, add_special=False) == reference.encode(text), text
 
 
 # What no GGUF file could say

@@ -29,8 +29,8 @@ class SpecialPieces:
         later = {vocabulary.normalizer(self._spelling(id)): id for id in ids if id in normalized}
         later.pop("", None)
         # By whether control pieces count.
-        self._raw = {True: _longest_first(raw), False: _longest_first(raw, user_defined)}
-        self._normalized = {True: _longest_first(later), False: _longest_first(later, user_defined)}
+        self._raw = {True: _Spellings(raw), False: _Spellings(_among(raw, user_defined))}
+        self._normalized = {True: _Spellings(later), False: _Spellings(_among(later, user_defined))}
 
     def _spelling(self, id: int) -> str:
         return self._vocabulary.pieces[id].decode(errors="replace")
@@ -43,9 +43,9 @@ class SpecialPieces:
         """The same of a text that has been normalised, with the pieces that are looked for only there."""
         return self._split(text, self._normalized[control])
 
-    def _split(self, text: str, table: dict[str, int]) -> Iterator[str | int]:
+    def _split(self, text: str, spellings: "_Spellings") -> Iterator[str | int]:
         """From the left, and of the pieces that begin at one place the longest, as Transformers finds them."""
-        present = [piece for piece in table if piece in text]
+        present = spellings.present(text)
         if not present:
             yield from [text] if text else []
             return
@@ -53,7 +53,7 @@ class SpecialPieces:
         end = 0
         for match in re.finditer("|".join(map(re.escape, present)), text):
             start, stop = match.span()
-            id = table[match[0]]
+            id = spellings.ids[match[0]]
             if id in vocabulary.single_word_ids and _within_word(text, start, stop):
                 continue
             if id in vocabulary.lstrip_ids:
@@ -69,9 +69,23 @@ class SpecialPieces:
             yield text[end:]
 
 
-def _longest_first(ids: dict[str, int], among: frozenset[int] | None = None) -> dict[str, int]:
-    kept = {piece: id for piece, id in ids.items() if among is None or id in among}
-    return dict(sorted(kept.items(), key=lambda item: -len(item[0])))
+class _Spellings:
+    """Pieces to look for, by how they begin: a model can have thousands, and most texts have none of them."""
+
+    def __init__(self, ids: dict[str, int]) -> None:
+        self.ids = ids
+        self._groups: dict[str, list[str]] = {}
+        for piece in ids:
+            self._groups.setdefault(piece[:4], []).append(piece)
+
+    def present(self, text: str) -> list[str]:
+        """Those that the text has anywhere, the longest first."""
+        found = [piece for start, group in self._groups.items() if start in text for piece in group if piece in text]
+        return sorted(found, key=lambda piece: -len(piece))
+
+
+def _among(ids: dict[str, int], kept: frozenset[int]) -> dict[str, int]:
+    return {piece: id for piece, id in ids.items() if id in kept}
 
 
 def _within_word(text: str, start: int, stop: int) -> bool:
