@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qrun.formats import FormatError
+from qrun.formats.gguf.cursor import quote
 from qrun.models.huggingface.pretokenizers import flat_pre_tokenizers
 from qrun.models.huggingface.sentencepiece import SentencePieceModel
 from qrun.models.normalizer import Normalizer, NormalizerError, flat_steps, step_type
@@ -67,10 +68,12 @@ def metaspace_rules(path: Path, tokenizer: Mapping[str, Any], pieces: Sequence[b
         if step.get("split", True) and any(SPACE.encode() in piece[1:] for piece in pieces):
             raise FormatError(path, "its pre_tokenizer cuts text at spaces, and tokens of its vocabulary have some")
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        if scheme not in _SCHEMES:
-            raise FormatError(path, f"its pre_tokenizer has the prepend_scheme {scheme!r}")
+        if not isinstance(scheme, str) or scheme not in _SCHEMES:
+            raise FormatError(path, f"its pre_tokenizer has the prepend_scheme {quote(str(scheme))}")
         prefix = _SCHEMES[scheme]
         spelt = True
+    if prefix == "start" and any(step_type(step) == "Strip" for step in steps):
+        raise FormatError(path, "a normalizer that strips, with a space before the start of a text, is not supported")
     if not spelt:
         raise FormatError(path, f"neither its normalizer nor its pre_tokenizer spells spaces as {SPACE}")
     return TextRules(description, prefix, puts_space or prefix != "never")

@@ -26,6 +26,7 @@ END_OF_MESSAGE = {"<|eom_id|>": "eom"}
 MAX_TEMPLATE_BYTES = 1 << 22
 
 _TEMPLATE = "tokenizer.chat_template"
+_SEVERAL = "its post_processor adds several tokens at one end of a text, which is not supported"
 
 
 def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: int) -> None:
@@ -95,19 +96,20 @@ def _check_text(path: Path, texts: list[str]) -> None:
 def _special_entries(entries: Entries, files: TokenizerFiles, vocabulary: Vocabulary, config: Config) -> None:
     """The ids of tokens with a part to play, and which of them begin and end a text."""
     n_vocab = len(vocabulary.tokens)
-    texts = {part: files.token_text(part) for part in NAMES}
-    end = vocabulary.ids.get(texts["eos"] or "")
-    around = _added_around(files, vocabulary, texts)
+    around, put = _added_around(files, vocabulary)
+    called = {part: vocabulary.ids.get(files.token_text(part) or "") for part in NAMES}
     ids: dict[str, int] = {}
     for part, name in NAMES.items():
-        id = vocabulary.ids.get(texts[part] or "")
+        # What the post-processor puts before or behind a text is bos or eos, whatever the configuration calls so.
+        id = put.get(part, called[part])
         if id is None:
             given = config.get(f"{part}_token_id")
             id = given if type(given) is int else None
         if id is not None and 0 <= id < n_vocab:
             ids[part] = id
             entries.count(f"tokenizer.ggml.{name}_token_id", id)
-    ends = [id for id in (ids.get("eos"), end, *_ends(files, config)) if type(id) is int and 0 <= id < n_vocab]
+    candidates = (ids.get("eos"), called["eos"], *_ends(files, config))
+    ends = [id for id in candidates if type(id) is int and 0 <= id < n_vocab]
     _end_entries(entries, vocabulary, list(dict.fromkeys(ends)), "eos" in ids)
     for part, added in around.items():
         entries.flag(f"tokenizer.ggml.add_{part}_token", added)
@@ -139,86 +141,87 @@ def _end_entries(entries: Entries, vocabulary: Vocabulary, ends: list[int], has_
         entries.array("tokenizer.ggml.eos_token_ids", ends, ValueType.INT32)
 
 
-def _added_around(files: TokenizerFiles, vocabulary: Vocabulary, texts: dict[str, str | None]) -> dict[str, bool]:
-    """Whether a text gets bos and eos around it: the post-processor of tokenizer.json says, or the configuration.
-
-    texts: what these tokens are called. What the post-processor puts there is bos and eos, whatever else says so.
-    """
+def _added_around(files: TokenizerFiles, vocabulary: Vocabulary) -> tuple[dict[str, bool], dict[str, int]]:
+    """Whether a text gets bos and eos around it, and the ids that the post-processor of tokenizer.json puts there: that
+    has the last word, or else the configuration."""
     added: dict[str, bool] = {}
-    for step in _post_processors(files.tokenizer.get("post_processor")):
+    put: dict[str, int] = {}
+    for step in _post_processors(files.path, files.tokenizer.get("post_processor")):
         kind = step.get("type")
         if kind == "ByteLevel":  # is about offsets alone
-            added.setdefault("bos", False)
-            added.setdefault("eos", False)
-            continue
-        if kind == "TemplateProcessing":
-            ends = dict(zip(("bos", "eos"), _template_ends(files.path, step), strict=True))
+            ends: tuple[int | None, int | None] = (None, None)
+        elif kind == "TemplateProcessing":
+            ends = _template_ends(files.path, step)
         elif kind in ("RobertaProcessing", "BertProcessing"):
-            ends = {part: _pair_text(files.path, step.get(key)) for part, key in (("bos", "cls"), ("eos", "sep"))}
+            ends = _pair_id(files.path, step.get("cls")), _pair_id(files.path, step.get("sep"))
         else:
             raise FormatError(files.path, f"its post_processor {quote(str(kind))} is not supported")
-        for part, text in ends.items():
-            if text is None:
-                added.setdefault(part, False)
+        for part, id in zip(("bos", "eos"), ends, strict=True):
+            added.setdefault(part, False)
+            if id is None:
                 continue
-            if text not in vocabulary.ids:
-                raise FormatError(files.path, f"its post_processor adds {quote(text)}, which is not in the vocabulary")
-            texts[part] = text
-            added[part] = True
+            if added[part]:
+                raise FormatError(files.path, _SEVERAL)
+            if not 0 <= id < len(vocabulary.tokens):
+                raise FormatError(files.path, f"its post_processor adds token {id}, which is not in the vocabulary")
+            added[part], put[part] = True, id
     for part in ("bos", "eos"):
         given = files.config.get(f"add_{part}_token")
         if isinstance(given, bool):
             added.setdefault(part, given)
     # The general class adds what the post-processor says; those of SentencePiece's kind add bos by themselves.
     general = files.config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    if vocabulary.model == "gpt2" or files.tokenizer.get("post_processor") or (files.tokenizer and general):
+    if vocabulary.model == "gpt2" or (files.tokenizer and general):
         added.setdefault("bos", False)
-    return added
+    return added, put
 
 
-def _post_processors(step: Any) -> Iterator[dict[str, Any]]:
+def _post_processors(path: Path, step: Any) -> Iterator[dict[str, Any]]:
     """The steps one after the other, without the sequences that they are written in."""
-    steps = step.get("processors") if isinstance(step, dict) and step.get("type") == "Sequence" else None
-    if isinstance(steps, list):
-        for part in steps:
-            yield from _post_processors(part)
-    elif isinstance(step, dict):
+    if step is None:
+        return
+    if not isinstance(step, dict):
+        raise FormatError(path, f"its post_processor {quote(str(step))} is not supported")
+    steps = step.get("processors")
+    if step.get("type") != "Sequence" or not isinstance(steps, list):
         yield step
+        return
+    for part in steps:
+        yield from _post_processors(path, part)
 
 
-def _template_ends(path: Path, step: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The special tokens with which a template begins and ends."""
+def _template_ends(path: Path, step: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The ids of the special tokens with which a template begins and ends."""
     single = step.get("single")
     if not isinstance(single, list) or not all(isinstance(part, dict) for part in single):
         raise FormatError(path, "the post_processor has no template of a single text")
-    texts = [_special_text(path, step, part) for part in single]
-    if texts.count(None) != 1:
+    places = [place for place, part in enumerate(single) if "Sequence" in part]
+    if len(places) != 1:
         raise FormatError(path, "the post_processor's template of a single text does not have that text once")
-    at = texts.index(None)
-    if at > 1 or len(texts) > at + 2:
-        raise FormatError(path, "its post_processor adds several tokens at one end of a text, which is not supported")
-    return (texts[0] if at else None), (texts[-1] if at + 1 < len(texts) else None)
+    before = [id for part in single[: places[0]] for id in _special_ids(path, step, part)]
+    behind = [id for part in single[places[0] + 1 :] for id in _special_ids(path, step, part)]
+    if len(before) > 1 or len(behind) > 1:
+        raise FormatError(path, _SEVERAL)
+    return (before[0] if before else None), (behind[0] if behind else None)
 
 
-def _special_text(path: Path, step: dict[str, Any], part: dict[str, Any]) -> str | None:
-    """The token that a part of a template adds; None: it is the text itself."""
-    if "Sequence" in part:
-        return None
+def _special_ids(path: Path, step: dict[str, Any], part: dict[str, Any]) -> list[int]:
+    """What a part of a template adds."""
     token = part.get("SpecialToken")
     name = token.get("id") if isinstance(token, dict) else None
     specials = step.get("special_tokens")
     special = specials.get(name) if isinstance(specials, dict) and isinstance(name, str) else None
-    texts = special.get("tokens", [name]) if isinstance(special, dict) else [name]
-    if not isinstance(texts, list) or len(texts) != 1 or not isinstance(texts[0], str):
-        raise FormatError(path, f"its post_processor adds {quote(str(name))}, which is not one token")
-    return str(texts[0])
+    ids = special.get("ids") if isinstance(special, dict) else None
+    if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+        raise FormatError(path, f"its post_processor adds {quote(str(name))}, of which it has no ids")
+    return ids
 
 
-def _pair_text(path: Path, pair: Any) -> str:
+def _pair_id(path: Path, pair: Any) -> int:
     """Of a token with its id."""
-    if not isinstance(pair, list) or not pair or not isinstance(pair[0], str):
+    if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int:
         raise FormatError(path, "the post_processor does not name the tokens that it adds")
-    return str(pair[0])
+    return pair[1]
 
 
 def _chat_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:

@@ -94,8 +94,10 @@ class TokenizerFiles:
             known.add(added.content)
             return id, added
 
-        listed = self.tokenizer.get("added_tokens")
-        for token in listed if isinstance(listed, list) else []:
+        listed = self.tokenizer.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise FormatError(self.path, f"added_tokens is not a list: {quote(str(listed))}")
+        for token in listed:
             yield give(token.get("id") if isinstance(token, dict) else None, token)
         decoder = self.config.get("added_tokens_decoder")
         if isinstance(decoder, dict):

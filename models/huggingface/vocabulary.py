@@ -176,7 +176,8 @@ def _pieces_of_merges(path: Path, model: Mapping[str, Any]) -> SentencePieceMode
         pieces.scores[id] = -float(merged.get(token, len(merged)))
         pieces.types[id] = BYTE if _BYTE_PIECE.fullmatch(token) else NORMAL
     unknown = model.get("unk_token")
-    if isinstance(unknown, str) and unknown in vocab:
+    # What merges make, or a letter, is text all the same.
+    if isinstance(unknown, str) and unknown in vocab and unknown not in merged and len(unknown) > 1:
         pieces.types[vocab[unknown]] = UNKNOWN
     return pieces
 

@@ -75,6 +75,12 @@ class TestSentencePiece:
         small = tokenizer("llama", ["<unk>", "a"], [UNKNOWN, NORMAL], add_space_prefix=False)
         assert small.encode("aé", add_special=False) == [1, 0]
 
+    def test_bytes_are_known_by_their_spelling_where_a_file_has_no_types(self) -> None:
+        reader: Any = sentencepiece(["a"], add_space_prefix=False)._vocabulary._reader
+        del reader.metadata["tokenizer.ggml.token_type"]
+        small = Tokenizer(Vocabulary(reader))
+        assert small.decode(small.encode("aé", add_special=False)) == "aé"
+
     def test_a_piece_may_be_listed_twice(self) -> None:
         small = sentencepiece(["a", "a"], add_space_prefix=False)
         assert small.encode("a", add_special=False) == [260]

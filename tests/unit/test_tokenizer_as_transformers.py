@@ -224,6 +224,17 @@ def test_tokens_around_a_text(around: str, rng: np.random.Generator, tmp_path: P
     assert tokens[0]["id"] in load(entries, tmp_path / "made.gguf").stop_ids
 
 
+@pytest.mark.parametrize("kind", ["RobertaProcessing", "BertProcessing"])
+def test_tokens_around_a_text_as_encoders_have_them(kind: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    tokens = [added("<|a|>"), added("<|b|>")]
+    tokenizer = byte_pair(added_tokens=tokens)
+    tokenizer["post_processor"] = {
+        "type": kind, "cls": ["<|a|>", tokens[0]["id"]], "sep": ["<|b|>", tokens[1]["id"]], "trim_offsets": True,
+        "add_prefix_space": False,
+    }  # fmt: skip
+    compare(tmp_path, tokenizer, rng, 50)
+
+
 # Spaces spelt as U+2581
 
 WORDS = ["▁", "▁w", "or", "ld", "▁wor", "▁world", "he", "ll", "hell", "hello", "▁a", "▁▁", "ab"]
@@ -313,7 +324,9 @@ def test_a_sentencepiece_model_normalises_as_the_library_does(
         (byte_pair(pre_tokenizer=QWEN2["pretokenizers"][0]), "how this tokenizer cuts"),
         (byte_pair(post_processor=template("<|a|>", "<|b|>", "$")), "several tokens at one end"),
         (byte_pair(post_processor=template("<|a|>")), "does not have that text once"),
-        (byte_pair(post_processor=template("<|a|>", "$")), "adds '<|a|>', which is not in the vocabulary"),
+        (byte_pair(post_processor={"type": "BertProcessing", "cls": ["a", 900], "sep": ["b", 1]}), "adds token 900"),
+        (byte_pair(post_processor={"type": "RobertaProcessing"}), "does not name the tokens"),
+        (byte_pair(post_processor=template("<|a|>", "$") | {"special_tokens": {}}), "of which it has no ids"),
         (byte_pair(post_processor={"type": "Odd"}), "post_processor 'Odd' is not supported"),
         (byte_pair(added_tokens=[added("x") | {"rstrip": "yes"}]), "rstrip of the added token 'x' is 'yes'"),
         (metaspace(PREPEND, None), "neither its normalizer nor its pre_tokenizer spells spaces"),

@@ -59,11 +59,13 @@ class SpecialPieces:
             if id in vocabulary.lstrip_ids:
                 while start > end and _IS_SPACE.match(text[start - 1]):
                     start -= 1
+                start = max(start, end)
             if id in vocabulary.rstrip_ids and (space := _LEADING_SPACE.match(text, stop)):
                 stop = space.end()
             if end < start:
                 yield text[end:start]
-            yield id
+            if start < stop:  # a piece of white space may be taken already
+                yield id
             end = stop
         if end < len(text):
             yield text[end:]

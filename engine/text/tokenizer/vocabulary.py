@@ -288,6 +288,8 @@ class Vocabulary:
 
     def _types(self) -> np.ndarray:
         types = self._numbers("tokenizer.ggml.token_type", np.int64, PieceType.NORMAL)
+        if self.kind == "llama" and "tokenizer.ggml.token_type" not in self._metadata:
+            types[[bool(_BYTE_PIECE.fullmatch(piece)) for piece in self.pieces]] = PieceType.BYTE
         types[(types < PieceType.NORMAL) | (types > PieceType.BYTE)] = PieceType.UNUSED
         return types.astype(np.uint8)
 
