@@ -9,6 +9,7 @@ and so many bytes (2), or 4 bytes (5).
 """
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     data = read_file(path, MAX_BYTES)
     if kind := lookalike(data):
         raise FormatError(path, f"this is no SentencePiece model; it is {kind}")
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\n", data):
+        raise FormatError(path, "this is a vocabulary of tiktoken: save the tokenizer as tokenizer.json")
     try:
         return _parse(path, data)
     except (IndexError, struct.error):

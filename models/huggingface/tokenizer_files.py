@@ -62,23 +62,26 @@ class TokenizerFiles:
         named = self._named(f"{part}_token")
         return None if named is None else named.content
 
-    def added_tokens(self) -> dict[int, AddedToken]:
+    def added_tokens(self, pieces: Mapping[str, int], n_pieces: int) -> dict[int, AddedToken]:
         """Tokens beside the model's own, or among them, by id.
 
-        Where there is a tokenizer.json, ids are those that Transformers gives out, whatever the files say: the model's
-        own id, or else the next one after all others.
+        pieces: the model's own; n_pieces: how many those are, also such as are no text. Where a tokenizer.json lists
+        them, ids are those that Transformers gives out, whatever the files say: the model's own id, or else the next
+        one after all others.
         """
         model = self.tokenizer.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
-        ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {}
+        listed = isinstance(vocab, dict)
+        ids = dict(vocab if isinstance(vocab, dict) else pieces)
+        next_id = len(ids) if listed else n_pieces
         tokens: dict[str, AddedToken] = {}
-        next_id = len(ids)
         for given, token in self._given_tokens():
             if not token.content:
                 continue
             if token.content not in tokens:
-                free = next_id if self.tokenizer or given is None else given
-                id = ids.setdefault(token.content, free)
+                if not listed and given is not None:
+                    ids[token.content] = given
+                id = ids.setdefault(token.content, next_id)
                 next_id = max(next_id, id + 1)
             tokens[token.content] = token
         return {ids[content]: token for content, token in tokens.items()}

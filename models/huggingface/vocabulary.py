@@ -98,9 +98,9 @@ def _empty(model: str, pre: str, n_vocab: int, scored: bool) -> Vocabulary:
     return Vocabulary(model, pre, tokens, [UNUSED] * n_vocab, [UNUSED_SCORE] * n_vocab if scored else None)
 
 
-def _put_added(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
-    """The tokens beside the model's own, in the place of what has their ids."""
-    for id, token in files.added_tokens().items():
+def _put_added(vocabulary: Vocabulary, files: TokenizerFiles, n_pieces: int) -> None:
+    """The tokens beside the model's own n_pieces, in the place of what has their ids."""
+    for id, token in files.added_tokens(vocabulary.ids, n_pieces).items():
         text = token.content
         control = token.special or _LOOK_SPECIAL.fullmatch(text) is not None
         spelt = text if control or vocabulary.model != "llama" else text.replace(SPACE, " ")
@@ -124,7 +124,7 @@ def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) ->
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
         vocabulary.put(id, token, NORMAL)
-    _put_added(vocabulary, files)
+    _put_added(vocabulary, files, len(vocab))
     vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(files.path, model)]
     if is_byte_level(files.tokenizer) and not all(byte in vocab for byte in _BYTE_ALPHABET):
         _put_unknown(vocabulary, files, model, vocab)
@@ -155,7 +155,7 @@ def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, rules: Text
             vocabulary.put(id, piece.decode(), type, score)
         except UnicodeDecodeError:
             vocabulary.put(id, piece, type, score)
-    _put_added(vocabulary, files)
+    _put_added(vocabulary, files, len(model.pieces))
     return vocabulary
 
 

@@ -298,6 +298,12 @@ def test_a_file_that_is_something_else_is_called_that(name: str, content: bytes,
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and message in str(caught.value)
 
 
+def test_a_vocabulary_of_tiktoken_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(FormatError, match="a vocabulary of tiktoken"):
+        entries_of(tmp_path, 3)
+
+
 def test_a_template_may_begin_with_a_tag(tmp_path: Path) -> None:
     (tiny(tmp_path) / "chat_template.jinja").write_text("<|im_start|>{{ messages }}")
     assert entries_of(tmp_path, 3).values["tokenizer.chat_template"].startswith("<|im_start|>")

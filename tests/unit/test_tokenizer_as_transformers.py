@@ -298,8 +298,13 @@ def test_a_sentencepiece_model_normalises_as_the_library_does(
         hard_vocab_limit=False, minloglevel=5, **options,
     )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 335}))
     entries = Entries()
-    tokenizer_entries(entries, tmp_path, Config(tmp_path / "config.json", {}), 330)
+    tokenizer_entries(entries, tmp_path, Config(tmp_path / "config.json", {}), 340)
+    parts = [entries.values[f"tokenizer.ggml.{part}_token_id"] for part in ("bos", "eos", "padding")]
+    assert parts == [1, 2, 336] and entries.values["tokenizer.ggml.tokens"][335:337] == ["<tool>", "<pad>"]
     ours, reference = load(entries, tmp_path / "made.gguf"), SentencePieceProcessor(model_proto=model.getvalue())
     for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
         assert ours.encode(text, add_special=False) == reference.encode(text), text
