@@ -73,6 +73,7 @@ class TokenizerFiles:
         vocab = model.get("vocab") if isinstance(model, dict) else None
         listed = isinstance(vocab, dict)
         ids = dict(vocab if isinstance(vocab, dict) else pieces)
+        taken = frozenset(ids.values()) if listed else frozenset()
         next_id = len(ids) if listed else n_pieces
         tokens: dict[str, AddedToken] = {}
         for given, token in self._given_tokens():
@@ -81,6 +82,8 @@ class TokenizerFiles:
             if token.content not in tokens:
                 if not listed and given is not None:
                     ids[token.content] = given
+                if token.content not in ids and next_id in taken:
+                    raise FormatError(self.path, f"ids are missing before {next_id}, which {quote(token.content)} gets")
                 id = ids.setdefault(token.content, next_id)
                 next_id = max(next_id, id + 1)
             tokens[token.content] = token

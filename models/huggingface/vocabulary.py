@@ -115,17 +115,21 @@ def _put_added(vocabulary: Vocabulary, files: TokenizerFiles, n_pieces: int) -> 
 
 def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> Vocabulary:
     """The bytes of a text are spelt in characters, and those merge: GPT-2's way."""
+    vocab = _vocab(files.path, model)
+    merges = _merges(files.path, model)
+    for pair in merges:
+        if not (pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab):
+            raise FormatError(files.path, f"the merge {quote(' '.join(pair))} is of or makes a token that is not there")
     cutting = pre_tokenizer(files.path, files.tokenizer)
     vocabulary = _empty("gpt2", cutting.name, n_vocab, False)
     vocabulary.ignore_merges = cutting.ignore_merges
     vocabulary.rules = byte_level_rules(files.path, files.tokenizer, cutting.prefix_space)
-    vocab = _vocab(files.path, model)
     for token, id in vocab.items():
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
         vocabulary.put(id, token, NORMAL)
     _put_added(vocabulary, files, len(vocab))
-    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(files.path, model)]
+    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
     if is_byte_level(files.tokenizer) and not all(byte in vocab for byte in _BYTE_ALPHABET):
         _put_unknown(vocabulary, files, model, vocab)
     return vocabulary
@@ -186,6 +190,8 @@ def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(id) is int and 0 <= id < 1 << 24 for id in vocab.values()):
         raise FormatError(path, "the vocabulary is not an object of tokens and ids")
+    if len(set(vocab.values())) < len(vocab):
+        raise FormatError(path, "two tokens of the vocabulary have the same id")
     return vocab
 
 
