@@ -170,8 +170,7 @@ def _added_around(files: TokenizerFiles, vocabulary: Vocabulary) -> tuple[dict[s
         if isinstance(given, bool):
             added.setdefault(part, given)
     # The general class adds what the post-processor says; those of SentencePiece's kind add bos by themselves.
-    general = files.config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    if vocabulary.model == "gpt2" or (files.tokenizer and general):
+    if vocabulary.model == "gpt2" or files.is_general:
         added.setdefault("bos", False)
     return added, put
 

@@ -57,6 +57,12 @@ class TokenizerFiles:
             path=folder / "tokenizer.json",
         )
 
+    @property
+    def is_general(self) -> bool:
+        """Whether a tokenizer.json is read by the class that does what it says and nothing else."""
+        general = self.config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        return bool(self.tokenizer) and general
+
     def token_text(self, part: str) -> str | None:
         """What the token with a part to play is called: "bos", "eos", ..."""
         named = self._named(f"{part}_token")

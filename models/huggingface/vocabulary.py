@@ -153,7 +153,7 @@ def _put_unknown(
 def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, rules: TextRules, n_vocab: int) -> Vocabulary:
     """Characters merge by the score of what they make: SentencePiece's way."""
     vocabulary = _empty("llama", "default", n_vocab, True)
-    vocabulary.rules = rules.with_prefix(files.config.get("add_prefix_space"))
+    vocabulary.rules = rules if files.is_general else rules.with_prefix(files.config.get("add_prefix_space"))
     for id, (piece, score, type) in enumerate(zip(model.pieces, model.scores, model.types, strict=True)):
         try:
             vocabulary.put(id, piece.decode(), type, score)

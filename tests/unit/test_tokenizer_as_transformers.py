@@ -269,8 +269,17 @@ SPACES: dict[str, tuple[Any, Any]] = {
 def test_spaces_that_are_spelt(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     tokens = [added("<unk>"), added("<s>"), added("</s>"), added("<|a|>", rstrip=True), added("<|b|>", normalized=True),
               added("<|c|>", special=False, normalized=True, lstrip=True), added("word", single_word=True)]  # fmt: skip
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}  # which adds nothing to a text
+    # This class adds nothing to a text but what the file says.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": bool(rng.random() < 0.5)}
     compare(tmp_path, metaspace(*SPACES[name], added_tokens=tokens), rng, tokenizer_config=config)
+
+
+def test_the_class_of_llama_can_be_told_to_put_no_space_in_front(tmp_path: Path) -> None:
+    config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    entries = convert(tmp_path, metaspace(*SPACES["llama"]), tokenizer_config=config)
+    assert entries.values["tokenizer.ggml.add_space_prefix"] is False
+    ours = load(entries, tmp_path / "made.gguf")
+    assert [ours.token_bytes(id) for id in ours.encode("hello world", add_special=False)] == [b"hello", b" world"]
 
 
 # tokenizer.model alone

@@ -255,9 +255,11 @@ class Vocabulary:
         ids = self._metadata.get(key, np.empty(0, np.int32))
         if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
             raise self.error(f"{key} is not an array of token ids")
-        for id in ids[(ids < 0) | (ids >= len(self))]:
-            self._pass_over(key, int(id))
-        return [int(id) for id in ids if 0 <= id < len(self)]
+        is_bad = (ids < 0) | (ids >= len(self))
+        if is_bad.any():  # one line, however many there are
+            self._pass_over(key, int(ids[is_bad][0]))
+        known: list[int] = ids[~is_bad].tolist()
+        return known
 
     def _pass_over(self, key: str, id: int) -> None:
         self.notices.append(f"{self.path}: {key} is {id}, and the vocabulary has {len(self)} tokens: it is passed over")
