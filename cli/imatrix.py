@@ -37,9 +37,8 @@ def command(
       qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
     """
     from qrun.cli.console import notice, step_bar
-    from qrun.cli.loading import find_original, open_runtime, text_chunks
+    from qrun.cli.loading import find_original, load_tokenizer, open_runtime, text_chunks
     from qrun.cli.perplexity import plus_minus, so_far
-    from qrun.engine import Tokenizer
     from qrun.engine.quantize.calibration import collect
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
 
@@ -48,7 +47,7 @@ def command(
         raise ValueError(f"{out}: this is the model itself: name another file")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
-    text = text_chunks(file, Tokenizer.load(path), ctx, chunks)
+    text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     with (
         open_runtime(path, threads=threads, context=ctx, observe=True, loras=loras) as runtime,
         step_bar("collecting") as progress,

@@ -24,6 +24,9 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     with converting_bar(source, loading.get("type")) as converting:
         model = Model.load(source, progress=CompileProgress(), converting=converting, notice=notice, **loading)
     show_notices(model.loras)
+    if model.tokenizer is not None:
+        for text in model.tokenizer.notices:
+            notice(text)
     return model
 
 
@@ -32,6 +35,16 @@ def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
     for adapter in adapters:
         if adapter.notice:
             notice(adapter.notice)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, for commands that need nothing else of a model."""
+    from qrun.engine import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    for text in tokenizer.notices:
+        notice(text)
+    return tokenizer
 
 
 def find_model(source: str, type: str | None = None) -> Path:

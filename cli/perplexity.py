@@ -56,11 +56,10 @@ def command(
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
       qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
     """
-    from qrun.cli.loading import find_model, find_original, text_chunks
-    from qrun.engine import Tokenizer
+    from qrun.cli.loading import find_model, find_original, load_tokenizer, text_chunks
 
     path = find_model(model, type_name)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
     counts = {"chunks": len(text), "ctx": ctx}
     if against is None:
@@ -136,10 +135,10 @@ def measure_against(
 
 def check_vocabulary(reference: Path, tokenizer: Any) -> None:
     """Raises ValueError, naming the reference, if its vocabulary is not this tokenizer's."""
-    from qrun.engine import Tokenizer
+    from qrun.cli.loading import load_tokenizer
     from qrun.engine.judging.divergence import check_same_vocabulary
 
-    other = Tokenizer.load(reference)
+    other = load_tokenizer(reference)
     try:
         check_same_vocabulary(tokenizer, other)
     except ValueError as error:

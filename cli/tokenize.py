@@ -26,12 +26,11 @@ def command(model: str, text: str, special: bool, no_bos: bool, type_name: str |
       qrun tokenize model.gguf - --json < text.txt
     """
     from qrun.cli.console import read_stdin
-    from qrun.cli.loading import find_model
-    from qrun.engine import Tokenizer
+    from qrun.cli.loading import find_model, load_tokenizer
 
     if text == "-":
         text = read_stdin()
-    tokenizer = Tokenizer.load(find_model(model, type_name))
+    tokenizer = load_tokenizer(find_model(model, type_name))
     ids = tokenizer.encode(text, add_special=not no_bos, parse_special=special)
     pieces = [tokenizer.token_bytes(token) for token in ids]
     if as_json:

@@ -6,14 +6,19 @@ from typing import Any
 
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
-from qrun.formats.mapping import read_file
+from qrun.formats.mapping import lookalike, read_file
 
 MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a file. Raises FormatError if it is missing, too large, or holds anything else."""
-    return parse_json(path, read_file(path, max_bytes))
+    text = read_file(path, max_bytes)
+    if not text.strip():
+        raise FormatError(path, "this is not JSON: the file is empty")
+    if kind := lookalike(text[:256].lstrip()):  # all that begins like JSON is none
+        raise FormatError(path, f"this is not JSON; it is {kind}")
+    return parse_json(path, text)
 
 
 def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bool = False) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from qrun.formats.errors import FormatError
 
 # What people hand over instead of a model file: how it begins, and what to tell them.
 LOOKALIKES = {
-    b"version https://git-lfs": "a Git LFS pointer: the model itself was not downloaded (try `git lfs pull`)",
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was not downloaded (try `git lfs pull`)",
     b"<": "a web page: the download did not give the file itself",
     b"PK": "a zip archive, such as PyTorch writes: get the model as GGUF or safetensors",
+    b"\x1f\x8b": "a gzip archive: unpack it",
     b"lmgg": "a GGML file, older than GGUF: get the model again as GGUF",
     b"tjgg": "a GGJT file, older than GGUF: get the model again as GGUF",
     b"GGUF": "a GGUF file",
@@ -96,8 +97,21 @@ def describe_start(start: bytes) -> str:
     """What a file that should begin otherwise is, as far as its first bytes tell."""
     if start[8:9] == b"{":  # after the length of its header
         return "it is a safetensors file: name the folder in which it lies"
-    kind = next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
+    kind = lookalike(start)
     return f"it is {kind}" if kind else f"it begins with {start[:4]!r}"
+
+
+def lookalike(start: bytes) -> str | None:
+    """What a file is that was taken for another one, as far as its first bytes tell. None: nothing that is known."""
+    return next((kind for begin, kind in LOOKALIKES.items() if start.startswith(begin)), None)
+
+
+def text_lookalike(start: bytes) -> str | None:
+    """The same of a file that should hold text, and may begin with a tag or with any letters."""
+    start = start[:256].lstrip()
+    certain = (b"version https://git-lfs", b"PK\x03\x04", b"\x1f\x8b")
+    is_page = start[:15].lower().startswith((b"<!doctype html", b"<html"))
+    return lookalike(start) if start.startswith(certain) or is_page else None
 
 
 def forget_pages(data: mmap.mmap, offset: int, n_bytes: int) -> None:

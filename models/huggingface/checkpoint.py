@@ -29,7 +29,8 @@ CONFIG_NAME = "config.json"
 # Other files that belong to a checkpoint, and must not be written over.
 OTHER_FILES = (
     CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", *QUANTIZATION_FILES,
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", *QUANTIZATION_FILES,
 )  # fmt: skip
 FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
 

@@ -1,20 +1,22 @@
 """tokenizer.model: a SentencePiece model, read for its pieces.
 
 It is a protobuf message (sentencepiece_model.proto). Of its fields: ModelProto {1: pieces, 2: trainer_spec,
-3: normalizer_spec}; SentencePiece {1: piece, 2: float score, 3: type}; TrainerSpec {3: model_type}; NormalizerSpec
-{3: add_dummy_prefix}. In a message each field is a varint, of which the lowest three bits give the kind of the value
-and the others the field's number, and then the value: a varint (0), 8 bytes (1), a length and so many bytes (2), or
-4 bytes (5).
+3: normalizer_spec}; SentencePiece {1: piece, 2: float score, 3: type}; TrainerSpec {3: model_type,
+24: treat_whitespace_as_suffix}; NormalizerSpec {2: precompiled_charsmap, 3: add_dummy_prefix,
+4: remove_extra_whitespaces, 5: escape_whitespaces}. In a message each field is a varint, of which the lowest three bits
+give the kind of the value and the others the field's number, and then the value: a varint (0), 8 bytes (1), a length
+and so many bytes (2), or 4 bytes (5).
 """
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from qrun.formats import FormatError
-from qrun.formats.mapping import read_file
+from qrun.formats.mapping import lookalike, read_file
 
 BPE = 2  # TrainerSpec.ModelType
 NORMAL = 1  # SentencePiece.Type
@@ -25,17 +27,25 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass
 class SentencePieceModel:
-    """pieces, scores, types: of each token, by id. add_dummy_prefix: a text begins with a space."""
+    """pieces, scores, types: of each token, by id. add_dummy_prefix: a text begins with a space. charsmap: a table of
+    characters and what stands for them, as the library compiles it; empty if nothing does. remove_extra_whitespaces:
+    of several spaces one is left, and none at the ends."""
 
     pieces: list[bytes]
     scores: list[float]
     types: list[int]
     add_dummy_prefix: bool = True
+    charsmap: bytes = b""
+    remove_extra_whitespaces: bool = True
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Raises FormatError if the file is missing, damaged, or of another kind than byte-pair encoding."""
     data = read_file(path, MAX_BYTES)
+    if kind := lookalike(data):
+        raise FormatError(path, f"this is no SentencePiece model; it is {kind}")
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\n", data):
+        raise FormatError(path, "this is a vocabulary of tiktoken: save the tokenizer as tokenizer.json")
     try:
         return _parse(path, data)
     except (IndexError, struct.error):
@@ -44,19 +54,31 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 def _parse(path: Path, data: bytes) -> SentencePieceModel:
     model = SentencePieceModel([], [], [])
-    model_type = 1
+    model_type: int | bytes = 1
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
             _add_piece(path, model, value)
         elif number == 2 and isinstance(value, bytes):
-            model_type = next((v for n, v in _fields(value) if n == 3 and isinstance(v, int)), model_type)
+            trainer = dict(_fields(value))
+            model_type = trainer.get(3, model_type)
+            if trainer.get(24):
+                raise FormatError(path, "a SentencePiece model that puts spaces behind words is not supported")
         elif number == 3 and isinstance(value, bytes):
-            model.add_dummy_prefix = bool(next((v for n, v in _fields(value) if n == 3), True))
+            _read_normalizer(path, model, dict(_fields(value)))
     if not model.pieces:
         raise FormatError(path, "this is no SentencePiece model: it has no pieces")
     if model_type != BPE:
-        raise FormatError(path, f"the SentencePiece model is of type {model_type}, and only {BPE} (BPE) is supported")
+        raise FormatError(path, f"the SentencePiece model is of type {model_type!r}, and only {BPE} (BPE) is supported")
     return model
+
+
+def _read_normalizer(path: Path, model: SentencePieceModel, fields: dict[int, int | bytes]) -> None:
+    charsmap = fields.get(2, b"")
+    model.charsmap = charsmap if isinstance(charsmap, bytes) else b""
+    model.add_dummy_prefix = bool(fields.get(3, True))
+    model.remove_extra_whitespaces = bool(fields.get(4, True))
+    if not fields.get(5, True):
+        raise FormatError(path, "a SentencePiece model that spells spaces as they are is not supported")
 
 
 def _add_piece(path: Path, model: SentencePieceModel, message: bytes) -> None:

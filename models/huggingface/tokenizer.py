@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qrun.formats import FormatError, ValueType
-from qrun.formats.json_file import read_json
-from qrun.formats.mapping import read_file
+from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import read_file, text_lookalike
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.vocabulary import TokenizerFiles, Vocabulary, read_vocabulary
+from qrun.models.huggingface.slow_files import VOCAB, has_slow_files, read_slow_files
+from qrun.models.huggingface.tokenizer_files import TokenizerFiles, optional_json
+from qrun.models.huggingface.vocabulary import Vocabulary, read_vocabulary
+from qrun.models.normalizer import flat_steps, step_type
 
 # A token's part, as tokenizer_config.json calls it -> as GGUF does (one of them misspelt there).
-PARTS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 # Tokens that end a message, where a model has them beside the one that ends a text.
 END_OF_MESSAGE = {"<|eom_id|>": "eom"}
 MAX_TEMPLATE_BYTES = 1 << 22
 
 _TEMPLATE = "tokenizer.chat_template"
+_SEVERAL = "its post_processor adds several tokens at one end of a text, which is not supported"
 
 
 def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: int) -> None:
-    """The keys under `tokenizer.`. Raises FormatError if there is no tokenizer, or none that GGUF can describe."""
-    files = TokenizerFiles(folder, *(_optional(folder / name) for name in (
-        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-    )))  # fmt: skip
+    """The keys under `tokenizer.`, and those under `qrun.tokenizer.` for what GGUF has no key for (the engine's
+    Vocabulary says what they mean). Raises FormatError if there is no tokenizer, or none that they can describe."""
+    files = _files(folder, config)
     vocabulary = read_vocabulary(files, n_vocab)
     texts = [token for token in vocabulary.tokens if isinstance(token, str)]
     _check_text(files.path, texts + (vocabulary.merges or []))
@@ -40,15 +45,44 @@ def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: i
     if vocabulary.merges is not None:
         entries.array("tokenizer.ggml.merges", vocabulary.merges, ValueType.STRING)
     _special_entries(entries, files, vocabulary, config)
-    if vocabulary.add_space_prefix is not None:
-        entries.flag("tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix)
+    _text_entries(entries, vocabulary)
     for name, template in _chat_templates(files):
         text = template.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
         entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", text)
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _files(folder: Path, config: Config) -> TokenizerFiles:
+    files = TokenizerFiles.of(folder)
+    if files.path.is_file() or (folder / "tokenizer.model").is_file() or not has_slow_files(folder):
+        return files
+    made, defaults = read_slow_files(folder, files.config, config.get("model_type"))
+    named = {key: value for key, value in defaults.items() if key not in files.config and key not in files.special}
+    return replace(files, tokenizer=made, config={**files.config, **named}, path=folder / VOCAB)
+
+
+def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
+    """How a text is turned into words, and special tokens are found in it."""
+    rules = vocabulary.rules
+    if vocabulary.model == "llama":
+        entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)
+    if rules.remove_extra_whitespaces:
+        entries.flag("tokenizer.ggml.remove_extra_whitespaces", True)
+    if rules.charsmap:
+        entries.array("tokenizer.ggml.precompiled_charsmap", list(rules.charsmap), ValueType.UINT8)
+    kinds = {step_type(step) for step in flat_steps(rules.normalizer)}
+    if "Lowercase" in kinds:  # the one step of which GGUF has a key for such models
+        entries.flag("tokenizer.ggml.normalizer.lowercase", True)
+    entries.text("qrun.tokenizer.normalizer", json.dumps(rules.normalizer, separators=(",", ":")))
+    for name, ids in vocabulary.flagged.items():
+        if ids:
+            entries.array(f"qrun.tokenizer.{name}_token_ids", sorted(ids), ValueType.INT32)
+    if rules.space_prefix != "never":
+        entries.text("qrun.tokenizer.space_prefix", rules.space_prefix)
+    if vocabulary.ignore_merges is not None:
+        entries.flag("qrun.tokenizer.ignore_merges", vocabulary.ignore_merges)
+    if vocabulary.unknown is not None:
+        entries.count("qrun.tokenizer.unknown_token_id", vocabulary.unknown)
+        entries.flag("qrun.tokenizer.fuse_unknown", vocabulary.fuse_unknown)
 
 
 def _check_text(path: Path, texts: list[str]) -> None:
@@ -62,98 +96,131 @@ def _check_text(path: Path, texts: list[str]) -> None:
 def _special_entries(entries: Entries, files: TokenizerFiles, vocabulary: Vocabulary, config: Config) -> None:
     """The ids of tokens with a part to play, and which of them begin and end a text."""
     n_vocab = len(vocabulary.tokens)
-    texts = {part: _token_text(files, f"{part}_token") for part in (*PARTS, "cls")}
-    around = _added_around(files, vocabulary, texts)
+    around, put = _added_around(files, vocabulary)
+    called = {part: vocabulary.ids.get(files.token_text(part) or "") for part in NAMES}
     ids: dict[str, int] = {}
-    for part, name in PARTS.items():
-        id = vocabulary.ids.get(texts[part] or "")
+    for part, name in NAMES.items():
+        # What the post-processor puts before or behind a text is bos or eos, whatever the configuration calls so.
+        id = put.get(part, called[part])
         if id is None:
             given = config.get(f"{part}_token_id")
             id = given if type(given) is int else None
         if id is not None and 0 <= id < n_vocab:
             ids[part] = id
             entries.count(f"tokenizer.ggml.{name}_token_id", id)
-    for name, id in _other_ends(files, vocabulary, config, ids.get("eos")):
-        entries.count(f"tokenizer.ggml.{name}_token_id", id)
+    candidates = (ids.get("eos"), called["eos"], *_ends(files, config))
+    ends = [id for id in candidates if type(id) is int and 0 <= id < n_vocab]
+    _end_entries(entries, vocabulary, list(dict.fromkeys(ends)), "eos" in ids)
     for part, added in around.items():
         entries.flag(f"tokenizer.ggml.add_{part}_token", added)
 
 
-def _token_text(files: TokenizerFiles, key: str) -> str | None:
-    for values in (files.config, files.special):
-        token = values.get(key)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            return token
-    return None
+def _ends(files: TokenizerFiles, config: Config) -> Iterator[Any]:
+    """What may be the ids of tokens that end an answer: generation_config.json and config.json can list any number."""
+    for given in (files.generation.get("eos_token_id"), config.get("eos_token_id")):
+        yield from given if isinstance(given, list) else [given]
 
 
-def _other_ends(
-    files: TokenizerFiles, vocabulary: Vocabulary, config: Config, eos: int | None
-) -> Iterator[tuple[str, int]]:
-    """GGUF has one end of a text and one of a turn (eot), where generation_config.json may list any number."""
-    generation = _optional(files.folder / "generation_config.json")
-    named: set[str] = set()
-    for given in (generation.get("eos_token_id"), config.get("eos_token_id")):
-        for id in given if isinstance(given, list) else [given]:
-            if type(id) is not int or id == eos or not 0 <= id < len(vocabulary.tokens):
-                continue
-            token = vocabulary.tokens[id]
-            name = "eot" if eos is not None else "eos"
-            name = END_OF_MESSAGE.get(token, name) if isinstance(token, str) else name
-            if name not in named:
-                named.add(name)
-                yield name, id
-            if name == "eos":
-                eos = id
+def _end_entries(entries: Entries, vocabulary: Vocabulary, ends: list[int], has_eos: bool) -> None:
+    """GGUF has a key each for an end of a text (eos), of a turn (eot) and of a message (eom), and for llama.cpp they
+    all end an answer. Where that is not enough, there is a list of all of them, as Ollama has it.
 
-
-def _added_around(files: TokenizerFiles, vocabulary: Vocabulary, texts: dict[str, str | None]) -> dict[str, bool]:
-    """Whether a text gets bos and eos around it: the post-processor of tokenizer.json says, or the configuration.
-
-    texts: what these tokens are called. Where nothing else says so, the post-processor does, and it is put there.
+    has_eos: the first of them has its key already.
     """
+    free = ["eot", "eom"] if has_eos else ["eos", "eot", "eom"]
+    others = ends[1:] if has_eos else ends
+    for id in others:  # those that have a name of their own
+        name = END_OF_MESSAGE.get(str(vocabulary.tokens[id]))
+        if name in free:
+            free.remove(name)
+            entries.count(f"tokenizer.ggml.{name}_token_id", id)
+    unnamed = [id for id in others if str(vocabulary.tokens[id]) not in END_OF_MESSAGE]
+    for name, id in zip(free, unnamed, strict=False):
+        entries.count(f"tokenizer.ggml.{name}_token_id", id)
+    if len(unnamed) > len(free):
+        entries.array("tokenizer.ggml.eos_token_ids", ends, ValueType.INT32)
+
+
+def _added_around(files: TokenizerFiles, vocabulary: Vocabulary) -> tuple[dict[str, bool], dict[str, int]]:
+    """Whether a text gets bos and eos around it, and the ids that the post-processor of tokenizer.json puts there: that
+    has the last word, or else the configuration."""
     added: dict[str, bool] = {}
-    for step in _post_processors(files.tokenizer.get("post_processor")):
-        if step.get("type") == "ByteLevel":
-            added.setdefault("bos", False)
-            added.setdefault("eos", False)
-        elif step.get("type") == "TemplateProcessing":
-            first, last = _template_ends(files.path, step.get("single"))
-            if first is not None:
-                texts["bos"] = texts["bos"] or texts["cls"] or first
-                added["bos"] = first in (texts["bos"], texts["cls"])
-            if last is not None:
-                texts["eos"] = texts["eos"] or last
-                added["eos"] = last == texts["eos"]
+    put: dict[str, int] = {}
+    for step in _post_processors(files.path, files.tokenizer.get("post_processor")):
+        kind = step.get("type")
+        if kind == "ByteLevel":  # is about offsets alone
+            ends: tuple[int | None, int | None] = (None, None)
+        elif kind == "TemplateProcessing":
+            ends = _template_ends(files.path, step)
+        elif kind in ("RobertaProcessing", "BertProcessing"):
+            ends = _pair_id(files.path, step.get("cls")), _pair_id(files.path, step.get("sep"))
+        else:
+            raise FormatError(files.path, f"its post_processor {quote(str(kind))} is not supported")
+        for part, id in zip(("bos", "eos"), ends, strict=True):
+            added.setdefault(part, False)
+            if id is None:
+                continue
+            if added[part]:
+                raise FormatError(files.path, _SEVERAL)
+            if not 0 <= id < len(vocabulary.tokens):
+                raise FormatError(files.path, f"its post_processor adds token {id}, which is not in the vocabulary")
+            added[part], put[part] = True, id
     for part in ("bos", "eos"):
         given = files.config.get(f"add_{part}_token")
         if isinstance(given, bool):
             added.setdefault(part, given)
-    if vocabulary.model == "gpt2" or files.tokenizer.get("post_processor"):
+    # The general class adds what the post-processor says; those of SentencePiece's kind add bos by themselves.
+    if vocabulary.model == "gpt2" or files.is_general:
         added.setdefault("bos", False)
-    return added
+    return added, put
 
 
-def _post_processors(step: Any) -> list[dict[str, Any]]:
-    steps = step.get("processors", [step]) if isinstance(step, dict) else []
-    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+def _post_processors(path: Path, step: Any) -> Iterator[dict[str, Any]]:
+    """The steps one after the other, without the sequences that they are written in."""
+    if step is None:
+        return
+    if not isinstance(step, dict):
+        raise FormatError(path, f"its post_processor {quote(str(step))} is not supported")
+    steps = step.get("processors")
+    if step.get("type") != "Sequence" or not isinstance(steps, list):
+        yield step
+        return
+    for part in steps:
+        yield from _post_processors(path, part)
 
 
-def _template_ends(path: Path, single: Any) -> tuple[str | None, str | None]:
-    """The special tokens with which a template begins and ends."""
+def _template_ends(path: Path, step: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The ids of the special tokens with which a template begins and ends."""
+    single = step.get("single")
     if not isinstance(single, list) or not all(isinstance(part, dict) for part in single):
         raise FormatError(path, "the post_processor has no template of a single text")
-    if len(single) < 2:
-        return None, None
+    places = [place for place, part in enumerate(single) if "Sequence" in part]
+    if len(places) != 1:
+        raise FormatError(path, "the post_processor's template of a single text does not have that text once")
+    before = [id for part in single[: places[0]] for id in _special_ids(path, step, part)]
+    behind = [id for part in single[places[0] + 1 :] for id in _special_ids(path, step, part)]
+    if len(before) > 1 or len(behind) > 1:
+        raise FormatError(path, _SEVERAL)
+    return (before[0] if before else None), (behind[0] if behind else None)
 
-    def special(part: dict[str, Any]) -> str | None:
-        token = part.get("SpecialToken")
-        id = token.get("id") if isinstance(token, dict) else None
-        return id if isinstance(id, str) else None
 
-    return special(single[0]), special(single[-1])
+def _special_ids(path: Path, step: dict[str, Any], part: dict[str, Any]) -> list[int]:
+    """What a part of a template adds."""
+    token = part.get("SpecialToken")
+    name = token.get("id") if isinstance(token, dict) else None
+    specials = step.get("special_tokens")
+    special = specials.get(name) if isinstance(specials, dict) and isinstance(name, str) else None
+    ids = special.get("ids") if isinstance(special, dict) else None
+    if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+        raise FormatError(path, f"its post_processor adds {quote(str(name))}, of which it has no ids")
+    return ids
+
+
+def _pair_id(path: Path, pair: Any) -> int:
+    """Of a token with its id."""
+    if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int:
+        raise FormatError(path, "the post_processor does not name the tokens that it adds")
+    return pair[1]
 
 
 def _chat_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
@@ -164,7 +231,7 @@ def _chat_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
         for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
             yield _safe_name(path.stem), _template_text(path)
         return
-    given = _optional(files.folder / "chat_template.json").get("chat_template", files.config.get("chat_template"))
+    given = optional_json(files.folder / "chat_template.json").get("chat_template", files.config.get("chat_template"))
     if isinstance(given, str):
         yield "default", given
     for choice in given if isinstance(given, list) else []:
@@ -173,7 +240,10 @@ def _chat_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:
 
 
 def _template_text(path: Path) -> str:
-    return read_file(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+    data = read_file(path, MAX_TEMPLATE_BYTES)
+    if kind := text_lookalike(data):
+        raise FormatError(path, f"this is no chat template; it is {kind}")
+    return data.decode("utf-8", "replace")
 
 
 def _safe_name(name: str) -> str:

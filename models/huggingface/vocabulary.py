@@ -3,69 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
-from qrun.models.huggingface.pretokenizers import pre_tokenizer_name
+from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
 from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
+from qrun.models.huggingface.text_rules import SPACE, TextRules, byte_level_rules, metaspace_rules, sentencepiece_rules
+from qrun.models.huggingface.tokenizer_files import TokenizerFiles
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-SPACE = "▁"  # by which SentencePiece spells a space
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 # Added tokens that files call ordinary text by mistake (Gemma, DeepSeek, Command-R).
 _LOOK_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)  # noqa: RUF001
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-@dataclass
-class TokenizerFiles:
-    """What a folder says of its tokenizer: the contents of its files, empty where there is none."""
-
-    folder: Path
-    tokenizer: Mapping[str, Any]  # tokenizer.json
-    config: Mapping[str, Any]  # tokenizer_config.json
-    added: Mapping[str, Any]  # added_tokens.json
-    special: Mapping[str, Any]  # special_tokens_map.json
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "tokenizer.json"
-
-    def added_tokens(self) -> Iterator[tuple[int, str, bool]]:
-        """Tokens beside the model's own: id, text, whether special. Later ones replace earlier ones."""
-        for text, id in self.added.items():
-            yield self._id(id), text, False
-        decoder = self.config.get("added_tokens_decoder")
-        if isinstance(decoder, dict):
-            for id, token in decoder.items():
-                yield self._added_token(id, token)
-        tokens = self.tokenizer.get("added_tokens")
-        if isinstance(tokens, list):
-            for token in tokens:
-                yield self._added_token(token.get("id") if isinstance(token, dict) else None, token)
-
-    def _added_token(self, id: Any, token: Any) -> tuple[int, str, bool]:
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise FormatError(self.path, f"the added token {quote(str(token))} has no content")
-        return self._id(id), token["content"], bool(token.get("special"))
-
-    def _id(self, id: Any) -> int:
-        if isinstance(id, str) and id.isdecimal() and len(id) < 10:
-            id = int(id)
-        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise FormatError(self.path, f"an added token has the id {quote(str(id))}")
-        return id
+# The characters that stand for bytes: those of Latin-1 that can be printed, and as many from U+0100 on as are missing.
+_BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclass
 class Vocabulary:
-    """model, pre: the values of tokenizer.ggml.model and .pre. scores, merges: of the models that have them."""
+    """model, pre: the values of tokenizer.ggml.model and .pre. scores, merges: of the models that have them.
+
+    rules: what is done to a text first. flagged: the tokens that are found in a special way, by the names of FLAGS.
+    ignore_merges, unknown, fuse_unknown: of byte-pair models, where tokenizer.json says more than the names do.
+    """
 
     model: str
     pre: str
@@ -73,7 +41,11 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None = None
     merges: list[str] | None = None
-    add_space_prefix: bool | None = None
+    rules: TextRules = field(default_factory=TextRules)
+    flagged: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in FLAGS})
+    ignore_merges: bool | None = None
+    unknown: int | None = None
+    fuse_unknown: bool = False
     ids: dict[str, int] = field(default_factory=dict)  # of the tokens that are text
 
     def put(self, id: int, token: str | bytes, type: int, score: float = 0.0) -> None:
@@ -92,16 +64,33 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     """n_vocab: rows of the embedding. Raises FormatError if there is no tokenizer, or none of a known kind."""
     model = files.tokenizer.get("model")
     path = files.folder / "tokenizer.model"
-    if isinstance(model, dict) and model.get("type", "BPE") == "BPE" and not model.get("byte_fallback"):
-        return _byte_pair(files, model, n_vocab)
-    if path.is_file():
-        return _sentencepiece(files, read_sentencepiece(path), n_vocab)
     if isinstance(model, dict) and model.get("type", "BPE") == "BPE":
-        return _sentencepiece(files, _pieces_of_merges(files.path, files.tokenizer, model), n_vocab)
+        _check_model(files.path, model)
+        if is_byte_level(files.tokenizer) or not model.get("byte_fallback"):
+            return _byte_pair(files, model, n_vocab)
+        pieces = _pieces_of_merges(files.path, model)
+        rules = metaspace_rules(files.path, files.tokenizer, pieces.pieces)
+        return _sentencepiece(files, read_sentencepiece(path) if path.is_file() else pieces, rules, n_vocab)
+    if path.is_file():
+        sentencepiece = read_sentencepiece(path)
+        return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
     if files.tokenizer:
         kind = model.get("type") if isinstance(model, dict) else None
         raise FormatError(files.path, f"a tokenizer of the kind {quote(str(kind))} is not supported")
-    raise FormatError(files.folder, "there is neither tokenizer.json nor tokenizer.model")
+    needed = "neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt"
+    raise FormatError(files.folder, f"there is {needed}")
+
+
+def _check_model(path: Path, model: Mapping[str, Any]) -> None:
+    """Refuse what a GGUF file cannot say of a byte-pair model, and would change the ids."""
+    if dropout := model.get("dropout"):
+        raise FormatError(path, f"its merges are left out by chance (dropout {quote(str(dropout))}): set that to null")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if affix := model.get(key):
+            raise FormatError(path, f"a tokenizer with a {key} ({quote(str(affix))}) is not supported")
+    for key in ("fuse_unk", "byte_fallback", "ignore_merges"):
+        if not isinstance(model.get(key) or False, bool):
+            raise FormatError(path, f"{key} is neither true nor false: {quote(str(model[key]))}")
 
 
 def _empty(model: str, pre: str, n_vocab: int, scored: bool) -> Vocabulary:
@@ -109,43 +98,75 @@ def _empty(model: str, pre: str, n_vocab: int, scored: bool) -> Vocabulary:
     return Vocabulary(model, pre, tokens, [UNUSED] * n_vocab, [UNUSED_SCORE] * n_vocab if scored else None)
 
 
-def _put_added(vocabulary: Vocabulary, files: TokenizerFiles) -> None:
-    """The tokens beside the model's own, in the place of what has their ids."""
-    for id, text, special in files.added_tokens():
-        control = special or _LOOK_SPECIAL.fullmatch(text) is not None
-        spelt = text if control else text.replace(SPACE, " ")
+def _put_added(vocabulary: Vocabulary, files: TokenizerFiles, n_pieces: int) -> None:
+    """The tokens beside the model's own n_pieces, in the place of what has their ids."""
+    for id, token in files.added_tokens(vocabulary.ids, n_pieces).items():
+        text = token.content
+        control = token.special or _LOOK_SPECIAL.fullmatch(text) is not None
+        spelt = text if control or vocabulary.model != "llama" else text.replace(SPACE, " ")
         vocabulary.put(id, spelt, CONTROL if control else USER_DEFINED, ADDED_SCORE)
         vocabulary.ids[text] = id
+        if id >= len(vocabulary.tokens):
+            continue
+        for name, ids in vocabulary.flagged.items():
+            if getattr(token, name):
+                ids.append(id)
 
 
 def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> Vocabulary:
     """The bytes of a text are spelt in characters, and those merge: GPT-2's way."""
-    vocabulary = _empty("gpt2", pre_tokenizer_name(files.path, files.tokenizer), n_vocab, False)
-    for token, id in _vocab(files.path, model).items():
+    vocab = _vocab(files.path, model)
+    merges = _merges(files.path, model)
+    for pair in merges:
+        if not (pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab):
+            raise FormatError(files.path, f"the merge {quote(' '.join(pair))} is of or makes a token that is not there")
+    cutting = pre_tokenizer(files.path, files.tokenizer)
+    vocabulary = _empty("gpt2", cutting.name, n_vocab, False)
+    vocabulary.ignore_merges = cutting.ignore_merges
+    vocabulary.rules = byte_level_rules(files.path, files.tokenizer, cutting.prefix_space)
+    for token, id in vocab.items():
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
         vocabulary.put(id, token, NORMAL)
-    _put_added(vocabulary, files)
-    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(files.path, model)]
+    _put_added(vocabulary, files, len(vocab))
+    vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
+    if is_byte_level(files.tokenizer) and not all(byte in vocab for byte in _BYTE_ALPHABET):
+        _put_unknown(vocabulary, files, model, vocab)
     return vocabulary
 
 
-def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, n_vocab: int) -> Vocabulary:
+def _put_unknown(
+    vocabulary: Vocabulary, files: TokenizerFiles, model: Mapping[str, Any], vocab: Mapping[str, int]
+) -> None:
+    """What stands for bytes that have no token."""
+    if model.get("byte_fallback") and any(_BYTE_PIECE.fullmatch(token) for token in vocab):
+        raise FormatError(files.path, "a tokenizer that spells bytes in two ways is not supported")
+    unknown = model.get("unk_token")
+    if unknown is None:
+        return
+    if not isinstance(unknown, str) or unknown not in vocab:
+        raise FormatError(files.path, f"unk_token is {quote(str(unknown))}, which is not in the vocabulary")
+    vocabulary.unknown = vocab[unknown]
+    vocabulary.fuse_unknown = bool(model.get("fuse_unk"))
+
+
+def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, rules: TextRules, n_vocab: int) -> Vocabulary:
     """Characters merge by the score of what they make: SentencePiece's way."""
     vocabulary = _empty("llama", "default", n_vocab, True)
+    vocabulary.rules = rules if files.is_general else rules.with_prefix(files.config.get("add_prefix_space"))
     for id, (piece, score, type) in enumerate(zip(model.pieces, model.scores, model.types, strict=True)):
         try:
             vocabulary.put(id, piece.decode(), type, score)
         except UnicodeDecodeError:
             vocabulary.put(id, piece, type, score)
-    _put_added(vocabulary, files)
-    prefix = files.config.get("add_prefix_space")
-    vocabulary.add_space_prefix = prefix if isinstance(prefix, bool) else model.add_dummy_prefix
+    _put_added(vocabulary, files, len(model.pieces))
     return vocabulary
 
 
-def _pieces_of_merges(path: Path, tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> SentencePieceModel:
+def _pieces_of_merges(path: Path, model: Mapping[str, Any]) -> SentencePieceModel:
     """A tokenizer.json that was made from a SentencePiece model: what merges first has the highest score."""
+    if model.get("ignore_merges"):
+        raise FormatError(path, "a tokenizer with byte_fallback and ignore_merges is not supported")
     vocab = _vocab(path, model)
     size = max(vocab.values(), default=-1) + 1
     if not vocab or size > 2 * len(vocab) + 1000:
@@ -159,28 +180,18 @@ def _pieces_of_merges(path: Path, tokenizer: Mapping[str, Any], model: Mapping[s
         pieces.scores[id] = -float(merged.get(token, len(merged)))
         pieces.types[id] = BYTE if _BYTE_PIECE.fullmatch(token) else NORMAL
     unknown = model.get("unk_token")
-    if isinstance(unknown, str) and unknown in vocab:
+    # What merges make, or a letter, is text all the same.
+    if isinstance(unknown, str) and unknown in vocab and unknown not in merged and len(unknown) > 1:
         pieces.types[vocab[unknown]] = UNKNOWN
-    pieces.add_dummy_prefix = _adds_prefix(tokenizer.get("normalizer")) or _adds_prefix(tokenizer.get("pre_tokenizer"))
     return pieces
-
-
-def _adds_prefix(step: Any) -> bool:
-    """Whether a step of a tokenizer.json puts a space before a text."""
-    if not isinstance(step, dict):
-        return False
-    if step.get("type") == "Sequence":
-        steps = step.get("normalizers") or step.get("pretokenizers")
-        return any(_adds_prefix(part) for part in steps if isinstance(part, dict)) if isinstance(steps, list) else False
-    if step.get("type") == "Metaspace":
-        return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
-    return step.get("type") == "Prepend" and step.get("prepend") == SPACE
 
 
 def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(id) is int and 0 <= id < 1 << 24 for id in vocab.values()):
         raise FormatError(path, "the vocabulary is not an object of tokens and ids")
+    if len(set(vocab.values())) < len(vocab):
+        raise FormatError(path, "two tokens of the vocabulary have the same id")
     return vocab
 
 

@@ -1,6 +1,7 @@
 """The published vocabularies: the ids of every published text, and text that comes back as it went in."""
 
 import lzma
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,13 @@ def test_every_published_text_comes_back(name: str, tokenizer: Tokenizer) -> Non
         assert "".join(map(stream.push, ids)) + stream.flush() in (text, f" {text}")
 
 
-# U+2581 is how SentencePiece spells a space, so it comes back as one. StarCoder cannot spell the planes from 4 on.
+# Qwen composes characters first. U+2581 is how SentencePiece spells a space, so it comes back as one. StarCoder cannot
+# spell the planes from 4 on.
 @given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
 def test_any_text_comes_back(text: str) -> None:
     for tokenizer in _loaded.values():
-        assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
+        expected = unicodedata.normalize("NFC", text) if tokenizer.pre == "qwen2" else text
+        assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == expected
 
 
 def test_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:

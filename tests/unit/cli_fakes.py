@@ -20,6 +20,7 @@ class ChatTokenizer(FakeTokenizer):
     """Bytes, and `</s>` as one token."""
 
     kind = "gpt2"
+    notices = ()
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_special and self.add_bos else []

@@ -44,7 +44,7 @@ def write_byte_pair(path: Path, reader: GGUFReader, name: str) -> None:
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for id, token in enumerate(tokens) if types[id] != 1 and not token.startswith("[PAD")
     ]  # fmt: skip
-    names = {token["content"] for token in added}
+    last = max(id for id, type in enumerate(types) if type == 1)  # behind it come tokens that are no part of the model
     processor: dict[str, Any] = byte_level(True) | {"trim_offsets": False}
     if name == "llama-bpe":
         bos = "<|begin_of_text|>"
@@ -53,7 +53,7 @@ def write_byte_pair(path: Path, reader: GGUFReader, name: str) -> None:
         pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
         template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
         processor = {"type": "Sequence", "processors": [processor, template]}
-    vocab = {token: id for id, token in enumerate(tokens) if types[id] == 1 and token not in names}
+    vocab = {token: id for id, token in enumerate(tokens[: last + 1])}
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "fuse_unk": False,
         "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": name == "llama-bpe", "vocab": vocab,

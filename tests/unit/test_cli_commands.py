@@ -165,6 +165,15 @@ def test_tokenize_prints_ids_and_pieces(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert from_stdin["tokens"] == ids_of("a\r\n")
 
 
+def test_what_was_passed_over_in_a_tokenizer_is_said_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer(ChatTokenizer):
+        notices = ("x.gguf: eos is passed over",)
+
+    monkeypatch.setattr("qrun.engine.Tokenizer", SimpleNamespace(load=lambda path: Tokenizer()), raising=False)
+    result = run("tokenize", LLAMA, "a")
+    assert result.stderr == "qrun: x.gguf: eos is passed over\n" and "'a'" in result.stdout
+
+
 # list, rm
 
 

@@ -107,7 +107,8 @@ def test_scores_follow_from_merges(tmp_path: Path) -> None:
 
 def test_every_name_is_one_that_the_engine_knows() -> None:
     assert set(digests.PRE_TOKENIZER_OF.values()) <= PRE_TOKENIZERS.keys()
-    assert set(pretokenizers._FAMILIES.values()) <= PRE_TOKENIZERS.keys()
+    names = {name for names in pretokenizers._FAMILIES.values() for name in names.values()}
+    assert names <= PRE_TOKENIZERS.keys()
 
 
 @pytest.mark.parametrize("name", [*STEPS, "smaug-bpe", "gpt-4o", "tekken"])
@@ -115,7 +116,8 @@ def test_rules_cut_as_those_of_their_name(name: str) -> None:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import PreTokenizer, Sequence, Split
 
-    patterns = next(key for (key, _), value in pretokenizers._FAMILIES.items() if value == BYTE_PAIR.get(name, name))
+    wanted = BYTE_PAIR.get(name, name)
+    patterns = next(key for key, names in pretokenizers._FAMILIES.items() if wanted in names.values())
     steps: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in patterns]
     ours: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name].patterns]
     texts = (PUBLISHED / "llama-bpe.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
@@ -133,7 +135,7 @@ def test_rules_cut_as_those_of_their_name(name: str) -> None:
 )
 def test_other_spellings_of_a_rule(pattern: str, tmp_path: Path) -> None:
     tokenizer = {"model": {"ignore_merges": True}, "pre_tokenizer": sequence(split(pattern), byte_level(False))}
-    assert pretokenizers.pre_tokenizer_name(tmp_path, tokenizer) == "llama-bpe"
+    assert pretokenizers.pre_tokenizer(tmp_path, tokenizer) == pretokenizers.Cutting("llama-bpe")
 
 
 # Special tokens and templates
@@ -165,6 +167,156 @@ def test_an_end_that_only_generation_config_knows(tmp_path: Path) -> None:
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 1]})
     values = entries_of(tiny(tmp_path), 3).values
     assert values["tokenizer.ggml.eos_token_id"] == 2 and values["tokenizer.ggml.eot_token_id"] == 1
+
+
+def test_every_end_that_is_listed_ends_an_answer(tmp_path: Path) -> None:
+    names = ["<s>", "<x>", "<y>", "<z>", "<|eom_id|>"]
+    tiny(tmp_path, added_tokens=[special(3 + i, name) for i, name in enumerate(names)])
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<x>"})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [5, 4, 6, -1, 99]})
+    entries = entries_of(tmp_path, 9, {"eos_token_id": [6, 7, 2]})
+    ids = {key: value for key, value in entries.values.items() if key.startswith("tokenizer.ggml.e")}
+    # Engines that read no list stop at three of them.
+    assert ids == {
+        "tokenizer.ggml.eos_token_id": 4, "tokenizer.ggml.eom_token_id": 7, "tokenizer.ggml.eot_token_id": 5,
+        "tokenizer.ggml.eos_token_ids": [4, 5, 6, 7, 2],
+    }  # fmt: skip
+    assert tokenizer_of(entries, tmp_path / "made.gguf").stop_ids == {4, 5, 6, 7, 2}
+
+
+def test_three_ends_of_no_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 1, 0]})
+    values = entries_of(tiny(tmp_path), 3).values
+    assert [values[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 1, 0]
+    assert "tokenizer.ggml.eos_token_ids" not in values
+
+
+# vocab.json and merges.txt
+
+
+def slow(folder: Path, tokenizer_class: str | None, **files: Any) -> Path:
+    """A folder as the slow tokenizers of Transformers save it."""
+    alphabet = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
+    merges = ["a b", "Ġ a", "1 2", "Ã ©"]
+    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges)]
+    write_json(folder / "vocab.json", {token: id for id, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("\r\n".join(["#version: 0.2", *merges, ""]))
+    write_json(folder / "added_tokens.json", {"<b>": 261, "<a>": 260})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class, "eos_token": "<a>"})
+    for name, value in files.items():
+        write_json(folder / f"{name}.json", value)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type", "pre"),
+    [("Qwen2Tokenizer", "llama", "qwen2"), ("Qwen2TokenizerFast", None, "qwen2"), (None, "qwen3", "qwen2"),
+     ("GPT2Tokenizer", "llama", "gpt-2"), ("GPT2TokenizerFast", "qwen2", "gpt-2")],
+)  # fmt: skip
+def test_a_vocabulary_with_merges_is_read_by_its_class(
+    tokenizer_class: str | None, model_type: str | None, pre: str, tmp_path: Path
+) -> None:
+    entries = entries_of(slow(tmp_path, tokenizer_class), 280, {"model_type": model_type})
+    assert entries.values["tokenizer.ggml.pre"] == pre
+    assert entries.values["tokenizer.ggml.eos_token_id"] == 260
+    assert entries.values["tokenizer.ggml.token_type"][260:262] == [3, 4]  # the end is no text, the other one may be
+    tokenizer = tokenizer_of(entries, tmp_path / "made.gguf")
+    pieces = [tokenizer.token_bytes(id) for id in tokenizer.encode("ab a12<a>e\u0301<b>", parse_special=True)]
+    digits = [b"1", b"2"] if pre == "qwen2" else [b"12"]
+    accent = ["é".encode()] if pre == "qwen2" else [b"e", b"\xcc", b"\x81"]
+    assert pieces == [b"ab", b" a", *digits, b"<a>", *accent, b"<b>"]
+
+
+def test_a_space_before_every_text_of_the_old_files(tmp_path: Path) -> None:
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    tokenizer = tokenizer_of(entries_of(slow(tmp_path, None, tokenizer_config=config), 280), tmp_path / "made.gguf")
+    for text in ("a", " a"):
+        assert [tokenizer.token_bytes(id) for id in tokenizer.encode(text)] == [b" a"]
+
+
+def test_special_tokens_that_the_class_has_by_itself(tmp_path: Path) -> None:
+    entries = entries_of(slow(tmp_path, None, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"}), 280)
+    end = entries.values["tokenizer.ggml.eos_token_id"]
+    assert entries.values["tokenizer.ggml.tokens"][end] == "<|endoftext|>" and end == 262
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type", "message"),
+    [
+        ("LlamaTokenizer", "llama", "the class 'LlamaTokenizer' reads them"),
+        ("PreTrainedTokenizerFast", "qwen2", "the class 'PreTrainedTokenizerFast' reads them"),
+        (None, "llama", "no class that is known reads them"),
+    ],
+)
+def test_a_class_that_is_not_known(tokenizer_class: str | None, model_type: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        entries_of(slow(tmp_path, tokenizer_class), 280, {"model_type": model_type})
+    assert message in str(caught.value) and str(caught.value).startswith(str(tmp_path / "vocab.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("merges.txt", "#version: 0.2\na b c\n", "'a b c' is not one of two"),
+        ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("vocab.json", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("vocab.json", "[]", "not an object"),
+        ("vocab.json", '{"a": "b"}', "not an object of tokens and ids"),
+    ],
+)
+def test_damaged_old_files(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (slow(tmp_path, "Qwen2Tokenizer") / name).write_text(content)
+    with pytest.raises(FormatError) as caught:
+        entries_of(tmp_path, 280)
+    assert message in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+
+
+# Files that are something else
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json"]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "it is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html></html>", "it is a web page"),
+        (b"PK\x03\x04\x14\0", "it is a zip archive"),
+        (b"\x1f\x8b\x08\0", "it is a gzip archive"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    if name == "tokenizer.model":
+        content = content.lstrip()
+    else:
+        tiny(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        entries_of(tmp_path, 3)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ") and message in str(caught.value)
+
+
+def test_a_vocabulary_of_tiktoken_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(FormatError, match="a vocabulary of tiktoken"):
+        entries_of(tmp_path, 3)
+
+
+def test_a_template_may_begin_with_a_tag(tmp_path: Path) -> None:
+    (tiny(tmp_path) / "chat_template.jinja").write_text("<|im_start|>{{ messages }}")
+    assert entries_of(tmp_path, 3).values["tokenizer.chat_template"].startswith("<|im_start|>")
+
+
+@pytest.mark.parametrize("content", ["", "  \n", '{"model": {"type": "BPE", "vo'])
+def test_a_file_that_was_cut_short(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(FormatError, match="this is not JSON"):
+        entries_of(tmp_path, 3)
+
+
+# Chat templates
 
 
 @pytest.mark.parametrize(
@@ -203,8 +355,13 @@ def test_chat_templates(files: dict[str, Any], expected: dict[str, str], tmp_pat
         ({"model": {"type": "BPE", "vocab": {"a": 7}, "merges": []}}, "'a' has the id 7, and there are 3 embeddings"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}, "the merge 'a' is not one of two"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 1]]}}, "is not one of two"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}, "the merge 'a b' is of or makes"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}, "have the same id"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 2}, "merges": []},
+          "added_tokens": [{"id": 1, "content": "x"}]}, "ids are missing before 2, which 'x' gets"),
         ({"model": {"type": "BPE", "vocab": {"\ud800": 0}, "merges": []}}, "half of a surrogate pair"),
-        ({"model": {"type": "BPE", "vocab": {"a": 1 << 23}, "merges": [], "byte_fallback": True}}, "with ids up to"),
+        ({"model": {"type": "BPE", "vocab": {"a": 1 << 23}, "merges": [], "byte_fallback": True},
+          "pre_tokenizer": None}, "with ids up to"),
         ({"added_tokens": [{"id": "x", "content": "a"}]}, "an added token has the id 'x'"),
         ({"added_tokens": [{"id": 1}]}, "has no content"),
         ({"post_processor": {"type": "TemplateProcessing"}}, "no template of a single text"),

@@ -13,10 +13,18 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = PieceType.NORMAL, PieceType.UNKNOWN, Pi
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def tokenizer(kind: str, tokens: list[str], types: list[int], name: str = "small", **metadata: Any) -> Tokenizer:
-    """A tokenizer of these tokens; metadata: the rest of `tokenizer.ggml.`"""
+def tokenizer(
+    kind: str,
+    tokens: list[str],
+    types: list[int],
+    name: str = "small",
+    other: dict[str, Any] | None = None,
+    **metadata: Any,
+) -> Tokenizer:
+    """A tokenizer of these tokens; metadata: the rest of `tokenizer.ggml.`; other: with whole names."""
     metadata |= {"model": kind, "tokens": tokens, "token_type": np.array(types, np.int32)}
     values = {"general.name": name} | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    values |= other or {}
 
     def raw_strings(key: str) -> list[bytes]:
         return [text.encode() for text in values[key]]
@@ -66,6 +74,12 @@ class TestSentencePiece:
     def test_without_byte_pieces_it_is_unknown(self) -> None:
         small = tokenizer("llama", ["<unk>", "a"], [UNKNOWN, NORMAL], add_space_prefix=False)
         assert small.encode("aé", add_special=False) == [1, 0]
+
+    def test_bytes_are_known_by_their_spelling_where_a_file_has_no_types(self) -> None:
+        reader: Any = sentencepiece(["a"], add_space_prefix=False)._vocabulary._reader
+        del reader.metadata["tokenizer.ggml.token_type"]
+        small = Tokenizer(Vocabulary(reader))
+        assert small.decode(small.encode("aé", add_special=False)) == "aé"
 
     def test_a_piece_may_be_listed_twice(self) -> None:
         small = sentencepiece(["a", "a"], add_space_prefix=False)
@@ -139,6 +153,72 @@ class TestSpecialTokens:
     def test_phi_3_takes_the_white_space_after_a_special_token(self) -> None:
         small = byte_pair([], {"<|end|>": CONTROL}, name="Phi-3 mini")
         assert spelt(small, small.encode("<|end|>\n\na", parse_special=True)) == ["<|end|>", "a"]
+
+
+    def test_of_pieces_that_overlap_the_first_in_the_text_is_found(self) -> None:
+        small = byte_pair([], {"<a>": USER_DEFINED, "a><bcd>": USER_DEFINED})
+        assert spelt(small, small.encode("<a><bcd>")) == ["<a>", *"<bcd>"]
+
+    def test_white_space_goes_with_the_pieces_that_the_file_names(self) -> None:
+        small = byte_pair([], {"<l>": CONTROL, "<r>": USER_DEFINED, "<w>": USER_DEFINED})
+        left, right, word = range(small.n_vocab - 3, small.n_vocab)
+        sets = {"lstrip": [left], "rstrip": [right], "single_word": [word]}
+        more = {f"qrun.tokenizer.{name}_token_ids": np.array(ids, np.int32) for name, ids in sets.items()}
+        pieces = {"<l>": CONTROL, "<r>": USER_DEFINED, "<w>": USER_DEFINED}
+        small = byte_pair([], pieces, name="Phi-3", other={"qrun.tokenizer.normalizer": "null"} | more)
+        ids = small.encode("a <l> <r> \u3000\na<w> <w>", parse_special=True)
+        assert spelt(small, ids) == ["a", "<l>", " ", "<r>", "a", *"<w>", " ", "<w>"]
+
+    def test_all_ends_stop(self) -> None:
+        lists = {"eos_token_ids": np.array([3, 4], np.int32), "eog_token_ids": np.array([9], np.uint32)}
+        assert byte_pair([], eos_token_id=5, eot_token_id=6, **lists).stop_ids == {3, 4, 5, 6, 9}
+
+
+class TestNormalizer:
+    @pytest.mark.parametrize("pre", ["qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "olmo"])
+    def test_those_that_were_published_so_compose_characters(self, pre: str) -> None:
+        small = byte_pair(["Ã ©"], pre=pre)
+        assert spelt(small, small.encode("e\u0301")) == ["é"]
+
+    def test_others_take_a_text_as_it_is(self) -> None:
+        gpt2 = byte_pair(["Ã ©"])
+        assert spelt(gpt2, gpt2.encode("é")) == ["é"]
+        assert spelt(gpt2, gpt2.encode("e\u0301"))[0] == "e"
+
+    def test_a_file_may_say_otherwise(self) -> None:
+        other = {"qrun.tokenizer.normalizer": "null"}
+        assert spelt(small := byte_pair([], other=other, pre="qwen2"), small.encode("e\u0301"))[0] == "e"
+        other = {"qrun.tokenizer.normalizer": '{"type": "Lowercase"}'}
+        assert spelt(small := byte_pair([], other=other), small.encode("AÉ"))[0] == "a"
+
+    def test_the_key_of_gguf_counts_for_byte_pairs_too(self) -> None:
+        small = byte_pair([], **{"normalizer.lowercase": True})
+        assert spelt(small, small.encode("AbC")) == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("text", ["a\ud83db", "\udc00", "e\ud800\u0301"])
+    def test_halves_of_characters_do_no_harm(self, text: str) -> None:
+        small = byte_pair([], pre="qwen2")
+        assert "\ud83d" not in small.decode(small.encode(text))
+
+
+class TestNotices:
+    @pytest.mark.parametrize("id", [-1, 4294967295, 1 << 20])
+    def test_an_id_that_cannot_be_is_passed_over(self, id: int) -> None:
+        small = byte_pair(["a b"], bos_token_id=id, eos_token_id=id, eot_token_id=7, add_bos_token=True)
+        assert (small.bos_id, small.eos_id, small.stop_ids) == (None, None, {7})
+        assert spelt(small, small.encode("ab")) == ["ab"]
+        assert [text.split(": ")[1] for text in small.notices] == [
+            f"tokenizer.ggml.{name}_token_id is {id}, and the vocabulary has {small.n_vocab} tokens"
+            for name in ("bos", "eos")
+        ]  # fmt: skip
+
+    def test_the_usual_id_takes_its_place(self) -> None:
+        small = sentencepiece(["a"], eos_token_id=4294967295, eos_token_ids=np.array([-1, 7], np.int32))
+        assert small.eos_id == 2 and small.stop_ids == {2, 7}
+        assert len(small.notices) == 2
+
+    def test_most_files_give_no_cause(self) -> None:
+        assert byte_pair([], eos_token_id=1).notices == ()
 
 
 class TestStream:

@@ -24,9 +24,15 @@ GOOD: dict[str, Any] = {
 }
 
 
+NESTED = '{"type": "Sequence", "normalizers": [' * 20 + "]}" * 20
+
+
 def use(**changes: Any) -> list[int]:
-    """Load a tokenizer, encode with it and decode. A change to None removes the key."""
-    values = {f"tokenizer.ggml.{key}": value for key, value in (GOOD | changes).items() if value is not None}
+    """Load a tokenizer, encode with it and decode. A change to None removes the key; one with a dot is a whole name."""
+    values = {
+        key if key.startswith("qrun.") else f"tokenizer.ggml.{key}": value
+        for key, value in (GOOD | changes).items() if value is not None
+    }  # fmt: skip
 
     def raw_strings(key: str) -> list[bytes]:
         if not isinstance(values[key], list):
@@ -59,9 +65,10 @@ def test_the_good_one_works() -> None:
         ("scores has 9 values for 8 tokens", {"scores": np.zeros(9, np.float32)}),
         ("not finite", {"scores": np.full(8, np.nan, np.float32)}),
         ("not finite", {"scores": np.full(8, np.inf, np.float32)}),
-        ("bos_token_id is 8", {"bos_token_id": 8}),
-        ("eos_token_id is -1", {"eos_token_id": -1}),
         ("eos_token_id is 'x'", {"eos_token_id": "x"}),
+        ("eos_token_id is True", {"eos_token_id": True}),
+        ("eos_token_ids is not an array of token ids", {"eos_token_ids": "x"}),
+        ("eog_token_ids is not an array of token ids", {"eog_token_ids": np.zeros(2, np.float32)}),
         ("add_bos_token is not of type bool", {"add_bos_token": "yes"}),
         ("token 3 is of type byte, but spelt b'a'", {"token_type": np.array([2, 3, 3, 6, 1, 1, 1, 6])}),
         ("merges is missing", {"model": "gpt2", "merges": None}),
@@ -72,6 +79,13 @@ def test_the_good_one_works() -> None:
         ("unknown token", {"model": "bert"}),
         ("charsmap is damaged", {"model": "t5", "precompiled_charsmap": np.ones(5, np.uint8)}),
         ("charsmap is not an array of bytes", {"model": "t5", "precompiled_charsmap": "x"}),
+        ("not described in JSON", {"qrun.tokenizer.normalizer": "NFC"}),
+        ("the normalizer 'Odd' is not supported", {"qrun.tokenizer.normalizer": '{"type": "Odd"}'}),
+        ("too many in each other", {"qrun.tokenizer.normalizer": NESTED}),
+        ("normalizer is not of type str", {"qrun.tokenizer.normalizer": 1}),
+        ("space_prefix is 'x'", {"qrun.tokenizer.space_prefix": "x"}),
+        ("rstrip_token_ids is not an array", {"qrun.tokenizer.rstrip_token_ids": [1]}),
+        ("unknown_token_id is no token", {"model": "gpt2", "qrun.tokenizer.unknown_token_id": 99}),
     ],
 )  # fmt: skip
 def test_it_is_refused(reason: str, changes: dict[str, Any]) -> None:
@@ -101,7 +115,10 @@ VALUES = st.one_of(
     st.lists(st.floats(width=32), min_size=8, max_size=8).map(lambda values: np.array(values, np.float32)),
     st.binary(max_size=40).map(lambda data: np.frombuffer(data, np.uint8)),
 )
-KEYS = [*GOOD, "precompiled_charsmap", "unknown_token_id", "eos_token_id", "add_space_prefix", "normalizer.lowercase"]
+KEYS = [*GOOD, "precompiled_charsmap", "unknown_token_id", "eos_token_id", "add_space_prefix", "normalizer.lowercase",
+        "eos_token_ids", "qrun.tokenizer.normalizer", "qrun.tokenizer.space_prefix", "qrun.tokenizer.ignore_merges",
+        "qrun.tokenizer.unknown_token_id", "qrun.tokenizer.lstrip_token_ids",
+        "qrun.tokenizer.normalized_token_ids"]  # fmt: skip
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine

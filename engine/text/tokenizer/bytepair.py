@@ -19,12 +19,11 @@ def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     tokenizer = _build(vocabulary)
     metaspace = vocabulary.pre_tokenizer.alphabet == "metaspace"
     unspelt = len(vocabulary)
-    lowercase = vocabulary.kind == "whitespace" and vocabulary.flag("normalizer.lowercase", False)
 
     def encode(text: str) -> list[int]:
         if metaspace:
             text = text.replace(" ", SPACE)
-        ids: list[int] = tokenizer.encode(text.lower() if lowercase else text, add_special_tokens=False).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return [id for id in ids if id != unspelt] if unspelt in ids else ids
 
     return encode
@@ -52,18 +51,21 @@ def _model(vocabulary: Vocabulary) -> "BPE":
 
     pre = vocabulary.pre_tokenizer
     merges = vocabulary.merges()
+    unknown = vocabulary.byte_pair_unknown
     try:
         with _garbage_collection_paused():
             ids = {piece.decode(): id for id, piece in enumerate(vocabulary.pieces)}
             # Of a merge that is listed twice the first counts; the library would take the last.
             pairs: list[Any] = [tuple(merge.decode().split(" ", 1)) for merge in dict.fromkeys(merges)]
             # A character without a piece is left out in the end, but until then it keeps its neighbours apart.
-            ids[_UNSPELT] = len(vocabulary)
+            if unknown is None:
+                ids[_UNSPELT] = len(vocabulary)
             # Every byte has a piece in the byte alphabet; the others spell what has none as <0xNN>.
             return BPE(
                 ids,
                 pairs,
-                unk_token=_UNSPELT,
+                unk_token=_UNSPELT if unknown is None else unknown,
+                fuse_unk=vocabulary.fuse_unknown,
                 byte_fallback=pre.alphabet != "bytes",
                 ignore_merges=pre.ignore_merges,
             )

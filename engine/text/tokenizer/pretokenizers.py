@@ -58,20 +58,22 @@ class PreTokenizer:
     text in which a space is U+2581, other bytes as <0xNN>; "text": plain text.
     ignore_merges: a word which is a token as a whole is that token, whatever the merges say.
     add_bos: the default, where `tokenizer.ggml.add_bos_token` is absent.
-    prefix_words: every line starts with a space, as every word does."""
+    prefix_words: every line starts with a space, as every word does.
+    normalizer: what the published tokenizers of the family do to a text first, where a file does not say."""
 
     patterns: tuple[str, ...]
     alphabet: str = "bytes"
     ignore_merges: bool = False
     add_bos: bool = False
     prefix_words: bool = False
+    normalizer: str | None = None
 
 
 _DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
 _GPT2_WORDS = PreTokenizer((_GPT2,))
 _GPT2_DIGITS_APART = PreTokenizer((r"\p{N}", _GPT2))
 _LLAMA3 = PreTokenizer((_words(r"\p{N}{1,3}"),))
-_QWEN2 = PreTokenizer((_words(r"\p{N}"),))
+_WORDS_AND_DIGITS = PreTokenizer((_words(r"\p{N}"),))
 _GPT4O = PreTokenizer((_cased_words(r"\p{N}{1,3}"),))
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CHINESE_AND_KANA, _punctuated_words()))
 _LINES = PreTokenizer((_NEWLINES_APART,), alphabet="metaspace")
@@ -80,18 +82,21 @@ _FAMILIES: list[tuple[str, PreTokenizer]] = [
     ("default", _DEFAULT),
     (
         "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum "
-        "modern-bert exaone4 mpt olmo jais trillion granite-docling",
+        "exaone4 jais trillion granite-docling",
         _GPT2_WORDS,
     ),
-    ("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", _GPT2_DIGITS_APART),
+    ("mpt olmo modern-bert", replace(_GPT2_WORDS, normalizer="NFC")),  # all three with the tokens of GPT-NeoX
+    ("starcoder refact smollm codeshell exaone minerva-7b mellum2", _GPT2_DIGITS_APART),
+    ("command-r", replace(_GPT2_DIGITS_APART, normalizer="NFC")),
     (
         "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
         replace(_LLAMA3, ignore_merges=True, add_bos=True),
     ),
     ("dbrx smaug-bpe chatglm-bpe", _LLAMA3),
     ("glm4 glm5", replace(_LLAMA3, ignore_merges=True)),
-    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", _QWEN2),
-    ("qwen35", PreTokenizer((_words(r"\p{N}", letter=r"\p{L}\p{M}"),))),
+    ("kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", _WORDS_AND_DIGITS),
+    ("qwen2 deepseek-r1-qwen", replace(_WORDS_AND_DIGITS, normalizer="NFC")),
+    ("qwen35", PreTokenizer((_words(r"\p{N}", letter=r"\p{L}\p{M}"),), normalizer="NFC")),
     ("ufakzeka", PreTokenizer((_words(r"\p{N}", contractions=""),))),
     ("laguna", PreTokenizer((_NEWLINES_APART, _words(r"\p{N}")))),
     ("minicpm5", PreTokenizer((r"\p{N}{1,3}", _words(r"\p{N}+")), ignore_merges=True)),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.engine.text.tokenizer.vocabulary import PieceType, SpacePrefix, Vocabulary
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _MAX_PIECE = 1 << 20
@@ -25,7 +25,11 @@ def merging_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     types = np.full(len(vocabulary), PieceType.NORMAL)
     if has_all_bytes:
         types[byte_ids] = PieceType.BYTE
-    return _encoder(vocabulary, types, _BPE, has_all_bytes, b"\x18\x00\x20\x00\x28\x01")
+    # Where the library takes spaces away from the ends of a text, it must put the one in front by itself.
+    removes_spaces = vocabulary.flag("remove_extra_whitespaces", False)
+    adds_prefix = removes_spaces and vocabulary.space_prefix == SpacePrefix.ALWAYS
+    normalizer = _normalizer(vocabulary, adds_prefix, removes_spaces)
+    return _encoder(vocabulary, types, _BPE, has_all_bytes, normalizer)
 
 
 def unigram_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
@@ -33,12 +37,17 @@ def unigram_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     types = vocabulary.types.copy()
     types[types == PieceType.UNKNOWN] = PieceType.CONTROL
     types[np.isin(types, (PieceType.UNUSED, PieceType.BYTE))] = PieceType.NORMAL
+    removes_spaces = vocabulary.flag("remove_extra_whitespaces", False)
+    normalizer = _normalizer(vocabulary, vocabulary.add_space_prefix, removes_spaces)
+    return _encoder(vocabulary, types, _UNIGRAM, False, normalizer)
+
+
+def _normalizer(vocabulary: Vocabulary, adds_prefix: bool, removes_spaces: bool) -> bytes:
+    """The message NormalizerSpec, with the model's own table."""
     charsmap = vocabulary.charsmap()
     _check_charsmap(vocabulary, charsmap)
-    normalizer = b"\x12" + _varint(len(charsmap)) + charsmap if charsmap else b""
-    normalizer += b"\x18%c" % vocabulary.add_space_prefix
-    normalizer += b"\x20%c\x28\x01" % vocabulary.flag("remove_extra_whitespaces", False)
-    return _encoder(vocabulary, types, _UNIGRAM, False, normalizer)
+    table = _field(2, charsmap) if charsmap else b""
+    return table + b"\x18%c\x20%c\x28\x01" % (adds_prefix, removes_spaces)
 
 
 def _encoder(

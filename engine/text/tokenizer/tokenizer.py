@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Self
 
 from qrun.engine.text.tokenizer.special import SpecialPieces
-from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.engine.text.tokenizer.vocabulary import SPACE, PieceType, SpacePrefix, Vocabulary
 from qrun.formats import GGUFReader
 
 
@@ -16,7 +16,7 @@ class Tokenizer:
 
     n_vocab: number of tokens. bos_id, eos_id: None if the model has none. stop_ids: tokens that end an answer.
     add_bos: whether `encode` starts a text with `bos_id`. kind, pre: the tokenizer's kind and pre-tokenizer as the file
-    names them.
+    names them. notices: what in the file cannot be meant and was passed over, a line each.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -28,6 +28,7 @@ class Tokenizer:
         self.add_bos = vocabulary.add_bos and vocabulary.bos_id is not None
         self.kind = vocabulary.kind
         self.pre = vocabulary.pre
+        self.notices = tuple(vocabulary.notices)
 
     @classmethod
     def load(cls, source: str | PathLike[str] | GGUFReader) -> Self:
@@ -43,17 +44,33 @@ class Tokenizer:
         # Halves of surrogate pairs are not text: no encoder takes them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
-        prefix = " " if self._prefixes_space else ""
         at_start = True
         for part in self._special.split(text, control=parse_special):
             if isinstance(part, int):
                 ids.append(part)
-                at_start = True
             else:
-                ids += self._encode_text(prefix + part if at_start else part)
-                at_start = False
+                ids += self._encode_part(part, at_start, parse_special)
+            at_start = False
         end_id = self._vocabulary.end_id
         return [*ids, end_id] if add_special and end_id is not None else ids
+
+    def _encode_part(self, part: str, at_start: bool, parse_special: bool) -> list[int]:
+        """Of a text, what lies between special pieces. at_start: it begins the text."""
+        part = self._vocabulary.normalizer(part)
+        ids: list[int] = []
+        for piece in self._special.split_normalized(part, control=parse_special):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._encode_text(self._with_space(piece, at_start))
+            at_start = False
+        return ids
+
+    def _with_space(self, text: str, at_start: bool) -> str:
+        prefix = self._vocabulary.space_prefix
+        if prefix == SpacePrefix.NEVER or (prefix == SpacePrefix.START and not at_start):
+            return text
+        return text if prefix != SpacePrefix.ALWAYS and text.startswith(self._spaces) else " " + text
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
@@ -82,7 +99,13 @@ class Tokenizer:
 
     @property
     def _prefixes_space(self) -> bool:
-        return self._vocabulary.add_space_prefix and self.kind == "llama"
+        """Whether decoding leaves out the space that encoding puts before a text."""
+        return self.kind == "llama" and self._vocabulary.add_space_prefix
+
+    @property
+    def _spaces(self) -> str | tuple[str, ...]:
+        """How a text may begin that has a space already. Models of SentencePiece's kind take one for the other."""
+        return (" ", SPACE) if self.kind == "llama" else " "
 
     @cached_property
     def _special(self) -> SpecialPieces:
@@ -123,7 +146,8 @@ class StreamDecoder:
         tokenizer = self._tokenizer
         text = tokenizer.token_bytes(id)
         if id in tokenizer._special.ids:
-            self._at_start = True
+            if tokenizer._vocabulary.space_prefix != SpacePrefix.START:
+                self._at_start = True
             if self._skip_special and id in tokenizer._hidden:
                 return ""
         else:

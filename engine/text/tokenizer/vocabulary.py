@@ -1,8 +1,10 @@
 """The pieces of a model's tokenizer as its GGUF file gives them, checked."""
 
+import json
 import re
 from collections.abc import Iterable
-from enum import IntEnum
+from dataclasses import replace
+from enum import IntEnum, StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 
 from qrun.engine.text.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from qrun.formats import FormatError, GGUFReader
+from qrun.models.normalizer import Normalizer, NormalizerError
 
 SPACE = "▁"
 """U+2581, by which SentencePiece spells a space."""
@@ -28,6 +31,19 @@ class PieceType(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+class SpacePrefix(StrEnum):
+    """Where a space is put before a text, which models of SentencePiece's kind were trained with.
+
+    ALWAYS: before the text, and again behind every special piece. UNLESS_THERE: likewise, but not where one is.
+    START: before the whole text, unless it begins with a space or a special piece.
+    """
+
+    NEVER = "never"
+    ALWAYS = "always"
+    UNLESS_THERE = "unless_there"
+    START = "start"
 
 
 # Pieces that end an answer, known by their text: not every file names them in its metadata.
@@ -57,17 +73,31 @@ _INFILL = frozenset(
 # The marks of gpt-oss's message format, which is text that a caller wants to see.
 _CHANNEL_MARKS = frozenset(b"<|channel|> <|message|> <|start|> <|constrain|>".split())
 
+# Lists of all tokens that end an answer; the reference engine reads neither. Ollama has the first.
+_END_LISTS = ("tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eog_token_ids")
+
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
-    """pieces: the bytes of every token as the file spells them; types: uint8 [n], of PieceType; scores: float32 [n]."""
+    """pieces: the bytes of every token as the file spells them; types: uint8 [n], of PieceType; scores: float32 [n].
+    notices: what in the file cannot be meant and was passed over, a line each.
+
+    Beside what every engine reads, the keys under `qrun.tokenizer.` say what Transformers does to a text and GGUF has
+    no key for. The converter writes them, and other engines pass them over:
+    normalizer: a step as tokenizer.json describes it, or null. Where it is, other keys that are missing say no.
+    lstrip_token_ids, rstrip_token_ids, single_word_token_ids, normalized_token_ids: special pieces that take the white
+    space before or behind them, that are found only where no word goes on, and only in normalised text.
+    space_prefix: see SpacePrefix.
+    ignore_merges, unknown_token_id, fuse_unknown: of byte-pair models; as in tokenizer.json.
+    """
 
     def __init__(self, reader: GGUFReader) -> None:
         """Raises FormatError: no tokenizer, a kind that is not supported, or metadata which contradicts itself."""
         self._reader = reader
         self._metadata = reader.metadata
         self.path: Path = reader.path
+        self.notices: list[str] = []
         self.kind: str = self._value("tokenizer.ggml.model", str, "none")
         if self.kind in ("none", "no_vocab"):
             raise self.error("the file has no tokenizer")
@@ -96,7 +126,10 @@ class Vocabulary:
 
         stops = self._mark_known_spellings()
         named = [self._token_id(name) for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
+        for key in _END_LISTS:
+            named += self._token_ids(key)
         self.stop_ids = frozenset(stops.union(id for id in [self.eos_id, *named] if id is not None))
+        self._describe_text()
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -110,7 +143,21 @@ class Vocabulary:
 
     @cached_property
     def pre_tokenizer(self) -> PreTokenizer:
-        return pre_tokenizer(self.kind if self.kind in ("gemma4", "whitespace") else self.pre)
+        pre = pre_tokenizer(self.kind if self.kind in ("gemma4", "whitespace") else self.pre)
+        return replace(pre, ignore_merges=self._value("qrun.tokenizer.ignore_merges", bool, pre.ignore_merges))
+
+    @cached_property
+    def byte_pair_unknown(self) -> str | None:
+        """The piece for a character that has none in a byte-pair vocabulary; None: it is left out."""
+        ids = [self._metadata[key]] if (key := "qrun.tokenizer.unknown_token_id") in self._metadata else []
+        if not all(type(id) is int and 0 <= id < len(self) for id in ids):
+            raise self.error(f"{key} is no token")
+        return self.pieces[ids[0]].decode(errors="replace") if ids else None
+
+    @cached_property
+    def fuse_unknown(self) -> bool:
+        """Whether neighbours of that kind make one such piece together."""
+        return bool(self._value("qrun.tokenizer.fuse_unknown", bool, False))
 
     @cached_property
     def ids(self) -> dict[bytes, int]:
@@ -136,12 +183,51 @@ class Vocabulary:
         ids: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()
         return ids
 
-    def strips_right(self, id: int) -> bool:
-        """Whether white space after this special piece belongs to it. Files do not say so: phi-3 is known by name."""
+    def _describe_text(self) -> None:
+        """What is done to a text before its words are looked up."""
+        self.lstrip_ids = self._piece_set("lstrip")
+        self.rstrip_ids = self._piece_set("rstrip")
+        self.single_word_ids = self._piece_set("single_word")
+        self.normalized_ids = self._piece_set("normalized")
+        described = self._value("qrun.tokenizer.normalizer", str, None)
+        if described is None and self._is_phi3:
+            self.rstrip_ids = self._phi3_rstrip_ids()
+        if described is None:
+            described = self._usual_normalizer()
+        try:
+            self.normalizer = Normalizer.of(described)
+        except NormalizerError as error:
+            raise self.error(f"qrun.tokenizer.normalizer: {error}") from None
+        # The normalizer that a file describes puts the space there itself.
+        unsaid = "qrun.tokenizer.normalizer" not in self._metadata
+        spaced = unsaid and self.kind == "llama" and self.add_space_prefix
+        default = SpacePrefix.ALWAYS if spaced else SpacePrefix.NEVER
+        prefix = self._value("qrun.tokenizer.space_prefix", str, default)
+        if prefix not in set(SpacePrefix):
+            raise self.error(f"qrun.tokenizer.space_prefix is {prefix!r}")
+        self.space_prefix = SpacePrefix(prefix)
+
+    def _usual_normalizer(self) -> str:
+        """What a file that does not say so leaves to those who know the model's family."""
+        steps = []
+        if self.kind == "gpt2" and self.pre_tokenizer.normalizer:
+            steps.append({"type": self.pre_tokenizer.normalizer})
+        if self.is_byte_pair and self.flag("normalizer.lowercase", False):
+            steps.append({"type": "Lowercase"})
+        return json.dumps({"type": "Sequence", "normalizers": steps})
+
+    @property
+    def _is_phi3(self) -> bool:
         name = self._value("general.name", str, "").lower()
-        if "phi-3" not in name and "phi3" not in name:
-            return False
-        return self.pieces[id] not in (b"<unk>", b"<s>", b"<|endoftext|>")
+        return "phi-3" in name or "phi3" in name
+
+    def _phi3_rstrip_ids(self) -> frozenset[int]:
+        """White space behind a special piece of Phi-3 belongs to it; files of other converters do not say so."""
+        special = self.ids_of(PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
+        return frozenset(id for id in special if self.pieces[id] not in (b"<unk>", b"<s>", b"<|endoftext|>"))
+
+    def _piece_set(self, name: str) -> frozenset[int]:
+        return frozenset(self._token_ids(f"qrun.tokenizer.{name}_token_ids"))
 
     def _value(self, key: str, kind: type, default: Any) -> Any:
         value = self._metadata.get(key, default)
@@ -152,11 +238,31 @@ class Vocabulary:
     def _token_id(self, name: str, default: int | None = None) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
         if key not in self._metadata:
-            return default if default is not None and default < len(self) else None
+            return self._default_id(default)
         id = self._metadata[key]
-        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < len(self):
-            raise self.error(f"{key} is {id!r}, but the vocabulary has {len(self)} tokens")
+        if isinstance(id, bool) or not isinstance(id, int):
+            raise self.error(f"{key} is {id!r}, which is no token")
+        if not 0 <= id < len(self):
+            self._pass_over(key, id)
+            return self._default_id(default)
         return id
+
+    def _default_id(self, default: int | None) -> int | None:
+        return default if default is not None and default < len(self) else None
+
+    def _token_ids(self, key: str) -> list[int]:
+        """The ids in a list that the file may have."""
+        ids = self._metadata.get(key, np.empty(0, np.int32))
+        if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+            raise self.error(f"{key} is not an array of token ids")
+        is_bad = (ids < 0) | (ids >= len(self))
+        if is_bad.any():  # one line, however many there are
+            self._pass_over(key, int(ids[is_bad][0]))
+        known: list[int] = ids[~is_bad].tolist()
+        return known
+
+    def _pass_over(self, key: str, id: int) -> None:
+        self.notices.append(f"{self.path}: {key} is {id}, and the vocabulary has {len(self)} tokens: it is passed over")
 
     def _strings(self, key: str) -> list[bytes]:
         if key not in self._metadata:
@@ -184,6 +290,8 @@ class Vocabulary:
 
     def _types(self) -> np.ndarray:
         types = self._numbers("tokenizer.ggml.token_type", np.int64, PieceType.NORMAL)
+        if self.kind == "llama" and "tokenizer.ggml.token_type" not in self._metadata:
+            types[[bool(_BYTE_PIECE.fullmatch(piece)) for piece in self.pieces]] = PieceType.BYTE
         types[(types < PieceType.NORMAL) | (types > PieceType.BYTE)] = PieceType.UNUSED
         return types.astype(np.uint8)
 
