@@ -45,6 +45,10 @@ from qrun.engine.text.template_filters import filters
 MAX_SECONDS = 5.0
 
 
+class TooSlow(TemplateError):
+    """The time is up."""
+
+
 class Limited(ImmutableSandboxedEnvironment):
     """Renders templates as Hugging Face's `apply_chat_template` does, within bounds. For one thread at a time."""
 
@@ -54,7 +58,7 @@ class Limited(ImmutableSandboxedEnvironment):
         extensions = ["jinja2.ext.loopcontrols", GenerationTag]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self._templates: dict[str, Template] = {}
-        self._deadline = 0.0
+        self._seconds = self._deadline = 0.0
         self._text_left = 0
         self.filters = {name: self._measured(function) for name, function in filters().items()}
         woven = (self._each, self._spread, self._emit, self._made, self._concat)
@@ -66,12 +70,14 @@ class Limited(ImmutableSandboxedEnvironment):
             "strftime_now": lambda format: datetime.now().strftime(format),
         }
 
-    def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """Raises TemplateError, or whatever Python raises where a template does something wrong."""
+    def render(self, source: str, variables: Mapping[str, Any], seconds: float | None = None) -> str:
+        """Raises TemplateError, or whatever Python raises where a template does something wrong; TooSlow after this
+        time."""
         if source not in self._templates:
             check(len(source), MAX_SOURCE, "characters")
             self._templates[source] = self.from_string(_Weaver().visit(self.parse(source)))
-        self._deadline, self._text_left = monotonic() + MAX_SECONDS, MAX_TEXT
+        self._seconds = MAX_SECONDS if seconds is None else seconds
+        self._deadline, self._text_left = monotonic() + self._seconds, MAX_TEXT
         return "".join(self._templates[source].generate(variables))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +117,7 @@ class Limited(ImmutableSandboxedEnvironment):
 
     def _tick(self) -> None:
         if monotonic() > self._deadline:
-            raise TemplateError(f"the template runs for more than {MAX_SECONDS:g} seconds")
+            raise TooSlow(f"the template runs for more than {self._seconds:g} seconds")
 
     def _measured(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # with the marks by which Jinja knows what a filter wants to be passed

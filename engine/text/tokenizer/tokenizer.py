@@ -37,9 +37,10 @@ class Tokenizer:
         """
         return cls(Vocabulary(source if isinstance(source, GGUFReader) else GGUFReader(source)))
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False, *, mark: str = "") -> list[int]:
         """add_special: with the tokens that the model wants at the start and end of a text (bos, eos).
-        parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens."""
+        parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens.
+        mark: a character that is no part of the text, and keeps a spelling in which it stands from being found."""
         # Halves of surrogate pairs are not text: no encoder takes them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
@@ -49,11 +50,18 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
                 at_start = True
-            else:
-                ids += self._encode_text(prefix + part if at_start else part)
+            elif part := prefix * at_start + part:
+                ids += self._encode_marked(part, mark) if mark and mark in part else self._encode_text(part)
                 at_start = False
         end_id = self._vocabulary.end_id
         return [*ids, end_id] if add_special and end_id is not None else ids
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        ids = self._encode_text(text.replace(mark, ""))
+        if self._special.ids.isdisjoint(ids):
+            return ids
+        # ordinary pieces can merge into a special one in some vocabularies; not across the mark, then
+        return [id for part in text.split(mark) if part for id in self._encode_text(part)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
@@ -71,6 +79,11 @@ class Tokenizer:
     def has_piece(self, piece: str) -> bool:
         """Whether one token is spelt so."""
         return piece.encode() in self._vocabulary.pieces
+
+    @property
+    def special_spellings(self) -> tuple[frozenset[str], frozenset[str]]:
+        """How special tokens are spelt: those that `encode` finds if asked to, and those that it finds in any text."""
+        return self._special.spellings
 
     def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
         """A decoder for tokens as they are generated.

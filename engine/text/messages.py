@@ -1,0 +1,525 @@
+"""The messages of a conversation as clients send them: checked, copied, and in the form that a template reads.
+
+Clients agree on the shape of OpenAI's interface; templates do not. One walks over the parts of a content and another
+adds it to a text; one reads the arguments of a call as a mapping and another as JSON; some refuse a system message, or
+a second one. What a template reads is found by rendering small conversations with it, in which each text is a word that
+can be looked for in the result.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Those that every conversation may have; a template can know more of them."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
+"""The names under which clients send, and templates read, what a model thought before its answer."""
+
+_MAX_DEPTH = 100
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_THOUGHT_PARTS = ("thinking", "reasoning")
+_OTHER_MEDIA = re.compile("image|audio|video|file|document|media")
+
+
+class ChatTemplateError(ValueError):
+    """A conversation that cannot become a prompt, or a template that is wrong. `str()` is one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split())[:500])
+
+
+def read_messages(messages: Any) -> list[Message]:
+    """Copies of the messages as plain dictionaries, without what is null; a text alone is one message of the user.
+
+    Raises TypeError where something is of a wrong type, ChatTemplateError for a part that is no text.
+    """
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if isinstance(messages, bytes | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is {_kind(messages)}: a list of dictionaries with role and content is wanted")
+    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def read_tools(tools: Any) -> list[Any] | None:
+    """Copies of descriptions of functions, as plain dictionaries; None for none."""
+    if tools is None:
+        return None
+    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools is {_kind(tools)}: a list of dictionaries that describe functions is wanted")
+    read = [_plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+    for i, tool in enumerate(read):
+        if not isinstance(tool, dict):
+            raise TypeError(f"tools[{i}] is {_kind(tool)}: a dictionary that describes a function is wanted")
+    return read or None
+
+
+def _read_message(given: Any, where: str) -> Message:
+    plain = _plain(given, where)
+    if not isinstance(plain, dict):
+        raise TypeError(f"{where} is {_kind(plain)}: a dictionary with role and content is wanted")
+    message = {key: value for key, value in plain.items() if value is not None}
+    role = message.get("role")
+    if role is None:
+        raise ChatTemplateError(f"{where} has no role")
+    if not isinstance(role, str):
+        raise TypeError(f"{where}: role is {_kind(role)}: a text is wanted")
+    if "content" not in message and isinstance(message.get("refusal"), str):
+        message["content"] = message["refusal"]
+    if "content" in message:
+        message["content"] = _read_content(message["content"], role, f"{where}: content")
+    for name in REASONING:
+        if not isinstance(message.get(name, ""), str):
+            raise TypeError(f"{where}: {name} is {_kind(message[name])}: a text is wanted")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise TypeError(f"{where}: tool_calls is {_kind(calls)}: a list is wanted")
+    for i, call in enumerate(calls):
+        _check_call(call, f"{where}: tool_calls[{i}]")
+    return message
+
+
+def _read_content(content: Any, role: str, where: str) -> Any:
+    """A text, a list of parts, or (the result of a tool) another value."""
+    if isinstance(content, str):
+        return content
+    is_result = role not in ("system", "developer", "user", "assistant")
+    if isinstance(content, list):
+        if is_result and not all(isinstance(part, str) or _is_part(part) for part in content):
+            return json.dumps(content, ensure_ascii=False)
+        return [_read_part(part, f"{where}[{i}]") for i, part in enumerate(content)] or ""
+    if is_result and isinstance(content, dict):
+        return content
+    raise TypeError(f"{where} is {_kind(content)}: a text or a list of parts is wanted")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and ("type" in value or "text" in value)
+
+
+def _read_part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise TypeError(f"{where} is {_kind(part)}: a part of type text is wanted")
+    kind = part.get("type", "text")
+    if kind in _THOUGHT_PARTS:
+        return part
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        what = "this model reads text alone" if _OTHER_MEDIA.search(str(kind)) else "a part of type text is wanted"
+        raise ChatTemplateError(f"{where} is of type {kind}: {what}")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise TypeError(f"{where}: {_TEXT_PARTS[kind]} is {_kind(text)}: a text is wanted")
+    return {"type": "text", "text": text}
+
+
+def _check_call(call: Any, where: str) -> None:
+    if not isinstance(call, dict):
+        raise TypeError(f"{where} is {_kind(call)}: a dictionary is wanted")
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise TypeError(f"{where}: function is {_kind(function)}: a dictionary with name and arguments is wanted")
+    if not isinstance(function.get("name"), str):
+        raise ChatTemplateError(f"{where} has no name of a function")
+    if not isinstance(function.get("arguments", {}), str | dict | None):
+        raise TypeError(f"{where}: arguments is {_kind(function['arguments'])}: a dictionary, or its JSON, is wanted")
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy in dictionaries and lists; objects such as those of OpenAI's library describe themselves."""
+    if depth > _MAX_DEPTH:
+        raise TypeError(f"{where} holds containers in more than {_MAX_DEPTH} others")
+    if isinstance(value, str):
+        return str.__str__(value)  # the text of an enumeration's member, not its name
+    if isinstance(value, Mapping):
+        return {key: _plain(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where, depth + 1) for item in value]
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
+        return _plain(dump(), where, depth + 1)
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: of parts, one below the other."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if "text" in part)
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+# Words that no template contains, and none cuts or changes.
+_QUESTION, _ANSWER, _NEXT = "qzquestionq", "qzanswerq", "qznextq"
+_THOUGHT, _RESULT = "qzthoughtq", "qzresultq"
+_FUNCTION, _ARGUMENT, _VALUE = "qzfunctionq", "qzargumentq", "qzvalueq"
+_ID = "qzcall123"  # nine letters and digits, as Mistral's templates want it
+
+PROBE_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": _FUNCTION,
+            "description": "A function.",
+            "parameters": {"type": "object", "properties": {_ARGUMENT: {"type": "string", "description": "A text."}}},
+        },
+    }
+]
+"""The tools of a conversation that is rendered to see what a template does."""
+
+_ABSENT: Any = object()
+_NAME_OF_TEXT = re.compile(r"""["']text["']\s*:""")
+
+
+class Fitting:
+    """What a template reads, and messages changed so that it does. Each question is put to it once, when it matters."""
+
+    def __init__(self, source: str, render: Callable[[list[Message], bool], str | None]) -> None:
+        """render: the text of messages, with or without a generation prompt; None where the template fails."""
+        self.source = source
+        self._render = render
+        self._carries = cache(self._find_out_shape)
+        self._takes_text = cache(self._find_out_text)
+        self._takes_parts = cache(self._find_out_parts)
+        self._reasoning_name = cache(self._find_out_reasoning)
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """messages: those of `read_messages`, which are changed."""
+        for i, message in enumerate(messages):
+            message["role"] = self._role(message["role"], f"messages[{i}]")
+            self._fit_calls(message, f"messages[{i}]")
+        fitted = []
+        for message in self._arranged(messages):
+            if message["role"] == "assistant":
+                self._fit_reasoning(message)
+                if message.get("tool_calls") and message.get("content") and self._text_hides_calls:
+                    fitted.append(_said("assistant", message.pop("content")))
+            fitted.append(message)
+        for message in fitted:
+            self._fit_content(message)
+        return fitted
+
+    # Roles
+
+    def _role(self, role: str, where: str) -> str:
+        if role == "developer":
+            return role if self._knows_developer else "system"
+        if role == "function":
+            return "tool"
+        if role not in ROLES and not re.search(rf"""["']{re.escape(role)}["']""", self.source):
+            known = ", ".join(ROLES[:-1])
+            raise ChatTemplateError(
+                f"{where}: the role {role!r} is not known to the model's chat template (roles: {known})"
+            )
+        return role
+
+    @cached_property
+    def _knows_developer(self) -> bool:
+        """Whether a developer has a place of his own, rather than the name of his role in the place of another."""
+        words = [_said("developer", _ANSWER), _said("user", _QUESTION)]
+        own = self._render(words, True)
+        if own is None or _ANSWER not in own:
+            return False
+        as_system = self._render([_said("system", _ANSWER), _said("user", _QUESTION)], True)
+        return as_system is None or own.lower() != as_system.lower().replace("system", "developer")
+
+    # The order of messages
+
+    def _arranged(self, messages: list[Message]) -> list[Message]:
+        """With system messages where the template takes them; neighbours of one role become one if it refuses them."""
+        if not self._carries("U") or self._carries(_shape(messages)):
+            return messages
+        messages = _with_one_system(messages)
+        if self._carries(_shape(messages)):
+            return messages
+        if messages[0]["role"] == "system" and not (self._carries("SU") and "U" in _shape(messages)):
+            messages = _without_system(messages)
+        if not self._carries(_shape(messages)) and not (self._carries("UUA") and self._carries("UAAU")):
+            messages = _without_neighbours(messages)
+        return messages
+
+    def _find_out_shape(self, shape: str) -> bool:
+        """Whether all messages reach the prompt of a conversation of this shape."""
+        roles = {"S": "system", "U": "user", "A": "assistant"}
+        words = [f"qz{roles[letter]}{i}q" for i, letter in enumerate(shape)]
+        messages = [self._said(roles[letter], word) for letter, word in zip(shape, words, strict=True)]
+        text = self._render(messages, shape[-1:] != "A")
+        return text is not None and all(word in text for word in words)
+
+    # Contents
+
+    @cached_property
+    def example(self) -> str:
+        """A short conversation as a prompt, for what the template writes around messages."""
+        shape = next((shape for shape in ("SUAU", "UAU", "U") if self._carries(shape)), "U")
+        words = [self._said({"S": "system", "U": "user", "A": "assistant"}[letter], "-") for letter in shape]
+        return self._render(words, True) or ""
+
+    def _said(self, role: str, text: str) -> Message:
+        """A message in the form that the template takes."""
+        return _said(role, text if self._takes_text(role) else [{"type": "text", "text": text}])
+
+    def _around(self, role: str, content: Any) -> list[Message]:
+        """A short conversation with a message of this role."""
+        message = _said(role, content)
+        if role == "user":
+            return [message]
+        question = self._said("user", _QUESTION)
+        if role in ("system", "developer"):
+            return [message, question]
+        if role == "assistant":
+            return [question, message, self._said("user", _NEXT)]
+        return [question, self._calling(), message | {"tool_call_id": _ID, "name": _FUNCTION}]
+
+    def _find_out_text(self, role: str) -> bool:
+        for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+            if _ANSWER in (self._render(self._around(role, content), True) or ""):
+                return isinstance(content, str)
+        return True
+
+    def _find_out_parts(self, role: str) -> bool:
+        """Whether it walks over parts, rather than show Python's or JSON's spelling of them."""
+        text = self._render(self._around(role, [{"type": "text", "text": word} for word in (_ANSWER, _VALUE)]), True)
+        if text is None or _ANSWER not in text or _VALUE not in text:
+            return False
+        plain = (self._render(self._around(role, _ANSWER), True) or "") if self._takes_text(role) else ""
+        return len(_NAME_OF_TEXT.findall(text)) <= len(_NAME_OF_TEXT.findall(plain))
+
+    @cached_property
+    def _takes_mappings(self) -> bool:
+        """Whether the result of a tool may be a mapping, which the template writes as JSON."""
+        text = self._render(self._around("tool", {_ARGUMENT: _VALUE}), True) or ""
+        return _VALUE in text and f"'{_ARGUMENT}'" not in text
+
+    def _fit_content(self, message: Message) -> None:
+        role, content = message["role"], message.get("content")
+        if isinstance(content, dict):
+            if not self._takes_mappings:
+                message["content"] = text_of(content)
+        elif isinstance(content, list):
+            if not self._takes_parts(role):
+                message["content"] = text_of(content)
+        elif content:
+            if not self._takes_text(role):
+                message["content"] = [{"type": "text", "text": content}]
+        elif message.get("tool_calls"):
+            _set_content(message, self._empty_content(content))
+        else:
+            message["content"] = ""
+
+    def _empty_content(self, given: Any) -> Any:
+        """What stands where a message has calls and no text: as it was given, if the template shows the calls then."""
+        forms = self._calls[1]
+        return "" if not forms or (given == "" and "" in forms) else forms[0]
+
+    # Calls of functions
+
+    def _calling(self) -> Message:
+        as_text, forms = self._calls
+        return _call(json.dumps({_ARGUMENT: _VALUE}) if as_text else {_ARGUMENT: _VALUE}, forms[0] if forms else "")
+
+    @cached_property
+    def _calls(self) -> tuple[bool, list[Any]]:
+        """Whether the arguments of a call are to be JSON text, and with which contents beside it the call is shown."""
+        for as_text in (False, True):
+            arguments = json.dumps({_ARGUMENT: _VALUE}) if as_text else {_ARGUMENT: _VALUE}
+            forms = [form for form in (_ABSENT, "", None) if self._shows_call(_call(arguments, form))]
+            if forms:
+                return as_text, forms
+        return False, []
+
+    @cached_property
+    def _text_hides_calls(self) -> bool:
+        """Whether calls beside a text are left out, and shown where a message of its own has the text."""
+        call = self._calling()
+        text = self._said("assistant", _ANSWER)
+        return bool(self._calls[1]) and not self._shows_call(call | text) and self._shows_call(call, text)
+
+    def _shows_call(self, message: Message, *before: Message) -> bool:
+        result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
+        text = self._render([self._said("user", _QUESTION), *before, message, result], True)
+        if text is None or not all(word in text for word in (_FUNCTION, _ARGUMENT, _VALUE)):
+            return False
+        # Python's spelling of a mapping, and JSON that was quoted as a text
+        return f"{{'{_ARGUMENT}'" not in text and f'\\"{_ARGUMENT}' not in text
+
+    @cached_property
+    def _survives_text_arguments(self) -> bool:
+        """Whether arguments that a model wrote wrongly can be shown to it as they are."""
+        forms = self._calls[1]
+        call = [self._said("user", _QUESTION), _call(_VALUE, forms[0] if forms else "")]
+        return _VALUE in (self._render([*call, _said("tool", _RESULT) | {"tool_call_id": _ID}], True) or "")
+
+    def _fit_calls(self, message: Message, where: str) -> None:
+        for i, call in enumerate(message.get("tool_calls", ())):
+            function = call.get("function", call)
+            arguments = function.get("arguments")
+            if self._calls[0]:
+                if not isinstance(arguments, str):
+                    function["arguments"] = json.dumps(arguments or {}, ensure_ascii=False)
+            elif not isinstance(arguments, dict):
+                mapping = _mapping(arguments)
+                if mapping is not None:
+                    function["arguments"] = mapping
+                elif not self._survives_text_arguments:
+                    where = f"{where}: tool_calls[{i}]: arguments"
+                    raise ChatTemplateError(f"{where} is not the JSON of an object: {arguments}")
+
+    # What a model thought
+
+    def _fit_reasoning(self, message: Message) -> None:
+        thoughts = [part for part in message.get("content") or () if isinstance(part, dict) and "text" not in part]
+        given = [name for name in REASONING if message.get(name)]
+        if thoughts and not self._takes_parts("assistant"):
+            if not given:
+                message["reasoning_content"] = "\n".join(map(_thought, thoughts))
+                given = ["reasoning_content"]
+            message["content"] = [part for part in message["content"] if part not in thoughts]
+        if not given:
+            return
+        has_calls = bool(message.get("tool_calls"))
+        if not any(self._reasoning_name(name, has_calls) == name for name in given):
+            name = self._reasoning_name(given[0], has_calls)
+            if name is None:
+                return
+            message[name] = message[given[0]]
+            given = [name]
+        if has_calls and message.get("content") and self._reasoning_replaces_content:
+            for name in given:
+                message[name] += "\n\n" + text_of(message["content"])
+            message["content"] = ""
+
+    def _find_out_reasoning(self, given: str, with_calls: bool) -> str | None:
+        """The name under which the template reads what a model thought: the given one if it can be."""
+        names = [given, *(name for name in REASONING if name != given)]
+        return next((name for name in names if self._reads(name, with_calls)), None)
+
+    def _reads(self, name: str, with_calls: bool) -> bool:
+        question, following = self._said("user", _QUESTION), self._said("user", _NEXT)
+        if with_calls:
+            result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
+            conversations = [[question, self._calling() | {name: _THOUGHT}, result]]
+        else:
+            answer = self._said("assistant", _ANSWER) | {name: _THOUGHT}
+            conversations = [[question, answer], [question, answer, following]]
+        return any(_THOUGHT in (self._render(messages, len(messages) > 2) or "") for messages in conversations)
+
+    @cached_property
+    def _reasoning_replaces_content(self) -> bool:
+        """Whether the template refuses a call with both a text and a thought (which it would write in one place)."""
+        name = self._reasoning_name("reasoning_content", True)
+        if name is None:
+            return False
+        result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
+        both = self._calling() | {name: _THOUGHT, "content": _ANSWER}
+        return self._render([self._said("user", _QUESTION), both, result], True) is None
+
+
+def _said(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def _call(arguments: Any, content: Any) -> Message:
+    function = {"name": _FUNCTION, "arguments": arguments}
+    message = {"role": "assistant", "tool_calls": [{"id": _ID, "type": "function", "function": function}]}
+    _set_content(message, content)
+    return message
+
+
+def _set_content(message: Message, content: Any) -> None:
+    if content is _ABSENT:
+        message.pop("content", None)
+    else:
+        message["content"] = content
+
+
+def _mapping(arguments: str | None) -> dict[str, Any] | None:
+    """What JSON says; None if that is no object."""
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return None
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else None
+
+
+def _thought(part: dict[str, Any]) -> str:
+    """The text of a part that holds what a model thought."""
+    value = next((part[name] for name in _THOUGHT_PARTS if name in part), "")
+    return value if isinstance(value, str) else text_of([item for item in value if isinstance(item, dict)])
+
+
+def _shape(messages: Sequence[Message]) -> str:
+    """The order of system (S), user (U) and assistant (A) messages, with repetitions left out.
+
+    A call of functions, their results and the answer after them are one A.
+    """
+    letters = ""
+    previous = ""
+    for message in messages:
+        role = message["role"]
+        letter = {"system": "S", "developer": "S", "user": "U", "assistant": "A"}.get(role, "")
+        if not (letter == "A" and previous not in ("S", "U", "A", "") and letters.endswith("A")):
+            letters += letter
+        previous = letter or role
+    return re.sub(r"(..+?)\1+", r"\1", letters)
+
+
+def _with_one_system(messages: list[Message]) -> list[Message]:
+    systems = [message for message in messages if message["role"] == "system"]
+    if not systems:
+        return messages
+    first, *others = systems
+    for other in others:
+        _append(first, other)
+    return [first, *(message for message in messages if message["role"] != "system")]
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """The conversation with its system message at the head of the first question."""
+    system, *others = messages
+    system["role"] = "user"
+    if not others or others[0]["role"] != "user":
+        return [system, *others]
+    question, *others = others
+    _append(system, question)
+    return [question | {"content": system["content"]}, *others]
+
+
+def _without_neighbours(messages: list[Message]) -> list[Message]:
+    """Neighbouring messages of the user, or of the assistant, as one."""
+    merged: list[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else {}
+        if message["role"] == last.get("role") and message["role"] in ("user", "assistant"):
+            _append(last, message)
+        else:
+            merged.append(message)
+    return merged
+
+
+def _append(first: Message, second: Message) -> None:
+    """The second message's content, calls and thoughts become part of the first."""
+    contents = [content for message in (first, second) if (content := message.get("content"))]
+    if all(isinstance(content, str) for content in contents):
+        first["content"] = "\n\n".join(contents)
+    else:
+        first["content"] = [
+            part
+            for content in contents
+            for part in (content if isinstance(content, list) else [{"type": "text", "text": text_of(content)}])
+        ]
+    for name in REASONING:
+        if thoughts := [message[name] for message in (first, second) if message.get(name)]:
+            first[name] = "\n\n".join(thoughts)
+    if second.get("tool_calls"):
+        first["tool_calls"] = [*first.get("tool_calls", ()), *second["tool_calls"]]
