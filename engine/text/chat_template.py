@@ -4,9 +4,18 @@ import re
 from collections.abc import Iterable
 from itertools import chain
 from threading import Lock
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
-from qrun.engine.text.messages import PROBE_TOOLS, ChatTemplateError, Fitting, Message, read_messages, read_tools
+from qrun.engine.text.messages import (
+    PROBE_TOOLS,
+    ChatTemplateError,
+    Fitting,
+    Message,
+    Unanswered,
+    read_messages,
+    read_tools,
+)
 from qrun.engine.text.prompt import Spellings, texts_in, unused_mark, with_mark
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
@@ -52,7 +61,7 @@ _ABOUT_THOUGHTS = re.compile("think|reason", re.IGNORECASE)
 _WRITTEN_BY_MODEL = ("assistant", "model")
 
 _MAX_FITTINGS = 16  # variables with which a template was asked what it reads
-_PROBE_SECONDS = 1.0
+_PROBE_SECONDS = 5.0  # for all that a template is asked
 
 
 class ChatTemplate:
@@ -123,11 +132,14 @@ class ChatTemplate:
 
         Raises TypeError for messages of a wrong type, ChatTemplateError if the template refuses.
         """
-        messages = read_messages(messages)
+        read = read_messages(messages)
         tools = read_tools(tools)
         with self._lock:
             fitting = self._fitting(tools is not None, variables)
-            messages = fitting.fit(messages)
+            try:
+                messages = fitting.fit(read_messages(read))
+            except Unanswered:
+                messages = read
             mark = ""
             if not special_tokens_in_messages:
                 messages, tools, variables, mark = self._guarded(fitting, messages, tools, variables)
@@ -156,21 +168,22 @@ class ChatTemplate:
         if key not in self._fittings:
             from qrun.engine.text.template_sandbox import TooSlow
 
-            tools = PROBE_TOOLS if has_tools else None
-            is_slow = False
+            given = variables | {"tools": PROBE_TOOLS if has_tools else None}
+            seconds = _PROBE_SECONDS
 
             def render(messages: list[Message], add_generation_prompt: bool) -> str | None:
-                nonlocal is_slow
-                if is_slow:  # a template that takes its time is not asked again
-                    return None
+                nonlocal seconds
+                if seconds <= 0:
+                    raise Unanswered
+                start = monotonic()
                 try:
-                    given = variables | {"tools": tools, "add_generation_prompt": add_generation_prompt}
-                    return self._render(messages, given, seconds=_PROBE_SECONDS)
+                    return self._render(messages, given | {"add_generation_prompt": add_generation_prompt}, seconds)
                 except TooSlow:
-                    is_slow = True
-                    return None
+                    raise Unanswered from None
                 except Exception:
                     return None
+                finally:
+                    seconds -= monotonic() - start
 
             if len(self._fittings) >= _MAX_FITTINGS:
                 del self._fittings[next(iter(self._fittings))]
@@ -209,13 +222,17 @@ class ChatTemplate:
         source = fitting.source
         if source not in self._guards:
             control, others = self._special_spellings
+            try:
+                example = fitting.example
+            except Unanswered:
+                example = source
             written = {
                 spelling
                 for spelling in others
-                if spelling[0] in "<[" and spelling[-1] in ">]" and spelling in source + fitting.example
+                if len(spelling) > 1 and spelling[0] in "<[" and spelling[-1] in ">]" and spelling in source + example
                 if not _ABOUT_THOUGHTS.search(spelling)
             }
-            around = {spelling for spelling in written if spelling in fitting.example}
+            around = {spelling for spelling in written if spelling in example}
             self._guards[source] = Spellings(control | around), Spellings(control | written)
         return self._guards[source]
 

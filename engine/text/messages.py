@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from hashlib import sha256
 from typing import Any
 
 Message = dict[str, Any]
@@ -32,6 +33,10 @@ class ChatTemplateError(ValueError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split())[:500])
+
+
+class Unanswered(Exception):
+    """A template took so long over its answers that it is asked no more."""
 
 
 def read_messages(messages: Any) -> list[Message]:
@@ -183,7 +188,8 @@ class Fitting:
     """What a template reads, and messages changed so that it does. Each question is put to it once, when it matters."""
 
     def __init__(self, source: str, render: Callable[[list[Message], bool], str | None]) -> None:
-        """render: the text of messages, with or without a generation prompt; None where the template fails."""
+        """render: the text of messages, with or without a generation prompt; None where the template fails.
+        Unanswered, which it may raise, is raised by all methods."""
         self.source = source
         self._render = render
         self._carries = cache(self._find_out_shape)
@@ -196,6 +202,7 @@ class Fitting:
         for i, message in enumerate(messages):
             message["role"] = self._role(message["role"], f"messages[{i}]")
             self._fit_calls(message, f"messages[{i}]")
+        self._fit_ids(messages)
         fitted = []
         for message in self._arranged(messages):
             if message["role"] == "assistant":
@@ -235,7 +242,7 @@ class Fitting:
 
     def _arranged(self, messages: list[Message]) -> list[Message]:
         """With system messages where the template takes them; neighbours of one role become one if it refuses them."""
-        if not self._carries("U") or self._carries(_shape(messages)):
+        if not messages or not self._carries("U") or self._carries(_shape(messages)):
             return messages
         messages = _with_one_system(messages)
         if self._carries(_shape(messages)):
@@ -344,7 +351,8 @@ class Fitting:
         return bool(self._calls[1]) and not self._shows_call(call | text) and self._shows_call(call, text)
 
     def _shows_call(self, message: Message, *before: Message) -> bool:
-        result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
+        id = message["tool_calls"][0]["id"]
+        result = {"role": "tool", "tool_call_id": id, "name": _FUNCTION, "content": _RESULT}
         text = self._render([self._said("user", _QUESTION), *before, message, result], True)
         if text is None or not all(word in text for word in (_FUNCTION, _ARGUMENT, _VALUE)):
             return False
@@ -373,6 +381,27 @@ class Fitting:
                     where = f"{where}: tool_calls[{i}]: arguments"
                     raise ChatTemplateError(f"{where} is not the JSON of an object: {arguments}")
 
+    def _fit_ids(self, messages: list[Message]) -> None:
+        """Mistral's templates refuse a call whose id is not nine letters and digits."""
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        if not calls or not self._wants_short_ids:
+            return
+        waiting: list[str] = []
+        for message in messages:
+            for call in message.get("tool_calls", ()):
+                call["id"] = _short_id(call["id"]) if call.get("id") else f"call{calls.index(call):05d}"
+                waiting.append(call["id"])
+            if message["role"] == "tool":
+                id = _short_id(message["tool_call_id"]) if message.get("tool_call_id") else (waiting or [_ID])[0]
+                message["tool_call_id"] = id
+                waiting = [other for other in waiting if other != id]
+
+    @cached_property
+    def _wants_short_ids(self) -> bool:
+        call = self._calling()
+        long = json.loads(json.dumps(call).replace(_ID, f"call_{_ID * 2}"))
+        return bool(self._calls[1]) and not self._shows_call(long) and self._shows_call(call)
+
     # What a model thought
 
     def _fit_reasoning(self, message: Message) -> None:
@@ -387,7 +416,7 @@ class Fitting:
             return
         has_calls = bool(message.get("tool_calls"))
         if not any(self._reasoning_name(name, has_calls) == name for name in given):
-            name = self._reasoning_name(given[0], has_calls)
+            name = self._reasoning_name(given[0], has_calls) or self._reasoning_name(given[0], False)
             if name is None:
                 return
             message[name] = message[given[0]]
@@ -415,12 +444,18 @@ class Fitting:
     @cached_property
     def _reasoning_replaces_content(self) -> bool:
         """Whether the template refuses a call with both a text and a thought (which it would write in one place)."""
-        name = self._reasoning_name("reasoning_content", True)
+        name = self._reasoning_name("reasoning_content", True) or self._reasoning_name("reasoning_content", False)
         if name is None:
             return False
         result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
         both = self._calling() | {name: _THOUGHT, "content": _ANSWER}
         return self._render([self._said("user", _QUESTION), both, result], True) is None
+
+
+def _short_id(id: Any) -> str:
+    """The id, if it is nine letters and digits; else nine of its hash."""
+    text = str(id)
+    return text if re.fullmatch("[a-zA-Z0-9]{9}", text) else sha256(text.encode("utf-8", "replace")).hexdigest()[:9]
 
 
 def _said(role: str, content: Any) -> Message:

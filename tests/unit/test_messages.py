@@ -339,6 +339,32 @@ class TestWhatIsNoMessage:
         assert (read_tools(None), read_tools([])) == (None, None)
 
 
+class TestIds:
+    def test_ids_are_shortened_where_the_template_wants_it(self) -> None:
+        checked = (
+            "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('length 9') }}{% endif %}"
+            "{{ c.function | tojson }}{{ c.id }}{% endfor %}{{ m.content }}{{ m.tool_call_id }};"
+        )
+        talk = calling({}, content="")
+        for id in ("call_0123456789abcdef", None):
+            talk[1]["tool_calls"][0]["id"] = talk[2]["tool_call_id"] = id
+            call, result = render(each(checked), talk).split(";")[1:3]
+            assert len(call.rpartition("}")[2]) == 9
+            assert result == "noon" + call.rpartition("}")[2]
+
+    def test_and_kept_where_it_does_not(self) -> None:
+        shown = "{% for c in m.tool_calls %}{{ c.function | tojson }}{{ c.id }}{% endfor %};"
+        talk = calling({}, content="")
+        talk[1]["tool_calls"][0]["id"] = "call_0123456789abcdef"
+        assert "call_0123456789abcdef" in render(each(shown), talk)
+
+
+def test_no_messages_are_for_the_template_to_refuse() -> None:
+    assert render(ADDED + "!", []) == "!"
+    with pytest.raises(ChatTemplateError, match="no element 0"):
+        render("{{ messages[0].role.x + ADDED }}", [])
+
+
 def test_a_template_that_takes_its_time_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_SECONDS > 1
     monkeypatch.setattr("qrun.engine.text.template_sandbox.MAX_SECONDS", 0.1)
@@ -350,3 +376,6 @@ def test_a_template_that_takes_its_time_is_asked_once(monkeypatch: pytest.Monkey
     with pytest.raises(ChatTemplateError, match="seconds"):
         own.render(said("system: A", "system: B", "user: q"))
     assert len(asked) == 2
+    with pytest.raises(ChatTemplateError, match="seconds"):
+        own.render(said("system: A", "system: B", "user: q"))
+    assert len(asked) == 3
