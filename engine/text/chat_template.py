@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qrun.engine.text.messages import (
     PROBE_TOOLS,
+    REASONING,
     ChatTemplateError,
     Fitting,
     Message,
@@ -138,14 +139,17 @@ class ChatTemplate:
             fitting = self._fitting(tools is not None, variables)
             try:
                 messages = fitting.fit(read_messages(read))
+                hidden = fitting.hidden_thoughts(messages)
             except Unanswered:
-                messages = read
+                messages, hidden = read, []
             mark = ""
             if not special_tokens_in_messages:
                 messages, tools, variables, mark = self._guarded(fitting, messages, tools, variables)
             variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
             try:
                 text = self._render(messages, variables)
+                for i in reversed(hidden):
+                    text = self._with_thought(text, messages[: i + 1], variables)
             except Exception as error:  # a template can fail in every way in which Python code can
                 raise ChatTemplateError(f"chat template: {error or type(error).__name__}") from None
         return with_mark(text, mark) if mark else text
@@ -160,6 +164,18 @@ class ChatTemplate:
         source = self._tool_source if variables["tools"] else self.source
         self._environment = self._environment or Limited()
         return self._environment.render(source, {**special, "messages": messages, **variables}, seconds)
+
+    def _with_thought(self, text: str, messages: list[Message], variables: dict[str, Any]) -> str:
+        """A prompt that goes on after these messages, with the last one's thought as the template writes it there."""
+        *before, last = messages
+        silent = {name: value for name, value in last.items() if name not in REASONING}
+        ended = variables | {"add_generation_prompt": False}
+        without, thinking = (self._render([*before, message], ended) for message in (silent, last))
+        pairs = enumerate(zip(without, thinking, strict=False))
+        start = next((i for i, (one, other) in pairs if one != other), len(without))
+        if not text.startswith(without[:start]):
+            return text
+        return text[:start] + thinking[start : start + len(thinking) - len(without)] + text[start:]
 
     def _fitting(self, has_tools: bool, variables: dict[str, Any]) -> Fitting:
         """What is known of the template, with such variables."""

@@ -441,6 +441,25 @@ class Fitting:
             conversations = [[question, answer], [question, answer, following]]
         return any(_THOUGHT in (self._render(messages, len(messages) > 2) or "") for messages in conversations)
 
+    def hidden_thoughts(self, messages: list[Message]) -> list[int]:
+        """Which messages call functions for the last question, after a thought that the template shows only while
+        nothing follows the call: what the model goes by when it reads the results."""
+        asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        return [
+            i
+            for i, message in enumerate(messages)
+            if i > asked and message.get("tool_calls") and any(message.get(name) for name in REASONING)
+            if self._hides_thoughts
+        ]
+
+    @cached_property
+    def _hides_thoughts(self) -> bool:
+        name = self._reasoning_name("reasoning_content", False)
+        if name is None or self._reasoning_name(name, True) is not None:
+            return False
+        text = self._render([self._said("user", _QUESTION), self._calling() | {name: _THOUGHT}], False)
+        return _THOUGHT in (text or "")
+
     @cached_property
     def _reasoning_replaces_content(self) -> bool:
         """Whether the template refuses a call with both a text and a thought (which it would write in one place)."""

@@ -193,6 +193,21 @@ class TestReasoning:
             render(source, calling({}, content="I look.", reasoning_content="hm")) == "Time?hm\n\nI look.[clock{}]noon"
         )
 
+    def test_a_thought_before_a_call_under_way_is_kept(self) -> None:
+        """By a template that writes it only while the call is the last message."""
+        source = each(
+            "{% if m.thinking and loop.last and not add_generation_prompt %}<{{ m.thinking }}>{% endif %}"
+            "<{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}>"
+        )
+        first = calling({"a": 1}, content="", reasoning_content="hm")
+        talk = [*first, *calling({"b": 2}, content="", reasoning="aha")[1:]]
+        text = render(source, talk, add_generation_prompt=True)
+        assert text == (
+            '<Time?><hm><{"name": "clock", "arguments": {"a": 1}}><noon>'
+            '<aha><{"name": "clock", "arguments": {"b": 2}}><noon>'
+        )
+        assert "hm" not in render(source, [*first, *said("user: q")], add_generation_prompt=True)
+
     def test_both_names_are_written_once(self) -> None:
         source = each("{{ m.reasoning_content }}{{ m.thinking }}{{ m.content }}")
         talk = [*said("user: q"), {"role": "assistant", "content": "a", "reasoning_content": "hm", "reasoning": "hm"}]
