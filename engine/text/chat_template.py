@@ -1,7 +1,7 @@
 """From the messages of a conversation to the text that a model continues."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from threading import Lock
 from time import monotonic
@@ -85,7 +85,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._special_spellings = special_spellings
         self._environment: Limited | None = None
-        self._fittings: dict[tuple[bool, int], Fitting] = {}
+        self._fittings: dict[tuple[str, int], Fitting] = {}
         self._guards: dict[str, tuple[Spellings, Spellings]] = {}
         self._lock = Lock()
 
@@ -136,7 +136,7 @@ class ChatTemplate:
         read = read_messages(messages)
         tools = read_tools(tools)
         with self._lock:
-            fitting = self._fitting(tools is not None, variables)
+            fitting, tools = self._fitting(tools, variables)
             try:
                 messages = fitting.fit(read_messages(read))
                 hidden = fitting.hidden_thoughts(messages)
@@ -177,34 +177,47 @@ class ChatTemplate:
             return text
         return text[:start] + thinking[start : start + len(thinking) - len(without)] + text[start:]
 
-    def _fitting(self, has_tools: bool, variables: dict[str, Any]) -> Fitting:
-        """What is known of the template, with such variables."""
-        source = self._tool_source if has_tools else self.source
-        key = has_tools, hash(repr(sorted(variables.items())))
+    def _fitting(self, tools: list[Any] | None, variables: dict[str, Any]) -> tuple[Fitting, list[Any] | None]:
+        """What is known of the template, with such variables; and the tools, of which some want an empty list."""
+        if tools:
+            return self._asking(PROBE_TOOLS, variables), tools
+        without = self._asking(None, variables)
+        if not without.renders:
+            empty = self._asking([], variables)
+            if empty.renders:
+                return empty, []
+        return without, None
+
+    def _asking(self, tools: list[Any] | None, variables: dict[str, Any]) -> Fitting:
+        key = repr(tools), hash(repr(sorted(variables.items())))
         if key not in self._fittings:
-            from qrun.engine.text.template_sandbox import TooSlow
-
-            given = variables | {"tools": PROBE_TOOLS if has_tools else None}
-            seconds = _PROBE_SECONDS
-
-            def render(messages: list[Message], add_generation_prompt: bool) -> str | None:
-                nonlocal seconds
-                if seconds <= 0:
-                    raise Unanswered
-                start = monotonic()
-                try:
-                    return self._render(messages, given | {"add_generation_prompt": add_generation_prompt}, seconds)
-                except TooSlow:
-                    raise Unanswered from None
-                except Exception:
-                    return None
-                finally:
-                    seconds -= monotonic() - start
-
             if len(self._fittings) >= _MAX_FITTINGS:
                 del self._fittings[next(iter(self._fittings))]
-            self._fittings[key] = Fitting(source, render)
+            source = self._tool_source if tools else self.source
+            self._fittings[key] = Fitting(source, self._prober(variables | {"tools": tools}))
         return self._fittings[key]
+
+    def _prober(self, variables: dict[str, Any]) -> Callable[[list[Message], bool], str | None]:
+        """How a template is asked: it gives a text, or fails, or takes too long."""
+        from qrun.engine.text.template_sandbox import TooSlow
+
+        seconds = _PROBE_SECONDS
+
+        def render(messages: list[Message], add_generation_prompt: bool) -> str | None:
+            nonlocal seconds
+            if seconds <= 0:
+                raise Unanswered
+            start = monotonic()
+            try:
+                return self._render(messages, variables | {"add_generation_prompt": add_generation_prompt}, seconds)
+            except TooSlow:
+                raise Unanswered from None
+            except Exception:
+                return None
+            finally:
+                seconds -= monotonic() - start
+
+        return render
 
     def _guarded(
         self, fitting: Fitting, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]

@@ -8,15 +8,19 @@ can be looked for in the result.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from hashlib import sha256
+from itertools import groupby
 from typing import Any
 
 Message = dict[str, Any]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 """Those that every conversation may have; a template can know more of them."""
+
+# What some templates and older clients call them.
+_OTHER_NAMES = {"function": "tool", "ipython": "tool", "observation": "tool", "model": "assistant", "human": "user"}
 
 REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 """The names under which clients send, and templates read, what a model thought before its answer."""
@@ -197,6 +201,14 @@ class Fitting:
         self._takes_parts = cache(self._find_out_parts)
         self._reasoning_name = cache(self._find_out_reasoning)
 
+    @property
+    def renders(self) -> bool:
+        """Whether it can be asked at all: whether it renders a question."""
+        try:
+            return self._carries("U")
+        except Unanswered:
+            return True
+
     def fit(self, messages: list[Message]) -> list[Message]:
         """messages: those of `read_messages`, which are changed."""
         for i, message in enumerate(messages):
@@ -219,14 +231,13 @@ class Fitting:
     def _role(self, role: str, where: str) -> str:
         if role == "developer":
             return role if self._knows_developer else "system"
-        if role == "function":
-            return "tool"
-        if role not in ROLES and not re.search(rf"""["']{re.escape(role)}["']""", self.source):
-            known = ", ".join(ROLES[:-1])
-            raise ChatTemplateError(
-                f"{where}: the role {role!r} is not known to the model's chat template (roles: {known})"
-            )
-        return role
+        # "function" is also what tools are of
+        if role in ROLES or (role != "function" and re.search(rf"""["']{re.escape(role)}["']""", self.source)):
+            return role
+        if role in _OTHER_NAMES:
+            return _OTHER_NAMES[role]
+        roles = ", ".join(ROLES)
+        raise ChatTemplateError(f"{where}: the role {role!r} is not known to the model's template (roles: {roles})")
 
     @cached_property
     def _knows_developer(self) -> bool:
@@ -242,23 +253,42 @@ class Fitting:
 
     def _arranged(self, messages: list[Message]) -> list[Message]:
         """With system messages where the template takes them; neighbours of one role become one if it refuses them."""
-        if not messages or not self._carries("U") or self._carries(_shape(messages)):
+        if not self._carries("U") or self._carries(self._shape(messages)):
             return messages
-        messages = _with_one_system(messages)
-        if self._carries(_shape(messages)):
-            return messages
-        if messages[0]["role"] == "system" and not (self._carries("SU") and "U" in _shape(messages)):
-            messages = _without_system(messages)
-        if not self._carries(_shape(messages)) and not (self._carries("UUA") and self._carries("UAAU")):
-            messages = _without_neighbours(messages)
+        one_system = _with_one_system(messages)
+        if "S" in self._shape(messages) and not (self._carries("SU") and "U" in self._shape(messages)):
+            one_system = messages = _without_system(one_system)
+        for arranged in (one_system, _without_neighbours(one_system)):
+            if self._carries(self._shape(arranged)):
+                return arranged
         return messages
+
+    def _shape(self, messages: list[Message]) -> str:
+        """The order of system (S), user (U) and assistant (A) messages, calls (C) and their results (T), with
+        repetitions left out. Where the template shows no calls, they and their results are one A."""
+        letters = ""
+        for message in messages:
+            letter = {"system": "S", "developer": "S", "user": "U", "assistant": "A"}.get(message["role"], "T")
+            letters += "C" if letter == "A" and message.get("tool_calls") else letter
+        if not self._calls[1]:
+            letters = re.sub("(CT*)+A?", "A", letters).replace("T", "")
+        return re.sub(r"(..+?)\1+", r"\1", letters)
 
     def _find_out_shape(self, shape: str) -> bool:
         """Whether all messages reach the prompt of a conversation of this shape."""
         roles = {"S": "system", "U": "user", "A": "assistant"}
-        words = [f"qz{roles[letter]}{i}q" for i, letter in enumerate(shape)]
-        messages = [self._said(roles[letter], word) for letter, word in zip(shape, words, strict=True)]
-        text = self._render(messages, shape[-1:] != "A")
+        messages, words = [], []
+        for i, letter in enumerate(shape):
+            if letter == "C":
+                messages.append(self._calling())
+                words.append(_FUNCTION)
+            elif letter == "T":
+                messages.append({"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT})
+                words.append(_RESULT)
+            else:
+                words.append(f"qz{roles[letter]}{i}q")
+                messages.append(self._said(roles[letter], words[-1]))
+        text = self._render(messages, shape[-1:] not in ("A", "C"))
         return text is not None and all(word in text for word in words)
 
     # Contents
@@ -367,7 +397,13 @@ class Fitting:
         return _VALUE in (self._render([*call, _said("tool", _RESULT) | {"tool_call_id": _ID}], True) or "")
 
     def _fit_calls(self, message: Message, where: str) -> None:
-        for i, call in enumerate(message.get("tool_calls", ())):
+        calls = message.get("tool_calls", ())
+        for i, call in enumerate(calls):
+            if "function" in call:
+                call.setdefault("type", "function")
+            elif self._calls[1]:  # without the frame that the template was seen to read
+                id = {"id": call.pop("id")} if "id" in call else {}
+                call = calls[i] = id | {"type": "function", "function": call}
             function = call.get("function", call)
             arguments = function.get("arguments")
             if self._calls[0]:
@@ -382,19 +418,22 @@ class Fitting:
                     raise ChatTemplateError(f"{where} is not the JSON of an object: {arguments}")
 
     def _fit_ids(self, messages: list[Message]) -> None:
-        """Mistral's templates refuse a call whose id is not nine letters and digits."""
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
-        if not calls or not self._wants_short_ids:
-            return
+        """A result without the id of its call gets that of the first that waits for one. Mistral's templates refuse
+        ids that are not nine letters and digits."""
         waiting: list[str] = []
+        n_calls = 0
         for message in messages:
             for call in message.get("tool_calls", ()):
-                call["id"] = _short_id(call["id"]) if call.get("id") else f"call{calls.index(call):05d}"
-                waiting.append(call["id"])
+                n_calls += 1
+                if self._wants_short_ids:
+                    call["id"] = _short_id(call.get("id") or f"call{n_calls:05d}")
+                waiting += [call["id"]] if call.get("id") else []
             if message["role"] == "tool":
-                id = _short_id(message["tool_call_id"]) if message.get("tool_call_id") else (waiting or [_ID])[0]
-                message["tool_call_id"] = id
-                waiting = [other for other in waiting if other != id]
+                if "tool_call_id" not in message and waiting:
+                    message["tool_call_id"] = waiting[0]
+                elif n_calls and self._wants_short_ids:
+                    message["tool_call_id"] = _short_id(message.get("tool_call_id", _ID))
+                waiting = [id for id in waiting if id != message.get("tool_call_id")]
 
     @cached_property
     def _wants_short_ids(self) -> bool:
@@ -512,68 +551,50 @@ def _thought(part: dict[str, Any]) -> str:
     return value if isinstance(value, str) else text_of([item for item in value if isinstance(item, dict)])
 
 
-def _shape(messages: Sequence[Message]) -> str:
-    """The order of system (S), user (U) and assistant (A) messages, with repetitions left out.
-
-    A call of functions, their results and the answer after them are one A.
-    """
-    letters = ""
-    previous = ""
-    for message in messages:
-        role = message["role"]
-        letter = {"system": "S", "developer": "S", "user": "U", "assistant": "A"}.get(role, "")
-        if not (letter == "A" and previous not in ("S", "U", "A", "") and letters.endswith("A")):
-            letters += letter
-        previous = letter or role
-    return re.sub(r"(..+?)\1+", r"\1", letters)
-
-
 def _with_one_system(messages: list[Message]) -> list[Message]:
+    """The conversation with all system messages at its start, as one."""
     systems = [message for message in messages if message["role"] == "system"]
     if not systems:
         return messages
-    first, *others = systems
-    for other in others:
-        _append(first, other)
-    return [first, *(message for message in messages if message["role"] != "system")]
+    return [_joined(systems), *(message for message in messages if message["role"] != "system")]
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
     """The conversation with its system message at the head of the first question."""
     system, *others = messages
-    system["role"] = "user"
-    if not others or others[0]["role"] != "user":
-        return [system, *others]
-    question, *others = others
-    _append(system, question)
-    return [question | {"content": system["content"]}, *others]
+    head = [system | {"role": "user"}]
+    if others and others[0]["role"] == "user":
+        head.append(others.pop(0))
+    return [_joined(head), *others]
 
 
 def _without_neighbours(messages: list[Message]) -> list[Message]:
     """Neighbouring messages of the user, or of the assistant, as one."""
-    merged: list[Message] = []
+    groups = (list(group) for _, group in groupby(messages, key=lambda message: message["role"]))
+    return [
+        message
+        for group in groups
+        for message in ([_joined(group)] if group[0]["role"] in ("user", "assistant") else group)
+    ]
+
+
+def _joined(messages: list[Message]) -> Message:
+    """One message with the contents, calls and thoughts of all, and what else the last has."""
+    joined: Message = {}
     for message in messages:
-        last = merged[-1] if merged else {}
-        if message["role"] == last.get("role") and message["role"] in ("user", "assistant"):
-            _append(last, message)
-        else:
-            merged.append(message)
-    return merged
-
-
-def _append(first: Message, second: Message) -> None:
-    """The second message's content, calls and thoughts become part of the first."""
-    contents = [content for message in (first, second) if (content := message.get("content"))]
+        joined |= message
+    contents = [content for message in messages if (content := message.get("content"))]
     if all(isinstance(content, str) for content in contents):
-        first["content"] = "\n\n".join(contents)
+        joined["content"] = "\n\n".join(contents)
     else:
-        first["content"] = [
+        joined["content"] = [
             part
             for content in contents
             for part in (content if isinstance(content, list) else [{"type": "text", "text": text_of(content)}])
         ]
     for name in REASONING:
-        if thoughts := [message[name] for message in (first, second) if message.get(name)]:
-            first[name] = "\n\n".join(thoughts)
-    if second.get("tool_calls"):
-        first["tool_calls"] = [*first.get("tool_calls", ()), *second["tool_calls"]]
+        if thoughts := [message[name] for message in messages if message.get(name)]:
+            joined[name] = "\n\n".join(thoughts)
+    if calls := [call for message in messages for call in message.get("tool_calls", ())]:
+        joined["tool_calls"] = calls
+    return joined

@@ -170,6 +170,8 @@ class TestArguments:
             "{% for c in m.tool_calls %}{% set f = c.function or c %}{{ f.name }}{{ f.arguments | tojson }}{% endfor %}"
         )
         assert render(flat, talk) == "f{}"
+        framed = with_calls("c.type ~ (c.function.arguments | tojson)", "")
+        assert render(framed, talk) == "[ffunction{}]"
 
 
 class TestReasoning:
@@ -251,6 +253,14 @@ class TestOrder:
         )
         assert render(source, [*said("system: A"), {"role": "user", "content": parts("q", "r")}]) == "A+q+r"
 
+    def test_between_calls_too(self) -> None:
+        talk = [*said("system: A"), *calling({"a": 1}, content=""), *said("system: B", "user: r")]
+        source = "{{ m.role }}:{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %};"
+        late = "system:B;user:r;"
+        assert render(each(source), talk).endswith(late)
+        text = render(each(FIRST_SYSTEM + source), talk)
+        assert text.startswith("system:A\n\nB;") and text.endswith("tool:noon;user:r;")
+
     def test_neighbours_become_one_where_roles_must_alternate(self) -> None:
         source = ALTERNATING + ADDED
         talk = said("system: A", "user: p", "user: q", "assistant: a", "assistant: b", "user: r")
@@ -279,6 +289,12 @@ class TestRoles:
 
     def test_a_function_is_a_tool(self) -> None:
         assert render(ADDED, said("user: q", "function: 1")) == "user:q;tool:1;"
+
+    @pytest.mark.parametrize(("given", "role"), [("ipython", "tool"), ("model", "assistant"), ("human", "user")])
+    def test_other_names(self, given: str, role: str) -> None:
+        assert render(ADDED, [*said("user: q", f"{given}: a")]) == f"user:q;{role}:a;"
+        own = each("{% if m.role == 'ROLE' %}~{% endif %}{{ m.content }}").replace("ROLE", given)
+        assert render(own, [*said("user: q", f"{given}: a")]) == "q~a"
 
     def test_roles_of_the_template_s_own(self) -> None:
         source = each("{% if m.role == 'narrator' %}~{% endif %}{{ m.content }}")
@@ -367,11 +383,25 @@ class TestIds:
             assert len(call.rpartition("}")[2]) == 9
             assert result == "noon" + call.rpartition("}")[2]
 
+    def test_a_result_without_one_belongs_to_the_first_call_that_waits(self) -> None:
+        talk = calling({}, content="")
+        talk[1]["tool_calls"].append({**talk[1]["tool_calls"][0], "id": "second"})
+        talk[2:] = [{"role": "tool", "content": "one"}, {"role": "function", "content": "two"}]
+        shown = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}#{{ m.tool_call_id }};"
+        assert render(each(shown), talk).split(";")[-3:-1] == ["one#abcdefghi", "two#second"]
+
     def test_and_kept_where_it_does_not(self) -> None:
         shown = "{% for c in m.tool_calls %}{{ c.function | tojson }}{{ c.id }}{% endfor %};"
         talk = calling({}, content="")
         talk[1]["tool_calls"][0]["id"] = "call_0123456789abcdef"
         assert "call_0123456789abcdef" in render(each(shown), talk)
+
+
+def test_a_template_that_needs_a_list_of_tools_gets_an_empty_one() -> None:
+    source = "{% for tool in tools %}{{ tool.name }}{% endfor %}{% if tools is none %}none{% endif %}" + ADDED
+    assert render(source, said("user: q")) == "user:q;"
+    assert render(source, said("user: q"), tools=[]) == "user:q;"
+    assert render("{% if tools is none %}none {% endif %}" + ADDED, said("user: q"), tools=[]) == "none user:q;"
 
 
 def test_no_messages_are_for_the_template_to_refuse() -> None:
