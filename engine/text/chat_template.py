@@ -62,7 +62,7 @@ _ABOUT_THOUGHTS = re.compile("think|reason", re.IGNORECASE)
 _WRITTEN_BY_MODEL = ("assistant", "model")
 
 _MAX_FITTINGS = 16  # variables with which a template was asked what it reads
-_PROBE_SECONDS = 5.0  # for all that a template is asked
+_PROBE_SECONDS = 5.0  # for all that a template is asked before one prompt
 
 
 class ChatTemplate:
@@ -87,6 +87,7 @@ class ChatTemplate:
         self._environment: Limited | None = None
         self._fittings: dict[tuple[str, int], Fitting] = {}
         self._guards: dict[str, tuple[Spellings, Spellings]] = {}
+        self._probe_seconds = 0.0
         self._lock = Lock()
 
     @classmethod
@@ -136,6 +137,7 @@ class ChatTemplate:
         read = read_messages(messages)
         tools = read_tools(tools)
         with self._lock:
+            self._probe_seconds = _PROBE_SECONDS
             fitting, tools = self._fitting(tools, variables)
             try:
                 messages = fitting.fit(read_messages(read))
@@ -201,21 +203,23 @@ class ChatTemplate:
         """How a template is asked: it gives a text, or fails, or takes too long."""
         from qrun.engine.text.template_sandbox import TooSlow
 
-        seconds = _PROBE_SECONDS
+        is_slow = False
 
         def render(messages: list[Message], add_generation_prompt: bool) -> str | None:
-            nonlocal seconds
-            if seconds <= 0:
+            nonlocal is_slow
+            if is_slow:
                 raise Unanswered
             start = monotonic()
+            given = variables | {"add_generation_prompt": add_generation_prompt}
             try:
-                return self._render(messages, variables | {"add_generation_prompt": add_generation_prompt}, seconds)
+                return self._render(messages, given, max(self._probe_seconds, 0))
             except TooSlow:
+                is_slow = True
                 raise Unanswered from None
             except Exception:
                 return None
             finally:
-                seconds -= monotonic() - start
+                self._probe_seconds -= monotonic() - start
 
         return render
 

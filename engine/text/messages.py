@@ -9,7 +9,7 @@ can be looked for in the result.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from hashlib import sha256
 from itertools import groupby
 from typing import Any
@@ -196,7 +196,7 @@ class Fitting:
         Unanswered, which it may raise, is raised by all methods."""
         self.source = source
         self._render = render
-        self._carries = cache(self._find_out_shape)
+        self._carries = lru_cache(256)(self._find_out_shape)
         self._takes_text = cache(self._find_out_text)
         self._takes_parts = cache(self._find_out_parts)
         self._reasoning_name = cache(self._find_out_reasoning)
@@ -256,7 +256,7 @@ class Fitting:
         if not self._carries("U") or self._carries(self._shape(messages)):
             return messages
         one_system = _with_one_system(messages)
-        if "S" in self._shape(messages) and not (self._carries("SU") and "U" in self._shape(messages)):
+        if one_system[0]["role"] == "system" and not (self._carries("SU") and "U" in self._shape(messages)):
             one_system = messages = _without_system(one_system)
         for arranged in (one_system, _without_neighbours(one_system)):
             if self._carries(self._shape(arranged)):
@@ -270,9 +270,9 @@ class Fitting:
         for message in messages:
             letter = {"system": "S", "developer": "S", "user": "U", "assistant": "A"}.get(message["role"], "T")
             letters += "C" if letter == "A" and message.get("tool_calls") else letter
-        if not self._calls[1]:
+        if ("C" in letters or "T" in letters) and not self._calls[1]:
             letters = re.sub("(CT*)+A?", "A", letters).replace("T", "")
-        return re.sub(r"(..+?)\1+", r"\1", letters)
+        return re.sub(r"(.{2,6}?)\1+", r"\1", letters)
 
     def _find_out_shape(self, shape: str) -> bool:
         """Whether all messages reach the prompt of a conversation of this shape."""

@@ -17,12 +17,6 @@ class SpecialPieces:
         self._all = self._longest_first(PieceType.USER_DEFINED, PieceType.CONTROL, PieceType.UNKNOWN)
         self.ids = frozenset(self._all.values())
 
-    @property
-    def spellings(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Those found only if asked for, and those found always."""
-        always = frozenset(self._always)
-        return frozenset(self._all) - always, always
-
     def _longest_first(self, *types: PieceType) -> dict[str, int]:
         pieces = self._vocabulary.pieces
         ids = sorted(self._vocabulary.ids_of(*types), key=lambda id: -len(pieces[id]))

@@ -83,7 +83,14 @@ class Tokenizer:
     @property
     def special_spellings(self) -> tuple[frozenset[str], frozenset[str]]:
         """How special tokens are spelt: those that `encode` finds if asked to, and those that it finds in any text."""
-        return self._special.spellings
+
+        def spelt(*types: PieceType) -> frozenset[str]:
+            return frozenset(
+                self._vocabulary.pieces[id].decode(errors="replace") for id in self._vocabulary.ids_of(*types)
+            )
+
+        always = spelt(PieceType.USER_DEFINED)
+        return spelt(PieceType.CONTROL, PieceType.UNKNOWN) - always, always
 
     def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
         """A decoder for tokens as they are generated.
