@@ -444,7 +444,8 @@ class Fitting:
     # What a model thought
 
     def _fit_reasoning(self, message: Message) -> None:
-        thoughts = [part for part in message.get("content") or () if isinstance(part, dict) and "text" not in part]
+        content = message.get("content")
+        thoughts = [part for part in content if "text" not in part] if isinstance(content, list) else []
         given = [name for name in REASONING if message.get(name)]
         if thoughts and not self._takes_parts("assistant"):
             if not given:

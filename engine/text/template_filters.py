@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import islice
 from typing import Any
 
 from jinja2 import Undefined
@@ -105,8 +106,7 @@ def _format(value: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def _batch(value: Iterable[Any], linecount: int, fill_with: Any = None) -> Iterator[list[Any]]:
-    if fill_with is not None:
-        check(linecount, MAX_WIDTH, "columns")
+    check(linecount, MAX_ITEMS if fill_with is None else MAX_WIDTH, "columns")
     batches: Iterator[list[Any]] = FILTERS["batch"](value, linecount, fill_with)
     return batches
 
@@ -124,10 +124,12 @@ def _round(value: float, precision: int = 0, method: Any = "common") -> float:
 
 
 def _items(value: Any) -> list[Any]:
-    """A list of what is in a container; the characters of a text take more memory than the text."""
+    """A list of what is in a container, or comes one by one; a text's characters take more memory than the text."""
     if isinstance(value, str):
         check(len(value), MAX_ITEMS, "items")
-    return list(value)
+    items = list(islice(value, MAX_ITEMS + 1))
+    check(len(items), MAX_ITEMS, "items")
+    return items
 
 
 def _itemised(name: str) -> Callable[..., Any]:
@@ -135,9 +137,7 @@ def _itemised(name: str) -> Callable[..., Any]:
 
     @wraps(FILTERS[name])
     def filter(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(value, str):
-            check(len(value), MAX_ITEMS, "items")
-        return FILTERS[name](context, value, *args, **kwargs)
+        return FILTERS[name](context, _items(value), *args, **kwargs)
 
     return filter
 

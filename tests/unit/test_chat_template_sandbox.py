@@ -72,6 +72,8 @@ HARM = {
     "many slices": "{{ [1] | slice(9999999999) | list }}",
     "characters of a long text": LONG + "{{ text | list }}",
     "characters of a long text, sorted": LONG + "{{ text | sort }}",
+    "characters of a long text, picked": LONG + "{{ text | select | list }}",
+    "characters of a long text, in one batch": LONG + "{{ text | batch(9999999) | list }}",
     "a sum of lists": "{{ ([range(99999) | list] * 9999) | sum(start=[]) }}",
     "a long line to wrap": "{{ (' ' * 999999) | wordwrap(1) }}",
     "a long text between wrapped lines": "{{ ('a ' * 9999) | wordwrap(1, wrapstring='b' * 9999) }}",
