@@ -231,13 +231,17 @@ class Fitting:
     def _role(self, role: str, where: str) -> str:
         if role == "developer":
             return role if self._knows_developer else "system"
-        # "function" is also what tools are of
-        if role in ROLES or (role != "function" and re.search(rf"""["']{re.escape(role)}["']""", self.source)):
+        if role in ROLES or self._names(role):
             return role
         if role in _OTHER_NAMES:
             return _OTHER_NAMES[role]
         roles = ", ".join(ROLES)
         raise ChatTemplateError(f"{where}: the role {role!r} is not known to the model's template (roles: {roles})")
+
+    def _names(self, role: str) -> bool:
+        # "function" is also the type of a tool
+        is_word = role != "function" and re.fullmatch(r"\w+", role)
+        return bool(is_word and re.search(rf"""["']{role}["']""", self.source))
 
     @cached_property
     def _knows_developer(self) -> bool:

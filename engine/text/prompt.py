@@ -19,7 +19,10 @@ _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 
 
 
 class Prompt(str):
-    """The text that a template made. marked: the same with a mark in each spelling of a token that is to stay text."""
+    """The text that a template made. marked: the same with a mark in each spelling of a token that is to stay text.
+
+    A text may be added to it. What else is made of it is an ordinary text, in which all spellings count.
+    """
 
     marked: str
     mark: str

@@ -300,6 +300,11 @@ class TestRoles:
         source = each("{% if m.role == 'narrator' %}~{% endif %}{{ m.content }}")
         assert render(source, said("narrator: a", "user: q")) == "~aq"
 
+    @pytest.mark.parametrize("role", ["", "\n", "user:"])
+    def test_a_role_is_a_word(self, role: str) -> None:
+        with pytest.raises(ChatTemplateError, match="is not known"):
+            render("{{ '' ~ 'user:' }}" + ADDED, [{"role": role, "content": "a"}])
+
     def test_an_unknown_role_is_refused(self) -> None:
         with pytest.raises(ChatTemplateError, match=r"messages\[1\]: the role 'asistant' is not known.*assistant"):
             render(ADDED, said("user: q", "asistant: a"))
