@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument(required=False)
 @click.option("--system", metavar="TEXT", help="The system prompt: what the model is to be or to do.")
+@click.option("--special", is_flag=True, help="Read special tokens in what you say, such as <|im_start|>, as such.")
 @loading_options
 @sampling_options
-def command(model: str | None, system: str | None, loading: dict[str, Any], sampling: dict[str, Any]) -> None:
+def command(
+    model: str | None, system: str | None, special: bool, loading: dict[str, Any], sampling: dict[str, Any]
+) -> None:
     """Talk with a model.
 
     Without MODEL, with the default one, which is fetched when it is first needed. At a terminal, /help lists the
@@ -54,6 +57,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
+            conversation.special_tokens_in_messages = special
             if sys.stdin.isatty():
                 from qrun.cli.repl import Repl
 

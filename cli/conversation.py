@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrun.engine.text.prompt import after, encode_prompt, marked
+
 if TYPE_CHECKING:
     from qrun.engine import Model
     from qrun.engine.generation.generation import Generation, GenerationStats
@@ -19,7 +21,7 @@ class Conversation:
     """Turns between a user and a model, of which the model's session computes only what is new.
 
     `sampling` are options of SamplingOptions. `on_forget(n)` is called when n messages have been dropped because the
-    context was full.
+    context was full. For `special_tokens_in_messages` see ChatTemplate.render.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Conversation:
         self.session = model.session()
         self.sampling = sampling or {}
         self.on_forget = on_forget or (lambda n: None)
+        self.special_tokens_in_messages = False
         self.messages: list[Message] = []
         self.last_stats: GenerationStats | None = None
         self.stop_reason: str | None = None
@@ -139,14 +142,17 @@ class Conversation:
         then, whatever the tokenizer would make of their text, and the session need not read them again.
         """
         assert self.model.chat_template is not None
-        text = self.model.chat_template.render(self.messages, add_generation_prompt=True)
+        options: dict[str, Any] = {"special_tokens_in_messages": True} if self.special_tokens_in_messages else {}
+        prompt = self.model.chat_template.render(self.messages, add_generation_prompt=True, **options)
+        text = marked(prompt)
         known_text, known_tokens = self._known
-        if known_tokens and text.startswith(known_text):
-            rest = self.model.tokenize(text[len(known_text) :], add_special=False, parse_special=True)
+        tokenizer = self.model.tokenizer
+        if tokenizer and known_tokens and (following := after(prompt, known_text)):
+            rest = encode_prompt(tokenizer, following)
             # the end of the answer's turn is a token of its own, so that text can be cut there
-            if self.model.tokenizer and rest[:1] and rest[0] in self.model.tokenizer.stop_ids:
+            if rest[:1] and rest[0] in tokenizer.stop_ids:
                 return text, known_tokens + rest
-        return text, self.model.template_tokens(text)
+        return text, self.model.template_tokens(prompt)
 
     def _known_after(
         self, prompt_text: str, prompt: list[int], reply: str, reply_tokens: list[int]

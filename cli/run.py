@@ -51,15 +51,14 @@ def command(
 
     if system and not chat:
         raise click.UsageError("--system needs --chat.")
-    if chat and special:
-        raise click.UsageError("--special is for plain prompts: a chat template has its own special tokens.")
     if prompt == "-":
         prompt = read_stdin()
     with load_model(model, loading) as loaded:
         with_tokenizer(loaded)
         if chat:
             messages = [{"role": "system", "content": system}] if system else []
-            generation = loaded.chat([*messages, {"role": "user", "content": prompt}], **sampling)
+            messages.append({"role": "user", "content": prompt})
+            generation = loaded.chat(messages, special_tokens_in_messages=special, **sampling)
         elif special:
             generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **sampling)
         else:

@@ -154,7 +154,7 @@ class Model:
             return None
         from qrun.engine.text.chat_template import ChatTemplate
 
-        return ChatTemplate.from_reader(self.reader, self.tokenizer)
+        return ChatTemplate.from_reader(self.reader, self.tokenizer, self.tokenizer.special_spellings)
 
     @property
     def chat_notice(self) -> str | None:
@@ -165,28 +165,40 @@ class Model:
 
     def chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: str | Iterable[Any],
         *,
-        tools: list[Any] | None = None,
+        tools: Iterable[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        special_tokens_in_messages: bool = False,
         **options: Any,
     ) -> "Generation":
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
 
-        messages: dictionaries with "role" and "content", and what else the model's template knows.
+        messages: dictionaries with "role" and "content", and what else OpenAI's interface or the model's template
+            knows; a text alone is a question. They are brought into the form that the template reads.
         tools: descriptions of functions, for templates that know tools.
         template_variables: what else to tell the template, such as {"enable_thinking": False}.
+        special_tokens_in_messages: whether "<|im_end|>" in the text of a message is the token that ends a message,
+            or (by default) text like any other. For what exactly, see `ChatTemplate.render`.
         options: those of SamplingOptions.
 
         Raises ChatTemplateError (a ValueError) if the template refuses, ContextOverflow (a ValueError) if the
-        conversation is longer than the context, TypeError for an unknown option, ValueError for a wrong value.
+        conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
+        for a wrong value.
         """
+        from qrun.engine.text.messages import read_messages
+
         self._check_open()
         self._known_tokenizer()
         template = self.chat_template
         assert template is not None
-        text = template.render(messages, tools=tools, add_generation_prompt=True, **(template_variables or {}))
-        return self._generate(self.template_tokens(text), options)
+        messages = read_messages(messages)
+        if not messages:
+            raise ValueError("there are no messages: at least one is wanted")
+        variables = {**(template_variables or {}), "add_generation_prompt": True}
+        if special_tokens_in_messages:
+            variables["special_tokens_in_messages"] = True
+        return self._generate(self.template_tokens(template.render(messages, tools=tools, **variables)), options)
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
@@ -240,11 +252,14 @@ class Model:
         return self._known_tokenizer().decode(list(ids))
 
     def template_tokens(self, text: str) -> list[int]:
-        """The token ids of a text that a chat template made: with its special tokens, and with BOS in front if the
-        model wants one, which some templates write themselves and others leave out."""
+        """The token ids of a text that a chat template made: with its special tokens, though not those that messages
+        spell (see `ChatTemplate.render`), and with BOS in front if the model wants one, which some templates write
+        themselves and others leave out."""
+        from qrun.engine.text.prompt import encode_prompt
+
         self._check_open()
         tokenizer = self._known_tokenizer()
-        tokens = tokenizer.encode(text, add_special=False, parse_special=True)
+        tokens = encode_prompt(tokenizer, text)
         if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
         return tokens

@@ -1,13 +1,30 @@
 """From the messages of a conversation to the text that a model continues."""
 
+import re
+from collections.abc import Callable, Iterable
+from itertools import chain
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.text.messages import (
+    PROBE_TOOLS,
+    REASONING,
+    ChatTemplateError,
+    Fitting,
+    Message,
+    Unanswered,
+    read_messages,
+    read_tools,
+)
+from qrun.engine.text.prompt import Spellings, texts_in, unused_mark, with_mark
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
 
 if TYPE_CHECKING:
     from qrun.engine.text.template_sandbox import Limited
+
+__all__ = ["ChatTemplate", "ChatTemplateError"]
 
 KEY = "tokenizer.chat_template"
 
@@ -40,66 +57,106 @@ PLAIN = """\
 """
 
 
-class ChatTemplateError(ValueError):
-    """A template that is wrong, or that refuses a conversation. `str()` is one line."""
+# Tokens around what a model thinks. They begin and end no message, and system prompts speak of them as tokens.
+_ABOUT_THOUGHTS = re.compile("think|reason", re.IGNORECASE)
+_WRITTEN_BY_MODEL = ("assistant", "model")
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(" ".join(f"chat template: {reason}".split())[:500])
+_MAX_FITTINGS = 16  # variables with which a template was asked what it reads
+_PROBE_SECONDS = 5.0  # for all that a template is asked before one prompt
 
 
 class ChatTemplate:
     """source: the template, in Jinja's language. is_fallback: the model has none, and this one is only a guess."""
 
     def __init__(
-        self, source: str, tokenizer: Tokenizer, *, tool_source: str | None = None, is_fallback: bool = False
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        tool_source: str | None = None,
+        is_fallback: bool = False,
+        special_spellings: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset()),
     ) -> None:
-        """tool_source: the template for conversations with tools, where that is another."""
+        """tool_source: the template for conversations with tools, where that is another. special_spellings: those of
+        the tokenizer, which a message may spell without meaning them; none by default."""
         self.source = source
         self.is_fallback = is_fallback
         self._tool_source = tool_source or source
         self._tokenizer = tokenizer
+        self._special_spellings = special_spellings
         self._environment: Limited | None = None
+        self._fittings: dict[tuple[str, int], Fitting] = {}
+        self._guards: dict[str, tuple[Spellings, Spellings]] = {}
+        self._probe_seconds = 0.0
         self._lock = ForkAwareLock()
 
     @classmethod
-    def from_reader(cls, reader: GGUFReader, tokenizer: Tokenizer) -> Self:
+    def from_reader(
+        cls,
+        reader: GGUFReader,
+        tokenizer: Tokenizer,
+        special_spellings: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset()),
+    ) -> Self:
         """The model's own template, or a plain one in the style that its vocabulary suggests."""
         source, tool_source = reader.metadata.get(KEY), reader.metadata.get(f"{KEY}.tool_use")
         for value in (source, tool_source):
             if not isinstance(value, str | None):
                 raise FormatError(reader.path, f"{KEY} is not a string")
         if source := source or tool_source:
-            return cls(source, tokenizer, tool_source=tool_source)
+            return cls(source, tokenizer, tool_source=tool_source, special_spellings=special_spellings)
         styles = {"<|im_start|>": CHATML, "<start_of_turn>": GEMMA}
         fallback = next((style for mark, style in styles.items() if tokenizer.has_piece(mark)), PLAIN)
-        return cls(fallback, tokenizer, is_fallback=True)
+        return cls(fallback, tokenizer, is_fallback=True, special_spellings=special_spellings)
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Any,
+        tools: Iterable[Any] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        special_tokens_in_messages: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as text, with its control tokens spelt out: for `encode(text, parse_special=True)`.
+        """The conversation as text, with its control tokens spelt out: for `Model.template_tokens`.
 
-        messages: {"role": ..., "content": ...}, and what else the template knows. tools: JSON schemas of functions.
-        add_generation_prompt: end with what introduces the model's answer. variables: more of what the template knows
-        (`enable_thinking=False`). A template that refuses a system message gets it as part of the first question.
+        messages: dictionaries as OpenAI's interface has them, {"role": ..., "content": ...}, and what else the
+        template knows. What the template cannot read as it is given, it gets in another form: parts as a text, the
+        arguments of calls as mappings or as JSON, a developer's message as the system's, late or several system
+        messages at the start, or in the first question where the template has no place for them.
+        tools: JSON schemas of functions. add_generation_prompt: end with what introduces the model's answer.
+        variables: more of what the template knows (`enable_thinking=False`).
+
+        special_tokens_in_messages: a text that spells a special token means the token. Otherwise it stays text, when
+        `Model.template_tokens` encodes what is returned (a Prompt): in messages of the system, the user and tools, in
+        names, descriptions of tools and variables, though not in what the model said, and not in variables that are
+        named as tokens ("bos_token"). The tokens that only surround results of tools stay text in such results, and
+        those around thoughts count if a text's ordinary encoding finds them.
+
+        Raises TypeError for messages of a wrong type, ChatTemplateError if the template refuses.
         """
-        variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._render(messages, variables)
-        except ChatTemplateError:
-            if not messages or messages[0].get("role") != "system":
-                raise
+        read = read_messages(messages)
+        tools = read_tools(tools)
+        with self._lock:
+            self._probe_seconds = _PROBE_SECONDS
+            fitting, tools = self._fitting(tools, variables)
             try:
-                return self._render(_without_system(messages), variables)
-            except ChatTemplateError:
-                pass
-            raise
+                messages = fitting.fit(read_messages(read))
+                hidden = fitting.hidden_thoughts(messages)
+            except Unanswered:
+                messages, hidden = read, []
+            mark = ""
+            if not special_tokens_in_messages:
+                messages, tools, variables, mark = self._guarded(fitting, messages, tools, variables)
+            variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+            try:
+                text = self._render(messages, variables)
+                for i in reversed(hidden):
+                    text = self._with_thought(text, messages[: i + 1], variables)
+            except Exception as error:  # a template can fail in every way in which Python code can
+                raise ChatTemplateError(f"chat template: {error or type(error).__name__}") from None
+        return with_mark(text, mark) if mark else text
 
-    def _render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    def _render(self, messages: list[Message], variables: dict[str, Any], seconds: float | None = None) -> str:
         from qrun.engine.text.template_sandbox import Limited
 
         special = {
@@ -107,25 +164,110 @@ class ChatTemplate:
             "eos_token": self._spelling(self._tokenizer.eos_id),
         }
         source = self._tool_source if variables["tools"] else self.source
-        with self._lock:
-            self._environment = self._environment or Limited()
+        self._environment = self._environment or Limited()
+        return self._environment.render(source, {**special, "messages": messages, **variables}, seconds)
+
+    def _with_thought(self, text: str, messages: list[Message], variables: dict[str, Any]) -> str:
+        """A prompt that goes on after these messages, with the last one's thought as the template writes it there."""
+        *before, last = messages
+        silent = {name: value for name, value in last.items() if name not in REASONING}
+        ended = variables | {"add_generation_prompt": False}
+        without, thinking = (self._render([*before, message], ended) for message in (silent, last))
+        pairs = enumerate(zip(without, thinking, strict=False))
+        start = next((i for i, (one, other) in pairs if one != other), len(without))
+        if not text.startswith(without[:start]):
+            return text
+        return text[:start] + thinking[start : start + len(thinking) - len(without)] + text[start:]
+
+    def _fitting(self, tools: list[Any] | None, variables: dict[str, Any]) -> tuple[Fitting, list[Any] | None]:
+        """What is known of the template, with such variables; and the tools, of which some want an empty list."""
+        if tools:
+            return self._asking(PROBE_TOOLS, variables), tools
+        without = self._asking(None, variables)
+        if not without.renders:
+            empty = self._asking([], variables)
+            if empty.renders:
+                return empty, []
+        return without, None
+
+    def _asking(self, tools: list[Any] | None, variables: dict[str, Any]) -> Fitting:
+        key = repr(tools), hash(repr(sorted(variables.items())))
+        if key not in self._fittings:
+            if len(self._fittings) >= _MAX_FITTINGS:
+                del self._fittings[next(iter(self._fittings))]
+            source = self._tool_source if tools else self.source
+            self._fittings[key] = Fitting(source, self._prober(variables | {"tools": tools}))
+        return self._fittings[key]
+
+    def _prober(self, variables: dict[str, Any]) -> Callable[[list[Message], bool], str | None]:
+        """How a template is asked: it gives a text, or fails, or takes too long."""
+        from qrun.engine.text.template_sandbox import TooSlow
+
+        is_slow = False
+
+        def render(messages: list[Message], add_generation_prompt: bool) -> str | None:
+            nonlocal is_slow
+            if is_slow:
+                raise Unanswered
+            start = monotonic()
+            given = variables | {"add_generation_prompt": add_generation_prompt}
             try:
-                return self._environment.render(source, {**special, "messages": messages, **variables})
-            except Exception as error:  # a template can fail in every way in which Python code can
-                raise ChatTemplateError(str(error) or type(error).__name__) from None
+                return self._render(messages, given, max(self._probe_seconds, 0))
+            except TooSlow:
+                is_slow = True
+                raise Unanswered from None
+            except Exception:
+                return None
+            finally:
+                self._probe_seconds -= monotonic() - start
+
+        return render
+
+    def _guarded(
+        self, fitting: Fitting, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]
+    ) -> tuple[list[Message], list[Any] | None, dict[str, Any], str]:
+        """The same with a mark in what spells a special token; and the mark, empty where there is none."""
+        ordinary, in_results = self._spellings(fitting)
+        kept = {name: value for name, value in variables.items() if name.endswith("_token")}
+        others = {name: value for name, value in variables.items() if name not in kept}
+        guarded: list[tuple[Any, Spellings]] = [(tools, in_results), (others, ordinary)]
+        for message in messages:
+            if message["role"] in _WRITTEN_BY_MODEL:
+                guarded.append((message.get("name"), ordinary))
+            else:
+                guarded.append((message, in_results if message["role"] not in ("system", "user") else ordinary))
+        if not any(spellings.are_in(texts_in(value)) for value, spellings in guarded):
+            return messages, tools, variables, ""
+        mark = unused_mark(chain(texts_in([messages, tools, variables]), (self.source, self._tool_source)))
+        tools, others, *rest = (spellings.broken(value, mark) for value, spellings in guarded)
+        messages = [
+            (message | {"name": value} if "name" in message else message) if isinstance(value, str | None) else value
+            for message, value in zip(messages, rest, strict=True)
+        ]
+        return messages, tools, others | kept, mark
+
+    def _spellings(self, fitting: Fitting) -> tuple[Spellings, Spellings]:
+        """What messages may not spell: that of the system and the user, and what tools say.
+
+        Control tokens, and of those that are found in any text the ones that the template writes around messages (or
+        in what tools say, anywhere): they begin or end them.
+        """
+        source = fitting.source
+        if source not in self._guards:
+            control, others = self._special_spellings
+            try:
+                example = fitting.example
+            except Unanswered:
+                example = source
+            written = {
+                spelling
+                for spelling in others
+                if len(spelling) > 1 and spelling[0] in "<[" and spelling[-1] in ">]" and spelling in source + example
+                if not _ABOUT_THOUGHTS.search(spelling)
+            }
+            around = {spelling for spelling in written if spelling in example}
+            self._guards[source] = Spellings(control | around), Spellings(control | written)
+        return self._guards[source]
 
     def _spelling(self, id: int | None) -> str:
         return "" if id is None else self._tokenizer.decode([id])
-
-
-def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with its system message at the head of the first question."""
-    system, *others = messages
-    if not others or others[0].get("role") != "user":
-        return [{**system, "role": "user"}, *others]
-    first, *others = others
-    texts = system.get("content") or "", first.get("content") or ""
-    if all(isinstance(text, str) for text in texts):
-        return [{**first, "content": "\n\n".join(filter(None, texts))}, *others]
-    parts = [[{"type": "text", "text": text}] if isinstance(text, str) else text for text in texts]
-    return [{**first, "content": parts[0] + parts[1]}, *others]

@@ -22,10 +22,10 @@ class ChatTokenizer(FakeTokenizer):
     kind = "gpt2"
     notices = ()
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False, *, mark: str = "") -> list[int]:
         ids = [BOS] if add_special and self.add_bos else []
         for i, part in enumerate(text.split("</s>") if parse_special else [text]):
-            ids += [EOS] * (i > 0) + ids_of(part)
+            ids += [EOS] * (i > 0) + ids_of(part.replace(mark, "") if mark else part)
         return ids
 
 

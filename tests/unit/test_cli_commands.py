@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_fakes import ChatTokenizer, make_model
+from cli_fakes import ChatTokenizer, Template, make_model
 from click.testing import CliRunner, Result
 from engine_fakes import FakeRuntime, ids_of
 
@@ -60,6 +60,25 @@ def test_run_reads_special_tokens_only_where_asked() -> None:
     assert run("run", "m", "(u)x</s>(a)").stdout == "X!\n"  # the same text, in other tokens
     whole = json.loads(run("run", "m", "(u)x</s>(a)", "--special", "--json").stdout)
     assert whole["timings"]["prompt_tokens"] == 4 + 1 + 3
+
+
+def test_a_turn_is_read_with_special_tokens_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[dict[str, Any]] = []
+
+    class Noting(Template):
+        def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True, **variables: Any) -> str:
+            rendered.append({name: value for name, value in variables.items() if name != "tools"})
+            return super().render(messages, add_generation_prompt, **variables)
+
+    model = make_model()
+    model.chat_template = Noting()  # type: ignore[assignment]
+    monkeypatch.setattr(loading, "load_model", lambda source, options: model)
+    for arguments, lines in ((["run", "m", "x", "--chat"], ""), (["chat", "m"], "x\n")):
+        monkeypatch.setattr(model, "close", lambda: None)
+        assert CliRunner().invoke(cli, arguments, input=lines).stdout == "X!\n"
+        assert CliRunner().invoke(cli, [*arguments, "--special"], input=lines).stdout == "X!\n"
+        assert rendered == [{}, {"special_tokens_in_messages": True}]
+        rendered.clear()
 
 
 @pytest.mark.usefixtures("fake_model")

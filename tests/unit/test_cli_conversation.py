@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from cli_fakes import make_model, runtime_of, text_of
+from engine_fakes import EOS
 
 from qrun.cli.conversation import Conversation
-from qrun.engine import ContextOverflow
+from qrun.engine import ChatTemplate, ContextOverflow
 
 
 def say(conversation: Conversation, text: str) -> str:
@@ -35,6 +36,21 @@ def test_only_new_tokens_are_computed() -> None:
     assert text_of(runtime_of(model).evaluated[0]) == "</s>(u)two</s>(a)"
     assert conversation.last_stats is not None
     assert conversation.last_stats.cached_tokens == len("(u)one") + 1 + len("(a)ONE!")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_turn_that_spells_a_special_token(special: bool) -> None:
+    model = make_model()
+    source = "{% for m in messages %}({{ m.role[0] }}){{ m.content }}</s>{% endfor %}(a)"
+    spellings = frozenset({"</s>"}), frozenset[str]()
+    model.chat_template = ChatTemplate(source, model.tokenizer, special_spellings=spellings)  # type: ignore[arg-type]
+    conversation = Conversation(model)
+    conversation.special_tokens_in_messages = special
+    say(conversation, "a</s>b")
+    runtime_of(model).evaluated.clear()
+    assert say(conversation, "two") == "TWO!"
+    assert text_of(runtime_of(model).evaluated[0]) == "</s>(u)two</s>(a)"  # the rest was known
+    assert conversation.session.tokens.count(EOS) == 3 + special
 
 
 def test_a_new_system_prompt_is_heeded_and_can_be_removed() -> None:

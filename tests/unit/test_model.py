@@ -92,6 +92,26 @@ def test_chat_renders_the_conversation() -> None:
     assert evaluated(model)[0] == "user: Hi\n['t']{'think': 1}>"
 
 
+def test_chat_with_a_text_is_a_question() -> None:
+    model = make_model()
+    assert "".join(model.chat("Hi")) == "hello there"
+    assert evaluated(model)[0] == "user: Hi\n>"
+
+
+def test_chat_says_what_messages_are() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="no messages"):
+        model.chat([])
+    with pytest.raises(TypeError, match=r"messages\[0\] is of type str"):
+        model.chat(["Hi"])
+
+
+def test_special_tokens_in_messages_are_an_option() -> None:
+    model = make_model()
+    assert "".join(model.chat("Hi", special_tokens_in_messages=True)) == "hello there"
+    assert evaluated(model)[0] == "user: Hi\n{'special_tokens_in_messages': True}>"
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_a_template_that_writes_bos_gets_no_second_one(add_bos: bool) -> None:
     tokenizer = FakeTokenizer()

@@ -38,9 +38,10 @@ class Tokenizer:
         """
         return cls(Vocabulary(source if isinstance(source, GGUFReader) else GGUFReader(source)))
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False, *, mark: str = "") -> list[int]:
         """add_special: with the tokens that the model wants at the start and end of a text (bos, eos).
-        parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens."""
+        parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens.
+        mark: a character that is no part of the text, and keeps a spelling in which it stands from being found."""
         # Halves of surrogate pairs are not text: no encoder takes them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
@@ -49,22 +50,33 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._encode_part(part, at_start, parse_special)
+                ids += self._encode_part(part, at_start, parse_special, mark)
             at_start = False
         end_id = self._vocabulary.end_id
         return [*ids, end_id] if add_special and end_id is not None else ids
 
-    def _encode_part(self, part: str, at_start: bool, parse_special: bool) -> list[int]:
+    def _encode_part(self, part: str, at_start: bool, parse_special: bool, mark: str) -> list[int]:
         """Of a text, what lies between special pieces. at_start: it begins the text."""
-        part = self._vocabulary.normalizer(part)
+        normalized = self._vocabulary.normalizer(part)
+        if mark and mark in part and mark not in normalized:  # gone with all private use: then no special piece counts
+            return self._encode_text(self._with_space(normalized, at_start))
         ids: list[int] = []
-        for piece in self._special.split_normalized(part, control=parse_special):
+        for piece in self._special.split_normalized(normalized, control=parse_special):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids += self._encode_text(self._with_space(piece, at_start))
+                ids += self._encode_marked(self._with_space(piece, at_start), mark)
             at_start = False
         return ids
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        if not mark or mark not in text:
+            return self._encode_text(text)
+        ids = self._encode_text(text.replace(mark, ""))
+        if self._special.ids.isdisjoint(ids):
+            return ids
+        # ordinary pieces can merge into a special one in some vocabularies; not across the mark, then
+        return [id for part in text.split(mark) if part for id in self._encode_text(part)]
 
     def _with_space(self, text: str, at_start: bool) -> str:
         prefix = self._vocabulary.space_prefix
@@ -88,6 +100,18 @@ class Tokenizer:
     def has_piece(self, piece: str) -> bool:
         """Whether one token is spelt so."""
         return piece.encode() in self._vocabulary.pieces
+
+    @property
+    def special_spellings(self) -> tuple[frozenset[str], frozenset[str]]:
+        """How special tokens are spelt: those that `encode` finds if asked to, and those that it finds in any text."""
+
+        def spelt(*types: PieceType) -> frozenset[str]:
+            return frozenset(
+                self._vocabulary.pieces[id].decode(errors="replace") for id in self._vocabulary.ids_of(*types)
+            )
+
+        always = spelt(PieceType.USER_DEFINED)
+        return spelt(PieceType.CONTROL, PieceType.UNKNOWN) - always, always
 
     def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
         """A decoder for tokens as they are generated.
