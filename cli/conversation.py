@@ -71,51 +71,55 @@ class Conversation:
         """Frees the session."""
         self.session.close()
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """The model's answer to a user's turn, in pieces. Both become part of the conversation.
 
+        `session.stop` ends it. It knows of no answer that has yet to begin: `stopped` is asked before the first piece.
         A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace. Raises
         ContextOverflow where the turn does not fit into the context even alone.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
-        reply, reply_tokens = "", list[int]()
-        budget = self.sampling.get("max_tokens")
+        reply = ""
         try:
-            while True:
-                prompt_text, prompt = self._fitting_prompt(len(reply_tokens))
-                options = self.sampling if budget is None else self.sampling | {"max_tokens": budget}
-                generation = self._generation = self.session.generate(prompt + reply_tokens, **options)
-                try:
-                    for piece in generation:
-                        reply += piece
-                        yield piece
-                finally:
-                    reply_tokens += generation.tokens
-                    self._known = self._known_after(prompt_text, prompt, reply, reply_tokens)
-                    self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
-                if budget is not None:
-                    budget -= len(generation.tokens)
-                # the context became full in the middle of the answer: drop the oldest turns, go on
-                if generation.stop_reason != "context" or budget == 0 or not self._forget_oldest():
-                    break
-                self.on_forget(2)
+            prompt_text, prompt = self._fitting_prompt()
+
+            def forget(tokens: list[int]) -> list[int] | None:
+                """The context became full in the middle of the answer: the oldest turns go, and the answer goes on."""
+                nonlocal prompt_text, prompt
+                if not self._forget_oldest():
+                    return None
+                prompt_text, prompt = self._fitting_prompt(len(generation.tokens), forgotten=2)
+                shorter = prompt + generation.tokens
+                return shorter if len(shorter) < len(tokens) else None
+
+            generation = self._generation = self.session.generate(prompt, on_full=forget, **self.sampling)
+            if stopped():
+                generation.cancel()
+            try:
+                for piece in generation:
+                    reply += piece
+                    yield piece
+            finally:
+                self._known = self._known_after(prompt_text, prompt, reply, generation.tokens)
+                self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
         finally:
             if reply:
                 self.messages.append({"role": "assistant", "content": reply})
             else:
                 self.messages = before
 
-    def _fitting_prompt(self, n_reply: int) -> tuple[str, list[int]]:
-        """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer.
+    def _fitting_prompt(self, n_reply: int = 0, forgotten: int = 0) -> tuple[str, list[int]]:
+        """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer, or to
+        go on with an answer that has so many tokens already. So many messages have been forgotten for it before.
 
-        Room is a quarter of the context, or max_tokens if that is less. Once turns have to go, they go until the
-        prompt is down to half of the context: every drop costs a new reading of what is left.
+        Room is a quarter of the context, or what is left of max_tokens if that is less. Once turns have to go, they go
+        until the prompt is down to half of the context: every drop costs a new reading of what is left.
         """
         context = self.model.context
-        room = min(self.sampling.get("max_tokens") or context, context // 4)
+        wanted = (self.sampling.get("max_tokens") or n_reply + context) - n_reply
+        room = min(wanted, context // 4)
         text, tokens = self._prompt()
-        forgotten = 0
         if len(tokens) + n_reply + room > context:
             while len(tokens) + n_reply > context // 2 and self._forget_oldest():
                 forgotten += 2

@@ -172,7 +172,8 @@ class Model:
         messages: dictionaries with "role" and "content", and what else the model's template knows.
         tools: descriptions of functions, for templates that know tools.
         template_variables: what else to tell the template, such as {"enable_thinking": False}.
-        options: those of SamplingOptions.
+        options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
+            `Session.generate`.
 
         Raises ChatTemplateError (a ValueError) if the template refuses, ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for an unknown option, ValueError for a wrong value.
@@ -193,6 +194,9 @@ class Model:
 
     def generate(self, prompt: str | Iterable[int], **options: Any) -> "Generation":
         """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
+
+        options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
+            `Session.generate`.
 
         Raises ContextOverflow (a ValueError) for a prompt that is longer than the context, TypeError for an unknown
         option, ValueError for a wrong value.

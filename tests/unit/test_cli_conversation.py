@@ -81,6 +81,18 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turns() -> 
     assert conversation.stop_reason == "stop"
 
 
+@pytest.mark.parametrize("context", range(91, 96))
+@pytest.mark.parametrize("stop", [(), ("É!",)])
+def test_an_answer_is_one_text_though_turns_are_forgotten_within_it(context: int, stop: tuple[str, ...]) -> None:
+    """Wherever the context becomes full: within a character, or within what ends the answer."""
+    forgotten: list[int] = []
+    conversation = Conversation(make_model(context), on_forget=forgotten.append)
+    say(conversation, "a" * 14)
+    conversation.sampling = {"stop": stop, "max_tokens": 27}
+    assert say(conversation, "é" * 13) == "É" * 12 + ("" if stop else "É!")
+    assert (forgotten, conversation.stop_reason) == ([2], "stop" if stop else "length")
+
+
 def test_an_answer_longer_than_any_room_is_cut() -> None:
     conversation = Conversation(make_model(context=100))
     answer = say(conversation, "x" * 60)
