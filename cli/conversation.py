@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrun.formats.json_file import parse_json
+from qrun.formats.whole_file import make_private_folder, write_whole
+
 if TYPE_CHECKING:
     from qrun.engine import Model
     from qrun.engine.generation.generation import Generation, GenerationStats
@@ -164,12 +167,15 @@ class Conversation:
         return prompt_text + reply, prompt + reply_tokens
 
     def save(self, path: Path) -> list[Path]:
-        """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths."""
+        """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths.
+
+        On OSError each of the files is as it was before, or whole.
+        """
         state = path.with_suffix(".npz")
         text, tokens = self._known
         saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": text, "tokens": tokens}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(saved, ensure_ascii=False, indent=1), encoding="utf-8")
+        make_private_folder(path.parent)
+        write_whole(path, json.dumps(saved, ensure_ascii=False, indent=1), private=True)
         self.session.save(state)
         return [path, state]
 
@@ -179,7 +185,7 @@ class Conversation:
         Raises OSError, or ValueError where the file is no saved conversation; the conversation is unchanged then.
         """
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = parse_json(path, path.read_bytes())
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
             known = (str(saved["text"]), [int(token) for token in saved["tokens"]])
         except (ValueError, KeyError, TypeError) as error:

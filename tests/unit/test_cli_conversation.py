@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,40 @@ def test_a_saved_conversation_goes_on_without_being_read_again(tmp_path: Path) -
     assert text_of(runtime_of(model).evaluated[0]) == "</s>(u)two</s>(a)"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_saved_conversation_is_for_its_owner_alone(tmp_path: Path) -> None:
+    conversation = Conversation(make_model())
+    say(conversation, "one")
+    (tmp_path / "old.json").touch(0o644)
+    before = os.umask(0o022)
+    try:
+        files = conversation.save(tmp_path / "new" / "folder" / "talk.json")
+        files += conversation.save(tmp_path / "old.json")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new", tmp_path / "new" / "folder")} == {0o700}
+
+
+def test_a_conversation_that_cannot_be_saved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(make_model())
+    say(conversation, "one")
+    conversation.save(tmp_path / "talk.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    say(conversation, "two")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError) as caught:
+        conversation.save(tmp_path / "talk.json")
+    assert caught.value.filename == str(tmp_path / "talk.json")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_without_its_state_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
     first = Conversation(make_model())
     say(first, "one")
@@ -175,7 +211,9 @@ def test_without_its_state_a_saved_conversation_is_read_again(tmp_path: Path) ->
         assert second.last_stats is not None and second.last_stats.cached_tokens == 0
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"messages": [1], "text": "", "tokens": []}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"messages": [1], "text": "", "tokens": []}', "\udcff", "[" * 10**5]
+)
 def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str) -> None:
     path = tmp_path / "talk.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
