@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
     """Talk with a model.
 
     Without MODEL, with the default one, which is fetched when it is first needed. At a terminal, /help lists the
-    commands and Ctrl-C stops an answer. Where standard input is not a terminal, each line is a turn and only the
-    answers are printed.
+    commands and Ctrl-C stops an answer. Where standard input or output is not a terminal, each line is a turn and only
+    the answers are printed.
 
     What is not given comes from the catalog for its models (a system prompt and sampling that suit them),
     else from the file's metadata, else it is as shown below.
@@ -54,7 +55,7 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
-            if sys.stdin.isatty():
+            if sys.stdin.isatty() and sys.stdout.isatty():
                 from qrun.cli.repl import Repl
 
                 Repl(conversation).run()
@@ -64,9 +65,11 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
 
 def answer_lines(conversation: Conversation) -> None:
     """Takes each line of standard input as a turn; prints the answers."""
-    for line in sys.stdin:
+    from qrun.cli.console import stdin_lines
+
+    for line in stdin_lines():
         if not line.strip():
             continue
-        for piece in conversation.answer(line.rstrip("\n")):
-            click.echo(piece, nl=False)
-        click.echo()
+        for piece in conversation.answer(line):
+            echo(piece, nl=False)
+        echo()
