@@ -27,8 +27,8 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
     commands and Ctrl-C stops an answer. Where standard input or output is not a terminal, each line is a turn and only
     the answers are printed.
 
-    What is not given comes from the catalog for its models (a system prompt and sampling that suit them),
-    else from the file's metadata, else it is as shown below.
+    What is not given comes from the catalog for its models (a system prompt and sampling that suit them), however
+    their file is named, else from the file's metadata, else it is as shown below.
 
     \b
     Examples:
@@ -41,13 +41,10 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
     from qrun.cli.console import notice
     from qrun.cli.conversation import Conversation
     from qrun.cli.loading import default_model, load_model, with_tokenizer
-    from qrun.models.catalog import catalog_entry
 
-    name = model or default_model()
-    if entry := catalog_entry(name):
-        system = entry.system if system is None else system
-        sampling = {**entry.sampling, **sampling}
-    with load_model(name, loading) as loaded:
+    with load_model(model or default_model(), loading) as loaded:
+        system = loaded.chat_system if system is None else system
+        sampling = {**loaded.chat_sampling, **sampling}
         if text := with_tokenizer(loaded).chat_notice:
             notice(text)
 

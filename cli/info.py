@@ -58,7 +58,7 @@ def command(
       qrun info adapter.gguf
       qrun info model.gguf --json
     """
-    from qrun.cli.loading import find_model
+    from qrun.cli.loading import find_model, show_context_notice
     from qrun.cli.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
@@ -77,6 +77,7 @@ def command(
             unsupported, graph = error, None
         if graph is not None:
             context = ctx or graph.context_length
+            show_context_notice(graph, context)
             file_bytes = facts["file_bytes"] + sum(lora.path.stat().st_size for lora in loras)
             needs = {kind: memory_needed(graph, file_bytes, context, kind) for kind in CACHE_TYPES}
             has = memory()

@@ -58,7 +58,7 @@ def command(
     with load_model(model, loading) as loaded:
         with_tokenizer(loaded)
         if chat:
-            messages = [{"role": "system", "content": system}] if system else []
+            messages = [] if system is None else [{"role": "system", "content": system}]
             generation = loaded.chat([*messages, {"role": "user", "content": prompt}], **sampling)
         elif special:
             generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **sampling)

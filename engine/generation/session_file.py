@@ -20,16 +20,12 @@ from typing import IO
 import numpy as np
 
 from qrun.formats import FormatError
+from qrun.formats.samples import samples
 from qrun.formats.whole_file import whole_file
 
 _FORMAT = "qrun session "
 _MAGIC = _FORMAT + "3"
 _STATE_PREFIX = "kv_"
-
-# How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has
-# the same shapes and size, and other weights all over), little enough to take no time.
-_N_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,8 @@ def model_fingerprint(files: Sequence[Path], description: str) -> str:
     """
     digest = hashlib.sha256(description.encode())
     for path in files:
-        size = os.path.getsize(path)
-        digest.update(size.to_bytes(8, "little"))
-        with open(path, "rb") as file:
-            for i in range(_N_SAMPLES):
-                file.seek(size * i // _N_SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
+        for sample in samples(path):
+            digest.update(sample)
     return digest.hexdigest()
 
 

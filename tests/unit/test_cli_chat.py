@@ -29,7 +29,6 @@ from qrun.cli.conversation import Conversation
 from qrun.cli.editor import LineEditor
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 Line = str | type[BaseException]
 
@@ -411,7 +410,7 @@ def test_the_default_model_is_used_and_fetched_once(pipe, monkeypatch: pytest.Mo
     assert source == "SmolLM2-135M-Instruct"
 
 
-def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_s_own_settings_are_used_unless_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[str | None, dict[str, object]]] = []
 
     class Silent(Conversation):
@@ -420,14 +419,21 @@ def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: py
             super().__init__(model, system, {}, on_forget)
 
     monkeypatch.setattr("qrun.cli.conversation.Conversation", Silent)
-    monkeypatch.setattr(loading, "load_model", lambda source, options: make_model())
+    model = make_model()
+    monkeypatch.setattr(loading, "load_model", lambda source, options: model)
     runner = CliRunner()
-    runner.invoke(cli, ["chat", "smollm2-135m-instruct"], input="")
-    runner.invoke(cli, ["chat", "smollm2-135m-instruct", "--system", "", "--temperature", "1"], input="")
     runner.invoke(cli, ["chat", "fake.gguf"], input="")
-    assert begun[0] == (CATALOG[DEFAULT_MODEL].system, CATALOG[DEFAULT_MODEL].sampling)
-    assert begun[1] == ("", {**CATALOG[DEFAULT_MODEL].sampling, "temperature": 1.0})
-    assert begun[2] == (None, {})
+    model = make_model()
+    model.chat_system, model.chat_sampling = "be kind", {"temperature": 0.1, "top_p": 0.9}
+    runner.invoke(cli, ["chat", "fake.gguf"], input="")
+    model = make_model()
+    model.chat_system, model.chat_sampling = "be kind", {"temperature": 0.1, "top_p": 0.9}
+    runner.invoke(cli, ["chat", "fake.gguf", "--system", "", "--temperature", "1"], input="")
+    assert begun == [
+        (None, {}),
+        ("be kind", {"temperature": 0.1, "top_p": 0.9}),
+        ("", {"temperature": 1.0, "top_p": 0.9}),
+    ]
 
 
 def test_a_long_prompt_says_how_much_of_it_is_read(
