@@ -49,6 +49,8 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
             notice(text)
 
         def on_forget(n_messages: int) -> None:
+            if conversation.answering and sys.stderr.isatty():
+                echo(err=True)  # where the text of the answer stands
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
@@ -57,6 +59,8 @@ def command(model: str | None, system: str | None, loading: dict[str, Any], samp
 
                 Repl(conversation).run()
             else:
+                if sys.stdin.isatty():
+                    notice("standard output is no terminal: each line that you type is a turn, and Ctrl-D ends")
                 answer_lines(conversation)
 
 

@@ -51,6 +51,11 @@ class Conversation:
         return self.messages[0]["content"] if self._first_turn else None
 
     @property
+    def answering(self) -> bool:
+        """Whether an answer is under way, and some of its text has come."""
+        return self._generation is not None and self._generation.stop_reason is None and bool(self._generation.text)
+
+    @property
     def prompt_progress(self) -> tuple[int, int]:
         """Tokens of the newest prompt that have been read, and all of them."""
         return self._generation.prompt_progress if self._generation else (0, 0)
@@ -172,10 +177,12 @@ class Conversation:
         On OSError each of the files is as it was before, or whole.
         """
         state = path.with_suffix(".npz")
-        text, tokens = self._known
-        saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": text, "tokens": tokens}
+        known_text, known_tokens = self._known
+        saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": known_text, "tokens": known_tokens}
         make_private_folder(path.parent)
-        write_whole(path, json.dumps(saved, ensure_ascii=False, indent=1), private=True)
+        # halves of surrogate pairs, which a terminal of another encoding may give, are written as JSON's \uXXXX
+        text = json.dumps(saved, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+        write_whole(path, text, private=True)
         self.session.save(state)
         return [path, state]
 

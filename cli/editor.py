@@ -95,13 +95,12 @@ def _keys() -> KeyBindings:
 @contextmanager
 def _interruptible(terminal: int) -> Iterator[None]:
     """A terminal that makes a signal of Ctrl-C, and hands out what was typed before without waiting for Enter."""
-    try:
-        import termios
-
-        before = termios.tcgetattr(terminal)
-    except (ImportError, termios.error):  # Windows, where nothing has to be changed for that; or no terminal
+    if os.name != "posix" or not os.isatty(terminal):  # Windows needs no change for that
         yield
         return
+    import termios
+
+    before = termios.tcgetattr(terminal)
     changed = termios.tcgetattr(terminal)
     changed[3] = changed[3] & ~termios.ICANON | termios.ISIG
     termios.tcsetattr(terminal, termios.TCSANOW, changed)

@@ -181,6 +181,7 @@ class Repl:
         finally:
             self._doing = ""
         if not line:
+            echo()
             raise EOFError
         return line
 

@@ -223,7 +223,7 @@ def test_a_terminal_without_escape_sequences_is_sent_none(
     monkeypatch.setattr("sys.stdin", Keyboard())
     Repl(Conversation(make_model())).run()
     printed = capsys.readouterr()
-    assert printed.out.partition("\n")[2] == "> HELLO!\n> To leave: /exit or Ctrl-D.\n> YOU!\n> "
+    assert printed.out.partition("\n")[2] == "> HELLO!\n> To leave: /exit or Ctrl-D.\n> YOU!\n> \n"
     assert printed.err == ""
 
 

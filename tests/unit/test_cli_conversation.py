@@ -83,16 +83,22 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turns() -> 
     assert conversation.stop_reason == "stop"
 
 
-@pytest.mark.parametrize("context", range(91, 96))
+@pytest.mark.parametrize("context", range(93, 96))
 @pytest.mark.parametrize("stop", [(), ("É!",)])
 def test_an_answer_is_one_text_though_turns_are_forgotten_within_it(context: int, stop: tuple[str, ...]) -> None:
     """Wherever the context becomes full: within a character, or within what ends the answer."""
     forgotten: list[int] = []
-    conversation = Conversation(make_model(context), on_forget=forgotten.append)
+
+    def on_forget(n: int) -> None:
+        forgotten.append(n)
+        assert conversation.answering
+
+    conversation = Conversation(make_model(context), on_forget=on_forget)
     say(conversation, "a" * 14)
     conversation.sampling = {"stop": stop, "max_tokens": 27}
     assert say(conversation, "é" * 13) == "É" * 12 + ("" if stop else "É!")
     assert (forgotten, conversation.stop_reason) == ([2], "stop" if stop else "length")
+    assert not conversation.answering
 
 
 def test_an_answer_longer_than_any_room_is_cut() -> None:
@@ -197,6 +203,14 @@ def test_a_conversation_that_cannot_be_saved_leaves_the_old_one(
         conversation.save(tmp_path / "talk.json")
     assert caught.value.filename == str(tmp_path / "talk.json")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_conversation_with_what_is_no_text_can_be_saved(tmp_path: Path) -> None:
+    first = Conversation(make_model(), system="from a terminal of another encoding: \udcff")
+    first.save(tmp_path / "talk.json")
+    second = Conversation(make_model())
+    second.load(tmp_path / "talk.json")
+    assert second.messages == first.messages
 
 
 def test_without_its_state_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
