@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
@@ -16,6 +15,7 @@ from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
+from qrun.cli.interrupts import Interrupts
 from qrun.formats.whole_file import make_private_folder
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class LineEditor:
     """Called, it asks for one line: KeyboardInterrupt on Ctrl-C, EOFError on Ctrl-D.
 
     While it has the terminal, Ctrl-C is a key like others, and no signal. One that comes after Enter, before the
-    terminal is given back, is not for this line but for what the line sets going: it sets `interrupted`.
+    terminal is given back, is not for this line but for what the line sets going: `interrupts` notes it.
     """
 
-    def __init__(self, words: Sequence[str], history: Path, interrupted: Event) -> None:
-        self._interrupted = interrupted
+    def __init__(self, words: Sequence[str], history: Path, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
         self._session: PromptSession[str] = PromptSession(
             history=_history(history),
             completer=WordCompleter(list(words), sentence=True),
@@ -39,14 +39,20 @@ class LineEditor:
         )
 
     def __call__(self) -> str:
-        line = self._session.prompt("> ", pre_run=self._interrupted.clear)
+        line = self._session.prompt("> ", pre_run=self._begin)
         keys = self._typed_ahead()
-        interrupts = [i for i, key in enumerate(keys) if key.key in (Keys.ControlC, Keys.SIGINT)]
-        if interrupts:
-            self._interrupted.set()
-            del keys[: interrupts[-1] + 1]  # as the terminal itself forgets what was typed before Ctrl-C
+        late = [i for i, key in enumerate(keys) if key.key in (Keys.ControlC, Keys.SIGINT)]
+        if late:
+            self._interrupts.noted = True
+            del keys[: late[-1] + 1]  # as the terminal itself forgets what was typed before Ctrl-C
         store_typeahead(self._session.input, keys)
         return line
+
+    def _begin(self) -> None:
+        """What was noted while the editor got ready is for this line."""
+        if self._interrupts.noted:
+            self._interrupts.noted = False
+            self._session.app.exit(exception=KeyboardInterrupt())
 
     def _typed_ahead(self) -> list[KeyPress]:
         """The keys after Enter that the terminal did not take as a line of its own."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event
-from types import FrameType
 
 from qrun.cli.console import echo, rewritable, while_reading
 from qrun.cli.conversation import Conversation
+from qrun.cli.interrupts import Interrupts
 from qrun.models.store import home
 
 SLASH_COMMAND = re.compile(r"^/([a-z]+)(?:\s+(.*))?$", re.DOTALL)
@@ -30,10 +27,7 @@ class Repl:
 
     def __init__(self, conversation: Conversation, read: Callable[[], str] | None = None) -> None:
         self.conversation = conversation
-        self._interrupted = Event()
-        """Whether Ctrl-C came since the last line was finished."""
-        self._doing = ""
-        """What Ctrl-C is for: an "answer", a "command", or nothing."""
+        self._interrupts = Interrupts()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "show these commands", self._help),
             "system": ("[TEXT]", "show the system prompt, or set it (- removes it)", self._system),
@@ -49,14 +43,14 @@ class Repl:
         """The loop itself."""
         model = self.conversation.model
         echo(f"{model.path.name}, {model.context} tokens of context. /help lists the commands.")
-        with self._heeding_interrupts():
+        with self._interrupts.heeded():
             while self._turn():
                 pass
 
     def _turn(self) -> bool:
         """One line, and what it asks for; False if the user leaves."""
         try:
-            self._interrupted.clear()
+            self._interrupts.noted = False
             line = self._read().strip()
         except KeyboardInterrupt:
             echo("To leave: /exit or Ctrl-D.")
@@ -64,10 +58,7 @@ class Repl:
         except EOFError:
             return False
         try:
-            try:
-                self._take(line)
-            finally:
-                self._doing = ""
+            self._take(line)
         except Leave:
             return False
         except KeyboardInterrupt:
@@ -78,46 +69,25 @@ class Repl:
             echo(f"qrun: {one_line(error)}", err=True)
         return True
 
-    @contextmanager
-    def _heeding_interrupts(self) -> Iterator[None]:
-        """Ctrl-C stops an answer; a second one, or one during a command, interrupts. Any other is only noted: for the
-        answer that is about to begin."""
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            again = self._interrupted.is_set()
-            self._interrupted.set()
-            if self._doing == "answer":
-                self.conversation.session.stop()
-            if self._doing == "command" or (self._doing == "answer" and again):
-                self._doing = ""
-                raise KeyboardInterrupt
-
-        before = signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
     def _take(self, line: str) -> None:
         match = SLASH_COMMAND.match(line)
         if match is None:
             if line:
                 self._answer(line)
         elif match[1] in self.commands:
-            self._doing = "command"
-            self.commands[match[1]][2]((match[2] or "").strip())
+            with self._interrupts.raised():
+                self.commands[match[1]][2]((match[2] or "").strip())
         else:
             echo(f"There is no command /{match[1]}; /help lists them.")
 
     def _answer(self, text: str) -> None:
-        conversation = self.conversation
-        self._doing = "answer"
-        with while_reading(lambda: conversation.prompt_progress) as begun:
-            for piece in conversation.answer(text, self._interrupted.is_set):
+        conversation, interrupts = self.conversation, self._interrupts
+        reading = while_reading(lambda: conversation.prompt_progress)
+        with interrupts.stopping(conversation.session.stop), reading as begun:
+            for piece in conversation.answer(text, lambda: interrupts.noted):
                 if piece:
                     begun()
                     echo(piece, nl=False)
-        self._doing = ""
         echo()
         if conversation.stop_reason == "cancelled":
             echo("[stopped]")
@@ -174,12 +144,9 @@ class Repl:
 
     def _plain_line(self) -> str:
         """A line of a terminal that knows no escape sequences, which has an editor of its own."""
-        self._doing = "command"
-        try:
+        with self._interrupts.raised():
             echo("> ", nl=False)
             line = sys.stdin.readline()
-        finally:
-            self._doing = ""
         if not line:
             echo()
             raise EOFError
@@ -190,7 +157,7 @@ class Repl:
             return self._plain_line
         from qrun.cli.editor import LineEditor
 
-        return LineEditor([f"/{name}" for name in self.commands], home() / "history", self._interrupted)
+        return LineEditor([f"/{name}" for name in self.commands], home() / "history", self._interrupts)
 
     def _exit(self, argument: str) -> None:
         raise Leave

@@ -27,6 +27,7 @@ from qrun.cli import console, loading
 from qrun.cli.chat import answer_lines
 from qrun.cli.conversation import Conversation
 from qrun.cli.editor import LineEditor
+from qrun.cli.interrupts import Interrupts
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl
 
@@ -231,31 +232,43 @@ def test_a_terminal_without_escape_sequences_is_sent_none(
 
 
 @pytest.fixture
-def editing(tmp_path: Path) -> Iterator[tuple[LineEditor, threading.Event, Callable[[str], None]]]:
-    """An editor, its event, and what types for it."""
+def editing(tmp_path: Path) -> Iterator[tuple[LineEditor, Interrupts, Callable[[str], None]]]:
+    """An editor, what notes Ctrl-C for it, and what types for it."""
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
-        interrupted = threading.Event()
-        yield LineEditor(["/help"], tmp_path / "home" / "history", interrupted), interrupted, keyboard.send_text
+        interrupts = Interrupts()
+        yield LineEditor(["/help"], tmp_path / "home" / "history", interrupts), interrupts, keyboard.send_text
 
 
 def test_ctrl_c_right_after_enter_is_for_the_answer_and_not_for_the_next_line(editing: Any) -> None:
-    editor, interrupted, type_text = editing
+    editor, interrupts, type_text = editing
     type_text("hello\r\x03you\r")
     assert editor() == "hello"
-    assert interrupted.is_set()
+    assert interrupts.noted
+    interrupts.noted = False
     assert editor() == "you"
-    assert not interrupted.is_set()
+    assert not interrupts.noted
+
+
+def test_ctrl_c_while_the_editor_gets_ready_is_for_its_line(editing: Any) -> None:
+    editor, interrupts, type_text = editing
+    interrupts.noted = True
+    with pytest.raises(KeyboardInterrupt):
+        editor()
+    assert not interrupts.noted
+    type_text("hello\r")
+    assert editor() == "hello"
 
 
 def test_what_is_typed_ahead_is_kept_up_to_ctrl_c(editing: Any) -> None:
-    editor, interrupted, type_text = editing
+    editor, interrupts, type_text = editing
     type_text("one\rtwo\rthr\x03four\r")
     assert editor() == "one"
-    assert interrupted.is_set()
+    assert interrupts.noted
+    interrupts.noted = False
     assert editor() == "four"  # as a terminal forgets what was typed before Ctrl-C
     type_text("five\rsix\r")
     assert [editor(), editor()] == ["five", "six"]
-    assert not interrupted.is_set()
+    assert not interrupts.noted
 
 
 def test_ctrl_c_and_ctrl_d_at_the_prompt(editing: Any) -> None:
@@ -296,7 +309,7 @@ def test_a_history_that_cannot_be_kept_does_not_matter(tmp_path: Path, fault: st
     else:
         path.mkdir()
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
-        editor = LineEditor([], path, threading.Event())
+        editor = LineEditor([], path, Interrupts())
         keyboard.send_text("hello\ryou\r")
         assert [editor(), editor()] == ["hello", "you"]
 
