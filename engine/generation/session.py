@@ -163,7 +163,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a file, from which `load` gets it back, in this model or another loaded from the
         same file with the same cache type. Written under another name first, so that a failure (OSError) leaves what
-        was there before."""
+        was there before. Nobody but the file's owner can read it."""
         from qrun.engine.generation import session_file  # not for those who save nothing: it takes 10 ms
 
         host, cache = self._host, self._cache

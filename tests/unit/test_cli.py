@@ -245,12 +245,10 @@ def in_shell(command: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell")
-@pytest.mark.parametrize("command", ["list --json", "--help", "completion fish"])
-def test_closed_streams_are_as_the_null_device(command: str) -> None:
-    status, out, err = in_shell(f"qrun {command}")
-    assert (status, err) == (0, "") and out
-    assert in_shell(f"qrun {command} <&- 2>&-") == (0, out, "")
-    assert in_shell(f"qrun {command} >&-") == (0, "", "")
+def test_closed_streams_are_as_the_null_device() -> None:
+    assert in_shell("qrun list --json <&- 2>&-") == (0, "[]\n", "")
+    assert in_shell("qrun list --json >&-") == (0, "", "")
+    assert in_shell("qrun --help >&- 2>&-") == (0, "", "")
     assert in_shell("qrun info nowhere <&- >&-") == (1, "", "qrun: nowhere: " + NOWHERE)
     assert in_shell("qrun info nowhere 2>&-") == (1, "", "")
 
@@ -259,21 +257,17 @@ NOWHERE = "no such file, and no model of this name (see: qrun list)\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("command", ["list --json", "--help", "completion fish", "--version"])
-def test_a_full_disk_behind_standard_output_is_one_line(command: str) -> None:
-    status, _, err = in_shell(f"qrun {command} > /dev/full")
-    assert (status, err.splitlines()) in [
-        (1, ["qrun: standard output: No space left on device"]),
-        (1, ["qrun: No space left on device"]),  # what click prints
-    ]
-    assert in_shell(f"qrun {command} > /dev/full 2>&1") == (1, "", "")
-    assert in_shell(f"qrun {command} 2> /dev/full")[0] == 0
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    assert in_shell("qrun list --json > /dev/full") == (1, "", "qrun: standard output: No space left on device\n")
+    assert in_shell("qrun --help > /dev/full") == (1, "", "qrun: No space left on device\n")  # what click prints
+    assert in_shell("qrun list --json > /dev/full 2>&1") == (1, "", "")
+    assert in_shell("qrun list 2> /dev/full") == (0, "", "")
     assert in_shell("qrun info nowhere 2> /dev/full") == (1, "", "")
     assert in_shell("qrun nonsense 2> /dev/full") == (2, "", "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
-@pytest.mark.parametrize("command", ["list --json", "--help", "chat --help", "--version"])
+@pytest.mark.parametrize("command", ["list --json", "--help"])
 def test_a_reader_that_leaves_early_is_no_error(command: str) -> None:
     assert in_shell(f"set -o pipefail; qrun {command} | true") == (READER_LEFT, "", "")
     assert in_shell("qrun chat --help | head -n 1") == (0, "Usage: qrun chat [OPTIONS] [MODEL]\n", "")
