@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ def command(
         if bandwidth and gen:
             best |= memory_share(runtime, best[f"tg{gen}"], depth + gen / 2)
     if as_json:
-        click.echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
+        echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
         return
     for name, speed in best.items():
         if name not in ("memory", "share"):
-            click.echo(f"{name:<10}{speed:>10.2f} tokens/s")
+            echo(f"{name:<10}{speed:>10.2f} tokens/s")
     if "share" in best:
-        click.echo(f"memory    {best['memory']:>10.2f} GB/s, of which tg{gen} uses {best['share']:.0%}")
-    click.echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
+        echo(f"memory    {best['memory']:>10.2f} GB/s, of which tg{gen} uses {best['share']:.0%}")
+    echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
 
 
 def memory_share(runtime: Runtime, speed: float, position: float) -> dict[str, float]:

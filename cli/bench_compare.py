@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.plot import check_plot, new_figure, save
 from qrun.models.interpreter import interpreter
 
@@ -145,7 +146,7 @@ def report(task: Task, peers: list[Peer], threads: list[int], plot: str | None, 
     rows = compare(task, peers, threads)
     if plot:
         draw(task, rows, plot)
-    click.echo(json.dumps(asdict(task) | {"results": rows}) if as_json else table(task, rows))
+    echo(json.dumps(asdict(task) | {"results": rows}) if as_json else table(task, rows))
 
 
 def table(task: Task, rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ def command(
     """Talk with a model.
 
     Without MODEL, with the default one, which is fetched when it is first needed. At a terminal, /help lists the
-    commands and Ctrl-C stops an answer. Where standard input is not a terminal, each line is a turn and only the
-    answers are printed.
+    commands and Ctrl-C stops an answer. Where standard input or output is not a terminal, each line is a turn and only
+    the answers are printed.
 
-    What is not given comes from the catalog for its models (a system prompt and sampling that suit them),
-    else from the file's metadata, else it is as shown below.
+    What is not given comes from the catalog for its models (a system prompt and sampling that suit them), however
+    their file is named, else from the file's metadata, else it is as shown below.
 
     \b
     Examples:
@@ -43,34 +44,37 @@ def command(
     from qrun.cli.console import notice
     from qrun.cli.conversation import Conversation
     from qrun.cli.loading import default_model, load_model, with_tokenizer
-    from qrun.models.catalog import catalog_entry
 
-    name = model or default_model()
-    if entry := catalog_entry(name):
-        system = entry.system if system is None else system
-        sampling = {**entry.sampling, **sampling}
-    with load_model(name, loading) as loaded:
+    with load_model(model or default_model(), loading) as loaded:
+        system = loaded.chat_system if system is None else system
+        sampling = {**loaded.chat_sampling, **sampling}
         if text := with_tokenizer(loaded).chat_notice:
             notice(text)
 
         def on_forget(n_messages: int) -> None:
+            if conversation.answering and sys.stderr.isatty():
+                echo(err=True)  # where the text of the answer stands
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
             conversation.special_tokens_in_messages = special
-            if sys.stdin.isatty():
+            if sys.stdin.isatty() and sys.stdout.isatty():
                 from qrun.cli.repl import Repl
 
                 Repl(conversation).run()
             else:
+                if sys.stdin.isatty():
+                    notice("standard output is no terminal: each line that you type is a turn, and Ctrl-D ends")
                 answer_lines(conversation)
 
 
 def answer_lines(conversation: Conversation) -> None:
     """Takes each line of standard input as a turn; prints the answers."""
-    for line in sys.stdin:
+    from qrun.cli.console import stdin_lines
+
+    for line in stdin_lines():
         if not line.strip():
             continue
-        for piece in conversation.answer(line.rstrip("\n")):
-            click.echo(piece, nl=False)
-        click.echo()
+        for piece in conversation.answer(line):
+            echo(piece, nl=False)
+        echo()

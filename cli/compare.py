@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from qrun.cli.comparison import Comparison, Measured
+from qrun.cli.console import echo
 from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def command(
         from qrun.cli.compare_plot import draw
 
         draw(comparison, plot)
-    click.echo(json.dumps(as_object(comparison)) if as_json else table(comparison))
+    echo(json.dumps(as_object(comparison)) if as_json else table(comparison))
 
 
 def compare(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from qrun.cli.console import echo
+
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_QRUN_COMPLETE"  # the variable that click looks for in a program called qrun
 
@@ -26,4 +28,4 @@ def command(shell: str) -> None:
     completer = get_completion_class(shell)
     assert completer is not None
     # the base class's source(): bash's own begins by running bash to see how old it is
-    click.echo(ShellComplete.source(completer(cli, {}, "qrun", VARIABLE)))
+    echo(ShellComplete.source(completer(cli, {}, "qrun", VARIABLE)))

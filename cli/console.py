@@ -1,19 +1,20 @@
-"""What commands say beside their results: progress and notices, always on standard error."""
+"""Standard input, output and error: the one way out of everything that commands print, progress and notices."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, Self
-
-import click
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
 
 class Update(Protocol):
     """How far something is: steps done, all of them, and a word on what came of it so far."""
@@ -21,23 +22,117 @@ class Update(Protocol):
     def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
 
 
+READER_LEFT = 141
+"""The exit status when whoever reads standard output has gone: that of a program that SIGPIPE ends, 128 + 13."""
+
+
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Prints a text and, with `nl`, a newline, to standard output or error.
+
+    Everything that is printed goes through here: at a terminal without its control characters, to anything else as it
+    is. Raises OSError, naming standard output, where that takes no more (SystemExit with READER_LEFT where its reader
+    has gone). What standard error does not take is lost: nobody could be told.
+    """
+    stream = sys.stderr if err else sys.stdout
+    words = printable(str(text)) if stream.isatty() else str(text)
+    _write(stream, words + "\n" * nl)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        _discard(stream)
+        if stream is sys.stderr:
+            return
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(READER_LEFT) from None
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _discard(stream: TextIO) -> None:
+    """Lets go what a stream has not written, and all that comes: the interpreter would try again as it ends, and say
+    so."""
+    with suppress(OSError):  # no file behind it
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, stream.fileno())
+        finally:
+            os.close(null)
+
+
+def open_standard_streams() -> None:
+    """Has all three: one that is closed (`<&-`, or a service's) becomes the null device, before any other file gets its
+    number. What their encodings lack becomes "?", not an error."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 - open as long as the process
+            with suppress(OSError):
+                os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def flush_standard_output() -> None:
+    """Writes what is left. Raises as `echo` does."""
+    _write(sys.stdout, "")
+
+
 def notice(text: str) -> None:
     """A line for the user that is no part of the result."""
-    click.echo(f"qrun: {text}", err=True)
+    echo(f"qrun: {text}", err=True)
 
 
 def read_stdin() -> str:
     """All of standard input, byte for byte: unlike text mode, this translates no newlines."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace")
+    with _naming_standard_input():
+        return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input as they come, without their ends."""
+    while True:
+        with _naming_standard_input():
+            line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+@contextmanager
+def _naming_standard_input() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a folder, or a file that is open for writing only
+        raise OSError(error.errno, error.strerror, "standard input") from None
 
 
 def printable(text: str) -> str:
-    """The text without control characters: what a model or its file holds must not steer the terminal."""
+    """The text without control characters: what a model or its file holds must not steer the terminal.
+
+    Of an escape sequence the visible rest stays. One at a time, so that it does not matter how a text was cut into
+    pieces.
+    """
     return text.translate(_CONTROLS)
 
 
 # all of C0 but tab and newline, DEL, and C1
 _CONTROLS = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def rewritable(stream: TextIO) -> bool:
+    """Whether lines can be rewritten there: it is a terminal, and knows escape sequences."""
+    kind = os.environ.get("TERM", "" if os.name == "posix" else "windows")
+    return stream.isatty() and kind not in ("", "dumb", "unknown")
+
+
+def status_line(text: str) -> None:
+    """Rewrites the line that standard error stands at, which is `rewritable`; "" clears it."""
+    width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+    _write(sys.stderr, "\r\033[K" + printable(text)[: max(width, 0)])
 
 
 def human_bytes(count: float) -> str:
@@ -78,7 +173,7 @@ class DownloadBar:
         if not self.begun:
             self.begun = True
             notice(self._announcement)
-            if sys.stderr.isatty():
+            if rewritable(sys.stderr):
                 self._bar = self._started_bar()
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
@@ -103,7 +198,7 @@ class DownloadBar:
 @contextmanager
 def step_bar(description: str) -> Iterator[Update]:
     """A bar for steps with the time that remains; nothing where standard error is no terminal."""
-    if not sys.stderr.isatty():
+    if not rewritable(sys.stderr):
         yield lambda done, total, note="": None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -127,13 +222,13 @@ class CompileProgress:
     def __call__(self, done: int, total: int) -> None:
         if total <= 0:
             return
-        if not sys.stderr.isatty():
+        if not rewritable(sys.stderr):
             if not self._announced:
                 notice(f"compiling {total} kernel{'s' * (total > 1)} for this CPU (once)")
         elif done < total:
-            click.echo(f"\r\033[Kcompiling kernels for this CPU  {done}/{total}", nl=False, err=True)
+            status_line(f"compiling kernels for this CPU  {done}/{total}")
         else:
-            click.echo("\r\033[K", nl=False, err=True)
+            status_line("")
         self._announced = True
 
 
@@ -149,7 +244,7 @@ def while_reading(progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[
     Yields a function to be called when the answer begins.
     """
     finished = threading.Event()
-    if not sys.stderr.isatty():
+    if not rewritable(sys.stderr):
         yield finished.set
         return
     started = time.monotonic()
@@ -159,8 +254,8 @@ def while_reading(progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[
             return
         while not finished.wait(0.25):
             (done, total), seconds = progress(), time.monotonic() - started
-            click.echo(f"\r\033[Kreading the prompt  {done}/{total} tokens, {seconds:.0f} s", nl=False, err=True)
-        click.echo("\r\033[K", nl=False, err=True)
+            status_line(f"reading the prompt  {done}/{total} tokens, {seconds:.0f} s")
+        status_line("")
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

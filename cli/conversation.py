@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.engine.text.prompt import after, encode_prompt, marked
+from qrun.formats.json_file import parse_json
+from qrun.formats.whole_file import make_private_folder, write_whole
 
 if TYPE_CHECKING:
     from qrun.engine import Model
@@ -51,6 +53,11 @@ class Conversation:
         return self.messages[0]["content"] if self._first_turn else None
 
     @property
+    def answering(self) -> bool:
+        """Whether an answer is under way, and some of its text has come."""
+        return self._generation is not None and self._generation.stop_reason is None and bool(self._generation.text)
+
+    @property
     def prompt_progress(self) -> tuple[int, int]:
         """Tokens of the newest prompt that have been read, and all of them."""
         return self._generation.prompt_progress if self._generation else (0, 0)
@@ -74,51 +81,55 @@ class Conversation:
         """Frees the session."""
         self.session.close()
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """The model's answer to a user's turn, in pieces. Both become part of the conversation.
 
+        `session.stop` ends it. It knows of no answer that has yet to begin: `stopped` is asked before the first piece.
         A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace. Raises
         ContextOverflow where the turn does not fit into the context even alone.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
-        reply, reply_tokens = "", list[int]()
-        budget = self.sampling.get("max_tokens")
+        reply = ""
         try:
-            while True:
-                prompt_text, prompt = self._fitting_prompt(len(reply_tokens))
-                options = self.sampling if budget is None else self.sampling | {"max_tokens": budget}
-                generation = self._generation = self.session.generate(prompt + reply_tokens, **options)
-                try:
-                    for piece in generation:
-                        reply += piece
-                        yield piece
-                finally:
-                    reply_tokens += generation.tokens
-                    self._known = self._known_after(prompt_text, prompt, reply, reply_tokens)
-                    self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
-                if budget is not None:
-                    budget -= len(generation.tokens)
-                # the context became full in the middle of the answer: drop the oldest turns, go on
-                if generation.stop_reason != "context" or budget == 0 or not self._forget_oldest():
-                    break
-                self.on_forget(2)
+            prompt_text, prompt = self._fitting_prompt()
+
+            def forget(tokens: list[int]) -> list[int] | None:
+                """The context became full in the middle of the answer: the oldest turns go, and the answer goes on."""
+                nonlocal prompt_text, prompt
+                if not self._forget_oldest():
+                    return None
+                prompt_text, prompt = self._fitting_prompt(len(generation.tokens), forgotten=2)
+                shorter = prompt + generation.tokens
+                return shorter if len(shorter) < len(tokens) else None
+
+            generation = self._generation = self.session.generate(prompt, on_full=forget, **self.sampling)
+            if stopped():
+                generation.cancel()
+            try:
+                for piece in generation:
+                    reply += piece
+                    yield piece
+            finally:
+                self._known = self._known_after(prompt_text, prompt, reply, generation.tokens)
+                self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
         finally:
             if reply:
                 self.messages.append({"role": "assistant", "content": reply})
             else:
                 self.messages = before
 
-    def _fitting_prompt(self, n_reply: int) -> tuple[str, list[int]]:
-        """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer.
+    def _fitting_prompt(self, n_reply: int = 0, forgotten: int = 0) -> tuple[str, list[int]]:
+        """The prompt's text and tokens, after dropping the oldest turns where it would leave no room to answer, or to
+        go on with an answer that has so many tokens already. So many messages have been forgotten for it before.
 
-        Room is a quarter of the context, or max_tokens if that is less. Once turns have to go, they go until the
-        prompt is down to half of the context: every drop costs a new reading of what is left.
+        Room is a quarter of the context, or what is left of max_tokens if that is less. Once turns have to go, they go
+        until the prompt is down to half of the context: every drop costs a new reading of what is left.
         """
         context = self.model.context
-        room = min(self.sampling.get("max_tokens") or context, context // 4)
+        wanted = (self.sampling.get("max_tokens") or n_reply + context) - n_reply
+        room = min(wanted, context // 4)
         text, tokens = self._prompt()
-        forgotten = 0
         if len(tokens) + n_reply + room > context:
             while len(tokens) + n_reply > context // 2 and self._forget_oldest():
                 forgotten += 2
@@ -166,12 +177,17 @@ class Conversation:
         return prompt_text + reply, prompt + reply_tokens
 
     def save(self, path: Path) -> list[Path]:
-        """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths."""
+        """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths.
+
+        On OSError each of the files is as it was before, or whole.
+        """
         state = path.with_suffix(".npz")
-        text, tokens = self._known
-        saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": text, "tokens": tokens}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(saved, ensure_ascii=False, indent=1), encoding="utf-8")
+        known_text, known_tokens = self._known
+        saved = {"format": SAVED_FORMAT, "messages": self.messages, "text": known_text, "tokens": known_tokens}
+        make_private_folder(path.parent)
+        # halves of surrogate pairs, which a terminal of another encoding may give, are written as JSON's \uXXXX
+        text = json.dumps(saved, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+        write_whole(path, text, private=True)
         self.session.save(state)
         return [path, state]
 
@@ -181,7 +197,7 @@ class Conversation:
         Raises OSError, or ValueError where the file is no saved conversation; the conversation is unchanged then.
         """
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = parse_json(path, path.read_bytes())
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
             known = (str(saved["text"]), [int(token) for token in saved["tokens"]])
         except (ValueError, KeyError, TypeError) as error:

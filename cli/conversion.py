@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from qrun.cli.console import echo
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
@@ -65,15 +65,15 @@ def default_out(source: Path, type_name: str) -> Path:
 
 def show_plan(plan: Plan) -> None:
     """The type and size of each tensor, then of all."""
-    from qrun.cli.console import human_bytes, printable
+    from qrun.cli.console import human_bytes
 
     width = max((len(tensor.source.name) for tensor in plan.tensors), default=0)
     for tensor in plan.tensors:
         shape = " x ".join(map(str, tensor.source.shape))
         change = f"{tensor.source.type.name} -> {tensor.type.name}" if tensor.changes else tensor.type.name
         size = human_bytes(tensor.n_bytes)
-        click.echo(printable(f"{tensor.source.name:{width}}  {shape:>20}  {change:16}  {size:>8}"))
-    click.echo(sizes(plan) + (f", in {len(plan.parts)} files" if len(plan.parts) > 1 else ""))
+        echo(f"{tensor.source.name:{width}}  {shape:>20}  {change:16}  {size:>8}")
+    echo(sizes(plan) + (f", in {len(plan.parts)} files" if len(plan.parts) > 1 else ""))
 
 
 def sizes(plan: Plan) -> str:
@@ -92,10 +92,10 @@ def show_result(plan: Plan, result: Result) -> None:
 
     if result.losses:
         weighted = plan.imatrix is not None
-        click.echo("type      tensors      size  relative RMSE" + ("  by importance" if weighted else ""))
+        echo("type      tensors      size  relative RMSE" + ("  by importance" if weighted else ""))
         for type, loss in sorted(result.losses.items(), key=lambda item: -item[1].n_bytes):
             line = f"{type.name:8}  {loss.tensors:7}  {human_bytes(loss.n_bytes):>8}  {loss.relative_rmse:13.5f}"
-            click.echo(line + (f"  {loss.weighted_rmse:13.5f}" if weighted else ""))
-    click.echo(sizes(plan))
+            echo(line + (f"  {loss.weighted_rmse:13.5f}" if weighted else ""))
+    echo(sizes(plan))
     for path in result.paths:
-        click.echo(path)
+        echo(path)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from qrun.cli.main import COMMANDS, cli
+from qrun.formats.whole_file import write_whole
 
 BEGIN = "<!-- support: written by `make docs` -->"
 END = "<!-- end of support -->"
@@ -70,8 +71,8 @@ def reference() -> str:
 def main(root: Path) -> None:
     """Writes both."""
     readme = root / "README.md"
-    readme.write_text(with_support_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    (root / "cli" / "REFERENCE.md").write_text(reference(), encoding="utf-8")
+    write_whole(readme, with_support_table(readme.read_text(encoding="utf-8")))
+    write_whole(root / "cli" / "REFERENCE.md", reference())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The turns that were typed at the terminal, kept for the next time."""
+"""The turns that were typed at the terminal, kept for the next time, in a file that only its owner can read."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from qrun.cli.console import notice
+from qrun.formats.whole_file import make_private_folder
 from qrun.models.store import home
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def chat_history() -> History:
         def store_string(self, string: str) -> None:
             if self.kept:
                 try:
+                    os.chmod(self.filename, 0o600)  # one of an older version
                     super().store_string(string)
                 except OSError as error:
                     self.kept = False
@@ -31,11 +34,8 @@ def chat_history() -> History:
 
     try:
         path = home() / "history"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):  # made, if it was not there; and read below
-            pass
-        with path.open("rb"):
-            pass
+        make_private_folder(path.parent)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         _not_kept(error)
         return InMemoryHistory()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import chunk_options, lora_option, model_argument, threads_option
 
 if TYPE_CHECKING:
@@ -58,4 +59,4 @@ def command(
     unused = unused_experts(sums)
     if unused:
         notice(f"{unused} of the experts' matrices were never used: a longer text would reach more")
-    click.echo(f"{out}: {len(sums)} tensors, {len(text)} chunks of {ctx}; perplexity {plus_minus(score.perplexity, 4)}")
+    echo(f"{out}: {len(sums)} tensors, {len(text)} chunks of {ctx}; perplexity {plus_minus(score.perplexity, 4)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def command(
       qrun info adapter.gguf
       qrun info model.gguf --json
     """
-    from qrun.cli.loading import find_model
+    from qrun.cli.loading import find_model, show_context_notice
     from qrun.cli.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
@@ -76,6 +77,7 @@ def command(
             unsupported, graph = error, None
         if graph is not None:
             context = graph.context
+            show_context_notice(graph, context)
             file_bytes = facts["file_bytes"] + sum(lora.path.stat().st_size for lora in loras)
             needs = {kind: memory_needed(graph, file_bytes, context, kind) for kind in CACHE_TYPES}
             has = memory()
@@ -85,7 +87,7 @@ def command(
                 "machine": {"total": has.total, "available": has.available},
             }
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        echo(json.dumps(facts, ensure_ascii=False))
     else:
         show(facts)
     if unsupported:
@@ -202,12 +204,12 @@ def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) 
 
 def show(facts: dict[str, Any]) -> None:
     """Prints the facts for a reader."""
-    from qrun.cli.console import human_bytes, human_count, printable
+    from qrun.cli.console import human_bytes, human_count
 
     def line(label: str, *parts: Any) -> None:
         known = [str(part) for part in parts if part not in (None, "")]
         if known:
-            click.echo(printable(f"{label:<16}{', '.join(known)}".replace("\n", " ")))
+            echo(f"{label:<16}{', '.join(known)}".replace("\n", " "))
 
     def counted(key: str, unit: str) -> str | None:
         value = facts[key]
@@ -249,20 +251,20 @@ def show(facts: dict[str, Any]) -> None:
         show_memory(facts["memory"])
     for tensor in facts.get("tensors", ()):
         shape = " x ".join(map(str, tensor["shape"]))
-        click.echo(printable(f"{tensor['type']:<8}{shape:<24}{human_bytes(tensor['bytes']):>9}  {tensor['name']}"))
+        echo(f"{tensor['type']:<8}{shape:<24}{human_bytes(tensor['bytes']):>9}  {tensor['name']}")
 
 
 def show_memory(memory: dict[str, Any]) -> None:
     """Prints the table of what is needed, and what there is."""
     from qrun.cli.console import human_bytes
 
-    click.echo(f"memory          with {memory['context']} tokens of context")
-    click.echo(f"  {'cache type':<14}{'file':>10}{'cache':>10}{'working':>10}{'in all':>10}")
+    echo(f"memory          with {memory['context']} tokens of context")
+    echo(f"  {'cache type':<14}{'file':>10}{'cache':>10}{'working':>10}{'in all':>10}")
     available = memory["machine"]["available"] or memory["machine"]["total"]
     for kind, need in memory["needed"].items():
         row = "".join(f"{human_bytes(need[part]):>10}" for part in ("file", "cache", "working", "total"))
         fits = "" if available is None else "  fits" if need["total"] <= available else "  does not fit"
-        click.echo(f"  {kind:<14}{row}{fits}")
+        echo(f"  {kind:<14}{row}{fits}")
     if total := memory["machine"]["total"]:
         free = memory["machine"]["available"]
-        click.echo(f"this machine    {human_bytes(total)}" + (f", {human_bytes(free)} of it available" if free else ""))
+        echo(f"this machine    {human_bytes(total)}" + (f", {human_bytes(free)} of it available" if free else ""))

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from qrun.cli.console import echo
 from qrun.models.store import StoredModel
 
 
@@ -19,7 +20,7 @@ def command(as_json: bool) -> None:
       qrun list
       qrun list --json
     """
-    from qrun.cli.console import human_bytes, notice, printable
+    from qrun.cli.console import human_bytes, notice
     from qrun.engine.quantize.on_load import converted_bytes
     from qrun.models.catalog import CATALOG
     from qrun.models.store import models_folder, partial_bytes, stored_models
@@ -28,13 +29,13 @@ def command(as_json: bool) -> None:
     rows = [(names.get(model.path, model.name), model.size, model_type(model), model.path) for model in stored_models()]
     if as_json:
         fields = ("name", "size", "type", "path")
-        click.echo(json.dumps([dict(zip(fields, (*row[:3], str(row[3])), strict=True)) for row in rows]))
+        echo(json.dumps([dict(zip(fields, (*row[:3], str(row[3])), strict=True)) for row in rows]))
         return
     if not rows:
         notice(f"no models in {models_folder()} yet; fetch one with: qrun pull {next(iter(CATALOG))}")
     width = max((len(row[0]) for row in rows), default=0)
     for name, size, kind, path in rows:
-        click.echo(printable(f"{name:<{width}}  {human_bytes(size):>8}  {kind:<16}  {path}"))
+        echo(f"{name:<{width}}  {human_bytes(size):>8}  {kind:<16}  {path}")
     if unfinished := partial_bytes():
         notice(f"{human_bytes(unfinished)} of unfinished downloads; delete them with: qrun rm --partial")
     if made := converted_bytes():

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
     from qrun.engine.judging.scoring import Chunks
     from qrun.engine.program.runtime import Runtime
+    from qrun.models import Graph
     from qrun.models.adapter import Adapter, Lora
 
 
@@ -27,7 +30,20 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     if model.tokenizer is not None:
         for text in model.tokenizer.notices:
             notice(text)
+    show_context_notice(model.graph, model.context)
     return model
+
+
+def show_context_notice(graph: Graph, context: int) -> None:
+    """Says that a context is larger than what the model was trained for, if it is, once in a command."""
+    from qrun.engine.model import context_notice
+
+    command = click.get_current_context(silent=True)
+    said: set[str] = command.meta.setdefault("qrun.cli.loading.notices", set()) if command else set()
+    text = context_notice(graph, context)
+    if text and text not in said:
+        said.add(text)
+        notice(text)
 
 
 def show_notices(adapters: Iterable[Adapter[Any]]) -> None:
@@ -96,6 +112,7 @@ def open_runtime(
     with GGUFReader(path) as reader, open_adapters(loras) as adapters:
         graph = build_graph(reader, context, adapters)
         show_notices(adapters)
+        show_context_notice(graph, context)
         runtime = Runtime(
             graph,
             threads=threads or available_cores(),

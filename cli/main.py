@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import click
+try:
+    import click
+except KeyboardInterrupt:  # while the program is still being read from the disk: `main` sees to all that comes later
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit(130) from None
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
 
 # name -> what it does; each command lives in the file of its name, imported only when it is asked for
 COMMANDS = {
@@ -46,6 +54,12 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # click would first print to standard error, which may not be there
+            raise click.Abort from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -53,9 +67,10 @@ class LazyGroup(click.Group):
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
+        from qrun.cli.console import echo
         from qrun.engine import __version__
 
-        click.echo(f"qrun {__version__}")
+        echo(f"qrun {__version__}")
         ctx.exit()
 
 
@@ -83,6 +98,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, as one line that begins with the file where there is one."""
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{os.fspath(error.filename)}: {error.strerror or error}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
     elif isinstance(error, KeyError | LookupError) and error.args:
         text = str(error.args[0])  # str() of a KeyError is its repr
     elif isinstance(error, MemoryError):
@@ -95,28 +112,36 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def terminating() -> Iterator[None]:
+def terminating(for_good: bool) -> Iterator[None]:
     """Within it SIGTERM, or that a terminal closes (SIGHUP), ends in good order what is under way, as Ctrl-C does.
 
-    Nothing half-written stays. What was ignored from the start, as nohup has it, is ignored still.
+    Nothing half-written stays: a second Ctrl-C does not disturb what the first one ends. What was ignored from the
+    start, as nohup has it, is ignored still. for_good: the process ends afterwards, and no Ctrl-C is to disturb that.
     """
 
     def terminate(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():  # others cannot set a handler
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
+    handlers = {getattr(signal, name): terminate for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    handlers[signal.SIGINT] = interrupt
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
         if before[number] != signal.SIG_IGN:
-            signal.signal(number, terminate)
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        if for_good:
+            before[signal.SIGINT] = signal.SIG_IGN
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
 
 
 @contextmanager
@@ -128,10 +153,10 @@ def warnings_as_notices() -> Iterator[None]:
 
         if not issubclass(category, CacheWarning):
             return before(message, category, *rest, **more)
-        from qrun.cli.console import notice
+        from qrun.cli.console import notice, rewritable, status_line
 
-        if sys.stderr.isatty():
-            click.echo("\r\033[K", nl=False, err=True)  # over the line that tells how far something is
+        if rewritable(sys.stderr):
+            status_line("")  # over the line that tells how far something is
         return notice(str(message))
 
     with warnings.catch_warnings():
@@ -140,28 +165,39 @@ def warnings_as_notices() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-    with terminating():
-        return run(arguments)
+    """Runs the command line; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    Without arguments, those of the process, which is to end afterwards.
+    """
+    with terminating(for_good=arguments is None):
+        try:
+            return run(arguments)
+        except KeyboardInterrupt:  # before or after a command
+            return INTERRUPTED
 
 
 def run(arguments: Sequence[str] | None) -> int:
     """What `main` does, with signals as they are."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what an encoding lacks becomes "?", not an error
-            stream.reconfigure(errors="replace")
+    from qrun.cli.console import READER_LEFT, echo, flush_standard_output, open_standard_streams
+
+    open_standard_streams()
+    out, err = sys.stdout, sys.stderr
     try:
         with warnings_as_notices():
             # prog_name: the usage line reads the same whichever way this was started
-            return cli.main(arguments, prog_name="qrun", standalone_mode=False) or 0
+            status = cli.main(arguments, prog_name="qrun", standalone_mode=False) or 0
+        flush_standard_output()
+        return status
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        echo(text.getvalue(), err=True, nl=False)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo(err=True)
-        return 130
+        echo(err=True)
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get("QRUN_DEBUG"):
             raise
@@ -169,8 +205,16 @@ def run(arguments: Sequence[str] | None) -> int:
 
         expected = isinstance(error, OSError | ValueError | MemoryError | ImportError | NotPulled | PullError)
         internal = "" if expected else f"internal error: {type(error).__name__}: "
-        click.echo(f"qrun: {internal}{one_line(error)}", err=True)
+        echo(f"qrun: {internal}{one_line(error)}", err=True)
         return 1
+    except SystemExit:
+        if sys.stdout is out:
+            raise
+        sys.stdout, sys.stderr = out, err  # click puts others there where the reader of its help has gone
+        return READER_LEFT
+    finally:
+        with suppress(OSError, SystemExit):  # what cannot be written now must not be tried again at the very end
+            flush_standard_output()
 
 
 if __name__ == "__main__":

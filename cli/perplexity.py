@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import (
     ModelName,
     cache_type_option,
@@ -67,19 +68,19 @@ def command(
         estimate = score.perplexity
         if as_json:
             result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
-            click.echo(json.dumps(finite(result | counts)))
+            echo(json.dumps(finite(result | counts)))
         else:
-            click.echo(f"perplexity {plus_minus(estimate, 4)}")
-            click.echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
+            echo(f"perplexity {plus_minus(estimate, 4)}")
+            echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
     divergence = measure_against(path, reference, text, threads, cache_type, loras)
     if as_json:
-        click.echo(json.dumps(finite(summary(divergence) | counts)))
+        echo(json.dumps(finite(summary(divergence) | counts)))
     else:
-        click.echo(report(divergence))
-        click.echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
+        echo(report(divergence))
+        echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
 
 
 def measure(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from qrun.formats.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +43,5 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, li
 
 def save(figure: Figure, path: str) -> None:
     """Write the file as a whole or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
-    try:
-        figure.savefig(temporary, dpi=150, format=target.suffix[1:].lower())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=150, format=Path(path).suffix[1:].lower())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import ModelName
 
 
@@ -26,4 +27,4 @@ def command(source: str) -> None:
     """
     from qrun.cli.loading import pull_with_progress
 
-    click.echo(pull_with_progress(source, f"fetching {source}"))
+    echo(pull_with_progress(source, f"fetching {source}"))

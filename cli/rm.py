@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import ModelName
 
 
@@ -34,10 +35,10 @@ def command(names: tuple[str, ...], partial: bool, converted: bool) -> None:
             raise NotPulled(f"{name}: no such model in the store (see: qrun list)")
         models.append(model)
     for model in dict.fromkeys(models):
-        click.echo(f"deleted {model.name}, {human_bytes(remove(model))}")
+        echo(f"deleted {model.name}, {human_bytes(remove(model))}")
     if partial:
-        click.echo(f"deleted {human_bytes(remove_partial())} of unfinished downloads")
+        echo(f"deleted {human_bytes(remove_partial())} of unfinished downloads")
     if converted:
         from qrun.engine.quantize.on_load import remove_converted
 
-        click.echo(f"deleted {human_bytes(remove_converted())} of converted checkpoints")
+        echo(f"deleted {human_bytes(remove_converted())} of converted checkpoints")

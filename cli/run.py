@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def command(
     with load_model(model, loading) as loaded:
         with_tokenizer(loaded)
         if chat:
-            messages = [{"role": "system", "content": system}] if system else []
+            messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": prompt})
             generation = loaded.chat(messages, special_tokens_in_messages=special, **sampling)
         elif special:
@@ -65,22 +65,21 @@ def command(
             generation = loaded.generate(prompt, **sampling)
         stream(generation, quiet=as_json)
         if as_json:
-            click.echo(json.dumps(result(generation), ensure_ascii=False))
+            echo(json.dumps(result(generation), ensure_ascii=False))
 
 
 def stream(generation: Generation, quiet: bool) -> None:
     """Runs a generation to its end, printing its pieces as they come unless `quiet`."""
-    from qrun.cli.console import printable, while_reading
+    from qrun.cli.console import while_reading
 
-    at_terminal = sys.stdout.isatty()
     with while_reading(lambda: generation.prompt_progress) as begun:
         for piece in generation:
             if piece:
                 begun()
                 if not quiet:
-                    click.echo(printable(piece) if at_terminal else piece, nl=False)
+                    echo(piece, nl=False)
     if not quiet:
-        click.echo()
+        echo()
 
 
 def result(generation: Generation) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import model_argument, type_option
 
 
@@ -34,10 +35,10 @@ def command(model: str, text: str, special: bool, no_bos: bool, type_name: str |
     ids = tokenizer.encode(text, add_special=not no_bos, parse_special=special)
     pieces = [tokenizer.token_bytes(token) for token in ids]
     if as_json:
-        click.echo(json.dumps({"tokens": ids, "pieces": [readable(piece) for piece in pieces]}, ensure_ascii=False))
+        echo(json.dumps({"tokens": ids, "pieces": [readable(piece) for piece in pieces]}, ensure_ascii=False))
         return
     for token, piece in zip(ids, pieces, strict=True):
-        click.echo(f"{token:>8}  {readable(piece)!r}")
+        echo(f"{token:>8}  {readable(piece)!r}")
 
 
 def readable(piece: bytes) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qrun.cli.console import echo
 from qrun.cli.options import cache_type_option, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
@@ -46,4 +47,4 @@ def command(model: str | None, cache_type: str, loras: tuple[Lora, ...], type_na
         with GGUFReader(find_model(model, type_name)) as reader, open_adapters(loras) as adapters:
             graph = build_graph(reader, adapters=adapters)
             compiled, present = warm_up(graph, cache_type, progress=CompileProgress())
-    click.echo(f"{compiled} kernels compiled, {present} were there")
+    echo(f"{compiled} kernels compiled, {present} were there")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qrun.engine.generation.session import Session
     from qrun.engine.model import Model
     from qrun.engine.sampling.options import SamplingOptions
-    from qrun.engine.text.chat_template import ChatTemplate
+    from qrun.engine.text.chat_template import ChatTemplate, ChatTemplateError
     from qrun.engine.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"  # and in setup.cfg
@@ -24,6 +24,7 @@ __version__ = "0.1.0"  # and in setup.cfg
 __all__ = [
     "CacheWarning",
     "ChatTemplate",
+    "ChatTemplateError",
     "ContextOverflow",
     "Generation",
     "GenerationCancelled",
@@ -39,6 +40,7 @@ __all__ = [
 _MODULES = {
     "CacheWarning": "errors",
     "ChatTemplate": "text.chat_template",
+    "ChatTemplateError": "text.chat_template",
     "ContextOverflow": "errors",
     "Generation": "generation.generation",
     "GenerationCancelled": "errors",

@@ -13,6 +13,7 @@ from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.session import Host, Session, check_tokens
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.options import SamplingOptions
+from qrun.models.catalog import entry_of_file
 
 if TYPE_CHECKING:
     from qrun.engine.generation.generation import Generation
@@ -60,7 +61,14 @@ class Model:
         """The most tokens of one session."""
         self.threads = runtime.threads
         self.defaults = SamplingOptions.from_metadata(reader.metadata)
-        """What is not given to `chat`, `generate` and `complete`: the file's own wishes, or the usual values."""
+        """What is not given to `chat` (see `chat_sampling`), `generate` and `complete`: the file's own wishes, or the
+        usual values."""
+        entry = entry_of_file(path)
+        self.chat_system = entry.system if entry else None
+        """The system prompt with which `chat` begins where the messages have none; None if there is none. Models of the
+        catalog have some, however their file is named. An empty system message keeps it away."""
+        self.chat_sampling: Mapping[str, Any] = dict(entry.sampling) if entry else {}
+        """Options of `chat`, in place of `defaults`, where the caller gives no others: the catalog's, too."""
         self._runtime = runtime
         # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
         description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
@@ -163,6 +171,11 @@ class Model:
             return None
         return f"{self.path.name} has no chat template: a plain one stands in, and answers may be poor"
 
+    @property
+    def context_notice(self) -> str | None:
+        """A line for whoever loads a model with more context than it was trained for; None with no more."""
+        return context_notice(self.graph, self.context)
+
     def chat(
         self,
         messages: str | Iterable[Any],
@@ -175,12 +188,14 @@ class Model:
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
 
         messages: dictionaries with "role" and "content", and what else OpenAI's interface or the model's template
-            knows; a text alone is a question. They are brought into the form that the template reads.
+            knows; a text alone is a question. They are brought into the form that the template reads. Where none is
+            the system's, `chat_system` comes first.
         tools: descriptions of functions, for templates that know tools.
         template_variables: what else to tell the template, such as {"enable_thinking": False}.
         special_tokens_in_messages: whether "<|im_end|>" in the text of a message is the token that ends a message,
             or (by default) text like any other. For what exactly, see `ChatTemplate.render`.
-        options: those of SamplingOptions.
+        options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
+            the context is full: see `Session.generate`.
 
         Raises ChatTemplateError (a ValueError) if the template refuses, ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
@@ -195,6 +210,9 @@ class Model:
         messages = read_messages(messages)
         if not messages:
             raise ValueError("there are no messages: at least one is wanted")
+        if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
+            messages = [{"role": "system", "content": self.chat_system}, *messages]
+        options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
         variables = {**(template_variables or {}), "add_generation_prompt": True}
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
@@ -209,6 +227,9 @@ class Model:
 
     def generate(self, prompt: str | Iterable[int], **options: Any) -> "Generation":
         """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
+
+        options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
+            `Session.generate`.
 
         Raises ContextOverflow (a ValueError) for a prompt that is longer than the context, TypeError for an unknown
         option, ValueError for a wrong value.
@@ -320,6 +341,16 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def context_notice(graph: "Graph", context: int) -> str | None:
+    """The same of a model that is not loaded."""
+    if context <= graph.context_length:
+        return None
+    return (
+        f"a context of {context} tokens, and the model was trained for {graph.context_length}: "
+        "what it says beyond that may be nonsense"
+    )
 
 
 def find_model(

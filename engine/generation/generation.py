@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -44,7 +44,7 @@ class GenerationStats:
     """What a generation did, and how long it took, without the time that its consumer took between pieces."""
 
     prompt_tokens: int
-    """Tokens of the prompt, cached ones included."""
+    """Tokens of the prompt, cached ones included; those of a text that `on_full` shortened count again."""
     cached_tokens: int
     """Tokens of the prompt that did not have to be evaluated, because the session held them."""
     prompt_seconds: float
@@ -74,7 +74,7 @@ class Generation(Iterator[Piece]):
     the end, then one of these. One thread at a time may ask for a piece: RuntimeError if two do.
       "stop"       the model ended its turn, or a stop string came up
       "length"     `max_tokens` were generated
-      "context"    the context is full
+      "context"    the context is full, and there is no `on_full` that makes room
       "cancelled"  `cancel` or `Session.stop` was called, the session was put to another use, or an error ended it
     """
 
@@ -85,6 +85,7 @@ class Generation(Iterator[Piece]):
         prompt: list[int],
         sampler: Sampler,
         tokenizer: "Tokenizer | None",
+        on_full: Callable[[list[int]], list[int] | None] | None = None,
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -104,7 +105,12 @@ class Generation(Iterator[Piece]):
         """Tokens without a piece yet, each with its log probability and the positions left before it."""
         self._cancelled = False
         self._reading = ForkAwareLock("this generation")
+        self._on_full = on_full
+        self._full = False
+        """Whether the context has no room for the last token, so that `on_full` is to make some."""
         self._started = False
+        """Whether the cache holds the prompt."""
+        self._n_prompt = len(prompt)
         self._n_cached = 0
         self._n_sampled = 0
         self._prompt_seconds = self._first_token_seconds = self._generate_seconds = 0.0
@@ -141,14 +147,15 @@ class Generation(Iterator[Piece]):
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates."""
+        """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates.
+        A text that `on_full` shortened takes the prompt's place."""
         return min(self._cache.n_computed, len(self._prompt)), len(self._prompt)
 
     @property
     def stats(self) -> GenerationStats:
         """Counts and times so far."""
         return GenerationStats(
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=self._n_prompt,
             cached_tokens=self._n_cached,
             prompt_seconds=self._prompt_seconds,
             generated_tokens=self._n_sampled,
@@ -158,8 +165,10 @@ class Generation(Iterator[Piece]):
 
     def _next_piece(self) -> Piece | None:
         """The next piece; None, with the stop reason set, if there is none."""
-        start = time.perf_counter()
+        start, read_before = time.perf_counter(), self._prompt_seconds
         if not self._sampled:
+            if self._full and not self.cancelled and not self._make_room():
+                return self._last_piece("context")
             with self._cache.lock:
                 self._sample()
         if self.cancelled:
@@ -173,8 +182,19 @@ class Generation(Iterator[Piece]):
         if self._n_sampled == 1:
             self._first_token_seconds = seconds
         else:
-            self._generate_seconds += seconds
+            self._generate_seconds += seconds - (self._prompt_seconds - read_before)
         return piece
+
+    def _make_room(self) -> bool:
+        """Have `on_full` shorten the text, which is read again with the next piece; False if it ends here."""
+        assert self._on_full is not None
+        shorter = self._on_full([*self._cache.tokens, self.tokens[-1]])
+        if shorter is None:
+            return False
+        self._prompt = shorter
+        self._n_prompt += len(shorter)
+        self._started = self._full = False
+        return True
 
     def _sample(self) -> None:
         """Evaluate, and sample at least one token, unless the generation is cancelled or wants none.
@@ -233,9 +253,10 @@ class Generation(Iterator[Piece]):
             self._started = True
             start = time.perf_counter()
             try:
-                logits, self._n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled)
+                logits, n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled)
+                self._n_cached += n_cached
             finally:
-                self._prompt_seconds = time.perf_counter() - start
+                self._prompt_seconds += time.perf_counter() - start
             return logits
         return None
 
@@ -249,6 +270,8 @@ class Generation(Iterator[Piece]):
             self.stop_reason = "stop"
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
             text += self._held_back("length")
+        elif n_free == 0 and self._on_full is not None:
+            self._full = True
         elif n_free == 0:
             text += self._held_back("context")
         return Piece(text, token, logprob)

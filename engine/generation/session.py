@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.tokenizer import Tokenizer
 
+OnFull = Callable[[list[int]], Iterable[int] | None]
+"""All tokens of a text for which the context is too small -> fewer, from which it goes on; None ends it there."""
+
 
 def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]:
     """The tokens as a list of int. Raises ValueError where there are none or one is not in the vocabulary,
@@ -100,8 +103,15 @@ class Session:
         """Whether `close` was called, on the session or its model."""
         return self._closed
 
-    def generate(self, prompt_tokens: Iterable[int], **options: Any) -> Generation:
+    def generate(self, prompt_tokens: Iterable[int], *, on_full: OnFull | None = None, **options: Any) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
+
+        `on_full` is called when the context is full before the text has ended, with all tokens of the text: prompt and
+        answer, one more than the context holds. It returns those to go on from, fewer, or None to end there. What is
+        left is read again as far as it has changed; decoder, stop strings, sampler and counts go on over the gap, so
+        that the answer is one text. `on_full=lambda tokens: tokens[:64] + tokens[-1024:]` goes on for ever.
+        Called by the thread that asks for pieces. What it raises, or ContextOverflow if it shortens nothing, ends
+        the generation.
 
         `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
         thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
@@ -122,7 +132,13 @@ class Session:
         elif chosen.stop:
             raise ValueError("stop strings need a tokenizer, and the model has none")
         sampler = Sampler(chosen, n_vocab, prompt, breakers)
-        generation = Generation(self, self._cache, prompt, sampler, tokenizer)
+
+        def shorten(tokens: list[int]) -> list[int] | None:
+            assert on_full is not None
+            shorter = on_full(tokens)
+            return None if shorter is None else check_tokens(shorter, self._host.runtime.n_vocab, self.context)
+
+        generation = Generation(self, self._cache, prompt, sampler, tokenizer, shorten if on_full else None)
         self._take_over(generation)
         return generation
 
@@ -148,7 +164,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a file, from which `load` gets it back, in this model or another loaded from the
         same file with the same cache type. Written under another name first, so that a failure (OSError) leaves what
-        was there before."""
+        was there before. Nobody but the file's owner can read it."""
         from qrun.engine.generation import session_file  # not for those who save nothing: it takes 10 ms
 
         host, cache = self._host, self._cache

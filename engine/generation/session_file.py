@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +20,12 @@ from typing import IO
 import numpy as np
 
 from qrun.formats import FormatError
+from qrun.formats.samples import samples
+from qrun.formats.whole_file import whole_file
 
 _FORMAT = "qrun session "
 _MAGIC = _FORMAT + "3"
 _STATE_PREFIX = "kv_"
-
-# How much of a model's files the fingerprint looks at: enough to tell a fine-tuned model from its origin (which has
-# the same shapes and size, and other weights all over), little enough to take no time.
-_N_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,13 @@ def model_fingerprint(files: Sequence[Path], description: str) -> str:
     """
     digest = hashlib.sha256(description.encode())
     for path in files:
-        size = os.path.getsize(path)
-        digest.update(size.to_bytes(8, "little"))
-        with open(path, "rb") as file:
-            for i in range(_N_SAMPLES):
-                file.seek(size * i // _N_SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
+        for sample in samples(path):
+            digest.update(sample)
     return digest.hexdigest()
 
 
 def write(path: str | os.PathLike[str], saved: SavedSession) -> None:
-    """Write a file that `read` reads; it appears whole or, on OSError, not at all."""
-    path = Path(path)
+    """Write a file that `read` reads; it appears whole or, on OSError, not at all. Only its owner may read it."""
     arrays = {
         "magic": _text_array(_MAGIC),
         "fingerprint": _text_array(saved.fingerprint),
@@ -68,20 +59,10 @@ def write(path: str | os.PathLike[str], saved: SavedSession) -> None:
         "tokens": np.array(saved.tokens, np.int32),
     }
     arrays |= {_STATE_PREFIX + name: np.asarray(values, order="C") for name, values in saved.state.items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, values in arrays.items():
-                    with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, values, version=(1, 0), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()  # Windows renames no open file
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
+    with whole_file(path, private=True) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, values in arrays.items():
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, version=(1, 0), allow_pickle=False)
 
 
 def read(path: str | os.PathLike[str]) -> SavedSession:

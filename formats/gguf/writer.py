@@ -1,9 +1,10 @@
 """Writing a model."""
 
+import errno
 import os
 import struct
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_
 from qrun.formats.gguf.metadata import ValueType, encode_string, encode_value
 from qrun.formats.gguf.reader import GGUFReader
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_KEYS, SPLIT_NO, SPLIT_TENSORS, part_name
+from qrun.formats.whole_file import naming_file, temporary_name
 from qrun.formats.write_behind import WriteBehind
 
 
@@ -51,7 +53,8 @@ class GGUFWriter:
         self._unwritten: list[_Tensor] = []  # the next one last
         self._file: BinaryIO | None = None
         self._disk = WriteBehind()
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.part")
+        self._target = Path(os.path.realpath(path))  # of a link, what it points to
+        self._temporary = temporary_name(self._target)
         self._header_end = 0
         self._finished = False
 
@@ -116,7 +119,7 @@ class GGUFWriter:
         tensor = self._unwritten[-1]
         if tensor.written + view.nbytes > tensor.n_bytes:
             raise ValueError(f"tensor {quote(name)} has {tensor.n_bytes} bytes, and more were written")
-        with self._naming_the_file():
+        with naming_file(self.path):
             file.write(view.cast("B"))
             tensor.written += view.nbytes
             self._finish_tensors(file)
@@ -142,7 +145,7 @@ class GGUFWriter:
             # Unchanged so far, so the padding is the file's own too: it may be other than zeros, or missing at the end.
             start = file.seek(source.header_end)
             file.truncate()
-        with self._naming_the_file():
+        with naming_file(self.path):
             file.write(memoryview(source.data)[start:])
 
     def _append_tensors(self, tensors: Collection[TensorInfo]) -> None:
@@ -159,11 +162,11 @@ class GGUFWriter:
             file = self._begin()
             if self._unwritten:
                 raise ValueError(f"tensor {quote(self._unwritten[-1].name)} has not been written in full")
-            with self._naming_the_file():
+            with naming_file(self.path):
                 self._disk.finish(file)  # or a crash could leave the name on a file whose data never reached the disk
                 self._disk.stop()
                 file.close()
-                os.replace(self._temporary, self.path)
+                os.replace(self._temporary, self._target)
             self._finished = True
         finally:
             self.abort()
@@ -186,16 +189,6 @@ class GGUFWriter:
         else:
             self.abort()
 
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        """An OSError of an open file does not say which file: the disk of this one is full, say. Others name the
-        temporary file, of which nobody knows."""
-        try:
-            yield
-        except OSError as error:
-            error.filename, error.filename2 = str(self.path), None
-            raise
-
     def _check_header_open(self) -> None:
         if self._file is not None or self._finished:
             raise ValueError("the header is written already: metadata and tensors are added before the first data")
@@ -210,7 +203,9 @@ class GGUFWriter:
         if self._finished:
             raise ValueError("the file is closed")
         if self._file is None:
-            with self._naming_the_file():
+            with naming_file(self.path):
+                if self._target.exists() and not self._target.is_file():
+                    raise OSError(errno.EINVAL, "is a folder or a device: name a file to write")
                 self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
                 self._file.write(self._header())
                 self._header_end = self._file.tell()

@@ -50,9 +50,11 @@ def capitals(held: list[int]) -> int:
     text = text_of(held)
     if "(a)" not in text:
         return ids_of("abcdefghijklmnopqrstuvwxyz")[len(text) % 26]
-    question, _, answer = text.rpartition("(a)")
-    wanted = question.removesuffix("</s>").rpartition("(u)")[2].upper() + "!"
-    return ids_of(wanted)[len(answer)] if len(answer) < len(wanted) else EOS
+    question = text.rpartition("(a)")[0]
+    wanted = ids_of(question.removesuffix("</s>").rpartition("(u)")[2].upper() + "!")
+    mark = ids_of("(a)")
+    n_said = next(n for n in range(len(held)) if held[len(held) - n - len(mark) : len(held) - n] == mark)
+    return wanted[n_said] if n_said < len(wanted) else EOS
 
 
 def make_model(context: int = 200, **metadata: Any) -> Model:

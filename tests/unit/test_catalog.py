@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
+from qrun.formats.samples import samples
 from qrun.models import store
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL, NotPulled, catalog_entry, resolve
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL, NotPulled, catalog_entry, entry_of_file, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +38,28 @@ def test_the_default_model_is_in_the_catalog() -> None:
 def test_entries_are_pinned(entry) -> None:
     assert len(bytes.fromhex(entry.sha256)) == 32
     assert all("==" in member.requirement for member in entry.source)
+    assert len(bytes.fromhex(entry.samples)) == 32
     assert entry.licence
     assert catalog_entry(entry.name.upper()) is entry
+
+
+def test_a_file_of_the_catalog_is_known_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "a").write_bytes(content)
+    digest = hashlib.sha256(b"".join(samples(tmp_path / "a"))).hexdigest()
+    entry = dataclasses.replace(CATALOG[DEFAULT_MODEL], size=len(content), samples=digest)
+    monkeypatch.setitem(CATALOG, entry.name, entry)
+    assert entry_of_file(tmp_path / "a") is entry
+    os.rename(tmp_path / "a", tmp_path / "b.gguf")
+    assert entry_of_file(tmp_path / "b.gguf") is entry
+    # as long, but another: a model that was fine-tuned, say
+    (tmp_path / "c").write_bytes(content[:100_000] + os.urandom(100_000) + content[200_000:])
+    assert entry_of_file(tmp_path / "c") is None
+    (tmp_path / "d").write_bytes(content + b"1")
+    assert entry_of_file(tmp_path / "d") is None
+    assert entry_of_file(tmp_path / "missing") is None
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

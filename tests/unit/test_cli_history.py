@@ -10,9 +10,10 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from qrun.cli.editor import LineEditor
 from qrun.cli.history import chat_history
+from qrun.cli.interrupts import Interrupts
 from qrun.cli.main import warnings_as_notices
-from qrun.cli.repl import terminal_reader
 from qrun.engine import CacheWarning
 
 
@@ -25,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def typed(*lines: str) -> list[str]:
     """What the line editor gives for what is typed at a terminal."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        read = terminal_reader(["/help", "/exit"])
+        read = LineEditor(["/help", "/exit"], chat_history(), Interrupts())
         keys.send_text("".join(f"{line}\r" for line in lines))
         return [read() for _ in lines]
 

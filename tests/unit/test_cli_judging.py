@@ -127,6 +127,24 @@ def test_a_quantised_model_is_a_little_away(folder: Path, tmp_path: Path, capsys
     )[1]
 
 
+def test_more_context_than_the_model_was_trained_for_is_said_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "model.gguf"
+    with GGUFReader(path) as reader:
+        trained = build_graph(reader).context_length
+    beyond = (
+        f"qrun: a context of {trained + 2} tokens, and the model was trained for {trained}: "
+        "what it says beyond that may be nonsense\n"
+    )
+    arguments = ("perplexity", path, folder / "text.txt", "--against", path, "--chunks", 1, "--ctx")
+    assert run(*arguments, trained + 2, capsys=capsys)[::2] == (0, beyond)
+    assert run(*arguments, trained, capsys=capsys)[::2] == (0, "")
+    assert run("info", path, "--ctx", trained + 2, capsys=capsys)[::2] == (0, beyond)
+    assert run("run", path, "a", "--max-tokens", 1, "--ctx", trained + 2, capsys=capsys)[::2] == (0, beyond)
+    assert run("run", path, "a", "--max-tokens", 1, capsys=capsys)[::2] == (0, "")
+
+
 def test_numbers_that_json_lacks_are_null(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("perplexity", folder / "model.gguf", folder / "text.txt", "--ctx", 4, "--chunks", 1, "--json")
     assert json.loads(run(*arguments, capsys=capsys)[1])["error"] is None  # one token has no standard error

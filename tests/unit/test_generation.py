@@ -2,10 +2,12 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from engine_fakes import EOS, PIECES, FakeRuntime, ids_of, make_session, speaking
 
+from qrun.engine import ContextOverflow
 from qrun.engine.generation.generation import Generation, Piece
 from qrun.engine.generation.session import Session
 
@@ -73,6 +75,96 @@ def test_the_context_ends_it(context: int) -> None:
     # The last position gives one more token, which itself finds no place.
     assert (generation.text, generation.stop_reason) == ("a" * (context - 4 + 1), "context")
     assert len(session.tokens) == context
+
+
+def run_shortened(script: list[int], context: int, **options: Any) -> tuple[Generation, list[list[int]]]:
+    """A generation of the script after "OLD:>", of which the first four tokens go when the context is full; and what
+    it was shortened from each time."""
+    calls: list[list[int]] = []
+
+    def forget(tokens: list[int]) -> list[int]:
+        calls.append(tokens)
+        return tokens[4:]  # the script goes on after the ">", which has to stay
+
+    session = make_session(FakeRuntime(speaking(*script), context=context))
+    generation = session.generate(ids_of("OLD:>"), on_full=forget, **options)
+    run(generation)
+    return generation, calls
+
+
+def test_a_full_context_can_be_given_room_and_the_text_goes_on() -> None:
+    generation, calls = run_shortened(ids_of("abcde"), context=8)
+    assert (generation.text, generation.stop_reason) == ("abcde", "stop")
+    assert calls == [ids_of("OLD:>abcd")]  # all of it, one more than there is room for
+    assert generation.session._cache.tokens == ids_of(">abcde")
+
+
+def test_without_more_room_the_context_ends_it_after_all() -> None:
+    session = make_session(FakeRuntime(speaking(*ids_of("abcdefgh")), context=8))
+    generation = session.generate(ids_of("OLD:>"), on_full=lambda tokens: None)
+    run(generation)
+    assert (generation.text, generation.stop_reason) == ("abcd", "context")
+
+
+@pytest.mark.parametrize(
+    ("shorter", "error"), [(ids_of("x" * 9), ContextOverflow), ([], ValueError), ([-1], ValueError)]
+)
+def test_a_text_that_is_no_shorter_ends_it_with_an_error(shorter: list[int], error: type[Exception]) -> None:
+    session = make_session(FakeRuntime(speaking(*ids_of("abcdefgh")), context=8))
+    generation = session.generate(ids_of("OLD:>"), on_full=lambda tokens: shorter)
+    with pytest.raises(error):
+        run(generation)
+    assert (generation.text, generation.stop_reason) == ("abcd", "cancelled")
+    assert run(session.generate(ids_of(">"), max_tokens=2)) == ["a", "b"]
+
+
+def test_characters_stop_strings_and_counts_go_on_where_room_was_made() -> None:
+    """The fourth token is the last before the gap: it is the middle of a character, or of what ends the text."""
+    generation, calls = run_shortened(ids_of("aé€b"), context=8)  # a, two of "é", one of the three of "€"
+    assert (generation.text, len(calls)) == ("aé€b", 1)
+    generation, calls = run_shortened(ids_of("abEND"), context=8, stop="END")
+    assert (generation.text, generation.stop_reason, len(calls)) == ("ab", "stop", 1)
+    generation, calls = run_shortened(ids_of("abcdefgh"), context=8, max_tokens=6)
+    assert (generation.text, generation.stop_reason, len(calls)) == ("abcdef", "length", 1)
+
+
+def test_penalties_and_chance_go_on_where_room_was_made() -> None:
+    """What a generation chooses does not depend on where its context was full, as long as the model sees no more."""
+    options: dict[str, Any] = {"temperature": 5.0, "seed": 3, "presence_penalty": 2.0, "repetition_window": -1}
+    texts = []
+    for context in (8, 100):  # logits of the runtime depend on the last three tokens, and on the rule
+        runtime = FakeRuntime(lambda held: ids_of("a")[0], context=context)
+        generation = make_session(runtime).generate(
+            ids_of("OLD:>"), on_full=lambda tokens: tokens[-4:], max_tokens=40, **options
+        )
+        run(generation)
+        texts.append(generation.tokens)
+    assert texts[0] == texts[1]
+
+
+def test_guesses_go_on_where_room_was_made() -> None:
+    script = ids_of("abcabcabcabcabcabcabc")
+    plain, calls = run_shortened(script, context=25)
+    guessed, calls_guessed = run_shortened(script, context=25, lookup=True)
+    assert calls == calls_guessed and len(calls) == 1
+    assert plain.text == guessed.text == "abcabcabcabcabcabcabc"
+
+
+def test_a_generation_stopped_at_the_gap_makes_no_room() -> None:
+    session = make_session(FakeRuntime(speaking(*ids_of("abcdefgh")), context=8))
+    generation = session.generate(ids_of("OLD:>"), on_full=lambda tokens: pytest.fail("called"))
+    for _ in range(4):
+        next(generation)
+    session.stop()
+    assert run(generation) == []
+    assert generation.stop_reason == "cancelled"
+
+
+def test_the_tokens_of_a_shortened_text_are_counted_as_read_again() -> None:
+    generation, _ = run_shortened(ids_of("abcde"), context=8)
+    stats = generation.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (5 + 5, 0, 6)
+    assert generation.prompt_progress == (5, 5)
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:

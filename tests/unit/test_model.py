@@ -1,5 +1,7 @@
 """The public face: prompts in, text out, from any thread, until it is closed."""
 
+import dataclasses
+import hashlib
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session_file import model_fingerprint
 from qrun.engine.model import Model
+from qrun.formats.samples import samples
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 
 class FakeTemplate:
@@ -44,6 +48,7 @@ class FakeGraph:
     n_vocab = 266
     n_embd = 4
     cache_layers = ()
+    context_length: int = 200
     operations: list[Any] = field(default_factory=lambda: ["one"])
 
 
@@ -52,9 +57,10 @@ def make_model(
     tokenizer: FakeTokenizer | None = None,
     metadata: dict[str, Any] | None = None,
     has_tokenizer: bool = True,
+    path: Path = Path("/models/fake.gguf"),
 ) -> Any:
     model: Any = Model(
-        Path("/models/fake.gguf"),
+        path,
         FakeReader({"general.sampling.temp": 0.0} | (metadata or {})),  # type: ignore[arg-type]
         FakeGraph(),  # type: ignore[arg-type]
         runtime or FakeRuntime(speaking(*ids_of("hello there"))),  # type: ignore[arg-type]
@@ -110,6 +116,34 @@ def test_special_tokens_in_messages_are_an_option() -> None:
     model = make_model()
     assert "".join(model.chat("Hi", special_tokens_in_messages=True)) == "hello there"
     assert evaluated(model)[0] == "user: Hi\n{'special_tokens_in_messages': True}>"
+def test_chat_begins_with_the_settings_of_the_catalog_where_the_caller_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(b"a model of the catalog")
+    digest = hashlib.sha256(b"".join(samples(path))).hexdigest()
+    entry = dataclasses.replace(
+        CATALOG[DEFAULT_MODEL], size=path.stat().st_size, samples=digest, system="be kind", sampling={"max_tokens": 2}
+    )
+    monkeypatch.setitem(CATALOG, entry.name, entry)
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": ""}
+    model = make_model(path=path)
+    assert "".join(model.chat([user])) == "he"
+    assert evaluated(model)[0] == "system: be kind\nuser: Hi\n>"
+    assert "".join(model.chat([user], max_tokens=None)) == "he"
+    model = make_model(path=path)
+    assert "".join(model.chat([system, user], max_tokens=3)) == "hel"
+    assert evaluated(model)[0] == "system: \nuser: Hi\n>"
+    assert model.complete("say>") == "hello there"
+    path.write_bytes(b"another model altogethe")
+    assert "".join(make_model(path=path).chat([user])) == "hello there"
+
+
+def test_a_context_beyond_what_the_model_was_trained_for_has_a_notice() -> None:
+    model = make_model(FakeRuntime(context=200))
+    assert model.context_notice is None
+    model.graph.context_length = 199
+    assert "200 tokens" in model.context_notice and "trained for 199" in model.context_notice
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

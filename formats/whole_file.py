@@ -1,0 +1,81 @@
+"""Files that appear whole or not at all, and those that are for their owner alone."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the body is done and all of it is on the disk.
+
+    Until then it has another name in the same folder; where anything goes wrong it is removed, and what was there
+    before stays. It has the permissions of the file that it replaces, or those that new files have; with `private`,
+    nobody but its owner may read it. A link stays one: the file that it points to is replaced. A device or a pipe is
+    written to as it is. OSError names `path`.
+    """
+    target = Path(os.path.realpath(path))
+    with naming_file(path):
+        mode = _mode(target)
+        if mode is not None and not stat.S_ISREG(mode):  # a folder says so itself
+            with open(target, "wb") as file:
+                yield file
+            return
+        temporary = temporary_name(target)
+        descriptor = os.open(temporary, _WRITE_NEW, 0o600 if private else 0o666)
+        try:
+            with os.fdopen(descriptor, "w+b") as file:
+                if mode is not None and not private:
+                    with suppress(OSError):  # a file system that has no permissions
+                        os.chmod(temporary, stat.S_IMODE(mode))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+_WRITE_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str, *, private: bool = False) -> None:
+    """Writes a file by `whole_file`; a text as UTF-8."""
+    with whole_file(path, private=private) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def temporary_name(target: Path) -> Path:
+    """What a file that will be `target` is called while it grows: beside it, so that it can be renamed."""
+    return target.with_name(f".{target.name[:60]}.{os.urandom(4).hex()}.part")
+
+
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of an open file does not say which file: the disk of this one is full, say. Others name the temporary
+    file, of which nobody knows."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+def make_private_folder(folder: Path) -> None:
+    """Makes a folder, and those in which it lies, for their owner alone. One that is there stays as it is."""
+    if not folder.is_dir():
+        make_private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
