@@ -14,11 +14,11 @@ import marshal
 import pkgutil
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.simd.target import Target, compiling_for
 
 OLDEST = {"numba": (0, 66), "llvmlite": (0, 48)}
@@ -102,7 +102,7 @@ def last_words(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-_one_at_a_time = threading.RLock()  # importing Numba is not safe in two threads at once, nor is what follows
+_one_at_a_time = ForkAwareLock()  # importing Numba is not safe in two threads at once, nor is what follows
 
 
 def compile_kernel(key: str, target: Target) -> bytes:

@@ -7,13 +7,13 @@ it loads object files through llvmlite alone, in milliseconds.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from qrun.engine.native.cache_root import cache_root
 from qrun.engine.native.codegen import CompileError, code_digest, initialize_llvm, symbol
+from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.object_cache import ObjectCache
 from qrun.engine.native.workers import compile_all
 from qrun.engine.simd.target import Target, host_target
@@ -25,7 +25,7 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
-_compiling = threading.RLock()  # threads that need the same kernels compile them once
+_compiling = ForkAwareLock()  # threads that need the same kernels compile them once
 
 
 def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Progress | None = None) -> Kernels:

@@ -7,17 +7,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from qrun.engine.native.locks import ForkAwareLock
-from qrun.engine.text.messages import (
-    PROBE_TOOLS,
-    REASONING,
-    ChatTemplateError,
-    Fitting,
-    Message,
-    Unanswered,
-    read_messages,
-    read_tools,
-)
+from qrun.engine.text.messages import REASONING, ChatTemplateError, Message, read_messages, read_tools
 from qrun.engine.text.prompt import Spellings, texts_in, unused_mark, with_mark
+from qrun.engine.text.template_fitting import PROBE_TOOLS, Fitting, Unanswered
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
 
