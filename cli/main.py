@@ -130,7 +130,7 @@ def warnings_as_notices() -> Iterator[None]:
             return before(message, category, *rest, **more)
         from qrun.cli.console import notice
 
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             click.echo("\r\033[K", nl=False, err=True)  # over the line that tells how far something is
         return notice(str(message))
 
