@@ -3,7 +3,42 @@
 from collections.abc import Sequence
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
-from qrun.models import gemma, gemma2, gemma3, llama, phi3, qwen2, qwen3, smollm3
+from qrun.models import (
+    arctic,
+    baichuan,
+    bailingmoe,
+    bitnet,
+    chatglm,
+    cogvlm,
+    deci,
+    deepseek,
+    ernie4_5,
+    exaone,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    gemma4,
+    glm4,
+    granite,
+    grok,
+    hunyuan,
+    llama,
+    maincoder,
+    mellum,
+    mistral3,
+    nanbeige,
+    olmo2,
+    olmoe,
+    phi3,
+    plamo,
+    plamo3,
+    qwen,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from qrun.models.adapter import Adapter, adapt, is_adapter
 from qrun.models.graph import Graph, GraphBuilder
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
@@ -12,14 +47,53 @@ __all__ = ["ARCHITECTURES", "Graph", "build_graph"]
 
 ARCHITECTURES = {
     "llama": llama.build,
+    "qwen": qwen.build,
     "qwen2": qwen2.build,
+    "qwen2vl": qwen2.build_vl,
     "qwen3": qwen3.build,
     "qwen3moe": qwen3.build,
+    "qwen3vl": qwen3.build,
+    "qwen3vlmoe": qwen3.build,
     "gemma": gemma.build,
     "gemma2": gemma2.build,
     "gemma3": gemma3.build,
+    "gemma4": gemma4.build,
     "phi3": phi3.build,
     "smollm3": smollm3.build,
+    "mistral3": mistral3.build,
+    "granite": granite.build,
+    "granitemoe": granite.build_experts,
+    "minicpm": granite.build_minicpm,
+    "olmo2": olmo2.build,
+    "olmoe": olmoe.build,
+    "deepseek": deepseek.build,
+    "deepseek2-ocr": deepseek.build_ocr,
+    "chatglm": chatglm.build,
+    "glm4": glm4.build,
+    "exaone": exaone.build,
+    "exaone4": exaone4.build,
+    "hunyuan-dense": hunyuan.build,
+    "hunyuan_vl": hunyuan.build,
+    "hunyuan-moe": hunyuan.build_experts,
+    "ernie4_5": ernie4_5.build,
+    "paddleocr": ernie4_5.build_paddleocr,
+    "seed_oss": seed_oss.build,
+    "bailingmoe": bailingmoe.build,
+    "mellum": mellum.build,
+    "deci": deci.build,
+    "grok": grok.build,
+    "arctic": arctic.build,
+    "bitnet": bitnet.build,
+    "internlm2": llama.build,
+    "xverse": llama.build,
+    "baichuan": baichuan.build,
+    "plamo": plamo.build,
+    "plamo3": plamo3.build,
+    "openelm": qwen3.build,
+    "pangu-embedded": qwen2.build,
+    "nanbeige": nanbeige.build,
+    "maincoder": maincoder.build,
+    "cogvlm": cogvlm.build,
 }
 """By the name that a file gives under `general.architecture`."""
 
@@ -51,6 +125,6 @@ def build_graph(
     builder = GraphBuilder(reader)
     context = context or min(h.context_length, default_context)
     logits = build(builder, metadata, h, context)
-    if builder.has(f"blk.{h.n_layer}.attn_norm.weight"):
-        raise metadata.error("block_count", f"is {h.n_layer}, but the file has tensors of block {h.n_layer}")
+    if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
+        raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
     return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)

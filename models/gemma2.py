@@ -6,7 +6,7 @@ from math import sqrt
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base
-from qrun.models.transformer import attention, feed_forward, head, sliding_layers
+from qrun.models.transformer import attention, feed_forward, head, sliding_layers, softcapped
 
 LAYERS_OF_27B = 46
 
@@ -19,7 +19,6 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     window = metadata.integer("attention.sliding_window", 4096, high=MAX_CONTEXT)
     sliding = sliding_layers(metadata, h.n_layer, period=2)
     attention_cap = metadata.real("attn_logit_softcapping", 50.0) or None
-    logit_cap = metadata.real("final_logit_softcapping", 30.0)
     scale = query_scale(h, is_27b=h.n_layer == LAYERS_OF_27B)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=sqrt(h.n_embd))
@@ -34,9 +33,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         y = feed_forward(builder, y, block, h.n_ff[layer], "gelu")
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_ffw_norm", h.rms_eps))
-
-    logits = head(builder, x, h)
-    return builder.softcap(logits, logit_cap) if logit_cap else logits
+    return softcapped(builder, head(builder, x, h), metadata, default=30.0)
 
 
 def query_scale(h: Hyperparameters, *, is_27b: bool) -> float:

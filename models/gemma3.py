@@ -6,9 +6,9 @@ from math import sqrt
 
 from qrun.models.gemma2 import query_scale
 from qrun.models.graph import GraphBuilder, Value
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base
-from qrun.models.transformer import attention, feed_forward, head, sliding_layers
+from qrun.models.transformer import attention, feed_forward, head, read_window, sliding_layers, softcapped
 
 LAYERS_OF_27B = 62
 
@@ -20,9 +20,8 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     # Only the layers that see everything were stretched to the long context.
     local_base = read_base(metadata, "rope.freq_base_swa", 10000.0)
     local_rotation = replace(scaling, base=local_base, factor=1.0).rotation(h.n_rot)
-    window = metadata.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT)
+    window = read_window(metadata)
     sliding = sliding_layers(metadata, h.n_layer, period=6) if window else (False,) * h.n_layer
-    logit_cap = metadata.real("final_logit_softcapping", 0.0)
     scale = query_scale(h, is_27b=h.n_layer == LAYERS_OF_27B)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=sqrt(h.n_embd))
@@ -31,12 +30,10 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         cache = h.cache_layer(layer, window if sliding[layer] else None)
         turn = local_rotation if sliding[layer] else rotation
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        y = attention(builder, h, y, block, cache, turn, scale=scale, qk_norms=True)
+        y = attention(builder, h, y, block, cache, turn, scale=scale, qk_norm="heads")
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_attention_norm", h.rms_eps))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         y = feed_forward(builder, y, block, h.n_ff[layer], "gelu")
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_ffw_norm", h.rms_eps))
-
-    logits = head(builder, x, h)
-    return builder.softcap(logits, logit_cap) if logit_cap else logits
+    return softcapped(builder, head(builder, x, h), metadata, default=0.0)

@@ -92,7 +92,8 @@ class Rope:
 
     Pair j of a head turns by position * frequencies[j] radians, and is multiplied by `magnitude`. Pairs are
     (2j, 2j + 1) if `interleaved`, else (j, j + n_rot / 2). Dimensions from n_rot on pass through unchanged.
-    `frequencies` [n_rot / 2] has the base, the scaling and the rope factors folded in.
+    `frequencies` [n_rot / 2] has the base, the scaling and the rope factors folded in. With a `temperature`, the
+    magnitude grows with the position (see `Temperature`).
     """
 
     out: Value
@@ -102,12 +103,26 @@ class Rope:
     interleaved: bool
     frequencies: Constant
     magnitude: float
+    temperature: "Temperature | None" = None
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries far behind the trained context are made longer: 1 + scale * log(1 + floor(position / length)) times."""
+
+    scale: float
+    length: int
+
+    def at(self, positions: NDArray[np.integer]) -> NDArray[np.float64]:
+        """By how much queries at some positions are multiplied."""
+        return 1.0 + self.scale * np.log(1.0 + positions // self.length)
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """Appends k and v to the cache of `layer`, then causal attention over that cache.
 
+    Without k and v, the layer has no keys and values of its own, and attends to those that another one appended there.
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
@@ -115,8 +130,8 @@ class Attention:
 
     out: Value
     q: Value
-    k: Value
-    v: Value
+    k: Value | None
+    v: Value | None
     layer: int
     scale: float
     softcap: float | None
@@ -214,6 +229,8 @@ class Rotation:
     frequencies: Constant
     magnitude: float
     interleaved: bool
+    temperature: Temperature | None = None
+    """Of queries alone."""
 
 
 @dataclass(frozen=True)
@@ -302,29 +319,40 @@ class GraphBuilder:
 
     def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1) -> Value:
         """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight."""
-        weight = self.constant(f"{name}.weight", x.width // groups)
+        return self.rms_norm_with(x, self.constant(f"{name}.weight", x.width // groups), eps, groups)
+
+    def rms_norm_with(self, x: Value, weight: Constant | None, eps: float, groups: int = 1) -> Value:
+        """A norm whose weight has been looked up already, or that has none."""
+        assert x.width % groups == 0
         return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups))
 
-    def linear(self, x: Value, name: str, width: int) -> Value:
-        """A matrix [width, x.width], and its bias if the file has one."""
+    def linear(self, x: Value, name: str, width: int, *, bias: bool = True) -> Value:
+        """A matrix [width, x.width], and its bias and its scale if the file has one.
+
+        bias: False leaves one out, where the reference engine does not add what a file has.
+        """
         weight = self.weight(f"{name}.weight", width, x.width)
-        return self.linear_with(x, weight, self.optional_constant(f"{name}.bias", width))
+        return self.linear_with(x, weight, self.optional_constant(f"{name}.bias", width) if bias else None)
 
     def linear_with(self, x: Value, weight: Weight, bias: Constant | None) -> Value:
         """A matrix and a bias that have been looked up already."""
-        return self._append(Linear(self._value(weight.shape[0]), x, weight, bias))
+        scale = self.optional_constant(f"{weight.name.removesuffix('.weight')}.scale", 1)
+        factor = 1.0 if scale is None else float(scale[0])
+        return self._append(Linear(self._value(weight.shape[0]), x, weight, bias, factor))
 
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
         return self._append(Slice(self._value(width), x, start))
 
-    def rope(self, x: Value, head_dim: int, rotation: Rotation) -> Value:
+    def rope(self, x: Value, head_dim: int, rotation: Rotation, *, query: bool = False) -> Value:
         """Rotates the first dimensions of every head, two for each frequency."""
         n_rot = 2 * len(rotation.frequencies)
         assert n_rot <= head_dim and x.width % head_dim == 0
         frequencies, magnitude, interleaved = rotation.frequencies, rotation.magnitude, rotation.interleaved
-        return self._append(Rope(self._value(x.width), x, head_dim, n_rot, interleaved, frequencies, magnitude))
+        temperature = rotation.temperature if query else None
+        out = self._value(x.width)
+        return self._append(Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature))
 
     def attention(
         self, q: Value, k: Value, v: Value, cache: CacheLayer, scale: float, softcap: float | None = None
@@ -336,6 +364,13 @@ class GraphBuilder:
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
         return self._append(Attention(self._value(cache.n_heads * cache.head_dim_v), q, k, v, layer, scale, softcap))
+
+    def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
+        """Causal attention to the keys and values of an earlier layer."""
+        cache = self.cache_layers[layer]
+        assert q.width == cache.n_heads * cache.head_dim_k
+        out = self._value(cache.n_heads * cache.head_dim_v)
+        return self._append(Attention(out, q, None, None, layer, scale, None))
 
     def activate(self, gate: Value, up: Value, kind: Activation) -> Value:
         """act(gate) * up."""
@@ -371,6 +406,11 @@ class GraphBuilder:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`."""
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
+        for name in self.reader.tensors:
+            if name.startswith((f"{block}.exp_probs_b", f"{block}.ffn_gate_up_exps")) or (
+                name.startswith(f"{block}.ffn_") and name.endswith(("_exps.bias", "_exps.scale"))
+            ):
+                raise self.error(f"tensor {name} is not supported")
         router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, x.width)
         router_bias = self.optional_constant(f"{block}.ffn_gate_inp.bias", n_expert)
         gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)

@@ -45,15 +45,15 @@ class Metadata:
         return self._check_integer(key, self._get(key, default), low, high)
 
     def per_layer(
-        self, key: str, n_layer: int, default: tuple[int, ...] | None = None, high: int = MAX_WIDTH
+        self, key: str, n_layer: int, default: int | tuple[int, ...] | None = None, low: int = 1, high: int = MAX_WIDTH
     ) -> tuple[int, ...]:
-        """A positive number for each layer: the file gives one for all, or an array."""
+        """A whole number in low..high for each layer: the file gives one for all, or an array."""
         value = self._get(key, default)
         if not isinstance(value, (np.ndarray, list, tuple)):
-            return (self._check_integer(key, value, 1, high),) * n_layer
+            return (self._check_integer(key, value, low, high),) * n_layer
         if len(value) != n_layer:
             raise self.error(key, f"has {len(value)} values, expected one for each of {n_layer} layers")
-        return tuple(self._check_integer(key, one, 1, high) for one in value)
+        return tuple(self._check_integer(key, one, low, high) for one in value)
 
     def real(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30) -> float:
         """A finite number in low..high; without a default, the key is required."""
@@ -63,6 +63,13 @@ class Metadata:
         if not isfinite(value) or not low <= value <= high:
             raise self.error(key, f"is {value}, expected {low:g} to {high:g}")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, (bool, np.bool_)):
+            raise self.error(key, f"is not true or false: {shorten(value)}")
+        return bool(value)
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -101,59 +108,100 @@ def shorten(value: object) -> str:
     return str(value) if isinstance(value, (bool, int, float, np.generic)) else "an array"
 
 
+LACKING = ("deci",)
+"""Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What all of these transformers have. Lengths in floats, contexts in tokens; tuples have a value per layer."""
+    """What these transformers have. Lengths in floats, contexts in tokens; tuples have a value per layer.
 
+    n_layer: without the blocks at the end that only predict further tokens (`nextn_predict_layers`), which are not run.
+    n_ff_expert: of one expert, 0 where the file does not say. n_dense: how many layers at the beginning have no
+    experts. n_groups, n_groups_used: experts are chosen among those of the best groups only, where there are groups.
+    """
+
+    metadata: Metadata
     n_vocab: int
     n_embd: int
     n_layer: int
+    n_blocks: int
     n_heads: tuple[int, ...]
     n_kv_heads: tuple[int, ...]
     n_ff: tuple[int, ...]
     head_dim_k: int
     head_dim_v: int
     n_rot: int
-    rms_eps: float
     context_length: int
     n_expert: int
     n_used: int
+    n_groups: int
+    n_groups_used: int
+    n_ff_expert: tuple[int, ...]
+    n_dense: int
 
     @classmethod
     def read(cls, metadata: Metadata) -> "Hyperparameters":
         """The defaults are the reference engine's: head size n_embd / n_head, all heads with keys of their own."""
         n_embd = metadata.integer("embedding_length")
-        n_layer = metadata.integer("block_count", high=MAX_LAYERS)
-        n_heads = metadata.per_layer("attention.head_count", n_layer, high=MAX_HEADS)
-        n_kv_heads = metadata.per_layer("attention.head_count_kv", n_layer, default=n_heads, high=MAX_HEADS)
+        n_blocks = metadata.integer("block_count", high=MAX_LAYERS)
+        n_layer = n_blocks - metadata.integer("nextn_predict_layers", 0, low=0, high=n_blocks - 1)
+        least = 0 if metadata.architecture in LACKING else 1
+        n_heads = metadata.per_layer("attention.head_count", n_blocks, low=least, high=MAX_HEADS)
+        n_kv_heads = metadata.per_layer("attention.head_count_kv", n_blocks, n_heads, low=least, high=MAX_HEADS)
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
-            if heads % kv_heads:
+            if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
-        head_dim = n_embd // n_heads[0] or None
+        head_dim = n_embd // n_heads[0] or None if n_heads[0] else None
         head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
         n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
         if n_rot % 2:
             raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
         n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
+        n_groups, n_groups_used = read_groups(metadata, n_expert)
+        # A model of experts alone need not say how wide a dense network would be.
+        n_ff = metadata.per_layer(
+            "feed_forward_length", n_blocks, 0 if n_expert else None, low=0 if n_expert else least
+        )
         return cls(
+            metadata=metadata,
             n_vocab=count_vocabulary(metadata.reader),
             n_embd=n_embd,
             n_layer=n_layer,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            n_ff=metadata.per_layer("feed_forward_length", n_layer),
+            n_blocks=n_blocks,
+            n_heads=n_heads[:n_layer],
+            n_kv_heads=n_kv_heads[:n_layer],
+            n_ff=n_ff[:n_layer],
             head_dim_k=head_dim_k,
             head_dim_v=metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM),
             n_rot=n_rot,
-            rms_eps=metadata.real("attention.layer_norm_rms_epsilon", high=1.0),
             context_length=metadata.integer("context_length", high=MAX_CONTEXT),
             n_expert=n_expert,
             n_used=metadata.integer("expert_used_count", high=n_expert) if n_expert else 0,
+            n_groups=n_groups,
+            n_groups_used=n_groups_used,
+            n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:n_layer],
+            n_dense=metadata.integer("leading_dense_block_count", 0, low=0, high=MAX_LAYERS),
         )
+
+    @property
+    def rms_eps(self) -> float:
+        """What root mean square norms add to the mean."""
+        return self.metadata.real("attention.layer_norm_rms_epsilon", high=1.0)
 
     def cache_layer(self, layer: int, window: int | None = None) -> CacheLayer:
         """What the cache of this layer holds."""
         return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
+
+
+def read_groups(metadata: Metadata, n_expert: int) -> tuple[int, int]:
+    """Into how many groups the experts fall, and of how many experts are chosen. One group is none."""
+    n_groups = metadata.integer("expert_group_count", 0, low=0, high=n_expert)
+    if n_groups <= 1:
+        return 1, 1
+    if n_expert % n_groups:
+        raise metadata.error("expert_group_count", f"is {n_groups}, which does not divide {n_expert} experts")
+    return n_groups, metadata.integer("expert_group_used_count", high=n_groups)
 
 
 def count_vocabulary(reader: TensorFile[Described]) -> int:

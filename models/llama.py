@@ -4,7 +4,7 @@ Mixtral, SmolLM2 and many others."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import attention, feed_forward, head, windows
+from qrun.models.transformer import attention, experts, feed_forward, head, windows
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -23,7 +23,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         if h.n_expert:
-            y = builder.moe(y, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=h.n_ff[layer], kind="silu")
+            y = experts(builder, h, y, block, h.n_ff[layer])
         else:
             y = feed_forward(builder, y, block, h.n_ff[layer], "silu")
         x = builder.add(x, y)

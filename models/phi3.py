@@ -3,7 +3,7 @@
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import attention, head, windows
+from qrun.models.transformer import attention, head, joined_feed_forward, windows
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -20,9 +20,5 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer, window[layer]), rotation))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        gate_up = builder.linear(y, f"{block}.ffn_up", 2 * h.n_ff[layer])
-        gate = builder.slice(gate_up, 0, h.n_ff[layer])
-        up = builder.slice(gate_up, h.n_ff[layer], h.n_ff[layer])
-        y = builder.linear(builder.activate(gate, up, "silu"), f"{block}.ffn_down", h.n_embd)
-        x = builder.add(x, y)
+        x = builder.add(x, joined_feed_forward(builder, y, block, h.n_ff[layer], "silu"))
     return head(builder, x, h)

@@ -1,4 +1,5 @@
-"""Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115): Llama with biases on queries, keys and values."""
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, 2412.15115) and openPangu Embedded: Llama with biases on queries, keys and
+values. Qwen2-VL and Qwen2.5-VL (arXiv:2409.12191), for text: all sections of a head turn by the same positions."""
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
@@ -8,6 +9,16 @@ from qrun.models.transformer import attention, feed_forward, head, windows
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
+    return layers(builder, metadata, h, output_bias=True)
+
+
+def build_vl(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits. The reference engine adds no bias to them, even if a file has one."""
+    return layers(builder, metadata, h, output_bias=False)
+
+
+def layers(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, output_bias: bool) -> Value:
+    """All layers."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     window = windows(metadata, h.n_layer)
 
@@ -19,4 +30,4 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         x = builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], "silu"))
-    return head(builder, x, h)
+    return head(builder, x, h, bias=output_bias)

@@ -10,18 +10,18 @@ was trained on a short context and stretched to a longer one by `factor`:
   context in use chooses one (Ding et al., arXiv:2402.13753).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, log, pi
 
 import numpy as np
 
-from qrun.models.graph import Constant, GraphBuilder, Rotation
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
+from qrun.models.graph import Constant, GraphBuilder, Rotation, Temperature
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, Hyperparameters, Metadata, shorten
 
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
 # A pair that turns more than BETA_FAST times over the original context keeps its frequency, one that turns less than
-# BETA_SLOW times is stretched in full. The reference engine reads other values from the file for other families only.
+# BETA_SLOW times is stretched in full. Few architectures take other values from the file (`with_yarn_betas`).
 BETA_FAST = 32.0
 BETA_SLOW = 1.0
 
@@ -30,13 +30,21 @@ MIN_DIVISOR = 1e-6  # of a frequency; what is smaller would only make angles wit
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """What a file says of rope. `base` is the plain one's, `attention_factor` multiplies the magnitude."""
+    """What a file says of rope. `base` is the plain one's, `attention_factor` multiplies the magnitude.
+
+    Of YaRN alone: `beta_fast` and `beta_slow` (see above); `keep`, how far the fast pairs keep their frequency (0 as
+    the rest, 1 in full; None is 1 where the type is yarn); and `damping`, of the growth of the magnitude.
+    """
 
     type: str
     base: float
     factor: float
     attention_factor: float
     original_context: int
+    beta_fast: float = BETA_FAST
+    beta_slow: float = BETA_SLOW
+    keep: float | None = None
+    damping: float = 0.0
 
     @classmethod
     def read(cls, metadata: Metadata, hyperparameters: Hyperparameters) -> "RopeScaling":
@@ -58,10 +66,24 @@ class RopeScaling:
             or hyperparameters.context_length,
         )
 
+    def with_yarn_betas(self, metadata: Metadata, beta_fast: float = BETA_FAST) -> "RopeScaling":
+        """With `beta_fast` and `beta_slow` from the file: the reference engine reads them for few architectures."""
+        return replace(
+            self,
+            beta_fast=metadata.real("rope.scaling.yarn_beta_fast", beta_fast, low=MIN_DIVISOR, high=1e6),
+            beta_slow=metadata.real("rope.scaling.yarn_beta_slow", BETA_SLOW, low=MIN_DIVISOR, high=1e6),
+        )
+
+    def plain(self) -> "RopeScaling":
+        """Without any stretching: for layers that only see a window."""
+        return replace(self, factor=1.0, attention_factor=1.0)
+
     def rotation(self, n_rot: int, divisors: Constant | None = None, *, interleaved: bool = False) -> Rotation:
         """What queries and keys go through. `divisors` [n_rot / 2] are the model's rope factors."""
-        yarn = 1.0 + 0.1 * log(self.factor) if self.type == "yarn" and self.factor > 1.0 else 1.0
-        return Rotation(self.frequencies(n_rot, divisors), self.attention_factor * yarn, interleaved)
+        magnitude = self.attention_factor
+        if self.stretches_by_pair and self.factor > 1.0:
+            magnitude *= (1.0 + 0.1 * log(self.factor)) / (1.0 + 0.1 * self.damping * log(self.factor))
+        return Rotation(self.frequencies(n_rot, divisors), magnitude, interleaved)
 
     def frequencies(self, n_rot: int, divisors: Constant | None = None) -> Constant:
         """Radians per position, float32 [n_rot / 2]."""
@@ -69,10 +91,19 @@ class RopeScaling:
         if divisors is not None:
             kept = kept / divisors
         stretched = kept / self.factor
-        if self.type == "yarn":
-            keep = self._yarn_keep(n_rot)
+        if self.stretches_by_pair:
+            keep = self._kept * self._yarn_keep(n_rot)
             stretched = keep * kept + (1.0 - keep) * stretched
         return stretched.astype(np.float32)
+
+    @property
+    def stretches_by_pair(self) -> bool:
+        """Is this YaRN?"""
+        return self._kept > 0.0
+
+    @property
+    def _kept(self) -> float:
+        return float(self.type == "yarn") if self.keep is None else self.keep
 
     def _yarn_keep(self, n_rot: int) -> np.ndarray:
         """How far each pair keeps its own frequency: 1 for the fast, 0 for the slow, a ramp between."""
@@ -80,9 +111,29 @@ class RopeScaling:
         def pair_that_turns(times: float) -> float:
             return n_rot * log(self.original_context / (times * 2.0 * pi)) / (2.0 * log(self.base))
 
-        low = max(0, floor(pair_that_turns(BETA_FAST)))
-        high = min(n_rot - 1, ceil(pair_that_turns(BETA_SLOW)))
+        low = max(0, floor(pair_that_turns(self.beta_fast)))
+        high = min(n_rot - 1, ceil(pair_that_turns(self.beta_slow)))
         return 1.0 - np.clip((np.arange(n_rot // 2) - low) / max(0.001, high - low), 0.0, 1.0)
+
+
+PLAIN = RopeScaling("none", base=10000.0, factor=1.0, attention_factor=1.0, original_context=1)
+"""What rope was before any model changed it."""
+
+
+def has_sections(metadata: Metadata) -> bool:
+    """Do sections of a head turn by positions of their own in images (M-RoPE: arXiv:2409.12191)?"""
+    sections = metadata.per_layer("rope.dimension_sections", 4, 0, low=0, high=MAX_HEAD_DIM)
+    return sections[0] > 0 and sections[1] > 0
+
+
+def read_temperature(metadata: Metadata, h: Hyperparameters, length: int) -> Temperature | None:
+    """How queries grow with their position, or None where they do not."""
+    scale = metadata.real("attention.temperature_scale", 0.0, high=1e3)
+    if not scale:
+        return None
+    if h.n_rot != h.head_dim_k:
+        raise metadata.error("attention.temperature_scale", "is not supported where only a part of each head turns")
+    return Temperature(scale, length)
 
 
 def read_base(metadata: Metadata, key: str, default: float) -> float:

@@ -25,6 +25,7 @@ from qrun.models.graph import (
     SelectRows,
     Slice,
     Softcap,
+    Value,
     Weight,
 )
 
@@ -81,7 +82,8 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return values[x.id][:, start : start + out.width]
         case Rope(x=x):
             return rope(values[x.id], operation)
-        case Attention(q=q, k=k, v=v, layer=layer, scale=scale, softcap=cap):
+        case Attention(q=q, layer=layer, scale=scale, softcap=cap):
+            k, v = keys_and_values(graph, layer)
             return attention(values[q.id], values[k.id], values[v.id], graph.cache_layers[layer], scale, cap)
         case Activate(gate=gate, up=up, kind=kind):
             return activate(values[gate.id], kind) * values[up.id]
@@ -124,13 +126,26 @@ def rope(x: Array, operation: Rope) -> Array:
     heads = x.reshape(len(x), -1, operation.head_dim).astype(np.float64)
     pairs = np.arange(half)
     first, second = (2 * pairs, 2 * pairs + 1) if operation.interleaved else (pairs, pairs + half)
-    angle = np.arange(len(x))[:, None, None] * operation.frequencies.astype(np.float64)
-    cos, sin = np.cos(angle) * operation.magnitude, np.sin(angle) * operation.magnitude
+    positions = np.arange(len(x))[:, None, None]
+    angle = positions * operation.frequencies.astype(np.float64)
+    magnitude: Array | float = operation.magnitude
+    if operation.temperature is not None:
+        scale, length = operation.temperature.scale, operation.temperature.length
+        magnitude = magnitude * (1 + scale * np.log(1 + np.floor(positions / length)))
+    cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
     out = heads.copy()
     assert n_rot == 2 * len(operation.frequencies)
     out[:, :, first] = heads[:, :, first] * cos - heads[:, :, second] * sin
     out[:, :, second] = heads[:, :, first] * sin + heads[:, :, second] * cos
     return out.reshape(len(x), -1)
+
+
+def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value]:
+    """What is appended to the cache of a layer."""
+    for operation in graph.operations:
+        if isinstance(operation, Attention) and operation.layer == layer and operation.k and operation.v:
+            return operation.k, operation.v
+    raise AssertionError(f"nothing is appended to the cache of layer {layer}")
 
 
 def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, softcap: float | None) -> Array:

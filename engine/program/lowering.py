@@ -98,30 +98,34 @@ class Lowering(RecordWriter):
 
     def _rope_table(self, o: G.Rope) -> RopeTable:
         for table in self.rope_tables:
-            if table.magnitude == o.magnitude and np.array_equal(table.frequencies, o.frequencies):
+            same = (table.magnitude, table.temperature) == (o.magnitude, o.temperature)
+            if same and np.array_equal(table.frequencies, o.frequencies):
                 return table
         values = np.empty((self.context, o.n_rot // 2, 2), np.float32)
-        self.rope_tables.append(RopeTable(np.asarray(o.frequencies, np.float32), o.magnitude, values))
+        frequencies = np.asarray(o.frequencies, np.float32)
+        self.rope_tables.append(RopeTable(frequencies, o.magnitude, values, temperature=o.temperature))
         return self.rope_tables[-1]
 
     def _lower_attention(self, o: G.Attention) -> None:
         layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
-        q, k, v = (self.places[value.id] for value in (o.q, o.k, o.v))
+        q = self.places[o.q.id]
         cache = f"cache of layer {o.layer}"
         kind = self.layout.cache_type
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
-        self.emit(
-            f"append-{kind}",
-            {
-                R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride, R.KV_HEADS: layer.n_kv_heads,
-                R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v, R.KV_K_OFFSET: place.k_offset,
-                R.KV_V_OFFSET: place.v_offset, R.KV_K_HEAD_BYTES: place.k_head_bytes,
-                R.KV_V_HEAD_BYTES: place.v_head_bytes,
-                R.KV_GROUP: place.group,
-            },
-            [k, v], [cache], True,
-        )  # fmt: skip
+        if o.k is not None and o.v is not None:
+            k, v = self.places[o.k.id], self.places[o.v.id]
+            self.emit(
+                f"append-{kind}",
+                {
+                    R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
+                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
+                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
+                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                    R.KV_GROUP: place.group,
+                },
+                [k, v], [cache], True,
+            )  # fmt: skip
         out = self.new(o.out)
         self.emit(
             attention_key(layer, kind, self.threads),

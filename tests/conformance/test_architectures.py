@@ -1,4 +1,4 @@
-"""The engine on all ten architectures: the reference engine's logits, and the same bits in any batch on any threads."""
+"""The engine on all architectures: the reference engine's logits, and the same bits in any batch on any threads."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,8 +10,10 @@ import pytest
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
+from tests.toys import OWN_FILES, error, more_files, tokens_and_logits
 
-FILES = sorted((Path(__file__).parent.parent / "data" / "arch").glob("*.gguf"))
+own_files = pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: path.stem)
+all_files = pytest.mark.parametrize("path", OWN_FILES + more_files(), ids=lambda path: path.stem)
 
 
 def logits(path: Path, tokens: np.ndarray, cuts: Sequence[int], threads: int) -> np.ndarray:
@@ -24,21 +26,23 @@ def logits(path: Path, tokens: np.ndarray, cuts: Sequence[int], threads: int) ->
     return np.concatenate(parts)  # type: ignore[arg-type]
 
 
-def test_there_are_ten() -> None:
-    assert len(FILES) == 10
+@all_files
+def test_logits_match_the_reference_engine_and_are_the_same_in_batches_cut_at_random(
+    path: Path, rng: np.random.Generator
+) -> None:
+    tokens, expected = tokens_and_logits(path)
+    n = len(tokens)
+    whole = logits(path, tokens, [0, n], 2)
+    assert error(whole, expected) <= 1e-6
+    cuts = [0, *sorted(rng.choice(np.arange(1, n), 4, replace=False)), n]
+    assert np.array_equal(whole, logits(path, tokens, cuts, 1)), cuts
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_logits_match_the_reference_engine(path: Path) -> None:
-    expected = np.load(path.with_suffix(".npz"))
-    result = logits(path, expected["tokens"], [0, 32], 2)
-    assert np.mean((result - expected["logits"]) ** 2) / np.mean(expected["logits"] ** 2) <= 1e-6
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@own_files
 def test_bits_are_the_same_in_any_batch_and_on_any_threads(path: Path) -> None:
-    tokens = np.load(path.with_suffix(".npz"))["tokens"]
-    whole = logits(path, tokens, [0, 32], 1)
-    assert np.array_equal(whole, logits(path, tokens, [0, 32], 2))
-    assert np.array_equal(whole, logits(path, tokens, range(33), 2))
-    assert np.array_equal(whole, logits(path, tokens, [0, 5, 6, 23, 32], 1))
+    tokens, _ = tokens_and_logits(path)
+    n = len(tokens)
+    whole = logits(path, tokens, [0, n], 1)
+    assert np.array_equal(whole, logits(path, tokens, [0, n], 2))
+    assert np.array_equal(whole, logits(path, tokens, range(n + 1), 2))
+    assert np.array_equal(whole, logits(path, tokens, [0, 5, 6, 23, n], 1))

@@ -48,13 +48,13 @@ def error(result: np.ndarray, expected: np.ndarray) -> float:
     return float(np.mean((result - expected) ** 2) / np.mean(expected**2))
 
 
-def test_there_is_one_of_every_architecture() -> None:
+def test_all_are_of_known_architectures() -> None:
     names = set()
     for folder in FOLDERS:
         source = CheckpointSource(folder)
         names.add(source.metadata["general.architecture"])
         source.close()
-    assert names == set(ARCHITECTURES)
+    assert names <= set(ARCHITECTURES)
 
 
 @by_folder

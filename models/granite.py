@@ -1,0 +1,71 @@
+"""Granite 3 and 4 (IBM), dense or a mixture of experts, and MiniCPM (arXiv:2404.06395): Llama with scales on the
+embedding, on what each part adds, on the products of queries and keys, and on the logits."""
+
+from math import sqrt
+
+from qrun.models.graph import GraphBuilder, Rotation, Value
+from qrun.models.hyperparameters import Hyperparameters, Metadata
+from qrun.models.rope import RopeScaling, rope_factors
+from qrun.models.transformer import attention, experts, feed_forward, head, shared_expert
+
+
+def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of Granite."""
+    turns = metadata.flag("rope.scaling.finetuned", True)
+    return layers(builder, metadata, h, read_rotation(builder, metadata, h, context) if turns else None)
+
+
+def build_experts(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits under the name that the first mixtures of experts had for themselves."""
+    return layers(builder, metadata, h, read_rotation(builder, metadata, h, context))
+
+
+def build_minicpm(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of MiniCPM, whose older files do not give the scales."""
+    return layers(
+        builder, metadata, h, read_rotation(builder, metadata, h, context), embedding_scale=12.0,
+        residual_scale=1.4 / sqrt(h.n_layer), logit_divisor=256.0 / h.n_embd,
+    )  # fmt: skip
+
+
+def layers(
+    builder: GraphBuilder,
+    metadata: Metadata,
+    h: Hyperparameters,
+    rotation: Rotation | None,
+    *,
+    embedding_scale: float = 0.0,
+    residual_scale: float = 0.0,
+    logit_divisor: float | None = None,
+) -> Value:
+    """All layers. The scales are for files that do not give them; a 0 is none."""
+    embedding_scale = metadata.real("embedding_scale", embedding_scale) or 1.0
+    residual_scale = metadata.real("residual_scale", residual_scale) or 1.0
+    logit_divisor = metadata.real("logit_scale", logit_divisor, low=1e-6)
+    scale = metadata.real("attention.scale", 0.0) or None
+    n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
+
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=embedding_scale)
+    for layer in range(h.n_layer):
+        block = f"blk.{layer}"
+        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+        y = attention(builder, h, y, block, h.cache_layer(layer), rotation, scale=scale)
+        x = builder.add(x, builder.scale(y, residual_scale))
+
+        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
+        if not h.n_expert:
+            y = feed_forward(builder, y, block, h.n_ff[layer], "silu")
+        elif n_ff_shared:
+            shared = shared_expert(builder, y, block, n_ff_shared)
+            y = builder.add(experts(builder, h, y, block, h.n_ff[layer]), shared)
+        else:
+            y = experts(builder, h, y, block, h.n_ff[layer])
+        x = builder.add(x, builder.scale(y, residual_scale))
+    return builder.scale(head(builder, x, h), 1.0 / logit_divisor)
+
+
+def read_rotation(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Rotation:
+    """How heads turn."""
+    scaling = RopeScaling.read(metadata, h)
+    factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
+    return scaling.rotation(h.n_rot, factors, interleaved=True)

@@ -1,0 +1,21 @@
+"""Maincoder: Llama with a norm of each head's query and key after they have turned."""
+
+from qrun.models.graph import GraphBuilder, Value
+from qrun.models.hyperparameters import Hyperparameters, Metadata
+from qrun.models.rope import RopeScaling
+from qrun.models.transformer import attention, feed_forward, head
+
+
+def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits."""
+    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
+
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        block = f"blk.{layer}"
+        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm="turned"))
+
+        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
+        x = builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], "silu"))
+    return head(builder, x, h)

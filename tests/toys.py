@@ -1,0 +1,45 @@
+"""Small random models of the architectures, each with tokens and the reference engine's logits beside it (.npz).
+
+Some are in this repository. All of them are compared where there is a folder of more: the one that
+QRUN_TEST_ARCHITECTURES names, or `shared/conformance/arch` beside the checkout.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from qrun.formats import GGUFReader
+from qrun.models import ARCHITECTURES
+
+OWN = Path(__file__).parent / "data" / "arch"
+MORE = Path(os.environ.get("QRUN_TEST_ARCHITECTURES") or Path(__file__).parents[2] / "shared" / "conformance" / "arch")
+
+REFUSED = ("gemma4-moe-v3",)
+"""What needs operations that are not there yet."""
+
+OWN_FILES = sorted(OWN.glob("*.gguf"))
+
+
+def architecture(path: Path) -> str:
+    """What the file says that it is."""
+    with GGUFReader(path) as reader:
+        return str(reader.metadata["general.architecture"])
+
+
+def more_files() -> list[Path]:
+    """Those of supported architectures that this repository does not have."""
+    own = {path.name for path in OWN_FILES}
+    more = [path for path in sorted(MORE.glob("*.gguf")) if path.name not in own and path.stem not in REFUSED]
+    return [path for path in more if architecture(path) in ARCHITECTURES]
+
+
+def tokens_and_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What was asked, and the logits after each token."""
+    with np.load(path.with_suffix(".npz")) as arrays:
+        return arrays["tokens"], arrays["logits"]
+
+
+def error(result: np.ndarray, expected: np.ndarray) -> float:
+    """The mean squared error as a part of the mean square."""
+    return float(np.mean((result - expected) ** 2) / np.mean(expected**2))

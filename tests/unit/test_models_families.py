@@ -1,0 +1,218 @@
+"""What the small models of the conformance tests do not show of the families: compared with formulas written out here.
+
+The plain forward passes below know nothing of graphs: they take the file's tensors, and the papers' formulas.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, Toy, of_type
+
+from qrun.models.graph import Attention, Linear, Rope
+from tests.reference import forward
+
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+EPS = 1e-5
+
+
+def weights(toy: Toy) -> dict[str, np.ndarray]:
+    return {name: tensor.dequantize().astype(np.float64) for name, tensor in toy.tensors.items()}
+
+
+def normed(x: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def turned(x: np.ndarray) -> np.ndarray:
+    """Halves of each head [rows, heads, dims] turned by the position."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+
+
+def attended(x: np.ndarray, w: dict[str, np.ndarray], block: str) -> np.ndarray:
+    """Attention with its heads side by side, before the output matrix."""
+    n = len(x)
+    q, k, v = ((x @ w[f"{block}.attn_{name}.weight"].T).reshape(n, -1, HEAD_DIM) for name in "qkv")
+    q, k = turned(q), turned(k)
+    shared_by = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, shared_by, axis=1), np.repeat(v, shared_by, axis=1)
+    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD_DIM)
+    scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
+    return np.einsum("hij,jhd->ihd", softmax(scores), v).reshape(n, -1)
+
+
+def close(toy: Toy, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(forward(toy.graph(), TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bitnet_norms_inside_each_part_and_scales_each_matrix() -> None:
+    toy = Toy("bitnet")
+    for layer in range(2):
+        toy.add(f"blk.{layer}.attn_sub_norm.weight", N_HEADS * HEAD_DIM)
+        toy.add(f"blk.{layer}.ffn_sub_norm.weight", N_FF)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            toy.add(f"blk.{layer}.{name}.scale", 1)
+    w = weights(toy)
+    x = w["token_embd.weight"][TOKENS]
+    scaled = {name: w[name] * w.get(name.replace(".weight", ".scale"), 1.0) for name in w}
+    for layer in range(2):
+        block = f"blk.{layer}"
+        y = attended(normed(x, w[f"{block}.attn_norm.weight"]), scaled, block)
+        x = x + normed(y, w[f"{block}.attn_sub_norm.weight"]) @ scaled[f"{block}.attn_output.weight"].T
+        y = normed(x, w[f"{block}.ffn_norm.weight"])
+        y = silu(y @ scaled[f"{block}.ffn_gate.weight"].T) * (y @ scaled[f"{block}.ffn_up.weight"].T)
+        x = x + normed(y, w[f"{block}.ffn_sub_norm.weight"]) @ scaled[f"{block}.ffn_down.weight"].T
+    close(toy, normed(x, w["output_norm.weight"]) @ w["token_embd.weight"].T)
+
+
+@pytest.mark.parametrize(("gating", "normalize"), [(0, False), (1, True), (2, True), (2, False)])
+def test_deepseek_ocr_has_a_dense_layer_first_and_then_experts_beside_a_shared_one(
+    gating: int, normalize: bool
+) -> None:
+    """Two of six experts are chosen; their weights are scaled."""
+    keys: dict[str, Any] = {
+        "expert_used_count": 2, "expert_shared_count": 3, "expert_feed_forward_length": N_FF,
+        "leading_dense_block_count": 1, "expert_weights_scale": 2.5, "expert_weights_norm": normalize,
+        "expert_gating_func": gating,
+    }  # fmt: skip
+    toy = Toy("deepseek2-ocr", n_expert=6, **keys)
+    for name in ("gate", "up"):
+        toy.add(f"blk.0.ffn_{name}.weight", N_FF, N_EMBD)
+        toy.add(f"blk.1.ffn_{name}_shexp.weight", 3 * N_FF, N_EMBD)
+    toy.add("blk.0.ffn_down.weight", N_EMBD, N_FF)
+    toy.add("blk.1.ffn_down_shexp.weight", N_EMBD, 3 * N_FF)
+    w = weights(toy)
+
+    def fed(y: np.ndarray, suffix: str, expert: int | tuple[()] = ()) -> np.ndarray:
+        gate, up, down = (w[f"{block}.ffn_{name}{suffix}.weight"][expert] for name in ("gate", "up", "down"))
+        return (silu(y @ gate.T) * (y @ up.T)) @ down.T
+
+    x = w["token_embd.weight"][TOKENS]
+    for layer in range(2):
+        block = f"blk.{layer}"
+        y = attended(normed(x, w[f"{block}.attn_norm.weight"]), w, block)
+        x = x + y @ w[f"{block}.attn_output.weight"].T
+        y = normed(x, w[f"{block}.ffn_norm.weight"])
+        if layer == 0:
+            x = x + fed(y, "")
+            continue
+        logits = y @ w[f"{block}.ffn_gate_inp.weight"].T
+        chances = 1 / (1 + np.exp(-logits)) if gating == 2 else softmax(logits)
+        x = x + fed(y, "_shexp")
+        for row in range(len(y)):
+            best = sorted(range(6), key=lambda expert: -chances[row, expert])[:2]
+            total = chances[row, best].sum() if normalize else 1.0
+            for expert in best:
+                x[row] += 2.5 * chances[row, expert] / total * fed(y[row], "_exps", expert)
+    close(toy, normed(x, w["output_norm.weight"]) @ w["token_embd.weight"].T)
+
+
+def test_blocks_that_only_predict_further_tokens_are_not_run() -> None:
+    """They are counted in `block_count`, and arrays have values for them too."""
+    plain = Toy("glm4", n_layer=3)
+    for layer in range(3):
+        plain.add(f"blk.{layer}.ffn_up.weight", 2 * N_FF, N_EMBD)
+    counted = np.array([N_FF, N_FF, N_FF, 7], np.int32)
+    more = Toy("glm4", n_layer=3, block_count=4, nextn_predict_layers=1, feed_forward_length=counted)
+    more.tensors = dict(plain.tensors)
+    more.add("blk.3.attn_norm.weight", N_EMBD)
+    more.add("blk.3.nextn.eh_proj.weight", N_EMBD, 2 * N_EMBD)
+    assert len(more.graph().cache_layers) == 3
+    assert np.array_equal(forward(more.graph(), TOKENS), forward(plain.graph(), TOKENS))
+    assert "nextn_predict_layers is 4, expected 0 to 3" in more.set({"nextn_predict_layers": 4}).error()
+
+
+def test_deci_may_lack_attention_and_leaves_out_layers_without_a_feed_forward_network() -> None:
+    heads, kv_heads, widths = [4, 4, 0, 4], [2, 0, 0, 2], [N_FF, N_FF, N_FF, 0]
+    toy = Toy("deci", n_layer=4)
+    toy.set({
+        "attention.head_count": np.array(heads, np.int32), "attention.head_count_kv": np.array(kv_heads, np.int32),
+        "feed_forward_length": np.array(widths, np.int32),
+    })  # fmt: skip
+    toy.add("blk.1.attn_output.weight", N_EMBD, N_EMBD)
+    graph = toy.graph()
+    assert len(graph.cache_layers) == len(of_type(graph, Attention)) == 1
+    names = [linear.weight.name for linear in of_type(graph, Linear)]
+    assert "blk.1.attn_output.weight" in names and "blk.1.attn_q.weight" not in names
+    assert not any(name.startswith(("blk.2.attn", "blk.3")) for name in names)
+    assert forward(graph, TOKENS).shape == (8, N_VOCAB)
+
+
+def test_no_other_architecture_may_lack_heads() -> None:
+    toy = Toy("llama").set({"attention.head_count_kv": np.array([2, 0], np.int32)})
+    assert "attention.head_count_kv is 0, expected 1 to 4096" in toy.error()
+
+
+def test_queries_of_mistral_grow_beyond_the_trained_context() -> None:
+    keys = {"rope.scaling.original_context_length": 4, "attention.temperature_scale": 0.1}
+    graph = Toy("mistral3", **keys).graph()
+    query, key = of_type(graph, Rope)[:2]
+    assert key.temperature is None and query.temperature is not None
+    expected = 1 + 0.1 * np.log(1 + np.array([0, 0, 1, 1, 2]))
+    np.testing.assert_allclose(query.temperature.at(np.array([0, 3, 4, 7, 8])), expected)
+    same = Toy("mistral3", **keys | {"rope.scaling.original_context_length": 8}).graph()
+    outs = [forward(g, TOKENS) for g in (graph, same, Toy("mistral3").graph())]
+    assert np.array_equal(outs[1], outs[2]) and np.array_equal(outs[0][:4], outs[1][:4])
+    assert np.abs(outs[0][4:] - outs[1][4:]).max() > 1e-4
+
+
+def test_the_magnitude_of_yarn_is_damped_where_a_file_says_so() -> None:
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 16.0}
+    magnitudes = [
+        of_type(Toy("mistral3", **keys, **{"rope.scaling.yarn_log_multiplier": damping}).graph(), Rope)[0].magnitude
+        for damping in (0.0, 1.0)
+    ]
+    assert magnitudes == pytest.approx([1 + 0.1 * np.log(16), 1.0])
+
+
+@pytest.mark.parametrize("architecture", ["olmo2", "mellum"])
+def test_only_layers_that_see_everything_are_stretched(architecture: str) -> None:
+    keys: dict[str, Any] = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "attention.sliding_window": 3, "expert_used_count": 1,
+        "rope.scaling.original_context_length": 128,
+    }  # fmt: skip
+    toy = Toy(architecture, n_layer=4, n_expert=2 if architecture == "mellum" else 0, **keys)
+    if architecture == "olmo2":
+        for layer in range(4):
+            toy.add(f"blk.{layer}.attn_q_norm.weight", N_HEADS * HEAD_DIM)
+            toy.add(f"blk.{layer}.attn_k_norm.weight", N_KV_HEADS * HEAD_DIM)
+    graph = toy.graph()
+    assert [cache.window for cache in graph.cache_layers] == [3, 3, 3, None]
+    slowest = [float(rope.frequencies[-1]) for rope in of_type(graph, Rope)[::2]]
+    plain = 10000.0 ** (-2 * (HEAD_DIM // 2 - 1) / HEAD_DIM)
+    assert slowest == pytest.approx([plain] * 3 + [plain / 8])
+    assert [rope.magnitude for rope in of_type(graph, Rope)[::2]] == pytest.approx([1.0] * 3 + [1 + 0.1 * np.log(8)])
+
+
+def test_large_exaone_turns_only_where_it_sees_a_window() -> None:
+    graph = Toy("exaone4", n_layer=64).graph()
+    windows = [cache.window for cache in graph.cache_layers]
+    assert windows == [4096, 4096, 4096, None] * 16
+    assert len(of_type(graph, Rope)) == 2 * 48
+    assert len(of_type(Toy("exaone4").graph(), Rope)) == 4
+
+
+def test_nanbeige_runs_its_layers_again_with_caches_of_their_own() -> None:
+    graph = Toy("nanbeige", num_loops=3).graph()
+    assert [attention.layer for attention in of_type(graph, Attention)] == list(range(6))
+    without = Toy("nanbeige", num_loops=3, skip_loop_final_norm=True).graph()
+    assert len(graph.operations) - len(without.operations) == 2
+    assert "num_loops is 1000, expected 1 to 256" in Toy("nanbeige", num_loops=1000).error()
+
+
+def test_experts_that_the_file_does_not_describe_are_refused() -> None:
+    assert "mellum.expert_count is 0, and this architecture has experts" in Toy("mellum").error()
+    toy = Toy("bailingmoe", n_expert=4, expert_used_count=2, expert_shared_count=1)
+    assert "bailingmoe.expert_feed_forward_length is missing" in toy.error()
