@@ -356,6 +356,11 @@ class GraphBuilder:
         """Is there a tensor of this full name?"""
         return name in self.reader.tensors
 
+    def n_rows(self, name: str) -> int:
+        """How many rows the matrix of this full name has, or 0 if there is none."""
+        tensor = self.reader.tensors.get(name)
+        return tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
+
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
         info = self._tensor(name, shape)
@@ -430,6 +435,11 @@ class GraphBuilder:
         """
         weight = self.weight(f"{name}.weight", width, x.width)
         return self.linear_with(x, weight, self.optional_constant(f"{name}.bias", width) if bias else None)
+
+    def linear_row(self, x: Value, name: str) -> Value:
+        """A matrix of one row, which the file has as a vector: [rows, 1]."""
+        flat = self.weight(f"{name}.weight", x.width)
+        return self.linear_with(x, Weight(flat.name, flat.type, (1, x.width), flat.raw), None)
 
     def linear_with(self, x: Value, weight: Weight, bias: Constant | None) -> Value:
         """A matrix and a bias that have been looked up already."""

@@ -253,6 +253,7 @@ def _norm(packing: str, centred: bool) -> Kernel:
         groups = v.load_i64(op + R.ROW_GROUPS)
         weight = v.load_i64(op + R.ROW_WEIGHT)
         bias = v.load_i64(op + R.ROW_BIAS)
+        weighted, biased = weight != 0, bias != 0
         stride = v.load_i64(op + R.ROW_WEIGHT_STRIDE)
         size = width // groups
         whole = size // lanes * lanes
@@ -284,16 +285,16 @@ def _norm(packing: str, centred: bool) -> Kernel:
                 if centred:
                     value = value - means
                 value = value * factor
-                if weight != 0:
+                if weighted:
                     value = value * v.load(weight + 4 * i)
-                if bias != 0:
+                if biased:
                     value = value + v.load(bias + 4 * i)
                 v.store(y + 4 * i, value)
             for i in range(whole, size):
                 one = (v.load_f32(x + 4 * i) - mean) * inverse
-                if weight != 0:
+                if weighted:
                     one = one * v.load_f32(weight + 4 * i)
-                if bias != 0:
+                if biased:
                     one = one + v.load_f32(bias + 4 * i)
                 v.store_f32(y + 4 * i, one)
             x += 4 * size

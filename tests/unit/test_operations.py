@@ -75,11 +75,11 @@ def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[
 
 
 @pytest.mark.parametrize(("width", "groups"), [(64, 1), (97, 1), (60, 4), (99, 3)])
-@pytest.mark.parametrize("kind", ["both", "weight", "neither", "rows"])
+@pytest.mark.parametrize("kind", ["both", "weight", "neither", "rows", "rows of weight"])
 def test_norms(check: Any, width: int, groups: int, kind: str) -> None:
-    """rows: a weight and a bias of its own for each group."""
+    """rows: a weight, or also a bias, of its own for each group."""
     size = width // groups
-    shape = (groups, size) if kind == "rows" else (size,)
+    shape = (groups, size) if kind.startswith("rows") else (size,)
 
     def make(maker: Maker) -> G.Value:
         weight = None if kind == "neither" else maker.constant(*shape)
