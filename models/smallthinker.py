@@ -21,6 +21,8 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     local_rotation = replace(scaling, base=local_base).rotation(h.n_rot)
     has_windows = read_window(metadata) > 0
     sliding = sliding_layers(metadata, h.n_layer, period=4, full_first=True) if has_windows else (False,) * h.n_layer
+    # The reference engine lets a model of as many layers as there are from one to the next turn everywhere.
+    everywhere = not has_windows or h.n_layer == NOPE_PERIOD
     shares = Shares(gating=read_gating(metadata, "softmax"))
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
@@ -29,7 +31,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         cache = h.cache_layer(layer, WINDOW if sliding[layer] else None)
         turn = local_rotation if sliding[layer] else rotation
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        y = attention(builder, h, y, block, cache, turn if not has_windows or layer % NOPE_PERIOD else None)
+        y = attention(builder, h, y, block, cache, turn if everywhere or layer % NOPE_PERIOD else None)
         attended = builder.add(x, y)
 
         y = builder.rms_norm(attended, f"{block}.ffn_norm", h.rms_eps)
