@@ -221,7 +221,8 @@ def _target(operation: G.Operation) -> str | None:
 
 
 def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:
-    return operation.router, operation.gate, operation.up, operation.down
+    """Each once: gate and up may be one."""
+    return tuple(dict.fromkeys((operation.router, operation.gate, operation.up, operation.down)))
 
 
 def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:

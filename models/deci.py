@@ -1,6 +1,6 @@
-"""DeciLM and Nemotron 51B to 253B (arXiv:2411.19146): Llama of which a search has left out what could be
-spared. A layer may have fewer heads, a single matrix in place of attention, or no attention, and a narrower
-feed-forward network."""
+"""DeciLM and Nemotron 51B to 253B (arXiv:2411.19146): Llama of which a search has left out what could be spared. A
+layer may have fewer heads, a single matrix in place of attention, or no attention, and a narrower feed-forward
+network."""
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata

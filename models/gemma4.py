@@ -1,21 +1,22 @@
 """Gemma 4: Gemma 3 with larger heads on the layers that see everything, values that are normed keys where a layer has
 no matrix for them, and no scale on the products of queries and keys. In the small models every layer also takes an
-embedding of the token that is its own, and the last layers attend to keys and values of earlier ones."""
+embedding of the token that is its own, and the last layers attend to keys and values of earlier ones. In one model a
+mixture of experts lies beside the dense network."""
 
 from dataclasses import replace
 from math import sqrt
 
+import numpy as np
+
 from qrun.models.graph import CacheLayer, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, MAX_WIDTH, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base
-from qrun.models.transformer import feed_forward, head, project_qkv, softcapped
+from qrun.models.transformer import experts, feed_forward, head, project_qkv, required_flags, softcapped
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    sliding = metadata.flags("attention.sliding_window_pattern", h.n_layer)
-    if sliding is None:
-        raise metadata.error("attention.sliding_window_pattern", f"is not a flag for each of {h.n_layer} layers")
+    sliding = required_flags(metadata, "attention.sliding_window_pattern", h.n_layer)
     caches = read_caches(metadata, h, sliding)
     rotations = read_rotations(builder, metadata, h, sliding)
     # From this layer on, layers have no keys and values of their own.
@@ -30,10 +31,11 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = attention(builder, h, y, block, caches[layer], rotations[sliding[layer]], shared)
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_attention_norm", h.rms_eps))
 
-        if builder.has(f"{block}.ffn_gate_inp.weight"):
-            raise builder.error(f"tensor {block}.ffn_gate_inp.weight: experts of Gemma 4 are not supported")
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         y = feed_forward(builder, y, block, h.n_ff[layer], "gelu")
+        if builder.has(f"{block}.ffn_gate_inp.weight"):
+            y = builder.rms_norm(y, f"{block}.post_ffw_norm_1", h.rms_eps)
+            y = builder.add(y, mixture(builder, h, x, block, h.n_ff_expert[layer]))
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_ffw_norm", h.rms_eps))
 
         if inputs is not None:
@@ -73,6 +75,15 @@ def attention(
         v = builder.rms_norm_with(v, None, h.rms_eps, cache.n_kv_heads)
         y = builder.attention(q, k, v, cache, scale=1.0)
     return builder.linear(y, f"{block}.attn_output", h.n_embd)
+
+
+def mixture(builder: GraphBuilder, h: Hyperparameters, x: Value, block: str, n_ff: int) -> Value:
+    """The experts beside the dense network. They and their router take the same rows through norms of their own."""
+    y = builder.rms_norm(x, f"{block}.pre_ffw_norm_2", h.rms_eps)
+    scale = builder.constant(f"{block}.ffn_gate_inp.scale", h.n_embd) * np.float32(h.n_embd**-0.5)
+    router_x = builder.rms_norm_with(x, scale, h.rms_eps)
+    y = experts(builder, h, y, block, n_ff, "gelu", router_x=router_x)
+    return builder.rms_norm(y, f"{block}.post_ffw_norm_2", h.rms_eps)
 
 
 def read_caches(metadata: Metadata, h: Hyperparameters, sliding: tuple[bool, ...]) -> list[CacheLayer]:

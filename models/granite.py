@@ -4,9 +4,9 @@ embedding, on what each part adds, on the products of queries and keys, and on t
 from math import sqrt
 
 from qrun.models.graph import GraphBuilder, Rotation, Value
-from qrun.models.hyperparameters import Hyperparameters, Metadata
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import attention, experts, feed_forward, head, shared_expert
+from qrun.models.transformer import attention, experts, feed_forward, head, joined_feed_forward, required_flags
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -28,17 +28,28 @@ def build_minicpm(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters,
     )  # fmt: skip
 
 
+def build_windows(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of Granite with windows and sinks; not all layers need turn."""
+    window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
+    sliding = required_flags(metadata, "attention.sliding_window_pattern", h.n_layer)
+    turns = metadata.flags("attention.rope_pattern", h.n_layer) or (True,) * h.n_layer
+    windows = tuple(window if slides else None for slides in sliding)
+    return layers(builder, metadata, h, read_rotation(builder, metadata, h, context), windows, turns)
+
+
 def layers(
     builder: GraphBuilder,
     metadata: Metadata,
     h: Hyperparameters,
     rotation: Rotation | None,
+    windows: tuple[int | None, ...] | None = None,
+    turns: tuple[bool, ...] | None = None,
     *,
     embedding_scale: float = 0.0,
     residual_scale: float = 0.0,
     logit_divisor: float | None = None,
 ) -> Value:
-    """All layers. The scales are for files that do not give them; a 0 is none."""
+    """All layers. The scales are for files that do not give them; a 0 is none. windows, turns: of each layer."""
     embedding_scale = metadata.real("embedding_scale", embedding_scale) or 1.0
     residual_scale = metadata.real("residual_scale", residual_scale) or 1.0
     logit_divisor = metadata.real("logit_scale", logit_divisor, low=1e-6)
@@ -49,14 +60,19 @@ def layers(
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        y = attention(builder, h, y, block, h.cache_layer(layer), rotation, scale=scale)
+        cache = h.cache_layer(layer, windows[layer] if windows else None)
+        turn = rotation if turns is None or turns[layer] else None
+        sinks = builder.optional_constant(f"{block}.attn_sinks.weight", cache.n_heads)
+        y = attention(builder, h, y, block, cache, turn, scale=scale, sinks=sinks)
         x = builder.add(x, builder.scale(y, residual_scale))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         if not h.n_expert:
             y = feed_forward(builder, y, block, h.n_ff[layer], "silu")
         elif n_ff_shared:
-            shared = shared_expert(builder, y, block, n_ff_shared)
+            is_joined = not builder.has(f"{block}.ffn_gate_shexp.weight")
+            of_kind = joined_feed_forward if is_joined else feed_forward
+            shared = of_kind(builder, y, block, n_ff_shared, "silu", "_shexp")
             y = builder.add(experts(builder, h, y, block, h.n_ff[layer]), shared)
         else:
             y = experts(builder, h, y, block, h.n_ff[layer])

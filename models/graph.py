@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 
-Activation = Literal["silu", "gelu"]
-"""`gelu` is the tanh approximation."""
+Activation = Literal["silu", "gelu", "relu", "clamped_silu", "swiglu_oai"]
+"""What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
+with the gate at most a limit, and up between -limit and limit. `swiglu_oai` is gpt-oss's: gate * sigmoid(1.702 gate) *
+(up + 1), with the gate at most 7, and up between -7 and 7."""
+Alone = Literal["gelu", "relu_squared"]
+"""Activations that multiply nothing."""
+GateKind = Literal["sigmoid", "softplus"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
 
@@ -45,18 +50,20 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Embed:
-    """out[i] = weight[token[i]] * scale."""
+    """out[i] = weight[token[i]] * scale, or with `by_position` weight[position[i]] * scale."""
 
     out: Value
     weight: Weight
     scale: float
+    by_position: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class RMSNorm:
-    """out = x / sqrt(mean(x * x) + eps) * weight, over x seen as [rows, groups, width / groups].
+    """out = x / sqrt(mean(x * x) + eps) * weight + bias, over x seen as [rows, groups, width / groups].
 
-    `weight` is [width / groups]; a norm of each head's query or key has a group per head.
+    `weight` and `bias` are [width / groups], or [groups, width / groups]; a norm of each head's query or key has a
+    group per head.
     """
 
     out: Value
@@ -64,6 +71,19 @@ class RMSNorm:
     weight: Constant | None
     eps: float
     groups: int
+    bias: Constant | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`."""
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    bias: Constant | None
+    eps: float
+    groups: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +146,9 @@ class Attention:
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
+
+    With `sinks` [n_heads], each head's softmax is over one score more, its sink, whose weight is then dropped. With
+    `slopes` [n_heads], each score gets -slope * distance (ALiBi: arXiv:2108.12409).
     """
 
     out: Value
@@ -135,6 +158,8 @@ class Attention:
     layer: int
     scale: float
     softcap: float | None
+    sinks: Constant | None = None
+    slopes: Constant | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +170,34 @@ class Activate:
     gate: Value
     up: Value
     kind: Activation
+
+
+@dataclass(frozen=True, eq=False)
+class ActivateAlone:
+    """out = act(x): GELU, or max(x, 0)^2."""
+
+    out: Value
+    x: Value
+    kind: Alone
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """out = act(gate) * x, where each of the gate's values counts for x.width / gate.width neighbours of x."""
+
+    out: Value
+    gate: Value
+    x: Value
+    kind: GateKind
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp:
+    """out = x, but not beyond -limit and limit."""
+
+    out: Value
+    x: Value
+    limit: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +241,26 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
+class Adjustment:
+    """What is done to the product of one matrix of a `MoE`: `scale` [n_expert], then `bias` [n_expert, rows]."""
+
+    weight: Weight
+    scale: Constant | None
+    bias: Constant | None
+
+
+@dataclass(frozen=True, eq=False)
 class MoE:
     """A mixture of experts: the `n_used` experts that the router likes best, summed by their weights.
 
-    Probabilities are gating(router @ x + router_bias); the chosen ones are divided by their sum if `normalize`, then
-    multiplied by `scale`. An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others
-    are [n_expert, rows, columns]. Any of the four may have changes.
+    Probabilities are gating(router @ router_x + router_bias), with x for `router_x` if there is none. Experts are
+    chosen by probability + `selection_bias`, and of `n_groups` groups of neighbouring experts only in those
+    `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
+    sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
+
+    An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others are [n_expert, rows,
+    columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any of the four may have changes.
+    Products of the file's own weights may be multiplied by a scale for each expert, and get a bias (`adjustments`).
     """
 
     out: Value
@@ -209,6 +276,13 @@ class MoE:
     scale: float
     gating: Gating
     changes: tuple[Change, ...] = ()
+    router_x: Value | None = None
+    selection_bias: Constant | None = None
+    n_groups: int = 1
+    n_groups_used: int = 1
+    limit: float = 0.0
+    """Of `clamped_silu`."""
+    adjustments: tuple[Adjustment, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +293,10 @@ class SelectRows:
     x: Value
 
 
-Operation = Embed | RMSNorm | Linear | Slice | Rope | Attention | Activate | Add | Scale | Softcap | MoE | SelectRows
+Operation = (
+    Embed | RMSNorm | LayerNorm | Linear | Slice | Rope | Attention | Activate | ActivateAlone | Gate | Clamp | Add
+    | Scale | Softcap | MoE | SelectRows
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +358,11 @@ class GraphBuilder:
         """Is there a tensor of this full name?"""
         return name in self.reader.tensors
 
+    def n_rows(self, name: str) -> int:
+        """How many rows the matrix of this full name has, or 0 if there is none."""
+        tensor = self.reader.tensors.get(name)
+        return tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
+
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
         info = self._tensor(name, shape)
@@ -317,14 +399,36 @@ class GraphBuilder:
         """Token ids to rows of an embedding matrix [n_vocab, n_embd]."""
         return self._append(Embed(self._value(n_embd), self.weight(f"{name}.weight", n_vocab, n_embd), scale))
 
-    def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1) -> Value:
-        """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight."""
-        return self.rms_norm_with(x, self.constant(f"{name}.weight", x.width // groups), eps, groups)
+    def embed_positions(self, name: str, n_positions: int, n_embd: int) -> Value:
+        """Positions to rows of a matrix [n_positions, n_embd]."""
+        weight = self.weight(f"{name}.weight", n_positions, n_embd)
+        return self._append(Embed(self._value(n_embd), weight, 1.0, by_position=True))
+
+    def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1, *, bias: bool = False) -> Value:
+        """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight.
+
+        bias: with the one that the file has, if it has one.
+        """
+        weight = self.constant(f"{name}.weight", x.width // groups)
+        b = self.optional_constant(f"{name}.bias", x.width // groups) if bias else None
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b))
 
     def rms_norm_with(self, x: Value, weight: Constant | None, eps: float, groups: int = 1) -> Value:
         """A norm whose weight has been looked up already, or that has none."""
         assert x.width % groups == 0
         return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups))
+
+    def layer_norm(self, x: Value, name: str, eps: float) -> Value:
+        """Layer norm of the row, with a bias if the file has one."""
+        weight, bias = self.constant(f"{name}.weight", x.width), self.optional_constant(f"{name}.bias", x.width)
+        return self.layer_norm_with(x, weight, bias, eps)
+
+    def layer_norm_with(
+        self, x: Value, weight: Constant | None, bias: Constant | None, eps: float, groups: int = 1
+    ) -> Value:
+        """A norm whose weight and bias have been looked up already, or that has none."""
+        assert x.width % groups == 0
+        return self._append(LayerNorm(self._value(x.width), x, weight, bias, eps, groups))
 
     def linear(self, x: Value, name: str, width: int, *, bias: bool = True) -> Value:
         """A matrix [width, x.width], and its bias and its scale if the file has one.
@@ -333,6 +437,11 @@ class GraphBuilder:
         """
         weight = self.weight(f"{name}.weight", width, x.width)
         return self.linear_with(x, weight, self.optional_constant(f"{name}.bias", width) if bias else None)
+
+    def linear_row(self, x: Value, name: str) -> Value:
+        """A matrix of one row, which the file has as a vector: [rows, 1]."""
+        flat = self.weight(f"{name}.weight", x.width)
+        return self.linear_with(x, Weight(flat.name, flat.type, (1, x.width), flat.raw), None)
 
     def linear_with(self, x: Value, weight: Weight, bias: Constant | None) -> Value:
         """A matrix and a bias that have been looked up already."""
@@ -355,7 +464,15 @@ class GraphBuilder:
         return self._append(Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature))
 
     def attention(
-        self, q: Value, k: Value, v: Value, cache: CacheLayer, scale: float, softcap: float | None = None
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        cache: CacheLayer,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Constant | None = None,
+        slopes: Constant | None = None,
     ) -> Value:
         """Causal attention of the next layer; `cache` says how its cache is laid out."""
         assert q.width == cache.n_heads * cache.head_dim_k
@@ -363,7 +480,8 @@ class GraphBuilder:
         assert v.width == cache.n_kv_heads * cache.head_dim_v
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
-        return self._append(Attention(self._value(cache.n_heads * cache.head_dim_v), q, k, v, layer, scale, softcap))
+        out = self._value(cache.n_heads * cache.head_dim_v)
+        return self._append(Attention(out, q, k, v, layer, scale, softcap, sinks, slopes))
 
     def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
         """Causal attention to the keys and values of an earlier layer."""
@@ -376,6 +494,19 @@ class GraphBuilder:
         """act(gate) * up."""
         assert gate.width == up.width
         return self._append(Activate(self._value(gate.width), gate, up, kind))
+
+    def activate_alone(self, x: Value, kind: Alone) -> Value:
+        """act(x)."""
+        return self._append(ActivateAlone(self._value(x.width), x, kind))
+
+    def gate(self, gate: Value, x: Value, kind: GateKind) -> Value:
+        """act(gate) * x; the gate may be narrower, as with one value for each head."""
+        assert x.width % gate.width == 0
+        return self._append(Gate(self._value(x.width), gate, x, kind))
+
+    def clamp(self, x: Value, limit: float) -> Value:
+        """x, but not beyond -limit and limit."""
+        return self._append(Clamp(self._value(x.width), x, limit))
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
@@ -402,23 +533,45 @@ class GraphBuilder:
         normalize: bool = True,
         scale: float = 1.0,
         gating: Gating = "softmax",
+        router_x: Value | None = None,
+        n_groups: int = 1,
+        n_groups_used: int = 1,
+        limit: float = 0.0,
     ) -> Value:
-        """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`."""
+        """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
+
+        Gate and up may be one tensor, `.ffn_gate_up_exps`; experts may have scales and biases, and the router one for
+        its choice, `.exp_probs_b`.
+        """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
-        for name in self.reader.tensors:
-            if name.startswith((f"{block}.exp_probs_b", f"{block}.ffn_gate_up_exps")) or (
-                name.startswith(f"{block}.ffn_") and name.endswith(("_exps.bias", "_exps.scale"))
-            ):
-                raise self.error(f"tensor {name} is not supported")
-        router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, x.width)
+        width = (router_x or x).width
+        router = self.weight(f"{block}.ffn_gate_inp.weight", n_expert, width)
         router_bias = self.optional_constant(f"{block}.ffn_gate_inp.bias", n_expert)
-        gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
-        up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
+        # Some files leave the ending out.
+        selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
+        selection_bias = self.optional_constant(selection, n_expert)
+        if self.has(f"{block}.ffn_gate_up_exps.weight"):
+            gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
+        else:
+            gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
+            up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
         down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
+        adjustments = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)))
         return self._append(
-            MoE(self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating)
-        )
+            MoE(
+                self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
+                router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
+                limit=limit, adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
+            )
+        )  # fmt: skip
+
+    def _adjustment(self, weight: Weight) -> Adjustment | None:
+        """What the file has to do to the products of an experts' matrix."""
+        name, (n_expert, rows, _) = weight.name.removesuffix(".weight"), weight.shape
+        scale = self.optional_constant(f"{name}.scale", n_expert)
+        bias = self.optional_constant(f"{name}.bias", n_expert, rows)
+        return None if scale is None and bias is None else Adjustment(weight, scale, bias)
 
     def select_rows(self, x: Value) -> Value:
         """The rows whose logits are wanted."""

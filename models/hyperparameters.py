@@ -64,6 +64,17 @@ class Metadata:
             raise self.error(key, f"is {value}, expected {low:g} to {high:g}")
         return float(value)
 
+    def reals(self, key: str, n_layer: int, high: float = 1e30) -> tuple[float, ...]:
+        """A finite number in 0..high for each layer: the file gives one for all, or an array."""
+        value = self._get(key, None)
+        if not isinstance(value, (np.ndarray, list, tuple)):
+            return (self.real(key, high=high),) * n_layer
+        if len(value) != n_layer:
+            raise self.error(key, f"has {len(value)} values, expected one for each of {n_layer} layers")
+        if not all(isinstance(one, (int, float, np.integer, np.floating)) and 0.0 <= one <= high for one in value):
+            raise self.error(key, f"has values that are not numbers in 0 to {high:g}")
+        return tuple(float(one) for one in value)
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._get(key, default)
@@ -157,6 +168,8 @@ class Hyperparameters:
         n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
         if n_rot % 2:
             raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+        if not metadata.flag("attention.causal", True):
+            raise metadata.error("attention.causal", "is False: attention to later tokens is not supported")
         n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
         n_groups, n_groups_used = read_groups(metadata, n_expert)
         # A model of experts alone need not say how wide a dense network would be.
@@ -189,6 +202,11 @@ class Hyperparameters:
         """What root mean square norms add to the mean."""
         return self.metadata.real("attention.layer_norm_rms_epsilon", high=1.0)
 
+    @property
+    def norm_eps(self) -> float:
+        """What layer norms add to the variance."""
+        return self.metadata.real("attention.layer_norm_epsilon", high=1.0)
+
     def cache_layer(self, layer: int, window: int | None = None) -> CacheLayer:
         """What the cache of this layer holds."""
         return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
@@ -201,7 +219,10 @@ def read_groups(metadata: Metadata, n_expert: int) -> tuple[int, int]:
         return 1, 1
     if n_expert % n_groups:
         raise metadata.error("expert_group_count", f"is {n_groups}, which does not divide {n_expert} experts")
-    return n_groups, metadata.integer("expert_group_used_count", high=n_groups)
+    n_groups_used = metadata.integer("expert_group_used_count", high=n_groups)
+    if metadata.integer("expert_used_count", high=n_expert) > n_expert // n_groups * n_groups_used:
+        raise metadata.error("expert_group_used_count", f"is {n_groups_used}: they have too few experts to be chosen")
+    return n_groups, n_groups_used
 
 
 def count_vocabulary(reader: TensorFile[Described]) -> int:

@@ -4,7 +4,7 @@ of a query or key as one."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import attention, experts, head
+from qrun.models.transformer import Shares, attention, experts, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -18,5 +18,5 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm="rows"))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        x = builder.add(x, experts(builder, h, y, block, h.n_ff[layer], normalize=False))
+        x = builder.add(x, experts(builder, h, y, block, h.n_ff[layer], shares=Shares(normalize=False)))
     return head(builder, x, h)

@@ -136,6 +136,14 @@ def read_temperature(metadata: Metadata, h: Hyperparameters, length: int) -> Tem
     return Temperature(scale, length)
 
 
+def read_n_rot(metadata: Metadata, key: str, h: Hyperparameters) -> int:
+    """How many dimensions of a head turn on layers that the file gives a number of their own."""
+    n_rot = metadata.integer(key, h.n_rot, low=2, high=h.head_dim_k)
+    if n_rot % 2:
+        raise metadata.error(key, f"is {n_rot}, expected an even number")
+    return n_rot
+
+
 def read_base(metadata: Metadata, key: str, default: float) -> float:
     """A base of rotary frequencies. One of 1 or less would not make a scale of frequencies."""
     base = metadata.real(key, default, low=1.0, high=1e15)

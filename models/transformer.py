@@ -1,10 +1,11 @@
 """The parts that these architectures share, where the logic really is the same."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from qrun.models.graph import Activation, CacheLayer, Gating, GraphBuilder, Rotation, Value
+from qrun.models.graph import Activation, Alone, CacheLayer, Constant, Gating, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters, Metadata
 
 GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid")
@@ -24,10 +25,16 @@ def attention(
     qk_norm: QKNorm | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Constant | None = None,
+    slopes: Constant | None = None,
+    clamp: float = 0.0,
     bias: bool = True,
 ) -> Value:
     """Self-attention of one block: `attend`, and its output matrix. bias: False leaves one out that a file may have."""
-    y = attend(builder, h, x, block, cache, rotation, qk_norm=qk_norm, scale=scale, softcap=softcap)
+    y = attend(
+        builder, h, x, block, cache, rotation, qk_norm=qk_norm, scale=scale, softcap=softcap, sinks=sinks,
+        slopes=slopes, clamp=clamp,
+    )  # fmt: skip
     return builder.linear(y, f"{block}.attn_output", h.n_embd, bias=bias)
 
 
@@ -42,12 +49,18 @@ def attend(
     qk_norm: QKNorm | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Constant | None = None,
+    slopes: Constant | None = None,
+    clamp: float = 0.0,
 ) -> Value:
     """Self-attention of one block, up to its output matrix.
 
     rotation: None leaves queries and keys as they are. scale: of their products, 1 / sqrt(head_dim) by default.
+    sinks, slopes: of each head (see `graph.Attention`). clamp: of queries, keys and values; 0 is none.
     """
     q, k, v = project_qkv(builder, x, block, cache)
+    if clamp:
+        q, k, v = (builder.clamp(part, clamp) for part in (q, k, v))
     if qk_norm in ("heads", "rows"):
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
     if rotation is not None:
@@ -55,7 +68,8 @@ def attend(
         k = builder.rope(k, cache.head_dim_k, rotation)
     if qk_norm == "turned":
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
-    return builder.attention(q, k, v, cache, cache.head_dim_k**-0.5 if scale is None else scale, softcap)
+    scale = cache.head_dim_k**-0.5 if scale is None else scale
+    return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes)
 
 
 def norm_qk(
@@ -67,19 +81,24 @@ def norm_qk(
     return q, builder.rms_norm(k, f"{block}.attn_k_norm", h.rms_eps, k_groups)
 
 
-def project_qkv(builder: GraphBuilder, x: Value, block: str, cache: CacheLayer) -> tuple[Value, Value, Value]:
-    """Queries, keys and values of x: from one matrix that holds all three, or from three."""
+def project_qkv(
+    builder: GraphBuilder, x: Value, block: str, cache: CacheLayer, *, biased: bool = True
+) -> tuple[Value, Value, Value]:
+    """Queries, keys and values of x: from one matrix that holds all three, or from three.
+
+    biased: False leaves biases out that a file may have.
+    """
     widths = {
         "attn_q": cache.n_heads * cache.head_dim_k,
         "attn_k": cache.n_kv_heads * cache.head_dim_k,
         "attn_v": cache.n_kv_heads * cache.head_dim_v,
     }
     if not builder.has(f"{block}.attn_qkv.weight"):
-        q, k, v = (builder.linear(x, f"{block}.{name}", width) for name, width in widths.items())
+        q, k, v = (builder.linear(x, f"{block}.{name}", width, bias=biased) for name, width in widths.items())
         return q, k, v
     total = sum(widths.values())
-    bias = builder.optional_constant(f"{block}.attn_qkv.bias", total)
-    if bias is None and all(builder.has(f"{block}.{name}.bias") for name in widths):
+    bias = builder.optional_constant(f"{block}.attn_qkv.bias", total) if biased else None
+    if biased and bias is None and all(builder.has(f"{block}.{name}.bias") for name in widths):
         # Files of some older converters joined the matrices and left the biases apart.
         bias = np.concatenate([builder.constant(f"{block}.{name}.bias", width) for name, width in widths.items()])
     qkv = builder.linear_with(x, builder.weight(f"{block}.attn_qkv.weight", total, x.width), bias)
@@ -103,6 +122,12 @@ def feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: A
     return builder.linear(builder.activate(gate, up, kind), f"{block}.ffn_down{suffix}", x.width)
 
 
+def ungated_feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone) -> Value:
+    """The feed-forward network without a gate: down(act(up(x)))."""
+    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up", n_ff), kind)
+    return builder.linear(y, f"{block}.ffn_down", x.width)
+
+
 def joined_feed_forward(
     builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = ""
 ) -> Value:
@@ -112,6 +137,21 @@ def joined_feed_forward(
     return builder.linear(builder.activate(gate, up, kind), f"{block}.ffn_down{suffix}", x.width)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How much the chosen experts count (see `graph.MoE`)."""
+
+    normalize: bool = True
+    scale: float = 1.0
+    gating: Gating = "softmax"
+
+    @classmethod
+    def read(cls, metadata: Metadata, gating: Gating) -> "Shares":
+        """From the file, which need not give the gating."""
+        normalize = metadata.flag("expert_weights_norm", False)
+        return cls(normalize, read_experts_scale(metadata), read_gating(metadata, gating))
+
+
 def experts(
     builder: GraphBuilder,
     h: Hyperparameters,
@@ -119,22 +159,35 @@ def experts(
     block: str,
     n_ff: int,
     kind: Activation = "silu",
+    shares: Shares = Shares(),
     *,
-    normalize: bool = True,
-    scale: float = 1.0,
-    gating: Gating = "softmax",
+    router_x: Value | None = None,
+    limit: float = 0.0,
 ) -> Value:
     """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert."""
     if not h.n_expert:
         raise h.metadata.error("expert_count", "is 0, and this architecture has experts")
     if not n_ff:
         raise h.metadata.error("expert_feed_forward_length", "is missing")
-    if h.n_groups > 1:
-        raise h.metadata.error("expert_group_count", f"is {h.n_groups}: choosing groups of experts is not supported")
     return builder.moe(
-        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, normalize=normalize, scale=scale,
-        gating=gating,
+        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, normalize=shares.normalize,
+        scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
+        n_groups_used=h.n_groups_used, limit=limit,
     )  # fmt: skip
+
+
+def dense_or_experts(
+    builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, shares: Shares, n_ff_shared: int
+) -> Value:
+    """A plain network in the first layers, and then a mixture of experts and one that all tokens share, side by side.
+
+    n_ff_shared: how wide that one is, or 0 if there is none.
+    """
+    block = f"blk.{layer}"
+    if layer < h.n_dense:
+        return feed_forward(builder, x, block, h.n_ff[layer], "silu")
+    y = experts(builder, h, x, block, h.n_ff_expert[layer], shares=shares)
+    return builder.add(y, shared_expert(builder, x, block, n_ff_shared)) if n_ff_shared else y
 
 
 def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int) -> Value:
@@ -142,7 +195,7 @@ def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int) -> Val
     return feed_forward(builder, x, block, n_ff, "silu", "_shexp")
 
 
-def experts_scale(metadata: Metadata) -> float:
+def read_experts_scale(metadata: Metadata) -> float:
     """What the weights of experts are multiplied by. A 0 means that they are not."""
     return metadata.real("expert_weights_scale", 0.0, low=-1e6, high=1e6) or 1.0
 
@@ -153,10 +206,29 @@ def read_gating(metadata: Metadata, default: Gating) -> Gating:
     return GATINGS[number - 1] if number else default
 
 
-def head(builder: GraphBuilder, x: Value, h: Hyperparameters, *, bias: bool = True) -> Value:
+def head(builder: GraphBuilder, x: Value, h: Hyperparameters, *, bias: bool = True, norm_bias: bool = False) -> Value:
     """Logits of the rows that are wanted. Without an output matrix of its own, a model reuses its embedding."""
-    x = builder.rms_norm(builder.select_rows(x), "output_norm", h.rms_eps)
+    x = builder.rms_norm(builder.select_rows(x), "output_norm", h.rms_eps, bias=norm_bias)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=bias)
+
+
+def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Value:
+    """The same with a layer norm."""
+    x = builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps)
+    return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+
+
+def alibi_slopes(n_heads: int, max_bias: float = 8.0) -> Constant | None:
+    """By how much each head's scores fall with the distance (ALiBi: arXiv:2108.12409). A 0 means that they do not.
+
+    A geometric series over the heads, up to the largest power of 2 of them; the others come between, at half the step.
+    """
+    if not max_bias:
+        return None
+    whole = 1 << (n_heads.bit_length() - 1)
+    powers = [max_bias * (i + 1) / whole for i in range(whole)]
+    powers += [max_bias / 2 * (2 * i + 1) / whole for i in range(n_heads - whole)]
+    return np.exp2(-np.array(powers)).astype(np.float32)
 
 
 def softcapped(builder: GraphBuilder, logits: Value, metadata: Metadata, default: float) -> Value:
@@ -176,6 +248,14 @@ def windows(metadata: Metadata, n_layer: int) -> tuple[int | None, ...]:
     if flags is None or not window:
         return (None,) * n_layer
     return tuple(window if flag else None for flag in flags)
+
+
+def required_flags(metadata: Metadata, key: str, n_layer: int) -> tuple[bool, ...]:
+    """A flag for each layer, which the file has to give."""
+    flags = metadata.flags(key, n_layer)
+    if flags is None:
+        raise metadata.error(key, f"is not a flag for each of {n_layer} layers")
+    return flags
 
 
 def read_window(metadata: Metadata, default: int = 0) -> int:

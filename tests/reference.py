@@ -11,11 +11,15 @@ import numpy as np
 from qrun.formats import dequantize
 from qrun.models.graph import (
     Activate,
+    ActivateAlone,
     Add,
     Attention,
     CacheLayer,
+    Clamp,
     Embed,
+    Gate,
     Graph,
+    LayerNorm,
     Linear,
     MoE,
     Operation,
@@ -55,8 +59,9 @@ def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array,
         if isinstance(operation, Linear):
             found[operation.weight.name] = total
             continue
-        chosen, _ = routing(x, operation)
-        found[operation.router.name] = total
+        routed = x if operation.router_x is None else values[operation.router_x.id].astype(np.float64)
+        chosen, _ = routing(routed, operation)
+        found[operation.router.name] = (routed**2).sum(0)[None], np.array([len(x)])
         for weight in (operation.gate, operation.up, operation.down):
             found[weight.name] = np.zeros((weight.shape[0], weight.shape[-1])), np.zeros(weight.shape[0], int)
         for expert in np.unique(chosen):
@@ -71,10 +76,12 @@ def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array,
 def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens: Array) -> Array:
     """The result of one operation: [n_tokens, width]."""
     match operation:
-        case Embed(weight=weight, scale=scale):
-            return decode(weight, tokens) * scale
-        case RMSNorm(x=x, weight=weight, eps=eps, groups=groups):
-            return rms_norm(values[x.id], weight, eps, groups)
+        case Embed(weight=weight, scale=scale, by_position=by_position):
+            return decode(weight, np.arange(len(tokens)) if by_position else tokens) * scale
+        case RMSNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
+            return rms_norm(values[x.id], weight, eps, groups, bias)
+        case LayerNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
+            return layer_norm(values[x.id], weight, bias, eps, groups)
         case Linear(x=x, weight=weight, bias=bias, scale=scale):
             out = scale * multiply(values[x.id], weight)
             return out if bias is None else out + bias
@@ -82,19 +89,27 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return values[x.id][:, start : start + out.width]
         case Rope(x=x):
             return rope(values[x.id], operation)
-        case Attention(q=q, layer=layer, scale=scale, softcap=cap):
+        case Attention(q=q, layer=layer, scale=scale, softcap=cap, sinks=sinks, slopes=slopes):
             k, v = keys_and_values(graph, layer)
-            return attention(values[q.id], values[k.id], values[v.id], graph.cache_layers[layer], scale, cap)
+            cache = graph.cache_layers[layer]
+            return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
         case Activate(gate=gate, up=up, kind=kind):
-            return activate(values[gate.id], kind) * values[up.id]
+            return activate(values[gate.id], values[up.id], kind)
+        case ActivateAlone(x=x, kind=kind):
+            return gelu(values[x.id]) if kind == "gelu" else np.maximum(values[x.id], 0) ** 2
+        case Gate(gate=gate, x=x, kind=kind):
+            open_by = sigmoid(values[gate.id]) if kind == "sigmoid" else np.logaddexp(values[gate.id], 0)
+            return values[x.id] * np.repeat(open_by, x.width // gate.width, axis=1)
+        case Clamp(x=x, limit=limit):
+            return np.clip(values[x.id], -limit, limit)
         case Add(a=a, b=b):
             return values[a.id] + values[b.id]
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
         case Softcap(x=x, cap=cap):
             return cap * np.tanh(values[x.id] / cap)
-        case MoE(x=x):
-            return mixture_of_experts(values[x.id], operation)
+        case MoE(x=x, router_x=router_x):
+            return mixture_of_experts(values[x.id], operation, values[(router_x or x).id])
         case SelectRows(x=x):
             return values[x.id]
 
@@ -113,11 +128,19 @@ def multiply(x: Array, weight: Weight, first: int = 0, n_rows: int | None = None
     return np.concatenate(parts, axis=1)
 
 
-def rms_norm(x: Array, weight: Array | None, eps: float, groups: int) -> Array:
+def rms_norm(x: Array, weight: Array | None, eps: float, groups: int, bias: Array | None = None) -> Array:
     """Each group of columns divided by its root mean square."""
     x = x.reshape(len(x), groups, -1).astype(np.float64)
     x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x if weight is None else x * weight).reshape(len(x), -1)
+    x = x if weight is None else x * weight
+    return (x if bias is None else x + bias).reshape(len(x), -1)
+
+
+def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float, groups: int) -> Array:
+    """Each group of columns less its mean, divided by its standard deviation."""
+    x = x.reshape(len(x), groups, -1).astype(np.float64)
+    x = x - np.mean(x, axis=-1, keepdims=True)
+    return rms_norm(x.reshape(len(x), -1), weight, eps, groups, bias)
 
 
 def rope(x: Array, operation: Rope) -> Array:
@@ -148,7 +171,16 @@ def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value]:
     raise AssertionError(f"nothing is appended to the cache of layer {layer}")
 
 
-def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, softcap: float | None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: CacheLayer,
+    scale: float,
+    softcap: float | None,
+    sinks: Array | None = None,
+    slopes: Array | None = None,
+) -> Array:
     """Every position looks at itself and those before it, as far as the window reaches."""
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
@@ -162,13 +194,22 @@ def attention(q: Array, k: Array, v: Array, cache: CacheLayer, scale: float, sof
         scores = scale * (q[:, head] @ k[:, head // shared_by].T).astype(np.float64)
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
-        out[:, head] = softmax(np.where(visible, scores, -np.inf)) @ v[:, head // shared_by]
+        if slopes is not None:
+            scores = scores - slopes[head] * distance
+        scores = np.where(visible, scores, -np.inf)
+        if sinks is not None:
+            scores = np.concatenate([scores, np.full((n, 1), sinks[head])], axis=1)
+        out[:, head] = softmax(scores)[:, :n] @ v[:, head // shared_by]
     return out.reshape(n, -1)
 
 
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     """x through a matrix of an expert (or the router), and through what adapters add to it."""
     out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
+    for adjustment in moe.adjustments:
+        if adjustment.weight is weight:
+            out = out if adjustment.scale is None else out * adjustment.scale[expert]
+            out = out if adjustment.bias is None else out + adjustment.bias[expert]
     for change in moe.changes:
         if change.weight is weight:
             inner = multiply(x, change.a, expert * change.a.shape[-2], change.a.shape[-2])
@@ -181,23 +222,34 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
     scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
-    probabilities = softmax(scores) if moe.gating == "softmax" else 1 / (1 + np.exp(-scores))
-    chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, : moe.n_used]
+    probabilities = softmax(scores) if moe.gating == "softmax" else sigmoid(scores)
+    liking = probabilities if moe.selection_bias is None else probabilities + moe.selection_bias
+    if moe.n_groups > 1:
+        grouped = liking.reshape(len(x), moe.n_groups, -1)
+        of_group = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
+        best = np.argsort(-of_group, axis=1, kind="stable")[:, : moe.n_groups_used]
+        keep = np.zeros(of_group.shape, bool)
+        np.put_along_axis(keep, best, True, axis=1)
+        liking = np.where(keep[..., None], grouped, -np.inf).reshape(liking.shape)
+    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used]
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
-        shares = shares / shares.sum(axis=1, keepdims=True)
+        shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
     return chosen, shares
 
 
 def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
     """What an expert's last matrix takes."""
-    gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
-    return activate(gate, moe.kind) * up
+    if moe.up is moe.gate:
+        gate, up = np.split(product(x, moe, moe.gate, expert), 2, axis=1)
+    else:
+        gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
+    return activate(gate, up, moe.kind, moe.limit)
 
 
-def mixture_of_experts(x: Array, moe: MoE) -> Array:
+def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     """Each row through the experts that its router prefers."""
-    chosen, shares = routing(x, moe)
+    chosen, shares = routing(router_x, moe)
     out = np.zeros(x.shape)
     for expert in np.unique(chosen):
         rows, ranks = np.nonzero(chosen == expert)
@@ -206,11 +258,26 @@ def mixture_of_experts(x: Array, moe: MoE) -> Array:
     return out
 
 
-def activate(x: Array, kind: str) -> Array:
-    """SiLU, or the tanh approximation of GELU."""
-    if kind == "silu":
-        return x / (1 + np.exp(-x))
+def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
+    """What a gate makes of what it lets through."""
+    if kind == "clamped_silu":
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    if kind in ("silu", "clamped_silu"):
+        return gate * sigmoid(gate) * up
+    if kind == "swiglu_oai":
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        return gate * sigmoid(1.702 * gate) * (up + 1)
+    return (np.maximum(gate, 0) if kind == "relu" else gelu(gate)) * up
+
+
+def gelu(x: Array) -> Array:
+    """The tanh approximation."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x: Array) -> Array:
+    """From 0 to 1."""
+    return 1 / (1 + np.exp(-x))
 
 
 def softmax(scores: Array) -> Array:

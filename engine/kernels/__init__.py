@@ -9,6 +9,11 @@ function for the compiler; nothing here is called from Python.
 from collections.abc import Callable
 from importlib import import_module
 
+ROW_OPERATIONS = (
+    "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "gelu", "gelu_alone", "relu", "swiglu_oai", "rms_norm",
+    "layer_norm", "select_rows",
+)  # fmt: skip
+
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
 _MODULES = {
     "lead": "team",
@@ -16,12 +21,12 @@ _MODULES = {
     "matmul": "matmul",
     "append": "attention",
     "embed": "embed",
-    **dict.fromkeys(("route", "to_experts", "from_experts"), "experts"),
+    **dict.fromkeys(("route", "to_experts", "adjust_experts", "from_experts"), "experts"),
     "attention": "attention",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
-    **dict.fromkeys(("pack", "add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows", "rope"), "rows"),
+    **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
 }
 
 
@@ -50,7 +55,7 @@ def all_keys() -> list[str]:
         *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
-        *(f"{name}-" for name in ("rope", "route", "from_experts")),
-        *(f"{name}-{packing}" for name in ("add", "scale", "softcap", "silu", "gelu", "rms_norm", "select_rows")
+        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "from_experts")),
+        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
           for packing in ("", *packings)),
     ]  # fmt: skip

@@ -238,6 +238,10 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value
 def attention(variant: str) -> Kernel:
     """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together.
 
+    A head may have a sink, a score that takes its part of the weights and gives nothing (Xiao et al., "Efficient
+    Streaming Language Models with Attention Sinks", 2023: here learned, as in gpt-oss), and a slope, by which scores
+    fall with the distance (Press et al., "Train Short, Test Long", 2021: ALiBi).
+
     Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
     and value head, so that those are read less often.
     """
@@ -255,6 +259,7 @@ def attention(variant: str) -> Kernel:
         mixed_bytes = mix_width * bits // 8
         row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
         state_bytes = max(64, 8 * rows)
+        page_bytes = 4 * POSITIONS
         packed_bytes = rows * R.PACKED_BYTES * R.MAX_HEAD_DIM // 32
         n = rows
 
@@ -267,6 +272,10 @@ def attention(variant: str) -> Kernel:
             scores = v.scratch(score_bytes)
             scaled = v.scratch(score_bytes)
             state = v.scratch(state_bytes)  # for each row: the maximum so far, the sum of exponentials so far
+            numbers = v.scratch(page_bytes)  # 0, 1, 2 ... as floats
+            if v.load_i64(op + R.ATT_SLOPES) != 0:
+                for i in range(POSITIONS):
+                    v.store_f32(numbers + 4 * i, v.as_float(i))
             dim_k = v.load_i64(op + R.ATT_DIM_K)
             dim_v = v.load_i64(op + R.ATT_DIM_V)
             blocks_k = (dim_k + 31) // 32
@@ -274,6 +283,8 @@ def attention(variant: str) -> Kernel:
             scale = v.splat(v.load_f32(op + R.ATT_SCALE))
             cap = v.load_f32(op + R.ATT_SOFTCAP)
             window = v.load_i64(op + R.ATT_WINDOW)
+            sinks = v.load_i64(op + R.ATT_SINKS)
+            slopes = v.load_i64(op + R.ATT_SLOPES)
             kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
             query_stride = 4 * dim_k if of_heads else v.load_i64(op + R.ATT_Q_STRIDE)
             out_stride = 4 * dim_v if of_heads else v.load_i64(op + R.ATT_OUT_STRIDE)
@@ -291,6 +302,9 @@ def attention(variant: str) -> Kernel:
                     v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
                 v.store_f32(state + 8 * row, v.float32(-1e30))
                 v.store_f32(state + 8 * row + 4, v.float32(0.0))
+                if sinks != 0:  # as if a position of that score had been seen
+                    v.store_f32(state + 8 * row, v.load_f32(sinks + 4 * (head + (row if of_heads else 0))))
+                    v.store_f32(state + 8 * row + 4, v.float32(1.0))
             tables = v.load_i64(step + R.PAGE_TABLES)
             table = v.load_i64(tables + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row))
             last_position = first_position if of_heads else first_position + count - 1
@@ -310,11 +324,17 @@ def attention(variant: str) -> Kernel:
                     after = v.splat_int(highest + 1)
                     before = v.splat_int(max(highest - window, -1))
                     some_hidden = highest < POSITIONS - 1 or highest >= window
+                    slope = v.float32(0.0)
+                    if slopes != 0:
+                        slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))
                     largest = v.splat(v.float32(-1e30))
                     for i in range(0, POSITIONS, lanes):
                         value = v.load(place + 4 * i) * scale
                         if cap > v.float32(0.0):
                             value = v.splat(cap) * v.tanh(value / v.splat(cap))
+                        if slopes != 0:
+                            distance = v.load(numbers + 4 * i) - v.splat(v.as_float(highest))
+                            value = v.fma(v.splat(slope), distance, value)
                         if some_hidden:
                             number = v.lane_numbers() + v.splat_int(i)
                             value = v.choose(number < after, value, v.splat(v.float32(-1e30)))

@@ -14,7 +14,7 @@ from qrun.engine.simd.vector import I8, I32, I64, Emitter
 
 
 def embed(type_name: str) -> Callable[[int, int, int], None]:
-    """out[row] = weights[token] * scale. A row is unpacked as a group of rows that are all the same one."""
+    """out[row] = weights[token or position] * scale. A row is unpacked as a group of rows that are all the same one."""
     spec = TYPES[type_name]
     quantised = isinstance(spec, Quantised)
     block_bytes = spec.block_bytes if isinstance(spec, Quantised) else 16
@@ -53,9 +53,10 @@ def embed(type_name: str) -> Callable[[int, int, int], None]:
         count = v.load_i64(step + R.N_ROWS)
         parts = v.load_i64(step + R.STEP_PARTS)
         factor = v.load_f32(op + R.EMBED_SCALE)
+        numbers = v.load_i64(step + (R.POSITIONS if v.load_i64(op + R.EMBED_BY_POSITION) != 0 else R.TOKENS))
         for row in range(count * part // parts, count * (part + 1) // parts):
-            token = v.load_i64(v.load_i64(step + R.TOKENS) + 8 * row)
-            place = v.load_i64(op + R.EMBED_WEIGHTS) + token * v.load_i64(op + R.EMBED_ROW_BYTES)
+            number = v.load_i64(numbers + 8 * row)
+            place = v.load_i64(op + R.EMBED_WEIGHTS) + number * v.load_i64(op + R.EMBED_ROW_BYTES)
             out = v.load_i64(op + R.EMBED_OUT) + row * v.load_i64(op + R.EMBED_OUT_STRIDE)
             for _ in range(v.load_i64(op + R.EMBED_BLOCKS)):
                 store_block(place, out, factor)

@@ -2,7 +2,7 @@
 
 Routing gives every (row, chosen expert) a slot, so that an expert's rows stand in consecutive slots, beginning on a
 panel's first column: then the experts' matrices are one matmul with a range for each expert that has rows. A row's
-results are added in the order of its experts' weights, the largest first.
+results are added in the order in which its experts were chosen, the best first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from qrun.engine.kernels.columns import PACKERS
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
+
+# Scores of experts that are out, as their groups are, and of those that have been chosen already.
+OUT, CHOSEN = -1e30, -2e30
+# What weights are divided by at least: the least that float16 holds in full precision.
+LEAST_TOTAL = 6.103515625e-5
 
 
 def route(_: str) -> Kernel:
@@ -40,6 +45,40 @@ def route(_: str) -> Kernel:
             for i in range(n_experts):
                 v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
 
+    @v.helper
+    def score(chances, scores, n_experts, selection):  # type: ignore[no-untyped-def]
+        """What experts are chosen by: their probabilities, with a bias for each if there are some."""
+        for i in range(n_experts):
+            value = v.load_f32(chances + 4 * i)
+            if selection != 0:
+                value += v.load_f32(selection + 4 * i)
+            v.store_f32(scores + 4 * i, value)
+
+    @v.helper
+    def leave_groups(scores, n_experts, n_groups, n_used):  # type: ignore[no-untyped-def]
+        """Of neighbouring experts that make a group, only the best groups stay: by the sum of their two best scores."""
+        size = n_experts // n_groups
+        for _ in range(n_groups - n_used):
+            worst = -1
+            least = v.float32(0.0)
+            for group in range(n_groups):
+                first = v.float32(OUT)
+                second = v.float32(OUT)
+                for i in range(group * size, (group + 1) * size):
+                    value = v.load_f32(scores + 4 * i)
+                    if value > first:
+                        second = first
+                        first = value
+                    elif value > second:
+                        second = value
+                total = first + (second if size > 1 else v.float32(0.0))
+                if first > v.float32(OUT) and (worst < 0 or total <= least):
+                    worst = group
+                    least = total
+            for i in range(worst * size, (worst + 1) * size):
+                if worst >= 0:
+                    v.store_f32(scores + 4 * i, v.float32(OUT))
+
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         if part != 0:
             return
@@ -49,6 +88,7 @@ def route(_: str) -> Kernel:
         slots = v.load_i64(op + R.MOE_SLOTS)  # first the chosen experts, then their slots
         weights = v.load_i64(op + R.MOE_WEIGHTS)
         chances = v.load_i64(op + R.MOE_CHANCES)
+        scores = chances + 4 * n_experts
         counts = v.load_i64(op + R.MOE_COUNTS)
         ranges = v.load_i64(op + R.MOE_RANGES)
         for expert in range(n_experts):
@@ -56,21 +96,24 @@ def route(_: str) -> Kernel:
         for row in range(n_rows):
             logits = v.load_i64(op + R.MOE_LOGITS) + row * v.load_i64(op + R.MOE_LOGITS_STRIDE)
             gate(logits, chances, n_experts, v.load_i64(op + R.MOE_SIGMOID))
+            score(chances, scores, n_experts, v.load_i64(op + R.MOE_SELECTION))
+            if v.load_i64(op + R.MOE_GROUPS) > 1:
+                leave_groups(scores, n_experts, v.load_i64(op + R.MOE_GROUPS), v.load_i64(op + R.MOE_GROUPS_USED))
             total = v.float32(0.0)
             for i in range(row * n_used, (row + 1) * n_used):
                 best = 0
                 for expert in range(1, n_experts):
-                    if v.load_f32(chances + 4 * expert) > v.load_f32(chances + 4 * best):
+                    if v.load_f32(scores + 4 * expert) > v.load_f32(scores + 4 * best):
                         best = expert
                 chance = v.load_f32(chances + 4 * best)
-                v.store_f32(chances + 4 * best, v.float32(-1.0))
+                v.store_f32(scores + 4 * best, v.float32(CHOSEN))
                 v.store_f32(weights + 4 * i, chance)
                 v.store_i64(slots + 8 * i, best)
                 v.store_i64(counts + 8 * best, v.load_i64(counts + 8 * best) + 1)
                 total += chance
             factor = v.load_f32(op + R.MOE_SCALE)
             if v.load_i64(op + R.MOE_NORMALIZE) != 0:
-                factor = factor / total
+                factor = factor / max(total, v.float32(LEAST_TOTAL))
             for i in range(row * n_used, (row + 1) * n_used):
                 v.store_f32(weights + 4 * i, v.load_f32(weights + 4 * i) * factor)
         n_ranges = 0
@@ -133,5 +176,31 @@ def from_experts(_: str) -> Kernel:
                 for j in range(v.load_i64(op + R.MOE_WIDTH)):
                     before = v.load_f32(y + 4 * j) if i > 0 else v.float32(0.0)
                     v.store_f32(y + 4 * j, before + weight * v.load_f32(x + 4 * j))
+
+    return kernel
+
+
+def adjust_experts(_: str) -> Kernel:
+    """Each expert's slots in x: times a scale, plus a bias row, of that expert. In place."""
+
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
+        parts = v.load_i64(step + R.STEP_PARTS)
+        ranges = v.load_i64(op + R.MOE_RANGES)
+        width = v.load_i64(op + R.MOE_WIDTH)
+        scales = v.load_i64(op + R.MOE_SCALES)
+        biases = v.load_i64(op + R.MOE_BIASES)
+        for index in range(v.load_i64(ranges)):
+            entry = ranges + 8 + 24 * index
+            expert = v.load_i64(entry)
+            first = v.load_i64(entry + 8)
+            count = v.load_i64(entry + 16)
+            scale = v.load_f32(scales + 4 * expert) if scales != 0 else v.float32(1.0)
+            for slot in range(first + count * part // parts, first + count * (part + 1) // parts):
+                x = v.load_i64(op + R.MOE_X) + slot * v.load_i64(op + R.MOE_X_STRIDE)
+                for i in range(width):
+                    value = v.load_f32(x + 4 * i) * scale
+                    if biases != 0:
+                        value += v.load_f32(biases + 4 * (expert * width + i))
+                    v.store_f32(x + 4 * i, value)
 
     return kernel

@@ -48,22 +48,27 @@ def _fields(count: int) -> range:
  MM_NEXT_BYTES) = _fields(18)  # fmt: skip
 
 # Operations on rows: y from x (and z), `width` floats wide in `groups` groups; packed for a matmul where PACKED is set.
+# A norm's weight and bias are float32 rows, or 0; WEIGHT_STRIDE is what lies between those of neighbouring groups.
 (ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
- ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED,
- ROW_ROPE_TABLE) = _fields(16)  # fmt: skip
+ ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED, ROW_ROPE_TABLE, ROW_BIAS,
+ ROW_WEIGHT_STRIDE) = _fields(18)  # fmt: skip
 
-(EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE) = _fields(7)
+# BY_POSITION: the rows are those of positions, not of tokens.
+(EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
+ EMBED_BY_POSITION) = _fields(8)  # fmt: skip
 
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip
 
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
- ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP,
- ATT_WINDOW) = _fields(16)  # fmt: skip
+ ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
+ ATT_SLOPES) = _fields(18)  # fmt: skip
 
+# CHANCES takes two float32 for each expert. SELECTION is 0 or a float32 for each; SCALES and BIASES are 0, or a float32
+# and a float32 row for each.
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
- MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE,
- MOE_WIDTH) = _fields(18)  # fmt: skip
+ MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
+ MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES) = _fields(23)  # fmt: skip
 
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)

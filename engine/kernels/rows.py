@@ -123,38 +123,184 @@ def gelu(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def gelu_alone(packing: str) -> Kernel:
+    """gelu(x), which multiplies nothing."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        one = v.splat(1.0)
+        u = x * v.splat(0.7978845608028654) * (one + v.splat(0.044715) * x * x)
+        return x / (one + v.exp(v.splat(-2.0) * u))
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def relu(packing: str) -> Kernel:
+    """max(x, 0) * z."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return v.maximum(x, v.splat(0.0)) * z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def clamp(packing: str) -> Kernel:
+    """x, but not beyond -factor and factor."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return v.maximum(v.choose(x < factor, x, factor), v.splat(0.0) - factor)
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def clamped_silu(packing: str) -> Kernel:
+    """SwiGLU whose gate is at most `factor`, and whose other side stays between -factor and factor."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        x = v.choose(x < factor, x, factor)
+        z = v.maximum(v.choose(z < factor, z, factor), v.splat(0.0) - factor)
+        return x / (v.splat(1.0) + v.exp(v.splat(0.0) - x)) * z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def swiglu_oai(packing: str) -> Kernel:
+    """gpt-oss's SwiGLU: x * sigmoid(1.702 x) * (z + 1), with x up to 7 and z between -7 and 7."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        limit = v.splat(7.0)
+        x = v.choose(x < limit, x, limit)
+        z = v.maximum(v.choose(z < limit, z, limit), v.splat(-7.0))
+        return x / (v.splat(1.0) + v.exp(v.splat(-1.702) * x)) * (z + v.splat(1.0))
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+@v.helper
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return v.splat(1.0) / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
+
+
+@v.helper
+def _softplus(x):  # type: ignore[no-untyped-def]
+    """log(1 + exp(x)) = max(x, 0) + log(1 + t), t = exp(-|x|): the logarithm is 2 artanh(s), s = t / (2 + t) <= 1/3,
+    whose series is below 1e-9 after eight terms."""
+    t = v.exp(v.splat(0.0) - v.magnitude(x))
+    s = t / (v.splat(2.0) + t)
+    square = s * s
+    series = v.splat(1.0 / 15.0)
+    series = series * square + v.splat(1.0 / 13.0)
+    series = series * square + v.splat(1.0 / 11.0)
+    series = series * square + v.splat(1.0 / 9.0)
+    series = series * square + v.splat(1.0 / 7.0)
+    series = series * square + v.splat(1.0 / 5.0)
+    series = series * square + v.splat(1.0 / 3.0)
+    series = series * square + v.splat(1.0)
+    return v.maximum(x, v.splat(0.0)) + v.splat(2.0) * s * series
+
+
+GATES = {"sigmoid": _sigmoid, "softplus": _softplus}
+
+
+def gate(variant: str) -> Kernel:
+    """act(x) * z, where each value of x counts for a group of neighbouring values of z. The variant: act, packing."""
+    kind, _, packing = variant.partition("-")
+    act = GATES[kind]
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        groups = v.load_i64(op + R.ROW_GROUPS)
+        size = width // groups
+        whole = size // lanes * lanes
+        done = width // lanes * lanes if size == 1 else 0
+        for i in range(0, done, lanes):
+            v.store(y + 4 * i, v.load(z + 4 * i) * act(v.load(x + 4 * i)))
+        z += 4 * done
+        y += 4 * done
+        for group in range(done, groups):
+            factor = act(v.splat(v.load_f32(x + 4 * group)))
+            for i in range(0, whole, lanes):
+                v.store(y + 4 * i, v.load(z + 4 * i) * factor)
+            for i in range(whole, size):
+                v.store_f32(y + 4 * i, v.load_f32(z + 4 * i) * v.first_lane(factor))
+            z += 4 * size
+            y += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
 def rms_norm(packing: str) -> Kernel:
-    """x / sqrt(mean(x^2) + eps) * weight over each group of the row (Zhang and Sennrich, 2019). eps is ROW_FACTOR."""
+    """x / sqrt(mean(x^2) + eps) * weight + bias over each group of the row (Zhang and Sennrich, 2019). eps is
+    ROW_FACTOR; weight and bias may be missing."""
+    return _norm(packing, centred=False)
+
+
+def layer_norm(packing: str) -> Kernel:
+    """The same of x - mean(x) (Ba et al., "Layer Normalization", 2016)."""
+    return _norm(packing, centred=True)
+
+
+def _norm(packing: str, centred: bool) -> Kernel:
     lanes = v.target().lanes
 
     @v.helper
     def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
         groups = v.load_i64(op + R.ROW_GROUPS)
         weight = v.load_i64(op + R.ROW_WEIGHT)
+        bias = v.load_i64(op + R.ROW_BIAS)
+        weighted, biased = weight != 0, bias != 0
+        stride = v.load_i64(op + R.ROW_WEIGHT_STRIDE)
         size = width // groups
         whole = size // lanes * lanes
         for _ in range(groups):
+            mean = v.float32(0.0)
+            if centred:
+                sums = v.splat(0.0)
+                for i in range(0, whole, lanes):
+                    sums = sums + v.load(x + 4 * i)
+                mean = v.sum_lanes(sums)
+                for i in range(whole, size):
+                    mean += v.load_f32(x + 4 * i)
+                mean = mean / v.as_float(size)
+            means = v.splat(mean)
             squares = v.splat(0.0)
             for i in range(0, whole, lanes):
                 value = v.load(x + 4 * i)
+                if centred:
+                    value = value - means
                 squares = v.fma(value, value, squares)
             total = v.sum_lanes(squares)
             for i in range(whole, size):
-                total += v.load_f32(x + 4 * i) * v.load_f32(x + 4 * i)
+                one = v.load_f32(x + 4 * i) - mean
+                total += one * one
             inverse = v.inverse_sqrt(total / v.as_float(size) + v.load_f32(op + R.ROW_FACTOR))
             factor = v.splat(inverse)
             for i in range(0, whole, lanes):
-                value = v.load(x + 4 * i) * factor
-                if weight != 0:
+                value = v.load(x + 4 * i)
+                if centred:
+                    value = value - means
+                value = value * factor
+                if weighted:
                     value = value * v.load(weight + 4 * i)
+                if biased:
+                    value = value + v.load(bias + 4 * i)
                 v.store(y + 4 * i, value)
             for i in range(whole, size):
-                one = v.load_f32(x + 4 * i) * inverse
-                if weight != 0:
+                one = (v.load_f32(x + 4 * i) - mean) * inverse
+                if weighted:
                     one = one * v.load_f32(weight + 4 * i)
+                if biased:
+                    one = one + v.load_f32(bias + 4 * i)
                 v.store_f32(y + 4 * i, one)
             x += 4 * size
             y += 4 * size
+            weight += stride
+            bias += stride
 
     return _row_kernel(compute, packing)
 

@@ -60,19 +60,33 @@ class Lowering(RecordWriter):
     def _lower_embed(self, o: G.Embed) -> None:
         out = self.new(o.out)
         rows, width = o.weight.shape
+        if o.by_position and self.context > rows:
+            raise ValueError(f"the model has {rows} positions: a context of {self.context} is not supported")
         blocks, tail = blocks_and_tail(o.weight.type, width)
         self.emit(
             f"embed-{o.weight.type.name}",
             {
                 R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
                 R.EMBED_TAIL: tail, R.EMBED_OUT: out, R.EMBED_OUT_STRIDE: out.stride, R.EMBED_SCALE: float(o.scale),
+                R.EMBED_BY_POSITION: int(o.by_position),
             },
             [], [out], True,
         )  # fmt: skip
 
     def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
-        weight = 0 if o.weight is None else np.ascontiguousarray(o.weight, np.float32)
-        self._produce("rms_norm", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=weight)
+        self._norm("rms_norm", o)
+
+    def _lower_layernorm(self, o: G.LayerNorm) -> None:
+        self._norm("layer_norm", o)
+
+    def _norm(self, name: str, o: G.RMSNorm | G.LayerNorm) -> None:
+        of_groups = any(row is not None and row.ndim == 2 for row in (o.weight, o.bias))
+        if of_groups:  # the weight and the bias of a group lie where the kernel steps to from group to group
+            assert all(row is None or row.ndim == 2 for row in (o.weight, o.bias))
+        self._produce(
+            name, o.out, self.places[o.x.id], factor=o.eps, row_groups=o.groups, row_weight=floats(o.weight),
+            row_bias=floats(o.bias), row_weight_stride=o.x.width // o.groups * 4 if of_groups else 0,
+        )  # fmt: skip
 
     def _lower_linear(self, o: G.Linear) -> None:
         x = self.packed_input(o.x, self.packing(o.weight))
@@ -81,7 +95,7 @@ class Lowering(RecordWriter):
         if o.out.id in self._residual:
             other, out = self._residual[o.out.id]
             residual = self.places[other.id]
-        bias = None if o.bias is None else np.ascontiguousarray(o.bias, np.float32)
+        bias = None if o.bias is None else floats(o.bias)
         self.taken(o.weight, o.x)
         self.matmul(o.weight, self.new(out), x, bias=bias, residual=residual, scale=o.scale)
 
@@ -136,13 +150,24 @@ class Lowering(RecordWriter):
                 R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
                 R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
-                R.ATT_WINDOW: layer.window or 1 << 40,
+                R.ATT_WINDOW: layer.window or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
             },
             [q, cache], [out], False,
         )  # fmt: skip
 
     def _lower_activate(self, o: G.Activate) -> None:
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id])
+
+    def _lower_activatealone(self, o: G.ActivateAlone) -> None:
+        # max(x, 0)^2 is max(x, 0) * x
+        self._produce("gelu_alone" if o.kind == "gelu" else "relu", o.out, self.places[o.x.id])
+
+    def _lower_gate(self, o: G.Gate) -> None:
+        gate, x = self.places[o.gate.id], self.places[o.x.id]
+        self._produce(f"gate-{o.kind}", o.out, gate, x, row_groups=o.gate.width)
+
+    def _lower_clamp(self, o: G.Clamp) -> None:
+        self._produce("clamp", o.out, self.places[o.x.id], factor=o.limit)
 
     def _lower_add(self, o: G.Add) -> None:
         self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
@@ -161,6 +186,11 @@ class Lowering(RecordWriter):
 
     def _lower_moe(self, o: G.MoE) -> None:
         lower_experts(self, o)
+
+
+def floats(values: G.Constant | None) -> Any:
+    """For a record's field: the values, or 0 for none."""
+    return 0 if values is None else np.ascontiguousarray(values, np.float32)
 
 
 def attention_key(layer: G.CacheLayer, cache_type: str, threads: int) -> str:

@@ -35,7 +35,7 @@ class _ExpertsLowering:
         self.lowering, self.moe = lowering, operation
         self.here = lowering.index
         self.rows = lowering.rows
-        n_experts, self.ffn, self.width = operation.gate.shape
+        n_experts, self.width, self.ffn = operation.down.shape
         self.slots = self.rows * operation.n_used + n_experts * (lowering.target.columns - 1)
         self.n_experts = n_experts
 
@@ -45,15 +45,19 @@ class _ExpertsLowering:
         bias = None if moe.router_bias is None else np.ascontiguousarray(moe.router_bias, np.float32)
         self.ranges: Place | None = None
         self.n_slots: InRecord | None = None
-        self.lowering.taken(moe.router, moe.x)
+        self.lowering.taken(moe.router, moe.router_x or moe.x)
         logits = self._product(moe.router, self._rows_packed, self.rows, bias)
         self._route(logits)
         assert self.ranges is not None
         routing = Routing(self.chosen, self.ranges, moe.n_used, by_slot=False)
-        self.lowering.taken_by_experts([moe.gate, moe.up], self.lowering.places[moe.x.id], routing)
+        weights = list(dict.fromkeys((moe.gate, moe.up)))
+        self.lowering.taken_by_experts(weights, self.lowering.places[moe.x.id], routing)
         to_slots = cache(self._to_slots)
         gate = self._product(moe.gate, to_slots, self.slots)
-        up = self._product(moe.up, to_slots, self.slots)
+        if moe.up is moe.gate:  # the rows of both, side by side
+            up = Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride)
+        else:
+            up = self._product(moe.up, to_slots, self.slots)
         inner = self._activated(gate, up)
         self.lowering.taken_by_experts([moe.down], gate, replace(routing, by_slot=True))
         down = self._product(moe.down, inner, self.slots)
@@ -66,13 +70,16 @@ class _ExpertsLowering:
         return Place(self.lowering.arena.buffer(count * width * 4, self.here, self.here), 0, width * 4)
 
     def _rows_packed(self, packing: str) -> Place:
-        return self.lowering.packed_input(self.moe.x, packing)
+        return self.lowering.packed_input(self.moe.router_x or self.moe.x, packing)
 
     def _product(self, weight: G.Weight, x: Packed, count: int, bias: object = None) -> Place:
         """Rows through a matrix and its changes: float32 [count, rows of the matrix]."""
         lowering, height = self.lowering, weight.shape[-2]
         out = self._floats(count, height)
         lowering.matmul(weight, out, x(lowering.packing(weight)), ranges=self.ranges, bias=bias)
+        for adjustment in self.moe.adjustments:
+            if adjustment.weight is weight:
+                self._adjust(out, height, adjustment)
         for change in self.moe.changes:
             if change.weight is not weight:
                 continue
@@ -82,6 +89,21 @@ class _ExpertsLowering:
             lowering.matmul(change.b, total, packed, ranges=self.ranges, residual=out, scale=change.scale)
             out = total
         return out
+
+    def _adjust(self, x: Place, width: int, adjustment: G.Adjustment) -> None:
+        """Scales and biases of the experts, in place."""
+        scales, biases = (
+            0 if values is None else np.ascontiguousarray(values, np.float32)
+            for values in (adjustment.scale, adjustment.bias)
+        )
+        self.lowering.emit(
+            "adjust_experts-",
+            {
+                R.MOE_X: x, R.MOE_X_STRIDE: x.stride, R.MOE_WIDTH: width, R.MOE_RANGES: self.ranges,
+                R.MOE_SCALES: scales, R.MOE_BIASES: biases,
+            },
+            [x, self.ranges], [x], False,
+        )  # fmt: skip
 
     def _pack(self, x: Place, width: int, packing: str, count: int) -> Place:
         place = self.lowering.packed_place(G.Value(-1, width), packing, count, self.here)
@@ -94,7 +116,8 @@ class _ExpertsLowering:
         """Which rows go to which expert; from here on, matmuls go over slots."""
         moe, rows, memory = self.moe, self.rows, self._memory
         self.chosen, self.weights = memory(rows * moe.n_used * 8), memory(rows * moe.n_used * 4)
-        counts, chances = memory(self.n_experts * 8), memory(self.n_experts * 4)
+        counts, chances = memory(self.n_experts * 8), memory(self.n_experts * 8)
+        selection = 0 if moe.selection_bias is None else np.ascontiguousarray(moe.selection_bias, np.float32)
         self.ranges = memory(8 + 24 * self.n_experts)
         route = self.lowering.emit(
             "route-",
@@ -103,6 +126,7 @@ class _ExpertsLowering:
                 R.MOE_USED: moe.n_used, R.MOE_NORMALIZE: int(moe.normalize),
                 R.MOE_SIGMOID: int(moe.gating == "sigmoid"), R.MOE_SCALE: float(moe.scale), R.MOE_SLOTS: self.chosen,
                 R.MOE_WEIGHTS: self.weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts, R.MOE_RANGES: self.ranges,
+                R.MOE_SELECTION: selection, R.MOE_GROUPS: moe.n_groups, R.MOE_GROUPS_USED: moe.n_groups_used,
             },
             [logits], [self.chosen, self.weights, chances, counts, self.ranges], False,
         )  # fmt: skip
@@ -127,7 +151,7 @@ class _ExpertsLowering:
         first = self.lowering.packing(self.moe.down)
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
         record = self.lowering.row_operation(
-            self.moe.kind, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots
+            self.moe.kind, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
         )
         record.by_rows = False  # its rows are slots
         others = cache(lambda packing: self._pack(gate, self.ffn, packing, self.slots))

@@ -137,7 +137,7 @@ class RecordWriter:
         for operation in self.graph.operations[self.index :]:
             if isinstance(operation, G.Linear) and operation.x.id == value.id:
                 weights.append(operation.weight)
-            elif isinstance(operation, G.MoE) and operation.x.id == value.id:
+            elif isinstance(operation, G.MoE) and (operation.router_x or operation.x).id == value.id:
                 router = operation.router
                 weights += [router, *(change.a for change in operation.changes if change.weight is router)]
         return list(dict.fromkeys(self.packing(weight) for weight in weights))

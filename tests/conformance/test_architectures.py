@@ -17,13 +17,16 @@ all_files = pytest.mark.parametrize("path", OWN_FILES + more_files(), ids=lambda
 
 
 def logits(path: Path, tokens: np.ndarray, cuts: Sequence[int], threads: int) -> np.ndarray:
-    """Logits of all tokens, computed in the batches between the cuts."""
+    """Logits of all tokens, computed in the batches between the cuts, and once more those of the last token alone."""
     with GGUFReader(path) as reader:
         runtime = Runtime(build_graph(reader, 64), threads=threads, context=64)
         sequence = runtime.sequence()
         parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
+        last = runtime.evaluate(runtime.sequence(), tokens)
         runtime.close()
-    return np.concatenate(parts)  # type: ignore[arg-type]
+    whole = np.concatenate(parts)  # type: ignore[arg-type]
+    assert np.array_equal(last, whole[-1])
+    return whole
 
 
 @all_files

@@ -1,0 +1,221 @@
+"""The operations of the vocabulary as the engine runs them, against their definition, on fresh data of odd sizes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qrun.engine.program.runtime import Runtime
+from qrun.engine.simd.target import host_target
+from qrun.formats import TensorType
+from qrun.models import graph as G
+from tests.reference import forward
+
+N_VOCAB, N_ROWS = 50, 23
+Make = Callable[["Maker", G.Value], G.Value]
+
+
+class Maker:
+    """Operations with random weights."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.operations: list[G.Operation] = []
+        self.caches: list[G.CacheLayer] = []
+
+    def weight(self, name: str, *shape: int) -> G.Weight:
+        values = self.rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+        return G.Weight(name, TensorType.F32, shape, values.view(np.uint8).reshape(-1))
+
+    def constant(self, *shape: int) -> np.ndarray:
+        return self.rng.normal(size=shape).astype(np.float32)
+
+    def value(self, width: int) -> G.Value:
+        return G.Value(len(self.operations), width)
+
+    def add(self, operation: G.Operation) -> G.Value:
+        self.operations.append(operation)
+        return operation.out
+
+    def embed(self, width: int, by_position: bool = False) -> G.Value:
+        rows = 64 if by_position else N_VOCAB
+        weight = self.weight(f"embed{len(self.operations)}", rows, width)
+        return self.add(G.Embed(self.value(width), weight, 3.0, by_position))
+
+    def linear(self, x: G.Value, width: int) -> G.Value:
+        weight = self.weight(f"w{len(self.operations)}", width, x.width)
+        return self.add(G.Linear(self.value(width), x, weight, None))
+
+    def graph(self, x: G.Value) -> G.Graph:
+        """A program has at least one matrix."""
+        out = self.linear(self.add(G.SelectRows(self.value(x.width), x)), 40)
+        return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, 0)
+
+
+@pytest.fixture(params=["best", "plain"])
+def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[Callable[..., None]]:
+    """Builds a graph, and compares what the engine makes of it with the definition; also cut into batches."""
+
+    def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5) -> None:
+        maker = Maker(rng)
+        graph = maker.graph(make(maker))
+        tokens = rng.integers(0, graph.n_vocab, N_ROWS)
+        expected = forward(graph, tokens.tolist())
+        runtime = Runtime(graph, threads=2, context=64, batch=32, target=host_target(request.param))
+        result = runtime.evaluate(runtime.sequence(), tokens, "all")
+        assert result is not None
+        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        sequence = runtime.sequence()
+        parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in ((0, 1), (1, 9), (9, 10), (10, N_ROWS))]
+        assert np.array_equal(np.concatenate(parts), result)  # type: ignore[arg-type]
+        runtime.close()
+
+    yield compare
+
+
+@pytest.mark.parametrize(("width", "groups"), [(64, 1), (97, 1), (60, 4), (99, 3)])
+@pytest.mark.parametrize("kind", ["both", "weight", "neither", "rows", "rows of weight"])
+def test_norms(check: Any, width: int, groups: int, kind: str) -> None:
+    """rows: a weight, or also a bias, of its own for each group."""
+    size = width // groups
+    shape = (groups, size) if kind.startswith("rows") else (size,)
+
+    def make(maker: Maker) -> G.Value:
+        weight = None if kind == "neither" else maker.constant(*shape)
+        bias = maker.constant(*shape) if kind in ("both", "rows") else None
+        x = maker.embed(width)
+        y = maker.add(G.LayerNorm(maker.value(width), x, weight, bias, 1e-5, groups))
+        z = maker.add(G.RMSNorm(maker.value(width), x, weight, 1e-5, groups, bias))
+        return maker.add(G.Add(maker.value(width), y, z))
+
+    check(make)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "swiglu_oai"])
+def test_gated_activations(check: Any, kind: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        gate, up = (maker.add(G.Scale(maker.value(61), maker.embed(61), 10.0)) for _ in range(2))
+        return maker.add(G.Activate(maker.value(61), gate, up, kind))
+
+    check(make)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared"])
+def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
+        return maker.linear(maker.add(G.ActivateAlone(maker.value(61), x, kind)), 48)
+
+    check(make)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softplus"])
+@pytest.mark.parametrize("width", [1, 5, 95])
+def test_gates(check: Any, kind: Any, width: int) -> None:
+    """One for a row, for each of five heads, or for each value."""
+
+    def make(maker: Maker) -> G.Value:
+        gate = maker.add(G.Scale(maker.value(width), maker.embed(width), 8.0))
+        return maker.linear(maker.add(G.Gate(maker.value(95), gate, maker.embed(95), kind)), 48)
+
+    check(make)
+
+
+def test_clamps(check: Any) -> None:
+    check(lambda maker: maker.add(G.Clamp(maker.value(61), maker.embed(61), 0.2)))
+
+
+def test_learned_positions(check: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        tokens, positions = maker.embed(36), maker.embed(36, by_position=True)
+        return maker.add(G.Add(maker.value(36), tokens, positions))
+
+    check(make)
+
+
+def test_no_more_context_than_there_are_learned_positions(rng: np.random.Generator) -> None:
+    maker = Maker(rng)
+    graph = maker.graph(maker.embed(36, by_position=True))
+    with pytest.raises(ValueError, match="the model has 64 positions: a context of 65 is not supported"):
+        Runtime(graph, threads=1, context=65)
+
+
+def heads(maker: Maker, cache: G.CacheLayer) -> tuple[G.Value, G.Value, G.Value]:
+    x = maker.embed(32)
+    q = maker.linear(x, cache.n_heads * cache.head_dim_k)
+    k = maker.linear(x, cache.n_kv_heads * cache.head_dim_k)
+    v = maker.linear(x, cache.n_kv_heads * cache.head_dim_v)
+    return q, k, v
+
+
+@pytest.mark.parametrize("cache", [G.CacheLayer(6, 2, 20, 12, None), G.CacheLayer(4, 4, 32, 32, 5)])
+@pytest.mark.parametrize("kind", ["sinks", "slopes", "both"])
+def test_attention_with_sinks_and_slopes(check: Any, cache: G.CacheLayer, kind: str) -> None:
+    def make(maker: Maker) -> G.Value:
+        q, k, v = heads(maker, cache)
+        maker.caches.append(cache)
+        sinks = maker.constant(cache.n_heads) * 3 if kind != "slopes" else None
+        slopes = np.abs(maker.constant(cache.n_heads)) if kind != "sinks" else None
+        out = maker.value(cache.n_heads * cache.head_dim_v)
+        return maker.add(G.Attention(out, q, k, v, 0, 0.4, None, sinks, slopes))
+
+    check(make, 2e-3)  # the cache is float16
+
+
+def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> None:
+    cache = G.CacheLayer(4, 2, 16, 16, None)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, v = heads(maker, cache)
+        maker.caches.append(cache)
+        y = maker.add(G.Attention(maker.value(64), q, k, v, 0, 0.25, None))
+        return maker.add(G.Attention(maker.value(64), maker.linear(y, 64), None, None, 0, 0.25, None))
+
+    check(make, 2e-3)
+
+
+def experts(maker: Maker, **options: Any) -> G.Value:
+    """Three of twelve, each 20 wide, over rows of 36; `joined` gate and up, `adjusted` products, `apart` routing."""
+    n, width, ff = 12, 36, 20
+    joined, adjusted, apart = (options.pop(name, False) for name in ("joined", "adjusted", "apart"))
+    x = maker.embed(width)
+    if apart:
+        options["router_x"] = maker.embed(24)
+    router = maker.weight("router", n, 24 if apart else width)
+    gate = maker.weight("gate", n, ff * (1 + joined), width)
+    up = gate if joined else maker.weight("up", n, ff, width)
+    down = maker.weight("down", n, width, ff)
+    if adjusted:
+        options["adjustments"] = (
+            G.Adjustment(gate, None, maker.constant(n, gate.shape[1])),
+            G.Adjustment(down, np.abs(maker.constant(n)), maker.constant(n, width)),
+        )
+    if options.pop("biased", False):
+        options["selection_bias"] = maker.constant(n)
+    settings = {"kind": "silu", "normalize": True, "gating": "softmax"} | options
+    kind, normalize, gating = (settings.pop(name) for name in ("kind", "normalize", "gating"))
+    moe = G.MoE(
+        maker.value(width), x, router, None, gate, up, down, 3, kind, normalize, 1.7, gating, **settings
+    )  # fmt: skip
+    return maker.add(moe)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"biased": True, "gating": "sigmoid"},
+        {"biased": True, "normalize": False},
+        {"n_groups": 4, "n_groups_used": 2, "gating": "sigmoid"},
+        {"n_groups": 3, "n_groups_used": 2, "biased": True, "gating": "sigmoid"},
+        {"n_groups": 6, "n_groups_used": 3},
+        {"joined": True},
+        {"adjusted": True},
+        {"joined": True, "adjusted": True, "kind": "swiglu_oai"},
+        {"apart": True, "kind": "relu"},
+        {"kind": "clamped_silu", "limit": 0.1, "joined": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_experts(check: Any, options: dict[str, Any]) -> None:
+    check(lambda maker: experts(maker, **options))
