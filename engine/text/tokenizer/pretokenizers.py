@@ -96,7 +96,7 @@ _FAMILIES: list[tuple[str, PreTokenizer]] = [
     ("glm4 glm5", replace(_LLAMA3, ignore_merges=True)),
     ("kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", _WORDS_AND_DIGITS),
     ("qwen2 deepseek-r1-qwen", replace(_WORDS_AND_DIGITS, normalizer="NFC")),
-    ("qwen35", PreTokenizer((_words(r"\p{N}", letter=r"\p{L}\p{M}"),))),
+    ("qwen35", PreTokenizer((_words(r"\p{N}", letter=r"\p{L}\p{M}"),), normalizer="NFC")),
     ("ufakzeka", PreTokenizer((_words(r"\p{N}", contractions=""),))),
     ("laguna", PreTokenizer((_NEWLINES_APART, _words(r"\p{N}")))),
     ("minicpm5", PreTokenizer((r"\p{N}{1,3}", _words(r"\p{N}+")), ignore_merges=True)),
