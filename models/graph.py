@@ -476,6 +476,7 @@ class GraphBuilder:
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
         assert v.width == cache.n_kv_heads * cache.head_dim_v
+        assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
         out = self._value(cache.n_heads * cache.head_dim_v)
