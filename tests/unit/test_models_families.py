@@ -3,13 +3,14 @@
 The plain forward passes below know nothing of graphs: they take the file's tensors, and the papers' formulas.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, Toy, of_type
 
 from qrun.formats import FormatError
+from qrun.models.adapter import Adapter, adapt
 from qrun.models.graph import Attention, Embed, Gate, LayerNorm, Linear, MoE, Rope, Scale
 from qrun.models.transformer import alibi_slopes
 from tests.reference import forward
@@ -313,3 +314,17 @@ def test_gemma4_shares_keys_and_values_with_the_last_layer_of_the_kind_that_has_
     assert [attention.k is None for attention in attentions] == [False] * 3 + [True] * 3
     toy.set({"attention.sliding_window_pattern": np.array([1, 0, 0, 1, 1, 0], bool)})
     assert "blk.3 shares keys and values with layer 1, whose heads are of another kind" in toy.error()
+
+
+def test_adapters_do_not_change_learned_positions() -> None:
+    """Of embeddings only that of tokens has its pair the other way round."""
+    toy = Toy("gpt2", **{"attention.layer_norm_epsilon": 1e-5})
+    toy.add("position_embd.weight", 128, N_EMBD)
+    pair = Toy("gpt2", n_layer=0)
+    pair.tensors = {}
+    pair.add("position_embd.weight.lora_a", 4, N_EMBD)
+    pair.add("position_embd.weight.lora_b", 128, 4)
+    pair.metadata |= {"general.type": "adapter", "adapter.type": "lora"}
+    adapter: Adapter[Any] = Adapter(cast(Any, pair))
+    with pytest.raises(FormatError, match=r"the model has no matrix 'position_embd\.weight'"):
+        adapt(toy.graph(), [adapter])
