@@ -44,6 +44,7 @@ def test_logits_match_the_reference_engine_and_are_the_same_in_batches_cut_at_ra
     assert np.array_equal(whole, logits(path, tokens, cuts, 1)), cuts
 
 
+@pytest.mark.usefixtures("half_precision_cache")
 @all_files
 def test_windows_shorter_than_the_text_and_yarn_are_as_defined(path: Path) -> None:
     """What most of these models do not have by themselves."""

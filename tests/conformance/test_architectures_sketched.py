@@ -1,4 +1,4 @@
-"""Every architecture, with random weights: what it was when it gave the reference engine's logits, and in the engine."""
+"""Every architecture, with random weights: as it was when it gave the reference engine's logits, and in the engine."""
 
 from typing import Any
 
