@@ -214,10 +214,10 @@ def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
 
 
 def _target(operation: G.Operation) -> str | None:
-    """The name under which adapters know the matrix of an operation."""
+    """The name under which adapters know the matrix of an operation. Of embeddings they change that of tokens only."""
     if isinstance(operation, G.Linear):
         return HEAD if operation.weight.name == EMBEDDING else operation.weight.name
-    return operation.weight.name if isinstance(operation, G.Embed) else None
+    return EMBEDDING if isinstance(operation, G.Embed) and operation.weight.name == EMBEDDING else None
 
 
 def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:

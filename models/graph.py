@@ -98,6 +98,36 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadLinear:
+    """Each head through a matrix of its own: out[head] = weight[head] @ x[head, start : start + columns].
+
+    x is seen as [rows, n_heads, x.width / n_heads], `weight` is [n_heads, rows, columns].
+    """
+
+    out: Value
+    x: Value
+    weight: Weight
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """Heads from parts of others: out[head] = x[head, of_x] followed by z[head, of_z].
+
+    out is [rows, n_heads, sizes of both]; `of_x` and `of_z` are ranges of a head's dimensions. Where z has a single
+    head, all share it. Without z there is only the first part.
+    """
+
+    out: Value
+    x: Value
+    z: Value | None
+    n_heads: int
+    of_x: range
+    of_z: range
+    z_heads: int
+
+
+@dataclass(frozen=True, eq=False)
 class Slice:
     """out = x[:, start : start + out.width]."""
 
@@ -111,7 +141,8 @@ class Rope:
     """Rotary position embedding of every head of x (Su et al., arXiv:2104.09864).
 
     Pair j of a head turns by position * frequencies[j] radians, and is multiplied by `magnitude`. Pairs are
-    (2j, 2j + 1) if `interleaved`, else (j, j + n_rot / 2). Dimensions from n_rot on pass through unchanged.
+    (2j, 2j + 1) if `interleaved`, else (j, j + n_rot / 2), counted from dimension `start` on. The other dimensions pass
+    through unchanged.
     `frequencies` [n_rot / 2] has the base, the scaling and the rope factors folded in. With a `temperature`, the
     magnitude grows with the position (see `Temperature`).
     """
@@ -124,6 +155,7 @@ class Rope:
     frequencies: Constant
     magnitude: float
     temperature: "Temperature | None" = None
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -294,8 +326,8 @@ class SelectRows:
 
 
 Operation = (
-    Embed | RMSNorm | LayerNorm | Linear | Slice | Rope | Attention | Activate | ActivateAlone | Gate | Clamp | Add
-    | Scale | Softcap | MoE | SelectRows
+    Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Activate | ActivateAlone
+    | Gate | Clamp | Add | Scale | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 
@@ -449,19 +481,34 @@ class GraphBuilder:
         factor = 1.0 if scale is None else float(scale[0])
         return self._append(Linear(self._value(weight.shape[0]), x, weight, bias, factor))
 
+    def head_linear(self, x: Value, name: str, n_heads: int, width: int, columns: int, start: int = 0) -> Value:
+        """A matrix [width, columns] for each head, which takes its dimensions from `start` on."""
+        assert start + columns <= x.width // n_heads
+        weight = self.weight(f"{name}.weight", n_heads, width, columns)
+        return self._append(HeadLinear(self._value(n_heads * width), x, weight, start))
+
+    def join(
+        self, x: Value, of_x: range, n_heads: int, z: Value | None = None, of_z: range = range(0), z_heads: int = 1
+    ) -> Value:
+        """A part of each head of x, and with z a part of each of its heads, or of its only one, behind that."""
+        assert of_x.stop <= x.width // n_heads and z_heads in (1, n_heads)
+        assert z is None or of_z.stop <= z.width // z_heads
+        out = self._value(n_heads * (len(of_x) + len(of_z)))
+        return self._append(Join(out, x, z, n_heads, of_x, of_z, z_heads))
+
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
         return self._append(Slice(self._value(width), x, start))
 
-    def rope(self, x: Value, head_dim: int, rotation: Rotation, *, query: bool = False) -> Value:
-        """Rotates the first dimensions of every head, two for each frequency."""
+    def rope(self, x: Value, head_dim: int, rotation: Rotation, *, query: bool = False, start: int = 0) -> Value:
+        """Rotates dimensions of every head, two for each frequency, from `start` on."""
         n_rot = 2 * len(rotation.frequencies)
-        assert n_rot <= head_dim and x.width % head_dim == 0
+        assert start + n_rot <= head_dim and x.width % head_dim == 0
         frequencies, magnitude, interleaved = rotation.frequencies, rotation.magnitude, rotation.interleaved
         temperature = rotation.temperature if query else None
         out = self._value(x.width)
-        return self._append(Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature))
+        return self._append(Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature, start))
 
     def attention(
         self,
@@ -478,6 +525,7 @@ class GraphBuilder:
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
         assert v.width == cache.n_kv_heads * cache.head_dim_v
+        assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
         out = self._value(cache.n_heads * cache.head_dim_v)

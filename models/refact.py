@@ -2,21 +2,20 @@
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
-from qrun.models.transformer import alibi_slopes, attention, head
+from qrun.models.transformer import ALIBI, attention, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     if h.n_expert:
         raise metadata.error("expert_count", f"is {h.n_expert}: Refact has no experts")
-    slopes = alibi_slopes(h.n_heads[0])
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
         # The reference engine adds no bias here or below, even if a file has one.
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), None, slopes=slopes, bias=False))
+        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), None, alibi=ALIBI, bias=False))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         gate = builder.linear(y, f"{block}.ffn_gate", h.n_ff[layer], bias=False)

@@ -10,6 +10,8 @@ from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters
 
 GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid")
 """As files number them, from 1."""
+ALIBI = 8.0
+"""The largest bias of models that do not give one."""
 QKNorm = Literal["heads", "rows", "turned"]
 """How queries and keys are normed: each head, or all heads of a row as one, before they turn; or each head after."""
 
@@ -26,14 +28,14 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Constant | None = None,
-    slopes: Constant | None = None,
+    alibi: float = 0.0,
     clamp: float = 0.0,
     bias: bool = True,
 ) -> Value:
     """Self-attention of one block: `attend`, and its output matrix. bias: False leaves one out that a file may have."""
     y = attend(
         builder, h, x, block, cache, rotation, qk_norm=qk_norm, scale=scale, softcap=softcap, sinks=sinks,
-        slopes=slopes, clamp=clamp,
+        alibi=alibi, clamp=clamp,
     )  # fmt: skip
     return builder.linear(y, f"{block}.attn_output", h.n_embd, bias=bias)
 
@@ -50,13 +52,14 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Constant | None = None,
-    slopes: Constant | None = None,
+    alibi: float = 0.0,
     clamp: float = 0.0,
 ) -> Value:
     """Self-attention of one block, up to its output matrix.
 
     rotation: None leaves queries and keys as they are. scale: of their products, 1 / sqrt(head_dim) by default.
-    sinks, slopes: of each head (see `graph.Attention`). clamp: of queries, keys and values; 0 is none.
+    sinks: of each head (see `graph.Attention`). alibi: the largest bias (see `alibi_slopes`). clamp: of queries, keys
+    and values. A 0 is none.
     """
     q, k, v = project_qkv(builder, x, block, cache)
     if clamp:
@@ -69,6 +72,7 @@ def attend(
     if qk_norm == "turned":
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
     scale = cache.head_dim_k**-0.5 if scale is None else scale
+    slopes = alibi_slopes(cache.n_heads, alibi) if alibi else None
     return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes)
 
 
@@ -218,13 +222,11 @@ def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Valu
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
 
 
-def alibi_slopes(n_heads: int, max_bias: float = 8.0) -> Constant | None:
-    """By how much each head's scores fall with the distance (ALiBi: arXiv:2108.12409). A 0 means that they do not.
+def alibi_slopes(n_heads: int, max_bias: float) -> Constant:
+    """By how much each head's scores fall with the distance (ALiBi: arXiv:2108.12409).
 
     A geometric series over the heads, up to the largest power of 2 of them; the others come between, at half the step.
     """
-    if not max_bias:
-        return None
     whole = 1 << (n_heads.bit_length() - 1)
     powers = [max_bias * (i + 1) / whole for i in range(whole)]
     powers += [max_bias / 2 * (2 * i + 1) / whole for i in range(n_heads - whole)]

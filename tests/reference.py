@@ -19,6 +19,8 @@ from qrun.models.graph import (
     Embed,
     Gate,
     Graph,
+    HeadLinear,
+    Join,
     LayerNorm,
     Linear,
     MoE,
@@ -85,6 +87,16 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
         case Linear(x=x, weight=weight, bias=bias, scale=scale):
             out = scale * multiply(values[x.id], weight)
             return out if bias is None else out + bias
+        case HeadLinear(x=x, weight=weight, start=start):
+            n_heads, width, columns = weight.shape
+            heads = values[x.id].reshape(len(tokens), n_heads, -1)[..., start : start + columns]
+            return np.concatenate([multiply(heads[:, i], weight, i * width, width) for i in range(n_heads)], axis=1)
+        case Join(x=x, z=z, n_heads=n_heads, of_x=of_x, of_z=of_z, z_heads=z_heads):
+            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]]
+            if z is not None:
+                of_heads = values[z.id].reshape(len(tokens), z_heads, -1)[..., of_z]
+                parts.append(np.broadcast_to(of_heads, (len(tokens), n_heads, len(of_z))))
+            return np.concatenate(parts, axis=-1).reshape(len(tokens), -1)
         case Slice(x=x, start=start, out=out):
             return values[x.id][:, start : start + out.width]
         case Rope(x=x):
@@ -149,6 +161,7 @@ def rope(x: Array, operation: Rope) -> Array:
     heads = x.reshape(len(x), -1, operation.head_dim).astype(np.float64)
     pairs = np.arange(half)
     first, second = (2 * pairs, 2 * pairs + 1) if operation.interleaved else (pairs, pairs + half)
+    first, second = first + operation.start, second + operation.start
     positions = np.arange(len(x))[:, None, None]
     angle = positions * operation.frequencies.astype(np.float64)
     magnitude: Array | float = operation.magnitude

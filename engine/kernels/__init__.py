@@ -11,7 +11,7 @@ from importlib import import_module
 
 ROW_OPERATIONS = (
     "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "gelu", "gelu_alone", "relu", "swiglu_oai", "rms_norm",
-    "layer_norm", "select_rows",
+    "layer_norm", "select_rows", "join",
 )  # fmt: skip
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
@@ -22,6 +22,7 @@ _MODULES = {
     "append": "attention",
     "embed": "embed",
     **dict.fromkeys(("route", "to_experts", "adjust_experts", "from_experts"), "experts"),
+    **dict.fromkeys(("to_heads", "from_heads"), "heads"),
     "attention": "attention",
     "quantize": "quantize",
     "observe": "observe",
@@ -53,9 +54,9 @@ def all_keys() -> list[str]:
         *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
         *(f"append-{type_}" for type_ in CACHE_BITS),
         *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
-        *(f"{name}-{packing}" for name in ("pack", "to_experts") for packing in packings),
+        *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
-        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "from_experts")),
+        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "from_experts", "from_heads")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
           for packing in ("", *packings)),
     ]  # fmt: skip

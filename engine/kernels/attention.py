@@ -37,7 +37,7 @@ from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
 Kernel = Callable[[int, int, int], None]
 
 POSITIONS = R.PAGE_POSITIONS
-# Queries of a tile and their sums lie on the stack, each in a row of this many bytes: head dimensions up to 512.
+# Queries of a tile and their sums lie on the stack, each in a row of this many bytes.
 ROW = 4 * R.MAX_HEAD_DIM
 # Rows of one sequence that are computed together.
 TILE = R.TILE_SIZE

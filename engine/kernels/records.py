@@ -30,7 +30,7 @@ PAGE_POSITIONS = 64
 CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
 
 # Rows of one sequence that attention takes together, and the longest head that it has room for.
-TILE_SIZE, MAX_HEAD_DIM = 8, 512
+TILE_SIZE, MAX_HEAD_DIM = 8, 576
 
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
@@ -51,7 +51,8 @@ def _fields(count: int) -> range:
 # A norm's weight and bias are float32 rows, or 0; WEIGHT_STRIDE is what lies between those of neighbouring groups.
 (ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
  ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED, ROW_ROPE_TABLE, ROW_BIAS,
- ROW_WEIGHT_STRIDE) = _fields(18)  # fmt: skip
+ ROW_WEIGHT_STRIDE, ROW_ROPE_START, ROW_X_HEAD, ROW_X_START, ROW_X_SIZE, ROW_Z_HEAD, ROW_Z_START,
+ ROW_Z_SIZE) = _fields(25)  # fmt: skip
 
 # BY_POSITION: the rows are those of positions, not of tokens.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
@@ -69,6 +70,10 @@ def _fields(count: int) -> range:
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
  MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES) = _fields(23)  # fmt: skip
+
+# A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
+(HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,
+ HEADS_RANGES) = _fields(9)  # fmt: skip
 
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)

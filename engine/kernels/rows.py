@@ -319,11 +319,32 @@ def select_rows(packing: str) -> Kernel:
     return _row_kernel(compute, packing)
 
 
+def join(packing: str) -> Kernel:
+    """Each of ROW_GROUPS heads of y: a part of the head of x, and then one of the head of z. ROW_X_HEAD and ROW_Z_HEAD
+    are how many floats lie between heads: 0 where all heads share one."""
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        x_size = v.load_i64(op + R.ROW_X_SIZE)
+        z_size = v.load_i64(op + R.ROW_Z_SIZE)
+        for head in range(v.load_i64(op + R.ROW_GROUPS)):
+            from_x = x + 4 * (head * v.load_i64(op + R.ROW_X_HEAD) + v.load_i64(op + R.ROW_X_START))
+            from_z = z + 4 * (head * v.load_i64(op + R.ROW_Z_HEAD) + v.load_i64(op + R.ROW_Z_START))
+            for i in range(x_size):
+                v.store_f32(y + 4 * i, v.load_f32(from_x + 4 * i))
+            y += 4 * x_size
+            for i in range(z_size):
+                v.store_f32(y + 4 * i, v.load_f32(from_z + 4 * i))
+            y += 4 * z_size
+
+    return _row_kernel(compute, packing)
+
+
 def rope(_: str) -> Kernel:
     """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
 
     ROW_ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart
-    (NeoX). Heads may be rotated in place.
+    (NeoX). Those of a head begin at ROW_ROPE_START. Heads may be rotated in place.
     """
 
     @v.helper
@@ -333,11 +354,14 @@ def rope(_: str) -> Kernel:
         interleaved = v.load_i64(op + R.ROW_ROPE_INTERLEAVED)
         position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
         table = v.load_i64(op + R.ROW_ROPE_TABLE) + position * dims * 4
+        start = v.load_i64(op + R.ROW_ROPE_START)
         apart = 1 if interleaved != 0 else dims // 2
         between = 2 if interleaved != 0 else 1
         for head in range(width // head_dim):
-            source = x + 4 * head * head_dim
-            out = y + 4 * head * head_dim
+            for i in range(start):
+                v.store_f32(y + 4 * (head * head_dim + i), v.load_f32(x + 4 * (head * head_dim + i)))
+            source = x + 4 * (head * head_dim + start)
+            out = y + 4 * (head * head_dim + start)
             for i in range(dims // 2):
                 cosine = v.load_f32(table + 8 * i)
                 sine = v.load_f32(table + 8 * i + 4)
@@ -345,7 +369,7 @@ def rope(_: str) -> Kernel:
                 second = v.load_f32(source + 4 * (i * between + apart))
                 v.store_f32(out + 4 * (i * between), first * cosine - second * sine)
                 v.store_f32(out + 4 * (i * between + apart), first * sine + second * cosine)
-            for i in range(dims, head_dim):
+            for i in range(dims, head_dim - start):
                 v.store_f32(out + 4 * i, v.load_f32(source + 4 * i))
 
     return _row_kernel(compute, "")

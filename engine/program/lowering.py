@@ -99,6 +99,42 @@ class Lowering(RecordWriter):
         self.taken(o.weight, o.x)
         self.matmul(o.weight, self.new(out), x, bias=bias, residual=residual, scale=o.scale)
 
+    def _lower_headlinear(self, o: G.HeadLinear) -> None:
+        n_heads, width, columns = o.weight.shape
+        x, packing = self.places[o.x.id], self.packing(o.weight)
+        slots = n_heads * -(-self.rows // self.target.columns) * self.target.columns
+        packed = self.packed_place(G.Value(-1, columns), packing, slots, self.index)
+        ranges = Place(self.arena.buffer(8 + 24 * n_heads, self.index, self.index), 0, 0)
+        self.emit(
+            f"to_heads-{packing}",
+            {
+                R.HEADS_X: x, R.HEADS_X_STRIDE: x.stride, R.HEADS_Y: packed, R.HEADS_COUNT: n_heads,
+                R.HEADS_DIM: o.x.width // n_heads, R.HEADS_START: o.start, R.HEADS_WIDTH: columns,
+                R.HEADS_RANGES: ranges,
+            },
+            [x], [packed, ranges], False,
+        )  # fmt: skip
+        apart = Place(self.arena.buffer(slots * width * 4, self.index, self.index), 0, width * 4)
+        self.matmul(o.weight, apart, packed, ranges=ranges)
+        out = self.new(o.out)
+        self.emit(
+            "from_heads-",
+            {
+                R.HEADS_X: apart, R.HEADS_X_STRIDE: apart.stride, R.HEADS_Y: out, R.HEADS_Y_STRIDE: out.stride,
+                R.HEADS_COUNT: n_heads, R.HEADS_WIDTH: width,
+            },
+            [apart], [out], False,
+        )  # fmt: skip
+
+    def _lower_join(self, o: G.Join) -> None:
+        x = self.places[o.x.id]
+        z = x if o.z is None else self.places[o.z.id]
+        z_head = 0 if o.z is None or o.z_heads == 1 else o.z.width // o.z_heads
+        self._produce(
+            "join", o.out, x, z, row_groups=o.n_heads, row_x_head=o.x.width // o.n_heads, row_x_start=o.of_x.start,
+            row_x_size=len(o.of_x), row_z_head=z_head, row_z_start=o.of_z.start, row_z_size=len(o.of_z),
+        )  # fmt: skip
+
     def _lower_slice(self, o: G.Slice) -> None:
         x = self.places[o.x.id]
         self.places[o.out.id] = Place(x.buffer, x.offset + 4 * o.start, x.stride)
@@ -108,6 +144,7 @@ class Lowering(RecordWriter):
         self.row_operation(
             "rope", self.new(o.out), o.out.width, self.places[o.x.id], row_rope_head_dim=o.head_dim,
             row_rope_dims=o.n_rot, row_rope_interleaved=int(o.interleaved), row_rope_table=table.values,
+            row_rope_start=o.start,
         )  # fmt: skip
 
     def _rope_table(self, o: G.Rope) -> RopeTable:

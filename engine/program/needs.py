@@ -39,7 +39,7 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
     """Bytes of weights, keys and values that have to be read to generate the token at a position."""
     total = 0.0
     for operation in graph.operations:
-        if isinstance(operation, G.Linear):
+        if isinstance(operation, G.Linear | G.HeadLinear):
             total += operation.weight.raw.nbytes
         elif isinstance(operation, G.MoE):
             weights = list(dict.fromkeys((operation.router, operation.gate, operation.up, operation.down)))

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
+from tests.reference import forward
 from tests.toys import OWN_FILES, error, more_files, tokens_and_logits
 
 own_files = pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: path.stem)
@@ -39,6 +42,26 @@ def test_logits_match_the_reference_engine_and_are_the_same_in_batches_cut_at_ra
     assert error(whole, expected) <= 1e-6
     cuts = [0, *sorted(rng.choice(np.arange(1, n), 4, replace=False)), n]
     assert np.array_equal(whole, logits(path, tokens, cuts, 1)), cuts
+
+
+@pytest.mark.usefixtures("half_precision_cache")
+@all_files
+def test_windows_shorter_than_the_text_and_yarn_are_as_defined(path: Path) -> None:
+    """What most of these models do not have by themselves."""
+    tokens, _ = tokens_and_logits(path)
+    with GGUFReader(path) as reader:
+        prefix = reader.metadata["general.architecture"]
+        changes = {
+            "attention.sliding_window": 5, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+        }  # fmt: skip
+        metadata = dict(reader.metadata) | {f"{prefix}.{key}": value for key, value in changes.items()}
+        changed: Any = SimpleNamespace(path=path, metadata=metadata, tensors=reader.tensors)
+        graph = build_graph(changed, 64)
+        runtime = Runtime(graph, threads=1, context=64)
+        result = runtime.evaluate(runtime.sequence(), tokens, "all")
+        runtime.close()
+        assert error(result, forward(graph, tokens)) <= 1e-5
 
 
 @own_files

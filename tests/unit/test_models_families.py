@@ -3,13 +3,16 @@
 The plain forward passes below know nothing of graphs: they take the file's tensors, and the papers' formulas.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, Toy, of_type
 
-from qrun.models.graph import Attention, Linear, Rope
+from qrun.formats import FormatError
+from qrun.models.adapter import Adapter, adapt
+from qrun.models.graph import Attention, Embed, Gate, LayerNorm, Linear, MoE, Rope, Scale
+from qrun.models.transformer import alibi_slopes
 from tests.reference import forward
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -216,3 +219,112 @@ def test_experts_that_the_file_does_not_describe_are_refused() -> None:
     assert "mellum.expert_count is 0, and this architecture has experts" in Toy("mellum").error()
     toy = Toy("bailingmoe", n_expert=4, expert_used_count=2, expert_shared_count=1)
     assert "bailingmoe.expert_feed_forward_length is missing" in toy.error()
+
+
+# Families with operations of their own
+
+
+def test_alibi_slopes_are_a_geometric_series_with_others_between() -> None:
+    np.testing.assert_allclose(alibi_slopes(8, 8.0), 2.0 ** -np.arange(1, 9))
+    expected = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    np.testing.assert_allclose(alibi_slopes(6, 8.0), expected)
+
+
+@pytest.mark.parametrize(("n_layer", "turns", "falls"), [(2, False, False), (32, True, False), (40, False, True)])
+def test_baichuan_knows_its_two_sizes(n_layer: int, turns: bool, falls: bool) -> None:
+    graph = Toy("baichuan", n_layer=n_layer).graph()
+    assert bool(of_type(graph, Rope)) == turns
+    slopes = of_type(graph, Attention)[-1].slopes
+    assert (slopes is not None) == falls
+    if falls:
+        np.testing.assert_allclose(slopes, alibi_slopes(N_HEADS, 8.0))
+
+
+def test_learned_positions_bound_the_context() -> None:
+    toy = Toy("gpt2", **{"attention.layer_norm_epsilon": 1e-5})
+    toy.add("position_embd.weight", 128, N_EMBD)
+    assert len(of_type(toy.graph(128), Embed)) == 2
+    with pytest.raises(FormatError, match=r"gpt2\.context_length is 128: there are no positions for 129 tokens"):
+        toy.graph(129)
+    toy.add("position_embd.weight", 127, N_EMBD)
+    assert "tensor position_embd.weight has shape (127, 32), expected (128, 32)" in toy.error()
+
+
+def test_command_r_plus_norms_each_head_by_a_weight_of_its_own() -> None:
+    toy = Toy("command-r", n_layer=64, **{"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.25})
+    for layer in range(64):
+        toy.add(f"blk.{layer}.attn_q_norm.weight", N_HEADS, HEAD_DIM)
+        toy.add(f"blk.{layer}.attn_k_norm.weight", N_KV_HEADS, HEAD_DIM)
+    norms = of_type(toy.graph(), LayerNorm)
+    assert [norm.groups for norm in norms[:3]] == [1, N_HEADS, N_KV_HEADS]
+    assert norms[1].weight.shape == (N_HEADS, HEAD_DIM)
+    assert of_type(toy.graph(), Scale)[-1].factor == 0.25
+    few = Toy("command-r", **{"attention.layer_norm_epsilon": 1e-5}).graph()
+    assert {norm.groups for norm in of_type(few, LayerNorm)} == {1}
+
+
+@pytest.mark.parametrize("width", [N_HEADS, N_HEADS * HEAD_DIM])
+def test_laguna_gates_heads_or_values(width: int) -> None:
+    keys = {"leading_dense_block_count": 5, "attention.sliding_window": 4, "rope.dimension_count_swa": 8}
+    toy = Toy("laguna", n_layer=5, **keys)
+    for layer in range(5):
+        toy.add(f"blk.{layer}.attn_gate.weight", width, N_EMBD)
+    graph = toy.graph()
+    assert [cache.window for cache in graph.cache_layers] == [None, 4, 4, 4, None]
+    assert [rope.n_rot for rope in of_type(graph, Rope)[::2]] == [HEAD_DIM, 8, 8, 8, HEAD_DIM]
+    assert {gate.gate.width for gate in of_type(graph, Gate)} == {width}
+    toy.add("blk.0.attn_gate.weight", 7, N_EMBD)
+    assert "tensor blk.0.attn_gate.weight has shape (7, 32), expected (64, 32)" in toy.error()
+
+
+def test_experts_are_chosen_within_groups_that_the_file_gives() -> None:
+    keys: dict[str, Any] = {
+        "expert_used_count": 2, "expert_shared_count": 1, "expert_feed_forward_length": N_FF, "expert_group_count": 4,
+        "expert_group_used_count": 2, "expert_gating_func": 2,
+    }  # fmt: skip
+    toy = Toy("bailingmoe2", n_expert=8, **keys)
+    for layer in range(2):
+        toy.add(f"blk.{layer}.exp_probs_b.bias", 8)
+        for name, shape in (("gate", (N_FF, N_EMBD)), ("up", (N_FF, N_EMBD)), ("down", (N_EMBD, N_FF))):
+            toy.add(f"blk.{layer}.ffn_{name}_shexp.weight", *shape)
+    moe = of_type(toy.graph(), MoE)[0]
+    assert (moe.n_groups, moe.n_groups_used, moe.gating) == (4, 2, "sigmoid") and moe.selection_bias is not None
+    for changed, problem in (
+        ({"expert_group_count": 3}, "expert_group_count is 3, which does not divide 8 experts"),
+        ({"expert_group_used_count": 5}, "expert_group_used_count is 5, expected 1 to 4"),
+        ({"expert_used_count": 5}, "expert_group_used_count is 2: they have too few experts to be chosen"),
+        ({"expert_gating_func": 4}, "expert_gating_func is 4, expected 0 to 2"),
+        ({"attention.causal": False}, "attention.causal is False: attention to later tokens is not supported"),
+    ):
+        assert problem in Toy("bailingmoe2", n_expert=8, **keys).set(changed).error()
+
+
+def test_gemma4_shares_keys_and_values_with_the_last_layer_of_the_kind_that_has_some() -> None:
+    sliding = np.array([1, 1, 0, 1, 1, 0], bool)
+    keys: dict[str, Any] = {
+        "attention.sliding_window": 3, "attention.sliding_window_pattern": sliding, "attention.shared_kv_layers": 3,
+    }  # fmt: skip
+    toy = Toy("gemma4", n_layer=6, **keys)
+    toy.add("rope_freqs.weight", HEAD_DIM // 2)
+    toy.tensors["rope_freqs.weight"].raw[:] = np.ones(HEAD_DIM // 2, np.float32).view(np.uint8)
+    graph = toy.graph()
+    attentions = of_type(graph, Attention)
+    assert len(graph.cache_layers) == 3
+    assert [attention.layer for attention in attentions] == [0, 1, 2, 1, 1, 2]
+    assert [attention.k is None for attention in attentions] == [False] * 3 + [True] * 3
+    toy.set({"attention.sliding_window_pattern": np.array([1, 0, 0, 1, 1, 0], bool)})
+    assert "blk.3 shares keys and values with layer 1, whose heads are of another kind" in toy.error()
+
+
+def test_adapters_do_not_change_learned_positions() -> None:
+    """Of embeddings only that of tokens has its pair the other way round."""
+    toy = Toy("gpt2", **{"attention.layer_norm_epsilon": 1e-5})
+    toy.add("position_embd.weight", 128, N_EMBD)
+    pair = Toy("gpt2", n_layer=0)
+    pair.tensors = {}
+    pair.add("position_embd.weight.lora_a", 4, N_EMBD)
+    pair.add("position_embd.weight.lora_b", 128, 4)
+    pair.metadata |= {"general.type": "adapter", "adapter.type": "lora"}
+    adapter: Adapter[Any] = Adapter(cast(Any, pair))
+    with pytest.raises(FormatError, match=r"the model has no matrix 'position_embd\.weight'"):
+        adapt(toy.graph(), [adapter])

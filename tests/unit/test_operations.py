@@ -23,6 +23,7 @@ class Maker:
         self.rng = rng
         self.operations: list[G.Operation] = []
         self.caches: list[G.CacheLayer] = []
+        self.n_values = 0
 
     def weight(self, name: str, *shape: int) -> G.Weight:
         values = self.rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
@@ -32,7 +33,8 @@ class Maker:
         return self.rng.normal(size=shape).astype(np.float32)
 
     def value(self, width: int) -> G.Value:
-        return G.Value(len(self.operations), width)
+        self.n_values += 1
+        return G.Value(self.n_values - 1, width)
 
     def add(self, operation: G.Operation) -> G.Value:
         self.operations.append(operation)
@@ -139,6 +141,40 @@ def test_no_more_context_than_there_are_learned_positions(rng: np.random.Generat
     graph = maker.graph(maker.embed(36, by_position=True))
     with pytest.raises(ValueError, match="the model has 64 positions: a context of 65 is not supported"):
         Runtime(graph, threads=1, context=65)
+
+
+@pytest.mark.parametrize(("start", "columns"), [(0, 12), (3, 9), (5, 4)])
+def test_a_matrix_for_each_head(check: Any, start: int, columns: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        x = maker.embed(5 * 12)
+        return maker.add(G.HeadLinear(maker.value(5 * 7), x, maker.weight("heads", 5, 7, columns), start))
+
+    check(make)
+
+
+@pytest.mark.parametrize("kind", ["one", "all", "none"])
+def test_heads_are_joined(check: Any, kind: str) -> None:
+    """To a part of the only head of another, of each of its heads, or to nothing."""
+
+    def make(maker: Maker) -> G.Value:
+        x, z = maker.embed(3 * 10), None if kind == "none" else maker.embed(6 if kind == "one" else 3 * 6)
+        of_z = range(0) if kind == "none" else range(1, 6)
+        out = maker.value(3 * (7 + len(of_z)))
+        joined = maker.add(G.Join(out, x, z, 3, range(2, 9), of_z, 3 if kind == "all" else 1))
+        return maker.linear(joined, 32)
+
+    check(make)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_only_a_part_of_each_head_turns(check: Any, interleaved: bool) -> None:
+    def make(maker: Maker) -> G.Value:
+        frequencies = np.array([1.0, 0.3, 0.02], np.float32)
+        temperature = G.Temperature(0.5, 7)
+        rope = G.Rope(maker.value(33), maker.embed(33), 11, 6, interleaved, frequencies, 1.2, temperature, 4)
+        return maker.add(rope)
+
+    check(make)
 
 
 def heads(maker: Maker, cache: G.CacheLayer) -> tuple[G.Value, G.Value, G.Value]:
