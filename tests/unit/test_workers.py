@@ -171,7 +171,7 @@ def test_a_signal_ends_the_workers_too(tmp_path: Path, number: signal.Signals) -
     code = (
         "from qrun.cli.main import terminating\n"
         "from qrun.engine.native.compiler import load_kernels\n"
-        "with terminating():\n"
+        "with terminating(for_good=False):\n"
         "    keys = [f'attention-f16-{i}' for i in range(1, 9)]\n"
         "    load_kernels(keys, progress=lambda *counts: print(counts, flush=True))"
     )
