@@ -7,9 +7,13 @@ it loads object files through llvmlite alone, in milliseconds.
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from qrun.engine.native.cache_root import cache_root
 from qrun.engine.native.codegen import CompileError, code_digest, initialize_llvm, symbol
@@ -24,6 +28,11 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
+
+_linking = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # LLVM has locks of its own. A child process would wait for ever for one that another thread held when it forked.
+    os.register_at_fork(before=_linking.acquire, after_in_parent=_linking.release, after_in_child=_linking.release)
 
 _compiling = ForkAwareLock()  # threads that need the same kernels compile them once
 
@@ -93,14 +102,17 @@ class Kernels:
     def __init__(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
 
-        initialize_llvm()
-        module = llvm.parse_assembly("")
-        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        for code in objects.values():
-            self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        self._addresses = {key: self._engine.get_function_address(symbol(key)) for key in objects}
+        with _linking:
+            initialize_llvm()
+            module = llvm.parse_assembly("")
+            machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+            engine = llvm.create_mcjit_compiler(module, machine)
+            for code in objects.values():
+                engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+            engine.finalize_object()
+            self._addresses = {key: engine.get_function_address(symbol(key)) for key in objects}
+        # Not at exit: threads may be running it to the last.
+        weakref.finalize(self, _unload, engine).atexit = False
 
     def __getitem__(self, key: str) -> int:
         return self._addresses[key]
@@ -110,6 +122,12 @@ class Kernels:
         function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._addresses[key])
         function.kernels = self  # type: ignore[attr-defined]
         return function
+
+
+def _unload(engine: Any) -> None:
+    """Give back the memory of machine code that nobody holds."""
+    with _linking:
+        engine.close()
 
 
 def cache_folder(target: Target) -> Path:

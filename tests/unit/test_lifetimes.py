@@ -212,6 +212,29 @@ def test_after_a_fork_the_child_goes_on_with_the_model_and_loads_others() -> Non
 
 
 @needs_fork
+def test_a_child_can_load_models_whatever_other_threads_were_loading() -> None:
+    printed = run("""
+        stop = threading.Event()
+        def load_and_drop():
+            while not stop.is_set():
+                load().logits(PROMPT)
+        others = [threading.Thread(target=load_and_drop) for _ in range(3)]
+        for other in others: other.start()
+        expected = load().logits(PROMPT).tobytes()
+        states = []
+        for _ in range(12):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if load().logits(PROMPT).tobytes() == expected else 1)
+            states.append(os.waitpid(child, 0)[1])
+        stop.set()
+        for other in others: other.join()
+        print(states)
+    """, seconds=120)  # fmt: skip
+    assert printed.strip() == str([0] * 12)
+
+
+@needs_fork
 def test_a_generation_that_another_thread_was_reading_at_a_fork_says_so_in_the_child() -> None:
     printed = run("""
         model = load()
