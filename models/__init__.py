@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.models import (
     afmoe,
+    apertus,
     arcee,
     arctic,
     baichuan,
@@ -41,6 +42,7 @@ from qrun.models import (
     jais,
     laguna,
     llama,
+    llama4,
     maincoder,
     maple,
     mellum,
@@ -69,6 +71,7 @@ from qrun.models import (
     smollm3,
     spark2_5,
     stablelm,
+    step35,
     talkie,
 )
 from qrun.models.adapter import Adapter, adapt, is_adapter
@@ -79,6 +82,7 @@ __all__ = ["ARCHITECTURES", "Graph", "build_graph"]
 
 ARCHITECTURES = {
     "llama": llama.build,
+    "llama4": llama4.build,
     "qwen": qwen.build,
     "qwen2": qwen2.build,
     "qwen2vl": qwen2.build_vl,
@@ -136,6 +140,8 @@ ARCHITECTURES = {
     "spark2_5": spark2_5.build,
     "smallthinker": smallthinker.build,
     "maple": maple.build,
+    "step35": step35.build,
+    "apertus": apertus.build,
     "deci": deci.build,
     "grok": grok.build,
     "arctic": arctic.build,

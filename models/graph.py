@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 
-Activation = Literal["silu", "gelu", "relu", "clamped_silu", "swiglu_oai"]
+Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"]
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
-with the gate at most a limit, and up between -limit and limit. `swiglu_oai` is gpt-oss's: gate * sigmoid(1.702 gate) *
-(up + 1), with the gate at most 7, and up between -7 and 7."""
-Alone = Literal["gelu", "relu_squared"]
+with the gate at most a limit, and up between -limit and limit; `limited_silu` has silu(gate) at most it. `swiglu_oai`
+is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
+Alone = Literal["gelu", "relu_squared", "xielu"]
 """Activations that multiply nothing."""
 GateKind = Literal["sigmoid", "softplus"]
 Gating = Literal["softmax", "sigmoid"]
@@ -160,14 +160,16 @@ class Rope:
 
 @dataclass(frozen=True)
 class Temperature:
-    """Queries far behind the trained context are made longer: 1 + scale * log(1 + floor(position / length)) times."""
+    """Queries far behind the trained context are made longer: 1 + scale * log(1 + floor((position + offset) / length))
+    times."""
 
     scale: float
     length: int
+    offset: int = 0
 
     def at(self, positions: NDArray[np.integer]) -> NDArray[np.float64]:
         """By how much queries at some positions are multiplied."""
-        return 1.0 + self.scale * np.log(1.0 + positions // self.length)
+        return 1.0 + self.scale * np.log(1.0 + (positions + self.offset) // self.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,21 +198,26 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Activate:
-    """out = act(gate) * up."""
+    """out = act(gate) * up. `limit` is that of the kinds that have one."""
 
     out: Value
     gate: Value
     up: Value
     kind: Activation
+    limit: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class ActivateAlone:
-    """out = act(x): GELU, or max(x, 0)^2."""
+    """out = act(x): GELU, max(x, 0)^2, or xIELU (arXiv:2411.13010).
+
+    That is p x^2 + b x above 0, and n (exp(min(x, e)) - 1 - x) + b x below, with `parameters` n, p, b, e.
+    """
 
     out: Value
     x: Value
     kind: Alone
+    parameters: Constant | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +320,9 @@ class MoE:
     n_groups: int = 1
     n_groups_used: int = 1
     limit: float = 0.0
-    """Of `clamped_silu`."""
+    """Of the activations that have one."""
+    weigh_inputs: bool = False
+    """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
 
 
@@ -344,13 +353,15 @@ class Rotation:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What the KV cache of one layer holds. A position sees itself and the window - 1 positions before it."""
+    """What the KV cache of one layer holds. A position sees itself and the window - 1 positions before it, or if
+    `chunked` those of its own chunk of `window` positions."""
 
     n_heads: int
     n_kv_heads: int
     head_dim_k: int
     head_dim_v: int
     window: int | None
+    chunked: bool = False
 
 
 @dataclass
@@ -538,14 +549,14 @@ class GraphBuilder:
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
 
-    def activate(self, gate: Value, up: Value, kind: Activation) -> Value:
+    def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
-        return self._append(Activate(self._value(gate.width), gate, up, kind))
+        return self._append(Activate(self._value(gate.width), gate, up, kind, limit))
 
-    def activate_alone(self, x: Value, kind: Alone) -> Value:
+    def activate_alone(self, x: Value, kind: Alone, parameters: Constant | None = None) -> Value:
         """act(x)."""
-        return self._append(ActivateAlone(self._value(x.width), x, kind))
+        return self._append(ActivateAlone(self._value(x.width), x, kind, parameters))
 
     def gate(self, gate: Value, x: Value, kind: GateKind) -> Value:
         """act(gate) * x; the gate may be narrower, as with one value for each head."""
@@ -585,6 +596,7 @@ class GraphBuilder:
         n_groups: int = 1,
         n_groups_used: int = 1,
         limit: float = 0.0,
+        weigh_inputs: bool = False,
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
@@ -610,7 +622,8 @@ class GraphBuilder:
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                limit=limit, adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
+                limit=limit, weigh_inputs=weigh_inputs,
+                adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
             )
         )  # fmt: skip
 

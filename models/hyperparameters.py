@@ -4,8 +4,10 @@ A model file comes from a stranger, and these numbers size every buffer and inde
 and one outside them raises `FormatError` with the file and the key.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -64,16 +66,27 @@ class Metadata:
             raise self.error(key, f"is {value}, expected {low:g} to {high:g}")
         return float(value)
 
-    def reals(self, key: str, n_layer: int, high: float = 1e30) -> tuple[float, ...]:
-        """A finite number in 0..high for each layer: the file gives one for all, or an array."""
-        value = self._get(key, None)
-        if not isinstance(value, (np.ndarray, list, tuple)):
-            return (self.real(key, high=high),) * n_layer
-        if len(value) != n_layer:
-            raise self.error(key, f"has {len(value)} values, expected one for each of {n_layer} layers")
-        if not all(isinstance(one, (int, float, np.integer, np.floating)) and 0.0 <= one <= high for one in value):
-            raise self.error(key, f"has values that are not numbers in 0 to {high:g}")
-        return tuple(float(one) for one in value)
+    def reals(
+        self, key: str, n_layer: int, *, low: float = 0.0, high: float = 1e30, of_architecture: bool = True
+    ) -> tuple[float, ...]:
+        """A finite number in low..high for each layer: the file gives one for all, or an array.
+
+        of_architecture: False for a key whose name is whole.
+        """
+        name = f"{self.architecture}.{key}" if of_architecture else key
+        value: Any = self.reader.metadata.get(name)
+        if value is None:
+            raise FormatError(self.reader.path, f"{name} is missing")
+        is_array = isinstance(value, (np.ndarray, list, tuple))
+        values: Sequence[Any] | np.ndarray = value if is_array else [value] * n_layer
+        if len(values) != n_layer:
+            problem = f"has {len(values)} values, expected one for each of {n_layer} layers"
+            raise FormatError(self.reader.path, f"{name} {problem}")
+        for one in values:
+            is_number = isinstance(one, (int, float, np.integer, np.floating)) and not isinstance(one, bool)
+            if not is_number or not low <= one <= high:
+                raise FormatError(self.reader.path, f"{name} is {shorten(one)}, expected {low:g} to {high:g}")
+        return tuple(float(one) for one in values)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

@@ -114,7 +114,9 @@ def project_qkv(
     )
 
 
-def feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = "") -> Value:
+def feed_forward(
+    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = "", limit: float = 0.0
+) -> Value:
     """The gated feed-forward network: down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202).
 
     suffix: of the tensors' names, as `_shexp` for the expert that all tokens share.
@@ -123,7 +125,7 @@ def feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: A
         raise builder.error(f"{block} has a feed-forward network, and the metadata give it no width")
     gate = builder.linear(x, f"{block}.ffn_gate{suffix}", n_ff)
     up = builder.linear(x, f"{block}.ffn_up{suffix}", n_ff)
-    return builder.linear(builder.activate(gate, up, kind), f"{block}.ffn_down{suffix}", x.width)
+    return builder.linear(builder.activate(gate, up, kind, limit), f"{block}.ffn_down{suffix}", x.width)
 
 
 def ungated_feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone) -> Value:
@@ -167,6 +169,7 @@ def experts(
     *,
     router_x: Value | None = None,
     limit: float = 0.0,
+    weigh_inputs: bool = False,
 ) -> Value:
     """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert."""
     if not h.n_expert:
@@ -176,7 +179,7 @@ def experts(
     return builder.moe(
         x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
-        n_groups_used=h.n_groups_used, limit=limit,
+        n_groups_used=h.n_groups_used, limit=limit, weigh_inputs=weigh_inputs,
     )  # fmt: skip
 
 

@@ -105,9 +105,11 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             k, v = keys_and_values(graph, layer)
             cache = graph.cache_layers[layer]
             return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
-        case Activate(gate=gate, up=up, kind=kind):
-            return activate(values[gate.id], values[up.id], kind)
-        case ActivateAlone(x=x, kind=kind):
+        case Activate(gate=gate, up=up, kind=kind, limit=limit):
+            return activate(values[gate.id], values[up.id], kind, limit)
+        case ActivateAlone(x=x, kind=kind, parameters=parameters):
+            if parameters is not None:
+                return xielu(values[x.id].astype(np.float64), *parameters.astype(np.float64))
             return gelu(values[x.id]) if kind == "gelu" else np.maximum(values[x.id], 0) ** 2
         case Gate(gate=gate, x=x, kind=kind):
             open_by = sigmoid(values[gate.id]) if kind == "sigmoid" else np.logaddexp(values[gate.id], 0)
@@ -166,8 +168,8 @@ def rope(x: Array, operation: Rope) -> Array:
     angle = positions * operation.frequencies.astype(np.float64)
     magnitude: Array | float = operation.magnitude
     if operation.temperature is not None:
-        scale, length = operation.temperature.scale, operation.temperature.length
-        magnitude = magnitude * (1 + scale * np.log(1 + np.floor(positions / length)))
+        scale, length, offset = vars(operation.temperature).values()
+        magnitude = magnitude * (1 + scale * np.log(1 + np.floor((positions + offset) / length)))
     cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
     out = heads.copy()
     assert n_rot == 2 * len(operation.frequencies)
@@ -202,6 +204,9 @@ def attention(
     v = v.reshape(n, cache.n_kv_heads, cache.head_dim_v)
     distance = np.arange(n)[:, None] - np.arange(n)
     visible = (distance >= 0) & (distance < (cache.window or n))
+    if cache.chunked and cache.window:
+        chunk = np.arange(n) // cache.window
+        visible = (distance >= 0) & (chunk[:, None] == chunk)
     out = np.empty((n, cache.n_heads, cache.head_dim_v))
     for head in range(cache.n_heads):
         scores = scale * (q[:, head] @ k[:, head // shared_by].T).astype(np.float64)
@@ -266,8 +271,11 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     out = np.zeros(x.shape)
     for expert in np.unique(chosen):
         rows, ranks = np.nonzero(chosen == expert)
-        y = product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
-        out[rows] += moe.scale * shares[rows, ranks, None] * y
+        share = moe.scale * shares[rows, ranks, None]
+        if moe.weigh_inputs:
+            out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
+        else:
+            out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
     return out
 
 
@@ -277,6 +285,8 @@ def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     if kind in ("silu", "clamped_silu"):
         return gate * sigmoid(gate) * up
+    if kind == "limited_silu":
+        return np.minimum(gate * sigmoid(gate), limit) * np.clip(up, -limit, limit)
     if kind == "swiglu_oai":
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         return gate * sigmoid(1.702 * gate) * (up + 1)
@@ -286,6 +296,11 @@ def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
 def gelu(x: Array) -> Array:
     """The tanh approximation."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def xielu(x: Array, n: float, p: float, b: float, e: float) -> Array:
+    """A parabola above 0, and an exponential function below."""
+    return np.where(x > 0, p * x * x, n * (np.expm1(np.minimum(x, e)) - x)) + b * x
 
 
 def sigmoid(x: Array) -> Array:

@@ -2,6 +2,8 @@
 
 Some are in this repository. All of them are compared where there is a folder of more: the one that
 QRUN_TEST_ARCHITECTURES names, or `shared/conformance/arch` beside the checkout.
+
+    python -m tests.toys    prints how far the engine is from the reference, model by model
 """
 
 import os
@@ -43,3 +45,22 @@ def tokens_and_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def error(result: np.ndarray, expected: np.ndarray) -> float:
     """The mean squared error as a part of the mean square."""
     return float(np.mean((result - expected) ** 2) / np.mean(expected**2))
+
+
+def main() -> None:
+    """A line for each model: its name, its architecture, and the error of the engine."""
+    from qrun.engine.program.runtime import Runtime
+    from qrun.models import build_graph
+
+    for path in OWN_FILES + more_files():
+        tokens, expected = tokens_and_logits(path)
+        with GGUFReader(path) as reader:
+            runtime = Runtime(build_graph(reader, 64), threads=1, context=64)
+            result = runtime.evaluate(runtime.sequence(), tokens, "all")
+            runtime.close()
+        assert result is not None
+        print(f"{path.stem:28} {architecture(path):16} {error(result, expected):.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 
 ROW_OPERATIONS = (
-    "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "gelu", "gelu_alone", "relu", "swiglu_oai", "rms_norm",
-    "layer_norm", "select_rows", "join",
+    "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
+    "swiglu_oai", "xielu", "rms_norm", "layer_norm", "select_rows", "join",
 )  # fmt: skip
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
@@ -21,7 +21,7 @@ _MODULES = {
     "matmul": "matmul",
     "append": "attention",
     "embed": "embed",
-    **dict.fromkeys(("route", "to_experts", "adjust_experts", "from_experts"), "experts"),
+    **dict.fromkeys(("route", "to_experts", "adjust_experts", "weigh_experts", "from_experts"), "experts"),
     **dict.fromkeys(("to_heads", "from_heads"), "heads"),
     "attention": "attention",
     "quantize": "quantize",
@@ -56,7 +56,7 @@ def all_keys() -> list[str]:
         *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
-        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "from_experts", "from_heads")),
+        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
           for packing in ("", *packings)),
     ]  # fmt: skip

@@ -308,7 +308,8 @@ def attention(variant: str) -> Kernel:
             tables = v.load_i64(step + R.PAGE_TABLES)
             table = v.load_i64(tables + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row))
             last_position = first_position if of_heads else first_position + count - 1
-            lowest = max(first_position - window + 1, 0)
+            chunked = v.load_i64(op + R.ATT_CHUNKED) != 0
+            lowest = first_position // window * window if chunked else max(first_position - window + 1, 0)
             for page_index in range(lowest // POSITIONS, last_position // POSITIONS + 1):
                 page = v.load_i64(table + 8 * page_index)
                 page_position = page_index * POSITIONS
@@ -321,9 +322,12 @@ def attention(variant: str) -> Kernel:
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
                     highest = first_position - page_position + (0 if of_heads else row)
+                    seen = window
+                    if chunked:  # as far back as its chunk begins
+                        seen = (page_position + highest) % window + 1
                     after = v.splat_int(highest + 1)
-                    before = v.splat_int(max(highest - window, -1))
-                    some_hidden = highest < POSITIONS - 1 or highest >= window
+                    before = v.splat_int(max(highest - seen, -1))
+                    some_hidden = highest < POSITIONS - 1 or highest >= seen
                     slope = v.float32(0.0)
                     if slopes != 0:
                         slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))

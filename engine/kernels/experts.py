@@ -160,17 +160,18 @@ def to_experts(packing: str) -> Kernel:
 
 
 def from_experts(_: str) -> Kernel:
-    """y = the weighted sum of the row's slots in x."""
+    """y = the weighted sum of the row's slots in x; the plain sum where there are no weights."""
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
         parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
+        weights = v.load_i64(op + R.MOE_WEIGHTS)
         for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
             y = v.load_i64(op + R.MOE_Y) + row * v.load_i64(op + R.MOE_Y_STRIDE)
             for i in range(n_used):
                 which = row * n_used + i
-                weight = v.load_f32(v.load_i64(op + R.MOE_WEIGHTS) + 4 * which)
+                weight = v.load_f32(weights + 4 * which) if weights != 0 else v.float32(1.0)
                 slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * which)
                 x = v.load_i64(op + R.MOE_X) + slot * v.load_i64(op + R.MOE_X_STRIDE)
                 for j in range(v.load_i64(op + R.MOE_WIDTH)):
@@ -202,5 +203,22 @@ def adjust_experts(_: str) -> Kernel:
                     if biases != 0:
                         value += v.load_f32(biases + 4 * (expert * width + i))
                     v.store_f32(x + 4 * i, value)
+
+    return kernel
+
+
+def weigh_experts(_: str) -> Kernel:
+    """Each slot of x times its weight. In place."""
+
+    def kernel(op, step, part):  # type: ignore[no-untyped-def]
+        n_rows = v.load_i64(step + R.N_ROWS)
+        parts = v.load_i64(step + R.STEP_PARTS)
+        n_used = v.load_i64(op + R.MOE_USED)
+        for i in range(n_rows * part // parts * n_used, n_rows * (part + 1) // parts * n_used):
+            weight = v.load_f32(v.load_i64(op + R.MOE_WEIGHTS) + 4 * i)
+            slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * i)
+            x = v.load_i64(op + R.MOE_X) + slot * v.load_i64(op + R.MOE_X_STRIDE)
+            for j in range(v.load_i64(op + R.MOE_WIDTH)):
+                v.store_f32(x + 4 * j, v.load_f32(x + 4 * j) * weight)
 
     return kernel

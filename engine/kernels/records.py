@@ -63,7 +63,7 @@ def _fields(count: int) -> range:
 
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
- ATT_SLOPES) = _fields(18)  # fmt: skip
+ ATT_SLOPES, ATT_CHUNKED) = _fields(19)  # fmt: skip
 
 # CHANCES takes two float32 for each expert. SELECTION is 0 or a float32 for each; SCALES and BIASES are 0, or a float32
 # and a float32 row for each.

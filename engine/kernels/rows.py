@@ -145,6 +145,32 @@ def relu(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def xielu(packing: str) -> Kernel:
+    """p x^2 + b x above 0, n (exp(min(x, e)) - 1 - x) + b x below (arXiv:2411.13010). ROW_WEIGHT has n, p, b and e."""
+    lanes = v.target().lanes
+    ends_bytes = 4 * lanes
+
+    @v.helper
+    def function(x, parameters):  # type: ignore[no-untyped-def]
+        n, p = v.splat(v.load_f32(parameters)), v.splat(v.load_f32(parameters + 4))
+        b, e = v.splat(v.load_f32(parameters + 8)), v.splat(v.load_f32(parameters + 12))
+        below = v.exp(v.choose(x < e, x, e)) - v.splat(1.0) - x
+        return v.choose(v.splat(0.0) < x, p * x * x, n * below) + b * x
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        parameters = v.load_i64(op + R.ROW_WEIGHT)
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            v.store(y + 4 * i, function(v.load(x + 4 * i), parameters))
+        ends = v.scratch(ends_bytes)
+        for i in range(whole, width):
+            v.store(ends, function(v.splat(v.load_f32(x + 4 * i)), parameters))
+            v.store_f32(y + 4 * i, v.load_f32(ends))
+
+    return _row_kernel(compute, packing)
+
+
 def clamp(packing: str) -> Kernel:
     """x, but not beyond -factor and factor."""
 
@@ -163,6 +189,18 @@ def clamped_silu(packing: str) -> Kernel:
         x = v.choose(x < factor, x, factor)
         z = v.maximum(v.choose(z < factor, z, factor), v.splat(0.0) - factor)
         return x / (v.splat(1.0) + v.exp(v.splat(0.0) - x)) * z
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def limited_silu(packing: str) -> Kernel:
+    """silu(x), at most `factor`, times z, which stays between -factor and factor."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        x = x / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
+        z = v.maximum(v.choose(z < factor, z, factor), v.splat(0.0) - factor)
+        return v.choose(x < factor, x, factor) * z
 
     return _row_kernel(_elementwise(function), packing)
 

@@ -188,16 +188,18 @@ class Lowering(RecordWriter):
                 R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
                 R.ATT_WINDOW: layer.window or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
+                R.ATT_CHUNKED: int(layer.chunked),
             },
             [q, cache], [out], False,
         )  # fmt: skip
 
     def _lower_activate(self, o: G.Activate) -> None:
-        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id])
+        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
         # max(x, 0)^2 is max(x, 0) * x
-        self._produce("gelu_alone" if o.kind == "gelu" else "relu", o.out, self.places[o.x.id])
+        names: dict[G.Alone, str] = {"gelu": "gelu_alone", "relu_squared": "relu", "xielu": "xielu"}
+        self._produce(names[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
 
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]

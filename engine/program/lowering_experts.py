@@ -58,6 +58,10 @@ class _ExpertsLowering:
             up = Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride)
         else:
             up = self._product(moe.up, to_slots, self.slots)
+        if moe.weigh_inputs:  # what a matrix makes of a multiple is the multiple of what it makes
+            self._weigh(gate, moe.gate.shape[1])
+            if moe.up is not moe.gate:
+                self._weigh(up, self.ffn)
         inner = self._activated(gate, up)
         self.lowering.taken_by_experts([moe.down], gate, replace(routing, by_slot=True))
         down = self._product(moe.down, inner, self.slots)
@@ -157,14 +161,25 @@ class _ExpertsLowering:
         others = cache(lambda packing: self._pack(gate, self.ffn, packing, self.slots))
         return lambda packing: place if packing == first else others(packing)
 
+    def _weigh(self, x: Place, width: int) -> None:
+        """Slots times their weights, in place."""
+        self.lowering.emit(
+            "weigh_experts-",
+            {
+                R.MOE_X: x, R.MOE_X_STRIDE: x.stride, R.MOE_WIDTH: width, R.MOE_SLOTS: self.chosen,
+                R.MOE_WEIGHTS: self.weights, R.MOE_USED: self.moe.n_used,
+            },
+            [x, self.chosen, self.weights], [x], False,
+        )  # fmt: skip
+
     def _sum(self, down: Place) -> None:
         out = self.lowering.new(self.moe.out)
         self.lowering.emit(
             "from_experts-",
             {
                 R.MOE_X: down, R.MOE_X_STRIDE: down.stride, R.MOE_Y: out, R.MOE_Y_STRIDE: out.stride,
-                R.MOE_WIDTH: self.width, R.MOE_SLOTS: self.chosen, R.MOE_WEIGHTS: self.weights,
-                R.MOE_USED: self.moe.n_used,
+                R.MOE_WIDTH: self.width, R.MOE_SLOTS: self.chosen,
+                R.MOE_WEIGHTS: 0 if self.moe.weigh_inputs else self.weights, R.MOE_USED: self.moe.n_used,
             },
             [down, self.chosen, self.weights], [out], False,
         )  # fmt: skip

@@ -94,20 +94,21 @@ def test_norms(check: Any, width: int, groups: int, kind: str) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "swiglu_oai"])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"])
 def test_gated_activations(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         gate, up = (maker.add(G.Scale(maker.value(61), maker.embed(61), 10.0)) for _ in range(2))
-        return maker.add(G.Activate(maker.value(61), gate, up, kind))
+        return maker.add(G.Activate(maker.value(61), gate, up, kind, 2.0))
 
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared"])
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "xielu"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
-        return maker.linear(maker.add(G.ActivateAlone(maker.value(61), x, kind)), 48)
+        parameters = np.array([0.9, 0.7, 0.5, -1e-6], np.float32) if kind == "xielu" else None
+        return maker.linear(maker.add(G.ActivateAlone(maker.value(61), x, kind, parameters)), 48)
 
     check(make)
 
@@ -199,6 +200,18 @@ def test_attention_with_sinks_and_slopes(check: Any, cache: G.CacheLayer, kind: 
     check(make, 2e-3)  # the cache is float16
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+def test_attention_within_chunks(check: Any, chunk: int) -> None:
+    cache = G.CacheLayer(6, 2, 20, 12, chunk, chunked=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, v = heads(maker, cache)
+        maker.caches.append(cache)
+        return maker.add(G.Attention(maker.value(72), q, k, v, 0, 0.4, None))
+
+    check(make, 2e-3)
+
+
 def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> None:
     cache = G.CacheLayer(4, 2, 16, 16, None)
 
@@ -250,6 +263,8 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"joined": True, "adjusted": True, "kind": "swiglu_oai"},
         {"apart": True, "kind": "relu"},
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
+        {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
+        {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
     ],
     ids=lambda options: "-".join(options),
 )
