@@ -1,25 +1,15 @@
 """DeepSeekMoE (arXiv:2401.06066): many small experts, a few that all tokens share, and dense layers at the start."""
 
-from qrun.models.graph import GraphBuilder, Rotation, Value
+from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import Shares, attention, dense_or_experts, head, read_experts_scale
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
-    """Token ids to logits of DeepSeek-MoE."""
+    """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
-    return layers(builder, metadata, h, rotation, Shares(normalize=False, scale=read_experts_scale(metadata)))
-
-
-def build_ocr(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
-    """Token ids to logits of DeepSeek-OCR, for text."""
-    rotation = RopeScaling.read(metadata, h).plain().rotation(h.head_dim_k)
-    return layers(builder, metadata, h, rotation, Shares.read(metadata, "softmax"))
-
-
-def layers(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, rotation: Rotation, shares: Shares) -> Value:
-    """All layers."""
+    shares = Shares(normalize=False, scale=read_experts_scale(metadata))
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)

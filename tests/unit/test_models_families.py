@@ -1,7 +1,4 @@
-"""What the small models of the conformance tests do not show of the families: compared with formulas written out here.
-
-The plain forward passes below know nothing of graphs: they take the file's tensors, and the papers' formulas.
-"""
+"""What the small models of the conformance tests do not show of the families."""
 
 from typing import Any, cast
 
@@ -16,110 +13,6 @@ from qrun.models.transformer import alibi_slopes
 from tests.reference import forward
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
-EPS = 1e-5
-
-
-def weights(toy: Toy) -> dict[str, np.ndarray]:
-    return {name: tensor.dequantize().astype(np.float64) for name, tensor in toy.tensors.items()}
-
-
-def normed(x: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * weight
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def turned(x: np.ndarray) -> np.ndarray:
-    """Halves of each head [rows, heads, dims] turned by the position."""
-    half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
-    a, b = x[..., :half], x[..., half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
-
-
-def attended(x: np.ndarray, w: dict[str, np.ndarray], block: str) -> np.ndarray:
-    """Attention with its heads side by side, before the output matrix."""
-    n = len(x)
-    q, k, v = ((x @ w[f"{block}.attn_{name}.weight"].T).reshape(n, -1, HEAD_DIM) for name in "qkv")
-    q, k = turned(q), turned(k)
-    shared_by = q.shape[1] // k.shape[1]
-    k, v = np.repeat(k, shared_by, axis=1), np.repeat(v, shared_by, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD_DIM)
-    scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
-    return np.einsum("hij,jhd->ihd", softmax(scores), v).reshape(n, -1)
-
-
-def close(toy: Toy, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(forward(toy.graph(), TOKENS), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_bitnet_norms_inside_each_part_and_scales_each_matrix() -> None:
-    toy = Toy("bitnet")
-    for layer in range(2):
-        toy.add(f"blk.{layer}.attn_sub_norm.weight", N_HEADS * HEAD_DIM)
-        toy.add(f"blk.{layer}.ffn_sub_norm.weight", N_FF)
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            toy.add(f"blk.{layer}.{name}.scale", 1)
-    w = weights(toy)
-    x = w["token_embd.weight"][TOKENS]
-    scaled = {name: w[name] * w.get(name.replace(".weight", ".scale"), 1.0) for name in w}
-    for layer in range(2):
-        block = f"blk.{layer}"
-        y = attended(normed(x, w[f"{block}.attn_norm.weight"]), scaled, block)
-        x = x + normed(y, w[f"{block}.attn_sub_norm.weight"]) @ scaled[f"{block}.attn_output.weight"].T
-        y = normed(x, w[f"{block}.ffn_norm.weight"])
-        y = silu(y @ scaled[f"{block}.ffn_gate.weight"].T) * (y @ scaled[f"{block}.ffn_up.weight"].T)
-        x = x + normed(y, w[f"{block}.ffn_sub_norm.weight"]) @ scaled[f"{block}.ffn_down.weight"].T
-    close(toy, normed(x, w["output_norm.weight"]) @ w["token_embd.weight"].T)
-
-
-@pytest.mark.parametrize(("gating", "normalize"), [(0, False), (1, True), (2, True), (2, False)])
-def test_deepseek_ocr_has_a_dense_layer_first_and_then_experts_beside_a_shared_one(
-    gating: int, normalize: bool
-) -> None:
-    """Two of six experts are chosen; their weights are scaled."""
-    keys: dict[str, Any] = {
-        "expert_used_count": 2, "expert_shared_count": 3, "expert_feed_forward_length": N_FF,
-        "leading_dense_block_count": 1, "expert_weights_scale": 2.5, "expert_weights_norm": normalize,
-        "expert_gating_func": gating,
-    }  # fmt: skip
-    toy = Toy("deepseek2-ocr", n_expert=6, **keys)
-    for name in ("gate", "up"):
-        toy.add(f"blk.0.ffn_{name}.weight", N_FF, N_EMBD)
-        toy.add(f"blk.1.ffn_{name}_shexp.weight", 3 * N_FF, N_EMBD)
-    toy.add("blk.0.ffn_down.weight", N_EMBD, N_FF)
-    toy.add("blk.1.ffn_down_shexp.weight", N_EMBD, 3 * N_FF)
-    w = weights(toy)
-
-    def fed(y: np.ndarray, suffix: str, expert: int | tuple[()] = ()) -> np.ndarray:
-        gate, up, down = (w[f"{block}.ffn_{name}{suffix}.weight"][expert] for name in ("gate", "up", "down"))
-        return (silu(y @ gate.T) * (y @ up.T)) @ down.T
-
-    x = w["token_embd.weight"][TOKENS]
-    for layer in range(2):
-        block = f"blk.{layer}"
-        y = attended(normed(x, w[f"{block}.attn_norm.weight"]), w, block)
-        x = x + y @ w[f"{block}.attn_output.weight"].T
-        y = normed(x, w[f"{block}.ffn_norm.weight"])
-        if layer == 0:
-            x = x + fed(y, "")
-            continue
-        logits = y @ w[f"{block}.ffn_gate_inp.weight"].T
-        chances = 1 / (1 + np.exp(-logits)) if gating == 2 else softmax(logits)
-        x = x + fed(y, "_shexp")
-        for row in range(len(y)):
-            best = sorted(range(6), key=lambda expert: -chances[row, expert])[:2]
-            total = chances[row, best].sum() if normalize else 1.0
-            for expert in best:
-                x[row] += 2.5 * chances[row, expert] / total * fed(y[row], "_exps", expert)
-    close(toy, normed(x, w["output_norm.weight"]) @ w["token_embd.weight"].T)
 
 
 def test_blocks_that_only_predict_further_tokens_are_not_run() -> None:
