@@ -1,7 +1,6 @@
 """Small random models of the architectures, each with tokens and the reference engine's logits beside it (.npz).
 
-Some are in this repository. All of them are compared where there is a folder of more: the one that
-QRUN_TEST_ARCHITECTURES names, or `shared/conformance/arch` beside the checkout.
+Some are in this repository. More are compared where QRUN_TEST_ARCHITECTURES names a folder of them.
 
     python -m tests.toys    prints how far the engine is from the reference, model by model
 """
@@ -15,7 +14,7 @@ from qrun.formats import GGUFReader
 from qrun.models import ARCHITECTURES
 
 OWN = Path(__file__).parent / "data" / "arch"
-MORE = Path(os.environ.get("QRUN_TEST_ARCHITECTURES") or Path(__file__).parents[2] / "shared" / "conformance" / "arch")
+MORE = os.environ.get("QRUN_TEST_ARCHITECTURES")
 
 REFUSED = ("refact-moe",)
 """Which makes no sense: the architecture has no experts, and the reference engine computes nothing with them."""
@@ -32,7 +31,8 @@ def architecture(path: Path) -> str:
 def more_files() -> list[Path]:
     """Those of supported architectures that this repository does not have."""
     own = {path.name for path in OWN_FILES}
-    more = [path for path in sorted(MORE.glob("*.gguf")) if path.name not in own and path.stem not in REFUSED]
+    found = sorted(Path(MORE).glob("*.gguf")) if MORE else []
+    more = [path for path in found if path.name not in own and path.stem not in REFUSED]
     return [path for path in more if architecture(path) in ARCHITECTURES]
 
 
