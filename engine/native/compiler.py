@@ -34,16 +34,23 @@ if hasattr(os, "register_at_fork"):
     # LLVM has locks of its own. A child process would wait for ever for one that another thread held when it forked.
     os.register_at_fork(before=_linking.acquire, after_in_parent=_linking.release, after_in_child=_linking.release)
 
+_loaded: weakref.WeakValueDictionary[tuple[Target, frozenset[str]], Kernels] = weakref.WeakValueDictionary()
 _compiling = ForkAwareLock()  # threads that need the same kernels compile them once
 
 
 def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Progress | None = None) -> Kernels:
-    """Machine code for `keys` (see `engine.kernels`), compiled first where the cache lacks it.
+    """Machine code for `keys` (see `engine.kernels`), compiled first where the cache lacks it. While somebody holds it,
+    others that need the same share it.
 
     progress: called with (compiled so far, to be compiled), only if anything has to be compiled. What it raises ends
     the compilation.
     """
-    return Kernels(load_objects(keys, target or host_target(), progress))
+    target = target or host_target()
+    name = (target, frozenset(keys))
+    kernels = _loaded.get(name)
+    if kernels is None:
+        kernels = _loaded[name] = Kernels(load_objects(keys, target, progress))
+    return kernels
 
 
 def load_objects(keys: Sequence[str], target: Target, progress: Progress | None = None) -> dict[str, bytes]:
