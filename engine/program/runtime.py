@@ -65,10 +65,10 @@ class Runtime:
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
-        self._kernels = load_kernels(keys, target, progress)
+        kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools))
-        self._program = Program(lowering, self._kernels, self._step.address)
-        self._team: Team | None = Team(self._kernels, threads)
+        self._program = Program(lowering, kernels, self._step.address)
+        self._team: Team | None = Team(kernels, threads)
         self._lock = ForkAwareLock()  # whoever runs steps
         self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
         self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
@@ -169,7 +169,7 @@ class Runtime:
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
             self._team = None
-            del self._program, self._step, self._kernels, self.graph
+            del self._program, self._step, self.graph
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64).reshape(-1)

@@ -46,8 +46,8 @@ class Encoder:
         searched = sorted(type for type in wanted if type in SEARCHES)
         self._functions: dict[TensorType, Callable[[int, int, int], None]] = {}
         if searched:
-            self._kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
-            self._functions = {type: self._kernels.function(f"quantize-{type.name}") for type in searched}
+            kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
+            self._functions = {type: kernels.function(f"quantize-{type.name}") for type in searched}
         self._lanes = (target or host_target()).lanes
 
     def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
