@@ -172,6 +172,11 @@ class KVSequence:
             room = min(room, STATE_ROWS - 1)
         return max(room, 0)
 
+    @property
+    def keeps_state(self) -> bool:
+        """Has the model a state of which only some positions are kept?"""
+        return self.states.exist
+
     @_locked
     def mark(self) -> None:
         """Someone may want to come back here: a state that `truncate` gets back to is kept, for a while."""
