@@ -1,4 +1,4 @@
-"""MiniMax-Text-01 and M1 (arXiv:2501.08313): seven layers of eight are lightning attention, whose heads forget at a pace
+"""MiniMax-Text-01 and M1 (arXiv:2501.08313): seven layers of eight are lightning attention, whose heads forget at paces
 of their own; what is added to a part is not its input, but the norm of that. Every layer has experts."""
 
 import numpy as np
