@@ -41,11 +41,13 @@ class Runtime:
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
+    beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
         progress: Progress | None = None, target: Target | None = None, observe: bool = False,
+        beside: Runtime | None = None,
     ) -> None:  # fmt: skip
         if context < 1:
             raise ValueError(f"context is {context}: it must be at least 1")
@@ -68,8 +70,10 @@ class Runtime:
         kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools))
         self._program = Program(lowering, kernels, self._step.address)
-        self._team: Team | None = Team(kernels, threads)
-        self._lock = ForkAwareLock()  # whoever runs steps
+        # Two teams would be in each other's way: threads of the one spin for a while when the other's turn comes.
+        self._team: Team | None = beside._team if beside else Team(kernels, threads)
+        self._owns_team = beside is None
+        self._lock: ForkAwareLock = beside._lock if beside else ForkAwareLock()  # whoever runs steps
         self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
         self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
@@ -164,7 +168,8 @@ class Runtime:
         with self._lock:
             if self._team is None:
                 return
-            self._team.close()
+            if self._owns_team:
+                self._team.close()
             for pool in self._pools:
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
