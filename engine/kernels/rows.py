@@ -241,7 +241,35 @@ def _softplus(x):  # type: ignore[no-untyped-def]
     return v.maximum(x, v.splat(0.0)) + v.splat(2.0) * s * series
 
 
-GATES = {"sigmoid": _sigmoid, "softplus": _softplus}
+@v.helper
+def _silu(x):  # type: ignore[no-untyped-def]
+    return x / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
+
+
+GATES = {"sigmoid": _sigmoid, "softplus": _softplus, "silu": _silu}
+
+
+def _alone(act: Any, packing: str) -> Kernel:
+    """act(x)."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return act(x)
+
+    return _row_kernel(_elementwise(function), packing)
+
+
+def sigmoid(packing: str) -> Kernel:
+    return _alone(_sigmoid, packing)
+
+
+def softplus(packing: str) -> Kernel:
+    return _alone(_softplus, packing)
+
+
+def silu_alone(packing: str) -> Kernel:
+    """silu(x), which multiplies nothing."""
+    return _alone(_silu, packing)
 
 
 def gate(variant: str) -> Kernel:
@@ -268,6 +296,34 @@ def gate(variant: str) -> Kernel:
                 v.store_f32(y + 4 * i, v.load_f32(z + 4 * i) * v.first_lane(factor))
             z += 4 * size
             y += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def affine(packing: str) -> Kernel:
+    """x * weight + bias, rows of constants that may be missing."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        weight = v.load_i64(op + R.ROW_WEIGHT)
+        bias = v.load_i64(op + R.ROW_BIAS)
+        weighted, biased = weight != 0, bias != 0
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i)
+            if weighted:
+                value = value * v.load(weight + 4 * i)
+            if biased:
+                value = value + v.load(bias + 4 * i)
+            v.store(y + 4 * i, value)
+        for i in range(whole, width):
+            one = v.load_f32(x + 4 * i)
+            if weighted:
+                one = one * v.load_f32(weight + 4 * i)
+            if biased:
+                one = one + v.load_f32(bias + 4 * i)
+            v.store_f32(y + 4 * i, one)
 
     return _row_kernel(compute, packing)
 
