@@ -216,7 +216,7 @@ def draft_option() -> Callable[[Command], Command]:
     return click.option(
         "--draft", type=ModelName(), metavar="MODEL",
         help="A smaller model with the same vocabulary, which guesses tokens for MODEL to check several at a time: the "
-        "same text, and sooner.",
+        "same text, and sooner. mtp: draft layers in the model's own file.",
     )  # fmt: skip
 
 

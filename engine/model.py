@@ -117,7 +117,7 @@ class Model:
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
-            checks several at a time: the same text, and sooner.
+            checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
         converting: called with (done, total), in bytes, while a folder is quantised.
         notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised.
@@ -129,11 +129,12 @@ class Model:
         for name, value in (("threads", threads), ("context", context), ("batch", batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.program.runtime import Runtime
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
-        from qrun.models import build_graph
+        from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, open_adapters
 
         path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
@@ -142,6 +143,9 @@ class Model:
         try:
             with open_adapters(wanted) as adapters:
                 graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            layers: list[Graph] = []
+            if draft == DRAFT_LAYERS:
+                graph, layers = build_drafts(reader, graph)
             tokenizer: Tokenizer | None = None
             problem = None
             try:
@@ -161,9 +165,9 @@ class Model:
             raise
         try:
             drafting = None
-            if draft is not None:
-                from qrun.engine.generation.draft_loading import load_draft
-
+            if layers:
+                drafting = load_draft_layers(layers, runtime, progress)
+            elif draft is not None:
                 find = functools.partial(
                     find_model, threads=threads, progress=converting, compiling=progress, notice=notice
                 )

@@ -18,7 +18,7 @@ from qrun.engine.generation.guesses import MAX_GUESSES, Account
 from qrun.engine.generation.token_cache import TokenCache, common_prefix
 
 if TYPE_CHECKING:
-    from qrun.engine.program.runtime import Runtime
+    from qrun.engine.program.runtime import Runtime, Tap
 
 _RISK = 0.02  # of the time of a session may be lost to guesses that fail
 _PLAIN_FIRST = 3  # steps without guesses, before the first: the very first are slower than others
@@ -53,6 +53,10 @@ class Drafter(Protocol):
     def follow(self, token: int) -> np.ndarray:
         """Logits after one token more, a guess."""
 
+    @property
+    def tap(self) -> Tap | None:
+        """What is to be told of all that the model evaluates, if anything."""
+
     def fork(self) -> Self:
         """Another with the same past."""
 
@@ -84,6 +88,10 @@ class ModelDrafter:
     def follow(self, token: int) -> np.ndarray:
         return self._cache.advance(token, lambda: False)
 
+    @property
+    def tap(self) -> None:
+        """It reads the text by itself."""
+
     def fork(self) -> ModelDrafter:
         cache = TokenCache(self._runtime, self._cache.sequence.fork(), self._cache.tokens)
         return ModelDrafter(self._runtime, cache, self._start)
@@ -113,6 +121,11 @@ class Draft:
         self._since_plain = 0
         self._guessing = 0.0  # seconds, for the guesses that are being checked
         self._confidences: list[int] = []  # of these guesses, as buckets
+
+    @property
+    def tap(self) -> Tap | None:
+        """What is to be told of all that the model evaluates, if anything."""
+        return self._drafter.tap
 
     def fork(self) -> Draft:
         """Another of the same past, for another session."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.engine.generation.draft import Draft, ModelDrafter
+from qrun.engine.generation.draft import Draft, Drafter, ModelDrafter
+from qrun.engine.generation.draft_layers import LayersDrafter
 from qrun.formats import FormatError, GGUFReader
-from qrun.models import build_graph
+from qrun.models import Graph, build_graph
 
 if TYPE_CHECKING:
     from qrun.engine.native.compiler import Progress
@@ -19,22 +20,32 @@ UNUSED = 5
 """The type of tokens that only fill up a vocabulary, as files number it."""
 
 
-class LoadedDraft:
-    """What the drafts of all sessions of a model share: an open file, and a runtime for it."""
+DRAFT_LAYERS = "mtp"
+"""What stands for draft layers in the model's own file (multi-token prediction), in place of another model's name."""
 
-    def __init__(self, reader: GGUFReader, runtime: Runtime, n_vocab: int) -> None:
-        self._reader = reader
-        self._runtime = runtime
+
+class LoadedDraft:
+    """What the drafts of all sessions of a model share. drafter: makes a new one. held: what to close in the end."""
+
+    def __init__(self, drafter: Callable[[], Drafter], n_vocab: int, held: Sequence[Runtime | GGUFReader]) -> None:
+        self._drafter = drafter
         self._n_vocab = n_vocab
+        self._held = held
 
     def session_draft(self) -> Draft:
         """A draft for a new session."""
-        return Draft(ModelDrafter(self._runtime), self._n_vocab)
+        return Draft(self._drafter(), self._n_vocab)
 
     def close(self) -> None:
-        """Let go of the file and the memory; before the model's own runtime does."""
-        self._runtime.close()
-        self._reader.close()
+        """Let go of files and memory; before the model's own runtime does."""
+        for one in self._held:
+            one.close()
+
+
+def load_draft_layers(graphs: Sequence[Graph], runtime: Runtime, progress: Progress | None = None) -> LoadedDraft:
+    """Those of the model's own file, as `models.build_drafts` gives their graphs."""
+    runtimes = [beside(runtime, graph, progress) for graph in graphs]
+    return LoadedDraft(lambda: LayersDrafter(runtimes), runtime.n_vocab, runtimes)
 
 
 def load_draft(
@@ -48,20 +59,26 @@ def load_draft(
 
     Raises FormatError for a file that is damaged or not supported, or with another vocabulary.
     """
-    from qrun.engine.program.runtime import Runtime
-
     draft_reader = GGUFReader(find(source))
     try:
         graph = build_graph(draft_reader, default_context=runtime.context)
         check_vocabulary(reader, draft_reader, runtime.n_vocab, graph.n_vocab)
-        drafting = Runtime(
-            graph, threads=runtime.threads, context=graph.context, cache_type=runtime.cache_type, batch=runtime.batch,
-            progress=progress, beside=runtime,
-        )  # fmt: skip
+        drafting = beside(runtime, graph, progress)
     except BaseException:
         draft_reader.close()
         raise
-    return LoadedDraft(draft_reader, drafting, min(graph.n_vocab, runtime.n_vocab))
+    n_vocab = min(graph.n_vocab, runtime.n_vocab)
+    return LoadedDraft(lambda: ModelDrafter(drafting), n_vocab, [drafting, draft_reader])
+
+
+def beside(runtime: Runtime, graph: Graph, progress: Progress | None) -> Runtime:
+    """A runtime for a draft, with the model's threads and settings."""
+    from qrun.engine.program.runtime import Runtime
+
+    return Runtime(
+        graph, threads=runtime.threads, context=graph.context, cache_type=runtime.cache_type, batch=runtime.batch,
+        progress=progress, beside=runtime,
+    )  # fmt: skip
 
 
 def check_vocabulary(reader: GGUFReader, draft: GGUFReader, n_vocab: int, draft_n_vocab: int) -> None:

@@ -90,6 +90,7 @@ class Session:
         self._cache = cache or TokenCache(host.runtime, host.runtime.sequence())
         self._draft = draft if draft or not host.draft else host.draft()
         """Used by whoever holds the cache's lock."""
+        self._cache.tap = self._draft.tap if self._draft else None
         self._closed = False
         # Guards who generates: the three below. Never held while anything is computed.
         self._guard = ForkAwareLock()

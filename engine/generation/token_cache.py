@@ -9,7 +9,7 @@ from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
     from qrun.engine.program.kv_cache import KVSequence
-    from qrun.engine.program.runtime import Runtime
+    from qrun.engine.program.runtime import Runtime, Tap
 
 # At how many ends of messages, the last ones, the state of a prompt is kept.
 _MARKS = 2
@@ -27,6 +27,8 @@ class TokenCache:
         self.lock = ForkAwareLock("this session")
         self.tokens = list(tokens)
         self.sequence = sequence
+        self.tap: Tap | None = None
+        """Told of all that is evaluated, for draft layers."""
         self._runtime = runtime
 
     @property
@@ -95,7 +97,10 @@ class TokenCache:
     ) -> np.ndarray:
         before = self.sequence.n_past
         try:
-            logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
+            if self.tap is None:
+                logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
+            else:
+                logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled, tap=self.tap)
         finally:
             self.tokens += tokens[: self.sequence.n_past - before]
         return np.empty(0, np.float32) if logits is None else logits
