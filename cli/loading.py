@@ -24,6 +24,8 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
     from qrun.engine import Model
 
+    if loading.get("draft") not in (None, "mtp"):  # a folder is converted with a bar of its own
+        loading = loading | {"draft": find_model(loading["draft"])}
     with converting_bar(source, loading.get("type")) as converting:
         model = Model.load(source, progress=CompileProgress(), converting=converting, notice=notice, **loading)
     show_notices(model.loras)

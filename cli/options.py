@@ -89,8 +89,8 @@ def model_argument(**settings: Any) -> Callable[[Command], Command]:
     return click.argument("model", type=ModelName(), **settings)
 
 
-# Fields that the command line has no use for: it never shows log probabilities.
-_LEFT_OUT = {"logprobs"}
+# Fields that the command line has no use for: it never shows log probabilities, and names a draft to use it.
+_LEFT_OUT = {"logprobs", "draft"}
 
 
 def _field_docs() -> dict[str, str]:
@@ -158,8 +158,8 @@ def sampling_options(function: Command) -> Command:
 
 
 def loading_options(function: Command) -> Command:
-    """Adds --threads, --ctx, --cache-type, --lora and --type; the command gets them as Model.load's arguments, as
-    `loading`."""
+    """Adds --threads, --ctx, --cache-type, --lora, --type and --draft; the command gets them as Model.load's arguments,
+    as `loading`."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -169,6 +169,7 @@ def loading_options(function: Command) -> Command:
             "cache_type": kwargs.pop("cache_type"),
             "loras": kwargs.pop("loras"),
             "type": kwargs.pop("type_name"),
+            "draft": kwargs.pop("draft"),
         }
         return function(*args, loading=loading, **kwargs)
 
@@ -180,6 +181,7 @@ def loading_options(function: Command) -> Command:
         cache_type_option(),
         lora_option(),
         type_option(),
+        draft_option(),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -206,6 +208,15 @@ def type_option() -> Callable[[Command], Command]:
     return click.option(
         "--type", "type_name", metavar="TYPE", show_default="Q8_0",
         help="Where MODEL is a folder with a checkpoint: what it is quantised to, as for qrun convert.",
+    )  # fmt: skip
+
+
+def draft_option() -> Callable[[Command], Command]:
+    """--draft."""
+    return click.option(
+        "--draft", type=ModelName(), metavar="MODEL",
+        help="A smaller model with the same vocabulary, which guesses tokens for MODEL to check several at a time: the "
+        "same text, and sooner. mtp: draft layers in the model's own file.",
     )  # fmt: skip
 
 

@@ -139,6 +139,8 @@ class Repl:
             f"answer   {stats.generated_tokens} tokens: the first after {stats.first_token_seconds:.2f} s, the others "
             f"in {stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
         )
+        if stats.guessed_tokens:
+            echo(f"guesses  {stats.guessed_tokens} tokens, of which {stats.accepted_tokens} were right")
         echo(f"context  {len(self.conversation.session.tokens)} of {self.conversation.model.context} tokens")
 
     def _plain_line(self) -> str:

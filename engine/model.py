@@ -16,6 +16,7 @@ from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.catalog import entry_of_file
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.draft_loading import LoadedDraft
     from qrun.engine.generation.generation import Generation
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.chat_template import ChatTemplate
@@ -46,6 +47,7 @@ class Model:
         tokenizer: "Tokenizer | None",
         tokenizer_problem: str | None = None,
         loras: "Sequence[Adapter[Any]]" = (),
+        draft: "LoadedDraft | None" = None,
     ) -> None:
         self.path = path
         self.reader = reader
@@ -78,7 +80,9 @@ class Model:
             description += repr([lora.scale for lora in acting])
         files = [*reader.files, *(lora.path for lora in acting)]
         fingerprint = functools.partial(_fingerprint, files, description)
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint))
+        self._draft = draft
+        make_draft = draft.session_draft if draft else None
+        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft)
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
@@ -96,6 +100,7 @@ class Model:
         batch: int = 512,
         loras: "Sequence[LoraLike]" = (),
         type: str | None = None,
+        draft: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         converting: Callable[[int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
@@ -111,6 +116,8 @@ class Model:
         batch: the most tokens of a prompt that are computed at once.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
+        draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
+            checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
         converting: called with (done, total), in bytes, while a folder is quantised.
         notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised.
@@ -122,11 +129,12 @@ class Model:
         for name, value in (("threads", threads), ("context", context), ("batch", batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.program.runtime import Runtime
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
-        from qrun.models import build_graph
+        from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, open_adapters
 
         path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
@@ -135,6 +143,9 @@ class Model:
         try:
             with open_adapters(wanted) as adapters:
                 graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            layers: list[Graph] = []
+            if draft == DRAFT_LAYERS:
+                graph, layers = build_drafts(reader, graph)
             tokenizer: Tokenizer | None = None
             problem = None
             try:
@@ -152,7 +163,20 @@ class Model:
         except BaseException:
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer, problem, adapters)
+        try:
+            drafting = None
+            if layers:
+                drafting = load_draft_layers(layers, runtime, progress)
+            elif draft is not None:
+                find = functools.partial(
+                    find_model, threads=threads, progress=converting, compiling=progress, notice=notice
+                )
+                drafting = load_draft(draft, reader, runtime, find, progress)
+        except BaseException:
+            runtime.close()
+            reader.close()
+            raise
+        return cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -306,6 +330,8 @@ class Model:
         for session in self._host.sessions():
             session.close()
         self._pool.clear()
+        if self._draft is not None:
+            self._draft.close()
         self._runtime.close()
         # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
         # which the operations keep mapped. The graph's figures stay.

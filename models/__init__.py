@@ -79,10 +79,11 @@ from qrun.models import (
     talkie,
 )
 from qrun.models.adapter import Adapter, adapt, is_adapter
+from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
 
-__all__ = ["ARCHITECTURES", "Graph", "build_graph"]
+__all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph"]
 
 ARCHITECTURES = {
     "llama": llama.build,
@@ -187,6 +188,15 @@ ARCHITECTURES = {
 }
 """By the name that a file gives under `general.architecture`."""
 
+DRAFTS = {
+    "deepseek2": DraftLayers(deepseek2.build_block),
+    "glm4moe": DraftLayers(glm4moe.build_block),
+    "hy_v3": DraftLayers(hy_v3.build_block),
+    "mimo2": DraftLayers(mimo2.build_block, normed=False),
+    "step35": DraftLayers(step35.build_block, normed=False),
+}
+"""Draft layers, by architecture, where they can be run."""
+
 
 def build_graph(
     reader: GGUFReader,
@@ -218,3 +228,23 @@ def build_graph(
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
     return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)
+
+
+def build_drafts(reader: GGUFReader, graph: Graph) -> tuple[Graph, list[Graph]]:
+    """The graph of a model, with the hidden states that its draft layers go on from, and the graphs of these layers.
+
+    Raises `FormatError` if the file has none, or of an architecture whose draft layers cannot be run.
+    """
+    metadata = Metadata(reader)
+    h = Hyperparameters.read(metadata, drafts=True)
+    if not GraphBuilder(reader).has(f"blk.{h.n_layer}.nextn.eh_proj.weight"):
+        raise FormatError(reader.path, "it has no draft layers (mtp): name another model as its draft")
+    drafts = DRAFTS.get(metadata.architecture)
+    if drafts is None:
+        known = ", ".join(DRAFTS)
+        raise FormatError(
+            reader.path, f"draft layers of {metadata.architecture} are not supported (supported: those of {known})"
+        )
+    layers = range(h.n_layer, h.n_blocks)
+    graphs = [build_layer(drafts, GraphBuilder(reader), metadata, h, graph.context, layer) for layer in layers]
+    return with_hidden(graph, drafts), graphs

@@ -22,6 +22,16 @@ LAYERS_OF_GLM, VOCABULARY_OF_GLM = (47, 48), 154880
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        x = build_block(builder, metadata, h, context, x, layer)
+    return head(builder, x, h)
+
+
+def build_block(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """One block, of the model or of its draft layers."""
     scaling, scale = read_scaling(metadata, h)
     rotation = scaling.rotation(h.n_rot, interleaved=True)
     temperature = read_temperature(metadata)
@@ -30,16 +40,13 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
     absorbed = metadata.integer("attention.key_length_mla", 0, low=0, high=MAX_HEAD_DIM) > 0
 
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        block = f"blk.{layer}"
-        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        y = attention(builder, metadata, h, y, layer, rotation, scale, temperature, absorbed=absorbed)
-        x = builder.add(x, y)
+    block = f"blk.{layer}"
+    y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+    y = attention(builder, metadata, h, y, layer, rotation, scale, temperature, absorbed=absorbed)
+    x = builder.add(x, y)
 
-        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        x = builder.add(x, dense_or_experts(builder, h, y, layer, shares, h.n_ff_expert[layer] * n_shared))
-    return head(builder, x, h)
+    y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
+    return builder.add(x, dense_or_experts(builder, h, y, layer, shares, h.n_ff_expert[layer] * n_shared))
 
 
 def build_minicpm3(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:

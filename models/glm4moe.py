@@ -9,18 +9,24 @@ from qrun.models.transformer import QKNorm, Shares, attention, dense_or_experts,
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        x = build_block(builder, metadata, h, context, x, layer)
+    return head(builder, x, h)
+
+
+def build_block(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """One block, of the model or of its draft layers."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     shares = Shares.read(metadata, "sigmoid")
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
+    block = f"blk.{layer}"
+    # Of the models, only the larger ones norm each head's query and key.
+    qk_norm: QKNorm | None = "heads" if builder.has(f"{block}.attn_q_norm.weight") else None
+    y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+    x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm=qk_norm))
 
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        block = f"blk.{layer}"
-        # Of the models, only the larger ones norm each head's query and key.
-        qk_norm: QKNorm | None = "heads" if builder.has(f"{block}.attn_q_norm.weight") else None
-        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm=qk_norm))
-
-        y = builder.rms_norm(x, f"{block}.post_attention_norm", h.rms_eps)
-        x = builder.add(x, dense_or_experts(builder, h, y, layer, shares, h.n_ff_expert[layer] * n_shared))
-    return head(builder, x, h)
+    y = builder.rms_norm(x, f"{block}.post_attention_norm", h.rms_eps)
+    return builder.add(x, dense_or_experts(builder, h, y, layer, shares, h.n_ff_expert[layer] * n_shared))

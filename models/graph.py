@@ -59,6 +59,13 @@ class Embed:
 
 
 @dataclass(frozen=True, eq=False)
+class Input:
+    """Rows that come from outside: those of another graph's `hidden`."""
+
+    out: Value
+
+
+@dataclass(frozen=True, eq=False)
 class RMSNorm:
     """out = x / sqrt(mean(x * x) + eps) * weight + bias, over x seen as [rows, groups, width / groups].
 
@@ -401,8 +408,8 @@ class Affine:
 
 
 Operation = (
-    Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution | LinearAttention
-    | Activate | ActivateAlone | Gate | Affine | Clamp | Add | Scale | Softcap | MoE | SelectRows
+    Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
+    | LinearAttention | Activate | ActivateAlone | Gate | Affine | Clamp | Add | Scale | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 STATEFUL = (Attention, Convolution, LinearAttention)
@@ -449,6 +456,8 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
+    hidden: Value | None = None
+    """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
 
 
 class GraphBuilder:
@@ -518,6 +527,10 @@ class GraphBuilder:
     def embed(self, name: str, n_vocab: int, n_embd: int, scale: float = 1.0) -> Value:
         """Token ids to rows of an embedding matrix [n_vocab, n_embd]."""
         return self._append(Embed(self._value(n_embd), self.weight(f"{name}.weight", n_vocab, n_embd), scale))
+
+    def input(self, width: int) -> Value:
+        """Rows that come from outside."""
+        return self._append(Input(self._value(width)))
 
     def embed_positions(self, name: str, n_positions: int, n_embd: int) -> Value:
         """Positions to rows of a matrix [n_positions, n_embd]."""

@@ -170,11 +170,15 @@ class Hyperparameters:
     n_dense: int
 
     @classmethod
-    def read(cls, metadata: Metadata) -> "Hyperparameters":
-        """The defaults are the reference engine's: head size n_embd / n_head, all heads with keys of their own."""
+    def read(cls, metadata: Metadata, *, drafts: bool = False) -> "Hyperparameters":
+        """The defaults are the reference engine's: head size n_embd / n_head, all heads with keys of their own.
+
+        drafts: with values for the blocks at the end, too.
+        """
         n_embd = metadata.integer("embedding_length")
         n_blocks = metadata.integer("block_count", high=MAX_LAYERS)
         n_layer = n_blocks - metadata.integer("nextn_predict_layers", 0, low=0, high=n_blocks - 1)
+        described = n_blocks if drafts else n_layer
         least = 0 if metadata.architecture in LACKING else 1
         n_heads = metadata.per_layer("attention.head_count", n_blocks, low=least, high=MAX_HEADS)
         n_kv_heads = metadata.per_layer("attention.head_count_kv", n_blocks, n_heads, low=least, high=MAX_HEADS)
@@ -201,9 +205,9 @@ class Hyperparameters:
             n_embd=n_embd,
             n_layer=n_layer,
             n_blocks=n_blocks,
-            n_heads=n_heads[:n_layer],
-            n_kv_heads=n_kv_heads[:n_layer],
-            n_ff=n_ff[:n_layer],
+            n_heads=n_heads[:described],
+            n_kv_heads=n_kv_heads[:described],
+            n_ff=n_ff[:described],
             head_dim_k=head_dim_k,
             head_dim_v=metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM),
             n_rot=n_rot,
@@ -212,7 +216,7 @@ class Hyperparameters:
             n_used=metadata.integer("expert_used_count", high=n_expert) if n_expert else 0,
             n_groups=n_groups,
             n_groups_used=n_groups_used,
-            n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:n_layer],
+            n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:described],
             n_dense=metadata.integer("leading_dense_block_count", 0, low=0, high=MAX_LAYERS),
         )
 

@@ -11,33 +11,40 @@ from qrun.models.transformer import Shares, experts, feed_forward, head, project
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    scaling = RopeScaling.read(metadata, h)
-    rotation = scaling.rotation(h.n_rot)
-    local_base = read_base(metadata, "rope.freq_base_swa", 10000.0)
-    local_rotation = replace(scaling, base=local_base, factor=1.0).rotation(h.n_rot)
-    window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
-    sliding = required_flags(metadata, "attention.sliding_window_pattern", h.n_layer)
-    value_scale = metadata.real("attention.value_scale", 0.0) or 1.0
-    shares = Shares(gating="sigmoid")
-
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
-        block = f"blk.{layer}"
-        cache = h.cache_layer(layer, window if sliding[layer] else None)
-        turn = local_rotation if sliding[layer] else rotation
-        sinks = builder.optional_constant(f"{block}.attn_sinks.weight", cache.n_heads)
-        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        # The reference engine adds no biases here, even if a file has some.
-        q, k, v = project_qkv(builder, y, block, cache, biased=False)
-        q, k = (builder.rope(part, cache.head_dim_k, turn) for part in (q, k))
-        y = builder.attention(q, k, v, cache, cache.head_dim_k**-0.5, sinks=sinks)
-        y = builder.linear(y, f"{block}.attn_output", h.n_embd, bias=False)
-        x = builder.add(x, builder.scale(y, value_scale))
-
-        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        if builder.has(f"{block}.ffn_gate_inp.weight"):
-            y = experts(builder, h, y, block, h.n_ff_expert[layer], shares=shares)
-        else:
-            y = feed_forward(builder, y, block, h.n_ff[layer], "silu")
-        x = builder.add(x, y)
+        x = build_block(builder, metadata, h, context, x, layer)
     return head(builder, x, h)
+
+
+def build_block(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """One block, of the model or of its draft layers."""
+    scaling = RopeScaling.read(metadata, h)
+    window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
+    if required_flags(metadata, "attention.sliding_window_pattern", layer + 1)[layer]:
+        local_base = read_base(metadata, "rope.freq_base_swa", 10000.0)
+        scaling = replace(scaling, base=local_base, factor=1.0)
+        cache = h.cache_layer(layer, window)
+    else:
+        cache = h.cache_layer(layer)
+    rotation = scaling.rotation(h.n_rot)
+    value_scale = metadata.real("attention.value_scale", 0.0) or 1.0
+
+    block = f"blk.{layer}"
+    sinks = builder.optional_constant(f"{block}.attn_sinks.weight", cache.n_heads)
+    y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+    # The reference engine adds no biases here, even if a file has some.
+    q, k, v = project_qkv(builder, y, block, cache, biased=False)
+    q, k = (builder.rope(part, cache.head_dim_k, rotation) for part in (q, k))
+    y = builder.attention(q, k, v, cache, cache.head_dim_k**-0.5, sinks=sinks)
+    y = builder.linear(y, f"{block}.attn_output", h.n_embd, bias=False)
+    x = builder.add(x, builder.scale(y, value_scale))
+
+    y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
+    if builder.has(f"{block}.ffn_gate_inp.weight"):
+        y = experts(builder, h, y, block, h.n_ff_expert[layer], shares=Shares(gating="sigmoid"))
+    else:
+        y = feed_forward(builder, y, block, h.n_ff[layer], "silu")
+    return builder.add(x, y)

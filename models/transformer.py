@@ -212,7 +212,7 @@ def dense_or_experts(
 
 def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float, ...]:
     """Of what the gates of each layer let through; a 0 is none."""
-    return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_layer
+    return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_blocks
 
 
 def limited(limit: float) -> Activation:

@@ -22,6 +22,7 @@ from qrun.models.graph import (
     Gate,
     Graph,
     HeadLinear,
+    Input,
     Join,
     LayerNorm,
     Linear,
@@ -43,11 +44,20 @@ Array = np.ndarray
 
 def forward(graph: Graph, tokens: Sequence[int]) -> Array:
     """Logits after each of the tokens of one sequence: float32 [n_tokens, n_vocab]."""
+    return values_of(graph, tokens)[graph.logits.id]
+
+
+def values_of(graph: Graph, tokens: Sequence[int], inputs: Array | None = None) -> dict[int, Array]:
+    """The results of all operations, by their ids. inputs: what comes from outside, [n_tokens, width]."""
     values: dict[int, Array] = {}
     for operation in graph.operations:
-        values[operation.out.id] = compute(operation, values, graph, np.asarray(tokens)).astype(np.float32)
+        if isinstance(operation, Input):
+            assert inputs is not None
+            values[operation.out.id] = inputs
+        else:
+            values[operation.out.id] = compute(operation, values, graph, np.asarray(tokens)).astype(np.float32)
         assert values[operation.out.id].shape == (len(tokens), operation.out.width)
-    return values[graph.logits.id]
+    return values
 
 
 def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array, Array]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
-from qrun.engine.generation.lookup import Lookup
+from qrun.engine.generation.guesses import Guesser
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.stop_strings import StopStrings
@@ -55,6 +55,10 @@ class GenerationStats:
     """Evaluation of generated tokens and sampling, after the first token."""
     first_token_seconds: float
     """From the start until the first token was sampled."""
+    guessed_tokens: int = 0
+    """Guesses of a lookup or a draft that were checked."""
+    accepted_tokens: int = 0
+    """Those of them that were right."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -86,6 +90,7 @@ class Generation(Iterator[Piece]):
         sampler: Sampler,
         tokenizer: "Tokenizer | None",
         on_full: Callable[[list[int]], list[int] | None] | None = None,
+        guessers: Sequence[Guesser] = (),
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -100,7 +105,8 @@ class Generation(Iterator[Piece]):
         self._stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._decoder = tokenizer.stream(skip_special=True, after=prompt[-1:]) if tokenizer else None
         self._stop_strings = StopStrings(sampler.options.stop)
-        self._lookup = Lookup(prompt) if sampler.options.lookup else None
+        self._guessers = guessers
+        """They know the prompt. The first that has guesses is asked only."""
         self._sampled: deque[tuple[int, float | None, int]] = deque()
         """Tokens without a piece yet, each with its log probability and the positions left before it."""
         self._cancelled = False
@@ -113,6 +119,7 @@ class Generation(Iterator[Piece]):
         self._n_prompt = len(prompt)
         self._n_cached = 0
         self._n_sampled = 0
+        self._n_guessed = self._n_accepted = 0
         self._prompt_seconds = self._first_token_seconds = self._generate_seconds = 0.0
 
     def __iter__(self) -> Self:
@@ -161,6 +168,8 @@ class Generation(Iterator[Piece]):
             generated_tokens=self._n_sampled,
             generate_seconds=self._generate_seconds,
             first_token_seconds=self._first_token_seconds,
+            guessed_tokens=self._n_guessed,
+            accepted_tokens=self._n_accepted,
         )
 
     def _next_piece(self) -> Piece | None:
@@ -192,6 +201,8 @@ class Generation(Iterator[Piece]):
         if shorter is None:
             return False
         self._prompt = shorter
+        for guesser in self._guessers:
+            guesser.restart(shorter)
         self._n_prompt += len(shorter)
         self._started = self._full = False
         return True
@@ -203,8 +214,11 @@ class Generation(Iterator[Piece]):
         """
         if self.cancelled:
             return
-        if self._lookup is not None and self._started and (guesses := self._guesses(self._lookup)):
-            self._sample_with(guesses, self._lookup)
+        guesser, guesses = self._guesses()
+        if self.cancelled:
+            return
+        if guesser is not None:
+            self._sample_with(guesses, guesser)
             return
         start = time.perf_counter()
         prompt_done = self._started
@@ -212,24 +226,31 @@ class Generation(Iterator[Piece]):
         if logits is None or self.cancelled or self._max_tokens == 0:
             return
         self._choose(logits, self._cache.n_free)
-        if self._lookup is not None and prompt_done:
-            self._lookup.learn(0, 0, time.perf_counter() - start)
+        if prompt_done:
+            for guesser in self._guessers:
+                guesser.learn(0, 0, time.perf_counter() - start)
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
         token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
         self._sampler.accept(token)
-        if self._lookup is not None:
-            self._lookup.push(token)
+        for guesser in self._guessers:
+            guesser.push(token)
         self._sampled.append((token, logprob, n_free))
         return token
 
-    def _guesses(self, lookup: Lookup) -> list[int]:
-        room = self._cache.room_for_guesses
-        if self._max_tokens is not None:
-            room = min(room, self._max_tokens - len(self.tokens) - 1)
-        return lookup.guess(room)
+    def _guesses(self) -> tuple[Guesser | None, list[int]]:
+        """Guesses, and whose they are, if anybody has any."""
+        if self._guessers and self._started:
+            room = self._cache.room_for_guesses
+            if self._max_tokens is not None:
+                room = min(room, self._max_tokens - len(self.tokens) - 1)
+            with suppress(GenerationCancelled):
+                for guesser in self._guessers:
+                    if guesses := guesser.guess(room, lambda: self._cancelled):
+                        return guesser, guesses
+        return None, []
 
-    def _sample_with(self, guesses: list[int], lookup: Lookup) -> None:
+    def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
         """Evaluate the guesses together with the last token; sample until a token is not the one guessed."""
         start = time.perf_counter()
         n_free = self._cache.n_free - 1
@@ -243,7 +264,9 @@ class Generation(Iterator[Piece]):
                 n_right += 1
         finally:
             self._cache.take_back(len(guesses) - n_right)
-        lookup.learn(len(guesses), n_right, time.perf_counter() - start)
+        self._n_guessed += len(guesses)
+        self._n_accepted += n_right
+        guesser.learn(len(guesses), n_right, time.perf_counter() - start)
 
     def _next_logits(self) -> np.ndarray | None:
         """Logits after all tokens so far; None if the evaluation was cancelled."""

@@ -1,23 +1,20 @@
 """Lookup decoding: guesses of the next tokens from the text so far (A. Saxena, "Prompt lookup decoding", 2023).
 
 Where the text repeats itself, as summaries and edits of a prompt do, what followed the last tokens before is likely to
-follow them again. The model evaluates several guesses in one batch, which costs little more than one token while
-weights come from memory; those that it would have chosen itself are kept. The text is the same as without guesses,
-because a row's logits have the same bits in any batch.
+follow them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-MAX_GUESSES = 15
-"""With the token before them, 16 rows: two panels of a matrix product."""
+from qrun.engine.generation.guesses import MAX_GUESSES, Account
+
 _FEWEST = 3  # guesses after a failure: with the token before them, half a panel of eight
 _AGREEING, _AGREEING_LESS = 3, 2  # tokens that have to agree with an earlier place: at first, and while guesses pay
 _COMPARED = 16  # tokens, at most
 _PLACES = 4  # the last so many places are compared
 _RISK = 0.02  # of the time of a generation may be lost to guesses that fail
-_RESERVE = 4  # tokens' time, of what guesses have gained, that may be lost again
 
 
 class Lookup:
@@ -27,8 +24,7 @@ class Lookup:
         self._tokens: list[int] = []
         self._places: dict[tuple[int, int], list[int]] = {}  # two tokens -> where the token after them is
         self._limit = _FEWEST
-        self._single: float | None = None  # seconds of a step without guesses
-        self._spent = self._gained = 0.0  # seconds
+        self._account = Account(_RISK)
         for token in tokens:
             self.push(token)
 
@@ -40,13 +36,16 @@ class Lookup:
             places.append(len(self._tokens))
             del places[:-_PLACES]
 
-    def guess(self, room: int) -> list[int]:
+    def restart(self, text: list[int]) -> None:
+        """The text has been shortened: what it was may come again all the same."""
+
+    def guess(self, room: int, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
         """Tokens that may follow, `room` at most; none where nothing is known, or where guesses have not paid."""
-        if self._single is None or self._gained < -_RISK * self._spent:
+        if not self._account.allows:
             return []
         count = min(self._limit, room)
         place, length = self._best_place()
-        if count < 1 or length < (_AGREEING_LESS if self._gained > 0 else _AGREEING):
+        if count < 1 or length < (_AGREEING_LESS if self._account.gained > 0 else _AGREEING):
             return []
         guesses: list[int] = []
         for i in range(place, place + count):  # past the end of the text, it repeats itself
@@ -55,14 +54,10 @@ class Lookup:
 
     def learn(self, guessed: int, accepted: int, seconds: float) -> None:
         """A step with `guessed` guesses took so long, and `accepted` of them were right."""
-        self._spent += seconds
         if not guessed:
-            self._single = seconds if self._single is None else 0.8 * self._single + 0.2 * seconds
+            self._account.plain(seconds)
             return
-        assert self._single is not None
-        # A step that was interrupted by other work says little of what guesses cost.
-        seconds = min(seconds, (guessed + 1) * self._single)
-        self._gained = min(self._gained + (accepted + 1) * self._single - seconds, _RESERVE * self._single)
+        self._account.guessed(guessed, accepted, seconds)
         self._limit = min(2 * self._limit + 1, MAX_GUESSES) if accepted == guessed else max(_FEWEST, accepted)
 
     def _best_place(self) -> tuple[int, int]:

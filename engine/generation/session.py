@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from qrun.engine.errors import ContextOverflow
+from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation
+from qrun.engine.generation.guesses import Guesser
+from qrun.engine.generation.lookup import Lookup
 from qrun.engine.generation.token_cache import TokenCache, common_prefix
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling import dry
@@ -42,7 +45,10 @@ def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]
 
 
 class Host:
-    """What the sessions of one model share. `fingerprint` tells the model from others; it is asked for when needed."""
+    """What the sessions of one model share. `fingerprint` tells the model from others; it is asked for when needed.
+
+    draft: makes the draft of a new session, for models that have one.
+    """
 
     def __init__(
         self,
@@ -50,8 +56,10 @@ class Host:
         tokenizer: "Tokenizer | None",
         defaults: SamplingOptions,
         fingerprint: Callable[[], str],
+        draft: Callable[[], Draft] | None = None,
     ) -> None:
         self.runtime = runtime
+        self.draft = draft
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.fingerprint = fingerprint
@@ -75,11 +83,14 @@ class Session:
     One thread at a time generates in a session. `stop` and `close` may be called from any.
     """
 
-    def __init__(self, host: Host, cache: TokenCache | None = None) -> None:
+    def __init__(self, host: Host, cache: TokenCache | None = None, draft: Draft | None = None) -> None:
         self.context = host.runtime.context
         """The most tokens that the session can hold."""
         self._host = host
         self._cache = cache or TokenCache(host.runtime, host.runtime.sequence())
+        self._draft = draft if draft or not host.draft else host.draft()
+        """Used by whoever holds the cache's lock."""
+        self._cache.tap = self._draft.tap if self._draft else None
         self._closed = False
         # Guards who generates: the three below. Never held while anything is computed.
         self._guard = ForkAwareLock()
@@ -138,7 +149,10 @@ class Session:
             shorter = on_full(tokens)
             return None if shorter is None else check_tokens(shorter, self._host.runtime.n_vocab, self.context)
 
-        generation = Generation(self, self._cache, prompt, sampler, tokenizer, shorten if on_full else None)
+        guessers: list[Guesser] = [Lookup(prompt)] if chosen.lookup else []
+        if self._draft is not None and chosen.draft:
+            guessers.append(DraftGuesser(self._draft, prompt))
+        generation = Generation(self, self._cache, prompt, sampler, tokenizer, shorten if on_full else None, guessers)
         self._take_over(generation)
         return generation
 
@@ -153,7 +167,8 @@ class Session:
         with self._cache.lock:
             self._check_open()
             cache = TokenCache(self._host.runtime, self._cache.sequence.fork(), self._cache.tokens)
-        return Session(self._host, cache)
+            draft = self._draft.fork() if self._draft else None
+        return Session(self._host, cache, draft)
 
     def clear(self) -> None:
         """Forget all tokens. Raises RuntimeError if the session generates in another thread."""
@@ -218,6 +233,8 @@ class Session:
             with self._cache.lock:
                 self._cache.sequence.close()
                 self._cache.tokens.clear()
+                if self._draft is not None:
+                    self._draft.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,10 +9,11 @@ from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
     from qrun.engine.program.kv_cache import KVSequence
-    from qrun.engine.program.runtime import Runtime
+    from qrun.engine.program.runtime import Runtime, Tap
 
 # At how many ends of messages, the last ones, the state of a prompt is kept.
 _MARKS = 2
+_COMPARED = 256  # tokens at once
 
 
 class TokenCache:
@@ -26,6 +27,8 @@ class TokenCache:
         self.lock = ForkAwareLock("this session")
         self.tokens = list(tokens)
         self.sequence = sequence
+        self.tap: Tap | None = None
+        """Told of all that is evaluated, for draft layers."""
         self._runtime = runtime
 
     @property
@@ -73,6 +76,10 @@ class TokenCache:
         """How many guesses `advance_with` can take."""
         return min(self.sequence.returnable(), self._runtime.batch - 1)
 
+    def returnable_after(self, n: int) -> int:
+        """How many tokens can follow the first `n` so that `advance_to` still gets back to just after them."""
+        return self.sequence.returnable(n)
+
     def advance_with(self, token: int, guesses: list[int]) -> np.ndarray:
         """Hold one more token and, until `take_back`, guesses of what follows; returns the logits after each of them,
         float32 [1 + guesses, n_vocab]."""
@@ -90,7 +97,10 @@ class TokenCache:
     ) -> np.ndarray:
         before = self.sequence.n_past
         try:
-            logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
+            if self.tap is None:
+                logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
+            else:
+                logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled, tap=self.tap)
         finally:
             self.tokens += tokens[: self.sequence.n_past - before]
         return np.empty(0, np.float32) if logits is None else logits
@@ -99,4 +109,7 @@ class TokenCache:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    start = 0
+    while start < shorter and a[start : start + _COMPARED] == b[start : start + _COMPARED]:
+        start += _COMPARED
+    return next((i for i in range(start, shorter) if a[i] != b[i]), shorter)

@@ -13,7 +13,12 @@ from qrun.models import graph as G
 
 
 def select_early(graph: G.Graph) -> G.Graph:
-    """The same graph, with rows selected behind the last operation whose rows depend on each other."""
+    """The same graph, with rows selected behind the last operation whose rows depend on each other.
+
+    A graph whose hidden states are wanted of all rows stays as it is.
+    """
+    if hidden_of_all_rows(graph):
+        return graph
     last = max((i for i, operation in enumerate(graph.operations) if isinstance(operation, G.STATEFUL)), default=-1)
     if last < 0:
         return graph
@@ -40,4 +45,15 @@ def select_early(graph: G.Graph) -> G.Graph:
                 if name != "out" and isinstance(value, G.Value)
             }
             rest.append(replace(operation, **inputs))
-    return replace(graph, operations=[*body, *selections, *rest], logits=of(graph.logits))
+    hidden = None if graph.hidden is None else of(graph.hidden)
+    return replace(graph, operations=[*body, *selections, *rest], logits=of(graph.logits), hidden=hidden)
+
+
+def hidden_of_all_rows(graph: G.Graph) -> bool:
+    """Are there hidden states for draft layers of all rows, and not only of those that are selected?"""
+    for operation in graph.operations:
+        if isinstance(operation, G.SelectRows):
+            return False
+        if operation.out is graph.hidden:
+            return True
+    return False

@@ -159,10 +159,10 @@ class KVSequence:
                     self._drop(group, index)
 
     @_locked
-    def returnable(self) -> int:
-        """How many positions can follow the next one so that `truncate` still gets back to just after that one: no
-        window gives back a page on the way."""
-        after = self.n_past + 1
+    def returnable(self, after: int | None = None) -> int:
+        """How many positions can follow the first `after` (those there are and the next one, by default) so that
+        `truncate` still gets back to these: no window gives back a page on the way."""
+        after = self.n_past + 1 if after is None else after
         room = self.context - after
         for window in self.layout.windows:
             if window is not None:

@@ -24,17 +24,20 @@ class Lowering(RecordWriter):
     """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
 
     records: all operations; those from `n_body` on are the head. arena: where their values will be placed.
-    logits: the head's result.
+    logits: the head's result. hidden: what draft layers go on from, if the graph has that. inputs: where rows from
+    outside go, if it takes some.
     """
 
     def __init__(self, graph: G.Graph, *args: Any, **settings: Any) -> None:
         """The arguments of `RecordWriter`."""
         super().__init__(graph, *args, **settings)
+        self.inputs: Place | None = None
         self._fuse()
         for self.index, operation in enumerate(graph.operations):
             if operation.out.id not in self._fused:
                 self._lower(operation)
         self.logits = self.places[graph.logits.id]
+        self.hidden = self.places[graph.hidden.id] if graph.hidden is not None else None
 
     def _fuse(self) -> None:
         """Find matmuls whose result only goes into a sum: they add the other side themselves."""
@@ -73,6 +76,11 @@ class Lowering(RecordWriter):
             },
             [], [out], True,
         )  # fmt: skip
+
+    def _lower_input(self, o: G.Input) -> None:
+        # They are there before the first operation.
+        buffer = self.arena.buffer(self.rows * o.out.width * 4, 0, self._last_use(o.out))
+        self.inputs = self.places[o.out.id] = Place(buffer, 0, o.out.width * 4)
 
     def _lower_rmsnorm(self, o: G.RMSNorm) -> None:
         self._norm("rms_norm", o)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qrun.engine.kernels import in_parts
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
+from qrun.engine.program.early_selection import hidden_of_all_rows
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.record import InRecord, InStep, Record
 
@@ -32,6 +33,8 @@ class Program:
     body, head, whole: int64 [operations, RECORD_BYTES / 8], views of one array. The program holds all that the records
     have addresses of: kernels, weights, the arena.
     logits: float32 [head_rows, n_vocab], where the head leaves its result.
+    hidden: float32 [batch, width], where the body leaves the hidden states for draft layers, or [head_rows, width] of
+    the head; inputs: float32 [batch, width], where rows from outside go. Both empty in a graph without.
     Where threads have to wait for each other is decided here, since it depends on where values lie.
     """
 
@@ -64,14 +67,23 @@ class Program:
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
-        pointer = ctypes.cast(self._address(lowering.logits), ctypes.POINTER(ctypes.c_float))
-        self.logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (lowering.head_rows, lowering.graph.n_vocab))
+        self.logits = self._view(lowering.logits, lowering.head_rows)
+        self.hidden_of_all_rows = hidden_of_all_rows(lowering.graph)
+        hidden_rows = lowering.batch if self.hidden_of_all_rows else lowering.head_rows
+        self.hidden = self._view(lowering.hidden, hidden_rows)
+        self.inputs = self._view(lowering.inputs, lowering.batch)
 
     def piece(self, operations: NDArray[np.int64], start: int, count: int) -> int:
         """Where a piece of `body`, `head` or `whole` ends that starts at an operation and has about `count` of them."""
         first = len(self.body) if operations is self.head else 0
         index = bisect.bisect_left(self._ends, first + min(start + count, len(operations)))
         return self._ends[index] - first
+
+    def _view(self, place: Place | None, rows: int) -> NDArray[np.float32]:
+        if place is None:
+            return np.empty((rows, 0), np.float32)
+        pointer = ctypes.cast(self._address(place), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, (rows, place.stride // 4))
 
     def _address(self, place: Place) -> int:
         return self.arena.address + place.buffer.offset + place.offset

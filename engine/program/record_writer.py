@@ -71,7 +71,9 @@ class RecordWriter:
                 self._last[root] = len(self.graph.operations) if isinstance(operation, G.SelectRows) else index
             if isinstance(operation, G.Slice):
                 self._source[operation.out.id] = operation.x.id
-        self._last[self.graph.logits.id] = len(self.graph.operations)
+        for result in (self.graph.logits, self.graph.hidden):
+            if result is not None:
+                self._last[self._root(result)] = len(self.graph.operations)
 
     def _root(self, value: G.Value) -> int:
         """The value that this one is a slice of, or itself."""

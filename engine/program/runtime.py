@@ -33,6 +33,9 @@ PIECE_SECONDS = 0.1
 FIRST_PIECE = 4  # operations, while it is not known how long they take
 AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear ones have their share
 
+Tap = Callable[[int, NDArray[np.int64], NDArray[np.float32]], None]
+"""Gets what draft layers go on from: the first position of a step, its tokens, and hidden states [rows, n_embd]."""
+
 
 class Runtime:
     """Computes logits. One step runs at a time; callers from several threads take turns.
@@ -43,11 +46,13 @@ class Runtime:
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
+    beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
         progress: Progress | None = None, target: Target | None = None, observe: bool = False,
+        beside: Runtime | None = None,
     ) -> None:  # fmt: skip
         if context < 1:
             raise ValueError(f"context is {context}: it must be at least 1")
@@ -71,11 +76,14 @@ class Runtime:
         kernels = load_kernels(keys, target, progress)
         self._step = _Step(self.batch, len(self._pools))
         self._program = Program(lowering, kernels, self._step.address)
-        self._team: Team | None = Team(kernels, threads)
-        self._lock = ForkAwareLock()  # whoever runs steps
+        # Two teams would be in each other's way: threads of the one spin for a while when the other's turn comes.
+        self._team: Team | None = beside._team if beside else Team(kernels, threads)
+        self._owns_team = beside is None
+        self._lock: ForkAwareLock = beside._lock if beside else ForkAwareLock()  # whoever runs steps
         self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
         self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
+        self._hidden = np.empty((0, 0), np.float32)  # of the last step
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
@@ -91,9 +99,14 @@ class Runtime:
     def evaluate(
         self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
         logits: Literal["none", "last", "all"] = "last",
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Callable[[], bool] | None = None, *, inputs: NDArray[np.float32] | None = None,
+        tap: Tap | None = None,
     ) -> NDArray[np.float32] | None:  # fmt: skip
         """Append tokens to the sequence.
+
+        inputs: a row for each token, [n, width], where the graph takes such. tap: called after each step, of a graph
+        with hidden states; with those of all rows, or where the graph has them behind the selection, of those whose
+        logits are wanted.
 
         Returns float32 [n_vocab] of the last token, [n, n_vocab] of all of them, or nothing.
         Raises ContextOverflow if the sequence would outgrow the context, ValueError for an id outside of the
@@ -120,13 +133,17 @@ class Runtime:
             with self._lock:
                 sequence.reserve(len(part))
                 into = None if out is None else out[start : start + len(part)]
+                given = None if inputs is None else inputs[start : start + len(part)]
                 try:
-                    rows = self._run([(sequence, part)], wanted, into, cancelled)
+                    rows = self._run([(sequence, part)], wanted, into, cancelled, given)
+                    hidden = self._hidden
                     sequence.advance(len(part))
                     if len(part) == self.batch and not ends:
                         sequence.mark()
                 finally:
                     self._under_way = None
+            if tap is not None:
+                tap(sequence.n_past - len(part), part, hidden)
             if out is None and len(rows):
                 last = rows[0]
         return out if logits == "all" else last
@@ -169,7 +186,8 @@ class Runtime:
         with self._lock:
             if self._team is None:
                 return
-            self._team.close()
+            if self._owns_team:
+                self._team.close()
             for pool in (*self._pools, self._blocks):
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
@@ -184,28 +202,39 @@ class Runtime:
 
     def _run(
         self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Callable[[], bool] | None = None, inputs: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given."""
+        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given.
+        Leaves hidden states, if the graph has any, in `_hidden`."""
         if self._team is None:
             raise ValueError("this model is closed")
         step, program = self._step, self._program
         rows = step.fill(parts)
         for table in program.rope_tables:
             table.fill(int(step.positions[:rows].max()) + 1)
+        if inputs is not None:
+            program.inputs[:rows] = inputs
         if out is None:
             out = np.empty((len(wanted), self.n_vocab), np.float32)
+        self._hidden = hidden = np.empty(
+            (rows if program.hidden_of_all_rows else len(wanted), program.hidden.shape[1]), np.float32
+        )
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
             self._run_pieces(program.whole, rows, cancelled)
             out[0] = program.logits[0]
+            hidden[:] = program.hidden[: len(hidden)]
             return out
         self._run_pieces(program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
+        if program.hidden_of_all_rows:
+            hidden[:] = program.hidden[:rows]
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
             self._run_pieces(program.head, len(chosen), cancelled)
             out[start : start + len(chosen)] = program.logits[: len(chosen)]
+            if not program.hidden_of_all_rows:
+                hidden[start : start + len(chosen)] = program.hidden[: len(chosen)]
         return out
 
     def _run_pieces(

@@ -93,6 +93,8 @@ class SamplingOptions:
     lookup: bool = False
     """Guess tokens from the text so far and check several at once: faster where the answer repeats parts of the
     prompt, and the same text."""
+    draft: bool = True
+    """Use the draft that the model was loaded with, if there is one; without it, the text is the same."""
     max_tokens: int | None = None
     """The most tokens to generate; None goes on until the model stops or the context is full."""
     stop: tuple[str, ...] = ()
@@ -266,6 +268,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "logit_bias": _bias,
     "logprobs": _boolean,
     "lookup": _boolean,
+    "draft": _boolean,
     "seed": _optional(_integer(0)),
     "max_tokens": _optional(_integer(0)),
     "stop": _texts,

@@ -81,8 +81,8 @@ class FakeSequence:
     def n_past(self) -> int:
         return len(self.held)
 
-    def returnable(self) -> int:
-        return self.runtime.context - self.n_past - 1
+    def returnable(self, after: int | None = None) -> int:
+        return self.runtime.context - (self.n_past + 1 if after is None else after)
 
     def truncate(self, n: int) -> int:
         assert not self.closed

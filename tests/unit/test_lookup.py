@@ -8,7 +8,8 @@ import pytest
 from engine_fakes import FakeRuntime, ids_of, make_session, speaking
 
 from qrun.engine import Model
-from qrun.engine.generation.lookup import MAX_GUESSES, Lookup
+from qrun.engine.generation.guesses import MAX_GUESSES
+from qrun.engine.generation.lookup import Lookup
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence
 from qrun.engine.program.pages import PagePool
 from qrun.models.graph import CacheLayer
@@ -134,8 +135,8 @@ def test_texts_of_a_model_are_the_same_to_the_token(
             expected = list(plain), plain.tokens
             truth = [*prompt, *plain.tokens]
 
-            def guess(self: Lookup, room: int, truth: list[int] = truth) -> list[int]:
-                count = min(int(rng.integers(0, MAX_GUESSES + 1)), room) if self._single else 0
+            def guess(self: Lookup, room: int, cancelled: object, truth: list[int] = truth) -> list[int]:
+                count = min(int(rng.integers(0, MAX_GUESSES + 1)), room) if self._account.single else 0
                 known = truth[len(self._tokens) :][:count]
                 return [token if rng.random() < 0.9 else (token + 1) % model.graph.n_vocab for token in known]
 
