@@ -40,6 +40,9 @@ class Template:
         turns = "".join(f"({message['role'][0]}){message['content']}</s>" for message in messages)
         return turns + "(a)" * add_generation_prompt
 
+    def response(self, prompt: str, *, with_calls: bool = False) -> None:
+        return None
+
 
 def text_of(held: list[int]) -> str:
     return ChatTokenizer().decode(held)
