@@ -13,6 +13,7 @@ from typing import Any
 from engine_fakes import BOS, EOS, FakeRuntime, FakeTokenizer, ids_of
 
 from qrun.engine import Model
+from qrun.engine.text.response_formats import ResponseFormat
 from qrun.models.graph import Graph, Value
 
 
@@ -21,6 +22,9 @@ class ChatTokenizer(FakeTokenizer):
 
     kind = "gpt2"
     notices = ()
+
+    def has_piece(self, piece: str) -> bool:
+        return False
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False, *, mark: str = "") -> list[int]:
         ids = [BOS] if add_special and self.add_bos else []
@@ -33,6 +37,7 @@ class Template:
     """The chat template; one that reports a fault where a message says "fault"."""
 
     is_fallback = False
+    format = ResponseFormat()
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True, **variables: Any) -> str:
         if any(message["content"] == "fault" for message in messages):
