@@ -364,6 +364,9 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     visible = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
     assert chat(f"a{text}b") == f"A{text}B!\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert chat(f"a{text}b c\nd") == f"A{visible}B C\nD!\n"
+    monkeypatch.setenv("TERM", "dumb")
     assert chat(f"a{text}b\tc\nd") == f"A{visible}B\tC\nD!\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"a{text}b"))
     answer_lines(Conversation(make_model()), Display())
