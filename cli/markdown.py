@@ -46,7 +46,7 @@ _LINK = re.compile(
 _ESCAPED = "*_`~#|>"
 _MARKS = ("***", "**", "__", "~~", "*", "_")
 _MARK_STYLES = {"***": "bold italic", "**": "bold", "__": "bold", "~~": "strike", "*": "italic", "_": "italic"}
-_MAX_INLINE = 4000  # characters of a line in which marks are looked for
+_MAX_INLINE = 2000  # characters of a line in which marks are looked for
 _LEAST_COLUMN = 4  # of a table, in characters
 
 
@@ -68,7 +68,9 @@ class MarkdownView:
         self._line = ""  # the line under way
         self._fence: tuple[str, str] | None = None  # what closes a block of code, and its indentation
         self._table: list[str] = []
-        self._widths: list[int] | None = None  # of the columns of a table that has outgrown the window
+        self._settled: tuple[int, list[int], list[Text]] | None = None
+        """Of a table that has outgrown the window: how many of its lines are drawn for good, how wide the columns are,
+        and the rows."""
         self._blank = True  # whether an empty line would be one too many
         self._next_frame = 0.0
         self._width = 0  # for which the line under way was wrapped
@@ -253,8 +255,10 @@ class MarkdownView:
 
     def _show_table(self) -> None:
         """Draws the table so far; its first row alone may be no table."""
-        rows = self._table_rows() if len(self._table) > 1 else self._rows(self._table[0], is_finished=True)
         if self._width not in (0, self._columns):
+            self._settled = None
+        rows = self._table_rows() if len(self._table) > 1 else self._rows(self._table[0], is_finished=True)
+        if self._width not in (0, self._columns):  # nobody knows where it is now: once more below
             self._painter.keep()
         self._width = self._columns
         self._painter.show([self._escaped(row) for row in rows])
@@ -263,31 +267,32 @@ class MarkdownView:
         if self._table:
             self._show_table()
             self._painter.keep()
-            self._table, self._widths, self._blank = [], None, False
+            self._table, self._settled, self._blank = [], None, False
             self._n_kept = self._width = 0
 
     def _table_rows(self) -> list[Text]:
-        header, rule, *body = (_cells(line) for line in self._table)
+        header, rule = (_cells(line) for line in self._table[:2])
         n = len(header)
-        cells = [[inline(cell, True) for cell in (row + [""] * n)[:n]] for row in (header, *body)]
-        for cell in cells[0]:
-            cell.stylize("bold")
         gap = f" {self._signs['bar']} "
         room = self._columns - 1 - len(gap) * (n - 1)
         if room < _LEAST_COLUMN * n:
             return [row for line in self._table for row in self._wrapped(Text(line), 0)]
-        widths = self._widths or _column_widths(cells, room)
-        if sum(widths) > room:  # the window has become narrower
-            widths = _column_widths(cells, room)
+        n_done, widths, rows = self._settled or (0, [1] * n, [])
+        lines = [line for i, line in enumerate(self._table) if i >= n_done and i != 1]
+        cells = [[inline(cell, True) for cell in (_cells(line) + [""] * n)[:n]] for line in lines]
+        widths = _column_widths(cells, widths, room)
         sides = [_side(mark) for mark in rule]
-        rows: list[Text] = []
-        for i, row in enumerate(cells):
+        rows = list(rows)
+        for i, row in enumerate(cells, n_done):
+            if i == 0:
+                for cell in row:
+                    cell.stylize("bold")
             rows += _table_row(self._console, row, widths, sides, Text(gap, "dim"))
             if i == 0:
                 crossing = self._signs["rule"] + self._signs["cross"] + self._signs["rule"]
                 rows.append(Text(crossing.join(self._signs["rule"] * width for width in widths), "dim"))
-        if len(rows) >= self._size()[1] - 1:  # its head has left the window: what is there stays as it is
-            self._widths = widths
+        if len(rows) >= self._size()[1] - 1:  # the head leaves the window: what is there stays as it is
+            self._settled = len(self._table), widths, rows
         return rows
 
 
@@ -336,7 +341,8 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
             i = link.end()
         elif mark := next((mark for mark in _MARKS if text.startswith(mark, i) and _opens(text, i, mark)), None):
             end = _closing(text, i + len(mark), mark)
-            if end >= 0 or not is_finished:
+            is_name = mark == "__" and re.compile(r"\w*(__|$)").match(text, i + 2)  # of Python, such as __init__
+            if (end >= 0 or not is_finished) and not is_name:
                 inner = inline(text[i + len(mark) : end if end >= 0 else len(text)], is_finished or end >= 0)
                 inner.stylize(_MARK_STYLES[mark])
                 add(inner)
@@ -427,11 +433,11 @@ def _side(rule: str) -> str:
     return "left"
 
 
-def _column_widths(cells: list[list[Text]], room: int) -> list[int]:
+def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list[int]:
     """How wide each column is to be: as its cells want, or less for the widest ones where there is no room."""
     wanted = [
-        max(max((cell_len(line) for line in row[i].plain.split("\n")), default=1) or 1 for row in cells)
-        for i in range(len(cells[0]))
+        max([least[i], *(cell_len(line) for row in cells for line in row[i].plain.split("\n"))])
+        for i in range(len(least))
     ]
     widths = wanted
     low, high = _LEAST_COLUMN, max(wanted)
