@@ -12,7 +12,7 @@ from typing import Any
 
 from engine_fakes import BOS, EOS, FakeRuntime, FakeTokenizer, ids_of
 
-from qrun.engine import Model
+from qrun.engine import ChatTemplate, Model
 from qrun.engine.text.response_formats import ResponseFormat
 from qrun.models.graph import Graph, Value
 
@@ -75,6 +75,37 @@ def make_model(context: int = 200, **metadata: Any) -> Model:
     graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context, 0)
     model = Model(Path("fake.gguf"), reader, graph, runtime, ChatTokenizer())  # type: ignore[arg-type]
     model.chat_template = Template()  # type: ignore[assignment]
+    return model
+
+
+THINKING = (
+    "{% for m in messages %}({{ m.role[0] }})"
+    "{% if m.reasoning_content and KEPT %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}(a){% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""A template of a model that thinks. It tells the model the thoughts of earlier turns if KEPT is there a condition that
+holds."""
+
+
+def thinking(held: list[int]) -> int:
+    """The rule of a model that repeats the question in its thoughts, unless its prompt has an empty thought."""
+    question, _, said = text_of(held).rpartition("(a)")
+    asked = question.removesuffix("</s>").rpartition("(u)")[2]
+    thought = "" if said.startswith("<think>\n\n") else f"<think>\n{asked}?\n</think>\n\n"
+    text = thought + asked.upper() + "!"
+    said = said.removeprefix("<think>\n\n</think>\n\n")
+    if thought and "</think>" in said and not text.startswith(said):  # the thought was ended for it
+        said, text = said.partition("</think>\n\n")[2], asked.upper() + "!"
+    return ids_of(text[len(said)])[0] if len(said) < len(text) else EOS
+
+
+def make_thinking_model(kept: str = "false", context: int = 400) -> Model:
+    """A model with that template and that rule."""
+    model = make_model(context)
+    runtime_of(model).rule = thinking
+    source = THINKING.replace("KEPT", kept)
+    model.chat_template = ChatTemplate(source, model.tokenizer)  # type: ignore[arg-type]
     return model
 
 
