@@ -38,6 +38,12 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     _write(stream, words + "\n" * nl)
 
 
+def write_terminal(text: str) -> None:
+    """Sends a text to the terminal that standard output is, escape sequences included: what of it is not ours has
+    been through `printable`."""
+    _write(sys.stdout, text)
+
+
 def _write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)

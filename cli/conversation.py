@@ -13,7 +13,7 @@ from qrun.formats.whole_file import make_private_folder, write_whole
 
 if TYPE_CHECKING:
     from qrun.engine import Model
-    from qrun.engine.generation.generation import Generation, GenerationStats
+    from qrun.engine.generation.generation import Generation, GenerationStats, Piece
 
 Message = dict[str, str]
 SAVED_FORMAT = "qrun conversation 1"
@@ -38,6 +38,8 @@ class Conversation:
         self.sampling = sampling or {}
         self.on_forget = on_forget or (lambda n: None)
         self.special_tokens_in_messages = False
+        self.think: bool | None = None
+        """Whether the model is to think before it answers; None leaves that to its template."""
         self.messages: list[Message] = []
         self.last_stats: GenerationStats | None = None
         self.stop_reason: str | None = None
@@ -55,7 +57,13 @@ class Conversation:
     @property
     def answering(self) -> bool:
         """Whether an answer is under way, and some of its text has come."""
-        return self._generation is not None and self._generation.stop_reason is None and bool(self._generation.text)
+        generation = self._generation
+        return bool(generation and generation.stop_reason is None and (generation.text or generation.reasoning))
+
+    @property
+    def only_thought(self) -> bool:
+        """Whether the last answer ended before anything but thoughts had come."""
+        return self._generation is not None and bool(self._generation.reasoning) and not self._generation.text
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
@@ -81,41 +89,50 @@ class Conversation:
         """Frees the session."""
         self.session.close()
 
-    def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """The model's answer to a user's turn, in pieces. Both become part of the conversation.
+    def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
+        """The model's answer to a user's turn, in pieces, with what it thinks before. All become part of the
+        conversation; of the thoughts it is the template that shows those of earlier turns again, or does not.
 
         `session.stop` ends it. It knows of no answer that has yet to begin: `stopped` is asked before the first piece.
-        A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace. Raises
-        ContextOverflow where the turn does not fit into the context even alone.
+        A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace, even if
+        something has been thought. Raises ContextOverflow where the turn does not fit into the context even alone.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         reply = ""
+        generation: Generation | None = None
         try:
             prompt_text, prompt = self._fitting_prompt()
 
             def forget(tokens: list[int]) -> list[int] | None:
                 """The context became full in the middle of the answer: the oldest turns go, and the answer goes on."""
                 nonlocal prompt_text, prompt
+                assert generation is not None
                 if not self._forget_oldest():
                     return None
                 prompt_text, prompt = self._fitting_prompt(len(generation.tokens), forgotten=2)
                 shorter = prompt + generation.tokens
                 return shorter if len(shorter) < len(tokens) else None
 
-            generation = self._generation = self.session.generate(prompt, on_full=forget, **self.sampling)
+            assert self.model.chat_template is not None
+            response = self.model.chat_template.response(prompt_text)
+            generation = self._generation = self.session.generate(
+                prompt, on_full=forget, response=response, **self.sampling
+            )
             if stopped():
                 generation.cancel()
             try:
                 for piece in generation:
-                    reply += piece
+                    if piece.channel == "content":
+                        reply += piece
                     yield piece
             finally:
-                self._known = self._known_after(prompt_text, prompt, reply, generation.tokens)
+                self._known = self._known_after(prompt_text, prompt, generation)
                 self.last_stats, self.stop_reason = generation.stats, generation.stop_reason
         finally:
             if reply:
-                self.messages.append({"role": "assistant", "content": reply})
+                thought = {"reasoning_content": generation.reasoning} if generation and generation.reasoning else {}
+                self.messages.append({"role": "assistant", "content": reply, **thought})
             else:
                 self.messages = before
 
@@ -154,6 +171,9 @@ class Conversation:
         """
         assert self.model.chat_template is not None
         options: dict[str, Any] = {"special_tokens_in_messages": True} if self.special_tokens_in_messages else {}
+        think = False if self.sampling.get("reasoning_budget") == 0 else self.think
+        if think is not None:
+            options["think"] = think
         prompt = self.model.chat_template.render(self.messages, add_generation_prompt=True, **options)
         text = marked(prompt)
         known_text, known_tokens = self._known
@@ -165,16 +185,14 @@ class Conversation:
                 return text, known_tokens + rest
         return text, self.model.template_tokens(prompt)
 
-    def _known_after(
-        self, prompt_text: str, prompt: list[int], reply: str, reply_tokens: list[int]
-    ) -> tuple[str, list[int]]:
-        """What is known after an answer: with it if its tokens spell its text (a stop string cuts it), else without."""
+    def _known_after(self, prompt_text: str, prompt: list[int], generation: Generation) -> tuple[str, list[int]]:
+        """What is known after an answer: the prompt and what the answer's tokens spell, thoughts and marks included. A
+        template that writes the same goes on from it; one that leaves thoughts out does not, and no more does an answer
+        that a stop string has cut."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        spelt = b"".join(map(tokenizer.token_bytes, reply_tokens)).decode("utf-8", "replace")
-        if spelt != reply:
-            return prompt_text, prompt
-        return prompt_text + reply, prompt + reply_tokens
+        spelt = b"".join(map(tokenizer.token_bytes, generation.tokens)).decode("utf-8", "replace")
+        return prompt_text + spelt, prompt + generation.tokens
 
     def save(self, path: Path) -> list[Path]:
         """Writes the messages as JSON, and the session's state beside them (.npz). Returns both paths.
@@ -198,7 +216,11 @@ class Conversation:
         """
         try:
             saved = parse_json(path, path.read_bytes())
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
+            messages = [
+                {"role": str(m["role"]), "content": str(m["content"])}
+                | ({"reasoning_content": str(m["reasoning_content"])} if "reasoning_content" in m else {})
+                for m in saved["messages"]
+            ]
             known = (str(saved["text"]), [int(token) for token in saved["tokens"]])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a saved conversation") from error

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qrun.cli.answer import Display, check_thinking
 from qrun.cli.console import echo, rewritable, while_reading
 from qrun.cli.conversation import Conversation
 from qrun.cli.interrupts import Interrupts
@@ -24,12 +25,16 @@ class Repl:
     `read` asks for one line; it raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D.
     """
 
-    def __init__(self, conversation: Conversation, read: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, conversation: Conversation, display: Display | None = None, read: Callable[[], str] | None = None
+    ) -> None:
         self.conversation = conversation
+        self._display = display or Display()
         self._interrupts = Interrupts()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "show these commands", self._help),
             "system": ("[TEXT]", "show the system prompt, or set it (- removes it)", self._system),
+            "think": ("[on|off|auto]", "have the model think before it answers, or not", self._think),
             "clear": ("", "forget the conversation; the system prompt stays", self._clear),
             "save": ("FILE", "save the conversation and the model's state", self._save),
             "load": ("FILE", "go on with a saved conversation", self._load),
@@ -82,27 +87,41 @@ class Repl:
     def _answer(self, text: str) -> None:
         conversation, interrupts = self.conversation, self._interrupts
         reading = while_reading(lambda: conversation.prompt_progress)
-        with interrupts.stopping(conversation.session.stop), reading as begun:
-            for piece in conversation.answer(text, lambda: interrupts.noted):
-                if piece:
-                    begun()
-                    echo(piece, nl=False)
-        echo()
+        try:
+            with self._display.answer() as answer, interrupts.stopping(conversation.session.stop), reading as begun:
+                for piece in conversation.answer(text, lambda: interrupts.noted):
+                    if piece:
+                        begun()
+                        answer.push(piece)
+        except KeyboardInterrupt:  # a second one; the answer's line has been ended
+            return
         if conversation.stop_reason == "cancelled":
             echo("[stopped]")
         elif conversation.stop_reason == "context":
             echo("[the context is full; /clear makes room]")
+        elif conversation.only_thought:
+            echo("[there is no answer: the model was still thinking]")
 
     def _help(self, argument: str) -> None:
         for name, (parameter, doc, _) in self.commands.items():
-            echo(f"  {f'/{name} {parameter}':<16}{doc}")
-        echo("  Ctrl-C          stop the answer")
-        echo("  Alt-Enter       begin a new line within a turn")
+            echo(f"  {f'/{name} {parameter}':<22}{doc}")
+        echo(f"  {'Ctrl-C':<22}stop the answer")
+        echo(f"  {'Alt-Enter':<22}begin a new line within a turn")
 
     def _system(self, argument: str) -> None:
         if argument:
             self.conversation.set_system(None if argument == "-" else argument)
         echo(f"System prompt: {self.conversation.system or '(none)'}")
+
+    def _think(self, argument: str) -> None:
+        choices = {"on": True, "off": False, "auto": None}
+        if argument:
+            if argument not in choices:
+                raise ValueError("say /think on, /think off or /think auto (as the model's template has it)")
+            check_thinking(self.conversation.model, choices[argument])
+            self.conversation.think = choices[argument]
+        name = next(name for name, think in choices.items() if think == self.conversation.think)
+        echo(f"Thinking: {name}")
 
     def _clear(self, argument: str) -> None:
         self.conversation.clear()
@@ -131,13 +150,14 @@ class Repl:
             echo("There has been no answer yet.")
             return
         new = stats.prompt_tokens - stats.cached_tokens
+        thoughts = f" ({stats.reasoning_tokens} of them thoughts)" if stats.reasoning_tokens else ""
         echo(
             f"prompt   {stats.prompt_tokens} tokens: {stats.cached_tokens} known already, {new} read in "
             f"{stats.prompt_seconds:.2f} s ({stats.prompt_tokens_per_second:.1f} tokens/s)"
         )
         echo(
-            f"answer   {stats.generated_tokens} tokens: the first after {stats.first_token_seconds:.2f} s, the others "
-            f"in {stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
+            f"answer   {stats.generated_tokens} tokens{thoughts}: the first after {stats.first_token_seconds:.2f} s, "
+            f"the others in {stats.generate_seconds:.2f} s ({stats.generated_tokens_per_second:.1f} tokens/s)"
         )
         if stats.guessed_tokens:
             echo(f"guesses  {stats.guessed_tokens} tokens, of which {stats.accepted_tokens} were right")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.answer import NO_ANSWER, Display, answer_options
 from qrun.cli.console import echo
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="The system prompt, with --chat.")
 @click.option("--special", is_flag=True, help="Read special tokens in PROMPT, such as <|im_start|>, as such.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, tokens, timings, stop_reason.")
+@answer_options
 @loading_options
 @sampling_options
 def command(
@@ -31,55 +34,68 @@ def command(
     system: str | None,
     special: bool,
     as_json: bool,
+    think: bool | None,
+    show_thoughts: bool | None,
+    plain: bool,
     loading: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
     """Complete PROMPT (- reads it from standard input) and print what follows it.
 
-    It goes on until the model stops, the context is full, or --max-tokens.
+    It goes on until the model stops, the context is full, or --max-tokens. With --chat, what a model thinks before it
+    answers is dim at a terminal and left out elsewhere; --json has it under "reasoning".
 
     \b
     Examples:
       qrun run model.gguf "The capital of France is" --max-tokens 8 --temperature 0
       qrun run model.gguf --chat "Why is the sky blue?"
+      qrun run model.gguf --chat --think --reasoning-budget 500 "How many r are in strawberry?"
       qrun run model.gguf - --json < prompt.txt
       qrun run model.gguf "One, two," --stop "." --logit-bias 1234=-5
       qrun run model.gguf --lora style.gguf --lora topic.gguf=0.5 "Once upon a time"
     """
-    from qrun.cli.console import read_stdin
+    from qrun.cli.answer import check_thinking
+    from qrun.cli.console import notice, read_stdin
     from qrun.cli.loading import load_model, with_tokenizer
 
     if system and not chat:
         raise click.UsageError("--system needs --chat.")
+    if (think is not None or sampling.get("reasoning_budget") is not None) and not chat:
+        raise click.UsageError(f"{'--reasoning-budget' if think is None else '--think'} needs --chat.")
     if prompt == "-":
         prompt = read_stdin()
+    # What goes on from a text that is no turn is shown as it comes, whatever it may be.
+    display = Display(plain or not chat or as_json, show_thoughts)
     with load_model(model, loading) as loaded:
-        with_tokenizer(loaded)
+        check_thinking(with_tokenizer(loaded), think)
         if chat:
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": prompt})
-            generation = loaded.chat(messages, special_tokens_in_messages=special, **sampling)
+            generation = loaded.chat(messages, special_tokens_in_messages=special, think=think, **sampling)
         elif special:
             generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **sampling)
         else:
             generation = loaded.generate(prompt, **sampling)
-        stream(generation, quiet=as_json)
+        stream(generation, None if as_json else display)
         if as_json:
             echo(json.dumps(result(generation), ensure_ascii=False))
+        elif chat and generation.reasoning and not generation.text:
+            notice(NO_ANSWER)
 
 
-def stream(generation: Generation, quiet: bool) -> None:
-    """Runs a generation to its end, printing its pieces as they come unless `quiet`."""
+def stream(generation: Generation, display: Display | None) -> None:
+    """Runs a generation to its end, with its pieces shown as they come if there is a display."""
     from qrun.cli.console import while_reading
 
-    with while_reading(lambda: generation.prompt_progress) as begun:
+    with (
+        display.answer() if display else nullcontext() as answer,
+        while_reading(lambda: generation.prompt_progress) as begun,
+    ):
         for piece in generation:
             if piece:
                 begun()
-                if not quiet:
-                    echo(piece, nl=False)
-    if not quiet:
-        echo()
+                if answer is not None:
+                    answer.push(piece)
 
 
 def result(generation: Generation) -> dict[str, Any]:
@@ -89,6 +105,7 @@ def result(generation: Generation) -> dict[str, Any]:
     timings = dataclasses.asdict(stats) | {name: round(getattr(stats, name), 2) for name in speeds}
     return {
         "text": generation.text,
+        "reasoning": generation.reasoning,
         "tokens": list(generation.tokens),
         "stop_reason": generation.stop_reason,
         "timings": timings,

@@ -207,6 +207,7 @@ class Model:
         tools: Iterable[Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         special_tokens_in_messages: bool = False,
+        think: bool | None = None,
         **options: Any,
     ) -> "Generation":
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
@@ -218,10 +219,14 @@ class Model:
         template_variables: what else to tell the template, such as {"enable_thinking": False}.
         special_tokens_in_messages: whether "<|im_end|>" in the text of a message is the token that ends a message,
             or (by default) text like any other. For what exactly, see `ChatTemplate.render`.
+        think: whether a model that can is to think before it answers; None leaves that to its template. What it thinks
+            comes in pieces of the channel "reasoning" and is in `Generation.reasoning`, not in its `text`. Likewise,
+            with tools, calls of functions are in `Generation.tool_calls` as far as they can be read.
         options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
-            the context is full: see `Session.generate`.
+            the context is full: see `Session.generate`. A `reasoning_budget` of 0 is `think=False`.
 
-        Raises ChatTemplateError (a ValueError) if the template refuses, ContextOverflow (a ValueError) if the
+        Raises ChatTemplateError (a ValueError) if the template refuses, or knows no thoughts and `think` is True,
+        ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
         for a wrong value.
         """
@@ -238,9 +243,16 @@ class Model:
             messages = [{"role": "system", "content": self.chat_system}, *messages]
         options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
         variables = {**(template_variables or {}), "add_generation_prompt": True}
+        if options.get("reasoning_budget") == 0:
+            think = False
+        if think is not None:
+            variables["think"] = think
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
-        return self._generate(self.template_tokens(template.render(messages, tools=tools, **variables)), options)
+        prompt = template.render(messages, tools=tools, **variables)
+        return self._generate(
+            self.template_tokens(prompt), options | {"response": template.response(prompt, with_calls=bool(tools))}
+        )
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""

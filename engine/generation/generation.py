@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -13,29 +14,40 @@ from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
+from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from qrun.engine.generation.token_cache import TokenCache
+    from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
+    from qrun.engine.text.tool_calls import ToolCall
 
 
 class Piece(str):
     """Text of one generated token, as far as it can be shown yet.
 
-    It is "" while the token only begins a character, or what may become a stop string; the piece that completes it
-    has it all. All pieces joined are the text of the generation.
+    It is "" while the token only begins a character, or what may become a stop string or a mark of the model's format;
+    the piece that completes it has it all. All pieces of the channel "content" joined are the text of the generation.
     """
 
     token: int | None
-    """The token; None for text that was held back until the end and that no token is left for."""
+    """The token; None for more text of the same token, and for what was held back until the end and that no token is
+    left for."""
     logprob: float | None
-    """Natural logarithm of the token's probability, by the model's logits as they came; None with `logprobs` off."""
+    """Natural logarithm of the token's probability, by the model's logits as they came; None with `logprobs` off, and
+    for a token that the model did not choose, as where `reasoning_budget` ends a thought."""
+    channel: Channel
+    """What the text is: "content" (the answer), "reasoning" (what the model thinks before it), or "tool_call". Always
+    "content" but in answers of `Model.chat`, and of sessions that are given a `response`."""
 
-    def __new__(cls, text: str, token: int | None = None, logprob: float | None = None) -> Self:
+    def __new__(
+        cls, text: str, token: int | None = None, logprob: float | None = None, channel: Channel = "content"
+    ) -> Self:
         piece = super().__new__(cls, text)
         piece.token = token
         piece.logprob = logprob
+        piece.channel = channel
         return piece
 
 
@@ -59,6 +71,8 @@ class GenerationStats:
     """Guesses of a lookup or a draft that were checked."""
     accepted_tokens: int = 0
     """Those of them that were right."""
+    reasoning_tokens: int = 0
+    """Generated tokens of thoughts."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -74,8 +88,9 @@ class GenerationStats:
 class Generation(Iterator[Piece]):
     """Pieces of text, each computed when it is asked for. Made by `Session.generate`.
 
-    The prompt is evaluated with the first piece. `text` and `tokens` grow with the pieces; `stop_reason` is None until
-    the end, then one of these. One thread at a time may ask for a piece: RuntimeError if two do.
+    The prompt is evaluated with the first piece. `text` (the answer), `reasoning` (what the model thought before it)
+    and `tokens` (of all) grow with the pieces; `stop_reason` is None until the end, then one of these. One thread at a
+    time may ask for a piece: RuntimeError if two do.
       "stop"       the model ended its turn, or a stop string came up
       "length"     `max_tokens` were generated
       "context"    the context is full, and there is no `on_full` that makes room
@@ -91,10 +106,12 @@ class Generation(Iterator[Piece]):
         tokenizer: "Tokenizer | None",
         on_full: Callable[[list[int]], list[int] | None] | None = None,
         guessers: Sequence[Guesser] = (),
+        response: "ResponseParser | None" = None,
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
         self.text = ""
+        self.reasoning = ""
         self.tokens: list[int] = []
         self.stop_reason: str | None = None
         self.seed = sampler.seed
@@ -107,6 +124,15 @@ class Generation(Iterator[Piece]):
         self._stop_strings = StopStrings(sampler.options.stop)
         self._guessers = guessers
         """They know the prompt. The first that has guesses is asked only."""
+        self._tokenizer = tokenizer
+        self._response = response if tokenizer else None
+        self._marks = _special_marks(tokenizer, response) if tokenizer and response else {}
+        self._ready: deque[Piece] = deque()
+        """Pieces that came with the one before them."""
+        self._forced: deque[int] = deque()
+        """Tokens that come next, whatever the model would choose."""
+        self._budget = sampler.options.reasoning_budget
+        self._n_reasoning = 0
         self._sampled: deque[tuple[int, float | None, int]] = deque()
         """Tokens without a piece yet, each with its log probability and the positions left before it."""
         self._cancelled = False
@@ -129,16 +155,22 @@ class Generation(Iterator[Piece]):
         if not self._reading.acquire(blocking=False):
             raise RuntimeError("this generation is being read by another thread")
         try:
-            if self.stop_reason is not None:
+            if self._ready:
+                piece: Piece | None = self._ready.popleft()
+            elif self.stop_reason is not None:
                 raise StopIteration
-            try:
-                piece = self._next_piece()
-            except BaseException:
-                self.stop_reason = "cancelled"
-                raise
+            else:
+                try:
+                    piece = self._next_piece()
+                except BaseException:
+                    self.stop_reason = "cancelled"
+                    raise
             if piece is None:
                 raise StopIteration
-            self.text += piece
+            if piece.channel == "content":
+                self.text += piece
+            elif piece.channel == "reasoning":
+                self.reasoning += piece
             return piece
         finally:
             self._reading.release()
@@ -151,6 +183,11 @@ class Generation(Iterator[Piece]):
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled
+
+    @property
+    def tool_calls(self) -> "list[ToolCall]":
+        """The calls of functions that have been read, with their names and arguments; see `Model.chat`."""
+        return self._response.calls if self._response else []
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
@@ -170,6 +207,7 @@ class Generation(Iterator[Piece]):
             first_token_seconds=self._first_token_seconds,
             guessed_tokens=self._n_guessed,
             accepted_tokens=self._n_accepted,
+            reasoning_tokens=self._n_reasoning,
         )
 
     def _next_piece(self) -> Piece | None:
@@ -231,7 +269,10 @@ class Generation(Iterator[Piece]):
                 guesser.learn(0, 0, time.perf_counter() - start)
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
-        token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
+        if self._forced:
+            token, logprob = self._forced.popleft(), None
+        else:
+            token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
         self._sampler.accept(token)
         for guesser in self._guessers:
             guesser.push(token)
@@ -240,10 +281,12 @@ class Generation(Iterator[Piece]):
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
         """Guesses, and whose they are, if anybody has any."""
-        if self._guessers and self._started:
+        if self._guessers and self._started and not self._forced:
             room = self._cache.room_for_guesses
             if self._max_tokens is not None:
                 room = min(room, self._max_tokens - len(self.tokens) - 1)
+            if self._budget is not None and self._response and self._response.channel == "reasoning":
+                room = min(room, self._budget - self._n_reasoning - 1)
             with suppress(GenerationCancelled):
                 for guesser in self._guessers:
                     if guesses := guesser.guess(room, lambda: self._cancelled):
@@ -288,29 +331,84 @@ class Generation(Iterator[Piece]):
         if token in self._stop_ids:
             return self._last_piece("stop")
         self.tokens.append(token)
-        text = self._stop_strings.push(self._decoder.push(token)) if self._decoder else ""
+        texts = self._split(self._decoder.push(token) + self._marks.get(token, "")) if self._decoder else []
         if self._stop_strings.found:
             self.stop_reason = "stop"
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
-            text += self._held_back("length")
+            texts += self._held_back("length")
         elif n_free == 0 and self._on_full is not None:
             self._full = True
         elif n_free == 0:
-            text += self._held_back("context")
-        return Piece(text, token, logprob)
+            texts += self._held_back("context")
+        self._count_reasoning()
+        return self._joined(texts, token, logprob) or Piece("", token, logprob, self._channel)
 
     def _last_piece(self, reason: str) -> Piece | None:
-        text = self._held_back(reason)
-        return Piece(text) if text else None
+        return self._joined(self._held_back(reason))
 
-    def _held_back(self, reason: str) -> str:
+    def _joined(
+        self, texts: list[tuple[Channel, str]], token: int | None = None, logprob: float | None = None
+    ) -> Piece | None:
+        """The first of the pieces that these make, None if there are none; the others follow. What is of one channel is
+        one piece."""
+        for channel, group in groupby(texts, key=lambda text: text[0]):
+            if text := "".join(text for _, text in group):
+                self._ready.append(Piece(text, token, logprob, channel))
+                token = logprob = None
+        return self._ready.popleft() if self._ready else None
+
+    @property
+    def _channel(self) -> Channel:
+        return self._response.channel if self._response else "content"
+
+    def _count_reasoning(self) -> None:
+        """Counts a token of a thought, and ends one that has become too long."""
+        response = self._response
+        if response is None or response.channel != "reasoning":
+            return
+        self._n_reasoning += 1
+        if self._budget is None or self._n_reasoning < self._budget or self._forced or self.stop_reason is not None:
+            return
+        assert self._tokenizer is not None
+        self._forced.extend(self._tokenizer.encode(response.closing, add_special=False, parse_special=True))
+
+    def _split(self, text: str) -> list[tuple[Channel, str]]:
+        """More text, by what it is, as far as that is known. Stop strings are looked for in the answer alone: who gives
+        one means the answer's end, and what a model thinks may well have it before there is an answer."""
+        return self._up_to_stop(self._response.push(text) if self._response else [("content", text)])
+
+    def _up_to_stop(self, split: list[tuple[Channel, str]]) -> list[tuple[Channel, str]]:
+        texts: list[tuple[Channel, str]] = []
+        for channel, text in split:
+            if channel == "content":
+                texts.append((channel, self._stop_strings.push(text)))
+            else:
+                texts += [("content", self._stop_strings.flush()), (channel, text)]
+            if self._stop_strings.found:
+                break
+        return texts
+
+    def _held_back(self, reason: str) -> list[tuple[Channel, str]]:
         """Ends the generation; returns the text that was held back, which no stop string claims any more."""
         self.stop_reason = reason
         # A character that was cut in the middle shows as U+FFFD, as it does in Tokenizer.decode, but someone who
         # stops a generation did not ask for its broken end.
         rest = self._decoder.flush() if self._decoder and reason != "cancelled" else ""
-        text = self._stop_strings.push(rest)
+        texts = self._split(rest)
+        if self._response and not self._stop_strings.found:
+            texts += self._up_to_stop(self._response.finish())
         if self._stop_strings.found:
             self.stop_reason = "stop"
-            return text
-        return text + self._stop_strings.flush()
+            return texts
+        return [*texts, ("content", self._stop_strings.flush())]
+
+
+def _special_marks(tokenizer: "Tokenizer", response: "ResponseParser") -> dict[int, str]:
+    """The special tokens that are marks of a format, or begin one, with their spellings, which the decoder leaves
+    out."""
+    ids = {id for mark in response.marks for id in tokenizer.encode(mark, add_special=False, parse_special=True)}
+    return {
+        id: tokenizer.token_bytes(id).decode("utf-8", "replace")
+        for id in ids
+        if not tokenizer.decode([id], skip_special=True) and tokenizer.decode([id])
+    }

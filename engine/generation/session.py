@@ -22,6 +22,7 @@ from qrun.formats import FormatError
 
 if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
+    from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
 
 OnFull = Callable[[list[int]], Iterable[int] | None]
@@ -114,7 +115,14 @@ class Session:
         """Whether `close` was called, on the session or its model."""
         return self._closed
 
-    def generate(self, prompt_tokens: Iterable[int], *, on_full: OnFull | None = None, **options: Any) -> Generation:
+    def generate(
+        self,
+        prompt_tokens: Iterable[int],
+        *,
+        on_full: OnFull | None = None,
+        response: "ResponseParser | None" = None,
+        **options: Any,
+    ) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
 
         `on_full` is called when the context is full before the text has ended, with all tokens of the text: prompt and
@@ -123,6 +131,9 @@ class Session:
         that the answer is one text. `on_full=lambda tokens: tokens[:64] + tokens[-1024:]` goes on for ever.
         Called by the thread that asks for pieces. What it raises, or ContextOverflow if it shortens nothing, ends
         the generation.
+
+        `response`, which `ChatTemplate.response` makes for a prompt, tells thoughts from the answer. Without it all is
+        answer, marks included.
 
         `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
         thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
@@ -152,7 +163,10 @@ class Session:
         guessers: list[Guesser] = [Lookup(prompt)] if chosen.lookup else []
         if self._draft is not None and chosen.draft:
             guessers.append(DraftGuesser(self._draft, prompt))
-        generation = Generation(self, self._cache, prompt, sampler, tokenizer, shorten if on_full else None, guessers)
+        shorten_if_asked = shorten if on_full else None
+        generation = Generation(
+            self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response
+        )
         self._take_over(generation)
         return generation
 

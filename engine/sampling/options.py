@@ -97,8 +97,12 @@ class SamplingOptions:
     """Use the draft that the model was loaded with, if there is one; without it, the text is the same."""
     max_tokens: int | None = None
     """The most tokens to generate; None goes on until the model stops or the context is full."""
+    reasoning_budget: int | None = None
+    """The most tokens to think with before the answer, in a chat with a model that thinks: then the thought is ended
+    for it. 0 has it answer at once; None lets it think as long as it wants."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation; they are not part of its text, not even their beginnings."""
+    """Texts that end the generation; they are not part of its text, not even their beginnings. In thoughts they end
+    nothing."""
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -271,5 +275,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "draft": _boolean,
     "seed": _optional(_integer(0)),
     "max_tokens": _optional(_integer(0)),
+    "reasoning_budget": _optional(_integer(0)),
     "stop": _texts,
 }

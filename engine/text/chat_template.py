@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from itertools import chain
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.text.messages import REASONING, ChatTemplateError, Message, read_messages, read_tools
 from qrun.engine.text.prompt import Spellings, texts_in, unused_mark, with_mark
+from qrun.engine.text.response_formats import SWITCHES, ResponseFormat, Switch, find_format
+from qrun.engine.text.response_parser import ResponseParser
 from qrun.engine.text.template_fitting import PROBE_TOOLS, Fitting, Unanswered
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
@@ -79,6 +82,7 @@ class ChatTemplate:
         self._environment: Limited | None = None
         self._fittings: dict[tuple[str, int], Fitting] = {}
         self._guards: dict[str, tuple[Spellings, Spellings]] = {}
+        self._switches: dict[str, Switch | None] = {}
         self._probe_seconds = 0.0
         self._lock = ForkAwareLock()
 
@@ -107,6 +111,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         *,
         special_tokens_in_messages: bool = False,
+        think: bool | None = None,
         **variables: Any,
     ) -> str:
         """The conversation as text, with its control tokens spelt out: for `Model.template_tokens`.
@@ -116,6 +121,9 @@ class ChatTemplate:
         arguments of calls as mappings or as JSON, a developer's message as the system's, late or several system
         messages at the start, or in the first question where the template has no place for them.
         tools: JSON schemas of functions. add_generation_prompt: end with what introduces the model's answer.
+        think: whether the model is to think before it answers; None leaves that to the template. The template is told
+            by whatever variable it has for that. Where it has none, False ends the prompt with an empty thought, as
+            other templates do, and True begins a thought.
         variables: more of what the template knows (`enable_thinking=False`).
 
         special_tokens_in_messages: a text that spells a special token means the token. Otherwise it stays text, when
@@ -124,13 +132,22 @@ class ChatTemplate:
         named as tokens ("bos_token"). The tokens that only surround results of tools stay text in such results, and
         those around thoughts count if a text's ordinary encoding finds them.
 
-        Raises TypeError for messages of a wrong type, ChatTemplateError if the template refuses.
+        Raises TypeError for messages of a wrong type, ChatTemplateError if the template refuses, or is to have a model
+        think and knows no thoughts.
         """
+        if think and self.format.thoughts is None:
+            raise ChatTemplateError("the model does not think: its chat template knows no thoughts")
         read = read_messages(messages)
         tools = read_tools(tools)
         with self._lock:
             self._probe_seconds = _PROBE_SECONDS
             fitting, tools = self._fitting(tools, variables)
+            switch = None
+            if think is not None:
+                switch = self._switch(fitting)
+                if switch is not None:
+                    variables = {switch.name: switch.on if think else switch.off} | variables
+                    fitting, tools = self._fitting(tools, variables)
             try:
                 messages = fitting.fit(read_messages(read))
                 hidden = fitting.hidden_thoughts(messages)
@@ -146,7 +163,86 @@ class ChatTemplate:
                     text = self._with_thought(text, messages[: i + 1], variables)
             except Exception as error:  # a template can fail in every way in which Python code can
                 raise ChatTemplateError(f"chat template: {error or type(error).__name__}") from None
-        return with_mark(text, mark) if mark else text
+            more = "" if think is None else self._begun(text, think, switch, self._around_thought(fitting))
+        return (with_mark(text, mark) if mark else text) + more
+
+    @cached_property
+    def format(self) -> ResponseFormat:
+        """How the model's answers are built, by the marks in its template."""
+        sources = dict.fromkeys((self.source, self._tool_source))
+        return find_format("\n".join(sources), self._tokenizer.has_piece)
+
+    def response(self, prompt: str, *, with_calls: bool = False) -> ResponseParser | None:
+        """What splits the answer to this prompt into thoughts and answer, and calls of functions if asked for; None
+        where the template knows nothing of the kind. For one generation."""
+        thoughts, calls = self.format.thoughts, self.format.calls if with_calls else None
+        if thoughts is None:
+            return ResponseParser(self.format, with_calls=True) if calls else None
+        with self._lock:
+            self._probe_seconds = _PROBE_SECONDS
+            _, closing = self._around_thought(self._fitting(None, {})[0])
+        end = prompt.rstrip()
+        thinking = end.endswith(thoughts.open.rstrip())
+        ends = {thoughts.close.rstrip(), thoughts.after.rstrip(), closing.rstrip()} - {""}
+        return ResponseParser(
+            self.format,
+            thinking=thinking,
+            thought=not thinking and end.endswith(tuple(ends)),
+            with_calls=with_calls,
+            closing=closing,
+        )
+
+    def _begun(self, prompt: str, think: bool, switch: Switch | None, around: tuple[str, str]) -> str:
+        """What ends the prompt, so that the model thinks, or does not."""
+        thoughts = self.format.thoughts
+        if thoughts is None:
+            return ""
+        inner, closing = around
+        end = prompt.rstrip()
+        if end.endswith(thoughts.open.rstrip()):
+            return "" if think else closing
+        if switch is not None or end.endswith(thoughts.close.rstrip()):
+            return ""
+        if think:  # a message with a header is always begun by the model
+            return "" if thoughts.header else thoughts.open + inner
+        return thoughts.open + inner + closing
+
+    def _around_thought(self, fitting: Fitting) -> tuple[str, str]:
+        """What stands between the mark that begins a thought and the thought, and between the thought and the answer:
+        as the template shows it, or else as such models write it."""
+        thoughts = self.format.thoughts
+        if thoughts is None:
+            return "", ""
+        try:
+            around = fitting.around_thought
+        except Unanswered:
+            around = None
+        if around is not None:
+            _, begun, inner = around[0].rpartition(thoughts.open)
+            if begun and not inner.strip() and thoughts.close in around[1]:
+                return inner, around[1]
+        return thoughts.inner, thoughts.inner + thoughts.close + thoughts.after
+
+    def _switch(self, fitting: Fitting) -> Switch | None:
+        """The variable that tells the template whether the model is to think; None if it has none."""
+        source = fitting.source
+        if source not in self._switches:
+            self._switches[source] = next((one for one in SWITCHES if self._has_switch(fitting, one)), None)
+        return self._switches[source]
+
+    def _has_switch(self, fitting: Fitting, switch: Switch) -> bool:
+        words = [value for value in (switch.on, switch.off) if isinstance(value, str)]
+        is_named = re.search(rf"\b{switch.name}\b", fitting.source)
+        if not is_named or not all(re.search(rf"""["']{word}["']""", fitting.source) for word in words[-1:]):
+            return False
+        try:
+            on, off = (
+                self._prober({"tools": None, switch.name: value})([fitting.question], True)
+                for value in (switch.on, switch.off)
+            )
+        except Unanswered:
+            return False
+        return on is not None and off is not None and on != off
 
     def _render(self, messages: list[Message], variables: dict[str, Any], seconds: float | None = None) -> str:
         from qrun.engine.text.template_sandbox import Limited

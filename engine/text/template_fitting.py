@@ -350,6 +350,23 @@ class Fitting:
             conversations = [[question, answer], [question, answer, following]]
         return any(_THOUGHT in (self._render(messages, len(messages) > 2) or "") for messages in conversations)
 
+    @cached_property
+    def question(self) -> Message:
+        """A question, in the form that the template takes."""
+        return self._said("user", _QUESTION)
+
+    @cached_property
+    def around_thought(self) -> tuple[str, str] | None:
+        """What the template writes between a question and a thought, and between the thought and its answer; None if
+        it shows no thoughts."""
+        name = self._reasoning_name("reasoning_content", False)
+        if name is None:
+            return None
+        text = self._render([self.question, self._said("assistant", _ANSWER) | {name: _THOUGHT}], False) or ""
+        before, thought, rest = text.rpartition(_QUESTION)[2].partition(_THOUGHT)
+        between, answer, _ = rest.partition(_ANSWER)
+        return (before, between) if thought and answer else None
+
     def hidden_thoughts(self, messages: list[Message]) -> list[int]:
         """Which messages call functions for the last question, after a thought that the template shows only while
         nothing follows the call: what the model goes by when it reads the results."""

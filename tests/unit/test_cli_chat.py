@@ -24,6 +24,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from qrun.cli import console, loading
+from qrun.cli.answer import Display
 from qrun.cli.chat import answer_lines
 from qrun.cli.conversation import Conversation
 from qrun.cli.editor import LineEditor
@@ -50,7 +51,7 @@ def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
                 return line
             raise line
 
-        Repl(conversation or Conversation(make_model()), read or read_script).run()
+        Repl(conversation or Conversation(make_model()), read=read or read_script).run()
         printed = capsys.readouterr()
         assert printed.err == "" or printed.err.startswith("qrun: ")
         return printed.out.partition("\n")[2] + printed.err
@@ -363,9 +364,12 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     visible = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
     assert chat(f"a{text}b") == f"A{text}B!\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert chat(f"a{text}b c\nd") == f"A{visible}B C\nD!\n"
+    monkeypatch.setenv("TERM", "dumb")
     assert chat(f"a{text}b\tc\nd") == f"A{visible}B\tC\nD!\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"a{text}b"))
-    answer_lines(Conversation(make_model()))
+    answer_lines(Conversation(make_model()), Display())
     assert capsys.readouterr().out == f"A{visible}B!\n"
 
 

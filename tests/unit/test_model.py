@@ -30,6 +30,9 @@ class FakeTemplate:
         extra = f"{tools or ''}{variables or ''}"
         return "<s>" + "".join(f"{m['role']}: {m['content']}\n" for m in messages) + extra + ">"
 
+    def response(self, prompt: str, *, with_calls: bool = False) -> None:
+        return None
+
 
 class FakeReader:
     def __init__(self, metadata: dict[str, Any] | None = None, files: tuple[Path, ...] = ()) -> None:
