@@ -59,7 +59,7 @@ def command(
       qrun info model.gguf --json
     """
     from qrun.cli.loading import find_model, show_context_notice
-    from qrun.cli.machine import memory
+    from qrun.engine.native.machine import memory
     from qrun.formats import FormatError, GGUFReader
     from qrun.models import build_graph
     from qrun.models.adapter import is_adapter, open_adapters

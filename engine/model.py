@@ -33,9 +33,9 @@ class Model:
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
 
-    May be used from several threads: each generation of `chat`, `generate` and `complete` has a session to itself
-    while it lasts. One that begins after another has ended goes on in the same session, so that only the tokens in
-    which its prompt differs are computed. All methods raise RuntimeError once the model is closed.
+    May be used from several threads: their generations are computed together, which costs much less than one after the
+    other, and each is the same to the bit as if it were alone. Prompts that begin like an earlier one, of any
+    generation or session, go on from there. All methods raise RuntimeError once the model is closed.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Model:
         tokenizer_problem: str | None = None,
         loras: "Sequence[Adapter[Any]]" = (),
         draft: "LoadedDraft | None" = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.path = path
         self.reader = reader
@@ -82,11 +83,12 @@ class Model:
         fingerprint = functools.partial(_fingerprint, files, description)
         self._draft = draft
         make_draft = draft.session_draft if draft else None
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft)
+        room = cache_limit(runtime, cache_bytes)
+        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room)
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
-        # Sessions of chat, generate and complete: those busy, and at most one more.
+        # Sessions of chat, generate and complete whose generations may be under way.
         self._pool: list[Session] = []
 
     @classmethod
@@ -98,6 +100,7 @@ class Model:
         context: int | None = None,
         cache_type: str = "f16",
         batch: int = 512,
+        cache_bytes: int | None = None,
         loras: "Sequence[LoraLike]" = (),
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
@@ -114,6 +117,9 @@ class Model:
         context: the most tokens of one session; by default what the model was trained for, at most 4096.
         cache_type: how keys and values are kept: "f16", "q8_0" or "q4_0".
         batch: the most tokens of a prompt that are computed at once.
+        cache_bytes: what all that is cached of texts may take, before what has ended and was not used for longest is
+            forgotten, and what is under way has to wait: by default a quarter of the free memory, but room for one
+            context at least.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
@@ -126,7 +132,9 @@ class Model:
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
         tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`.
         """
-        for name, value in (("threads", threads), ("context", context), ("batch", batch)):
+        for name, value in (
+            ("threads", threads), ("context", context), ("batch", batch), ("cache_bytes", cache_bytes),
+        ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
@@ -176,7 +184,7 @@ class Model:
             runtime.close()
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting)
+        return cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting, cache_bytes)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -359,16 +367,14 @@ class Model:
         self.close()
 
     def _generate(self, tokens: Iterable[int], options: dict[str, Any]) -> "Generation":
-        tokens = list(tokens)
         with self._lock:
             self._check_open()
-            idle = [session for session in self._pool if not session.busy and not session.closed]
-            session = max(idle, key=lambda one: one.common_prefix(tokens)) if idle else self.session()
-            for other in idle:
-                if other is not session:
-                    other.close()
+            for session in [one for one in self._pool if not one.busy]:
+                self._pool.remove(session)
+                session.leave()
+            session = self.session()
             generation = session.generate(tokens, **options)
-            self._pool = [one for one in self._pool if one.busy and one is not session] + [session]
+            self._pool.append(session)
             return generation
 
     def _check_open(self) -> None:
@@ -379,6 +385,16 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
+    """How many bytes sequences may hold."""
+    if wanted is not None:
+        return wanted
+    from qrun.engine.native.machine import memory
+
+    available = memory().available
+    return max((available or 0) // 4, runtime.context_bytes)
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,43 +12,27 @@ import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
+from qrun.engine.generation.lookup import Lookup
+from qrun.engine.generation.piece import Piece
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.scheduler import Scheduler, Sink, Task
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
     from qrun.engine.text.tool_calls import ToolCall
 
+# Pieces that are computed before anybody asks for them, where several generations share steps: so that a step need not
+# wait for readers.
+_AHEAD = 2
 
-class Piece(str):
-    """Text of one generated token, as far as it can be shown yet.
 
-    It is "" while the token only begins a character, or what may become a stop string or a mark of the model's format;
-    the piece that completes it has it all. All pieces of the channel "content" joined are the text of the generation.
-    """
-
-    token: int | None
-    """The token; None for more text of the same token, and for what was held back until the end and that no token is
-    left for."""
-    logprob: float | None
-    """Natural logarithm of the token's probability, by the model's logits as they came; None with `logprobs` off, and
-    for a token that the model did not choose, as where `reasoning_budget` ends a thought."""
-    channel: Channel
-    """What the text is: "content" (the answer), "reasoning" (what the model thinks before it), or "tool_call". Always
-    "content" but in answers of `Model.chat`, and of sessions that are given a `response`."""
-
-    def __new__(
-        cls, text: str, token: int | None = None, logprob: float | None = None, channel: Channel = "content"
-    ) -> Self:
-        piece = super().__new__(cls, text)
-        piece.token = token
-        piece.logprob = logprob
-        piece.channel = channel
-        return piece
+class _OthersCame(Exception):
+    """A generation is not alone any more."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +91,13 @@ class Generation(Iterator[Piece]):
         on_full: Callable[[list[int]], list[int] | None] | None = None,
         guessers: Sequence[Guesser] = (),
         response: "ResponseParser | None" = None,
+        scheduler: "Scheduler | None" = None,
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
         self.text = ""
         self.reasoning = ""
         self.tokens: list[int] = []
-        self.stop_reason: str | None = None
         self.seed = sampler.seed
         self._cache = cache
         self._prompt = prompt
@@ -136,6 +120,10 @@ class Generation(Iterator[Piece]):
         self._sampled: deque[tuple[int, float | None, int]] = deque()
         """Tokens without a piece yet, each with its log probability and the positions left before it."""
         self._cancelled = False
+        self._reason: str | None = None
+        self._scheduler = scheduler
+        self._task: Task | None = None
+        """Set once the scheduler computes the pieces."""
         self._reading = ForkAwareLock("this generation")
         self._on_full = on_full
         self._full = False
@@ -155,29 +143,72 @@ class Generation(Iterator[Piece]):
         if not self._reading.acquire(blocking=False):
             raise RuntimeError("this generation is being read by another thread")
         try:
-            if self._ready:
-                piece: Piece | None = self._ready.popleft()
-            elif self.stop_reason is not None:
-                raise StopIteration
-            else:
-                try:
-                    piece = self._next_piece()
-                except BaseException:
-                    self.stop_reason = "cancelled"
-                    raise
+            piece = self._read()
             if piece is None:
                 raise StopIteration
-            if piece.channel == "content":
-                self.text += piece
-            elif piece.channel == "reasoning":
-                self.reasoning += piece
+            self._count(piece)
             return piece
         finally:
             self._reading.release()
 
+    def _read(self) -> Piece | None:
+        """The next piece: from the scheduler where others generate at the same time, else computed here."""
+        scheduler = self._scheduler
+        if scheduler is not None and self._task is None and self._reason is None and not self._ready:
+            if self._can_share and scheduler.shared(self):
+                self._task = scheduler.add(self, ahead=_AHEAD)
+        if self._task is not None:
+            return self._task.read()
+        if self._ready:
+            return self._ready.popleft()
+        if self._reason is not None:
+            return None
+        try:
+            return self._next_piece()
+        except _OthersCame:
+            assert scheduler is not None
+            self._task = scheduler.add(self, ahead=_AHEAD)
+            return self._task.read()
+        except BaseException:
+            self._reason = "cancelled"
+            raise
+
+    def start(self, sink: "Sink") -> None:
+        """Have all pieces computed, whether or not anybody asks, and handed to `sink` by the thread that computes them.
+
+        In the place of iterating. ValueError for a generation that was begun, or that another thread cannot compute: one
+        with `on_full`, or of a session with a draft.
+        """
+        if self._scheduler is None or not self._can_share:
+            raise ValueError("this generation can only be computed by the thread that asks for its pieces")
+        if self._task is not None or self._started:
+            raise ValueError("this generation has begun")
+        self._task = self._scheduler.add(self, sink=sink)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """The pieces, for asyncio. When the task that waits for one is cancelled, so is the generation."""
+        from qrun.engine.generation.asynchronous import pieces
+
+        async for piece in pieces(self):
+            yield piece
+
+    def _count(self, piece: Piece) -> None:
+        """A piece goes to whoever reads."""
+        if piece.channel == "content":
+            self.text += piece
+        elif piece.channel == "reasoning":
+            self.reasoning += piece
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the generation ended; None before its last piece has been read. See above."""
+        return None if self._task is not None and self._task.unread else self._reason
+
     def cancel(self) -> None:
         """End as soon as possible, from any thread: after the token under way, or within a tenth of a second."""
         self._cancelled = True
+        if self._task is not None:
+            self._task.wake()
 
     @property
     def cancelled(self) -> bool:
@@ -218,19 +249,65 @@ class Generation(Iterator[Piece]):
                 return self._last_piece("context")
             with self._cache.lock:
                 self._sample()
+        piece = self._take_piece()
+        seconds = time.perf_counter() - start
+        if self._n_sampled == 1:
+            self._first_token_seconds = seconds
+        elif self._n_sampled > 1:
+            self._generate_seconds += seconds - (self._prompt_seconds - read_before)
+        return piece
+
+    def _take_piece(self) -> Piece | None:
+        """The piece of a token that has been sampled."""
         if self.cancelled:
             return self._last_piece("cancelled")
         if self._max_tokens == 0:
             return self._last_piece("length")
         token, logprob, n_free = self._sampled.popleft()
         self._n_sampled += 1
-        piece = self._piece(token, logprob, n_free)
-        seconds = time.perf_counter() - start
-        if self._n_sampled == 1:
+        return self._piece(token, logprob, n_free)
+
+    # For the scheduler, which holds the cache's lock
+
+    @property
+    def _can_share(self) -> bool:
+        """Can its rows be computed together with those of others?"""
+        alone = self._on_full is not None or self._cache.tap is not None
+        return not alone and all(isinstance(guesser, Lookup) for guesser in self._guessers)
+
+    def _next_rows(self) -> tuple[list[int], Guesser | None]:
+        """The tokens to evaluate after the prompt: the last, and guesses; and whose these are."""
+        guesser, guesses = self._guesses()
+        return [self.tokens[-1], *guesses], guesser
+
+    def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None:
+        """The prompt has been evaluated; `logits` [n_vocab] follow it. seconds: since the generation began."""
+        self._started = True
+        self._n_cached += n_cached
+        self._prompt_seconds += seconds
+        if self._max_tokens != 0:
+            self._choose(logits, self._cache.n_free)
             self._first_token_seconds = seconds
-        else:
-            self._generate_seconds += seconds - (self._prompt_seconds - read_before)
-        return piece
+
+    def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None:
+        """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each."""
+        self._generate_seconds += seconds
+        if guesser is not None:
+            self._accept(rows, tokens[1:], guesser, seconds)
+            return
+        self._choose(rows[0], self._cache.n_free)
+        for one in self._guessers:
+            one.learn(0, 0, seconds)
+
+    def _drain(self) -> list[Piece]:
+        """The pieces of all that has been sampled; of a cancelled generation, the last."""
+        pieces: list[Piece] = []
+        while self._ready or (self._reason is None and (self._sampled or self.cancelled or self._max_tokens == 0)):
+            piece = self._ready.popleft() if self._ready else self._take_piece()
+            if piece is None:
+                break
+            pieces.append(piece)
+        return pieces
 
     def _make_room(self) -> bool:
         """Have `on_full` shorten the text, which is read again with the next piece; False if it ends here."""
@@ -296,8 +373,15 @@ class Generation(Iterator[Piece]):
     def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
         """Evaluate the guesses together with the last token; sample until a token is not the one guessed."""
         start = time.perf_counter()
-        n_free = self._cache.n_free - 1
         rows = self._cache.advance_with(self.tokens[-1], guesses)
+        self._accept(rows, guesses, guesser, start=start)
+
+    def _accept(
+        self, rows: np.ndarray, guesses: list[int], guesser: Guesser, seconds: float = 0.0, start: float | None = None
+    ) -> None:
+        """Sample from the rows after the last token and its guesses, until a token is not the one guessed. start: when
+        that began, in place of how long the rows took."""
+        n_free = self._cache.n_free + len(guesses)
         n_right = 0
         try:
             for i, row in enumerate(rows):
@@ -309,22 +393,32 @@ class Generation(Iterator[Piece]):
             self._cache.take_back(len(guesses) - n_right)
         self._n_guessed += len(guesses)
         self._n_accepted += n_right
-        guesser.learn(len(guesses), n_right, time.perf_counter() - start)
+        guesser.learn(len(guesses), n_right, seconds if start is None else time.perf_counter() - start)
 
     def _next_logits(self) -> np.ndarray | None:
-        """Logits after all tokens so far; None if the evaluation was cancelled."""
-        with suppress(GenerationCancelled):
-            if self._started:
+        """Logits after all tokens so far; None if the evaluation was cancelled. Raises _OthersCame where the prompt had
+        better be read in steps that others share."""
+        if self._started:
+            with suppress(GenerationCancelled):
                 return self._cache.advance(self.tokens[-1], lambda: self._cancelled)
-            self._started = True
-            start = time.perf_counter()
-            try:
-                logits, n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled, self._stop_ids)
-                self._n_cached += n_cached
-            finally:
-                self._prompt_seconds += time.perf_counter() - start
-            return logits
-        return None
+            return None
+        scheduler = self._scheduler if self._can_share else None
+        start = time.perf_counter()
+        if scheduler is not None:
+            scheduler.prefixes.adopt(self._cache, self._prompt)
+        try:
+            logits, n_cached = self._cache.advance_to(
+                self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids
+            )
+        except GenerationCancelled:
+            self._prompt_seconds += time.perf_counter() - start
+            if self._cancelled:
+                return None
+            raise _OthersCame from None
+        self._started = True
+        self._n_cached += n_cached
+        self._prompt_seconds += time.perf_counter() - start
+        return logits
 
     def _piece(self, token: int, logprob: float | None, n_free: int) -> Piece | None:
         """The piece of a sampled token, with which the generation may end. `n_free` positions are left before it."""
@@ -333,7 +427,7 @@ class Generation(Iterator[Piece]):
         self.tokens.append(token)
         texts = self._split(self._decoder.push(token) + self._marks.get(token, "")) if self._decoder else []
         if self._stop_strings.found:
-            self.stop_reason = "stop"
+            self._reason = "stop"
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
             texts += self._held_back("length")
         elif n_free == 0 and self._on_full is not None:
@@ -367,7 +461,7 @@ class Generation(Iterator[Piece]):
         if response is None or response.channel != "reasoning":
             return
         self._n_reasoning += 1
-        if self._budget is None or self._n_reasoning < self._budget or self._forced or self.stop_reason is not None:
+        if self._budget is None or self._n_reasoning < self._budget or self._forced or self._reason is not None:
             return
         assert self._tokenizer is not None
         self._forced.extend(self._tokenizer.encode(response.closing, add_special=False, parse_special=True))
@@ -390,7 +484,7 @@ class Generation(Iterator[Piece]):
 
     def _held_back(self, reason: str) -> list[tuple[Channel, str]]:
         """Ends the generation; returns the text that was held back, which no stop string claims any more."""
-        self.stop_reason = reason
+        self._reason = reason
         # A character that was cut in the middle shows as U+FFFD, as it does in Tokenizer.decode, but someone who
         # stops a generation did not ask for its broken end.
         rest = self._decoder.flush() if self._decoder and reason != "cancelled" else ""
@@ -398,7 +492,7 @@ class Generation(Iterator[Piece]):
         if self._response and not self._stop_strings.found:
             texts += self._up_to_stop(self._response.finish())
         if self._stop_strings.found:
-            self.stop_reason = "stop"
+            self._reason = "stop"
             return texts
         return [*texts, ("content", self._stop_strings.flush())]
 

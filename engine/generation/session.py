@@ -13,7 +13,9 @@ from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.lookup import Lookup
-from qrun.engine.generation.token_cache import TokenCache, common_prefix
+from qrun.engine.generation.prefixes import Prefixes
+from qrun.engine.generation.scheduler import Scheduler
+from qrun.engine.generation.token_cache import TokenCache
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling import dry
 from qrun.engine.sampling.options import SamplingOptions
@@ -58,8 +60,11 @@ class Host:
         defaults: SamplingOptions,
         fingerprint: Callable[[], str],
         draft: Callable[[], Draft] | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         self.runtime = runtime
+        self.prefixes = Prefixes(runtime, cache_bytes)
+        self.scheduler = Scheduler(runtime, self.prefixes)
         self.draft = draft
         self.tokenizer = tokenizer
         self.defaults = defaults
@@ -71,6 +76,7 @@ class Host:
         """Note that there is one more session."""
         with self._lock:
             self._sessions.add(session)
+        self.prefixes.know(session._cache)
 
     def sessions(self) -> list["Session"]:
         """All sessions that somebody still holds."""
@@ -165,8 +171,9 @@ class Session:
             guessers.append(DraftGuesser(self._draft, prompt))
         shorten_if_asked = shorten if on_full else None
         generation = Generation(
-            self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response
-        )
+            self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response,
+            self._host.scheduler,
+        )  # fmt: skip
         self._take_over(generation)
         return generation
 
@@ -250,15 +257,18 @@ class Session:
                 if self._draft is not None:
                     self._draft.close()
 
+    def leave(self) -> None:
+        """Close the session, but let others of the model have what it has computed, as long as there is room."""
+        with self._guard:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._host.prefixes.keep(self._cache)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def common_prefix(self, prompt: list[int]) -> int:
-        """How many tokens of a prompt the session holds."""
-        return common_prefix(self._cache.tokens, prompt)
 
     def _current(self) -> Generation | None:
         return self._generation() if self._generation is not None else None

@@ -45,22 +45,51 @@ class TokenCache:
         Returns the logits after it, float32 [n_vocab], and how many of its tokens were held already. `cancelled` is
         asked ten times a second; if it says yes, GenerationCancelled is raised.
         """
-        # The last token is always evaluated: logits are not kept.
-        wanted = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
-        if wanted < len(self.tokens):
-            # Sliding windows may have given back pages that the shorter text needs, and states are kept of some
-            # positions only; then less is kept than wanted.
-            del self.tokens[self.sequence.truncate(wanted) :]
-        n_held = len(self.tokens)
-        if not self.sequence.keeps_state:
-            return self._evaluate(prompt[n_held:], "last", cancelled), n_held
-        marks = [i for i in range(n_held + 1, len(prompt)) if prompt[i - 1] in ends][-_MARKS:]
-        for mark in marks:
+        n_held = self.begin(prompt)
+        for mark in self.marks(prompt, ends):
             self._evaluate(prompt[len(self.tokens) : mark], "none", cancelled)
             self.sequence.mark()
         logits = self._evaluate(prompt[len(self.tokens) :], "last", cancelled)
         self.sequence.mark()
         return logits, n_held
+
+    def begin(self, prompt: list[int]) -> int:
+        """Forget all that is no beginning of `prompt`, and its last token: logits are not kept. Returns how many tokens
+        are held."""
+        wanted = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        if wanted < len(self.tokens):
+            # Sliding windows may have given back pages that the shorter text needs, and states are kept of some
+            # positions only; then less is kept than wanted.
+            del self.tokens[self.sequence.truncate(wanted) :]
+        return len(self.tokens)
+
+    def marks(self, prompt: list[int], ends: Set[int]) -> list[int]:
+        """Where in the part of a prompt that is not held messages end: the last few, if a state is to be kept there."""
+        if not self.sequence.keeps_state:
+            return []
+        return [i for i in range(len(self.tokens) + 1, len(prompt)) if prompt[i - 1] in ends][-_MARKS:]
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.sequence.truncate(0)
+        self.tokens.clear()
+
+    def took(self, tokens: Sequence[int]) -> None:
+        """The sequence has been given tokens by a step that others share."""
+        self.tokens += tokens
+
+    def become(self, other: "TokenCache", *, move: bool) -> None:
+        """Hold what another cache holds, in place of what was held. move: it holds nothing any more then. Whoever calls
+        holds both locks."""
+        sequence = other.sequence
+        if move:
+            other.sequence = self._runtime.sequence()
+        else:
+            sequence = sequence.fork()
+        self.sequence.close()
+        self.sequence, self.tokens = sequence, list(other.tokens)
+        if move:
+            other.tokens = []
 
     @property
     def n_computed(self) -> int:

@@ -32,6 +32,11 @@ class PagePool:
     allocated: int = 0
     dropped: deque[Page] = field(default_factory=deque)
 
+    @property
+    def used_bytes(self) -> int:
+        """What sequences hold."""
+        return (self.allocated - len(self.free) - len(self.dropped)) * self.page_bytes
+
     def take(self) -> Page:
         while self.dropped:
             self.give_back(self.dropped.popleft())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -35,6 +37,15 @@ AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear o
 
 Tap = Callable[[int, NDArray[np.int64], NDArray[np.float32]], None]
 """Gets what draft layers go on from: the first position of a step, its tokens, and hidden states [rows, n_embd]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens to append to a sequence, and whose logits are wanted."""
+
+    sequence: KVSequence
+    tokens: Sequence[int]
+    logits: Literal["none", "last", "all"] = "last"
 
 
 class Runtime:
@@ -84,6 +95,7 @@ class Runtime:
         self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
+        self._logits = np.empty((0, self.n_vocab), np.float32)  # of `step`
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
@@ -148,6 +160,55 @@ class Runtime:
                 last = rows[0]
         return out if logits == "all" else last
 
+    def step(
+        self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Append tokens to several sequences in one step of at most `batch` rows.
+
+        Returns for each part the logits that it wants, float32 [n, n_vocab] with n 0, 1 or as many as its tokens: views
+        of memory that the next `step` writes to. Errors are those of `evaluate`; then nothing has been appended.
+        """
+        if len({id(part.sequence) for part in parts}) != len(parts):
+            raise ValueError("a step takes a sequence once")
+        rows, ends = 0, [0]
+        wanted: list[int] = []
+        for part in parts:
+            count = len(part.tokens)
+            if part.sequence.n_past + count > self.context:
+                raise ContextOverflow(
+                    f"{part.sequence.n_past + count} tokens do not fit into the context of {self.context} tokens"
+                )
+            first = {"all": 0, "last": count - 1, "none": count}[part.logits]
+            wanted += range(rows + first, rows + count)
+            ends.append(len(wanted))
+            rows += count
+        if rows > self.batch:
+            raise ValueError(f"{rows} rows are more than the {self.batch} of a step")
+        tokens = [(part.sequence, self._checked(part.tokens)) for part in parts]
+        if len(self._logits) < len(wanted):
+            self._logits = np.empty((len(wanted), self.n_vocab), np.float32)
+        out = self._logits[: len(wanted)]
+        with self._lock:
+            for part in parts:
+                part.sequence.reserve(len(part.tokens))
+            try:
+                self._run(tokens, wanted, out, cancelled)
+            finally:
+                self._under_way = None
+            for part in parts:
+                part.sequence.advance(len(part.tokens))
+        return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    @property
+    def context_bytes(self) -> int:
+        """What a sequence holds of the cache when it has come to the end of the context."""
+        return self._layout.bytes_at(self.context) + 2 * self._layout.block_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """What sequences hold of the cache."""
+        return sum(pool.used_bytes for pool in (*self._pools, self._blocks))
+
     def evaluate_together(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append one token to each of several sequences. Returns float32 [n, n_vocab]."""
         ids = self._checked(tokens)
@@ -201,8 +262,9 @@ class Runtime:
         return ids
 
     def _run(
-        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: range, out: NDArray[np.float32] | None = None,
-        cancelled: Callable[[], bool] | None = None, inputs: NDArray[np.float32] | None = None,
+        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: Sequence[int],
+        out: NDArray[np.float32] | None = None, cancelled: Callable[[], bool] | None = None,
+        inputs: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:  # fmt: skip
         """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given.
         Leaves hidden states, if the graph has any, in `_hidden`."""
@@ -302,7 +364,7 @@ class _Step:
         self._rows(total)
         return total
 
-    def select(self, rows: range) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """The rows that the head works on: it has as many rows as are wanted."""
         self.selected[: len(rows)] = rows
         self._rows(len(rows))

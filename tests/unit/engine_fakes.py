@@ -84,6 +84,9 @@ class FakeSequence:
     def returnable(self, after: int | None = None) -> int:
         return self.runtime.context - (self.n_past + 1 if after is None else after)
 
+    def mark(self) -> None:
+        pass
+
     def truncate(self, n: int) -> int:
         assert not self.closed
         if self.runtime.window is not None and n < len(self.held) - self.runtime.window:
@@ -111,6 +114,7 @@ class FakeSequence:
 class FakeRuntime:
     """After any text, the likeliest token is what `rule` makes of all tokens so far; the others follow at random."""
 
+    cache_bytes = context_bytes = 0
     cache_type = "f16"
     threads = 1
 

@@ -1,0 +1,87 @@
+"""Generations in asyncio: pieces come from the scheduler's thread, all of a step with one call into the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qrun.engine.generation.piece import Piece
+    from qrun.engine.generation.scheduler import Sharing
+
+Batch = tuple["list[Piece]", "BaseException | None", bool]
+"""More pieces, an error, and whether that was all."""
+
+
+class LoopSink:
+    """Hands pieces to the queues of an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queues: dict[int, asyncio.Queue[Batch]] = {}
+        self._waiting: list[tuple[int, Batch]] = []
+
+    def queue(self, generation: Sharing) -> asyncio.Queue[Batch]:
+        """Where what comes of a generation will lie."""
+        queue: asyncio.Queue[Batch] = asyncio.Queue()
+        self._queues[id(generation)] = queue
+        return queue
+
+    def forget(self, generation: Sharing) -> None:
+        """Nobody reads its queue any more."""
+        self._queues.pop(id(generation), None)
+
+    def put(self, generation: Sharing, pieces: list[Piece], error: BaseException | None) -> None:
+        self._waiting.append((id(generation), (pieces, error, generation.stop_reason is not None)))
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            self._loop.call_soon_threadsafe(self._hand_out, waiting)
+        except RuntimeError:  # the loop has been closed
+            self._queues.clear()
+
+    def _hand_out(self, waiting: list[tuple[int, Batch]]) -> None:
+        for number, batch in waiting:
+            if queue := self._queues.get(number):
+                queue.put_nowait(batch)
+
+
+_sinks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopSink] = weakref.WeakKeyDictionary()
+
+
+def loop_sink() -> LoopSink:
+    """That of the running event loop."""
+    loop = asyncio.get_running_loop()
+    if loop not in _sinks:
+        _sinks[loop] = LoopSink(loop)
+    return _sinks[loop]
+
+
+async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
+    """The pieces of a generation, those of one step together."""
+    sink = loop_sink()
+    queue = sink.queue(generation)
+    try:
+        generation.start(sink)
+        while True:
+            pieces, error, over = await queue.get()
+            if pieces:
+                yield pieces
+            if error is not None:
+                raise error
+            if over:
+                return
+    finally:
+        if generation.stop_reason is None:
+            generation.cancel()
+        sink.forget(generation)
+
+
+async def pieces(generation: Sharing) -> AsyncIterator[Piece]:
+    """The same one by one."""
+    async for some in batches(generation):
+        for piece in some:
+            yield piece

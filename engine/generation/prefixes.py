@@ -1,0 +1,103 @@
+"""What has been computed of earlier texts, for texts that begin alike.
+
+Every request that begins looks for the cache that has the longest beginning of its prompt, and goes on from a fork of
+it: pages are shared, and copied when one of the two writes. Caches of requests that have ended stay, until together
+with all others they take more memory than they may; those that were not used for longest go first.
+"""
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qrun.engine.generation.token_cache import TokenCache
+
+if TYPE_CHECKING:
+    from qrun.engine.program.runtime import Runtime
+
+# A beginning that is shorter is computed sooner than shared.
+WORTH_SHARING = 16
+MOST = 256  # caches that are kept
+
+
+class Prefixes:
+    """The caches of one model. limit: bytes that sequences may hold, those in use included, before kept ones go."""
+
+    def __init__(self, runtime: "Runtime", limit: int) -> None:
+        self.limit = limit
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._known: weakref.WeakSet[TokenCache] = weakref.WeakSet()
+        self._kept: dict[TokenCache, None] = {}  # those used last are last
+
+    def know(self, cache: TokenCache) -> None:
+        """There is one more cache to share beginnings of."""
+        with self._lock:
+            self._known.add(cache)
+
+    def keep(self, cache: TokenCache) -> None:
+        """Nobody uses this cache any more."""
+        with self._lock:
+            self._known.add(cache)
+            self._kept.pop(cache, None)
+            self._kept[cache] = None
+        self.trim()
+
+    def adopt(self, cache: TokenCache, prompt: list[int]) -> None:
+        """Give a cache what another one has of a prompt's beginning, if that is more. Whoever calls holds its lock."""
+        if cache.tap is not None:
+            return
+        wanted = np.array(prompt[:-1], np.int64)
+        own = shared_beginning(cache, wanted)
+        with self._lock:
+            others = [(shared_beginning(other, wanted), other) for other in self._known if other is not cache]
+        for length, other in sorted(others, key=lambda pair: -pair[0]):
+            if length < max(own + WORTH_SHARING, WORTH_SHARING):
+                return
+            if other.tap is not None or not other.lock.acquire(blocking=False):
+                continue
+            try:
+                if shared_beginning(other, wanted) != length:  # it went on meanwhile
+                    continue
+                with self._lock:
+                    superseded = other in self._kept and length == len(other.tokens)
+                    if superseded:
+                        del self._kept[other]
+                    elif other in self._kept:
+                        self._kept[other] = self._kept.pop(other)
+                cache.become(other, move=superseded)
+                return
+            finally:
+                other.lock.release()
+
+    def trim(self, wanted: int = 0) -> bool:
+        """Let kept caches go until `wanted` bytes more would fit; whether they do."""
+        while self._runtime.cache_bytes + wanted > self.limit or len(self._kept) > MOST:
+            with self._lock:
+                oldest = next(iter(self._kept), None)
+                if oldest is None:
+                    return self._runtime.cache_bytes + wanted <= self.limit
+                del self._kept[oldest]
+                self._known.discard(oldest)
+            with oldest.lock:
+                oldest.sequence.close()
+                oldest.tokens.clear()
+        return True
+
+    def clear(self) -> None:
+        """Let all kept caches go."""
+        with self._lock:
+            kept = list(self._kept)
+            self._kept.clear()
+        for cache in kept:
+            with cache.lock:
+                cache.sequence.close()
+                cache.tokens.clear()
+
+
+def shared_beginning(cache: TokenCache, prompt: np.ndarray) -> int:
+    """How many tokens a cache and a prompt begin with alike."""
+    held = np.array(cache.tokens[: len(prompt)], np.int64)
+    differ = np.flatnonzero(held != prompt[: len(held)])
+    return int(differ[0]) if len(differ) else len(held)

@@ -1,0 +1,388 @@
+"""One step for many: the rows of all generations under way are computed together.
+
+A generation that is alone computes for itself, in the thread that asks for its pieces. As soon as there are several, a
+thread of the scheduler's takes over. Each of its steps has a row (or guesses) of every generation that has read its
+prompt, and then rows of prompts, as many as the time allows that the others can wait. A row's bits do not depend on the
+rows beside it, so no text depends on who else generates.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from qrun.engine.errors import GenerationCancelled
+from qrun.engine.generation.prefixes import WORTH_SHARING, Prefixes, shared_beginning
+
+if TYPE_CHECKING:
+    from qrun.engine.generation.guesses import Guesser
+    from qrun.engine.generation.piece import Piece
+    from qrun.engine.generation.token_cache import TokenCache
+    from qrun.engine.program.runtime import Part, Runtime
+
+# While others generate, a step takes no longer than this, and than so many steps without rows of prompts.
+LONGEST_STEP, ORDINARY_STEPS = 0.1, 2.0
+FEWEST_ROWS = 16  # of prompts, in a step with others; they cost hardly more than one
+SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
+PATIENCE = 1.0  # but not before those that have waited for so many seconds
+_LEARNING = 0.3  # how much a step says about how long the next will take
+
+
+class Sharing(Protocol):
+    """A generation, as far as the scheduler knows it: see `Generation`."""
+
+    tokens: list[int]
+    _cache: TokenCache
+    _prompt: list[int]
+    _sampled: deque[tuple[int, float | None, int]]
+    _stop_ids: frozenset[int]
+    _started: bool
+    _reason: str | None
+
+    @property
+    def cancelled(self) -> bool: ...
+
+    @property
+    def stop_reason(self) -> str | None: ...
+
+    def cancel(self) -> None: ...
+
+    def start(self, sink: Sink) -> None: ...
+
+    def _next_rows(self) -> tuple[list[int], Guesser | None]: ...
+
+    def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None: ...
+
+    def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None: ...
+
+    def _drain(self) -> list[Piece]: ...
+
+    def _count(self, piece: Piece) -> None: ...
+
+
+class Sink(Protocol):
+    """Who takes pieces, in the scheduler's thread: it must be quick, and not raise."""
+
+    def put(self, generation: Sharing, pieces: list[Piece], error: BaseException | None) -> None:
+        """More pieces. After the last of a generation its `stop_reason` is set, or there is an error."""
+
+    def flush(self) -> None:
+        """A step has ended, after one `put` or more."""
+
+
+class Task:
+    """A generation that the scheduler computes.
+
+    ahead: how many pieces may wait for their reader. With a sink, nobody reads, and none wait.
+    """
+
+    def __init__(self, scheduler: Scheduler, generation: Sharing, ahead: int, sink: Sink | None) -> None:
+        self._scheduler = scheduler
+        # Whoever reads holds the generation; when nobody does any more, it need not go on.
+        self.generation = weakref.ref(generation)
+        self._held = generation if sink is not None else None
+        self.ahead, self.sink = ahead, sink
+        self.arrived = time.perf_counter()
+        self.cache = generation._cache
+        self.prompt = generation._prompt
+        self.marks: deque[int] = deque()
+        self.begun = False
+        self.n_cached = self.n_repeated = 0
+        """Tokens of the prompt that were held; and generated ones that are part of it now."""
+        self.pieces: deque[Piece] = deque()
+        self.error: BaseException | None = None
+        self.over = False
+        self.ready = threading.Condition(scheduler.lock)
+
+    @property
+    def unread(self) -> bool:
+        """Are there pieces that nobody has read?"""
+        return bool(self.pieces) or not self.over
+
+    @property
+    def decoding(self) -> bool:
+        """Has the prompt been read?"""
+        return self.begun and len(self.cache.tokens) >= len(self.prompt)
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that have not been read."""
+        return len(self.prompt) - len(self.cache.tokens)
+
+    def read(self) -> Piece | None:
+        """The next piece, when there is one; None after the last."""
+        with self._scheduler.lock:
+            while not self.pieces and not self.over:
+                self.ready.wait()
+            if self.pieces:
+                piece = self.pieces.popleft()
+                if len(self.pieces) < self.ahead:
+                    self._scheduler.changed.notify()
+                return piece
+            error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return None
+
+    def wake(self) -> None:
+        """Its generation was cancelled: the scheduler should look."""
+        with self._scheduler.lock:
+            self._scheduler.changed.notify()
+
+
+class Scheduler:
+    """Computes the generations of one model, if there are several at a time.
+
+    prefixes: what has been computed of earlier prompts.
+    """
+
+    def __init__(self, runtime: Runtime, prefixes: Prefixes) -> None:
+        self.prefixes = prefixes
+        self._runtime = runtime
+        self._begin()
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self._process = os.getpid()
+        self._tasks: list[Task] = []
+        self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
+        self._thread: threading.Thread | None = None
+        self._decode_seconds = 0.0  # of a step without rows of prompts
+        self._row_seconds = 0.0  # of a row of a prompt
+
+    def shared(self, generation: Sharing) -> bool:
+        """A generation wants to go on: are there others under way?"""
+        if os.getpid() != self._process:  # a child process has the threads of its parent no more
+            self._begin()
+        with self.lock:
+            self._live.add(generation)
+            return bool(self._tasks) or any(
+                other is not generation and other._reason is None and not other.cancelled for other in self._live
+            )
+
+    @property
+    def busy(self) -> bool:
+        """Are there generations that the scheduler computes?"""
+        return bool(self._tasks)
+
+    def add(self, generation: Sharing, *, ahead: int = 0, sink: Sink | None = None) -> Task:
+        """Compute a generation from now on."""
+        if os.getpid() != self._process:
+            self._begin()
+        task = Task(self, generation, ahead, sink)
+        task.begun = generation._started
+        with self.lock:
+            self._live.add(generation)
+            self._tasks.append(task)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="qrun scheduler", daemon=True)
+                self._thread.start()
+            self.changed.notify()
+        return task
+
+    @property
+    def running(self) -> int:
+        """Generations that have read their prompts."""
+        with self.lock:
+            return sum(task.decoding for task in self._tasks)
+
+    @property
+    def waiting(self) -> int:
+        """Those that have not."""
+        with self.lock:
+            return sum(not task.decoding for task in self._tasks)
+
+    # The thread
+
+    def _loop(self) -> None:
+        while True:
+            with self.lock:
+                while not (tasks := self._wanting()):
+                    if not self._tasks:
+                        self._thread = None
+                        return
+                    self.changed.wait(1.0)  # whose readers have gone without a word is noticed then
+            self._step(tasks)
+            del tasks  # or their generations would live as long as the wait
+
+    def _wanting(self) -> list[tuple[Task, Sharing]]:
+        """The tasks that can go on, in the order in which they came; those that nobody wants any more are dropped."""
+        found: list[tuple[Task, Sharing]] = []
+        for task in list(self._tasks):
+            generation = task.generation()
+            if generation is None:
+                self._tasks.remove(task)
+            elif generation.cancelled or task.sink is not None or len(task.pieces) < task.ahead:
+                found.append((task, generation))
+        return found
+
+    def _step(self, tasks: Sequence[tuple[Task, Sharing]]) -> None:
+        """Compute one step, and hand out what came of it."""
+        locked = [(task, generation) for task, generation in tasks if task.cache.lock.acquire(blocking=False)]
+        try:
+            try:
+                self._compute(locked)
+            except GenerationCancelled:
+                pass  # all of them were
+            except BaseException as error:
+                for task, generation in locked:
+                    generation._reason = "cancelled"
+                    task.error = error
+            results = [(task, generation, generation._drain()) for task, generation in locked]
+        finally:
+            for task, _ in locked:
+                task.cache.lock.release()
+        if not locked:
+            time.sleep(0.001)  # their owners save or fork them
+        self._deliver(results)
+
+    def _deliver(self, results: Sequence[tuple[Task, Sharing, list[Piece]]]) -> None:
+        sinks: dict[int, Sink] = {}
+        for task, generation, pieces in results:
+            over = generation._reason is not None
+            with self.lock:
+                task.over = over
+                if task.sink is None:
+                    task.pieces += pieces
+                if over:
+                    self._tasks.remove(task)
+                    self._live.discard(generation)
+                if pieces or over:
+                    task.ready.notify_all()
+            if task.sink is not None and (pieces or over):
+                for piece in pieces:
+                    generation._count(piece)
+                task.sink.put(generation, pieces, task.error)
+                sinks[id(task.sink)] = task.sink
+        for sink in sinks.values():
+            sink.flush()
+
+    def _compute(self, tasks: Sequence[tuple[Task, Sharing]]) -> None:
+        """Evaluate rows of these tasks, and sample from what was wanted."""
+        from qrun.engine.program.runtime import Part  # not for those who only import the face
+
+        going = [(task, generation) for task, generation in tasks if not generation.cancelled]
+        parts: list[Part] = []
+        whose: list[tuple[Task, Sharing, list[int], Guesser | None]] = []
+        room = self._runtime.batch
+
+        def plan(task: Task, generation: Sharing, tokens: list[int], guesser: Guesser | None = None) -> None:
+            ends = task.decoding or len(task.cache.tokens) + len(tokens) == len(task.prompt)
+            logits: Literal["none", "last", "all"] = "all" if guesser is not None else "last" if ends else "none"
+            parts.append(Part(task.cache.sequence, tokens, logits))
+            whose.append((task, generation, tokens, guesser))
+
+        self._make_room(going)
+        for task, generation in going:
+            if task.decoding and room and not generation._sampled:
+                tokens, guesser = generation._next_rows()
+                if len(tokens) > room:
+                    tokens, guesser = tokens[:1], None
+                plan(task, generation, tokens, guesser)
+                room -= len(tokens)
+        n_decode = sum(len(part.tokens) for part in parts)
+        if n_decode:
+            room = min(room, self._rows_beside())
+        full = self._runtime.cache_bytes > self.prefixes.limit
+        for task, generation in self._prompts(going):
+            if room <= 0 or (full and parts):
+                break
+            if not task.begun:
+                self._begin_prompt(task, generation)
+            start = len(task.cache.tokens)
+            end = min(task.marks[0] if task.marks else len(task.prompt), start + room)
+            plan(task, generation, task.prompt[start:end])
+            room -= end - start
+        if not parts:
+            return
+        begin = time.perf_counter()
+        rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
+        seconds = time.perf_counter() - begin
+        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds)
+        for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
+            self._take(task, generation, tokens, guesser, logits, seconds)
+
+    def _take(
+        self, task: Task, generation: Sharing, tokens: list[int], guesser: Guesser | None, logits: np.ndarray,
+        seconds: float,
+    ) -> None:  # fmt: skip
+        """A task's rows have been computed."""
+        decoding = task.decoding
+        task.cache.took(tokens)
+        try:
+            if decoding:
+                generation._take_rows(logits, tokens, guesser, seconds)
+                return
+            if task.marks and task.marks[0] == len(task.cache.tokens):
+                task.marks.popleft()
+                task.cache.sequence.mark()
+            if task.decoding:
+                task.cache.sequence.mark()
+                generation._take_prompt(logits[0], task.n_cached, time.perf_counter() - task.arrived)
+        except Exception as error:  # of this one alone: its logits were no numbers, say
+            generation._reason = "cancelled"
+            task.error = error
+
+    def _prompts(self, tasks: Sequence[tuple[Task, Sharing]]) -> list[tuple[Task, Sharing]]:
+        """Those whose prompts are to be read, the next first. Whose prompt begins like one that is being read waits
+        until that has been read so far."""
+        now = time.perf_counter()
+        waiting = [pair for pair in tasks if not pair[0].decoding]
+        waiting.sort(key=lambda pair: (pair[0].left > SHORT_PROMPT and now - pair[0].arrived < PATIENCE))
+        chosen: list[tuple[Task, Sharing]] = []
+        for task, generation in waiting:
+            if task.begun or not any(_ahead_of(task, other) for other, _ in chosen):
+                chosen.append((task, generation))
+        return chosen
+
+    def _make_room(self, tasks: Sequence[tuple[Task, Sharing]]) -> None:
+        """Where the cache has outgrown its limit, kept prefixes go first, and then what the task has computed that came
+        last: it will be computed again, to the same bits, when there is room."""
+        if self.prefixes.trim():
+            return
+        holding = [(task, generation) for task, generation in tasks if task.begun]
+        if len(holding) > 1:
+            task, generation = holding[-1]
+            task.prompt = [*task.prompt, *generation.tokens[task.n_repeated :]]
+            task.n_repeated = len(generation.tokens)
+            task.cache.forget()
+            task.begun = False
+
+    def _begin_prompt(self, task: Task, generation: Sharing) -> None:
+        self.prefixes.adopt(task.cache, task.prompt)
+        task.n_cached = task.cache.begin(task.prompt)
+        task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids))
+        task.begun = True
+
+    def _rows_beside(self) -> int:
+        """How many rows of prompts there may be beside those of others."""
+        if not self._row_seconds:
+            return FEWEST_ROWS
+        seconds = min(LONGEST_STEP, ORDINARY_STEPS * self._decode_seconds) if self._decode_seconds else LONGEST_STEP
+        return max(int(seconds / self._row_seconds), FEWEST_ROWS)
+
+    def _learn(self, n_decode: int, n_prompt: int, seconds: float) -> None:
+        """A step with so many rows took so long."""
+        if not n_prompt:
+            self._decode_seconds += (seconds - self._decode_seconds) * (_LEARNING if self._decode_seconds else 1.0)
+        elif n_prompt >= FEWEST_ROWS:
+            each = max(seconds - (self._decode_seconds if n_decode else 0.0), 0.1 * seconds) / n_prompt
+            self._row_seconds += (each - self._row_seconds) * (_LEARNING if self._row_seconds else 1.0)
+
+
+def _ahead_of(task: Task, other: Task) -> bool:
+    """Is another task reading what this one's prompt begins with, and has more of it to come?"""
+    wanted = np.array(task.prompt[:-1], np.int64)
+    theirs = np.array(other.prompt[: len(wanted)], np.int64)
+    differ = np.flatnonzero(theirs != wanted[: len(theirs)])
+    alike = int(differ[0]) if len(differ) else len(theirs)
+    own = shared_beginning(task.cache, wanted)
+    return alike >= own + WORTH_SHARING and len(other.cache.tokens) < alike
