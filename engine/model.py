@@ -350,6 +350,7 @@ class Model:
         for session in self._host.sessions():
             session.close()
         self._pool.clear()
+        self._host.prefixes.clear()
         if self._draft is not None:
             self._draft.close()
         self._runtime.close()

@@ -176,8 +176,8 @@ class Generation(Iterator[Piece]):
     def start(self, sink: "Sink") -> None:
         """Have all pieces computed, whether or not anybody asks, and handed to `sink` by the thread that computes them.
 
-        In the place of iterating. ValueError for a generation that was begun, or that another thread cannot compute: one
-        with `on_full`, or of a session with a draft.
+        In the place of iterating. ValueError for a generation that was begun, or that another thread cannot compute:
+        one with `on_full`, or of a session with a draft.
         """
         if self._scheduler is None or not self._can_share:
             raise ValueError("this generation can only be computed by the thread that asks for its pieces")

@@ -16,8 +16,6 @@ from qrun.engine.generation.token_cache import TokenCache
 if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
 
-# A beginning that is shorter is computed sooner than shared.
-WORTH_SHARING = 16
 MOST = 256  # caches that are kept
 
 
@@ -53,7 +51,7 @@ class Prefixes:
         with self._lock:
             others = [(shared_beginning(other, wanted), other) for other in self._known if other is not cache]
         for length, other in sorted(others, key=lambda pair: -pair[0]):
-            if length < max(own + WORTH_SHARING, WORTH_SHARING):
+            if length <= own:
                 return
             if other.tap is not None or not other.lock.acquire(blocking=False):
                 continue
@@ -81,8 +79,7 @@ class Prefixes:
                 del self._kept[oldest]
                 self._known.discard(oldest)
             with oldest.lock:
-                oldest.sequence.close()
-                oldest.tokens.clear()
+                oldest.close()
         return True
 
     def clear(self) -> None:
@@ -92,8 +89,7 @@ class Prefixes:
             self._kept.clear()
         for cache in kept:
             with cache.lock:
-                cache.sequence.close()
-                cache.tokens.clear()
+                cache.close()
 
 
 def shared_beginning(cache: TokenCache, prompt: np.ndarray) -> int:

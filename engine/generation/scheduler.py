@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
-from qrun.engine.generation.prefixes import WORTH_SHARING, Prefixes, shared_beginning
+from qrun.engine.generation.prefixes import Prefixes, shared_beginning
 
 if TYPE_CHECKING:
     from qrun.engine.generation.guesses import Guesser
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LONGEST_STEP, ORDINARY_STEPS = 0.1, 2.0
 FEWEST_ROWS = 16  # of prompts, in a step with others; they cost hardly more than one
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
+WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _LEARNING = 0.3  # how much a step says about how long the next will take
 
@@ -117,10 +118,15 @@ class Task:
         return len(self.prompt) - len(self.cache.tokens)
 
     def read(self) -> Piece | None:
-        """The next piece, when there is one; None after the last."""
+        """The next piece, when there is one; None after the last. What was computed ahead of a reader who cancels is
+        dropped."""
+        generation = self.generation()
         with self._scheduler.lock:
             while not self.pieces and not self.over:
                 self.ready.wait()
+            if generation is not None and generation.cancelled and self.pieces:
+                self.pieces.clear()
+                generation._reason, self.over = "cancelled", True
             if self.pieces:
                 piece = self.pieces.popleft()
                 if len(self.pieces) < self.ahead:
@@ -385,4 +391,4 @@ def _ahead_of(task: Task, other: Task) -> bool:
     differ = np.flatnonzero(theirs != wanted[: len(theirs)])
     alike = int(differ[0]) if len(differ) else len(theirs)
     own = shared_beginning(task.cache, wanted)
-    return alike >= own + WORTH_SHARING and len(other.cache.tokens) < alike
+    return alike >= own + WORTH_WAITING and len(other.cache.tokens) < alike

@@ -252,8 +252,7 @@ class Session:
             if self._cache.lock.abandoned:  # its threads are those of another process
                 return
             with self._cache.lock:
-                self._cache.sequence.close()
-                self._cache.tokens.clear()
+                self._cache.close()
                 if self._draft is not None:
                     self._draft.close()
 

@@ -79,17 +79,18 @@ class TokenCache:
         self.tokens += tokens
 
     def become(self, other: "TokenCache", *, move: bool) -> None:
-        """Hold what another cache holds, in place of what was held. move: it holds nothing any more then. Whoever calls
-        holds both locks."""
-        sequence = other.sequence
+        """Hold what another cache holds, in place of what was held. move: the other is closed. Whoever calls holds both
+        locks."""
+        held, self.sequence = self.sequence, other.sequence if move else other.sequence.fork()
+        self.tokens = list(other.tokens)
+        held.close()
         if move:
-            other.sequence = self._runtime.sequence()
-        else:
-            sequence = sequence.fork()
+            other.sequence, other.tokens = held, []
+
+    def close(self) -> None:
+        """Give the memory back."""
         self.sequence.close()
-        self.sequence, self.tokens = sequence, list(other.tokens)
-        if move:
-            other.tokens = []
+        self.tokens.clear()
 
     @property
     def n_computed(self) -> int:

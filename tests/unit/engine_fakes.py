@@ -11,6 +11,7 @@ import numpy as np
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.generation.session import Host, Session
 from qrun.engine.generation.token_cache import TokenCache
+from qrun.engine.program.runtime import Part
 from qrun.engine.sampling.options import SamplingOptions
 
 BOS, EOS = 0, 1
@@ -174,6 +175,13 @@ class FakeRuntime:
             return np.array(rows)
         sequence.row[:] = self.logits_after(sequence.held)
         return sequence.row
+
+    def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None) -> list[np.ndarray]:
+        results = []
+        for part in parts:
+            rows = np.atleast_2d(self.evaluate(part.sequence, part.tokens, "all", cancelled))
+            results.append(rows[{"all": 0, "last": len(rows) - 1, "none": len(rows)}[part.logits] :].copy())
+        return results
 
     def close(self) -> None:
         assert all(sequence.closed for sequence in self.sequences)
