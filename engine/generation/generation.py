@@ -154,9 +154,9 @@ class Generation(Iterator[Piece]):
     def _read(self) -> Piece | None:
         """The next piece: from the scheduler where others generate at the same time, else computed here."""
         scheduler = self._scheduler
-        if scheduler is not None and self._task is None and self._reason is None and not self._ready:
-            if self._can_share and scheduler.shared(self):
-                self._task = scheduler.add(self, ahead=_AHEAD)
+        fresh = self._task is None and self._reason is None and not self._ready
+        if scheduler is not None and fresh and self._can_share and scheduler.shared(self):
+            self._task = scheduler.add(self, ahead=_AHEAD)
         if self._task is not None:
             return self._task.read()
         if self._ready:
