@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
 from qrun.cli.console import echo
 from qrun.models.store import StoredModel
 
+CACHED_TOKENS = 4096
+"""The context for which the catalog says how large keys and values are."""
+
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, path.")
-def command(as_json: bool) -> None:
+@click.option("--remote", is_flag=True, help="List the models that can be fetched by name instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, path; with "
+              "--remote: name, names, description, parameters, size, licence, source, fits, path.")  # fmt: skip
+def command(remote: bool, as_json: bool) -> None:
     """List the models in the store: name, size, type, path.
+
+    With --remote the catalog: the name, what it is, its parameters, the size of the download, whether it fits into the
+    memory that is available now, and its licence. A name's family and tags mean what they mean in Ollama's library, and
+    another quant may follow: llama3.1:8b-q8_0. Nothing is asked over the network.
 
     \b
     Examples:
       qrun list
       qrun list --json
+      qrun list --remote
     """
     from qrun.cli.console import human_bytes, notice
     from qrun.engine.quantize.on_load import converted_bytes
-    from qrun.models.catalog import CATALOG
+    from qrun.models.catalog import CATALOG, named_files
     from qrun.models.store import models_folder, partial_bytes, stored_models
 
-    names = {entry.path: entry.name for entry in CATALOG.values()}
+    if remote:
+        list_catalog(as_json)
+        return
+    names = named_files()
     rows = [(names.get(model.path, model.name), model.size, model_type(model), model.path) for model in stored_models()]
     if as_json:
         fields = ("name", "size", "type", "path")
@@ -40,6 +54,54 @@ def command(as_json: bool) -> None:
         notice(f"{human_bytes(unfinished)} of unfinished downloads; delete them with: qrun rm --partial")
     if made := converted_bytes():
         notice(f"{human_bytes(made)} of converted checkpoints; delete them with: qrun rm --converted")
+
+
+def list_catalog(as_json: bool) -> None:
+    """Prints what can be fetched by name."""
+    from qrun.cli.console import human_bytes, human_parameters, notice
+    from qrun.cli.info import WORKING_BYTES
+    from qrun.cli.machine import memory
+
+    has = memory()
+    room = has.total if has.available is None else has.available
+    rows = catalog_rows(room)
+    if as_json:
+        echo(json.dumps(rows, ensure_ascii=False))
+        return
+    width = max(len(row["name"]) for row in rows)
+    longest = max(len(row["description"]) for row in rows)
+    for row in rows:
+        fits = {True: "fits", False: "too large", None: ""}[row["fits"]]
+        if row["path"]:
+            fits = "pulled"
+        numbers = f"{human_parameters(row['parameters']):>6}  {human_bytes(row['size']):>8}"
+        echo(f"{row['name']:<{width}}  {numbers}  {fits:<9}  {row['description']:<{longest}}  {row['licence']}")
+    if room is not None:
+        needs = f"its file, keys and values of {CACHED_TOKENS} tokens in F16, and {human_bytes(WORKING_BYTES)} more"
+        notice(f"a model fits if {needs} are at most the {human_bytes(room)} of memory that are available now")
+
+
+def catalog_rows(room: int | None) -> list[dict[str, Any]]:
+    """The catalog, ready for JSON. room: bytes of memory, if that is known; of what fits there, see `list_catalog`."""
+    from qrun.cli.info import MemoryNeed
+    from qrun.models.catalog import CATALOG, CatalogEntry, HubEntry, hub_catalog
+
+    entries: list[CatalogEntry | HubEntry] = [*CATALOG.values(), *hub_catalog()]
+    rows = []
+    for entry in entries:
+        path = entry.stored()
+        rows.append({
+            "name": entry.name,
+            "names": list(entry.names) if isinstance(entry, HubEntry) else [entry.name],
+            "description": entry.description,
+            "parameters": entry.parameters,
+            "size": entry.size,
+            "licence": entry.licence,
+            "source": entry.spec if isinstance(entry, HubEntry) else "package index",
+            "fits": None if room is None else MemoryNeed(entry.size or 0, entry.cache).total <= room,
+            "path": None if path is None else str(path),
+        })  # fmt: skip
+    return rows
 
 
 def model_type(model: StoredModel) -> str:

