@@ -16,8 +16,8 @@ CACHED_TOKENS = 4096
 
 @click.command()
 @click.option("--remote", is_flag=True, help="List the models that can be fetched by name instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, path; with "
-              "--remote: name, names, description, parameters, size, licence, source, fits, path.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, problem, path; "
+              "with --remote: name, names, description, parameters, size, licence, source, fits, path.")  # fmt: skip
 def command(remote: bool, as_json: bool) -> None:
     """List the models in the store: name, size, type, path.
 
@@ -40,16 +40,19 @@ def command(remote: bool, as_json: bool) -> None:
         list_catalog(as_json)
         return
     names = named_files()
-    rows = [(names.get(model.path, model.name), model.size, model_type(model), model.path) for model in stored_models()]
+    rows = [(names.get(model.path, model.name), model.size, *looked_at(model), model.path) for model in stored_models()]
     if as_json:
-        fields = ("name", "size", "type", "path")
-        echo(json.dumps([dict(zip(fields, (*row[:3], str(row[3])), strict=True)) for row in rows]))
+        fields = ("name", "size", "type", "problem", "path")
+        echo(json.dumps([dict(zip(fields, (*row[:4], str(row[4])), strict=True)) for row in rows]))
         return
     if not rows:
         notice(f"no models in {models_folder()} yet; fetch one with: qrun pull {next(iter(CATALOG))}")
     width = max((len(row[0]) for row in rows), default=0)
-    for name, size, kind, path in rows:
+    for name, size, kind, _, path in rows:
         echo(f"{name:<{width}}  {human_bytes(size):>8}  {kind:<16}  {path}")
+    for name, _, _, problem, _ in rows:
+        if problem:
+            notice(f"{name} does not run here: {problem}")
     if unfinished := partial_bytes():
         notice(f"{human_bytes(unfinished)} of unfinished downloads; delete them with: qrun rm --partial")
     if made := converted_bytes():
@@ -104,14 +107,19 @@ def catalog_rows(room: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def model_type(model: StoredModel) -> str:
-    """Architecture and quantization, as in 'llama Q4_K_M'."""
+def looked_at(model: StoredModel) -> tuple[str, str | None]:
+    """Architecture and quantization, as in 'llama Q4_K_M', and why the model does not run here, if that can be seen
+    without reading much of it."""
     from qrun.cli.info import describe
     from qrun.formats import FormatError, GGUFReader
+    from qrun.models import glance
 
     try:
         with GGUFReader(model.path) as reader:
             facts = describe(reader, with_tensors=False)
-    except (FormatError, OSError):
-        return "damaged"
-    return " ".join([facts["architecture"], *filter(None, [facts["quantization"]])])
+            problem = glance(reader).problem
+    except FormatError as error:
+        return "damaged", error.reason
+    except OSError as error:
+        return "damaged", error.strerror
+    return " ".join([facts["architecture"], *filter(None, [facts["quantization"]])]), problem

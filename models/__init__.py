@@ -73,11 +73,12 @@ from qrun.models import (
     step35,
     talkie,
 )
-from qrun.models.adapter import Adapter, adapt, is_adapter
+from qrun.models.adapter import Adapter, adapt
 from qrun.models.graph import Graph, GraphBuilder
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.support import Support, architecture_problem, other_kind, unsupported_types
 
-__all__ = ["ARCHITECTURES", "Graph", "build_graph"]
+__all__ = ["ARCHITECTURES", "Graph", "Support", "build_graph", "examine", "glance"]
 
 ARCHITECTURES = {
     "llama": llama.build,
@@ -187,17 +188,15 @@ def build_graph(
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
     less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
     `context`. Raises `FormatError`, naming the file, for an architecture that is not known, a hyper-parameter out of
-    bounds, a tensor that is missing or has the wrong shape or type, or an adapter of another model.
+    bounds, a tensor that is missing or has the wrong shape or type, an adapter of another model, or a file that is no
+    model.
     """
-    if is_adapter(reader):
-        raise FormatError(reader.path, "this is an adapter, not a model: name it after --lora, beside its model")
+    if (other := other_kind(reader)) and other.problem:
+        raise FormatError(reader.path, other.problem)
     metadata = Metadata(reader)
-    build = ARCHITECTURES.get(metadata.architecture)
-    if build is None:
-        known = ", ".join(ARCHITECTURES)
-        raise FormatError(
-            reader.path, f"architecture {shorten(metadata.architecture)} is not supported (supported: {known})"
-        )
+    if problem := architecture_problem(metadata.architecture, ARCHITECTURES):
+        raise FormatError(reader.path, f"{problem} (supported: {', '.join(ARCHITECTURES)})")
+    build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
     context = context or min(h.context_length, default_context)
@@ -205,3 +204,33 @@ def build_graph(
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
     return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)
+
+
+def examine(reader: GGUFReader, context: int | None = None) -> tuple[Support, Graph | None]:
+    """Whether the model in an open file can be run here, or what is missing; and its graph, if it can."""
+    support = _without_graph(reader)
+    if support is not None:
+        return support, None
+    try:
+        return Support("model", None), build_graph(reader, context)
+    except FormatError as error:
+        return Support("model", error.reason), None
+
+
+def glance(reader: GGUFReader) -> Support:
+    """The same without looking at every tensor: what is missing among them, or has the wrong shape, is not seen."""
+    support = _without_graph(reader)
+    if support is None and unsupported_types(reader.tensors.values()):
+        support, _ = examine(reader)  # they may be of those that are not needed
+    return support or Support("model", None)
+
+
+def _without_graph(reader: GGUFReader) -> Support | None:
+    """What can be said of a file by its metadata; None if that speaks for it."""
+    if other := other_kind(reader):
+        return other
+    architecture = reader.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        return Support("model", "general.architecture is missing or not a string")
+    problem = architecture_problem(architecture, ARCHITECTURES)
+    return Support("model", problem) if problem else None

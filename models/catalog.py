@@ -249,7 +249,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     path = Path(text)
     if path.is_file():
         return path
-    looks_like_a_path = len(path.parts) > 1 or re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) is not None
+    looks_like_a_path = "/" in text or os.sep in text or re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) is not None
     close: list[str] = []
     if isinstance(source, str):
         if entry := catalog_entry(text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -93,14 +93,19 @@ def _is_beside(name: str) -> bool:
 
 
 def _of_quant(names: list[str], quant: str) -> list[str]:
-    """The files of this quant: of the usual mix, where there is another one ("UD-Q4_K_M") as well, and whole rather
-    than split, where there are both."""
+    """The files of this quant. Where several fit: those that end with it, as others may have it in their names too;
+    those of the usual mix, not "UD-Q4_K_M"; those that are whole, not split."""
     pattern = re.compile(rf"(?:^|[-._/]){re.escape(quant)}(?=[-./]|$)", re.IGNORECASE)
     fitting = [name for name in names if pattern.search(name)]
-    usual = [name for name in fitting if not re.search(rf"[-._/]UD-{re.escape(quant)}", name, re.IGNORECASE)]
-    fitting = usual or fitting
-    whole = {PurePosixPath(name).stem.lower() for name in fitting if not SHARD_NAME.match(PurePosixPath(name).name)}
-    return [name for name in fitting if _stem(name) not in whole or not SHARD_NAME.match(PurePosixPath(name).name)]
+    preferences: tuple[Callable[[str], bool], ...] = (
+        lambda name: _stem(name).endswith(quant.lower()),
+        lambda name: not re.search(rf"(?:^|[-._/])UD-{re.escape(quant)}", name, re.IGNORECASE),
+        lambda name: SHARD_NAME.match(PurePosixPath(name).name) is None,
+    )
+    for preferred in preferences:
+        if len(fitting) > 1:
+            fitting = [name for name in fitting if preferred(name)] or fitting
+    return fitting
 
 
 def _stem(name: str) -> str:
