@@ -16,8 +16,9 @@ CACHED_TOKENS = 4096
 
 @click.command()
 @click.option("--remote", is_flag=True, help="List the models that can be fetched by name instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, problem, path; "
-              "with --remote: name, names, description, parameters, size, licence, source, fits, path.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, size, type, problem (why it "
+              "does not run, or null), path. With --remote: name, names, description, parameters, size, licence, "
+              "source, fits, problem, path.")  # fmt: skip
 def command(remote: bool, as_json: bool) -> None:
     """List the models in the store: name, size, type, path.
 
@@ -77,8 +78,12 @@ def list_catalog(as_json: bool) -> None:
         fits = {True: "fits", False: "too large", None: ""}[row["fits"]]
         if row["path"]:
             fits = "pulled"
+        elif row["problem"]:
+            fits = "not yet"
         numbers = f"{human_parameters(row['parameters']):>6}  {human_bytes(row['size']):>8}"
         echo(f"{row['name']:<{width}}  {numbers}  {fits:<9}  {row['description']:<{longest}}  {row['licence']}")
+    if any(row["problem"] for row in rows):
+        notice("not yet: its architecture is not supported by this version")
     if room is not None:
         needs = f"its file, keys and values of {CACHED_TOKENS} tokens in F16, and {human_bytes(WORKING_BYTES)} more"
         notice(f"a model fits if {needs} are at most the {human_bytes(room)} of memory that are available now")
@@ -102,6 +107,7 @@ def catalog_rows(room: int | None) -> list[dict[str, Any]]:
             "licence": entry.licence,
             "source": entry.spec if isinstance(entry, HubEntry) else "package index",
             "fits": None if room is None else MemoryNeed(entry.size or 0, entry.cache).total <= room,
+            "problem": entry.problem,
             "path": None if path is None else str(path),
         })  # fmt: skip
     return rows

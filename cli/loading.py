@@ -166,6 +166,9 @@ def fetch_if_watched(source: str) -> None:
     try:
         resolve(source)
     except NotPulled:
+        entry = catalog_entry(source)
+        if entry and entry.problem:
+            raise ValueError(f"{entry.name}: {entry.problem}") from None
         pull_with_progress(source, fetching(source))
     except OSError:  # the one that opens it says what is wrong
         return

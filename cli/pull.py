@@ -28,6 +28,10 @@ def command(source: str) -> None:
       qrun pull hf:bartowski/SmolLM2-360M-Instruct-GGUF:Q5_K_M
       qrun pull https://example.org/models/model.gguf
     """
+    from qrun.cli.console import notice
     from qrun.cli.loading import fetching, pull_with_progress
+    from qrun.models.catalog import catalog_entry
 
+    if (entry := catalog_entry(source)) and entry.problem:
+        notice(f"{entry.name} does not run here: {entry.problem}")
     echo(pull_with_progress(source, fetching(source)))

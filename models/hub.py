@@ -143,9 +143,10 @@ def pull_hub(spec: str, progress: Progress | None = None, notice: Notice | None 
     _find_home_for_library()
 
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity_error()  # it tells of every try; what came of them is told in the end
     try:
         info = huggingface_hub.HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True)
     except Exception as error:  # the library raises the errors of several transports; all mean that it is not to be had
@@ -208,10 +209,10 @@ def explain(error: Exception, wanted: HubSpec) -> str:
         return f"the repository is gated: accept its licence at {page}, and set {token} to a token of your account"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {wanted.revision}"
-    if status == 404 or isinstance(error, errors.RepositoryNotFoundError):
+    if status in (401, 404) or isinstance(error, errors.RepositoryNotFoundError):
         return f"there is nothing at {page}, or it is private or gated: then set {token} to a token of your account"
-    if status in (401, 403):
-        return f"{page} does not let us in ({status}): set {token} to a token that may read it"
+    if status == 403:
+        return f"{page} does not let us in (403): set {token} to a token that may read it"
     if status == 429:
         return f"{constants.ENDPOINT} takes no more requests for now (429): {_when(error)}, or set {token}"
     if status is not None:

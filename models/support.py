@@ -18,6 +18,7 @@ NO_LANGUAGE_MODELS = {
     ),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
     "an encoder and a decoder": ("t5",),
+    "a diffusion model, which makes its text in another order": ("dream", "llada", "llada-moe", "rnd1"),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",

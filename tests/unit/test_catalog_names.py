@@ -14,7 +14,7 @@ from web_server import Site, add_repository, python_with_hub, run_with_hub, serv
 
 from qrun.cli import loading, machine
 from qrun.cli.main import cli
-from qrun.models import store
+from qrun.models import ARCHITECTURES, store
 from qrun.models.catalog import (
     CATALOG,
     HubEntry,
@@ -276,9 +276,27 @@ def test_the_catalog_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows["llama3.1:8b"] == {
             "name": "llama3.1:8b", "names": list(entry.names), "description": "Meta: chat",
             "parameters": entry.parameters, "size": entry.size, "licence": entry.licence, "source": entry.spec,
-            "fits": fits, "path": None,
+            "fits": fits, "problem": None, "path": None,
         }  # fmt: skip
         assert rows["SmolLM2-135M-Instruct"]["source"] == "package index"
+
+
+def test_a_model_that_would_not_run_is_not_fetched_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_memory(monkeypatch, 8_000_000_000)
+    monkeypatch.delitem(ARCHITECTURES, "qwen2")
+    problem = "architecture 'qwen2' is not supported"
+    rows = {row["name"]: row["problem"] for row in json.loads(run("list", "--remote", "--json")[1])}
+    assert rows["qwen2.5:7b"] == problem and rows["llama3.1:8b"] is None
+    _, out, err = run("list", "--remote")
+    assert re.search("^qwen2.5:7b .* not yet ", out, re.MULTILINE)
+    assert "not yet: its architecture is not supported by this version\n" in err
+    monkeypatch.setattr(loading, "pull_with_progress", lambda spec, announcement: put(entry_of(spec)))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with pytest.raises(ValueError, match=f"^qwen2.5:7b: {problem}$"):
+        loading.load_model("qwen2.5", {})
+    assert f"qrun: qwen2.5:7b does not run here: {problem}\n" in run("pull", "qwen2.5")[2]  # who asks for it gets it
+    assert stored_model("qwen2.5:7b") is not None
 
 
 def test_names_are_completed() -> None:

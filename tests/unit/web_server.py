@@ -22,7 +22,7 @@ class Site:
         self.headers: dict[str, dict[str, str]] = {}  # more headers, by path
         self.break_after: list[int] = []  # bytes after which the next answers break off
         self.ranges_work = True
-        self.refuse: list[tuple[int, dict[str, str]]] = []  # status and headers of the next answers, instead of files
+        self.refuse: list[tuple[int, dict[str, str]]] = []  # status and headers of the next answers of a Hub
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.address = ""
 
@@ -47,8 +47,8 @@ def serve() -> Iterator[Site]:
             wanted = self.headers.get("Range")
             site.asked.append((self.command, path, wanted))
             content = site.files.get(path)
-            refusal: tuple[int, dict[str, str]] | None = (404, {}) if content is None else None
-            if site.refuse:
+            refusal = (404, site.headers.get(path, {})) if content is None else None
+            if site.refuse and ("/models/" in path or "/resolve/" in path):  # the Hub's library asks for more
                 refusal = site.refuse.pop(0)
             if content is None or refusal:
                 self.send_response(refusal[0] if refusal else 404)
