@@ -50,6 +50,7 @@ def command(
     """Show what a model file holds, whether it runs here, and the memory that it needs against what this machine has.
 
     Of a file that does not run here: what is missing, such as its architecture, or the types of some of its tensors.
+    (One without a tokenizer that is supported runs, but gives logits only.)
     Any GGUF file can be looked at, also one part of a split model, a vocabulary, or what goes beside a model. Of a LoRA
     adapter's file: what it changes. With --lora: the memory of the model and its adapters.
 
@@ -71,6 +72,8 @@ def command(
     with opened(find_model(model, type_name)) as (reader, part), open_adapters(loras) as adapters:
         support, graph = (part, None) if part else examine(reader, ctx)
         facts = describe(reader, tensors) | {"kind": support.kind, "runs": support.runs, "problem": support.problem}
+        if graph is not None:
+            facts["tokenizer"]["problem"] = tokenizer_problem(reader)
         if support.kind == "adapter":
             try:
                 facts["adapter"] = describe_adapter(reader.path)
@@ -181,6 +184,18 @@ def describe_adapter(path: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def tokenizer_problem(reader: GGUFReader) -> str | None:
+    """Why a model gives logits only, and reads and writes no text; None where it does."""
+    from qrun.engine import Tokenizer
+    from qrun.formats import FormatError
+
+    try:
+        Tokenizer.load(reader)
+    except FormatError as error:
+        return error.reason
+    return None
+
+
 def quantization(reader: GGUFReader, sizes: Mapping[str, int]) -> str | None:
     """The name of the file's quantization, by its own word, else the tensor type that has most of the bytes."""
     declared = reader.metadata.get("general.file_type")
@@ -247,7 +262,9 @@ def show(facts: dict[str, Any]) -> None:
     more = len(facts["files"]) - 1
     line("file", facts["files"][0] + (f" and {more} more" if more else ""), human_bytes(facts["file_bytes"]),
          f"GGUF {facts['gguf_version']}")  # fmt: skip
-    line("runs here", "yes" if facts["runs"] else f"no: {facts['problem']}")
+    without_text = facts["tokenizer"].get("problem")
+    yes = f"yes, but it reads no text: {without_text}" if without_text else "yes"
+    line("runs here", yes if facts["runs"] else f"no: {facts['problem']}")
     line("licence", facts["licence"])
     line("architecture", facts["architecture"], counted("layers", "layers"), counted("embedding_length", "wide"),
          counted("heads", "heads"), counted("kv_heads", "of keys and values"),

@@ -40,7 +40,7 @@ def pull(spec: str, progress: Progress | None = None, notice: Notice | None = No
     `https://.../name.gguf[#sha256=HEX]`. notice: is told in a line what comes from the hub, before it comes.
     Raises PullError, one line, where the model cannot be had; nothing half-done stays under its name.
     """
-    if is_spec(spec):
+    if is_spec(spec) or spec.startswith("hf:"):  # one that is wrong is told what is expected
         return pull_hub(spec, progress, notice)
     if spec.startswith(("https://", "http://")):
         return pull_url(spec, progress, notice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,9 @@ PREFERRED_QUANTS = ("Q4_K_M", "Q4_K_XL", "Q4_K_S", "Q5_K_M", "Q4_0", "Q4_1", "IQ
 # What lies beside models and cannot be run alone: projectors for images, importance matrices, drafters.
 BESIDE = re.compile(r"(?:^|[-._])(?:mmproj|imatrix)(?:[-._]|$)|^(?:mtp|dflash\d?|eagle\d?|draft)[-._]", re.IGNORECASE)
 
+RETRIES = 5  # of one file whose connection breaks
+SLOW_TO_CHECK = 2_000_000_000  # bytes of which a checksum takes more than a second or two
+
 
 @dataclass(frozen=True)
 class HubSpec:
@@ -35,14 +39,19 @@ class HubSpec:
 
 
 def is_spec(text: str) -> bool:
-    """Does this name a repository of the hub, as `hf:...` or, as others write it, `hf.co/...`?"""
-    return text.startswith("hf:") or PREFIXES.match(text) is not None
+    """Does this name a repository of the hub, as `hf:ORG/REPO` or, as others write it, `hf.co/ORG/REPO`?"""
+    return _match(text) is not None
+
+
+def _match(text: str) -> re.Match[str] | None:
+    match = SPEC.match(PREFIXES.sub("hf:", text))
+    return None if match is None or ".." in match["repo"] else match
 
 
 def parse_spec(spec: str) -> HubSpec:
     """Takes a spec apart; raises PullError where it is not one."""
-    match = SPEC.match(PREFIXES.sub("hf:", spec))
-    if not match or ".." in match["repo"]:
+    match = _match(spec)
+    if match is None:
         raise PullError(f"{spec}: expected hf:ORG/REPO[@REVISION][:FILE or quant]")
     return HubSpec(match["repo"], match["revision"], match["selector"])
 
@@ -171,9 +180,11 @@ def pull_hub(spec: str, progress: Progress | None = None, notice: Notice | None 
         with store.watch(lambda: store.folder_bytes(staged), total, progress):
             for name in files:
                 try:
-                    huggingface_hub.hf_hub_download(wanted.repo, name, revision=info.sha, local_dir=staged)
+                    _download(wanted.repo, name, info.sha, staged)
                 except Exception as error:
                     raise PullError(f"{spec}: {name}: {explain(error, wanted)}") from error
+        if notice and total and total > SLOW_TO_CHECK:
+            notice("checking the SHA-256 of what has come")
         for name in files:
             store.check_magic(staged / name, f"{spec}: {name}")
             lfs = siblings[name].lfs
@@ -182,6 +193,30 @@ def pull_hub(spec: str, progress: Progress | None = None, notice: Notice | None 
                 raise PullError(f"{spec}: {name}: what arrived does not have the SHA-256 that the repository names")
         store.install([(staged / name, folder / name) for name in files])
     return target
+
+
+def _download(repo: str, name: str, revision: str | None, staged: Path) -> None:
+    """Fetches one file. Where the connection breaks in a way that the library does not mend itself, it is gone on with,
+    as long as more comes."""
+    import huggingface_hub
+
+    for attempt in range(RETRIES):
+        before = store.folder_bytes(staged)
+        try:
+            huggingface_hub.hf_hub_download(repo, name, revision=revision, local_dir=staged)
+            return
+        except Exception as error:
+            if not _is_broken_connection(error) or store.folder_bytes(staged) <= before:
+                raise
+        time.sleep(min(2**attempt * 0.1, 5))
+    huggingface_hub.hf_hub_download(repo, name, revision=revision, local_dir=staged)
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Of all errors of several transports, those that are neither the hub's answer nor the disk's."""
+    if getattr(error, "response", None) is not None or isinstance(error, ValueError):
+        return False
+    return not isinstance(error, OSError) or isinstance(error, ConnectionError) or error.errno is None
 
 
 def _announcement(files: list[str], total: int | None, card: Mapping[str, Any]) -> str:

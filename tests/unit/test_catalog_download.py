@@ -322,7 +322,7 @@ def test_specs_are_taken_apart() -> None:
     assert (spec.repo, spec.revision, spec.selector) == ("org/repo-1.0", "v2", "file-Q4_0.gguf")
     for other in ("hf.co/org/repo-1.0:Q4_0", "https://huggingface.co/org/repo-1.0:Q4_0"):
         assert is_spec(other) and parse_spec(other) == parse_spec("hf:org/repo-1.0:Q4_0")
-    for no_spec in ("https://huggingface.co/org/repo/resolve/main/m.gguf", "org/repo", "huggingface.co", "hf.co/org"):
+    for no_spec in ("hf:repo", "https://huggingface.co/org/repo/resolve/main/m.gguf", "org/repo", "hf.co/org"):
         assert not is_spec(no_spec)
     for wrong in ("hf:", "hf:repo", "hf:a/b/c", "hf:../../x", "hf:a/..", "hf:a/b:"):
         with pytest.raises(PullError, match="expected hf:ORG/REPO"):
@@ -434,19 +434,49 @@ def test_a_hub_that_is_not_there_is_one_line(hub: Site, monkeypatch: pytest.Monk
 
 
 def test_a_file_of_the_hub_that_breaks_off_is_gone_on_with(hub: Site) -> None:
-    big = MODEL * 120  # the library writes ten megabytes at a time
-    files = {f"m-Q8_0-0000{no}-of-00002.gguf": big + bytes([no]) for no in (1, 2)}
+    files = {"m-Q8_0-00001-of-00002.gguf": MODEL * 350, "m-Q8_0-00002-of-00002.gguf": MODEL}
     add_repository(hub, "org/repo", files)
-    hub.break_after = [1 << 30, 11_000_000]  # the listing comes whole
+    hub.break_after = [1 << 30, 30_000_000]  # the listing comes whole; the library writes ten megabytes at a time
     steps: list[tuple[int, int | None]] = []
-    try:
-        download.pull("hf:org/repo", progress=lambda done, total: steps.append((done, total)))
-    except PullError:  # older versions of the library leave it to the next call
-        download.pull("hf:org/repo")
+    download.pull("hf:org/repo", progress=lambda done, total: steps.append((done, total)))
     (model,) = store.stored_models()
     assert [file.read_bytes() for file in model.files] == list(files.values())
     assert any(wanted and wanted.startswith("bytes=") for _, _, wanted in hub.asked)
-    assert {total for _, total in steps} == {2 * len(big) + 2}  # of both files together
+    assert {total for _, total in steps} == {351 * len(MODEL)}  # of both files together
+
+
+@pytest.mark.parametrize(
+    ("error", "grows", "calls"),
+    [
+        (ConnectionResetError(), True, 3),
+        (RuntimeError("a transport's own"), True, 3),
+        (RuntimeError("a transport's own"), False, 1),
+        (OSError(errno.ENOSPC, "No space left on device"), True, 1),
+        (ValueError("too large"), True, 1),
+    ],
+)
+def test_a_broken_connection_is_tried_again_as_long_as_more_comes(
+    error: Exception, grows: bool, calls: int, hub: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_repository(hub, "org/repo", {"m-Q8_0.gguf": MODEL})
+    called: list[int] = []
+
+    def fetch(repo: str, name: str, *, revision: str, local_dir: Path) -> None:
+        called.append(len(called))
+        part = local_dir / "m-Q8_0.gguf"
+        if grows:
+            part.write_bytes(MODEL[: 20_000 * len(called)])
+        if len(called) < 3:
+            raise error
+        part.write_bytes(MODEL)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    if calls == 3:
+        assert download.pull("hf:org/repo").read_bytes() == MODEL
+    else:
+        with pytest.raises(PullError, match=r"^hf:org/repo: m-Q8_0.gguf: "):
+            download.pull("hf:org/repo")
+    assert len(called) == calls
 
 
 def test_a_full_disk_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from adapter_files import random_pair, write_adapter
 from click.testing import CliRunner
 from gguf_builder import Tensor, array, build, scalar
+from tiny_model import write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
@@ -162,12 +163,20 @@ def test_a_file_that_does_not_run_says_why_everywhere_alike(
     assert done.exit_code == 1 and str(done.exception).startswith(f"{path}: {problem}")
 
 
-def test_a_model_that_runs_says_so() -> None:
-    assert "runs here       yes\n" in info(LLAMA)[1]
-    facts = json.loads(info(LLAMA, "--json")[1])
+def test_a_model_that_runs_says_so(tmp_path: Path) -> None:
+    assert "runs here       yes\n" in info(write_tiny_model(tmp_path / "m.gguf"))[1]
+    facts = json.loads(info(tmp_path / "m.gguf", "--json")[1])
     assert (facts["kind"], facts["runs"], facts["problem"]) == ("model", True, None)
+    assert facts["tokenizer"]["problem"] is None
     with GGUFReader(LLAMA) as reader:
         assert glance(reader).runs
+
+
+def test_a_model_that_gives_logits_only_says_so() -> None:
+    problem = "tokenizer kind 'test' is not supported"
+    assert f"runs here       yes, but it reads no text: {problem}\n" in info(LLAMA)[1]
+    facts = json.loads(info(LLAMA, "--json")[1])
+    assert facts["runs"] and facts["tokenizer"]["problem"] == problem
 
 
 def test_tensors_that_nobody_asks_for_may_have_any_type(tmp_path: Path) -> None:
@@ -211,7 +220,7 @@ def parts(tmp_path: Path) -> list[Path]:
 
 def test_the_first_part_stands_for_the_model(parts: list[Path]) -> None:
     status, out, _ = info(parts[0])
-    assert status == 0 and "runs here       yes\n" in out and "and 2 more" in out
+    assert status == 0 and "runs here       yes" in out and "and 2 more" in out
 
 
 def test_another_part_is_shown_by_itself(parts: list[Path]) -> None:
