@@ -66,8 +66,7 @@ def list_catalog(as_json: bool) -> None:
     from qrun.cli.info import WORKING_BYTES
     from qrun.cli.machine import memory
 
-    has = memory()
-    room = has.total if has.available is None else has.available
+    room = memory().room
     rows = catalog_rows(room)
     if as_json:
         echo(json.dumps(rows, ensure_ascii=False))

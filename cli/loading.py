@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL, HubEntry, NotPulled, catalog_entry, resolve
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL, CatalogEntry, HubEntry, NotPulled, catalog_entry, resolve
 
 if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
@@ -169,9 +169,23 @@ def fetch_if_watched(source: str) -> None:
         entry = catalog_entry(source)
         if entry and entry.problem:
             raise ValueError(f"{entry.name}: {entry.problem}") from None
+        if entry and (text := memory_notice(entry)):
+            notice(text)
         pull_with_progress(source, fetching(source))
     except OSError:  # the one that opens it says what is wrong
         return
+
+
+def memory_notice(entry: CatalogEntry | HubEntry) -> str | None:
+    """A line where a model of the catalog needs more memory than is available now, as far as that is known."""
+    from qrun.cli.info import MemoryNeed
+    from qrun.cli.machine import memory
+
+    room = memory().room
+    needed = MemoryNeed(entry.size or 0, entry.cache).total
+    if room is None or needed <= room:
+        return None
+    return f"{entry.name} needs about {human_bytes(needed)} of memory, and {human_bytes(room)} are available now"
 
 
 def fetching(source: str) -> str:

@@ -17,6 +17,11 @@ class Memory:
     total: int | None
     available: int | None
 
+    @property
+    def room(self) -> int | None:
+        """For a model: what is available, or where that is not known, all of it."""
+        return self.total if self.available is None else self.available
+
 
 def memory() -> Memory:
     """The machine's memory, or what a container's limit leaves of it."""

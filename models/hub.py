@@ -23,7 +23,7 @@ PREFIXES = re.compile(r"^(?:https?://)?(?:hf\.co|huggingface\.co)/(?=[\w.-]+/[\w
 PREFERRED_QUANTS = ("Q4_K_M", "Q4_K_XL", "Q4_K_S", "Q5_K_M", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "Q5_K_S", "MXFP4",
                     "MXFP4_MOE", "Q6_K", "Q8_0", "F16")  # fmt: skip
 # What lies beside models and cannot be run alone: projectors for images, importance matrices, drafters.
-BESIDE = re.compile(r"(?:^|[-._])(?:mmproj|imatrix)(?:[-._]|$)|^(?:mtp|dflash\d?|eagle\d?|draft)[-._]", re.IGNORECASE)
+BESIDE = re.compile(r"(?:^|[-._])(?:mmproj|imatrix)(?:[-._]|$)|^(?:mtp|dflash\d?|eagle3|draft)[-._]", re.IGNORECASE)
 
 RETRIES = 5  # of one file whose connection breaks
 SLOW_TO_CHECK = 2_000_000_000  # bytes of which a checksum takes more than a second or two
@@ -74,6 +74,8 @@ def choose_files(names: list[str], selector: str | None) -> list[str]:
         chosen = [name for name in models if selector in (name, PurePosixPath(name).name)]
     else:
         chosen = _of_quant(candidates, selector)
+    if not chosen and selector is None:
+        raise PullError(f"none of the files is a model: {_listing(models)}")
     if not chosen:
         raise PullError(f"no file fits {selector!r}; there are: {_listing(models)}")
     if len(chosen) > 1:

@@ -278,6 +278,7 @@ def test_files_are_chosen_by_quant_or_name(selector: str | None, files: list[str
         (LISTING, "Q4", "no file fits 'Q4'; there are: .*model-Q8_0"),
         (LISTING, "other.gguf", "no file fits"),
         (["README.md"], None, "no .gguf file"),
+        (["mmproj-F16.gguf", "imatrix_unsloth.gguf"], None, "none of the files is a model: mmproj-F16.gguf, imatrix"),
         (["a-Q4_0.gguf", "b-Q4_0.gguf"], None, "several files fit; name one: a-Q4_0.gguf, b-Q4_0.gguf"),
         (["m-00001-of-00003.gguf", "m-00003-of-00003.gguf"], None, "lacks m-00002-of-00003.gguf"),
     ],

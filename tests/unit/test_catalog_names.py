@@ -299,6 +299,22 @@ def test_a_model_that_would_not_run_is_not_fetched_unasked(monkeypatch: pytest.M
     assert stored_model("qwen2.5:7b") is not None
 
 
+def test_too_little_memory_is_said_before_a_model_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading, "pull_with_progress", lambda spec, announcement: put(entry_of(spec)))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for available, said in ((4_000_000_000, True), (8_000_000_000, False)):
+        with_memory(monkeypatch, available)
+        loading.fetch_if_watched("llama3.1")
+        expected = "qrun: llama3.1:8b needs about 5.7 GB of memory, and 4.0 GB are available now\n"
+        assert capsys.readouterr().err == expected * said
+        stored = stored_model("llama3.1")
+        assert stored is not None
+        store.remove(stored)
+
+
 def test_names_are_completed() -> None:
     from qrun.cli.options import ModelName
 
