@@ -78,4 +78,5 @@ def type_problem(tensor: Described, tensors: Iterable[Described]) -> str:
     reason = f"tensor {tensor.name} has type {tensor.type.name}, which is not supported"
     if counts.total() <= 1:
         return reason
-    return f"{reason} (so are in all: {', '.join(f'{count} of {name}' for name, count in counts.most_common())})"
+    of_each = ", ".join(f"{count} of {name}" for name, count in counts.most_common())
+    return f"{reason} (tensors of such types in all: {of_each})"

@@ -129,8 +129,8 @@ CASES: list[tuple[str, Make, str, str]] = [
     ("tensor", lambda path: changed_llama(path, without=("blk.1.ffn_up.weight",)), "model",
      "tensor blk.1.ffn_up.weight is missing"),
     ("types", lambda path: changed_llama(path, types=some_of(UNDECODED)), "model",
-     f"tensor blk.0.attn_q.weight has type {UNDECODED.name}, which is not supported (so are in all: 2 of "
-     f"{UNDECODED.name})"),
+     f"tensor blk.0.attn_q.weight has type {UNDECODED.name}, which is not supported "
+     f"(tensors of such types in all: 2 of {UNDECODED.name})"),
 ]  # fmt: skip
 
 
