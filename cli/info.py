@@ -8,22 +8,21 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qrun.cli.console import echo
+from qrun.cli.machine import MemoryNeed
 from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
 
 if TYPE_CHECKING:
     from qrun.formats import GGUFReader
-    from qrun.models import Graph, Support
+    from qrun.models import Graph
     from qrun.models.adapter import Lora
+    from qrun.models.support import Support
 
-# Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
-WORKING_BYTES = 250_000_000
 # A window's pages are given back one whole page at a time, and the rows of a step come in before others go.
 WINDOW_SLACK = 512
 # a value of a quantized cache: blocks of 32 with a float16 scale
@@ -65,8 +64,9 @@ def command(
     from qrun.cli.loading import find_model, show_context_notice
     from qrun.cli.machine import memory
     from qrun.formats import FormatError
-    from qrun.models import build_graph, examine
+    from qrun.models import build_graph
     from qrun.models.adapter import open_adapters
+    from qrun.models.examine import examine
 
     broken: FormatError | None = None
     with opened(find_model(model, type_name)) as (reader, part), open_adapters(loras) as adapters:
@@ -106,7 +106,7 @@ def opened(path: Path) -> Iterator[tuple[GGUFReader, Support | None]]:
     and why it does not run."""
     from qrun.formats import FormatError, GGUFReader
     from qrun.formats.gguf.split import SPLIT_COUNT
-    from qrun.models import Support
+    from qrun.models.support import Support
 
     part: Support | None = None
     try:
@@ -209,24 +209,6 @@ def vocabulary_size(reader: GGUFReader) -> int | None:
     if "tokenizer.ggml.tokens" not in reader.metadata:
         return None
     return len(reader.raw_strings("tokenizer.ggml.tokens"))
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes."""
-
-    file: int
-    cache: int
-    working: int = WORKING_BYTES
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.file + self.cache + self.working
-
-    def as_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
 
 
 def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:

@@ -63,8 +63,7 @@ def command(remote: bool, as_json: bool) -> None:
 def list_catalog(as_json: bool) -> None:
     """Prints what can be fetched by name."""
     from qrun.cli.console import human_bytes, human_parameters, notice
-    from qrun.cli.info import WORKING_BYTES
-    from qrun.cli.machine import memory
+    from qrun.cli.machine import WORKING_BYTES, memory
 
     room = memory().room
     rows = catalog_rows(room)
@@ -90,7 +89,7 @@ def list_catalog(as_json: bool) -> None:
 
 def catalog_rows(room: int | None) -> list[dict[str, Any]]:
     """The catalog, ready for JSON. room: bytes of memory, if that is known; of what fits there, see `list_catalog`."""
-    from qrun.cli.info import MemoryNeed
+    from qrun.cli.machine import MemoryNeed
     from qrun.models.catalog import CATALOG, CatalogEntry, HubEntry, hub_catalog
 
     entries: list[CatalogEntry | HubEntry] = [*CATALOG.values(), *hub_catalog()]
@@ -117,7 +116,7 @@ def looked_at(model: StoredModel) -> tuple[str, str | None]:
     without reading much of it."""
     from qrun.cli.info import describe
     from qrun.formats import FormatError, GGUFReader
-    from qrun.models import glance
+    from qrun.models.examine import glance
 
     try:
         with GGUFReader(model.path) as reader:

@@ -178,8 +178,7 @@ def fetch_if_watched(source: str) -> None:
 
 def memory_notice(entry: CatalogEntry | HubEntry) -> str | None:
     """A line where a model of the catalog needs more memory than is available now, as far as that is known."""
-    from qrun.cli.info import MemoryNeed
-    from qrun.cli.machine import memory
+    from qrun.cli.machine import MemoryNeed, memory
 
     room = memory().room
     needed = MemoryNeed(entry.size or 0, entry.cache).total

@@ -18,7 +18,8 @@ from tiny_model import write_tiny_model
 from qrun.cli.main import cli
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
-from qrun.models import ARCHITECTURES, build_graph, examine, glance
+from qrun.models import ARCHITECTURES, build_graph
+from qrun.models.examine import examine, glance
 from qrun.models.store import models_folder
 from qrun.models.support import NO_LANGUAGE_MODELS
 
