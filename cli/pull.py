@@ -17,7 +17,7 @@ def command(source: str) -> None:
     repository (with a file's name or a quant after a colon, and a revision after @), or an address, to which
     #sha256=HEX can be added. A split model is fetched whole. What is there already is not fetched again; what was
     interrupted goes on. What comes from Hugging Face is checked against the SHA-256 that it names. HF_ENDPOINT and
-    HF_TOKEN are honoured, and so is pip's configuration, through which the smallest models of the catalog come.
+    HF_TOKEN are honoured, and so is pip's configuration, through which SmolLM2-135M-Instruct and gemma-3-270m come.
 
     \b
     Examples:
