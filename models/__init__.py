@@ -78,10 +78,11 @@ from qrun.models import (
     step35,
     talkie,
 )
-from qrun.models.adapter import Adapter, adapt, is_adapter
+from qrun.models.adapter import Adapter, adapt
 from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.support import architecture_problem, other_kind
 
 __all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph"]
 
@@ -210,17 +211,15 @@ def build_graph(
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
     less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
     `context`. Raises `FormatError`, naming the file, for an architecture that is not known, a hyper-parameter out of
-    bounds, a tensor that is missing or has the wrong shape or type, or an adapter of another model.
+    bounds, a tensor that is missing or has the wrong shape or type, an adapter of another model, or a file that is no
+    model.
     """
-    if is_adapter(reader):
-        raise FormatError(reader.path, "this is an adapter, not a model: name it after --lora, beside its model")
+    if (other := other_kind(reader)) and other.problem:
+        raise FormatError(reader.path, other.problem)
     metadata = Metadata(reader)
-    build = ARCHITECTURES.get(metadata.architecture)
-    if build is None:
-        known = ", ".join(ARCHITECTURES)
-        raise FormatError(
-            reader.path, f"architecture {shorten(metadata.architecture)} is not supported (supported: {known})"
-        )
+    if problem := architecture_problem(metadata.architecture, ARCHITECTURES):
+        raise FormatError(reader.path, f"{problem} (supported: {', '.join(ARCHITECTURES)})")
+    build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
     context = context or min(h.context_length, default_context)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.models.support import type_problem
 
 Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"]
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
@@ -515,7 +516,7 @@ class GraphBuilder:
         if info.shape != shape:
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
-            raise self.error(f"tensor {name} has type {info.type.name}, which is not supported")
+            raise self.error(type_problem(info, self.reader.tensors.values()))
         return info
 
     def error(self, problem: str) -> FormatError:

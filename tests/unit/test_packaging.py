@@ -32,6 +32,17 @@ def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
     assert set(config["options"]["packages"].split()) == folders
 
 
+def test_files_that_are_no_code_are_packed(config: configparser.ConfigParser) -> None:
+    data = {
+        (f"qrun.{'.'.join(path.parent.relative_to(ROOT).parts)}", path.name)
+        for top in ("engine", "formats", "models", "cli")
+        for path in (ROOT / top).rglob("*.*")
+        if path.suffix not in (".py", ".pyc", ".typed", ".md")
+    }
+    packed = {(package, name) for package, names in config["options.package_data"].items() for name in names.split()}
+    assert data == packed - {("*", "py.typed")} == {("qrun.models", "catalog.toml")}
+
+
 def test_the_licence_is_packed(config: configparser.ConfigParser) -> None:
     assert config["metadata"]["license_expression"] == "Apache-2.0"
     for name in config["metadata"]["license_files"].split():
