@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from qrun.models.adapter import Lora
     from qrun.models.support import Support
 
-# A window's pages are given back one whole page at a time, and the rows of a step come in before others go.
-WINDOW_SLACK = 512
-# a value of a quantized cache: blocks of 32 with a float16 scale
-CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # general.file_type: what a file's quantization is called as a whole (enum llama_ftype)
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -212,15 +208,10 @@ def vocabulary_size(reader: GGUFReader) -> int | None:
 
 
 def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:
-    """What a model takes with a full context: its file, mapped, the keys and values, and about 250 MB besides.
+    """What a model takes with a full context: its file, mapped, keys and values or states, and about 250 MB besides."""
+    from qrun.engine.program.kv_cache import context_bytes
 
-    A layer with a sliding window keeps the window's positions only.
-    """
-    values = 0
-    for layer in graph.cache_layers:
-        positions = context if layer.window is None else min(context, layer.window + WINDOW_SLACK)
-        values += positions * layer.n_kv_heads * (layer.head_dim_k + layer.head_dim_v)
-    return MemoryNeed(file_bytes, round(values * CACHE_VALUE_BYTES[cache_type]))
+    return MemoryNeed(file_bytes, context_bytes(graph, cache_type, context))
 
 
 def show(facts: dict[str, Any]) -> None:

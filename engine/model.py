@@ -375,6 +375,7 @@ class Model:
                 session.leave()
             session = self.session()
             generation = session.generate(tokens, **options)
+            generation.when_over = session.leave
             self._pool.append(session)
             return generation
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS, STATE_ROWS
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
-from qrun.engine.program.state_blocks import StateBlocks
-from qrun.models.graph import CacheLayer
+from qrun.engine.program.state_blocks import StateBlocks, state_sizes
+from qrun.models.graph import CacheLayer, Graph
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,6 +81,12 @@ class CacheLayout:
             seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
             total += -(-seen // PAGE_POSITIONS) * size
         return total
+
+
+def context_bytes(graph: Graph, cache_type: str, context: int) -> int:
+    """What a sequence holds when it has come to the end of a context. Of states, those of two chunks are in use."""
+    layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
+    return layout.bytes_at(context) + 2 * layout.block_bytes
 
 
 def _drop_all(pools: list[PagePool], held: list[dict[int, Page]]) -> None:

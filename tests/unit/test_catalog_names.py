@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from web_server import Site, add_repository, python_with_hub, run_with_hub, serve
 
-from qrun.cli import loading, machine
+from qrun.cli import loading
 from qrun.cli.main import cli
+from qrun.engine.native import machine
 from qrun.models import ARCHITECTURES, store
 from qrun.models.catalog import (
     CATALOG,

@@ -13,8 +13,9 @@ from cli_fakes import ChatTokenizer, Template, make_model
 from click.testing import CliRunner, Result
 from engine_fakes import FakeRuntime, ids_of
 
-from qrun.cli import bench, info, loading, machine
+from qrun.cli import bench, info, loading
 from qrun.cli.main import cli
+from qrun.engine.native import machine
 from qrun.models.graph import CacheLayer
 from qrun.models.store import models_folder
 
@@ -116,12 +117,12 @@ def test_info_as_json() -> None:
 
 
 def graph_of(*layers: CacheLayer) -> Any:
-    return SimpleNamespace(cache_layers=list(layers))
+    return SimpleNamespace(cache_layers=list(layers), n_states=0, operations=[])
 
 
 def test_memory_of_the_cache_counts_bytes_of_keys_and_values() -> None:
     graph = graph_of(CacheLayer(8, 2, 64, 32, None), CacheLayer(8, 2, 64, 32, None))
-    values = 2 * 1000 * 2 * (64 + 32)
+    values = 2 * 1024 * 2 * (64 + 32)  # whole pages of 64 positions
     assert info.memory_needed(graph, 7, 1000, "f16").cache == values * 2
     assert info.memory_needed(graph, 7, 1000, "q8_0").cache == values * 34 // 32
     assert info.memory_needed(graph, 7, 1000, "q4_0").cache == values * 18 // 32
@@ -131,7 +132,7 @@ def test_memory_of_the_cache_counts_bytes_of_keys_and_values() -> None:
 def test_layers_with_a_window_keep_the_window_only() -> None:
     graph = graph_of(CacheLayer(4, 1, 64, 64, 512))
     assert info.memory_needed(graph, 0, 100_000, "f16") == info.memory_needed(graph, 0, 50_000, "f16")
-    assert info.memory_needed(graph, 0, 100, "f16").cache == 100 * 128 * 2
+    assert info.memory_needed(graph, 0, 100, "f16").cache == 128 * 128 * 2
 
 
 def test_memory_of_this_machine_is_known() -> None:
