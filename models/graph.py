@@ -19,7 +19,7 @@ Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "sw
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
 with the gate at most a limit, and up between -limit and limit; `limited_silu` has silu(gate) at most it. `swiglu_oai`
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
-Alone = Literal["gelu", "relu_squared", "xielu"]
+Alone = Literal["gelu", "relu_squared", "sigmoid", "xielu"]
 """Activations that multiply nothing."""
 GateKind = Literal["sigmoid", "softplus"]
 Gating = Literal["softmax", "sigmoid"]
@@ -209,9 +209,9 @@ class Activate:
 
 @dataclass(frozen=True, eq=False)
 class ActivateAlone:
-    """out = act(x): GELU, max(x, 0)^2, or xIELU (arXiv:2411.13010).
+    """out = act(x): GELU, max(x, 0)^2, 1 / (1 + exp(-x)), or xIELU (arXiv:2411.13010).
 
-    That is p x^2 + b x above 0, and n (exp(min(x, e)) - 1 - x) + b x below, with `parameters` n, p, b, e.
+    The last is p x^2 + b x above 0, and n (exp(min(x, e)) - 1 - x) + b x below, with `parameters` n, p, b, e.
     """
 
     out: Value
@@ -249,12 +249,37 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """Streams from others, by weights of each row: out[i] = sum over j of weights[i, j] * x[j], plus add[i].
+
+    out (and `add`, if there is one) is seen as [rows, n_out, width / n_out], x as [rows, n_in, ...] with as wide
+    streams, and `weights` as [rows, n_out, n_in].
+    """
+
+    out: Value
+    x: Value
+    weights: Value
+    add: Value | None
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
     out: Value
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """out = x * weight + bias, with a row [width] for each; one of them may be missing."""
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    bias: Constant | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,6 +345,9 @@ class MoE:
     selection_bias: Constant | None = None
     n_groups: int = 1
     n_groups_used: int = 1
+    together: int = 1
+    """So many neighbouring choices of the router are the same expert, chosen once or more. The weight of expert i is
+    then made from probability i, whichever choice led to it."""
     limit: float = 0.0
     """Of the activations that have one."""
     weigh_inputs: bool = False
@@ -342,7 +370,7 @@ class SelectRows:
 
 Operation = (
     Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Activate | ActivateAlone
-    | Gate | Clamp | Add | Scale | Softcap | MoE | SelectRows
+    | Gate | Clamp | Add | Mix | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 
@@ -373,7 +401,7 @@ class CacheLayer:
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built."""
+    for which it was built, and `max_context` the longest one for which it is what the file describes."""
 
     architecture: str
     operations: list[Operation]
@@ -384,6 +412,7 @@ class Graph:
     context_length: int
     n_parameters: int
     context: int = 0
+    max_context: int | None = None
 
 
 class GraphBuilder:
@@ -398,6 +427,7 @@ class GraphBuilder:
         self.reader = reader
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
+        self.max_context: int | None = None
         self._n_values = 0
         self._weights: dict[str, Weight] = {}
 
@@ -441,6 +471,10 @@ class GraphBuilder:
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
         return FormatError(self.reader.path, problem)
+
+    def limit_context(self, n: int) -> None:
+        """Say that the graph is what the file describes for contexts of up to n tokens only."""
+        self.max_context = n
 
     # Operations
 
@@ -513,6 +547,10 @@ class GraphBuilder:
         out = self._value(n_heads * (len(of_x) + len(of_z)))
         return self._append(Join(out, x, z, n_heads, of_x, of_z, z_heads))
 
+    def repeat(self, x: Value, count: int) -> Value:
+        """The row `count` times, side by side."""
+        return self.join(x, range(0), count, x, range(x.width))
+
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
@@ -578,9 +616,21 @@ class GraphBuilder:
         assert a.width == b.width
         return self._append(Add(self._value(a.width), a, b))
 
+    def mix(self, x: Value, weights: Value, n_out: int, add: Value | None = None) -> Value:
+        """`n_out` streams from those of x, by weights [n_out, streams of x] that each row has; and those of `add`."""
+        n_in = weights.width // n_out
+        assert weights.width == n_out * n_in and x.width % n_in == 0
+        assert add is None or add.width == n_out * (x.width // n_in)
+        return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
         return self._append(Scale(self._value(x.width), x, factor))
+
+    def affine(self, x: Value, weight: Constant | None, bias: Constant | None = None) -> Value:
+        """x * weight + bias, by rows that have been looked up already."""
+        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
+        return self._append(Affine(self._value(x.width), x, weight, bias))
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""
@@ -602,14 +652,16 @@ class GraphBuilder:
         router_x: Value | None = None,
         n_groups: int = 1,
         n_groups_used: int = 1,
+        together: int = 1,
         limit: float = 0.0,
         weigh_inputs: bool = False,
+        suffix: str = "_exps",
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
         Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
         activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
-        `.exp_probs_b`.
+        `.exp_probs_b`. suffix: of the names of the experts' matrices. There are n_expert / `together` of them.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -619,20 +671,20 @@ class GraphBuilder:
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
         selection_bias = self.optional_constant(selection, n_expert)
-        gate = None
-        if gated and self.has(f"{block}.ffn_gate_up_exps.weight"):
-            gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
+        gate, n_matrices = None, n_expert // together
+        if gated and self.has(f"{block}.ffn_gate_up{suffix}.weight"):
+            gate = up = self.weight(f"{block}.ffn_gate_up{suffix}.weight", n_matrices, 2 * n_ff, x.width)
         else:
             if gated:
-                gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
-            up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
-        down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
+                gate = self.weight(f"{block}.ffn_gate{suffix}.weight", n_matrices, n_ff, x.width)
+            up = self.weight(f"{block}.ffn_up{suffix}.weight", n_matrices, n_ff, x.width)
+        down = self.weight(f"{block}.ffn_down{suffix}.weight", n_matrices, x.width, n_ff)
         found = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)) if weight is not None)
         return self._append(
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                limit=limit, weigh_inputs=weigh_inputs,
+                together=together, limit=limit, weigh_inputs=weigh_inputs,
                 adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip
@@ -651,8 +703,10 @@ class GraphBuilder:
     def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int, context: int) -> Graph:
         """The graph of everything said so far."""
         size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
-        cache = self.cache_layers
-        return Graph(architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context)
+        return Graph(
+            architecture, self.operations, logits, self.cache_layers, logits.width, n_embd, context_length, size,
+            context, self.max_context,
+        )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
         self.operations.append(operation)

@@ -128,10 +128,12 @@ def feed_forward(
     return builder.linear(builder.activate(gate, up, kind, limit), f"{block}.ffn_down{suffix}", x.width)
 
 
-def ungated_feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone) -> Value:
+def ungated_feed_forward(
+    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone, suffix: str = ""
+) -> Value:
     """The feed-forward network without a gate: down(act(up(x)))."""
-    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up", n_ff), kind)
-    return builder.linear(y, f"{block}.ffn_down", x.width)
+    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up{suffix}", n_ff), kind)
+    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width)
 
 
 def joined_feed_forward(
@@ -169,8 +171,10 @@ def experts(
     *,
     gated: bool = True,
     router_x: Value | None = None,
+    together: int = 1,
     limit: float = 0.0,
     weigh_inputs: bool = False,
+    suffix: str = "_exps",
 ) -> Value:
     """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert.
 
@@ -180,15 +184,22 @@ def experts(
         raise h.metadata.error("expert_count", "is 0, and this architecture has experts")
     if not n_ff:
         raise h.metadata.error("expert_feed_forward_length", "is missing")
+    n_used = min(h.n_used, h.n_expert // together)
     return builder.moe(
-        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
+        x, block, n_expert=h.n_expert, n_used=n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
-        n_groups_used=h.n_groups_used, limit=limit, weigh_inputs=weigh_inputs,
+        n_groups_used=h.n_groups_used, together=together, limit=limit, weigh_inputs=weigh_inputs, suffix=suffix,
     )  # fmt: skip
 
 
 def dense_or_experts(
-    builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, shares: Shares, n_ff_shared: int
+    builder: GraphBuilder,
+    h: Hyperparameters,
+    x: Value,
+    layer: int,
+    shares: Shares,
+    n_ff_shared: int,
+    kind: Activation = "silu",
 ) -> Value:
     """A plain network in the first layers, and then a mixture of experts and one that all tokens share, side by side.
 
@@ -196,14 +207,14 @@ def dense_or_experts(
     """
     block = f"blk.{layer}"
     if layer < h.n_dense:
-        return feed_forward(builder, x, block, h.n_ff[layer], "silu")
-    y = experts(builder, h, x, block, h.n_ff_expert[layer], shares=shares)
-    return builder.add(y, shared_expert(builder, x, block, n_ff_shared)) if n_ff_shared else y
+        return feed_forward(builder, x, block, h.n_ff[layer], kind)
+    y = experts(builder, h, x, block, h.n_ff_expert[layer], kind, shares)
+    return builder.add(y, shared_expert(builder, x, block, n_ff_shared, kind)) if n_ff_shared else y
 
 
-def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int) -> Value:
+def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation = "silu") -> Value:
     """The expert, or several as one, that every token goes to."""
-    return feed_forward(builder, x, block, n_ff, "silu", "_shexp")
+    return feed_forward(builder, x, block, n_ff, kind, "_shexp")
 
 
 def read_experts_scale(metadata: Metadata) -> float:
@@ -227,6 +238,14 @@ def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Valu
     """The same with a layer norm."""
     x = builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+
+
+def learned_positions(builder: GraphBuilder, h: Hyperparameters, context: int) -> Value:
+    """A row for each position: there are as many as the model was trained for."""
+    n = h.context_length
+    if context > n:
+        raise h.metadata.error("context_length", f"is {n}: there are no positions for {context} tokens")
+    return builder.embed_positions("position_embd", n, h.n_embd)
 
 
 def alibi_slopes(n_heads: int, max_bias: float) -> Constant:

@@ -13,6 +13,7 @@ from qrun.models.graph import (
     Activate,
     ActivateAlone,
     Add,
+    Affine,
     Attention,
     CacheLayer,
     Clamp,
@@ -23,6 +24,7 @@ from qrun.models.graph import (
     Join,
     LayerNorm,
     Linear,
+    Mix,
     MoE,
     Operation,
     RMSNorm,
@@ -93,7 +95,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             heads = values[x.id].reshape(len(tokens), n_heads, -1)[..., start : start + columns]
             return np.concatenate([multiply(heads[:, i], weight, i * width, width) for i in range(n_heads)], axis=1)
         case Join(x=x, z=z, n_heads=n_heads, of_x=of_x, of_z=of_z, z_heads=z_heads):
-            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]]
+            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]] if len(of_x) else []
             if z is not None:
                 of_heads = values[z.id].reshape(len(tokens), z_heads, -1)[..., of_z]
                 parts.append(np.broadcast_to(of_heads, (len(tokens), n_heads, len(of_z))))
@@ -117,8 +119,16 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return np.clip(values[x.id], -limit, limit)
         case Add(a=a, b=b):
             return values[a.id] + values[b.id]
+        case Mix(x=x, weights=weights, add=added, n_out=n_out):
+            by_row = values[weights.id].reshape(len(tokens), n_out, -1)
+            streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
+            out = (by_row @ streams).reshape(len(tokens), -1)
+            return out if added is None else out + values[added.id]
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
+        case Affine(x=x, weight=weight, bias=bias):
+            out = values[x.id] if weight is None else values[x.id] * weight
+            return out if bias is None else out + bias
         case Softcap(x=x, cap=cap):
             return cap * np.tanh(values[x.id] / cap)
         case MoE(x=x, router_x=router_x):
@@ -248,7 +258,7 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
         keep = np.zeros(of_group.shape, bool)
         np.put_along_axis(keep, best, True, axis=1)
         liking = np.where(keep[..., None], grouped, -np.inf).reshape(liking.shape)
-    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used]
+    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used] // moe.together
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
@@ -270,13 +280,14 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     """Each row through the experts that its router prefers."""
     chosen, shares = routing(router_x, moe)
     out = np.zeros(x.shape)
-    for expert in np.unique(chosen):
-        rows, ranks = np.nonzero(chosen == expert)
-        share = moe.scale * shares[rows, ranks, None]
-        if moe.weigh_inputs:
-            out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
-        else:
-            out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
+    for rank in range(moe.n_used):
+        for expert in np.unique(chosen[:, rank]):
+            rows = np.nonzero(chosen[:, rank] == expert)[0]
+            share = moe.scale * shares[rows, rank, None]
+            if moe.weigh_inputs:
+                out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
+            else:
+                out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
     return out
 
 
@@ -298,6 +309,8 @@ def activate_alone(x: Array, kind: str, parameters: Array | None = None) -> Arra
     """Activations that multiply nothing."""
     if parameters is not None:
         return xielu(x.astype(np.float64), *parameters.astype(np.float64))
+    if kind == "sigmoid":
+        return sigmoid(x)
     return gelu(x) if kind == "gelu" else np.maximum(x, 0) ** 2
 
 

@@ -90,6 +90,34 @@ def scale(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def affine(packing: str) -> Kernel:
+    """x * weight + bias, by rows that may be missing."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        weight = v.load_i64(op + R.ROW_WEIGHT)
+        bias = v.load_i64(op + R.ROW_BIAS)
+        weighted, biased = weight != 0, bias != 0
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i)
+            if weighted:
+                value = value * v.load(weight + 4 * i)
+            if biased:
+                value = value + v.load(bias + 4 * i)
+            v.store(y + 4 * i, value)
+        for i in range(whole, width):
+            one = v.load_f32(x + 4 * i)
+            if weighted:
+                one = one * v.load_f32(weight + 4 * i)
+            if biased:
+                one = one + v.load_f32(bias + 4 * i)
+            v.store_f32(y + 4 * i, one)
+
+    return _row_kernel(compute, packing)
+
+
 def softcap(packing: str) -> Kernel:
     """factor * tanh(x / factor)."""
 
@@ -241,6 +269,16 @@ def _softplus(x):  # type: ignore[no-untyped-def]
     return v.maximum(x, v.splat(0.0)) + v.splat(2.0) * s * series
 
 
+def sigmoid(packing: str) -> Kernel:
+    """1 / (1 + exp(-x))."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return _sigmoid(x)
+
+    return _row_kernel(_elementwise(function), packing)
+
+
 GATES = {"sigmoid": _sigmoid, "softplus": _softplus}
 
 
@@ -374,6 +412,42 @@ def join(packing: str) -> Kernel:
             for i in range(z_size):
                 v.store_f32(y + 4 * i, v.load_f32(from_z + 4 * i))
             y += 4 * z_size
+
+    return _row_kernel(compute, packing)
+
+
+def mix(packing: str) -> Kernel:
+    """Each of ROW_GROUPS streams of y: the sum of all ROW_X_SIZE streams of x by weights in z, plus its own of ROW_ADD,
+    if that is not 0."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        n_out = v.load_i64(op + R.ROW_GROUPS)
+        n_in = v.load_i64(op + R.ROW_X_SIZE)
+        size = width // n_out
+        whole = size // lanes * lanes
+        add = v.load_i64(op + R.ROW_ADD)
+        adds = add != 0
+        add += row * v.load_i64(op + R.ROW_ADD_STRIDE)
+        for _ in range(n_out):
+            for i in range(0, whole, lanes):
+                total = v.splat(v.load_f32(z)) * v.load(x + 4 * i)
+                for j in range(1, n_in):
+                    total = v.fma(v.splat(v.load_f32(z + 4 * j)), v.load(x + 4 * (j * size + i)), total)
+                if adds:
+                    total = total + v.load(add + 4 * i)
+                v.store(y + 4 * i, total)
+            for i in range(whole, size):
+                one = v.load_f32(z) * v.load_f32(x + 4 * i)
+                for j in range(1, n_in):
+                    one += v.load_f32(z + 4 * j) * v.load_f32(x + 4 * (j * size + i))
+                if adds:
+                    one += v.load_f32(add + 4 * i)
+                v.store_f32(y + 4 * i, one)
+            z += 4 * n_in
+            y += 4 * size
+            add += 4 * size
 
     return _row_kernel(compute, packing)
 

@@ -209,8 +209,22 @@ class Lowering(RecordWriter):
     def _lower_add(self, o: G.Add) -> None:
         self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
 
+    def _lower_mix(self, o: G.Mix) -> None:
+        x, weights = self.places[o.x.id], self.places[o.weights.id]
+        added = None if o.add is None else self.places[o.add.id]
+        record = self._produce(
+            "mix", o.out, x, weights, row_groups=o.n_out, row_x_size=o.weights.width // o.n_out, row_add=added or 0,
+            row_add_stride=added.stride if added else 0,
+        )  # fmt: skip
+        if added is not None:
+            record.reads.append(added)
+
     def _lower_scale(self, o: G.Scale) -> None:
         self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
+
+    def _lower_affine(self, o: G.Affine) -> None:
+        x, weight, bias = self.places[o.x.id], floats(o.weight), floats(o.bias)
+        self._produce("affine", o.out, x, row_weight=weight, row_bias=bias)
 
     def _lower_softcap(self, o: G.Softcap) -> None:
         self._produce("softcap", o.out, self.places[o.x.id], factor=o.cap)

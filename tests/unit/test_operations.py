@@ -103,7 +103,7 @@ def test_gated_activations(check: Any, kind: Any) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "xielu"])
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
@@ -127,6 +127,28 @@ def test_gates(check: Any, kind: Any, width: int) -> None:
 
 def test_clamps(check: Any) -> None:
     check(lambda maker: maker.add(G.Clamp(maker.value(61), maker.embed(61), 0.2)))
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "both"])
+def test_rows_times_a_row_and_plus_a_row(check: Any, kind: str) -> None:
+    def make(maker: Maker) -> G.Value:
+        weight, bias = (maker.constant(61) if kind in (name, "both") else None for name in ("weight", "bias"))
+        return maker.add(G.Affine(maker.value(61), maker.embed(61), weight, bias))
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(1, 4), (4, 1), (3, 5)])
+@pytest.mark.parametrize("added", [False, True])
+def test_streams_are_mixed_by_weights_of_each_row(check: Any, n_out: int, n_in: int, added: bool) -> None:
+    width = 37
+
+    def make(maker: Maker) -> G.Value:
+        x, weights = maker.embed(n_in * width), maker.embed(n_out * n_in)
+        add = maker.embed(n_out * width) if added else None
+        return maker.linear(maker.add(G.Mix(maker.value(n_out * width), x, weights, add, n_out)), 48)
+
+    check(make)
 
 
 def test_learned_positions(check: Any) -> None:
@@ -153,11 +175,14 @@ def test_a_matrix_for_each_head(check: Any, start: int, columns: int) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["one", "all", "none"])
+@pytest.mark.parametrize("kind", ["one", "all", "none", "repeated"])
 def test_heads_are_joined(check: Any, kind: str) -> None:
-    """To a part of the only head of another, of each of its heads, or to nothing."""
+    """To a part of the only head of another, of each of its heads, or to nothing; or only that one is repeated."""
 
     def make(maker: Maker) -> G.Value:
+        if kind == "repeated":
+            x = maker.embed(41)
+            return maker.linear(maker.add(G.Join(maker.value(3 * 41), x, x, 3, range(0), range(41), 1)), 32)
         x, z = maker.embed(3 * 10), None if kind == "none" else maker.embed(6 if kind == "one" else 3 * 6)
         of_z = range(0) if kind == "none" else range(1, 6)
         out = maker.value(3 * (7 + len(of_z)))
@@ -227,17 +252,18 @@ def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> Non
 def experts(maker: Maker, **options: Any) -> G.Value:
     """Three of twelve, each 20 wide, over rows of 36.
 
-    `joined` gate and up, or `ungated`; `adjusted` products, `apart` routing.
+    `joined` gate and up, or `ungated`; `adjusted` products, `apart` routing, and choices that are the same `together`.
     """
     n, width, ff = 12, 36, 20
+    n_matrices = n // options.get("together", 1)
     joined, ungated, adjusted, apart = (options.pop(name, False) for name in ("joined", "ungated", "adjusted", "apart"))
     x = maker.embed(width)
     if apart:
         options["router_x"] = maker.embed(24)
     router = maker.weight("router", n, 24 if apart else width)
-    gate = None if ungated else maker.weight("gate", n, ff * (1 + joined), width)
-    up = gate if gate is not None and joined else maker.weight("up", n, ff, width)
-    down = maker.weight("down", n, width, ff)
+    gate = None if ungated else maker.weight("gate", n_matrices, ff * (1 + joined), width)
+    up = gate if gate is not None and joined else maker.weight("up", n_matrices, ff, width)
+    down = maker.weight("down", n_matrices, width, ff)
     if adjusted:
         options["adjustments"] = (
             G.Adjustment(gate or up, None, maker.constant(n, (gate or up).shape[1])),
@@ -268,6 +294,7 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
         {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
         {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
+        {"together": 4, "apart": True},
         {"ungated": True, "kind": "gelu"},
         {"ungated": True, "kind": "relu_squared", "apart": True, "biased": True, "gating": "sigmoid"},
         {"ungated": True, "kind": "relu_squared", "adjusted": True},
