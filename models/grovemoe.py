@@ -4,13 +4,12 @@ the experts give."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, experts, head, read_experts_scale
+from qrun.models.transformer import attention, experts, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
-    shares = Shares(scale=read_experts_scale(metadata))
     together = metadata.integer("experts_per_group", high=max(h.n_expert, 1))
     if h.n_expert % together:
         raise metadata.error("experts_per_group", f"is {together}, which does not divide {h.n_expert} experts")
@@ -25,9 +24,9 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         n_ff = h.n_ff_expert[layer] or h.n_ff[layer] // max(h.n_used, 1)
-        z = experts(builder, h, y, block, n_ff, shares=shares)
+        z = experts(builder, h, y, block, n_ff)
         of_groups = experts(
-            builder, h, z, block, n_ff_group, shares=shares, router_x=y, together=together, suffix="_chexps"
+            builder, h, z, block, n_ff_group, router_x=y, together=together, suffix="_chexps"
         )
         x = builder.add(x, builder.add(z, builder.scale(of_groups, group_scale)))
     return head(builder, x, h)
