@@ -264,6 +264,24 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
+class MatchMagnitude:
+    """Each of x.width / like.width groups of x, made as long as `like`: out = x * |like| / |x|, or 0 where x is 0."""
+
+    out: Value
+    x: Value
+    like: Value
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianTopK:
+    """out = max(x - mean(x) - deviations * std(x), 0), with the standard deviation of a sample."""
+
+    out: Value
+    x: Value
+    deviations: float
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
@@ -370,7 +388,7 @@ class SelectRows:
 
 Operation = (
     Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Activate | ActivateAlone
-    | Gate | Clamp | Add | Mix | Scale | Affine | Softcap | MoE | SelectRows
+    | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 
@@ -622,6 +640,15 @@ class GraphBuilder:
         assert weights.width == n_out * n_in and x.width % n_in == 0
         assert add is None or add.width == n_out * (x.width // n_in)
         return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
+    def match_magnitude(self, x: Value, like: Value) -> Value:
+        """Each group of x, made as long as `like`."""
+        assert x.width % like.width == 0
+        return self._append(MatchMagnitude(self._value(x.width), x, like))
+
+    def gaussian_top_k(self, x: Value, deviations: float) -> Value:
+        """What of x exceeds its mean by so many standard deviations."""
+        return self._append(GaussianTopK(self._value(x.width), x, deviations))
 
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""

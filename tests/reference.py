@@ -19,11 +19,13 @@ from qrun.models.graph import (
     Clamp,
     Embed,
     Gate,
+    GaussianTopK,
     Graph,
     HeadLinear,
     Join,
     LayerNorm,
     Linear,
+    MatchMagnitude,
     Mix,
     MoE,
     Operation,
@@ -124,6 +126,16 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
             out = (by_row @ streams).reshape(len(tokens), -1)
             return out if added is None else out + values[added.id]
+        case MatchMagnitude(x=x, like=like):
+            groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
+            lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
+            return (groups * lengths / np.maximum(np.linalg.norm(groups, axis=-1, keepdims=True), 1e-30)).reshape(
+                len(tokens), -1
+            )
+        case GaussianTopK(x=x, deviations=deviations):
+            y = values[x.id].astype(np.float64)
+            spread = y.std(axis=1, ddof=1, keepdims=True)
+            return np.maximum(y - y.mean(axis=1, keepdims=True) - deviations * spread, 0)
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
         case Affine(x=x, weight=weight, bias=bias):

@@ -11,7 +11,8 @@ from importlib import import_module
 
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
-    "swiglu_oai", "sigmoid", "xielu", "rms_norm", "layer_norm", "select_rows", "join", "mix",
+    "swiglu_oai", "sigmoid", "xielu", "rms_norm", "layer_norm", "select_rows", "join", "mix", "match_magnitude",
+    "gaussian_top_k",
 )  # fmt: skip
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.

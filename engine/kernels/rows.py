@@ -452,6 +452,82 @@ def mix(packing: str) -> Kernel:
     return _row_kernel(compute, packing)
 
 
+def _mean_of() -> Any:
+    """mean(x, size): of some floats."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def mean(x, size):  # type: ignore[no-untyped-def]
+        whole = size // lanes * lanes
+        sums = v.splat(0.0)
+        for i in range(0, whole, lanes):
+            sums = sums + v.load(x + 4 * i)
+        total = v.sum_lanes(sums)
+        for i in range(whole, size):
+            total += v.load_f32(x + 4 * i)
+        return total / v.as_float(size)
+
+    return mean
+
+
+def _squares_of() -> Any:
+    """squares(x, size, mean): the sum of squares of what some floats are above the mean."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def squares(x, size, mean):  # type: ignore[no-untyped-def]
+        whole = size // lanes * lanes
+        sums = v.splat(0.0)
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i) - v.splat(mean)
+            sums = v.fma(value, value, sums)
+        total = v.sum_lanes(sums)
+        for i in range(whole, size):
+            one = v.load_f32(x + 4 * i) - mean
+            total += one * one
+        return total
+
+    return squares
+
+
+def match_magnitude(packing: str) -> Kernel:
+    """Each of ROW_GROUPS groups of x, made as long as z."""
+    squares_of = _squares_of()
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        groups = v.load_i64(op + R.ROW_GROUPS)
+        size = width // groups
+        wanted = squares_of(z, size, v.float32(0.0))
+        for _ in range(groups):
+            squares = squares_of(x, size, v.float32(0.0))
+            factor = v.float32(0.0)
+            if squares > v.float32(0.0) and wanted > v.float32(0.0):
+                factor = v.inverse_sqrt(squares / wanted)
+            for i in range(size):
+                v.store_f32(y + 4 * i, v.load_f32(x + 4 * i) * factor)
+            x += 4 * size
+            y += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def gaussian_top_k(packing: str) -> Kernel:
+    """max(x - mean - factor * deviation, 0): what exceeds the mean by so many standard deviations of a sample."""
+    mean_of, squares_of = _mean_of(), _squares_of()
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        mean = mean_of(x, width)
+        squares = squares_of(x, width, mean)
+        if squares > v.float32(0.0):
+            mean += v.load_f32(op + R.ROW_FACTOR) / v.inverse_sqrt(squares / v.as_float(width - 1))
+        for i in range(width):
+            v.store_f32(y + 4 * i, max(v.load_f32(x + 4 * i) - mean, v.float32(0.0)))
+
+    return _row_kernel(compute, packing)
+
+
 def rope(_: str) -> Kernel:
     """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
 

@@ -219,6 +219,13 @@ class Lowering(RecordWriter):
         if added is not None:
             record.reads.append(added)
 
+    def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
+        x, like = self.places[o.x.id], self.places[o.like.id]
+        self._produce("match_magnitude", o.out, x, like, row_groups=o.x.width // o.like.width)
+
+    def _lower_gaussiantopk(self, o: G.GaussianTopK) -> None:
+        self._produce("gaussian_top_k", o.out, self.places[o.x.id], factor=o.deviations)
+
     def _lower_scale(self, o: G.Scale) -> None:
         self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
 

@@ -151,6 +151,19 @@ def test_streams_are_mixed_by_weights_of_each_row(check: Any, n_out: int, n_in: 
     check(make)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_groups_made_as_long_as_a_row(check: Any, groups: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        return maker.add(G.MatchMagnitude(maker.value(groups * 37), maker.embed(groups * 37), maker.embed(37)))
+
+    check(make)
+
+
+@pytest.mark.parametrize("deviations", [1.6, 0.0, -0.5])
+def test_what_exceeds_the_mean(check: Any, deviations: float) -> None:
+    check(lambda maker: maker.add(G.GaussianTopK(maker.value(61), maker.embed(61), deviations)))
+
+
 def test_learned_positions(check: Any) -> None:
     def make(maker: Maker) -> G.Value:
         tokens, positions = maker.embed(36), maker.embed(36, by_position=True)
