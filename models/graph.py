@@ -19,9 +19,9 @@ Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "sw
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
 with the gate at most a limit, and up between -limit and limit; `limited_silu` has silu(gate) at most it. `swiglu_oai`
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
-Alone = Literal["gelu", "relu_squared", "sigmoid", "xielu"]
+Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
 """Activations that multiply nothing."""
-GateKind = Literal["sigmoid", "softplus"]
+GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
 
@@ -197,6 +197,62 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
+class Convolution:
+    """Each column of x with those of the rows before it: out[t] = act(sum of weight[j] * x[t - taps + 1 + j] + bias).
+
+    `weight` is [taps, width]; rows before the first are 0. With `silu`, act is x * sigmoid(x), else nothing. `state` is
+    its number in `Graph.states`.
+    """
+
+    out: Value
+    x: Value
+    weight: Constant
+    bias: Constant | None
+    silu: bool
+    state: int
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAttention:
+    """Each head keeps a matrix S [dim_k, dim_v], at first 0, which every row changes before it is asked:
+    S = exp(decay) S + k^T u; out = scale * q S.
+
+    u is v, or with `beta` (the delta rule) beta * (v - k exp(decay) S). q and k are [rows, n_key_heads, dim_k], v is
+    [rows, n_heads, dim_v]; head h has the query and key of head h % n_key_heads if `tiled`, else of head
+    h // (n_heads / n_key_heads). `decay` has a number for each head, or for each dimension of its keys; all rows have
+    the same if it is a constant.
+    """
+
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    decay: Value | Constant
+    beta: Value | None
+    n_heads: int
+    n_key_heads: int
+    tiled: bool
+    scale: float
+    state: int
+
+    @property
+    def dim_k(self) -> int:
+        """Dimensions of a key."""
+        return self.k.width // self.n_key_heads
+
+    @property
+    def dim_v(self) -> int:
+        """Dimensions of a value."""
+        return self.v.width // self.n_heads
+
+    @property
+    def fades_by_dimension(self) -> bool:
+        """Has each dimension of a head its own decay?"""
+        width = self.decay.width if isinstance(self.decay, Value) else len(self.decay)
+        return width != self.n_heads
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up. `limit` is that of the kinds that have one."""
 
@@ -209,7 +265,7 @@ class Activate:
 
 @dataclass(frozen=True, eq=False)
 class ActivateAlone:
-    """out = act(x): GELU, max(x, 0)^2, 1 / (1 + exp(-x)), or xIELU (arXiv:2411.13010).
+    """out = act(x): GELU, max(x, 0)^2, x * sigmoid(x), sigmoid(x), log(1 + exp(x)), or xIELU (arXiv:2411.13010).
 
     The last is p x^2 + b x above 0, and n (exp(min(x, e)) - 1 - x) + b x below, with `parameters` n, p, b, e.
     """
@@ -387,9 +443,13 @@ class SelectRows:
 
 
 Operation = (
-    Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Activate | ActivateAlone
-    | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution | LinearAttention
+    | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap
+    | MoE | SelectRows
 )  # fmt: skip
+
+STATEFUL = (Attention, Convolution, LinearAttention)
+"""Operations whose rows depend on the rows before them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,6 +491,8 @@ class Graph:
     n_parameters: int
     context: int = 0
     max_context: int | None = None
+    n_states: int = 0
+    """How many operations keep a state of their own for each sequence."""
 
 
 class GraphBuilder:
@@ -446,7 +508,7 @@ class GraphBuilder:
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
         self.max_context: int | None = None
-        self._n_values = 0
+        self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
 
     # Tensors
@@ -471,6 +533,12 @@ class GraphBuilder:
         if not np.isfinite(values).all():
             raise self.error(f"tensor {name} has values that are not finite")
         return values
+
+    def flat_constant(self, name: str, size: int) -> Constant:
+        """The same as one row, whatever shape the file gives it."""
+        info = self.reader.tensors.get(name)
+        shape = (size,) if info is None or prod(info.shape) != size else info.shape
+        return self.constant(name, *shape).reshape(-1)
 
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
@@ -611,6 +679,25 @@ class GraphBuilder:
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
 
+    def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True) -> Value:
+        """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one."""
+        weight = np.ascontiguousarray(self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T)
+        bias = self.optional_constant(f"{name}.bias", x.width)
+        return self._append(Convolution(self._value(x.width), x, weight, bias, silu, self._state()))
+
+    def linear_attention(
+        self, q: Value, k: Value, v: Value, decay: Value | Constant, beta: Value | None, *, n_heads: int,
+        n_key_heads: int, scale: float, tiled: bool = False,
+    ) -> Value:  # fmt: skip
+        """Attention to a matrix that each head keeps, with the delta rule where there is a beta."""
+        assert q.width == k.width and k.width % n_key_heads == 0 and v.width % n_heads == 0
+        operation = LinearAttention(
+            self._value(v.width), q, k, v, decay, beta, n_heads, n_key_heads, tiled, scale, self._state()
+        )
+        width = decay.width if isinstance(decay, Value) else len(decay)
+        assert width == n_heads * (operation.dim_k if operation.fades_by_dimension else 1)
+        return self._append(operation)
+
     def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
@@ -730,14 +817,19 @@ class GraphBuilder:
     def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int, context: int) -> Graph:
         """The graph of everything said so far."""
         size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
+        cache = self.cache_layers
         return Graph(
-            architecture, self.operations, logits, self.cache_layers, logits.width, n_embd, context_length, size,
-            context, self.max_context,
+            architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
+            self.max_context, self._n_states,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
         self.operations.append(operation)
         return operation.out
+
+    def _state(self) -> int:
+        self._n_states += 1
+        return self._n_states - 1
 
     def _value(self, width: int) -> Value:
         self._n_values += 1

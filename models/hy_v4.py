@@ -7,9 +7,8 @@ from qrun.models.graph import Activation, GraphBuilder, Value
 from qrun.models.hyper_connections import Streams
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.latent_attention import Latent
-from qrun.models.maple import LEAST_LIMIT
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, experts, feed_forward, shared_expert
+from qrun.models.transformer import LEAST_LIMIT, Shares, experts, feed_forward, read_limits, shared_expert
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -45,8 +44,7 @@ def dense_or_experts(builder: GraphBuilder, h: Hyperparameters, x: Value, layer:
     block = f"blk.{layer}"
     if layer < h.n_dense:
         return feed_forward(builder, x, block, h.n_ff[layer], "silu")
-    key = "swiglu_clamp_exp"
-    limit = h.metadata.reals(key, h.n_blocks)[layer] if h.metadata.has(key) else 0.0
+    limit = read_limits(h.metadata, "swiglu_clamp_exp", h)[layer]
     kind: Activation = "clamped_silu" if limit > LEAST_LIMIT else "silu"
     n_ff = h.n_ff_expert[layer]
     y = experts(builder, h, x, block, n_ff, kind, Shares.read(h.metadata, "sigmoid"), limit=limit)

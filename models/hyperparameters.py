@@ -20,6 +20,8 @@ MAX_LAYERS = 512
 MAX_EXPERTS = 1024
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
+MAX_STATE = 256
+MAX_TAPS = 16
 MAX_WIDTH = 1 << 20
 MAX_CONTEXT = 1 << 30
 
@@ -132,7 +134,10 @@ def shorten(value: object) -> str:
     return str(value) if isinstance(value, (bool, int, float, np.generic)) else "an array"
 
 
-LACKING = ("deci",)
+LACKING = (
+    "deci", "mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2", "lfm2",
+    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next",
+)  # fmt: skip
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
 
 
@@ -176,7 +181,8 @@ class Hyperparameters:
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
-        head_dim = n_embd // n_heads[0] or None if n_heads[0] else None
+        most = next((heads for heads in n_heads if heads), 0)
+        head_dim = n_embd // most or None if most else None
         head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
         n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
         if n_rot % 2:

@@ -17,6 +17,7 @@ from qrun.models.graph import (
     Attention,
     CacheLayer,
     Clamp,
+    Convolution,
     Embed,
     Gate,
     GaussianTopK,
@@ -25,6 +26,7 @@ from qrun.models.graph import (
     Join,
     LayerNorm,
     Linear,
+    LinearAttention,
     MatchMagnitude,
     Mix,
     MoE,
@@ -110,13 +112,18 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             k, v = keys_and_values(graph, layer)
             cache = graph.cache_layers[layer]
             return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
+        case Convolution(x=x, weight=weight, bias=bias, silu=silu):
+            return convolution(values[x.id], weight, bias, silu=silu)
+        case LinearAttention():
+            return linear_attention(values, operation)
+        case Affine(x=x, weight=weight, bias=bias):
+            return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
             return activate(values[gate.id], values[up.id], kind, limit)
         case ActivateAlone(x=x, kind=kind, parameters=parameters):
             return activate_alone(values[x.id], kind, parameters)
         case Gate(gate=gate, x=x, kind=kind):
-            open_by = sigmoid(values[gate.id]) if kind == "sigmoid" else np.logaddexp(values[gate.id], 0)
-            return values[x.id] * np.repeat(open_by, x.width // gate.width, axis=1)
+            return values[x.id] * np.repeat(ALONE[kind](values[gate.id]), x.width // gate.width, axis=1)
         case Clamp(x=x, limit=limit):
             return np.clip(values[x.id], -limit, limit)
         case Add(a=a, b=b):
@@ -138,9 +145,6 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return np.maximum(y - y.mean(axis=1, keepdims=True) - deviations * spread, 0)
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
-        case Affine(x=x, weight=weight, bias=bias):
-            out = values[x.id] if weight is None else values[x.id] * weight
-            return out if bias is None else out + bias
         case Softcap(x=x, cap=cap):
             return cap * np.tanh(values[x.id] / cap)
         case MoE(x=x, router_x=router_x):
@@ -242,6 +246,38 @@ def attention(
     return out.reshape(n, -1)
 
 
+def convolution(x: Array, weight: Array, bias: Array | None, *, silu: bool) -> Array:
+    """Each row with those before it."""
+    taps = len(weight)
+    padded = np.concatenate([np.zeros((taps - 1, x.shape[1])), x])
+    out = sum(weight[j] * padded[j : j + len(x)] for j in range(taps))
+    out = out if bias is None else out + bias
+    return out * sigmoid(out) if silu else out
+
+
+def linear_attention(values: dict[int, Array], o: LinearAttention) -> Array:
+    """Row by row, in float64."""
+    n = len(values[o.v.id])
+    q, k = (values[value.id].reshape(n, o.n_key_heads, o.dim_k).astype(np.float64) for value in (o.q, o.k))
+    v = values[o.v.id].reshape(n, o.n_heads, o.dim_v).astype(np.float64)
+    decay = values[o.decay.id] if isinstance(o.decay, Value) else np.tile(o.decay, (n, 1))
+    kept = np.exp(decay.astype(np.float64)).reshape(n, o.n_heads, -1, 1)
+    heads = np.arange(o.n_heads)
+    of_key = heads % o.n_key_heads if o.tiled else heads // (o.n_heads // o.n_key_heads)
+    q, k = q[:, of_key], k[:, of_key]
+    state = np.zeros((o.n_heads, o.dim_k, o.dim_v))
+    out = np.empty(v.shape)
+    for t in range(n):
+        state = kept[t] * state
+        change = v[t]
+        if o.beta is not None:
+            known = np.einsum("hk,hkv->hv", k[t], state)
+            change = values[o.beta.id][t, :, None] * (change - known)
+        state = state + k[t, :, :, None] * change[:, None, :]
+        out[t] = o.scale * np.einsum("hk,hkv->hv", q[t], state)
+    return out.reshape(n, -1)
+
+
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     """x through a matrix of an expert (or the router), and through what adapters add to it."""
     out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
@@ -321,9 +357,7 @@ def activate_alone(x: Array, kind: str, parameters: Array | None = None) -> Arra
     """Activations that multiply nothing."""
     if parameters is not None:
         return xielu(x.astype(np.float64), *parameters.astype(np.float64))
-    if kind == "sigmoid":
-        return sigmoid(x)
-    return gelu(x) if kind == "gelu" else np.maximum(x, 0) ** 2
+    return ALONE[kind](x)
 
 
 def gelu(x: Array) -> Array:
@@ -339,6 +373,16 @@ def xielu(x: Array, n: float, p: float, b: float, e: float) -> Array:
 def sigmoid(x: Array) -> Array:
     """From 0 to 1."""
     return 1 / (1 + np.exp(-x))
+
+
+ALONE = {
+    "gelu": gelu,
+    "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+    "silu": lambda x: x * sigmoid(x),
+    "sigmoid": sigmoid,
+    "softplus": lambda x: np.logaddexp(x, 0),
+    "identity": lambda x: x,
+}
 
 
 def softmax(scores: Array) -> Array:

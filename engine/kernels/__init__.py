@@ -11,9 +11,12 @@ from importlib import import_module
 
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
-    "swiglu_oai", "sigmoid", "xielu", "rms_norm", "layer_norm", "select_rows", "join", "mix", "match_magnitude",
-    "gaussian_top_k",
+    "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
+    "match_magnitude", "gaussian_top_k",
 )  # fmt: skip
+
+GATES = ("sigmoid", "softplus", "silu", "identity")
+LINEAR_ATTENTION = (("plain", "head"), ("delta", "head"), ("delta", "dimension"))
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
 _MODULES = {
@@ -25,6 +28,8 @@ _MODULES = {
     **dict.fromkeys(("route", "to_experts", "adjust_experts", "weigh_experts", "from_experts"), "experts"),
     **dict.fromkeys(("to_heads", "from_heads"), "heads"),
     "attention": "attention",
+    "convolution": "convolution",
+    "linear_attention": "linear_attention",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
@@ -41,7 +46,7 @@ def build(key: str) -> Callable[[int, int, int], None]:
 
 
 def in_parts(key: str) -> bool:
-    return not key.startswith(("matmul-", "attention-"))
+    return not key.startswith(("matmul-", "attention-", "linear_attention-"))
 
 
 def all_keys() -> list[str]:
@@ -57,6 +62,8 @@ def all_keys() -> list[str]:
         *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
+        *(f"convolution-{activation}" for activation in ("", "silu")),
+        *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
           for packing in ("", *packings)),

@@ -17,13 +17,22 @@ ASLEEP, DEADLINE, TIME, IN_VAIN = 0, 8, 16, 32  # TIME: a timespec
 SHARED_BYTES = THREAD + THREAD_BYTES * MAX_THREADS
 
 # What varies from step to step. Ranges are [count, (matrix, first column, columns) ...]: see kernels.matmul.
-STEP_PARTS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES, STEP_TEAM = range(0, 72, 8)
-ROW_RANGES = 72
-STEP_BYTES = 104
+(STEP_PARTS, N_ROWS, TOKENS, POSITIONS, SELECTED, N_TILES, TILES, PAGE_TABLES, STEP_TEAM, N_SEGMENTS,
+ SEGMENTS) = range(0, 88, 8)  # fmt: skip
+ROW_RANGES = 88
+STEP_BYTES = 120
 
 # Attention tiles: rows of one sequence at consecutive positions.
 TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
 TILE_BYTES = 24
+
+# Segments: all rows of one sequence. LOGGED: how many positions of its chunk the block IN has; the step ends in the
+# block OUT, which may be the same. See program.state_blocks.
+SEG_FIRST_ROW, SEG_ROWS, SEG_LOGGED, SEG_IN, SEG_OUT = range(0, 40, 8)
+SEG_BYTES = 40
+# Positions in a chunk, after which a block of state goes on from its new beginning; and the most numbers that a vector
+# of a head's state may have.
+STATE_ROWS, MAX_STATE_DIM = 16, 256
 
 # The KV cache: positions in one page, and bits of a value by the cache's type.
 PAGE_POSITIONS = 64
@@ -74,6 +83,16 @@ def _fields(count: int) -> range:
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,
  HEADS_RANGES) = _fields(9)  # fmt: skip
+
+# A convolution: WEIGHT is float32 [taps, width], BIAS a row or 0; STATE is where in a block its rows lie.
+(CONV_X, CONV_X_STRIDE, CONV_Y, CONV_Y_STRIDE, CONV_WIDTH, CONV_TAPS, CONV_WEIGHT, CONV_BIAS,
+ CONV_STATE) = _fields(9)  # fmt: skip
+
+# Linear attention. Neighbouring heads share one of KEY_HEADS heads of q and k, or with TILED every KEY_HEADS-th does.
+# DECAY has a value for each head, or for each of its DIM_K dimensions; all rows have the same if its stride is 0.
+(LIN_Q, LIN_Q_STRIDE, LIN_K, LIN_K_STRIDE, LIN_V, LIN_V_STRIDE, LIN_DECAY, LIN_DECAY_STRIDE, LIN_BETA, LIN_BETA_STRIDE,
+ LIN_OUT, LIN_OUT_STRIDE, LIN_HEADS, LIN_KEY_HEADS, LIN_TILED, LIN_DIM_K, LIN_DIM_V, LIN_SCALE, LIN_STATE,
+ LIN_HEAD_BYTES) = _fields(20)  # fmt: skip
 
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)

@@ -269,17 +269,40 @@ def _softplus(x):  # type: ignore[no-untyped-def]
     return v.maximum(x, v.splat(0.0)) + v.splat(2.0) * s * series
 
 
-def sigmoid(packing: str) -> Kernel:
-    """1 / (1 + exp(-x))."""
+@v.helper
+def _silu(x):  # type: ignore[no-untyped-def]
+    return x / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
+
+
+@v.helper
+def _identity(x):  # type: ignore[no-untyped-def]
+    return x
+
+
+GATES = {"sigmoid": _sigmoid, "softplus": _softplus, "silu": _silu, "identity": _identity}
+
+
+def _alone(act: Any, packing: str) -> Kernel:
+    """act(x)."""
 
     @v.helper
     def function(x, z, factor):  # type: ignore[no-untyped-def]
-        return _sigmoid(x)
+        return act(x)
 
     return _row_kernel(_elementwise(function), packing)
 
 
-GATES = {"sigmoid": _sigmoid, "softplus": _softplus}
+def sigmoid(packing: str) -> Kernel:
+    return _alone(_sigmoid, packing)
+
+
+def softplus(packing: str) -> Kernel:
+    return _alone(_softplus, packing)
+
+
+def silu_alone(packing: str) -> Kernel:
+    """silu(x), which multiplies nothing."""
+    return _alone(_silu, packing)
 
 
 def gate(variant: str) -> Kernel:

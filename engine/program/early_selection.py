@@ -1,4 +1,4 @@
-"""Dropping rows whose logits nobody wants as soon as no other row needs them: after the last attention.
+"""Dropping rows whose logits nobody wants as soon as no other row needs them: after the last operation that looks back.
 
 What follows in the last block takes each row for itself. A prompt wants the logits of its last token only, so its
 output matrix and feed-forward network are computed for one row: of 16 blocks, almost one less.
@@ -13,8 +13,8 @@ from qrun.models import graph as G
 
 
 def select_early(graph: G.Graph) -> G.Graph:
-    """The same graph, with rows selected behind its last attention. Without attention, it stays as it is."""
-    last = max((i for i, operation in enumerate(graph.operations) if isinstance(operation, G.Attention)), default=-1)
+    """The same graph, with rows selected behind the last operation whose rows depend on each other."""
+    last = max((i for i, operation in enumerate(graph.operations) if isinstance(operation, G.STATEFUL)), default=-1)
     if last < 0:
         return graph
     body, head = graph.operations[: last + 1], graph.operations[last + 1 :]

@@ -2,22 +2,24 @@
 
 Layers with the same attention window form a group; a page of a group holds the keys and values of all its layers for
 64 positions (laid out in `kernels.attention`). Groups with a sliding window give pages back as the window passes.
+Beside the pages lie the blocks of what is no cache: see `state_blocks`.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS
+from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS, STATE_ROWS
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.program.pages import Page, PagePool
+from qrun.engine.program.state_blocks import StateBlocks
 from qrun.models.graph import CacheLayer
 
 P = ParamSpec("P")
@@ -43,9 +45,13 @@ class LayerPlace:
 
 
 class CacheLayout:
-    """Groups of layers, and where each layer lies in a page of its group."""
+    """Groups of layers, and where each layer lies in a page of its group; and where in a block each operation with a
+    state has it, in bytes.
 
-    def __init__(self, layers: Sequence[CacheLayer], cache_type: str) -> None:
+    states: how many float32 numbers each of these operations keeps.
+    """
+
+    def __init__(self, layers: Sequence[CacheLayer], cache_type: str, states: Sequence[int] = ()) -> None:
         if cache_type not in CACHE_BITS:
             raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
@@ -61,6 +67,11 @@ class CacheLayout:
             start = self.page_bytes[group]
             self.places.append(LayerPlace(group, start, start + layer.n_kv_heads * k, k, v))
             self.page_bytes[group] = start + layer.n_kv_heads * (k + v)
+        self.state_offsets: list[int] = []
+        self.block_bytes = 0
+        for size in states:
+            self.state_offsets.append(self.block_bytes)
+            self.block_bytes += -(-4 * size // 64) * 64
 
     def bytes_at(self, context: int) -> int:
         """Bytes that one sequence of `context` tokens takes."""
@@ -70,46 +81,6 @@ class CacheLayout:
             seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
             total += -(-seen // PAGE_POSITIONS) * size
         return total
-
-
-@dataclass(eq=False)
-class Page:
-    memory: NDArray[np.uint8]
-    references: int = 1
-
-    @property
-    def address(self) -> int:
-        return int(self.memory.ctypes.data)
-
-
-@dataclass
-class PagePool:
-    """Pages of one group. Those given back are kept for the next sequence.
-
-    dropped: pages of sequences that went without `close`. The collector may take a sequence away at any time, in any
-    thread, so nothing more is done then than to note its pages here.
-    """
-
-    page_bytes: int
-    free: list[NDArray[np.uint8]] = field(default_factory=list)
-    allocated: int = 0
-    dropped: deque[Page] = field(default_factory=deque)
-
-    def take(self) -> Page:
-        while self.dropped:
-            self.give_back(self.dropped.popleft())
-        if self.free:
-            return Page(self.free.pop())
-        self.allocated += 1
-        # Zeros: a position that was never written counts nothing in attention, but must be a finite number.
-        whole = np.zeros(self.page_bytes + 64, np.uint8)
-        start = -int(whole.ctypes.data) % 64
-        return Page(whole[start : start + self.page_bytes])
-
-    def give_back(self, page: Page) -> None:
-        page.references -= 1
-        if page.references == 0:
-            self.free.append(page.memory)
 
 
 def _drop_all(pools: list[PagePool], held: list[dict[int, Page]]) -> None:
@@ -136,15 +107,25 @@ class KVSequence:
     references. A sequence that goes without `close` gives its pages back, too.
     """
 
-    def __init__(self, layout: CacheLayout, pools: list[PagePool], context: int, lock: ForkAwareLock) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        pools: list[PagePool],
+        context: int,
+        lock: ForkAwareLock,
+        states: StateBlocks | None = None,
+    ) -> None:
         self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
         n_pages = -(-context // PAGE_POSITIONS)
         self.n_past = 0
+        self.states = states or StateBlocks(PagePool(0))
         self._pages: list[dict[int, Page]] = [{} for _ in pools]
         # Page addresses as kernels read them: one table a group.
         self.tables = np.zeros((len(pools), max(n_pages, 1)), np.int64)
         self._closed = False
-        weakref.finalize(self, _drop_all, pools, self._pages).atexit = False
+        held = [*self._pages, self.states.blocks, self.states.pending]
+        of = self.states.pool
+        weakref.finalize(self, _drop_all, [*pools, of, of], held).atexit = False
 
     @_locked
     def reserve(self, count: int) -> None:
@@ -164,11 +145,13 @@ class KVSequence:
                     fresh.memory[:] = page.memory
                     pool.give_back(page)
                 self._put(group, index, fresh)
+        self.states.reserve(self.n_past, count)
 
     @_locked
     def advance(self, count: int) -> None:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
+        self.states.advance()
         for group, window in enumerate(self.layout.windows):
             if window is not None:
                 lowest = (self.n_past - window + 1) // PAGE_POSITIONS
@@ -185,14 +168,27 @@ class KVSequence:
             if window is not None:
                 lowest = max((after - window + 1) // PAGE_POSITIONS, 0)
                 room = min(room, (lowest + 1) * PAGE_POSITIONS + window - 2 - after)
+        if self.states.exist:  # the step must not leave a whole chunk behind it
+            room = min(room, STATE_ROWS - 1)
         return max(room, 0)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Has the model a state of which only some positions are kept?"""
+        return self.states.exist
+
+    @_locked
+    def mark(self) -> None:
+        """Someone may want to come back here: a state that `truncate` gets back to is kept, for a while."""
+        self.states.mark()
 
     @_locked
     def truncate(self, n: int) -> int:
-        """Forget positions from n on. Returns how many are kept: 0 if a window gave back what n tokens would need."""
+        """Forget positions from n on. Returns how many are kept: fewer than n if there is no state to go on from, and 0
+        if a window gave back what these would need."""
         if n >= self.n_past:
             return self.n_past
-        n = max(n, 0)
+        n = self.states.reachable(max(n, 0))
         for group, window in enumerate(self.layout.windows):
             lowest = 0 if window is None else max(n - window + 1, 0) // PAGE_POSITIONS
             needed = range(lowest, -(-n // PAGE_POSITIONS))
@@ -201,13 +197,14 @@ class KVSequence:
         for group in range(len(self.pools)):
             for index in [i for i in self._pages[group] if i * PAGE_POSITIONS >= n]:
                 self._drop(group, index)
+        self.states.truncate(n)
         self.n_past = n
         return n
 
     @_locked
     def fork(self) -> KVSequence:
         """A second sequence with the same past. Pages are shared until one of the two writes."""
-        twin = KVSequence(self.layout, self.pools, self.context, self._lock)
+        twin = KVSequence(self.layout, self.pools, self.context, self._lock, self.states.fork())
         twin.n_past = self.n_past
         twin.tables[:] = self.tables
         for mine, its in zip(self._pages, twin._pages, strict=True):
@@ -225,7 +222,7 @@ class KVSequence:
             arrays[f"pages{group}"] = np.array(numbers, np.int64)
             empty = np.empty((0, self.pools[group].page_bytes), np.uint8)
             arrays[f"data{group}"] = np.stack([pages[i].memory for i in numbers]) if numbers else empty
-        return arrays
+        return arrays | self.states.arrays() if self.states.exist else arrays
 
     @_locked
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
@@ -242,6 +239,8 @@ class KVSequence:
             shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
             if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
+        if self.states.exist:
+            self.states.check(state, n_past)
         self.truncate(0)
         self._clear()
         for group, pool in enumerate(self.pools):
@@ -250,6 +249,8 @@ class KVSequence:
                     page = pool.take()
                     page.memory[:] = memory
                     self._put(group, index, page)
+        if self.states.exist:
+            self.states.restore(state)
         self.n_past = n_past
 
     @_locked
@@ -263,6 +264,7 @@ class KVSequence:
         for group in range(len(self.pools)):
             for index in list(self._pages[group]):
                 self._drop(group, index)
+        self.states.clear()
 
     def _put(self, group: int, index: int, page: Page) -> None:
         self._pages[group][index] = page

@@ -16,6 +16,7 @@ from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering_experts import lower_experts
 from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs
 from qrun.engine.program.rope_table import RopeTable
+from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
 
 
@@ -193,6 +194,41 @@ class Lowering(RecordWriter):
             [q, cache], [out], False,
         )  # fmt: skip
 
+    def _lower_convolution(self, o: G.Convolution) -> None:
+        x, out = self.places[o.x.id], self.new(o.out)
+        state = self.layout.state_offsets[o.state]
+        self.emit(
+            f"convolution-{'silu' if o.silu else ''}",
+            {
+                R.CONV_X: x, R.CONV_X_STRIDE: x.stride, R.CONV_Y: out, R.CONV_Y_STRIDE: out.stride,
+                R.CONV_WIDTH: o.x.width, R.CONV_TAPS: len(o.weight), R.CONV_WEIGHT: floats(o.weight),
+                R.CONV_BIAS: floats(o.bias), R.CONV_STATE: state,
+            },
+            [x], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
+    def _lower_linearattention(self, o: G.LinearAttention) -> None:
+        if max(o.dim_k, o.dim_v) > R.MAX_STATE_DIM:
+            raise ValueError(f"linear attention with heads of more than {R.MAX_STATE_DIM} dimensions: not supported")
+        q, k, v = (self.places[value.id] for value in (o.q, o.k, o.v))
+        decay = self.places[o.decay.id] if isinstance(o.decay, G.Value) else None
+        beta = None if o.beta is None else self.places[o.beta.id]
+        out = self.new(o.out)
+        rule, fading = "plain" if beta is None else "delta", "dimension" if o.fades_by_dimension else "head"
+        self.emit(
+            f"linear_attention-{rule}-{fading}",
+            {
+                R.LIN_Q: q, R.LIN_Q_STRIDE: q.stride, R.LIN_K: k, R.LIN_K_STRIDE: k.stride, R.LIN_V: v,
+                R.LIN_V_STRIDE: v.stride, R.LIN_DECAY: decay or floats(o.decay),  # type: ignore[arg-type]
+                R.LIN_DECAY_STRIDE: decay.stride if decay else 0, R.LIN_BETA: beta or 0,
+                R.LIN_BETA_STRIDE: beta.stride if beta else 0, R.LIN_OUT: out, R.LIN_OUT_STRIDE: out.stride,
+                R.LIN_HEADS: o.n_heads, R.LIN_KEY_HEADS: o.n_key_heads, R.LIN_TILED: int(o.tiled),
+                R.LIN_DIM_K: o.dim_k, R.LIN_DIM_V: o.dim_v, R.LIN_SCALE: float(o.scale),
+                R.LIN_STATE: self.layout.state_offsets[o.state], R.LIN_HEAD_BYTES: 4 * head_size(o),
+            },
+            [q, k, v, decay, beta], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_activate(self, o: G.Activate) -> None:
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 
@@ -202,6 +238,11 @@ class Lowering(RecordWriter):
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]
         self._produce(f"gate-{o.kind}", o.out, gate, x, row_groups=o.gate.width)
+
+    def _lower_affine(self, o: G.Affine) -> None:
+        self._produce(
+            "affine", o.out, self.places[o.x.id], row_weight=floats(o.weight), row_bias=floats(o.bias)
+        )
 
     def _lower_clamp(self, o: G.Clamp) -> None:
         self._produce("clamp", o.out, self.places[o.x.id], factor=o.limit)
@@ -228,10 +269,6 @@ class Lowering(RecordWriter):
 
     def _lower_scale(self, o: G.Scale) -> None:
         self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
-
-    def _lower_affine(self, o: G.Affine) -> None:
-        x, weight, bias = self.places[o.x.id], floats(o.weight), floats(o.bias)
-        self._produce("affine", o.out, x, row_weight=weight, row_bias=bias)
 
     def _lower_softcap(self, o: G.Softcap) -> None:
         self._produce("softcap", o.out, self.places[o.x.id], factor=o.cap)

@@ -8,13 +8,14 @@ from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.native.team import TEAM_KERNELS
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
+from qrun.engine.program.state_blocks import state_sizes
 from qrun.engine.simd.target import Target, host_target
 from qrun.models import graph as G
 
 
 def kernels_of(graph: G.Graph, cache_type: str = "f16", target: Target | None = None) -> list[str]:
     """The keys of the kernels that a model needs, with as many threads as there are cores, or fewer."""
-    layout = CacheLayout(graph.cache_layers, cache_type)
+    layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
     counts = range(1, available_cores() + 1)
     attention = {attention_key(layer, cache_type, threads) for layer in graph.cache_layers for threads in counts}
@@ -47,8 +48,9 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
             for weight in weights:  # those of experts have three dimensions
                 used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
                 total += weight.raw.nbytes * used
-    layout = CacheLayout(graph.cache_layers, cache_type)
+    layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     for window, page_bytes in zip(layout.windows, layout.page_bytes, strict=True):
         seen = position if window is None else min(position, window)
         total += page_bytes / PAGE_POSITIONS * seen
+    total += layout.block_bytes
     return total

@@ -15,10 +15,12 @@ from qrun.engine.native.compiler import Progress, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.early_selection import select_early
-from qrun.engine.program.kv_cache import CacheLayout, KVSequence, PagePool
+from qrun.engine.program.kv_cache import CacheLayout, KVSequence
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.observing import ObservingLowering
+from qrun.engine.program.pages import PagePool
 from qrun.engine.program.program import Program
+from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.simd.target import Target, host_target
 from qrun.models.graph import Graph
 
@@ -55,8 +57,9 @@ class Runtime:
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.n_vocab = graph.n_vocab
         self.batch = min(batch, context)
-        self._layout = CacheLayout(graph.cache_layers, cache_type)
+        self._layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
+        self._blocks = PagePool(self._layout.block_bytes)
         # Those who observe want to see all rows of the last block too.
         to_lower = graph if observe else select_early(graph)
         lowering = (ObservingLowering if observe else Lowering)(
@@ -76,7 +79,7 @@ class Runtime:
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
-        return KVSequence(self._layout, self._pools, self.context, self._pages_lock)
+        return KVSequence(self._layout, self._pools, self.context, self._pages_lock, StateBlocks(self._blocks))
 
     def progress(self, sequence: KVSequence) -> int:
         """How many positions of the sequence have been computed; also while a batch of it is under way, from any
@@ -120,6 +123,8 @@ class Runtime:
                 try:
                     rows = self._run([(sequence, part)], wanted, into, cancelled)
                     sequence.advance(len(part))
+                    if len(part) == self.batch and not ends:
+                        sequence.mark()
                 finally:
                     self._under_way = None
             if out is None and len(rows):
@@ -156,7 +161,7 @@ class Runtime:
             for value in r.fields.values()
             if isinstance(value, np.ndarray)
         }
-        cache = sum(pool.allocated * pool.page_bytes for pool in self._pools)
+        cache = sum(pool.allocated * pool.page_bytes for pool in (*self._pools, self._blocks))
         return {"weights": sum(seen.values()), "arena": self._program.arena.size, "cache": cache}
 
     def close(self) -> None:
@@ -165,7 +170,7 @@ class Runtime:
             if self._team is None:
                 return
             self._team.close()
-            for pool in self._pools:
+            for pool in (*self._pools, self._blocks):
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
             self._team = None
@@ -235,10 +240,11 @@ class _Step:
         self.selected = np.zeros(batch, np.int64)
         self.tables = np.zeros(batch * groups, np.int64)
         self.tiles = np.zeros((batch, R.TILE_BYTES // 8), np.int64)
+        self.segments = np.zeros((batch, R.SEG_BYTES // 8), np.int64)
         self.record = np.zeros(R.STEP_BYTES // 8, np.int64)
         for offset, array in (
             (R.TOKENS, self.tokens), (R.POSITIONS, self.positions), (R.SELECTED, self.selected), (R.TILES, self.tiles),
-            (R.PAGE_TABLES, self.tables),
+            (R.PAGE_TABLES, self.tables), (R.SEGMENTS, self.segments),
         ):  # fmt: skip
             self.record[offset // 8] = array.ctypes.data
 
@@ -251,8 +257,10 @@ class _Step:
         total = sum(len(ids) for _, ids in parts)
         tables = self.tables[: total * (len(self.tables) // len(self.tokens))].reshape(-1, total)
         row = n_tiles = 0
-        for sequence, ids in parts:
+        self.record[R.N_SEGMENTS // 8] = len(parts)
+        for number, (sequence, ids) in enumerate(parts):
             count, past = len(ids), sequence.n_past
+            self.segments[number] = (row, count, *sequence.states.segment(past))
             self.tokens[row : row + count] = ids
             self.positions[row : row + count] = np.arange(past, past + count)
             addresses = sequence.tables.ctypes.data + np.arange(len(tables)) * sequence.tables.strides[0]

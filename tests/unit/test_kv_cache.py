@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from qrun.engine.program.kv_cache import CacheLayout, KVSequence, PagePool
+from qrun.engine.program.kv_cache import CacheLayout, KVSequence
+from qrun.engine.program.pages import PagePool
 from qrun.models.graph import CacheLayer
 
 FULL, SLIDING = CacheLayer(4, 2, 40, 24, None), CacheLayer(4, 2, 32, 32, 100)

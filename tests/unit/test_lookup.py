@@ -9,7 +9,8 @@ from engine_fakes import FakeRuntime, ids_of, make_session, speaking
 
 from qrun.engine import Model
 from qrun.engine.generation.lookup import MAX_GUESSES, Lookup
-from qrun.engine.program.kv_cache import CacheLayout, KVSequence, PagePool
+from qrun.engine.program.kv_cache import CacheLayout, KVSequence
+from qrun.engine.program.pages import PagePool
 from qrun.models.graph import CacheLayer
 
 A = (11, 12, 13)  # with the next three tokens, enough to agree in

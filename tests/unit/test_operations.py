@@ -23,7 +23,11 @@ class Maker:
         self.rng = rng
         self.operations: list[G.Operation] = []
         self.caches: list[G.CacheLayer] = []
-        self.n_values = 0
+        self.n_values = self.n_states = 0
+
+    def state(self) -> int:
+        self.n_states += 1
+        return self.n_states - 1
 
     def weight(self, name: str, *shape: int) -> G.Weight:
         values = self.rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
@@ -52,7 +56,7 @@ class Maker:
     def graph(self, x: G.Value) -> G.Graph:
         """A program has at least one matrix."""
         out = self.linear(self.add(G.SelectRows(self.value(x.width), x)), 40)
-        return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, 0)
+        return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, 0, 0, self.n_states)
 
 
 @pytest.fixture(params=["best", "plain"])

@@ -13,6 +13,7 @@ from qrun.engine.native import compiler
 from qrun.engine.program import needs as warmup
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering
+from qrun.engine.program.state_blocks import state_sizes
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
@@ -38,7 +39,7 @@ def test_a_model_that_was_warmed_up_needs_no_other_kernel_on_fewer_threads(
     with GGUFReader(path) as reader:
         graph = build_graph(reader)
         warmed = warmup.kernels_of(graph)
-        layout = CacheLayout(graph.cache_layers, "f16")
+        layout = CacheLayout(graph.cache_layers, "f16", state_sizes(graph))
         for threads in range(1, 6):
             program = Lowering(graph, layout, host_target(), batch=8, head_rows=8, context=64, threads=threads)
             assert set(program.kernel_keys) <= set(warmed)
