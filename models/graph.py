@@ -490,9 +490,9 @@ class Graph:
     context_length: int
     n_parameters: int
     context: int = 0
-    max_context: int | None = None
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
+    max_context: int | None = None
 
 
 class GraphBuilder:
@@ -820,7 +820,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
-            self.max_context, self._n_states,
+            self._n_states, self.max_context,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
