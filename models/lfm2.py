@@ -6,7 +6,7 @@ from dataclasses import replace
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, dense_or_experts, head, read_window
+from qrun.models.transformer import Shares, attention, dense_or_experts, head, read_gating, read_window
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -23,7 +23,7 @@ def layers(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, window
     """All of the model. window: of its attention, or 0."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     taps = metadata.integer("shortconv.l_cache", low=2, high=MAX_TAPS)
-    shares = Shares.read(metadata, "sigmoid", normalize=True)
+    shares = Shares(gating=read_gating(metadata, "sigmoid"))
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):

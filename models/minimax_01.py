@@ -6,14 +6,13 @@ import numpy as np
 from qrun.models.graph import Constant, GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, experts, head, read_experts_scale, recurrent_layers
+from qrun.models.transformer import attention, experts, head, recurrent_layers
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     residual_scale = metadata.real("residual_scale")
-    shares = Shares(scale=read_experts_scale(metadata))
     recurrent = recurrent_layers(metadata, h, period=8)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
@@ -27,7 +26,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         x = builder.add(z, builder.scale(y, residual_scale))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        z = experts(builder, h, y, block, h.n_ff[layer], shares=shares)
+        z = experts(builder, h, y, block, h.n_ff[layer])
         x = builder.add(z, builder.scale(y, residual_scale))
     return head(builder, x, h)
 

@@ -13,12 +13,10 @@ from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import (
-    Shares,
     experts,
     feed_forward,
     head,
     norm_qk,
-    read_experts_scale,
     recurrent_layers,
     shared_expert,
 )
@@ -167,12 +165,11 @@ def gates(builder: GraphBuilder, x: Value, block: str, net: DeltaNet, *, apart: 
 def gated_experts(metadata: Metadata) -> FeedForward:
     """A mixture of experts, and one for all tokens with a gate of its own."""
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
-    shares = Shares(scale=read_experts_scale(metadata))
 
     def network(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int) -> Value:
         block = f"blk.{layer}"
         n_ff = h.n_ff_expert[layer] or h.n_ff[layer] // max(h.n_used, 1)
-        y = experts(builder, h, x, block, n_ff, shares=shares)
+        y = experts(builder, h, x, block, n_ff)
         if not builder.has(f"{block}.ffn_up_shexp.weight"):
             return y
         gate = builder.linear_row(x, f"{block}.ffn_gate_inp_shexp")
