@@ -176,7 +176,8 @@ class Temperature:
 class Attention:
     """Appends k and v to the cache of `layer`, then causal attention over that cache.
 
-    Without k and v, the layer has no keys and values of its own, and attends to those that another one appended there.
+    Without v, values are a part of the keys (`CacheLayer.values_in_keys`). Without both, the layer has no keys and
+    values of its own, and attends to those that another one appended there.
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
@@ -474,6 +475,10 @@ class CacheLayer:
     head_dim_v: int
     window: int | None
     chunked: bool = False
+    values_in_keys: bool = False
+    """Values are the first `head_dim_v` dimensions of keys, and nothing beside them."""
+    precise: bool = False
+    """Kept in float32 where caches are otherwise float16."""
 
 
 @dataclass
@@ -655,7 +660,7 @@ class GraphBuilder:
         self,
         q: Value,
         k: Value,
-        v: Value,
+        v: Value | None,
         cache: CacheLayer,
         scale: float,
         softcap: float | None = None,
@@ -665,7 +670,10 @@ class GraphBuilder:
         """Causal attention of the next layer; `cache` says how its cache is laid out."""
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
-        assert v.width == cache.n_kv_heads * cache.head_dim_v
+        if v is None:
+            assert cache.values_in_keys and cache.head_dim_v <= cache.head_dim_k
+        else:
+            assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)

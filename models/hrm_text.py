@@ -1,6 +1,8 @@
 """HRM-Text (arXiv:2506.21734, as a language model): two stacks of layers take turns, a low one several times and then a
 high one, and this for several cycles. Each turn has a cache of its own; norms have no weights."""
 
+from dataclasses import replace
+
 from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_LAYERS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
@@ -37,7 +39,8 @@ def stack(builder: GraphBuilder, h: Hyperparameters, x: Value, blocks: range, ro
         block = f"blk.{number}"
         y = builder.rms_norm_with(x, None, h.rms_eps)
         gate = builder.linear(y, f"{block}.attn_gate", h.n_heads[0] * h.head_dim_v)
-        y = attend(builder, h, y, block, h.cache_layer(0), rotation)
+        # Each turn makes small differences larger: with half precision, logits would be off by a hundredth.
+        y = attend(builder, h, y, block, replace(h.cache_layer(0), precise=True), rotation)
         y = builder.gate(gate, y, "sigmoid")
         x = builder.add(x, builder.linear(y, f"{block}.attn_output", h.n_embd))
 

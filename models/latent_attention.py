@@ -88,10 +88,10 @@ def attend(
         turned = builder.rope(turned, n_rot, rotation)
 
     if sizes.absorbed:
-        cache = CacheLayer(n_heads, 1, rank + n_rot, rank, window)
+        cache = CacheLayer(n_heads, 1, rank + n_rot, rank, window, values_in_keys=True)
         asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, plain)
         q = builder.join(asked, range(rank), n_heads, q, range(plain, dim_k), n_heads)
-        k, v = builder.join(short, range(rank), 1, turned, range(n_rot)), short
+        k, v = builder.join(short, range(rank), 1, turned, range(n_rot)), None
     else:
         cache = CacheLayer(n_heads, n_heads, dim_k, dim_v, window)
         kv = builder.linear(short, f"{block}.attn_kv_b", n_heads * (plain + dim_v))

@@ -110,8 +110,10 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return rope(values[x.id], operation)
         case Attention(q=q, layer=layer, scale=scale, softcap=cap, sinks=sinks, slopes=slopes):
             k, v = keys_and_values(graph, layer)
-            cache = graph.cache_layers[layer]
-            return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
+            cache, keys = graph.cache_layers[layer], values[k.id]
+            if v is None:
+                part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
+            return attention(values[q.id], keys, part if v is None else values[v.id], cache, scale, cap, sinks, slopes)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
             return convolution(values[x.id], weight, bias, silu=silu)
         case LinearAttention():
@@ -203,10 +205,10 @@ def rope(x: Array, operation: Rope) -> Array:
     return out.reshape(len(x), -1)
 
 
-def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value]:
-    """What is appended to the cache of a layer."""
+def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value | None]:
+    """What is appended to the cache of a layer. No values: they are a part of the keys."""
     for operation in graph.operations:
-        if isinstance(operation, Attention) and operation.layer == layer and operation.k and operation.v:
+        if isinstance(operation, Attention) and operation.layer == layer and operation.k:
             return operation.k, operation.v
     raise AssertionError(f"nothing is appended to the cache of layer {layer}")
 

@@ -37,6 +37,8 @@ STATE_ROWS, MAX_STATE_DIM = 16, 256
 # The KV cache: positions in one page, and bits of a value by the cache's type.
 PAGE_POSITIONS = 64
 CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
+# The same of what layers may be kept as: those that need every digit are not kept as float16.
+KIND_BITS = {"f32": 32, **CACHE_BITS}
 
 # Rows of one sequence that attention takes together, and the longest head that it has room for.
 TILE_SIZE, MAX_HEAD_DIM = 8, 576

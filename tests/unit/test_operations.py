@@ -1,6 +1,7 @@
 """The operations of the vocabulary as the engine runs them, against their definition, on fresh data of odd sizes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,13 @@ class Maker:
 def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[Callable[..., None]]:
     """Builds a graph, and compares what the engine makes of it with the definition; also cut into batches."""
 
-    def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5) -> None:
+    def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5, cache_type: str = "f16") -> None:
         maker = Maker(rng)
         graph = maker.graph(make(maker))
         tokens = rng.integers(0, graph.n_vocab, N_ROWS)
         expected = forward(graph, tokens.tolist())
-        runtime = Runtime(graph, threads=2, context=64, batch=32, target=host_target(request.param))
+        target = host_target(request.param)
+        runtime = Runtime(graph, threads=2, context=64, batch=32, target=target, cache_type=cache_type)
         result = runtime.evaluate(runtime.sequence(), tokens, "all")
         assert result is not None
         np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
@@ -240,6 +242,33 @@ def test_attention_with_sinks_and_slopes(check: Any, cache: G.CacheLayer, kind: 
         return maker.add(G.Attention(out, q, k, v, 0, 0.4, None, sinks, slopes))
 
     check(make, 2e-3)  # the cache is float16
+
+
+@pytest.mark.parametrize("cache", [G.CacheLayer(6, 1, 45, 33, None), G.CacheLayer(8, 2, 40, 40, 5)])
+@pytest.mark.parametrize(("cache_type", "tolerance"), [("f16", 2e-3), ("q8_0", 2e-2), ("q4_0", 0.2)])
+def test_attention_whose_values_are_a_part_of_keys(
+    check: Any, cache: G.CacheLayer, cache_type: str, tolerance: float
+) -> None:
+    cache = replace(cache, values_in_keys=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, _ = heads(maker, cache)
+        maker.caches.append(cache)
+        return maker.add(G.Attention(maker.value(cache.n_heads * cache.head_dim_v), q, k, None, 0, 0.4, None))
+
+    check(make, tolerance, cache_type)
+
+
+@pytest.mark.parametrize("values_in_keys", [False, True])
+def test_attention_that_needs_every_digit(check: Any, values_in_keys: bool) -> None:
+    cache = G.CacheLayer(6, 2, 20, 12, None, values_in_keys=values_in_keys, precise=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, v = heads(maker, cache)
+        maker.caches.append(cache)
+        return maker.add(G.Attention(maker.value(72), q, k, None if values_in_keys else v, 0, 0.4, None))
+
+    check(make)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
