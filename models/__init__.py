@@ -20,6 +20,7 @@ from qrun.models import (
     deci,
     deepseek,
     deepseek2,
+    dots3note,
     ernie4_5,
     ernie4_5_moe,
     exaone,
@@ -29,6 +30,7 @@ from qrun.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma3n,
     gemma4,
     glm4,
     glm4moe,
@@ -37,8 +39,11 @@ from qrun.models import (
     gptneox,
     granite,
     grok,
+    grovemoe,
+    hrm_text,
     hunyuan,
     hy_v3,
+    hy_v4,
     jais,
     kimi_linear,
     laguna,
@@ -51,7 +56,9 @@ from qrun.models import (
     mimo2,
     minimax_01,
     minimax_m2,
+    minimax_m3,
     mistral3,
+    mpt,
     muse_glimmer,
     nanbeige,
     nemotron,
@@ -64,6 +71,7 @@ from qrun.models import (
     phimoe,
     plamo,
     plamo3,
+    plm,
     qwen,
     qwen2,
     qwen2moe,
@@ -103,6 +111,7 @@ ARCHITECTURES = {
     "gemma": gemma.build,
     "gemma2": gemma2.build,
     "gemma3": gemma3.build,
+    "gemma3n": gemma3n.build,
     "gemma4": gemma4.build,
     "phi3": phi3.build,
     "phi2": phi2.build,
@@ -180,12 +189,22 @@ ARCHITECTURES = {
     "starcoder": gpt2.build,
     "starcoder2": gpt2.build_turning,
     "codeshell": gpt2.build_turning,
+    "pockettts": gpt2.build_pockettts,
     "bloom": gpt2.build_bloom,
     "nemotron": nemotron.build,
     "orion": orion.build,
     "jais": jais.build,
     "jais2": nemotron.build,
     "refact": refact.build,
+    "mpt": mpt.build,
+    "grovemoe": grovemoe.build,
+    "hrm_text": hrm_text.build,
+    "deepseek32": deepseek2.build_sparse,
+    "glm-dsa": deepseek2.build_sparse,
+    "dots3note": dots3note.build,
+    "minimax-m3": minimax_m3.build,
+    "hy_v4": hy_v4.build,
+    "plm": plm.build,
 }
 """By the name that a file gives under `general.architecture`."""
 
@@ -197,6 +216,9 @@ DRAFTS = {
     "step35": DraftLayers(step35.build_block, normed=False),
 }
 """Draft layers, by architecture, where they can be run."""
+
+SPARSE = "the model attends to chosen positions only where there are more than"
+"""Which the graphs of such models do not: `Graph.max_context`."""
 
 
 def build_graph(
@@ -210,9 +232,9 @@ def build_graph(
 
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
     less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
-    `context`. Raises `FormatError`, naming the file, for an architecture that is not known, a hyper-parameter out of
-    bounds, a tensor that is missing or has the wrong shape or type, an adapter of another model, or a file that is no
-    model.
+    `context`. Where the graph is right for a shorter context only, that is the default. Raises `FormatError`, naming
+    the file, for an architecture that is not known, a hyper-parameter out of bounds, a tensor that is missing or has
+    the wrong shape or type, an adapter of another model, or a file that is no model.
     """
     if (other := other_kind(reader)) and other.problem:
         raise FormatError(reader.path, other.problem)
@@ -222,11 +244,16 @@ def build_graph(
     build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
-    context = context or min(h.context_length, default_context)
-    logits = build(builder, metadata, h, context)
+    used = context or min(h.context_length, default_context)
+    logits = build(builder, metadata, h, used)
+    if builder.max_context is not None and used > builder.max_context:
+        if context:
+            problem = f"a context of {context} tokens is not supported: {SPARSE} {builder.max_context}"
+            raise FormatError(reader.path, problem)
+        used = builder.max_context
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
-    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)
+    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, used), adapters)
 
 
 def build_drafts(reader: GGUFReader, graph: Graph) -> tuple[Graph, list[Graph]]:

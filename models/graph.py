@@ -184,7 +184,8 @@ class Temperature:
 class Attention:
     """Appends k and v to the cache of `layer`, then causal attention over that cache.
 
-    Without k and v, the layer has no keys and values of its own, and attends to those that another one appended there.
+    Without v, values are a part of the keys (`CacheLayer.values_in_keys`). Without both, the layer has no keys and
+    values of its own, and attends to those that another one appended there.
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
@@ -313,12 +314,55 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """Streams from others, by weights of each row: out[i] = sum over j of weights[i, j] * x[j], plus add[i].
+
+    out (and `add`, if there is one) is seen as [rows, n_out, width / n_out], x as [rows, n_in, ...] with as wide
+    streams, and `weights` as [rows, n_out, n_in].
+    """
+
+    out: Value
+    x: Value
+    weights: Value
+    add: Value | None
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class MatchMagnitude:
+    """Each of x.width / like.width groups of x, made as long as `like`: out = x * |like| / |x|, or 0 where x is 0."""
+
+    out: Value
+    x: Value
+    like: Value
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianTopK:
+    """out = max(x - mean(x) - deviations * std(x), 0), with the standard deviation of a sample."""
+
+    out: Value
+    x: Value
+    deviations: float
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
     out: Value
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """out = x * weight + bias, with a row [width] for each; one of them may be missing."""
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    bias: Constant | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,20 +405,21 @@ class MoE:
     `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
     sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
 
-    An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others are [n_expert, rows,
-    columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any of the four may have changes.
-    Products of the file's own weights may be multiplied by a scale for each expert, and get a bias (`adjustments`).
+    An expert is down @ (act(gate @ x) * (up @ x)), or without a gate down @ act(up @ x). `router` is [n_expert, width];
+    the others are [n_expert, rows, columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any
+    of the four may have changes. Products of the file's own weights may be multiplied by a scale for each expert, and
+    get a bias (`adjustments`).
     """
 
     out: Value
     x: Value
     router: Weight
     router_bias: Constant | None
-    gate: Weight
+    gate: Weight | None
     up: Weight
     down: Weight
     n_used: int
-    kind: Activation
+    kind: Activation | Alone
     normalize: bool
     scale: float
     gating: Gating
@@ -383,11 +428,19 @@ class MoE:
     selection_bias: Constant | None = None
     n_groups: int = 1
     n_groups_used: int = 1
+    together: int = 1
+    """So many neighbouring choices of the router are the same expert, chosen once or more. The weight of expert i is
+    then made from probability i, whichever choice led to it."""
     limit: float = 0.0
     """Of the activations that have one."""
     weigh_inputs: bool = False
     """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """Those of the experts, each once: gate and up may be one."""
+        return tuple(dict.fromkeys(weight for weight in (self.gate, self.up, self.down) if weight is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,19 +451,10 @@ class SelectRows:
     x: Value
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """out = x * weight + bias, with rows of constants, either of which may be missing."""
-
-    out: Value
-    x: Value
-    weight: Constant | None
-    bias: Constant | None
-
-
 Operation = (
     Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | Activate | ActivateAlone | Gate | Affine | Clamp | Add | Scale | Softcap | MoE | SelectRows
+    | LinearAttention | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale
+    | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 STATEFUL = (Attention, Convolution, LinearAttention)
@@ -439,12 +483,16 @@ class CacheLayer:
     head_dim_v: int
     window: int | None
     chunked: bool = False
+    values_in_keys: bool = False
+    """Values are the first `head_dim_v` dimensions of keys, and nothing beside them."""
+    precise: bool = False
+    """Kept in float32 where caches are otherwise float16."""
 
 
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built."""
+    for which it was built, and `max_context` the longest one for which it is what the file describes."""
 
     architecture: str
     operations: list[Operation]
@@ -457,6 +505,7 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
+    max_context: int | None = None
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
 
@@ -473,6 +522,7 @@ class GraphBuilder:
         self.reader = reader
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
+        self.max_context: int | None = None
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
 
@@ -522,6 +572,10 @@ class GraphBuilder:
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
         return FormatError(self.reader.path, problem)
+
+    def limit_context(self, n: int) -> None:
+        """Say that the graph is what the file describes for contexts of up to n tokens only."""
+        self.max_context = n
 
     # Operations
 
@@ -598,6 +652,10 @@ class GraphBuilder:
         out = self._value(n_heads * (len(of_x) + len(of_z)))
         return self._append(Join(out, x, z, n_heads, of_x, of_z, z_heads))
 
+    def repeat(self, x: Value, count: int) -> Value:
+        """The row `count` times, side by side."""
+        return self.join(x, range(0), count, x, range(x.width))
+
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
@@ -616,7 +674,7 @@ class GraphBuilder:
         self,
         q: Value,
         k: Value,
-        v: Value,
+        v: Value | None,
         cache: CacheLayer,
         scale: float,
         softcap: float | None = None,
@@ -626,7 +684,10 @@ class GraphBuilder:
         """Causal attention of the next layer; `cache` says how its cache is laid out."""
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
-        assert v.width == cache.n_kv_heads * cache.head_dim_v
+        if v is None:
+            assert cache.values_in_keys and cache.head_dim_v <= cache.head_dim_k
+        else:
+            assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
@@ -673,11 +734,6 @@ class GraphBuilder:
         assert x.width % gate.width == 0
         return self._append(Gate(self._value(x.width), gate, x, kind))
 
-    def affine(self, x: Value, weight: Constant | None, bias: Constant | None) -> Value:
-        """x * weight + bias, with rows of constants."""
-        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
-        return self._append(Affine(self._value(x.width), x, weight, bias))
-
     def clamp(self, x: Value, limit: float) -> Value:
         """x, but not beyond -limit and limit."""
         return self._append(Clamp(self._value(x.width), x, limit))
@@ -687,9 +743,30 @@ class GraphBuilder:
         assert a.width == b.width
         return self._append(Add(self._value(a.width), a, b))
 
+    def mix(self, x: Value, weights: Value, n_out: int, add: Value | None = None) -> Value:
+        """`n_out` streams from those of x, by weights [n_out, streams of x] that each row has; and those of `add`."""
+        n_in = weights.width // n_out
+        assert weights.width == n_out * n_in and x.width % n_in == 0
+        assert add is None or add.width == n_out * (x.width // n_in)
+        return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
+    def match_magnitude(self, x: Value, like: Value) -> Value:
+        """Each group of x, made as long as `like`."""
+        assert x.width % like.width == 0
+        return self._append(MatchMagnitude(self._value(x.width), x, like))
+
+    def gaussian_top_k(self, x: Value, deviations: float) -> Value:
+        """What of x exceeds its mean by so many standard deviations."""
+        return self._append(GaussianTopK(self._value(x.width), x, deviations))
+
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
         return self._append(Scale(self._value(x.width), x, factor))
+
+    def affine(self, x: Value, weight: Constant | None, bias: Constant | None = None) -> Value:
+        """x * weight + bias, by rows that have been looked up already."""
+        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
+        return self._append(Affine(self._value(x.width), x, weight, bias))
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""
@@ -703,20 +780,24 @@ class GraphBuilder:
         n_expert: int,
         n_used: int,
         n_ff: int,
-        kind: Activation,
+        kind: Activation | Alone,
+        gated: bool = True,
         normalize: bool = True,
         scale: float = 1.0,
         gating: Gating = "softmax",
         router_x: Value | None = None,
         n_groups: int = 1,
         n_groups_used: int = 1,
+        together: int = 1,
         limit: float = 0.0,
         weigh_inputs: bool = False,
+        suffix: str = "_exps",
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
-        Gate and up may be one tensor, `.ffn_gate_up_exps`; experts may have scales and biases, and the router one for
-        its choice, `.exp_probs_b`.
+        Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
+        activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
+        `.exp_probs_b`. suffix: of the names of the experts' matrices. There are n_expert / `together` of them.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -726,19 +807,21 @@ class GraphBuilder:
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
         selection_bias = self.optional_constant(selection, n_expert)
-        if self.has(f"{block}.ffn_gate_up_exps.weight"):
-            gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
+        gate, n_matrices = None, n_expert // together
+        if gated and self.has(f"{block}.ffn_gate_up{suffix}.weight"):
+            gate = up = self.weight(f"{block}.ffn_gate_up{suffix}.weight", n_matrices, 2 * n_ff, x.width)
         else:
-            gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
-            up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
-        down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
-        adjustments = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)))
+            if gated:
+                gate = self.weight(f"{block}.ffn_gate{suffix}.weight", n_matrices, n_ff, x.width)
+            up = self.weight(f"{block}.ffn_up{suffix}.weight", n_matrices, n_ff, x.width)
+        down = self.weight(f"{block}.ffn_down{suffix}.weight", n_matrices, x.width, n_ff)
+        found = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)) if weight is not None)
         return self._append(
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                limit=limit, weigh_inputs=weigh_inputs,
-                adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
+                together=together, limit=limit, weigh_inputs=weigh_inputs,
+                adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip
 
@@ -759,7 +842,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
-            self._n_states,
+            self._n_states, self.max_context,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
