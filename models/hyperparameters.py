@@ -181,12 +181,7 @@ class Hyperparameters:
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
-        most = next((heads for heads in n_heads if heads), 0)
-        head_dim = n_embd // most or None if most else None
-        head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
-        n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
-        if n_rot % 2:
-            raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+        head_dim_k, head_dim_v, n_rot = read_head_dims(metadata, n_embd, n_heads)
         if not metadata.flag("attention.causal", True):
             raise metadata.error("attention.causal", "is False: attention to later tokens is not supported")
         n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
@@ -205,7 +200,7 @@ class Hyperparameters:
             n_kv_heads=n_kv_heads[:n_layer],
             n_ff=n_ff[:n_layer],
             head_dim_k=head_dim_k,
-            head_dim_v=metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM),
+            head_dim_v=head_dim_v,
             n_rot=n_rot,
             context_length=metadata.integer("context_length", high=MAX_CONTEXT),
             n_expert=n_expert,
@@ -218,8 +213,11 @@ class Hyperparameters:
 
     @property
     def rms_eps(self) -> float:
-        """What root mean square norms add to the mean."""
-        return self.metadata.real("attention.layer_norm_rms_epsilon", high=1.0)
+        """What root mean square norms add to the mean. Files of Nemotron-H may give it under the other name."""
+        key = "attention.layer_norm_rms_epsilon"
+        if not self.metadata.has(key) and self.metadata.has("attention.layer_norm_epsilon"):
+            return self.norm_eps
+        return self.metadata.real(key, high=1.0)
 
     @property
     def norm_eps(self) -> float:
@@ -228,7 +226,23 @@ class Hyperparameters:
 
     def cache_layer(self, layer: int, window: int | None = None) -> CacheLayer:
         """What the cache of this layer holds."""
+        if not self.n_kv_heads[layer]:
+            raise self.metadata.error("attention.head_count_kv", f"is 0 for layer {layer}, which has attention")
         return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
+
+
+def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) -> tuple[int, int, int]:
+    """Dimensions of keys and of values, and how many of a key's turn: all 0 where no layer has heads."""
+    most = next((heads for heads in n_heads if heads), 0)
+    if not most:
+        return 0, 0, 0
+    head_dim = n_embd // most or None
+    head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
+    head_dim_v = metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM)
+    n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
+    if n_rot % 2:
+        raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+    return head_dim_k, head_dim_v, n_rot
 
 
 def read_groups(metadata: Metadata, n_expert: int) -> tuple[int, int]:
