@@ -377,20 +377,21 @@ class MoE:
     `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
     sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
 
-    An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others are [n_expert, rows,
-    columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any of the four may have changes.
-    Products of the file's own weights may be multiplied by a scale for each expert, and get a bias (`adjustments`).
+    An expert is down @ (act(gate @ x) * (up @ x)), or without a gate down @ act(up @ x). `router` is [n_expert, width];
+    the others are [n_expert, rows, columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any
+    of the four may have changes. Products of the file's own weights may be multiplied by a scale for each expert, and
+    get a bias (`adjustments`).
     """
 
     out: Value
     x: Value
     router: Weight
     router_bias: Constant | None
-    gate: Weight
+    gate: Weight | None
     up: Weight
     down: Weight
     n_used: int
-    kind: Activation
+    kind: Activation | Alone
     normalize: bool
     scale: float
     gating: Gating
@@ -404,6 +405,11 @@ class MoE:
     weigh_inputs: bool = False
     """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """Those of the experts, each once: gate and up may be one."""
+        return tuple(dict.fromkeys(weight for weight in (self.gate, self.up, self.down) if weight is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -714,7 +720,8 @@ class GraphBuilder:
         n_expert: int,
         n_used: int,
         n_ff: int,
-        kind: Activation,
+        kind: Activation | Alone,
+        gated: bool = True,
         normalize: bool = True,
         scale: float = 1.0,
         gating: Gating = "softmax",
@@ -726,8 +733,9 @@ class GraphBuilder:
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
-        Gate and up may be one tensor, `.ffn_gate_up_exps`; experts may have scales and biases, and the router one for
-        its choice, `.exp_probs_b`.
+        Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
+        activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
+        `.exp_probs_b`.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -737,19 +745,21 @@ class GraphBuilder:
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
         selection_bias = self.optional_constant(selection, n_expert)
-        if self.has(f"{block}.ffn_gate_up_exps.weight"):
+        gate = None
+        if gated and self.has(f"{block}.ffn_gate_up_exps.weight"):
             gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
         else:
-            gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
+            if gated:
+                gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
             up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
         down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
-        adjustments = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)))
+        found = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)) if weight is not None)
         return self._append(
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
                 limit=limit, weigh_inputs=weigh_inputs,
-                adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
+                adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip
 

@@ -164,20 +164,24 @@ def experts(
     x: Value,
     block: str,
     n_ff: int,
-    kind: Activation = "silu",
+    kind: Activation | Alone = "silu",
     shares: Shares = Shares(),
     *,
+    gated: bool = True,
     router_x: Value | None = None,
     limit: float = 0.0,
     weigh_inputs: bool = False,
 ) -> Value:
-    """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert."""
+    """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert.
+
+    Experts over a narrower row than the router's take that row for x, and the router's for `router_x`.
+    """
     if not h.n_expert:
         raise h.metadata.error("expert_count", "is 0, and this architecture has experts")
     if not n_ff:
         raise h.metadata.error("expert_feed_forward_length", "is missing")
     return builder.moe(
-        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, normalize=shares.normalize,
+        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
         n_groups_used=h.n_groups_used, limit=limit, weigh_inputs=weigh_inputs,
     )  # fmt: skip

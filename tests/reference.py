@@ -68,12 +68,13 @@ def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array,
         routed = x if operation.router_x is None else values[operation.router_x.id].astype(np.float64)
         chosen, _ = routing(routed, operation)
         found[operation.router.name] = (routed**2).sum(0)[None], np.array([len(x)])
-        for weight in (operation.gate, operation.up, operation.down):
+        for weight in operation.matrices:
             found[weight.name] = np.zeros((weight.shape[0], weight.shape[-1])), np.zeros(weight.shape[0], int)
         for expert in np.unique(chosen):
             rows = x[np.nonzero(chosen == expert)[0]]
             inner = expert_inner(rows, operation, expert)
-            for weight, inputs in ((operation.gate, rows), (operation.up, rows), (operation.down, inner)):
+            for weight in operation.matrices:
+                inputs = inner if weight is operation.down else rows
                 found[weight.name][0][expert] = (inputs**2).sum(0)
                 found[weight.name][1][expert] = len(inputs)
     return found
@@ -120,9 +121,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
             return activate(values[gate.id], values[up.id], kind, limit)
         case ActivateAlone(x=x, kind=kind, parameters=parameters):
-            if parameters is not None:
-                return xielu(values[x.id].astype(np.float64), *parameters.astype(np.float64))
-            return ALONE[kind](values[x.id])
+            return activate_alone(values[x.id], kind, parameters)
         case Gate(gate=gate, x=x, kind=kind):
             return values[x.id] * np.repeat(ALONE[kind](values[gate.id]), x.width // gate.width, axis=1)
         case Clamp(x=x, limit=limit):
@@ -312,6 +311,8 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
 
 def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
     """What an expert's last matrix takes."""
+    if moe.gate is None:
+        return activate_alone(product(x, moe, moe.up, expert), moe.kind)
     if moe.up is moe.gate:
         gate, up = np.split(product(x, moe, moe.gate, expert), 2, axis=1)
     else:
@@ -345,6 +346,13 @@ def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         return gate * sigmoid(1.702 * gate) * (up + 1)
     return (np.maximum(gate, 0) if kind == "relu" else gelu(gate)) * up
+
+
+def activate_alone(x: Array, kind: str, parameters: Array | None = None) -> Array:
+    """Activations that multiply nothing."""
+    if parameters is not None:
+        return xielu(x.astype(np.float64), *parameters.astype(np.float64))
+    return ALONE[kind](x)
 
 
 def gelu(x: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering_experts import lower_experts
-from qrun.engine.program.record_writer import RecordWriter, blocks_and_tail, inputs
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs
 from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
@@ -254,9 +254,7 @@ class Lowering(RecordWriter):
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
-        # max(x, 0)^2 is max(x, 0) * x
-        names: dict[G.Alone, str] = {"gelu": "gelu_alone", "relu_squared": "relu", "silu": "silu_alone"}
-        self._produce(names.get(o.kind, o.kind), o.out, self.places[o.x.id], row_weight=floats(o.parameters))
+        self._produce(ALONE_KERNELS.get(o.kind, o.kind), o.out, self.places[o.x.id], row_weight=floats(o.parameters))
 
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]

@@ -15,7 +15,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.record import InRecord, Routing
-from qrun.engine.program.record_writer import RecordWriter
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter
 from qrun.models import graph as G
 
 
@@ -50,19 +50,17 @@ class _ExpertsLowering:
         self._route(logits)
         assert self.ranges is not None
         routing = Routing(self.chosen, self.ranges, moe.n_used, by_slot=False)
-        weights = list(dict.fromkeys((moe.gate, moe.up)))
+        weights = [weight for weight in moe.matrices if weight is not moe.down]
         self.lowering.taken_by_experts(weights, self.lowering.places[moe.x.id], routing)
         to_slots = cache(self._to_slots)
-        gate = self._product(moe.gate, to_slots, self.slots)
-        if moe.up is moe.gate:  # the rows of both, side by side
-            up = Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride)
-        else:
-            up = self._product(moe.up, to_slots, self.slots)
+        products = [self._product(weight, to_slots, self.slots) for weight in weights]
         if moe.weigh_inputs:  # what a matrix makes of a multiple is the multiple of what it makes
-            self._weigh(gate, moe.gate.shape[1])
-            if moe.up is not moe.gate:
-                self._weigh(up, self.ffn)
-        inner = self._activated(gate, up)
+            for weight, product in zip(weights, products, strict=True):
+                self._weigh(product, weight.shape[1])
+        gate = products[0]
+        if moe.up is moe.gate:  # the rows of both, side by side
+            products.append(Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride))
+        inner = self._activated(gate, products[-1])
         self.lowering.taken_by_experts([moe.down], gate, replace(routing, by_slot=True))
         down = self._product(moe.down, inner, self.slots)
         self._sum(down)
@@ -151,11 +149,13 @@ class _ExpertsLowering:
         return place
 
     def _activated(self, gate: Place, up: Place) -> Packed:
-        """act(gate) * up, in the place of gate, packed at once for the matrix that takes it first."""
+        """act(gate) * up, in the place of gate, packed at once for the matrix that takes it first. Without a gate, both
+        are up."""
         first = self.lowering.packing(self.moe.down)
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
+        kernel = ALONE_KERNELS.get(self.moe.kind, self.moe.kind) if self.moe.gate is None else self.moe.kind
         record = self.lowering.row_operation(
-            self.moe.kind, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
+            kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
         )
         record.by_rows = False  # its rows are slots
         others = cache(lambda packing: self._pack(gate, self.ffn, packing, self.slots))

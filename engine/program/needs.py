@@ -43,7 +43,7 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
         if isinstance(operation, G.Linear | G.HeadLinear):
             total += operation.weight.raw.nbytes
         elif isinstance(operation, G.MoE):
-            weights = list(dict.fromkeys((operation.router, operation.gate, operation.up, operation.down)))
+            weights = [operation.router, *operation.matrices]
             weights += [weight for change in operation.changes for weight in (change.a, change.b)]
             for weight in weights:  # those of experts have three dimensions
                 used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1

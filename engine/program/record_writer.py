@@ -20,6 +20,8 @@ from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.models import graph as G
 
 FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
+# Activations that multiply nothing: max(x, 0)^2 is max(x, 0) * x.
+ALONE_KERNELS: dict[str, str] = {"gelu": "gelu_alone", "relu_squared": "relu", "silu": "silu_alone"}
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024
 

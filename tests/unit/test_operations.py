@@ -229,19 +229,22 @@ def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> Non
 
 
 def experts(maker: Maker, **options: Any) -> G.Value:
-    """Three of twelve, each 20 wide, over rows of 36; `joined` gate and up, `adjusted` products, `apart` routing."""
+    """Three of twelve, each 20 wide, over rows of 36.
+
+    `joined` gate and up, or `ungated`; `adjusted` products, `apart` routing.
+    """
     n, width, ff = 12, 36, 20
-    joined, adjusted, apart = (options.pop(name, False) for name in ("joined", "adjusted", "apart"))
+    joined, ungated, adjusted, apart = (options.pop(name, False) for name in ("joined", "ungated", "adjusted", "apart"))
     x = maker.embed(width)
     if apart:
         options["router_x"] = maker.embed(24)
     router = maker.weight("router", n, 24 if apart else width)
-    gate = maker.weight("gate", n, ff * (1 + joined), width)
-    up = gate if joined else maker.weight("up", n, ff, width)
+    gate = None if ungated else maker.weight("gate", n, ff * (1 + joined), width)
+    up = gate if gate is not None and joined else maker.weight("up", n, ff, width)
     down = maker.weight("down", n, width, ff)
     if adjusted:
         options["adjustments"] = (
-            G.Adjustment(gate, None, maker.constant(n, gate.shape[1])),
+            G.Adjustment(gate or up, None, maker.constant(n, (gate or up).shape[1])),
             G.Adjustment(down, np.abs(maker.constant(n)), maker.constant(n, width)),
         )
     if options.pop("biased", False):
@@ -269,6 +272,10 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
         {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
         {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
+        {"ungated": True, "kind": "gelu"},
+        {"ungated": True, "kind": "relu_squared", "apart": True, "biased": True, "gating": "sigmoid"},
+        {"ungated": True, "kind": "relu_squared", "adjusted": True},
+        {"ungated": True, "kind": "gelu", "weigh_inputs": True},
     ],
     ids=lambda options: "-".join(options),
 )
