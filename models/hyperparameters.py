@@ -204,7 +204,7 @@ class Hyperparameters:
             n_rot=n_rot,
             context_length=metadata.integer("context_length", high=MAX_CONTEXT),
             n_expert=n_expert,
-            n_used=metadata.integer("expert_used_count", high=n_expert) if n_expert else 0,
+            n_used=read_used(metadata, n_expert, n_blocks)[0] if n_expert else 0,
             n_groups=n_groups,
             n_groups_used=n_groups_used,
             n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:n_layer],
@@ -243,6 +243,15 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
     if n_rot % 2:
         raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
     return head_dim_k, head_dim_v, n_rot
+
+
+def read_used(metadata: Metadata, n_expert: int, n_blocks: int) -> tuple[int, ...]:
+    """How many experts a row uses, layer by layer. Only layers that have no experts may use none; they get the most."""
+    key = "expert_used_count"
+    used = metadata.per_layer(key, n_blocks, low=0, high=n_expert)
+    if not any(used):
+        raise metadata.error(key, f"is 0, expected 1 to {n_expert}")
+    return tuple(one or max(used) for one in used)
 
 
 def read_groups(metadata: Metadata, n_expert: int) -> tuple[int, int]:

@@ -128,10 +128,12 @@ def feed_forward(
     return builder.linear(builder.activate(gate, up, kind, limit), f"{block}.ffn_down{suffix}", x.width)
 
 
-def ungated_feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone) -> Value:
+def ungated_feed_forward(
+    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone, suffix: str = ""
+) -> Value:
     """The feed-forward network without a gate: down(act(up(x)))."""
-    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up", n_ff), kind)
-    return builder.linear(y, f"{block}.ffn_down", x.width)
+    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up{suffix}", n_ff), kind)
+    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width)
 
 
 def joined_feed_forward(
