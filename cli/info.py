@@ -193,13 +193,17 @@ class MemoryNeed:
 def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:
     """What a model takes with a full context: its file, mapped, the keys and values, and about 250 MB besides.
 
-    A layer with a sliding window keeps the window's positions only.
+    A layer with a sliding window keeps the window's positions only. States beside the cache do not grow with the
+    context; there are those of the newest positions, and those of checkpoints.
     """
+    from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, state_sizes
+
     values = 0
     for layer in graph.cache_layers:
         positions = context if layer.window is None else min(context, layer.window + WINDOW_SLACK)
         values += positions * layer.n_kv_heads * (layer.head_dim_k + layer.head_dim_v)
-    return MemoryNeed(file_bytes, round(values * CACHE_VALUE_BYTES[cache_type]))
+    states = 4 * sum(state_sizes(graph)) * (2 + MAX_CHECKPOINTS)
+    return MemoryNeed(file_bytes, round(values * CACHE_VALUE_BYTES[cache_type]) + states)
 
 
 def show(facts: dict[str, Any]) -> None:

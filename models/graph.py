@@ -669,9 +669,7 @@ class GraphBuilder:
         assert width == n_heads * (operation.dim_k if operation.fades_by_dimension else 1)
         return self._append(operation)
 
-    def selective_scan(
-        self, x: Value, time: Value, b: Value, c: Value, fading: Constant, kept: Constant
-    ) -> Value:
+    def selective_scan(self, x: Value, time: Value, b: Value, c: Value, fading: Constant, kept: Constant) -> Value:
         """Each channel through a state that fades by its time step."""
         assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
         return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))

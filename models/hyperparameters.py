@@ -44,6 +44,10 @@ class Metadata:
         """Does the file have this key?"""
         return f"{self.architecture}.{key}" in self.reader.metadata
 
+    def is_array(self, key: str) -> bool:
+        """Does the file have an array under this key?"""
+        return isinstance(self.reader.metadata.get(f"{self.architecture}.{key}"), np.ndarray)
+
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_WIDTH) -> int:
         """A whole number in low..high; without a default, the key is required."""
         return self._check_integer(key, self._get(key, default), low, high)
@@ -248,9 +252,11 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
 def read_used(metadata: Metadata, n_expert: int, n_blocks: int) -> tuple[int, ...]:
     """How many experts a row uses, layer by layer. Only layers that have no experts may use none; they get the most."""
     key = "expert_used_count"
+    if not metadata.is_array(key):
+        return (metadata.integer(key, high=n_expert),) * n_blocks
     used = metadata.per_layer(key, n_blocks, low=0, high=n_expert)
     if not any(used):
-        raise metadata.error(key, f"is 0, expected 1 to {n_expert}")
+        raise metadata.error(key, "is 0 for every layer")
     return tuple(one or max(used) for one in used)
 
 

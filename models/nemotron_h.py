@@ -44,9 +44,7 @@ def latent_experts(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: i
 
     narrow = builder.linear(x, f"{block}.ffn_latent_down", latent) if latent else x
     n_ff = h.n_ff_expert[layer] or h.n_ff[layer] // h.n_used
-    y = experts(
-        builder, h, narrow, block, n_ff, "relu_squared", shares, gated=False, router_x=x if latent else None
-    )
+    y = experts(builder, h, narrow, block, n_ff, "relu_squared", shares, gated=False, router_x=x if latent else None)
     y = builder.linear(y, f"{block}.ffn_latent_up", h.n_embd) if latent else y
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", h.n_ff[layer], low=0) or h.n_ff[layer]
     return builder.add(y, ungated_feed_forward(builder, x, block, n_ff_shared, "relu_squared", "_shexp"))

@@ -206,9 +206,7 @@ def mamba2_sizes(heads: int, dim: int, groups: int, state: int) -> dict[str, int
     }  # fmt: skip
 
 
-def sizes(
-    layers: int, width: int, heads: int, kv_heads: int | list[int], dim: int, vocabulary: int
-) -> dict[str, Any]:
+def sizes(layers: int, width: int, heads: int, kv_heads: int | list[int], dim: int, vocabulary: int) -> dict[str, Any]:
     """The metadata that all models with attention have."""
     return {
         "context_length": 131_072, "embedding_length": width, "block_count": layers, "attention.head_count": heads,
