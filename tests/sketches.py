@@ -24,7 +24,7 @@ TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
     "deepstack", "indexer", "kda.", "activation.", "token_shift", "pooling_type", "decoder",
-    "swin_norm", "hrm.", "ssm.", "hyper_connection", "group_norm", "expert_group_scale", "router_logit", "vocab_size",
+    "swin_norm", "hrm.", "hyper_connection", "group_norm", "expert_group_scale", "router_logit", "vocab_size",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ def model(sketch: dict[str, Any]) -> Any:
             values = 1.0 + np.abs(values)
         elif "norm" in name:
             values = 1.0 + values
+        elif name.endswith("ssm_a"):  # states fade
+            values = -np.abs(values)
         raw = values.astype(np.float32).reshape(-1).view(np.uint8)
         tensors[name] = TensorInfo(name, TensorType.F32, tuple(shape), raw.size, 0, FILE, raw)
     prefix = sketch["architecture"]
