@@ -262,6 +262,30 @@ class LinearAttention:
 
 
 @dataclass(frozen=True, eq=False)
+class SelectiveScan:
+    """Each channel keeps a vector h [n_state], at first 0, which every row changes before it is asked (Gu and Dao,
+    "Mamba", 2023): h = exp(time * fading) h + time * x * b; out = c . h + kept * x.
+
+    x and `time` have a number for each channel, b and c are rows [n_state] that all channels share. `fading` is
+    [width, n_state], `kept` is [width].
+    """
+
+    out: Value
+    x: Value
+    time: Value
+    b: Value
+    c: Value
+    fading: Constant
+    kept: Constant
+    state: int
+
+    @property
+    def n_state(self) -> int:
+        """Numbers in the state of a channel."""
+        return self.b.width
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up. `limit` is that of the kinds that have one."""
 
@@ -453,11 +477,11 @@ class SelectRows:
 
 Operation = (
     Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale
-    | Affine | Softcap | MoE | SelectRows
+    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude
+    | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Convolution, LinearAttention)
+STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -719,6 +743,11 @@ class GraphBuilder:
         width = decay.width if isinstance(decay, Value) else len(decay)
         assert width == n_heads * (operation.dim_k if operation.fades_by_dimension else 1)
         return self._append(operation)
+
+    def selective_scan(self, x: Value, time: Value, b: Value, c: Value, fading: Constant, kept: Constant) -> Value:
+        """Each channel through a state that fades by its time step."""
+        assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
+        return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))
 
     def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
         """act(gate) * up."""

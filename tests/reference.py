@@ -35,6 +35,7 @@ from qrun.models.graph import (
     RMSNorm,
     Rope,
     Scale,
+    SelectiveScan,
     SelectRows,
     Slice,
     Softcap,
@@ -128,6 +129,8 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return convolution(values[x.id], weight, bias, silu=silu)
         case LinearAttention():
             return linear_attention(values, operation)
+        case SelectiveScan():
+            return selective_scan(values, operation)
         case Affine(x=x, weight=weight, bias=bias):
             return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
@@ -288,6 +291,17 @@ def linear_attention(values: dict[int, Array], o: LinearAttention) -> Array:
         state = state + k[t, :, :, None] * change[:, None, :]
         out[t] = o.scale * np.einsum("hk,hkv->hv", q[t], state)
     return out.reshape(n, -1)
+
+
+def selective_scan(values: dict[int, Array], o: SelectiveScan) -> Array:
+    """Row by row, in float64."""
+    x, time, b, c = (values[value.id].astype(np.float64) for value in (o.x, o.time, o.b, o.c))
+    state = np.zeros((o.x.width, o.n_state))
+    out = np.empty(x.shape)
+    for t in range(len(x)):
+        state = np.exp(time[t, :, None] * o.fading) * state + (time[t] * x[t])[:, None] * b[t]
+        out[t] = state @ c[t] + o.kept * x[t]
+    return out
 
 
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:

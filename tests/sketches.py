@@ -24,8 +24,8 @@ TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
     "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
-    "kda.", "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "ssm.", "group_norm",
-    "router_logit", "vocab_size",
+    "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
+    "vocab_size",
 )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def model(sketch: dict[str, Any]) -> Any:
             values = 1.0 + np.abs(values)
         elif "norm" in name:
             values = 1.0 + values
+        elif name.endswith("ssm_a"):  # states fade
+            values = -np.abs(values)
         raw = values.astype(np.float32).reshape(-1).view(np.uint8)
         tensors[name] = TensorInfo(name, TensorType.F32, tuple(shape), raw.size, 0, FILE, raw)
     prefix = sketch["architecture"]
@@ -78,7 +80,7 @@ def sketch_of(path: Path) -> dict[str, Any]:
         metadata = {
             key: value
             for key, value in metadata.items()
-            if isinstance(value, bool) or value not in (0, 0.0) or key.endswith("epsilon")
+            if isinstance(value, bool) or value not in (0, 0.0, -np.inf) or key.endswith("epsilon")
         }
         sketch = {
             "architecture": architecture,

@@ -30,6 +30,7 @@ _MODULES = {
     "attention": "attention",
     "convolution": "convolution",
     "linear_attention": "linear_attention",
+    "selective_scan": "selective_scan",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
@@ -65,7 +66,8 @@ def all_keys() -> list[str]:
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
-        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads")),
-        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
+        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
+                                "selective_scan")),
+        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus", "gate-silu")
           for packing in ("", *packings)),
     ]  # fmt: skip

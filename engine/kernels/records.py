@@ -96,6 +96,11 @@ def _fields(count: int) -> range:
  LIN_OUT, LIN_OUT_STRIDE, LIN_HEADS, LIN_KEY_HEADS, LIN_TILED, LIN_DIM_K, LIN_DIM_V, LIN_SCALE, LIN_STATE,
  LIN_HEAD_BYTES) = _fields(20)  # fmt: skip
 
+# A selective scan: FADING is float32 [groups of SCAN_CHANNELS channels, DIM, channels], KEPT a row of whole groups.
+SCAN_CHANNELS = 16
+(SCAN_X, SCAN_X_STRIDE, SCAN_TIME, SCAN_TIME_STRIDE, SCAN_B, SCAN_B_STRIDE, SCAN_C, SCAN_C_STRIDE, SCAN_OUT,
+ SCAN_OUT_STRIDE, SCAN_WIDTH, SCAN_DIM, SCAN_FADING, SCAN_KEPT, SCAN_STATE) = _fields(15)  # fmt: skip
+
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
 

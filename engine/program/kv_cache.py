@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, STATE_ROWS
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
-from qrun.engine.program.state_blocks import StateBlocks, state_sizes
+from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, StateBlocks, state_sizes
 from qrun.models.graph import CacheLayer, Graph
 
 P = ParamSpec("P")
@@ -87,9 +87,9 @@ class CacheLayout:
 
 
 def context_bytes(graph: Graph, cache_type: str, context: int) -> int:
-    """What a sequence holds when it has come to the end of a context. Of states, those of two chunks are in use."""
+    """What a sequence holds at the end of a context, with all checkpoints of states that it can have."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    return layout.bytes_at(context) + 2 * layout.block_bytes
+    return layout.bytes_at(context) + (2 + MAX_CHECKPOINTS) * layout.block_bytes
 
 
 def _drop_all(pools: list[PagePool], held: list[dict[int, Page]]) -> None:

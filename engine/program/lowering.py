@@ -240,6 +240,27 @@ class Lowering(RecordWriter):
             [q, k, v, decay, beta], [out, f"state {o.state}"], False,
         )  # fmt: skip
 
+    def _lower_selectivescan(self, o: G.SelectiveScan) -> None:
+        x, time, b, c = (self.places[value.id] for value in (o.x, o.time, o.b, o.c))
+        if o.n_state > R.MAX_STATE_DIM:
+            raise ValueError(f"a scan with more than {R.MAX_STATE_DIM} numbers for each channel: not supported")
+        out = self.new(o.out)
+        # Groups of channels, the last one padded.
+        groups = -(-o.x.width // R.SCAN_CHANNELS)
+        padding = groups * R.SCAN_CHANNELS - o.x.width
+        fading = np.pad(o.fading, ((0, padding), (0, 0))).reshape(groups, R.SCAN_CHANNELS, -1).swapaxes(1, 2)
+        self.emit(
+            "selective_scan-",
+            {
+                R.SCAN_X: x, R.SCAN_X_STRIDE: x.stride, R.SCAN_TIME: time, R.SCAN_TIME_STRIDE: time.stride,
+                R.SCAN_B: b, R.SCAN_B_STRIDE: b.stride, R.SCAN_C: c, R.SCAN_C_STRIDE: c.stride, R.SCAN_OUT: out,
+                R.SCAN_OUT_STRIDE: out.stride, R.SCAN_WIDTH: o.x.width, R.SCAN_DIM: o.n_state,
+                R.SCAN_FADING: floats(fading), R.SCAN_KEPT: floats(np.pad(o.kept, (0, padding))),
+                R.SCAN_STATE: self.layout.state_offsets[o.state],
+            },
+            [x, time, b, c], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_activate(self, o: G.Activate) -> None:
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 

@@ -1,19 +1,24 @@
-"""Writes a llama of 1.2 billion random weights, in any type: for speed, what the weights say does not matter.
+"""Writes a model of a billion random weights, in any type: for speed, what the weights say does not matter.
 
     python tests/bench/random_model.py q4_k_m llama-1b-q4_k_m.gguf
     python tests/bench/random_model.py q5_0 llama-1b-q5_0.gguf
+    python tests/bench/random_model.py q4_k_m nemotron_h-q4_k_m.gguf --architecture nemotron_h
 
-`q4_k_m` is the mix of llama-quantize; any other type is that of all matrices. There is no tokenizer in the file.
+`q4_k_m` is the mix of llama-quantize; any other type is that of all matrices. There is no tokenizer in the file. What
+an architecture's model looks like is said in ARCHITECTURES.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from qrun.engine.quantize.mixes import Choice, Facts, choose_types, file_type_name, is_quantisable
 from qrun.formats import GGUFWriter, TensorType, ValueType, dequantize
 from qrun.formats.blocks import BLOCK_FORMATS
 
@@ -27,45 +32,187 @@ MIX = "Q4_K_M"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Hyper-parameters of a llama; by default those of Llama 3.2 1B, whose head is its embedding."""
+class Description:
+    """A model: metadata without the architecture's name before the keys, and the shapes of all tensors by name."""
 
-    layers: int = 16
-    width: int = 2048
-    ffn: int = 8192
-    heads: int = 32
-    kv_heads: int = 8
-    vocabulary: int = 128_256
-    context: int = 131_072
+    architecture: str
+    metadata: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Names and shapes of all matrices."""
-        width, kv_width = self.width, self.width // self.heads * self.kv_heads
-        shapes = {"token_embd": (self.vocabulary, width)}
-        for i in range(self.layers):
-            for name, rows, columns in (
-                ("attn_q", width, width), ("attn_k", kv_width, width), ("attn_v", kv_width, width),
-                ("attn_output", width, width), ("ffn_gate", self.ffn, width), ("ffn_up", self.ffn, width),
-                ("ffn_down", width, self.ffn),
-            ):  # fmt: skip
-                shapes[f"blk.{i}.{name}"] = (rows, columns)
-        return shapes
+    @property
+    def n_weights(self) -> int:
+        """How many weights there are."""
+        return sum(int(np.prod(shape)) for shape in self.tensors.values())
+
+    def types(self, mix: str) -> dict[str, TensorType]:
+        """The type of each tensor. mix: "Q4_K_M", or the name of a TensorType."""
+        named = {f"{self.architecture}.{key}": value for key, value in self.metadata.items()}
+        facts = Facts.of(named | {"general.architecture": self.architecture}, has_importance=False)
+        floats = {name: (TensorType.F32, shape) for name, shape in self.tensors.items()}
+        return choose_types(floats, facts, Choice(file_type_name(mix), pure=mix != MIX))
 
 
-LLAMA_1B = Shape()
+def llama(
+    *, layers: int = 16, width: int = 2048, ffn: int = 8192, heads: int = 32, kv_heads: int = 8,
+    vocabulary: int = 128_256,
+) -> Description:  # fmt: skip
+    """By default Llama 3.2 1B, whose head is its embedding."""
+    dim = width // heads
+    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    for i in range(layers):
+        block = norms(width, "attn_norm", "ffn_norm") | attention(width, heads, kv_heads, dim) | network(width, ffn)
+        tensors |= prefixed(i, block)
+    metadata = sizes(layers, width, heads, kv_heads, dim, vocabulary) | {"feed_forward_length": ffn}
+    return Description("llama", metadata | {"rope.dimension_count": dim, "rope.freq_base": 500_000.0}, tensors)
 
 
-def type_of(name: str, mix: str, layers: int) -> TensorType:
-    """The type of a matrix."""
-    if mix != MIX:
-        return TensorType[mix]
-    if name == "token_embd":  # it is the head as well
-        return TensorType.Q6_K
-    _, layer, kind = name.split(".")
-    # llama-quantize gives the first and last eighth of the layers, and every third between, more bits.
-    eighth, i = layers // 8, int(layer)
-    more = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
-    return TensorType.Q6_K if more and kind in ("attn_v", "ffn_down") else TensorType.Q4_K
+def qwen35(
+    *, layers: int = 24, width: int = 1024, ffn: int = 3584, heads: int = 8, kv_heads: int = 2, dim: int = 256,
+    state_heads: int = 16, key_heads: int = 16, state: int = 128, vocabulary: int = 248_320,
+) -> Description:  # fmt: skip
+    """By default Qwen 3.5 0.8B: three gated delta nets, then attention."""
+    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    inner, keys = state_heads * state, key_heads * state
+    for i in range(layers):
+        block = norms(width, "attn_norm", "post_attention_norm") | network(width, ffn)
+        if (i + 1) % 4:
+            block |= {
+                "attn_qkv.weight": (2 * keys + inner, width), "attn_gate.weight": (inner, width),
+                "ssm_beta.weight": (state_heads, width), "ssm_alpha.weight": (state_heads, width),
+                "ssm_dt.bias": (state_heads,), "ssm_a": (state_heads,), "ssm_conv1d.weight": (2 * keys + inner, 4),
+                "ssm_norm.weight": (state,), "ssm_out.weight": (width, inner),
+            }  # fmt: skip
+        else:
+            block |= attention(width, heads, kv_heads, dim) | norms(dim, "attn_q_norm", "attn_k_norm")
+            block["attn_q.weight"] = (2 * heads * dim, width)  # with a gate for each head
+        tensors |= prefixed(i, block)
+    metadata = sizes(layers, width, heads, kv_heads, dim, vocabulary) | {
+        "feed_forward_length": ffn, "rope.dimension_count": dim // 4, "rope.freq_base": 1e7,
+        "rope.dimension_sections": [dim // 24, dim // 24, dim // 8 - 2 * (dim // 24), 0],
+        "full_attention_interval": 4, "ssm.conv_kernel": 4, "ssm.state_size": state, "ssm.group_count": key_heads,
+        "ssm.time_step_rank": state_heads, "ssm.inner_size": inner,
+    }  # fmt: skip
+    return Description("qwen35", metadata, tensors)
+
+
+def nemotron_h(
+    *, pattern: str = "M-M-M-M*-M-M-M-M*-M-M-M-M-M-", width: int = 2048, ffn: int = 7168, heads: int = 16,
+    kv_heads: int = 4, dim: int = 128, state_heads: int = 64, state_dim: int = 64, groups: int = 8, state: int = 128,
+    vocabulary: int = 131_072,
+) -> Description:  # fmt: skip
+    """Nemotron Nano 2 made smaller: each layer is a Mamba-2 mixer (M), attention (*) or a feed-forward network (-)."""
+    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    for i, kind in enumerate(pattern):
+        block = norms(width, "attn_norm")
+        if kind == "M":
+            block |= mamba2_mixer(width, state_heads, state_dim, groups, state)
+        elif kind == "*":
+            block |= attention(width, heads, kv_heads, dim)
+        else:
+            block |= {"ffn_up.weight": (ffn, width), "ffn_down.weight": (width, ffn)}
+        tensors |= prefixed(i, block)
+    with_heads = [kv_heads if kind == "*" else 0 for kind in pattern]
+    with_network = [ffn if kind == "-" else 0 for kind in pattern]
+    metadata = sizes(len(pattern), width, heads, with_heads, dim, vocabulary) | {
+        "feed_forward_length": with_network, "attention.layer_norm_epsilon": 1e-5,
+        **mamba2_sizes(state_heads, state_dim, groups, state),
+    }  # fmt: skip
+    return Description("nemotron_h", metadata, tensors)
+
+
+def mamba2(
+    *, layers: int = 48, width: int = 1536, state_dim: int = 64, groups: int = 1, state: int = 128,
+    vocabulary: int = 50_288,
+) -> Description:  # fmt: skip
+    """By default Mamba-2 780M."""
+    heads = 2 * width // state_dim
+    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    for i in range(layers):
+        tensors |= prefixed(i, norms(width, "attn_norm") | mamba2_mixer(width, heads, state_dim, groups, state))
+    metadata = {
+        "context_length": 131_072, "embedding_length": width, "block_count": layers, "feed_forward_length": 0,
+        "attention.head_count": 0, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": vocabulary,
+        **mamba2_sizes(heads, state_dim, groups, state),
+    }  # fmt: skip
+    return Description("mamba2", metadata, tensors)
+
+
+def mamba(*, layers: int = 48, width: int = 1536, state: int = 16, vocabulary: int = 50_280) -> Description:
+    """By default Mamba 790M."""
+    inner, rank = 2 * width, width // 16
+    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    for i in range(layers):
+        block = norms(width, "attn_norm") | {
+            "ssm_in.weight": (2 * inner, width), "ssm_conv1d.weight": (inner, 4), "ssm_conv1d.bias": (inner,),
+            "ssm_x.weight": (rank + 2 * state, inner), "ssm_dt.weight": (inner, rank), "ssm_dt.bias": (inner,),
+            "ssm_a": (inner, state), "ssm_d": (inner,), "ssm_out.weight": (width, inner),
+        }  # fmt: skip
+        tensors |= prefixed(i, block)
+    metadata = {
+        "context_length": 131_072, "embedding_length": width, "block_count": layers, "feed_forward_length": 0,
+        "attention.head_count": 0, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": vocabulary,
+        "ssm.conv_kernel": 4, "ssm.state_size": state, "ssm.time_step_rank": rank, "ssm.inner_size": inner,
+    }  # fmt: skip
+    return Description("mamba", metadata, tensors)
+
+
+ARCHITECTURES: dict[str, Callable[..., Description]] = {
+    "llama": llama,
+    "qwen35": qwen35,
+    "nemotron_h": nemotron_h,
+    "mamba2": mamba2,
+    "mamba": mamba,
+}
+
+
+def prefixed(layer: int, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A block's tensors under their whole names."""
+    return {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+
+
+def norms(width: int, *names: str) -> dict[str, tuple[int, ...]]:
+    """The weights of norms."""
+    return {f"{name}.weight": (width,) for name in names}
+
+
+def attention(width: int, heads: int, kv_heads: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of attention."""
+    return {
+        "attn_q.weight": (heads * dim, width), "attn_k.weight": (kv_heads * dim, width),
+        "attn_v.weight": (kv_heads * dim, width), "attn_output.weight": (width, heads * dim),
+    }  # fmt: skip
+
+
+def network(width: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a gated feed-forward network."""
+    return {"ffn_gate.weight": (ffn, width), "ffn_up.weight": (ffn, width), "ffn_down.weight": (width, ffn)}
+
+
+def mamba2_mixer(width: int, heads: int, dim: int, groups: int, state: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Mamba-2 mixer."""
+    inner, mixed = heads * dim, heads * dim + 2 * groups * state
+    return {
+        "ssm_in.weight": (inner + mixed + heads, width), "ssm_conv1d.weight": (mixed, 4), "ssm_conv1d.bias": (mixed,),
+        "ssm_dt.bias": (heads,), "ssm_a": (heads, 1), "ssm_d": (heads, 1), "ssm_norm.weight": (groups, inner // groups),
+        "ssm_out.weight": (width, inner),
+    }  # fmt: skip
+
+
+def mamba2_sizes(heads: int, dim: int, groups: int, state: int) -> dict[str, int]:
+    """Their metadata."""
+    return {
+        "ssm.conv_kernel": 4, "ssm.state_size": state, "ssm.group_count": groups, "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * dim,
+    }  # fmt: skip
+
+
+def sizes(layers: int, width: int, heads: int, kv_heads: int | list[int], dim: int, vocabulary: int) -> dict[str, Any]:
+    """The metadata that all models with attention have."""
+    return {
+        "context_length": 131_072, "embedding_length": width, "block_count": layers, "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads, "attention.key_length": dim, "attention.value_length": dim,
+        "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": vocabulary,
+    }  # fmt: skip
 
 
 def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, deviation: float) -> np.ndarray:
@@ -95,41 +242,54 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
     return raw
 
 
-def write(path: Path, mix: str, shape: Shape = LLAMA_1B, seed: int = 1) -> None:
+def constants(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What a trained model may have in a tensor that is no matrix: float32. States fade, and stay finite."""
+    if "norm" in name or name.endswith("ssm_d"):
+        return np.ones(shape, np.float32)
+    if name.endswith("ssm_a"):
+        of_heads = shape[-1] == 1 or len(shape) == 1
+        values = rng.uniform(1, 16, shape) if of_heads else np.broadcast_to(np.arange(1, shape[-1] + 1), shape)
+        return (-values).astype(np.float32)
+    if name.endswith("ssm_dt.bias"):  # time steps of 0.001 to 0.1, before their softplus
+        return np.log(np.expm1(np.exp(rng.uniform(np.log(1e-3), np.log(0.1), shape)))).astype(np.float32)
+    if name.endswith(".bias"):
+        return (0.02 * rng.standard_normal(shape)).astype(np.float32)
+    return (shape[-1] ** -0.5 * rng.standard_normal(shape)).astype(np.float32)
+
+
+def write(path: Path, mix: str, model: Description, seed: int = 1) -> None:
     """Write the model. mix: "Q4_K_M", or the name of a TensorType."""
     rng = np.random.default_rng(seed)
+    types = model.types(mix)
     with GGUFWriter(path) as writer:
-        writer.set_metadata("general.architecture", "llama", ValueType.STRING)
+        writer.set_metadata("general.architecture", model.architecture, ValueType.STRING)
         writer.set_metadata("general.name", f"random {mix}", ValueType.STRING)
-        for key, value in (
-            ("context_length", shape.context), ("embedding_length", shape.width), ("block_count", shape.layers),
-            ("feed_forward_length", shape.ffn), ("attention.head_count", shape.heads),
-            ("attention.head_count_kv", shape.kv_heads), ("rope.dimension_count", shape.width // shape.heads),
-            ("vocab_size", shape.vocabulary),
-        ):  # fmt: skip
-            writer.set_metadata(f"llama.{key}", value, ValueType.UINT32)
-        writer.set_metadata("llama.attention.layer_norm_rms_epsilon", 1e-5, ValueType.FLOAT32)
-        writer.set_metadata("llama.rope.freq_base", 500_000.0, ValueType.FLOAT32)
+        for key, value in model.metadata.items():
+            name = f"{model.architecture}.{key}"
+            if isinstance(value, list):
+                writer.set_metadata(name, value, ValueType.ARRAY, ValueType.INT32)
+            elif isinstance(value, bool):
+                writer.set_metadata(name, value, ValueType.BOOL)
+            else:
+                writer.set_metadata(name, value, ValueType.FLOAT32 if isinstance(value, float) else ValueType.UINT32)
         writer.set_metadata("tokenizer.ggml.model", "no_vocab", ValueType.STRING)
-        norms = [f"blk.{i}.{kind}_norm" for i in range(shape.layers) for kind in ("attn", "ffn")] + ["output_norm"]
-        matrices = shape.matrices()
-        for name, size in matrices.items():
-            writer.add_tensor(f"{name}.weight", type_of(name, mix, shape.layers), size)
-        for name in norms:
-            writer.add_tensor(f"{name}.weight", TensorType.F32, (shape.width,))
-        for name, (rows, columns) in matrices.items():
-            type_ = type_of(name, mix, shape.layers)
-            writer.write_tensor(f"{name}.weight", random_blocks(rng, type_, rows * columns, columns**-0.5))
-        for name in norms:
-            writer.write_tensor(f"{name}.weight", np.ones(shape.width, np.float32).view(np.uint8))
+        for name, shape in model.tensors.items():
+            writer.add_tensor(name, types[name], shape)
+        for name, shape in model.tensors.items():
+            if is_quantisable(name, shape, TensorType.F32):
+                raw = random_blocks(rng, types[name], int(np.prod(shape)), shape[-1] ** -0.5)
+            else:
+                raw = constants(rng, name, shape).reshape(-1).view(np.uint8)
+            writer.write_tensor(name, raw)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mix", type=str.upper, choices=[MIX, *SCALES, "F16", "BF16", "F32"])
     parser.add_argument("path", type=Path)
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="llama")
     args = parser.parse_args()
-    write(args.path, args.mix)
+    write(args.path, args.mix, ARCHITECTURES[args.architecture]())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_fakes import ChatTokenizer, Template, make_model
 from click.testing import CliRunner, Result
@@ -16,7 +17,7 @@ from engine_fakes import FakeRuntime, ids_of
 from qrun.cli import bench, info, loading
 from qrun.cli.main import cli
 from qrun.engine.native import machine
-from qrun.models.graph import CacheLayer
+from qrun.models.graph import CacheLayer, Convolution, Value
 from qrun.models.store import models_folder
 
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "arch"
@@ -127,6 +128,15 @@ def test_memory_of_the_cache_counts_bytes_of_keys_and_values() -> None:
     assert info.memory_needed(graph, 7, 1000, "q8_0").cache == values * 34 // 32
     assert info.memory_needed(graph, 7, 1000, "q4_0").cache == values * 18 // 32
     assert info.memory_needed(graph, 7, 1000, "q4_0").file == 7
+
+
+def test_states_are_counted_with_their_checkpoints_and_do_not_grow() -> None:
+    graph = graph_of()
+    x = Value(0, 10)
+    graph.operations = [Convolution(Value(1, 10), x, np.zeros((4, 10), np.float32), None, True, 0)]
+    graph.n_states = 1
+    assert info.memory_needed(graph, 0, 1000, "f16").cache == 10 * 4 * 10 * (4 - 1 + 16)
+    assert info.memory_needed(graph, 0, 1000, "f16") == info.memory_needed(graph, 0, 10, "q4_0")
 
 
 def test_layers_with_a_window_keep_the_window_only() -> None:
