@@ -423,7 +423,9 @@ def _cells(line: str) -> list[str]:
     text = line.strip()
     text = text[1:] if text.startswith("|") else text
     text = text[:-1] if text.endswith("|") and not text.endswith("\\|") else text
-    cells = re.split(r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", text)
+    # a bar within code is none, but to see that takes long in a long line
+    between = r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)" if len(text) <= _MAX_INLINE else r"(?<!\\)\|"
+    cells = re.split(between, text)
     return [re.sub(r"<br\s*/?>", "\n", cell.strip()) for cell in cells]
 
 

@@ -68,8 +68,7 @@ Body = Literal[
 
 @dataclass(frozen=True)
 class Calls:
-    """Marks around calls of functions. `close` is "" where calls go on to the end of the answer, or to the next `open`.
-    """
+    """Marks around calls of functions. `close` is "" where one goes on to the next `open`, or to the end of all."""
 
     signs: tuple[str, ...]
     open: str
