@@ -92,6 +92,11 @@ class MarkdownView:
             done = self._clock()
             self._next_frame = done + max(FRAME, 10 * (done - now))
 
+    def make_way(self) -> None:
+        """What is shown stays, and the rest of the answer stands below what is to be written now."""
+        self._painter.keep()
+        self._n_kept, self._settled = self._n_shown, None
+
     def end(self) -> None:
         """The answer is over; the cursor stands at the beginning of a line."""
         self._end_part()
@@ -158,7 +163,7 @@ class MarkdownView:
         else:
             self._painter.skip()
         self._blank = not rows
-        self._n_kept = self._width = 0
+        self._n_kept = self._n_shown = self._width = 0
 
     def _show(self, rows: list[Text]) -> None:
         """Has these rows stand for the line under way. Where the window has become wider or narrower, nobody knows

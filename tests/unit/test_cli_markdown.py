@@ -252,6 +252,22 @@ def test_a_window_that_changes_while_a_line_comes(new_width: int) -> None:
     assert max(map(len, terminal.text[-4:])) > 15
 
 
+def test_an_answer_makes_way_for_a_notice() -> None:
+    terminal = Terminal(40, 30)
+    view = view_of(terminal, clock=iter(range(10**6)).__next__)
+    text = PROSE + "**bold** end"
+    for i, char in enumerate(text):
+        if i == 150:
+            view.make_way()
+            terminal.write("qrun: a notice\n")
+        view.push(char)
+    view.end()
+    rows = terminal.text
+    at = rows.index("qrun: a notice")
+    kept = "".join(rows[:at] + rows[at + 1 :]).replace(" ", "")
+    assert kept == text.replace(" ", "").replace("*", "")
+
+
 def test_painter_stays_within_the_window() -> None:
     terminal = Terminal(20, 4)
     painter = Painter(terminal.write, terminal.size)
