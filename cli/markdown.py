@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -43,6 +44,7 @@ _LINK = re.compile(
     r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]"  # the text, or an image's
     r"\(\s*<?([^()\s<>]*(?:\([^()\s]*\)[^()\s]*)*)>?(?:\s+[\"'(][^)]*)?\)"  # the address, and a title
 )
+_ORDINARY = re.compile(r"[^\\`\[!*_~]+")
 _ESCAPED = "*_`~#|>"
 _MARKS = ("***", "**", "__", "~~", "*", "_")
 _MARK_STYLES = {"***": "bold italic", "**": "bold", "__": "bold", "~~": "strike", "*": "italic", "_": "italic"}
@@ -63,6 +65,7 @@ class MarkdownView:
         self._size = size
         self._clock = clock
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self._escapes: dict[Any, str] = {}  # of rows drawn lately, most of which are drawn again as they are
         self._signs = _signs(sys.stdout.encoding)
         self._channel = ""
         self._line = ""  # the line under way
@@ -243,9 +246,14 @@ class MarkdownView:
 
     def _escaped(self, row: Text) -> str:
         """With escape sequences, where the terminal has colours and the user wants them."""
-        with self._console.capture() as capture:
-            self._console.print(row, end="", soft_wrap=True)
-        return capture.get()
+        key = (row.plain, str(row.style), tuple(row.spans))
+        if key not in self._escapes:
+            with self._console.capture() as capture:
+                self._console.print(row, end="", soft_wrap=True)
+            if len(self._escapes) >= 100:
+                self._escapes.clear()
+            self._escapes[key] = capture.get()
+        return self._escapes[key]
 
     # Tables
 
@@ -321,7 +329,10 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
 
     while i < len(text):
         char = text[i]
-        if char == "\\" and text[i + 1 : i + 2] and text[i + 1] in _ESCAPED:
+        if ordinary := _ORDINARY.match(text, i):
+            plain += ordinary[0]
+            i = ordinary.end()
+        elif char == "\\" and text[i + 1 : i + 2] and text[i + 1] in _ESCAPED:
             plain += text[i + 1]
             i += 2
         elif char == "`":
