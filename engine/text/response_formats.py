@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+# A full-width bar and a lower block, as DeepSeek writes them.
+_BAR, _BLANK = "\uff5c", "\u2581"
+
 Channel = Literal["content", "reasoning", "tool_call"]
 
 
@@ -80,6 +83,12 @@ class Calls:
     """Of "bare-keys": what stands around a text."""
     dropped: str = ""
     """Marks of the family within a call that mean nothing: a regular expression."""
+
+    @property
+    def ends_thought(self) -> bool:
+        """Whether `open` counts within a thought too, which some models leave open when they call. A model that thinks
+        about calls may well write "<tool_call>" there, but hardly "<|tool_call_start|>", a token of its own."""
+        return self.open.startswith(("<|", f"<{_BAR}", "[TOOL_CALLS]", "]<]"))
 
 
 @dataclass(frozen=True)
@@ -158,8 +167,6 @@ THOUGHTS = (
 # Models whose template says nothing of thoughts, and whose vocabulary has these pieces, are tunes that think.
 THOUGHTS_BY_PIECES = (THOUGHTS[-1], Thoughts((), "[THINK]", "[/THINK]", inner="", after=""))
 
-# Full-width bars and a lower block, as DeepSeek writes them.
-_BAR, _BLANK = "\uff5c", "\u2581"
 _DSML = f"{_BAR}DSML{_BAR}"
 _TOOL_CALLS = f"<{_BAR}tool{_BLANK}calls{_BLANK}"
 _TOOL_CALL = f"<{_BAR}tool{_BLANK}call{_BLANK}"

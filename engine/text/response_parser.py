@@ -6,7 +6,7 @@ are part of the answer, or of the thought in which they stand.
 
 import re
 
-from qrun.engine.text.response_formats import Channel, ResponseFormat, Thoughts
+from qrun.engine.text.response_formats import Calls, Channel, ResponseFormat, Thoughts
 from qrun.engine.text.tool_calls import Texts, ToolCall, read_calls
 
 Split = list[tuple[Channel, str]]
@@ -46,6 +46,7 @@ class ResponseParser:
         self._header = format.thoughts.header if format.thoughts else None
         self._heading = self._header is not None and not thinking and not thought
         """Whether what comes is the header of a message."""
+        self._around: Channel = "content"  # what a call stands in
         self._name = ""  # of the function that a message is addressed to
         self._held = ""  # text that may be, or begin with, a mark
         self._space = ""  # white space that is left out unless something follows it
@@ -130,9 +131,14 @@ class ResponseParser:
                 marks += [thoughts.open, thoughts.close]
             if self._after_thought and self.channel == "content":
                 marks += thoughts.around_answer[0 if self._fresh else 1 :]
-        if calls is not None and self.channel == "content" and (calls.open != "{" or self._fresh):
+        if calls is not None and self._may_call(calls):
             marks.append(calls.open)
         return [mark for mark in marks if mark]
+
+    def _may_call(self, calls: Calls) -> bool:
+        if self.channel == "reasoning":
+            return calls.ends_thought
+        return calls.open != "{" or self._fresh
 
     def _place(self, mark: str) -> int:
         """Where a mark stands, -1 for nowhere; of those that count only at the start of something, there."""
@@ -161,8 +167,8 @@ class ResponseParser:
     def _pass(self, mark: str) -> None:
         """Goes over a mark in a thought or an answer."""
         thoughts, calls = self._thoughts, self._calls
-        if calls is not None and mark == calls.open and self.channel == "content":
-            self.channel, self._space = "tool_call", ""
+        if calls is not None and mark == calls.open:
+            self._around, self.channel = self.channel, "tool_call"
             if mark == "{":
                 self._held = mark + self._held
         elif thoughts is not None and mark == thoughts.open and self.channel == "content":
@@ -232,8 +238,9 @@ class ResponseParser:
         again = bool(mark) and not calls.close  # the next call has begun
         if not self._name:
             text = ("" if calls.open == "{" else calls.open) + body + ("" if again else mark)
-        self.channel = "content"
+        self.channel = "content" if read else self._around
         if read:
+            self._space = ""
             self.calls += read
             split.append(("tool_call", text))
             self._fresh = self._stripping = True

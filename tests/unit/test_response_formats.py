@@ -333,6 +333,23 @@ def test_a_call_after_a_thought_and_a_thought_after_a_call() -> None:
     assert parser.calls == ONE * 2
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_call_of_special_tokens_ends_a_thought_that_was_left_open(size: int) -> None:
+    format = find_format("<think></think><|tool_call_start|>")
+    call = '<|tool_call_start|>[f(k="v", n=3)]<|tool_call_end|>'
+    parser = ResponseParser(format, with_calls=True, thinking=True)
+    assert split(parser, f"Hm. {call}Done.", size) == {"reasoning": "Hm.", "tool_call": call, "content": "Done."}
+    assert parser.calls == ONE
+    parser = ResponseParser(format, with_calls=True, thinking=True)
+    assert split(parser, "Hm. <|tool_call_start|>no<|tool_call_end|> So.</think>Yes.", size) == {
+        "reasoning": "Hm. <|tool_call_start|>no<|tool_call_end|> So.",
+        "content": "Yes.",
+    }
+    parser = ResponseParser(find_format("<think></think><tool_call>"), with_calls=True, thinking=True)
+    text = f"I may write <tool_call>{JSON_CALL}</tool_call>"
+    assert split(parser, text, size) == {"reasoning": text}
+
+
 def test_a_call_is_addressed_by_a_header() -> None:
     parser = ResponseParser(HARMONY, with_calls=True)
     text = (
