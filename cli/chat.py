@@ -41,8 +41,8 @@ def command(
     What is not given comes from the catalog for its models (a system prompt and sampling that suit them), however
     their file is named, else from the file's metadata, else it is as shown below.
 
-    What a model thinks before it answers is dim at a terminal and left out elsewhere. Of earlier turns it is told to
-    the model again if its template shows it there.
+    What a model thinks before it answers is dim at a terminal and left out elsewhere. Thoughts of earlier turns are
+    given back to the model where its template shows them.
 
     \b
     Examples:

@@ -48,6 +48,11 @@ _ORDINARY = re.compile(r"[^\\`\[!*_~]+")
 _ESCAPED = "*_`~#|>"
 _MARKS = ("***", "**", "__", "~~", "*", "_")
 _MARK_STYLES = {"***": "bold italic", "**": "bold", "__": "bold", "~~": "strike", "*": "italic", "_": "italic"}
+# Of the characters from U+1100 on many are wide, and may stand in any row.
+_UNIT = re.compile(r"[^\S\n]+|[!-\u10ff]+|.", re.DOTALL)
+_NOT_FIRST = frozenset("、。，．：；？！）］｝」』】〉》〕〗’”…ー々゛゜ぁぃぅぇぉっゃゅょァィゥェォッャュョ～·%")  # noqa: RUF001
+_NOT_LAST = frozenset("（［｛「『【〈《〔〖‘“")  # noqa: RUF001
+_JOINER = "\u200d"  # of emoji
 _MAX_INLINE = 2000  # characters of a line in which marks are looked for
 _LEAST_COLUMN = 4  # of a table, in characters
 
@@ -231,12 +236,12 @@ class MarkdownView:
         """In rows of the terminal but for a last column, in which the cursor would be neither here nor there. Rows
         after the first are indented."""
         width = max(self._columns - 1 - reserved, 1)
-        if cell_len(text.plain) + 8 * text.plain.count("\t") <= width:
+        if _columns_of(text.plain) + 8 * text.plain.count("\t") <= width:
             return [text]
         text.expand_tabs(4)
         indent = indent if indent <= width // 2 else 0
         head, rest = text[:indent], text[indent:]
-        rows = _wrap(self._console, rest, width - indent)
+        rows = _wrap(rest, width - indent)
         return [(head if i == 0 else Text(" " * indent)) + row for i, row in enumerate(rows)]
 
     def _inline(self, text: str, is_finished: bool) -> Text:
@@ -300,7 +305,7 @@ class MarkdownView:
             if i == 0:
                 for cell in row:
                     cell.stylize("bold")
-            rows += _table_row(self._console, row, widths, sides, Text(gap, "dim"))
+            rows += _table_row(row, widths, sides, Text(gap, "dim"))
             if i == 0:
                 crossing = self._signs["rule"] + self._signs["cross"] + self._signs["rule"]
                 rows.append(Text(crossing.join(self._signs["rule"] * width for width in widths), "dim"))
@@ -397,11 +402,56 @@ def _closing(text: str, start: int, mark: str) -> int:
     return -1
 
 
-def _wrap(console: Console, text: Text, width: int) -> list[Text]:
-    rows = list(text.wrap(console, max(width, 1), no_wrap=False, overflow="fold"))
-    for row in rows[:-1]:
-        row.rstrip()
+def _wrap(text: Text, width: int) -> list[Text]:
+    """In rows of this width, broken between words, and where there are none, as in Chinese and Japanese, between
+    characters. (rich's own wrapping takes all up to the next space for a word.)"""
+    rows = []
+    for line in text.split("\n", allow_blank=True):
+        parts = list(line.divide(_breaks(line.plain, width)))
+        for part in parts[:-1]:
+            part.rstrip()
+        rows += parts
     return rows
+
+
+def _columns_of(text: str) -> int:
+    """Columns that a text takes. Of joined emoji, those that it takes where they are not joined, if that is more."""
+    return cell_len(text) if text.isascii() else max(cell_len(text), sum(map(cell_len, text)))
+
+
+def _breaks(text: str, width: int) -> list[int]:
+    """Where rows after the first begin."""
+    breaks = []
+    x = 0
+    for start, end in _units(text):
+        unit = text[start:end]
+        size = _columns_of(unit)
+        if x and x + size > width and not unit.isspace():
+            breaks.append(start)
+            x = 0
+        if size <= width or unit.isspace():
+            x += size
+            continue
+        for i, char in enumerate(unit, start):  # a word that is longer than a row
+            if x and x + _columns_of(char) > width:
+                breaks.append(i)
+                x = 0
+            x += _columns_of(char)
+    return breaks
+
+
+def _units(text: str) -> list[tuple[int, int]]:
+    """What is not to be broken: words, single wide characters with the punctuation that belongs to them, emoji of
+    several; and the white space between."""
+    units: list[tuple[int, int]] = []
+    for found in _UNIT.finditer(text):
+        start, end = found.span()
+        char, before = text[start], text[start - 1] if start else " "
+        is_joined = char in _NOT_FIRST or before in _NOT_LAST or before == _JOINER or not _columns_of(char)
+        if is_joined and not before.isspace() and not char.isspace():
+            start = units.pop()[0]
+        units.append((start, end))
+    return units
 
 
 def _n_visible(text: Text) -> int:
@@ -454,7 +504,7 @@ def _side(rule: str) -> str:
 def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list[int]:
     """How wide each column is to be: as its cells want, or less for the widest ones where there is no room."""
     wanted = [
-        max([least[i], *(cell_len(line) for row in cells for line in row[i].plain.split("\n"))])
+        max([least[i], *(_columns_of(line) for row in cells for line in row[i].plain.split("\n"))])
         for i in range(len(least))
     ]
     widths = wanted
@@ -472,8 +522,8 @@ def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list
     return widths
 
 
-def _table_row(console: Console, cells: list[Text], widths: list[int], sides: list[str], gap: Text) -> list[Text]:
-    wrapped = [_wrap(console, cell, width) or [Text()] for cell, width in zip(cells, widths, strict=True)]
+def _table_row(cells: list[Text], widths: list[int], sides: list[str], gap: Text) -> list[Text]:
+    wrapped = [_wrap(cell, width) or [Text()] for cell, width in zip(cells, widths, strict=True)]
     rows = []
     for i in range(max(map(len, wrapped))):
         row = Text()
@@ -481,7 +531,7 @@ def _table_row(console: Console, cells: list[Text], widths: list[int], sides: li
             cell = lines[i].copy() if i < len(lines) else Text()
             cell.rstrip()
             side = sides[j] if j < len(sides) else "left"
-            free = max(width - cell_len(cell.plain), 0)
+            free = max(width - _columns_of(cell.plain), 0)
             left = {"left": 0, "right": free, "center": free // 2}[side]
             row.append_text(gap if j else Text())
             row.append(" " * left).append_text(cell).append(" " * (free - left))

@@ -66,6 +66,14 @@ BLOCKS = {
     ),
     "one too long for a row": ("x" * 50, ["x" * 39, "x" * 11]),
     "wide characters": ("一二三四五六七八九" * 3, ["一二三四五六七八九一二三四五六七八九一", "二三四五六七八九"]),
+    "words among wide characters": (
+        "使用 Python 编程语言可以很方便地处理数据并且不需要太多的代码。",
+        ["使用 Python 编程语言可以很方便地处理数", "据并且不需要太多的代码。"],
+    ),
+    "punctuation stays with its character": (
+        "一二三四五六七八九十一二三四五六七八九。「一」", ["一二三四五六七八九十一二三四五六七八", "九。「一」"]
+    ),
+    "joined emoji": ("x" * 36 + "👩\u200d🚀 y", ["x" * 36, "👩\u200d🚀 y"]),
     "emoji": ("🎉" * 25, ["🎉" * 19, "🎉" * 6]),
     "empty lines": ("\n\na\n\n\n\nb\n\n", ["a", "", "b", ""]),
     "a list": (
