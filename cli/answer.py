@@ -190,7 +190,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_thinking(model: Model, think: bool | None) -> None:
     """Raises ValueError where a model is to think that cannot."""
     if think and model.chat_template is not None and model.chat_template.format.thoughts is None:
-        raise ValueError(f"{model.path.name} does not think: its chat template knows no thoughts (--think)")
+        raise ValueError(f"{model.path.name} does not think: its chat template knows no thoughts")
 
 
 NO_ANSWER = "there is no answer: the model was still thinking (--reasoning-budget ends that sooner)"

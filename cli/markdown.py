@@ -131,7 +131,7 @@ class MarkdownView:
                 self._show_code(line)
         elif _FENCE.match(line):
             self._leave_table(line)
-            self._show([Text(line, STYLES["fence"])])
+            self._show(self._wrapped(Text(line, STYLES["fence"]), 0))
         elif not self._table and not _TABLE_ROW.match(line) and not _UNDECIDED.match(line):
             self._show(self._rows(line, is_finished=False))
 
@@ -150,7 +150,7 @@ class MarkdownView:
         elif fence := _FENCE.match(line):
             self._leave_table(line)
             self._fence = (fence[2], " " * len(fence[1]))
-            self._print([Text(line, STYLES["fence"])])
+            self._print(self._wrapped(Text(line, STYLES["fence"]), 0))
         elif self._is_of_table(line):
             self._table.append(line)
             self._show_table()
@@ -408,8 +408,9 @@ def _wrap(text: Text, width: int) -> list[Text]:
     rows = []
     for line in text.split("\n", allow_blank=True):
         parts = list(line.divide(_breaks(line.plain, width)))
-        for part in parts[:-1]:
-            part.rstrip()
+        for part in parts:
+            if part is not parts[-1] or _columns_of(part.plain) > width:  # white space may hang over
+                part.rstrip()
         rows += parts
     return rows
 

@@ -356,3 +356,23 @@ def test_nothing_of_it_is_imported_for_a_pipe(command: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("**a**\n", "")
+
+
+MARKDOWN = [
+    "# ", "## x\n", "- ", "1. ", "> ", "```", "```py\n", "\n", "\n\n", "| a | b |\n", "|---|--:|\n", "| x | `y|z` |\n", "**",
+    "*", "_", "`", "[l](u)", "word ", "longerword ", "日本語", "🎉", "é", "  ", "    ", "\t", "---\n", "~~", "***", "|",
+    "<br>", "x" * 30, "\\*", "(", "](",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_comes_in_whatever_pieces_and_window(seed: int) -> None:
+    """Nothing is written above the window, and what stands there in the end does not depend on how it came."""
+    chance = random.Random(seed)
+    for _ in range(8):
+        text = "".join(chance.choice(MARKDOWN) for _ in range(chance.randint(1, 40)))
+        width, height = chance.randint(3, 60), chance.randint(3, 15)
+        whole = shown(text, len(text), Terminal(width, 1000)).text
+        assert shown(text, 0, Terminal(width, 1000)).text == whole, text
+        low = shown(text, 0, Terminal(width, height)).text
+        assert (len(low), low[-3:]) == (len(whole), whole[-3:]), text
