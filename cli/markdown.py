@@ -218,7 +218,7 @@ class MarkdownView:
         if quote := _QUOTE.match(line):
             text = self._inline(quote[2], is_finished)
             text.stylize(STYLES["quote"])
-            bar = (self._signs["bar"] + " ") * quote[1].count(">")
+            bar = (self._signs["bar"] + " ") * min(quote[1].count(">"), self._columns // 8)
             return [Text(bar, "dim") + row for row in self._wrapped(text, 0, len(bar))] or [Text(bar, "dim")]
         if item := _ITEM.match(line):
             sign = item[2] if item[2][0].isdigit() else self._signs["bullet"]
@@ -239,7 +239,7 @@ class MarkdownView:
         if _columns_of(text.plain) + 8 * text.plain.count("\t") <= width:
             return [text]
         text.expand_tabs(4)
-        indent = indent if indent <= width // 2 else 0
+        indent = indent if width - indent >= 4 else 0
         head, rest = text[:indent], text[indent:]
         rows = _wrap(rest, width - indent)
         return [(head if i == 0 else Text(" " * indent)) + row for i, row in enumerate(rows)]
@@ -320,6 +320,7 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
     if not is_finished:
         text = re.sub(r"(?<=[^\s*_~`])[*_~`]{1,3}$|(?<!\S)[*_~`]{1,3}$", "", text)
     out = Text(style=style)
+    unclosed: set[str] = set()
     plain = ""
     i = 0
 
@@ -361,7 +362,9 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
                 add(f" ({link[2]})", "dim")
             i = link.end()
         elif mark := next((mark for mark in _MARKS if text.startswith(mark, i) and _opens(text, i, mark)), None):
-            end = _closing(text, i + len(mark), mark)
+            end = -1 if mark in unclosed else _closing(text, i + len(mark), mark)
+            if end < 0:
+                unclosed.add(mark)  # nor is a later one
             is_name = mark == "__" and re.compile(r"\w*(__|$)").match(text, i + 2)  # of Python, such as __init__
             if (end >= 0 or not is_finished) and not is_name:
                 inner = inline(text[i + len(mark) : end if end >= 0 else len(text)], is_finished or end >= 0)
@@ -392,8 +395,7 @@ def _closing(text: str, start: int, mark: str) -> int:
     while (at := text.find(mark, at)) >= 0:
         before, after = text[at - 1], text[at + len(mark) : at + len(mark) + 1]
         in_code = text.count("`", start, at) % 2
-        run = re.compile(re.escape(mark[0]) + "+").match(text, at)
-        length = len(run[0]) if run else 0
+        length = len(text) - at - len(text[at:].lstrip(mark[0]))
         fits = length == len(mark) or length == 3 or (mark[0] == "_" and length == 1)
         within_word = mark[0] == "_" and after.isalnum()
         if at > start and not before.isspace() and not in_code and before != "\\" and fits and not within_word:
