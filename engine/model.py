@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -251,6 +251,8 @@ class Model:
         if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
             messages = [{"role": "system", "content": self.chat_system}, *messages]
         options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
+        if isinstance(tools, Iterator):
+            tools = list(tools)
         variables = {**(template_variables or {}), "add_generation_prompt": True}
         if options.get("reasoning_budget") == 0:
             think = False
@@ -259,9 +261,7 @@ class Model:
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
         prompt = template.render(messages, tools=tools, **variables)
-        return self._generate(
-            self.template_tokens(prompt), options | {"response": template.response(prompt, with_calls=bool(tools))}
-        )
+        return self._generate(self.template_tokens(prompt), options | {"response": template.response(prompt, tools)})
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""

@@ -30,7 +30,7 @@ class FakeTemplate:
         extra = f"{tools or ''}{variables or ''}"
         return "<s>" + "".join(f"{m['role']}: {m['content']}\n" for m in messages) + extra + ">"
 
-    def response(self, prompt: str, *, with_calls: bool = False) -> None:
+    def response(self, prompt: str, tools: Any = None) -> None:
         return None
 
 
