@@ -184,6 +184,9 @@ DRAFTS = {
     "glm4moe": DraftLayers(glm4moe.build_block),
     "hy_v3": DraftLayers(hy_v3.build_block),
     "mimo2": DraftLayers(mimo2.build_block, normed=False),
+    "qwen35": DraftLayers(qwen35.build_draft),
+    "qwen35moe": DraftLayers(qwen35.build_draft_experts),
+    "qwen3next": DraftLayers(qwen35.build_draft_experts),
     "step35": DraftLayers(step35.build_block, normed=False),
 }
 """Draft layers, by architecture, where they can be run."""
