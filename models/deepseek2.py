@@ -75,13 +75,15 @@ def attention(
     h: Hyperparameters,
     x: Value,
     layer: int,
-    rotation: Rotation,
+    rotation: Rotation | None,
     scale: float,
     temperature: Temperature | None = None,
     *,
     absorbed: bool,
+    gated: bool = False,
 ) -> Value:
-    """Latent attention of one block. scale: beside 1 / sqrt(head_dim). absorbed: are the matrices apart?"""
+    """Latent attention of one block. scale: beside 1 / sqrt(head_dim). absorbed: are the matrices apart? gated: has
+    what each head gives a gate of its own?"""
     block, n_heads, n_rot = f"blk.{layer}", h.n_heads[layer], h.n_rot
     dim_k, dim_v = h.head_dim_k, h.head_dim_v
     if absorbed:  # what the file calls the size of a head is that of a short row
@@ -98,10 +100,11 @@ def attention(
         q = builder.linear(x, f"{block}.attn_q_a", metadata.integer("attention.q_lora_rank"))
         q = builder.rms_norm(q, f"{block}.attn_q_a_norm", h.rms_eps)
         q = builder.linear(q, f"{block}.attn_q_b", n_heads * dim_k)
-    q = builder.rope(q, dim_k, rotation, start=plain)
     both = builder.linear(x, f"{block}.attn_kv_a_mqa", rank + n_rot)
     short = builder.rms_norm(builder.slice(both, 0, rank), f"{block}.attn_kv_a_norm", h.rms_eps)
-    turned = builder.rope(builder.slice(both, rank, n_rot), n_rot, rotation)
+    turned = builder.slice(both, rank, n_rot)
+    if rotation is not None:
+        q, turned = builder.rope(q, dim_k, rotation, start=plain), builder.rope(turned, n_rot, rotation)
 
     if absorbed:
         cache = CacheLayer(n_heads, 1, rank + n_rot, rank, None)
@@ -119,6 +122,8 @@ def attention(
     y = builder.attention(q, k, v, cache, scale * dim_k**-0.5)
     if absorbed:
         y = builder.head_linear(y, f"{block}.attn_v_b", n_heads, dim_v, rank)
+    if gated:
+        y = builder.gate(builder.linear(x, f"{block}.attn_gate", n_heads), y, "sigmoid")
     return builder.linear(y, f"{block}.attn_output", h.n_embd)
 
 

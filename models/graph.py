@@ -21,7 +21,7 @@ with the gate at most a limit, and up between -limit and limit; `limited_silu` h
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
 Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
 """Activations that multiply nothing."""
-GateKind = Literal["sigmoid", "softplus", "silu"]
+GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
 
@@ -498,6 +498,12 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has values that are not finite")
         return values
 
+    def flat_constant(self, name: str, size: int) -> Constant:
+        """The same as one row, whatever shape the file gives it."""
+        info = self.reader.tensors.get(name)
+        shape = (size,) if info is None or prod(info.shape) != size else info.shape
+        return self.constant(name, *shape).reshape(-1)
+
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
         return self.constant(name, *shape) if self.has(name) else None
@@ -635,7 +641,7 @@ class GraphBuilder:
 
     def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True) -> Value:
         """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one."""
-        weight = np.ascontiguousarray(self.constant(f"{name}.weight", x.width, taps).T)
+        weight = np.ascontiguousarray(self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T)
         bias = self.optional_constant(f"{name}.bias", x.width)
         return self._append(Convolution(self._value(x.width), x, weight, bias, silu, self._state()))
 

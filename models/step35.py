@@ -4,12 +4,20 @@ chosen by biases, beside one that all tokens share, and limits on what gates let
 
 from dataclasses import replace
 
-from qrun.models.graph import Activation, GraphBuilder, Rotation, Value
+from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base, read_n_rot, rope_factors
-from qrun.models.transformer import QKNorm, Shares, attend, experts, feed_forward, head, required_flags
-
-LEAST_LIMIT = 1e-6  # less is no limit
+from qrun.models.transformer import (
+    QKNorm,
+    Shares,
+    attend,
+    experts,
+    feed_forward,
+    head,
+    limited,
+    read_limits,
+    required_flags,
+)
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -39,7 +47,7 @@ def build_block(
     x = builder.add(x, builder.linear(z, f"{block}.attn_output", h.n_embd))
 
     y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-    kind, dense_kind = of_limit(limit), of_limit(dense_limit)
+    kind, dense_kind = limited(limit), limited(dense_limit)
     if not builder.has(f"{block}.ffn_gate_inp.weight"):
         return builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], dense_kind, limit=dense_limit))
     z = experts(builder, h, y, block, h.n_ff_expert[layer], kind, shares, limit=limit)
@@ -61,13 +69,3 @@ def read_turn(
         return window, replace(scaling, base=local_base, factor=1.0).rotation(local_n_rot)
     factors = rope_factors(builder, max(h.n_rot // 2, local_n_rot), context, scaling.original_context)
     return None, scaling.rotation(h.n_rot // 2, None if factors is None else factors[: h.n_rot // 4])
-
-
-def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float, ...]:
-    """Of what the gates of each layer let through."""
-    return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_blocks
-
-
-def of_limit(limit: float) -> Activation:
-    """SwiGLU, with a limit or without."""
-    return "limited_silu" if limit > LEAST_LIMIT else "silu"

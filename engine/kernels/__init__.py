@@ -15,6 +15,7 @@ ROW_OPERATIONS = (
     "join",
 )  # fmt: skip
 
+GATES = ("sigmoid", "softplus", "silu", "identity")
 LINEAR_ATTENTION = (("plain", "head"), ("delta", "head"), ("delta", "dimension"))
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.

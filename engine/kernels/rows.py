@@ -246,7 +246,12 @@ def _silu(x):  # type: ignore[no-untyped-def]
     return x / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
 
 
-GATES = {"sigmoid": _sigmoid, "softplus": _softplus, "silu": _silu}
+@v.helper
+def _identity(x):  # type: ignore[no-untyped-def]
+    return x
+
+
+GATES = {"sigmoid": _sigmoid, "softplus": _softplus, "silu": _silu, "identity": _identity}
 
 
 def _alone(act: Any, packing: str) -> Kernel:

@@ -210,8 +210,8 @@ def test_a_talk_reads_no_more_than_what_lies_behind_the_last_message(
 ) -> None:
     end = 7
 
-    def message(length: int) -> list[int]:
-        return [*(int(token) for token in rng.integers(8, runtime.n_vocab, length - 1)), end]
+    def message(length: int) -> list[int]:  # those of different lengths begin with different tokens
+        return [length % 9 + 8, *(int(token) for token in rng.integers(8, runtime.n_vocab, length - 2)), end]
 
     cache = TokenCache(runtime, runtime.sequence())
     first, second, question, thoughts, other = (message(n) for n in (50, 41, 23, 37, 30))
