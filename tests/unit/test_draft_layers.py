@@ -42,6 +42,8 @@ def write_model(path: Path, name: str, *, layers: bool = True) -> Path:
     metadata = {key.split(".", 1)[1]: value for key, value in sketch["metadata"].items()}
     n_layer, width = metadata["block_count"], metadata["embedding_length"]
     arrays = {key: tensor.dequantize() for key, tensor in model(sketch).tensors.items()}
+    # States fade.
+    arrays = {key: -np.abs(array) if key.endswith("ssm_a") else array for key, array in arrays.items()}
     last = f"blk.{max(i for i in range(n_layer) if f'blk.{i}.attn_output.weight' in arrays)}."
     for layer in range(n_layer, n_layer + count):
         for key, array in list(arrays.items()):
