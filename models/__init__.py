@@ -189,6 +189,7 @@ ARCHITECTURES = {
 """By the name that a file gives under `general.architecture`."""
 
 DRAFTS = {
+    "bailingmoe3": DraftLayers(bailingmoe3.build_draft),
     "deepseek2": DraftLayers(deepseek2.build_block),
     "glm4moe": DraftLayers(glm4moe.build_block),
     "hy_v3": DraftLayers(hy_v3.build_block),

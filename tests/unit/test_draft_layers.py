@@ -44,11 +44,13 @@ def write_model(path: Path, name: str, *, layers: bool = True) -> Path:
     arrays = {key: tensor.dequantize() for key, tensor in model(sketch).tensors.items()}
     # States fade.
     arrays = {key: -np.abs(array) if key.endswith("ssm_a") else array for key, array in arrays.items()}
-    last = f"blk.{max(i for i in range(n_layer) if f'blk.{i}.attn_output.weight' in arrays)}."
+    stateful = {key.split(".")[1] for key in arrays if ".ssm_" in key}
+    attending = max(layer for layer in range(n_layer) if str(layer) not in stateful)
     for layer in range(n_layer, n_layer + count):
         for key, array in list(arrays.items()):
-            if key.startswith(last):
-                arrays[key.replace(last, f"blk.{layer}.")] = array * rng.uniform(0.8, 1.2, array.shape)
+            source = f"blk.{attending if '.attn' in key else n_layer - 1}."
+            if key.startswith(source) and ".ssm_" not in key:
+                arrays[key.replace(source, f"blk.{layer}.")] = array * rng.uniform(0.8, 1.2, array.shape)
         if layers:
             nextn = f"blk.{layer}.nextn"
             arrays[f"{nextn}.eh_proj.weight"] = rng.normal(0, (2 * width) ** -0.5, (width, 2 * width))
@@ -59,7 +61,8 @@ def write_model(path: Path, name: str, *, layers: bool = True) -> Path:
         writer.set_metadata("general.architecture", architecture, ValueType.STRING)
         for key, value in metadata.items():
             if isinstance(value, list):
-                value = value + [value[-1]] * count if len(value) == n_layer else value
+                if len(value) == n_layer:
+                    value = value + [value[attending if key.startswith("attention.") else -1]] * count
                 writer.set_metadata(f"{architecture}.{key}", value, ValueType.ARRAY, type_of(value[0]))
             else:
                 writer.set_metadata(f"{architecture}.{key}", value, type_of(value))
@@ -230,5 +233,5 @@ def test_draft_layers_of_an_architecture_that_nobody_knows_are_refused(
     monkeypatch: pytest.MonkeyPatch, files: Any
 ) -> None:
     monkeypatch.delitem(DRAFTS, "hy_v3")
-    with pytest.raises(FormatError, match=r"draft layers of hy_v3 are not supported \(supported: those of deepseek2, "):
+    with pytest.raises(FormatError, match=r"draft layers of hy_v3 are not supported \(supported: those of "):
         Model.load(files("hy_v3-moe"), threads=1, draft="mtp")
