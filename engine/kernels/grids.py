@@ -58,14 +58,12 @@ class Index:
 
 
 class Lookup:
-    """The groups of one format as `values` of its magnitudes: what their bytes are in vectors.
+    """The groups of one format. name: as in `formats.blocks.grids`. A magnitude or level becomes a byte of
+    times * magnitude + zero."""
 
-    name: the format's in `formats.blocks.grids`. values: magnitude to byte; on VNNI they have `signed_bias` in them.
-    """
-
-    def __init__(self, e: Emitter, name: str, values: dict[int, int]) -> None:
-        self.e, self.groups = e, grid(name)
-        self.name, self.values = name, values
+    def __init__(self, e: Emitter, name: str, *, zero: int, times: int = 1) -> None:
+        self.e, self.name = e, name
+        self.groups = (grid(name) * times + zero).astype(np.uint8)
 
     @property
     def words(self) -> int:
@@ -82,10 +80,7 @@ class Lookup:
     def load(self, rows: Rows, indices: Sequence[Index]) -> Stored:
         """The words of a block of each row. indices: of the groups of a sub-block."""
         e, b = self.e, self.e.builder
-        of_value = np.zeros(256, np.uint8)
-        for magnitude, value in self.values.items():
-            of_value[magnitude & 0xFF] = value & 0xFF
-        table = e.table(f"groups of {self.name}", of_value[self.groups.view(np.uint8)].tobytes())
+        table = e.table(f"groups of {self.name}", self.groups.tobytes())
         size = 4 * self.words
         stored = Stored(e, self.words, e.scratch(SUB_BLOCKS * 32 * e.lanes))
         with e.loop(e.lanes) as row, e.loop(SUB_BLOCKS) as sub_block:
@@ -101,13 +96,13 @@ class Lookup:
     def permute(self, low: Vector, high: Sequence[Vector], order: Sequence[int] = (0, 1, 2, 3)) -> list[Vector]:
         """The words of four groups of each row. low: int32 whose byte order[g] has the low eight bits of index g.
         high: for each bit above, the lowest first, which of those bytes have it clear, as single bits."""
-        magnitudes = sorted(self.values)
         bits = 16 // self.groups.shape[1]
-        codes = np.searchsorted(magnitudes, self.groups).astype(np.uint32)
+        values = np.unique(self.groups)
+        codes = np.searchsorted(values, self.groups).astype(np.uint32)
         packed = np.bitwise_or.reduce(codes << np.arange(0, 16, bits, dtype=np.uint32), axis=-1)
         clear = [self.e.vector(low.bits_as(I8).less(0).value), *high]
         planes = [self._of_plane(low.bits_as(I8), clear, (packed >> 8 * p & 0xFF).astype(np.uint8)) for p in range(2)]
-        of_code = [self.values[magnitudes[min(c, len(magnitudes) - 1)]] & 0xFF for c in range(1 << bits)]
+        of_code = np.pad(values, (0, (1 << bits) - len(values))).tolist()
         if self.words == 2:
             return [self._spread(plane, 8 * order[g], bits, of_code) for g in range(4) for plane in planes]
         words = []

@@ -20,11 +20,11 @@ from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of a 4-bit float (1 sign, 2 exponent, 1 mantissa bit), so that they are integers.
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-# The magnitudes of the weights of IQ2 and IQ3.
-_EIGHTS, _FOURS = (8, 25, 43), (4, 12, 20, 28, 36, 44, 52, 62)
-GRID_VALUES = {
-    "IQ2_XXS": _EIGHTS, "IQ2_XS": _EIGHTS, "IQ2_S": _EIGHTS, "IQ3_XXS": _FOURS, "IQ3_S": (1, 3, 5, 7, 9, 11, 13, 15),
-}  # fmt: skip
+# Bytes of weights with a sign can be 0..127, less `zero`, where they are not large. That takes fewer instructions than
+# bytes with a sign do without VNNI.
+MXFP4_ZERO = 16
+# Of the magnitudes of IQ2 (8, 25, 43), IQ3_XXS (4, 12 to 52, 62) and IQ3_S (1, 3 to 15).
+GRID_ZERO, IQ3_S_ZERO = 64, 16
 
 # Words of a cache line, and lanes of the widest vectors.
 LINE_WORDS = 16
@@ -214,8 +214,9 @@ def _q8_k(rows: Rows) -> Iterator[Group]:
         yield Group(_signed(rows, rows.words(4 + 32 * g, 8)), [scale], [])
 
 
-def _looked_up(rows: Rows, words: list[Vector], table: tuple[int, ...]) -> list[Vector]:
-    bias = rows.e.signed_bias
+def _looked_up(rows: Rows, words: list[Vector], table: tuple[int, ...], zero: int | None = None) -> list[Vector]:
+    """The signed values of nibbles, plus `zero` (without one: plus the bias of signed bytes)."""
+    bias = rows.e.signed_bias if zero is None else zero
     shifted = [value + bias for value in table]
     return [rows.e.lookup16(shifted, word) for word in _low(words) + _high(words)]
 
@@ -238,7 +239,7 @@ def _mxfp4(rows: Rows) -> Iterator[Group]:
     normal = ((exponent - 1) << 23).bits_as(F32)
     denormal = (exponent.constant(0x00200000) << exponent.minimum(1)).bits_as(F32)
     scale = exponent.less(2).choose(denormal, normal)
-    yield Group(_looked_up(rows, rows.words(1, 4), MXFP4_VALUES), [scale], [])
+    yield Group(_looked_up(rows, rows.words(1, 4), MXFP4_VALUES, MXFP4_ZERO), [scale], [])
 
 
 def _byte(words: list[Vector], index: int) -> Vector:
@@ -321,10 +322,9 @@ def _nvfp4(rows: Rows) -> Iterator[Group]:
     packed = rows.word(0)
     for first in range(0, 4, 2):
         words = rows.words(4 + 8 * first, 4)
-        order = (words[0], words[1]), (words[2], words[3])
-        weights = [_looked_up(rows, list(pair), MXFP4_VALUES) for pair in order]
+        weights = [_looked_up(rows, half, MXFP4_VALUES, MXFP4_ZERO) for half in (words[:2], words[2:])]
         scales = [_half_of_e4m3(_byte([packed], first + i)) for i in range(2)]
-        yield Group([*weights[0], *weights[1]], scales, [])
+        yield Group(weights[0] + weights[1], scales, [])
 
 
 def _half_of_e4m3(scale: Vector) -> Vector:
@@ -389,16 +389,13 @@ def _ternary_digits(word: Vector, count: int) -> list[Vector]:
 _SIGNS = tuple(range(32))
 
 
-def _negate(bits: Vector, words: list[Vector], places: Sequence[int] = _SIGNS) -> list[Vector]:
-    """The bytes of `words` with a minus where the bit of `bits` is set that belongs to the weight.
-
-    With the bias of 128 that bytes have on VNNI it is the same: 256 - (128 + x) = 128 - x.
-    """
+def _negate(bits: Vector, words: list[Vector], zero: int, places: Sequence[int] = _SIGNS) -> list[Vector]:
+    """Bytes zero + x of `words`, and zero - x where the bit of `bits` is set that belongs to the weight."""
     result = []
     for i, word in enumerate(words):
         flat = word.bits_as(I8)
         clear = _one_bit_each(bits, places[4 * i : 4 * i + 4]).bits_as(I8).is_zero()
-        result.append(clear.choose(flat, -flat).bits_as(I32))
+        result.append(clear.choose(flat, flat.constant(2 * zero) - flat).bits_as(I32))
     return result
 
 
@@ -415,11 +412,6 @@ def _four_sevens(word: Vector) -> Vector:
     return fields | ((word << 2) & 0x7F0000) | ((word << 3) & 0x7F000000)
 
 
-def _lookup(rows: Rows, name: str) -> Lookup:
-    bias = rows.e.signed_bias
-    return Lookup(rows.e, name, {magnitude: magnitude + bias for magnitude in GRID_VALUES[name]})
-
-
 def _clear(bits: Vector, places: Sequence[int]) -> Vector:
     """Single bits for the bytes of lanes: whether the bit at places[b] of the lane is clear."""
     return _one_bit_each(bits, places).bits_as(I8).is_zero()
@@ -429,14 +421,14 @@ def _clear(bits: Vector, places: Sequence[int]) -> Vector:
 
 
 def _iq2_xxs(rows: Rows) -> Iterator[Group]:
-    lookup, d = _lookup(rows, "IQ2_XXS"), rows.half(0)
+    lookup, d = Lookup(rows.e, "IQ2_XXS", zero=GRID_ZERO), rows.half(0)
     stored = None if lookup.permutes else lookup.load(rows, [Index(2 + g, 8) for g in range(4)])
     for pair in range(4):
         words = rows.words(2 + 16 * pair, 4)
         for i, low, last in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
             magnitudes = stored.words(i) if stored else lookup.permute(low, [])
             scale = d * (((last >> 28) * 2 + 1).to_float() * 0.125)
-            yield Group(_negate(_even(_four_sevens(last)), magnitudes), [scale], [])
+            yield Group(_negate(_even(_four_sevens(last)), magnitudes, GRID_ZERO), [scale], [])
 
 
 def _pair_of_scales(d: Vector, words: list[Vector], i: int) -> list[Vector]:
@@ -446,7 +438,7 @@ def _pair_of_scales(d: Vector, words: list[Vector], i: int) -> list[Vector]:
 
 
 def _iq2_xs(rows: Rows) -> Iterator[Group]:
-    lookup, d, scales = _lookup(rows, "IQ2_XS"), rows.half(0), rows.words(58, 4)[2:]
+    lookup, d, scales = Lookup(rows.e, "IQ2_XS", zero=GRID_ZERO), rows.half(0), rows.words(58, 4)[2:]
     indices = [Index(2 + 2 * g, 8, 3 + 2 * g, 8, bits=1) for g in range(4)]
     stored = None if lookup.permutes else lookup.load(rows, indices)
     order = (0, 2, 1, 3)
@@ -461,12 +453,12 @@ def _iq2_xs(rows: Rows) -> Iterator[Group]:
                 low = (first & 0x00FF00FF) | ((second & 0x00FF00FF) << 8)
                 magnitudes = lookup.permute(low, [_clear(high, (0, 8, 16, 24))], order)
             signs = [8 * order[g] + j for g in range(4) for j in range(8)]
-            weights = _negate(_even((high >> 1) & 0x7F7F7F7F), magnitudes, signs)
+            weights = _negate(_even((high >> 1) & 0x7F7F7F7F), magnitudes, GRID_ZERO, signs)
             yield Group(weights, _pair_of_scales(d, scales, i), [])
 
 
 def _iq2_s(rows: Rows) -> Iterator[Group]:
-    lookup, d, rest = _lookup(rows, "IQ2_S"), rows.half(0), rows.words(66, 4)
+    lookup, d, rest = Lookup(rows.e, "IQ2_S", zero=GRID_ZERO), rows.half(0), rows.words(66, 4)
     indices = [Index(2 + g, 4, 66, 1, shift=2 * g, bits=2) for g in range(4)]
     stored = None if lookup.permutes else lookup.load(rows, indices)
     for half in range(2):
@@ -478,11 +470,11 @@ def _iq2_s(rows: Rows) -> Iterator[Group]:
                 first = 8 * (i % 4)
                 high = [_clear(rest[half], [first + 2 * g + bit for g in range(4)]) for bit in range(2)]
                 magnitudes = lookup.permute(lows[i % 4], high)
-            yield Group(_negate(signs[i % 4], magnitudes), _pair_of_scales(d, rest[2:], i), [])
+            yield Group(_negate(signs[i % 4], magnitudes, GRID_ZERO), _pair_of_scales(d, rest[2:], i), [])
 
 
 def _iq3_xxs(rows: Rows) -> Iterator[Group]:
-    lookup, d = _lookup(rows, "IQ3_XXS"), rows.half(0)
+    lookup, d = Lookup(rows.e, "IQ3_XXS", zero=GRID_ZERO), rows.half(0)
     stored = None if lookup.permutes else lookup.load(rows, [Index(2 + g, 8) for g in range(8)])
     for half in range(2):
         last = rows.words(66 + 16 * half, 4)
@@ -493,11 +485,12 @@ def _iq3_xxs(rows: Rows) -> Iterator[Group]:
             else:
                 magnitudes = [word for low in lows for word in lookup.permute(low, [])]
             scale = d * (((last[i] >> 28) * 2 + 1).to_float() * 0.25)
-            yield Group(_negate(_even(_four_sevens(last[i])), magnitudes), [scale], [])
+            yield Group(_negate(_even(_four_sevens(last[i])), magnitudes, GRID_ZERO), [scale], [])
 
 
 def _iq3_s(rows: Rows) -> Iterator[Group]:
-    lookup, d, ninths, scales = _lookup(rows, "IQ3_S"), rows.half(0), rows.words(66, 4), rows.word(106)
+    lookup, d = Lookup(rows.e, "IQ3_S", zero=IQ3_S_ZERO), rows.half(0)
+    ninths, scales = rows.words(66, 4), rows.word(106)
     indices = [Index(2 + g, 8, 66, 1, shift=g, bits=1) for g in range(8)]
     stored = None if lookup.permutes else lookup.load(rows, indices)
     for half in range(2):
@@ -511,22 +504,21 @@ def _iq3_s(rows: Rows) -> Iterator[Group]:
                 for first, low in zip((8 * i, 8 * i + 4), lows, strict=True):
                     magnitudes += lookup.permute(low, [_clear(ninths[half], range(first, first + 4))])
             scale = d * ((((scales >> (16 * half + 4 * i)) & 15) << 1) + 1).to_float()
-            yield Group(_negate(signs[i], magnitudes), [scale], [])
+            yield Group(_negate(signs[i], magnitudes, IQ3_S_ZERO), [scale], [])
 
 
 # Eight times a level of IQ1, and `zero`, which leaves room for the shift.
 IQ1_ZERO = 16
-IQ1_VALUES = {level: 8 * level + IQ1_ZERO for level in (-1, 0, 1)}
 
 
 def _shifted(levels: list[Vector], shifts: Vector) -> list[Vector]:
-    """IQ1: eight times a level, less 1 in lanes whose shift is not zero, and 1 more in others: eight times the weight."""
+    """IQ1: eight times a level, 1 less in lanes whose shift is not zero, 1 more in others: eight times the weight."""
     one = shifts.is_zero().choose(shifts.constant(0x01010101), shifts.constant(-0x01010101))
     return [level + one for level in levels]
 
 
 def _iq1_s(rows: Rows) -> Iterator[Group]:
-    lookup, d = Lookup(rows.e, "IQ1_S", IQ1_VALUES), rows.half(0) * 0.125
+    lookup, d = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.half(0) * 0.125
     indices = [Index(2 + g, 4, 34, 2, size=2, shift=3 * g, bits=3) for g in range(4)]
     stored = None if lookup.permutes else lookup.load(rows, indices)
     highs = rows.words(34, 4)
@@ -544,7 +536,7 @@ def _iq1_s(rows: Rows) -> Iterator[Group]:
 
 
 def _iq1_m(rows: Rows) -> Iterator[Group]:
-    lookup, highs, packed = Lookup(rows.e, "IQ1_S", IQ1_VALUES), rows.words(32, 4), rows.words(40, 4)[2:]
+    lookup, highs, packed = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.words(32, 4), rows.words(40, 4)[2:]
     indices = [Index(g, 4, 32 + g // 2, 2, shift=4 * (g % 2), bits=3) for g in range(4)]
     stored = None if lookup.permutes else lookup.load(rows, indices)
     # The top four bits of four uint16 are a float16, the first one's the lowest.
@@ -598,17 +590,17 @@ TYPES: dict[str, Quantised | Float] = {
     "Q8_K": Quantised(256, 292, 1, False, None, 0, _q8_k),
     "IQ4_NL": Quantised(32, 18, 1, False, None, 0, _iq4_nl),
     "IQ4_XS": Quantised(256, 136, 1, False, None, 0, _iq4_xs),
-    "MXFP4": Quantised(32, 17, 1, False, None, 0, _mxfp4),
-    "NVFP4": Quantised(64, 36, 2, False, None, 0, _nvfp4),
+    "MXFP4": Quantised(32, 17, 1, False, 28, MXFP4_ZERO, _mxfp4),
+    "NVFP4": Quantised(64, 36, 2, False, 28, MXFP4_ZERO, _nvfp4),
     "Q1_0": Quantised(128, 18, 1, False, 2, 1, _q1_0),
     "Q2_0": Quantised(64, 18, 1, False, 3, 1, _q2_0),
     "TQ1_0": Quantised(256, 54, 1, False, 2, 1, _tq1_0),
     "TQ2_0": Quantised(256, 66, 1, False, 3, 1, _tq2_0),
     "IQ1_S": Quantised(256, 50, 1, False, 25, IQ1_ZERO, _iq1_s),
     "IQ1_M": Quantised(256, 56, 2, False, 25, IQ1_ZERO, _iq1_m),
-    "IQ2_XXS": Quantised(256, 66, 1, False, None, 0, _iq2_xxs),
-    "IQ2_XS": Quantised(256, 74, 2, False, None, 0, _iq2_xs),
-    "IQ2_S": Quantised(256, 82, 2, False, None, 0, _iq2_s),
-    "IQ3_XXS": Quantised(256, 98, 1, False, None, 0, _iq3_xxs),
-    "IQ3_S": Quantised(256, 110, 1, False, None, 0, _iq3_s),
+    "IQ2_XXS": Quantised(256, 66, 1, False, 107, GRID_ZERO, _iq2_xxs),
+    "IQ2_XS": Quantised(256, 74, 2, False, 107, GRID_ZERO, _iq2_xs),
+    "IQ2_S": Quantised(256, 82, 2, False, 107, GRID_ZERO, _iq2_s),
+    "IQ3_XXS": Quantised(256, 98, 1, False, 126, GRID_ZERO, _iq3_xxs),
+    "IQ3_S": Quantised(256, 110, 1, False, 31, IQ3_S_ZERO, _iq3_s),
 }
