@@ -11,16 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from llvmlite import ir
 
 from qrun.engine.simd.vector import I8, I32, I64, Emitter, Vector
 from qrun.formats.blocks.grids import grid
-
-if TYPE_CHECKING:
-    from qrun.engine.kernels.unpack import Rows
 
 # Indices that one lookup of bytes tells apart.
 CHUNK = 128
@@ -77,17 +73,17 @@ class Lookup:
 
     # --- by loads and stores ------------------------------------------------------------------------------------------
 
-    def load(self, rows: Rows, indices: Sequence[Index]) -> Stored:
-        """The words of a block of each row. indices: of the groups of a sub-block."""
+    def load(self, address: ir.Value, stride: ir.Value, indices: Sequence[Index]) -> Stored:
+        """The words of a block of each row, the rows `stride` bytes apart. indices: of the groups of a sub-block."""
         e, b = self.e, self.e.builder
         table = e.table(f"groups of {self.name}", self.groups.tobytes())
         size = 4 * self.words
         stored = Stored(e, self.words, e.scratch(SUB_BLOCKS * 32 * e.lanes))
         with e.loop(e.lanes) as row, e.loop(SUB_BLOCKS) as sub_block:
-            address = b.add(rows.addresses[0], b.mul(row, rows.stride))
+            block = b.add(address, b.mul(row, stride))
             place = b.add(stored.place_of(row), b.mul(sub_block, ir.Constant(I64, 32 * e.lanes)))
             for g, index in enumerate(indices):
-                group = b.add(table, b.mul(index.read(e, address, sub_block), ir.Constant(I64, size)))
+                group = b.add(table, b.mul(index.read(e, block, sub_block), ir.Constant(I64, size)))
                 e.store(e.load_scalar(group, 0, ir.IntType(8 * size)), place, g * size * e.lanes)
         return stored
 

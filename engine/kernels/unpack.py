@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from qrun.engine.kernels.grids import Index, Lookup
+from qrun.engine.kernels.grids import Index, Lookup, Stored
 from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -67,6 +67,10 @@ class Rows:
             halves = [[_parts_of(a, b, first, first + 1) for a, b in (four[:2], four[2:])] for first in (0, 2)]
             vectors.append([_parts_of(a, b, i, i + 2) for a, b in halves for i in range(2)])
         return [vectors[i % 4][i // 4] for i in range(LINE_WORDS)]
+
+    def look_up(self, lookup: Lookup, indices: Sequence[Index]) -> Stored:
+        """The groups of weights of a block, by loads and stores."""
+        return lookup.load(self.addresses[0], self.stride, indices)
 
     def word(self, offset: int, element: ir.Type = I32) -> Vector:
         """One element of each row."""
@@ -422,7 +426,7 @@ def _clear(bits: Vector, places: Sequence[int]) -> Vector:
 
 def _iq2_xxs(rows: Rows) -> Iterator[Group]:
     lookup, d = Lookup(rows.e, "IQ2_XXS", zero=GRID_ZERO), rows.half(0)
-    stored = None if lookup.permutes else lookup.load(rows, [Index(2 + g, 8) for g in range(4)])
+    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(4)])
     for pair in range(4):
         words = rows.words(2 + 16 * pair, 4)
         for i, low, last in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
@@ -440,7 +444,7 @@ def _pair_of_scales(d: Vector, words: list[Vector], i: int) -> list[Vector]:
 def _iq2_xs(rows: Rows) -> Iterator[Group]:
     lookup, d, scales = Lookup(rows.e, "IQ2_XS", zero=GRID_ZERO), rows.half(0), rows.words(58, 4)[2:]
     indices = [Index(2 + 2 * g, 8, 3 + 2 * g, 8, bits=1) for g in range(4)]
-    stored = None if lookup.permutes else lookup.load(rows, indices)
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
     order = (0, 2, 1, 3)
     for pair in range(4):
         words = rows.words(2 + 16 * pair, 4)
@@ -460,7 +464,7 @@ def _iq2_xs(rows: Rows) -> Iterator[Group]:
 def _iq2_s(rows: Rows) -> Iterator[Group]:
     lookup, d, rest = Lookup(rows.e, "IQ2_S", zero=GRID_ZERO), rows.half(0), rows.words(66, 4)
     indices = [Index(2 + g, 4, 66, 1, shift=2 * g, bits=2) for g in range(4)]
-    stored = None if lookup.permutes else lookup.load(rows, indices)
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
     for half in range(2):
         lows, signs = rows.words(2 + 16 * half, 4), rows.words(34 + 16 * half, 4)
         for i in range(4 * half, 4 * half + 4):
@@ -475,7 +479,7 @@ def _iq2_s(rows: Rows) -> Iterator[Group]:
 
 def _iq3_xxs(rows: Rows) -> Iterator[Group]:
     lookup, d = Lookup(rows.e, "IQ3_XXS", zero=GRID_ZERO), rows.half(0)
-    stored = None if lookup.permutes else lookup.load(rows, [Index(2 + g, 8) for g in range(8)])
+    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(8)])
     for half in range(2):
         last = rows.words(66 + 16 * half, 4)
         for i in range(4):
@@ -492,7 +496,7 @@ def _iq3_s(rows: Rows) -> Iterator[Group]:
     lookup, d = Lookup(rows.e, "IQ3_S", zero=IQ3_S_ZERO), rows.half(0)
     ninths, scales = rows.words(66, 4), rows.word(106)
     indices = [Index(2 + g, 8, 66, 1, shift=g, bits=1) for g in range(8)]
-    stored = None if lookup.permutes else lookup.load(rows, indices)
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
     for half in range(2):
         signs = rows.words(74 + 16 * half, 4)
         for i in range(4):
@@ -520,7 +524,7 @@ def _shifted(levels: list[Vector], shifts: Vector) -> list[Vector]:
 def _iq1_s(rows: Rows) -> Iterator[Group]:
     lookup, d = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.half(0) * 0.125
     indices = [Index(2 + g, 4, 34, 2, size=2, shift=3 * g, bits=3) for g in range(4)]
-    stored = None if lookup.permutes else lookup.load(rows, indices)
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
     highs = rows.words(34, 4)
     for half in range(2):
         lows = rows.words(2 + 16 * half, 4)
@@ -538,7 +542,7 @@ def _iq1_s(rows: Rows) -> Iterator[Group]:
 def _iq1_m(rows: Rows) -> Iterator[Group]:
     lookup, highs, packed = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.words(32, 4), rows.words(40, 4)[2:]
     indices = [Index(g, 4, 32 + g // 2, 2, shift=4 * (g % 2), bits=3) for g in range(4)]
-    stored = None if lookup.permutes else lookup.load(rows, indices)
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
     # The top four bits of four uint16 are a float16, the first one's the lowest.
     quarters = [((packed[i // 2] >> (12 + 16 * (i % 2))) & 15) << (4 * i) for i in range(4)]
     d = (quarters[0] | quarters[1] | quarters[2] | quarters[3]).narrow(I16).bits_as(F16).to_float() * 0.125

@@ -27,10 +27,13 @@ _DIGESTS = {
     "IQ1_S": "07540ffc1aeaf6ad4d97e96b0fcc765aae39671d4ae4a27bbd0e796fde167c6a",
 }
 
+# The types that have groups, and the name of their table.
+GRIDS = {**{name: name for name in _DIGESTS}, "IQ1_M": "IQ1_S"}
+
 
 @functools.cache
 def grid(name: str) -> Grid:
-    """The groups of a format, by its name ("IQ2_XXS"): int8 [groups, weights of a group]. IQ1_M has those of IQ1_S.
+    """A table by its name in GRIDS: int8 [groups, weights of a group].
 
     Raises ImportError if there is no `gguf` package, or one without this table.
     """

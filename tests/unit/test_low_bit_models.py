@@ -12,6 +12,7 @@ from qrun.cli.main import main
 from qrun.engine import Model
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.blocks.grids import grid
 from qrun.models import build_graph
 from tests.reference import forward
 
@@ -91,6 +92,19 @@ def test_a_file_that_is_cut_short_says_so_in_one_line(tmp_path: Path, name: str)
     with pytest.raises(FormatError, match=r"model\.gguf: ") as caught:
         Model.load(path, threads=1, context=32)
     assert "\n" not in str(caught.value)
+
+
+def test_a_first_run_without_the_package_that_has_the_tables_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.gguf"
+    random_model.write(path, "IQ1_M", SMALL)
+    monkeypatch.setenv("QRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    grid.cache_clear()
+    assert main(["bench", str(path), "-p", "2", "-n", "1"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("qrun: gguf 0.18 or newer is needed for weights of type IQ1_S (pip install --upgrade gguf)")
 
 
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
