@@ -6,9 +6,19 @@ import numpy as np
 
 from qrun.formats.blocks import (
     floats,
+    iq1_m,
+    iq1_s,
+    iq2_s,
+    iq2_xs,
+    iq2_xxs,
+    iq3_s,
+    iq3_xxs,
     iq4_nl,
     iq4_xs,
     mxfp4,
+    nvfp4,
+    q1_0,
+    q2_0,
     q2_k,
     q3_k,
     q4_0,
@@ -20,6 +30,8 @@ from qrun.formats.blocks import (
     q6_k,
     q8_0,
     q8_k,
+    tq1_0,
+    tq2_0,
 )
 from qrun.formats.blocks.fitting import Search
 from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, Decoder, Encoder, F32Array, TensorType, U8Array
@@ -41,9 +53,21 @@ _CODECS: dict[TensorType, tuple[Decoder, Encoder | None]] = {
     TensorType.Q5_K: (q5_k.dequantize, q5_k.quantize),
     TensorType.Q6_K: (q6_k.dequantize, q6_k.quantize),
     TensorType.Q8_K: (q8_k.dequantize, None),
+    TensorType.IQ1_S: (iq1_s.dequantize, None),
+    TensorType.IQ1_M: (iq1_m.dequantize, None),
+    TensorType.IQ2_XXS: (iq2_xxs.dequantize, None),
+    TensorType.IQ2_XS: (iq2_xs.dequantize, None),
+    TensorType.IQ2_S: (iq2_s.dequantize, None),
+    TensorType.IQ3_XXS: (iq3_xxs.dequantize, None),
+    TensorType.IQ3_S: (iq3_s.dequantize, None),
     TensorType.IQ4_NL: (iq4_nl.dequantize, iq4_nl.quantize),
     TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
     TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
+    TensorType.NVFP4: (nvfp4.dequantize, None),
+    TensorType.Q1_0: (q1_0.dequantize, None),
+    TensorType.Q2_0: (q2_0.dequantize, None),
+    TensorType.TQ1_0: (tq1_0.dequantize, None),
+    TensorType.TQ2_0: (tq2_0.dequantize, None),
 }
 
 BLOCK_FORMATS: dict[TensorType, BlockFormat] = {

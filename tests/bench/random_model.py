@@ -20,13 +20,16 @@ import numpy as np
 
 from qrun.engine.quantize.mixes import Choice, Facts, choose_types, file_type_name, is_quantisable
 from qrun.formats import GGUFWriter, TensorType, ValueType, dequantize
-from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.blocks import BLOCK_FORMATS, nvfp4
 
 # Where a block's float16 scale lies; and its minimum, as a multiple of the scale that makes the weights' mean zero.
 SCALES = {
     "Q4_0": 0, "Q4_1": 0, "Q5_0": 0, "Q5_1": 0, "Q8_0": 0, "Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0, "Q6_K": 208,
-    "IQ4_NL": 0, "IQ4_XS": 0,
+    "IQ4_NL": 0, "IQ4_XS": 0, "IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "TQ1_0": 52,
+    "TQ2_0": 64, "Q1_0": 0, "Q2_0": 0,
 }  # fmt: skip
+# The types of all matrices that there can be: those, and two whose scales lie elsewhere.
+QUANTISED = [*SCALES, "IQ1_M", "NVFP4"]
 MINIMUMS = {"Q4_1": (2, -7.5), "Q5_1": (2, -15.5), "Q2_K": (82, 1.5), "Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
 MIX = "Q4_K_M"
 
@@ -225,8 +228,17 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
         return values.astype(np.float32 if name == "F32" else np.float16).view(np.uint8)
     raw = np.frombuffer(rng.bytes(n_weights // layout.block_size * layout.block_bytes), np.uint8).copy()
     blocks = raw.reshape(-1, layout.block_bytes)
+    if name in ("Q2_0", "TQ2_0"):  # of the four levels three are in use, the middle one twice as often
+        blocks &= ~((blocks & blocks >> 1 & 0x55) << 1)
 
     def set_scale(scale: float) -> None:
+        if name == "NVFP4":
+            blocks[:, :4] = np.abs(nvfp4.SCALES[:127] - scale).argmin()
+            return
+        if name == "IQ1_M":
+            quarters = np.float16(scale).view(np.uint16) >> np.arange(0, 16, 4) & 15
+            blocks[:, 49::2] = blocks[:, 49::2] & 15 | quarters << 4
+            return
         fields = [(SCALES[name], scale)]
         if name in MINIMUMS:
             place, factor = MINIMUMS[name]
@@ -285,7 +297,7 @@ def write(path: Path, mix: str, model: Description, seed: int = 1) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mix", type=str.upper, choices=[MIX, *SCALES, "F16", "BF16", "F32"])
+    parser.add_argument("mix", type=str.upper, choices=[MIX, *QUANTISED, "F16", "BF16", "F32"])
     parser.add_argument("path", type=Path)
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="llama")
     args = parser.parse_args()
