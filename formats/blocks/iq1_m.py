@@ -41,7 +41,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d[..., None] * shifted.reshape(n_blocks, 16, 16)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Groups("IQ1_S", 8, -1, 1, 3, shifted=8), False, Effort(STARTS, 1), 1, 15, 2)
+SEARCH = Search(16, 16, Groups("IQ1_S", 8, -1, 1, 3, shifted=8), False, Effort(STARTS, 1), 1, 15, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

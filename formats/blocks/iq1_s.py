@@ -34,9 +34,9 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * (levels.astype(np.float32) + delta)).reshape(n_blocks, 256)
 
 
-# The largest weight lies at the highest level, or up to three times as far out: most of the others are then not 0.
-STARTS = tuple(3 ** (i / 7) for i in range(8))
-SEARCH = Search(8, 32, Groups("IQ1_S", 8, -1, 1, 3, shifted=32), False, Effort(STARTS, 1), 1, 15, 2)
+# The largest weight lies somewhat beyond the highest level, or more than twice as far out: then few of the others are 0.
+STARTS = (1.2, 1.56, 2.03, 2.64)
+SEARCH = Search(8, 32, Groups("IQ1_S", 8, -1, 1, 3, shifted=32), False, Effort(STARTS, 1), 1, 15, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -32,7 +32,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d[..., None] * weights.reshape(n_blocks, 16, 16).astype(np.float32)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Groups("IQ2_S", 8, 8, 17.5, 3, 1 / 8, "free"), False, Effort(STARTS, 1), 1, 31, 2)
+SEARCH = Search(16, 16, Groups("IQ2_S", 8, 8, 17.5, 3, 1 / 8, "free"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

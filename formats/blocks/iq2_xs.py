@@ -37,7 +37,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d[..., None] * weights.reshape(n_blocks, 16, 16).astype(np.float32)).reshape(n_blocks, 256)
 
 
-SEARCH = Search(16, 16, Groups("IQ2_XS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 2)
+SEARCH = Search(16, 16, Groups("IQ2_XS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
 def pack_scales(scales: NDArray[np.int32]) -> U8Array:

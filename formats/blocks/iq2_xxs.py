@@ -35,7 +35,7 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 # The largest weight is put on the highest level, or somewhat above or below.
 STARTS = spaced(0.6 * 43, 1.2 * 43, 8)
-SEARCH = Search(8, 32, Groups("IQ2_XXS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 2)
+SEARCH = Search(8, 32, Groups("IQ2_XXS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
 def pack_signs(sign_bytes: U8Array, scales: NDArray[np.int32]) -> U8Array:

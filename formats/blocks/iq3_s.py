@@ -34,7 +34,7 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 
 STARTS = spaced(0.6 * 15, 1.2 * 15, 8)
-SEARCH = Search(8, 32, Groups("IQ3_S", 4, 1, 2, 8, 1, "free"), False, Effort(STARTS, 1), 1, 31, 2)
+SEARCH = Search(8, 32, Groups("IQ3_S", 4, 1, 2, 8, 1, "free"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -30,7 +30,7 @@ def dequantize(blocks: U8Array) -> F32Array:
 
 
 STARTS = spaced(0.6 * 62, 1.2 * 62, 8)
-SEARCH = Search(8, 32, Groups("IQ3_XXS", 4, 4, 8, 8, 1 / 4, "even"), False, Effort(STARTS, 1), 1, 31, 2)
+SEARCH = Search(8, 32, Groups("IQ3_XXS", 4, 4, 8, 8, 1 / 4, "even"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
 def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
