@@ -38,8 +38,10 @@ class Size(click.ParamType):
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
-                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY; of an adapter "
-                   "F16 (the default), BF16 or F32.")  # fmt: skip
+                   "IQ4_XS, MXFP4 (of experts), NVFP4, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S, IQ3_XS, Q2_K, Q2_0, "
+                   "Q1_0, or COPY; for weights of -1, 0 and 1 TQ2_0 or TQ1_0; with an importance matrix IQ3_XXS, "
+                   "Q2_K_S, IQ2_M, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_M or IQ1_S; of an adapter F16 (the default), BF16 or "
+                   "F32.")  # fmt: skip
 @click.option("--pure", is_flag=True, help="One type for all: no tensor gets more bits than others.")
 @click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
               help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
@@ -79,7 +81,7 @@ def command(
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
       qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
-      qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
+      qrun convert model-f16.gguf small.gguf --type iq2_m --imatrix imatrix.gguf
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize

@@ -33,8 +33,8 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * (magnitudes * sign).astype(np.float32)).reshape(n_blocks, 256)
 
 
-# The largest weight is put on the highest level, or somewhat above or below.
-STARTS = spaced(0.6 * 43, 1.2 * 43, 8)
+# The largest weight is put on the highest level, or somewhat above or below; and on the lowest, if all are of one size.
+STARTS = (8, *spaced(0.6 * 43, 1.2 * 43, 8))
 SEARCH = Search(8, 32, Groups("IQ2_XXS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 1)
 
 

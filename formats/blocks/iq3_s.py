@@ -33,7 +33,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d[..., None] * weights.reshape(n_blocks, 8, 32).astype(np.float32)).reshape(n_blocks, 256)
 
 
-STARTS = spaced(0.6 * 15, 1.2 * 15, 8)
+STARTS = (1, *spaced(0.6 * 15, 1.2 * 15, 8))
 SEARCH = Search(8, 32, Groups("IQ3_S", 4, 1, 2, 8, 1, "free"), False, Effort(STARTS, 1), 1, 31, 1)
 
 

@@ -29,7 +29,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * (magnitudes * sign).astype(np.float32)).reshape(n_blocks, 256)
 
 
-STARTS = spaced(0.6 * 62, 1.2 * 62, 8)
+STARTS = (4, *spaced(0.6 * 62, 1.2 * 62, 8))
 SEARCH = Search(8, 32, Groups("IQ3_XXS", 4, 4, 8, 8, 1 / 4, "even"), False, Effort(STARTS, 1), 1, 31, 1)
 
 
