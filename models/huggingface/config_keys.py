@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qrun.formats.gguf.cursor import quote
-from qrun.models.huggingface.architectures import Architecture
-from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.config import SYNONYMS, Config
+from qrun.models.huggingface.layout import Architecture
 from qrun.models.hyperparameters import shorten
 
 
@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# By this package, whatever the architecture.
+# By this package, whatever the architecture. What one architecture has beside them is known from what was asked for.
 READ = _words("""
     architectures text_config vocab_size max_position_embeddings tie_word_embeddings
     hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -28,17 +28,8 @@ READ = _words("""
     rope_theta rope_scaling rope_parameters rope_local_base_freq partial_rotary_factor original_max_position_embeddings
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     use_bidirectional_attention quantization_config quantization compression_config
-""")
-# By this package, of models of some architectures.
-_SOFT_CAPS = _words("query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping")
-READ_OF = {
-    "llama": _words("num_local_experts num_experts_per_tok"),
-    "qwen3moe": _words("""num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob
-                          decoder_sparse_step mlp_only_layers"""),
-    "smollm3": _words("no_rope_layers no_rope_layer_interval"),
-    "gemma2": _SOFT_CAPS | _words("sliding_window_pattern"),
-    "gemma3": _SOFT_CAPS | _words("sliding_window_pattern _sliding_window_pattern"),
-}
+    llm_config lm_config language_config lfm thinker_config
+""") | {name for names in SYNONYMS.values() for name in names}
 WINDOW_KEYS = _words("sliding_window use_sliding_window max_window_layers layer_types")
 
 # Of no effect on what a model computes from tokens.
@@ -109,12 +100,13 @@ ROPE_KEYS = _words("""
 
 
 def check_keys(config: Config, architecture: Architecture) -> list[str]:
-    """A line for whoever converts the folder, or none: the keys of which nothing here knows what they mean.
+    """A line for whoever converts the folder, or none: the keys of which nothing here knows what they mean. To be
+    called when all that is wanted of config.json has been asked for.
 
     Raises FormatError for a key that is known to make another model of it.
     """
     values = config.given()
-    read = READ | READ_OF.get(architecture.name, frozenset())
+    read = READ | config.asked
     if architecture.windows or _sees_everything(values):
         read |= WINDOW_KEYS
     unknown = []
