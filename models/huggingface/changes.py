@@ -21,6 +21,7 @@ from qrun.models.huggingface.layout import Change, Mapped, Sizes
 
 Order = NDArray[np.int64]
 T = TypeVar("T", bound=np.generic)
+FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 MAX_GAP = 64  # rows that are read for nothing rather than in two pieces
 
 
@@ -227,16 +228,31 @@ def side_by_side(n_rows: int, heads: int) -> Order:
 
 
 def negative_exp(values: F32Array) -> F32Array:
-    return -np.exp(values)
+    return -np.exp(values.astype(np.float64)).astype(np.float32)  # the nearest number, on every machine
+
+
+def upright(rows: str, columns: str) -> Change:
+    """Matrices that some files have columns first: those have another shape, or else are plain floats."""
+
+    def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+        wanted = (sizes[rows], sizes[columns])
+        if tensor.shape[-2:] == wanted and (wanted[0] != wanted[1] or tensor.type not in FLOATS):
+            return tensor
+        if tensor.shape[-2:] != wanted[::-1]:
+            raise tensor.error(f"has shape {tensor.shape}, expected {(tensor.shape[0], *wanted)}")
+        return transposed(tensor, sizes)
+
+    return change
 
 
 def turned_experts(block: str, router: str = "gate", inner: str = "experts", end: str = "") -> tuple[Mapped, ...]:
-    """A router and experts that are all in one tensor, columns first."""
+    """A router and experts that are all in one tensor, in most files columns first."""
+    both_ways = upright("twice_expert_ff", "embd")
     both, one = f"{block}.{inner}.gate_up_proj{end}", f"{block}.{inner}.down_proj{end}"
     return (
-        Mapped(both, "ffn_gate_exps.weight", ("experts", "embd", "*"), change=then(transposed, part(0, 2))),
-        Mapped(both, "ffn_up_exps.weight", ("experts", "embd", "*"), change=then(transposed, part(1, 2))),
-        Mapped(one, "ffn_down_exps.weight", ("experts", "expert_ff", "embd"), change=transposed),
+        Mapped(both, "ffn_gate_exps.weight", ("experts", "*", "*"), change=then(both_ways, part(0, 2))),
+        Mapped(both, "ffn_up_exps.weight", ("experts", "*", "*"), change=then(both_ways, part(1, 2))),
+        Mapped(one, "ffn_down_exps.weight", ("experts", "*", "*"), change=upright("embd", "expert_ff")),
         Mapped(f"{block}.{router}.weight", "ffn_gate_inp.weight", ("experts", "embd")),
     )
 

@@ -23,7 +23,7 @@ from qrun.models.huggingface.layout import Architecture
 from qrun.models.huggingface.quantization import FILES as QUANTIZATION_FILES
 from qrun.models.huggingface.quantization import read_quantization
 from qrun.models.huggingface.rope import rope_factors
-from qrun.models.huggingface.tensors import ConstantTensor, count_drafts, dimensions, map_tensors
+from qrun.models.huggingface.tensors import TIED_OUTSIDE, ConstantTensor, count_drafts, dimensions, map_tensors
 from qrun.models.huggingface.tokenizer import tokenizer_entries
 
 CONFIG_NAME = "config.json"
@@ -57,12 +57,13 @@ class CheckpointSource:
         try:
             sizes["drafts"] = count_drafts(self._checkpoint.tensors, self.architecture, sizes, config)
             hyperparameter_entries(entries, self.architecture, config, sizes)
-            notices = check_keys(config, self.architecture)
+            notices: list[str] = []
             tokenizer_entries(entries, self.path, config, sizes["vocab"])
             weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append)
             if self.architecture.of_weights:
                 self.architecture.of_weights(Facts(entries, self.architecture.name, config, sizes), weights)
             tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
+            notices[:0] = check_keys(config, self.architecture)
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
         except BaseException:
@@ -103,7 +104,7 @@ def read_config(folder: Path) -> tuple[Architecture, Config]:
         if key == "thinker_config" and isinstance(inner, dict):
             inner = inner.get("text_config")
         if isinstance(inner, dict):
-            values = {**values, **inner}
+            values = {**values, **inner, TIED_OUTSIDE: values.get("tie_word_embeddings")}
     for usual, others in SYNONYMS.items():
         if values.get(usual) is None and (other := next((o for o in others if values.get(o) is not None), None)):
             values[usual] = values[other]

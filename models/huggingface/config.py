@@ -19,7 +19,8 @@ SYNONYMS = {
     "num_attention_heads": ("n_head", "n_heads"),
     "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
     "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim"),
-    "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length"),
+    "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+                                "max_seq_len"),
     "vocab_size": ("padded_vocab_size",),
     "rms_norm_eps": ("norm_eps",),
     "layer_norm_eps": ("layer_norm_epsilon", "norm_epsilon"),
@@ -27,7 +28,8 @@ SYNONYMS = {
     "rope_local_base_freq": ("local_rope_theta", "rope_local_theta", "swa_rope_theta"),
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts"),
     "partial_rotary_factor": ("rotary_pct", "rope_pct", "rope_percent"),
-    "hidden_act": ("activation_function", "mlp_hidden_act"),
+    "hidden_act": ("activation_function", "mlp_hidden_act", "activation"),
+    "head_dim": ("attention_head_dim",),
 }
 
 

@@ -42,11 +42,20 @@ HARMLESS = (
         use_flash_attention_2 flash_attn unsloth_version unsloth_fixed unsloth_training_args trl_version peft_version
         is_llama_config transformers.js_config tokenizer_class tokenizer_name model_name custom_pipelines
         language languages license tags pretraining_tp tensor_parallel_degree base_model_tp_plan base_model_pp_plan
-        max_sequence_length model_max_length seq_length max_seq_len max_seq_length tokenizer_model_max_length
-        max_window_layers sliding_window_size interpolate_factor full_attn_mod
+        max_seq_length tokenizer_model_max_length
+        max_window_layers sliding_window_size interpolate_factor full_attn_mod eod_token_id attention_softmax_in_fp32
+        scale_attention_softmax_in_fp32 use_associative_scan mamba_chunk_size chunk_size residual_in_fp32
+        topk_method num_nextn_predict_layers mtp_layers_block_type mtp_num_hidden_layers num_ln_in_parallel_attn
+        moe_norm_min mamba_rms_norm expand mixer_rms_eps time_step_limit time_step_rank _sliding_window_pattern
+        expert_layer_offset expert_layer_period decoder_sparse_step mamba_hidden_act mamba_ssm_cache_dtype
+        no_rope_layer_interval moe_layers embedding_fraction init_device learned_pos_emb no_bias
+        summary_type summary_use_proj summary_proj_to_labels summary_activation moe_shared_expert_overlap
+        num_logits_to_keep qk_head_dim auto_adjust_ff_dim
     """)
     # Of training.
     | _words("""
+        residual_dropout embedding_initializer_range ffn_dropout activation_dropout
+        time_step_init_scheme time_step_scale time_step_max time_step_min time_step_floor rescale_prenorm_residual
         initializer_range initializer_factor initializer_std gradient_checkpointing use_gradient_checkpointing
         attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop
         embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
@@ -56,7 +65,8 @@ HARMLESS = (
     # What the weights say by being there.
     | _words("""
         attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
-        ffn_dim_multiplier multiple_of
+        ffn_dim_multiplier multiple_of use_qkv_bias use_expert_bias attention_k_eq_v mamba_conv_bias mamba_proj_bias
+        use_conv_bias conv_bias use_mamba_kernels mlp_layer_types
     """)
     # Of any model of Transformers, and of how to sample from it, which has a file of its own by now.
     | _words("""
@@ -73,7 +83,9 @@ HARMLESS = (
     | _words("""
         vision_config audio_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index
         audio_token_index image_token_id boi_token_id eoi_token_id audio_token_id boa_token_id eoa_token_id
-        image_seq_length
+        image_seq_length video_token_id vision_start_token_id vision_end_token_id video_token_index image_newline_id
+        eoa_token_index spatial_merge_size projector_hidden_act projector_hidden_size vision_feature_layer
+        multimodal_projector_bias out_hidden_size
     """)
 )
 
@@ -82,7 +94,7 @@ HARMLESS = (
 CHANGING = dict.fromkeys(
     _words("""
         embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale lm_head_multiplier
-        scale_emb scale_depth rotary_pct rotary_percent
+        scale_emb scale_depth rotary_percent
     """), 1,
 ) | dict.fromkeys(
     _words("""
@@ -95,6 +107,7 @@ CHANGING = dict.fromkeys(
 ROPE_KEYS = _words("""
     rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings beta_fast beta_slow truncate
     attention_factor mscale mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor
+    llama_4_scaling_beta extrapolation_factor attn_factor
     full_attention sliding_attention mrope_section mrope_interleaved alpha finetuned
 """)
 
@@ -129,8 +142,10 @@ def check_keys(config: Config, architecture: Architecture) -> list[str]:
 def _sees_everything(values: Mapping[str, Any]) -> bool:
     """Do keys of windows say that there is none?"""
     kinds = values.get("layer_types")
-    none_by_layer = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
-    return none_by_layer and (values.get("use_sliding_window") is False or _is_off(values.get("sliding_window")))
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        return True
+    off = values.get("use_sliding_window") is False or _is_off(values.get("sliding_window"))
+    return kinds is None and off
 
 
 def _unknown_of_rope(name: str, section: Any) -> Iterator[str]:

@@ -167,6 +167,14 @@ def _sliding_layers(config: Config, n_layers: int) -> list[bool] | None:
 
 def _check(architecture: Architecture, config: Config, sizes: Mapping[str, int]) -> None:
     name = architecture.name
+    for key, fixed in architecture.fixed.items():
+        if (given := config.get(key, fixed)) != fixed:
+            problem = f"is {given!r}; models of the architecture {name} have {fixed!r}, and GGUF cannot say otherwise"
+            raise config.error(key, problem)
+    if period := architecture.period:
+        sliding = _sliding_layers(config, sizes["layers"])
+        if sliding not in (None, [(layer + 1) % period > 0 for layer in range(sizes["layers"])]):
+            raise config.error("layer_types", f"is not every layer but each {period}th, as engines take it")
     key = "hidden_act" if config.get("hidden_activation") is None else "hidden_activation"
     activation = config.text(key, next(iter(architecture.activations)))
     if activation not in architecture.activations:

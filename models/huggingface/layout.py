@@ -119,6 +119,10 @@ class Architecture:
     norm_shift: float = 0.0
     defaults: Mapping[str, Any] = field(default_factory=dict)
     windows: Windows = ""
+    period: int = 0
+    """Layers of which the last sees everything and the others a window: what engines take, as files do not say it."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What models of this architecture always have: another value in config.json is refused."""
     outer: tuple[Part, ...] = (Mapped("norm.weight", "output_norm.weight", ("embd",)),)
     layers: str = "layers"
     embedding: str = "embed_tokens"

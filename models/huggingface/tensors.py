@@ -41,6 +41,8 @@ DERIVED = re.compile(
 )
 # Of a quantised cache of keys and values.
 CACHE_SCALES = re.compile(r".*\.(kv|k|v)_(scale|zero_point)")
+# What the configuration that a language model's lies in says of its embedding: it holds where there is no head.
+TIED_OUTSIDE = "tie_word_embeddings outside"
 COMPARE_WEIGHTS = 1 << 20  # that are compared at a time
 
 
@@ -160,18 +162,27 @@ def dimensions(config: Config, architecture: Architecture) -> Sizes:
         "embd": embd, "heads": heads, "kv_heads": kv_heads, "head": head, "q": heads * head, "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head, "ff": ff, "twice_ff": 2 * ff,
         "experts": _n_experts(config) if has_experts else 0,
-        "expert_ff": config.integer("moe_intermediate_size", ff) if has_experts else 0,
+        "expert_ff": uniform(config, "moe_intermediate_size", ff) if has_experts else 0,
         "twice_embd": 2 * embd, "drafts": 0,
     })  # fmt: skip
     if architecture.sizes:
         sizes.update(architecture.sizes(config, sizes))
+    sizes["twice_expert_ff"] = 2 * sizes["expert_ff"]
     return sizes
 
 
 def _n_experts(config: Config) -> int:
-    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    keys = ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts")
     key = next((key for key in keys if config.get(key) is not None), keys[1])
     return config.integer(key, high=MAX_EXPERTS)
+
+
+def uniform(config: Config, key: str, default: int | None = None) -> int:
+    """A whole number, or a list with the same for each layer."""
+    given = config.get(key)
+    if isinstance(given, list) and given and all(value == given[0] for value in given):
+        return Config(config.path, {key: given[0]}).integer(key)
+    return config.integer(key, default)
 
 
 def count_drafts(names: Iterable[str], architecture: Architecture, sizes: Sizes, config: Config) -> int:
@@ -356,7 +367,8 @@ class _Mapper:
         """
         embedding, head = self.weights.get(self.embedding.hf), self.weights.get(self.head.hf)
         unsaid = self.config.get("tie_word_embeddings") is None
-        tied = self.config.flag("tie_word_embeddings") or (unsaid and head is None)
+        outside = self.config.get(TIED_OUTSIDE) is True
+        tied = self.config.flag("tie_word_embeddings") or (head is None and (unsaid or outside))
         if tied and head is not None:
             if embedding is None:
                 self.add(replace(EMBEDDING, hf=self.head.hf))

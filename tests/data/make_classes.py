@@ -12,9 +12,9 @@ others stay as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "unit"))
-from checkpoint_weights import write_checkpoint  # noqa: E402
+from checkpoint_weights import digest, write_checkpoint  # noqa: E402
 
 OUT = HERE / "classes.json"
 N_VOCAB = 333  # of the tokenizer that the checkpoints have
@@ -70,6 +70,20 @@ def qwen_draft(mixture: bool) -> dict[str, list[int]]:
             "mtp.pre_fc_norm_hidden.weight": [32], **draft("mtp.layers.0.", layer)}  # fmt: skip
 
 
+GLM_DRAFT = draft("model.layers.2.", {
+    "input_layernorm.weight": [32], "post_attention_layernorm.weight": [32], "self_attn.q_proj.weight": [64, 32],
+    "self_attn.k_proj.weight": [32, 32], "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
+    "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16], "eh_proj.weight": [32, 64],
+    "enorm.weight": [32], "hnorm.weight": [32], "shared_head.norm.weight": [32],
+    "shared_head.head.weight": [N_VOCAB, 32], "embed_tokens.weight": [N_VOCAB, 32],
+    "mlp.gate.weight": [4, 32], "mlp.gate.e_score_correction_bias": [4],
+} | {f"mlp.experts.{e}.{n}_proj.weight": [24, 32] for e in range(4) for n in ("gate", "up")}
+  | {f"mlp.experts.{e}.down_proj.weight": [32, 24] for e in range(4)} | {
+    "mlp.shared_experts.gate_proj.weight": [24, 32], "mlp.shared_experts.up_proj.weight": [24, 32],
+    "mlp.shared_experts.down_proj.weight": [32, 24],
+})  # fmt: skip
+
+
 def text(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
     """Of a model that sees: the language model's settings within it."""
     return {"text_config": settings, "vision_config": VISION, **others}
@@ -90,8 +104,8 @@ TRANSFORMERS: dict[str, Case] = {
     "ArceeForCausalLM": ("ArceeConfig", DENSE, {}),
     "ApertusForCausalLM": ("ApertusConfig", DENSE | {"rope_parameters": LLAMA3}, {}),
     "Llama4ForCausalLM": ("Llama4TextConfig", DENSE | HEAD | {
-        "intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2}, {}),
-    "InternLM3ForCausalLM": ("InternLM3Config", DENSE | HEAD, {}),
+        "intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "attention_bias": False}, {}),
     "SeedOssForCausalLM": ("SeedOssConfig", DENSE | HEAD, {}),
     "Qwen2ForCausalLM": ("Qwen2Config", DENSE, {}),
     "Qwen3ForCausalLM": ("Qwen3Config", DENSE | HEAD, {}),
@@ -119,6 +133,7 @@ TRANSFORMERS: dict[str, Case] = {
     "Gemma3ForCausalLM": ("Gemma3TextConfig", DENSE | HEAD | {"query_pre_attn_scalar": 16}, {}),
     "Gemma4ForCausalLM": ("Gemma4TextConfig", DENSE | HEAD | {
         "num_hidden_layers": 6, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
         "vocab_size_per_layer_input": N_VOCAB, "use_double_wide_mlp": True, "sliding_window": 16}, {}),
     "Gemma4ForConditionalGeneration": ("Gemma4Config", {"text_config": DENSE | HEAD | MIXTURE | {
         "num_hidden_layers": 6, "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
@@ -141,9 +156,10 @@ TRANSFORMERS: dict[str, Case] = {
     "Olmo2ForCausalLM": ("Olmo2Config", DENSE, {}),
     "Olmo3ForCausalLM": ("Olmo3Config", DENSE | {"num_hidden_layers": 4}, {}),
     "OlmoeForCausalLM": ("OlmoeConfig", DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, {}),
-    "GlmForCausalLM": ("GlmConfig", DENSE | HEAD | {"pad_token_id": 0}, {}),
+    "GlmForCausalLM": ("GlmConfig", DENSE | {"head_dim": 8, "pad_token_id": 0}, {}),
     "Glm4ForCausalLM": ("Glm4Config", DENSE | HEAD | {"pad_token_id": 0}, {}),
-    "Glm4MoeForCausalLM": ("Glm4MoeConfig", DENSE | HEAD | ROUTED | {"use_qk_norm": True, "num_nextn_predict_layers": 0}, {}),
+    "Glm4MoeForCausalLM": ("Glm4MoeConfig", DENSE | HEAD | ROUTED | {
+        "use_qk_norm": True, "num_nextn_predict_layers": 1}, GLM_DRAFT),
     "Glm4MoeLiteForCausalLM": ("Glm4MoeLiteConfig", DENSE | ROUTED | LATENT | {
         "num_key_value_heads": 4, "num_nextn_predict_layers": 0}, {}),
     "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED, {}),
@@ -161,9 +177,11 @@ TRANSFORMERS: dict[str, Case] = {
                           "state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2}, {}),
     "FalconH1ForCausalLM": ("FalconH1Config", DENSE | HEAD | {
         "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2,
-        "mamba_rms_norm": True, "attention_in_multiplier": 0.5, "attention_out_multiplier": 0.75,
+        "mamba_rms_norm": True, "mamba_norm_before_gate": False, "attention_in_multiplier": 0.5,
+        "attention_out_multiplier": 0.75,
         "key_multiplier": 0.3, "ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.9, "embedding_multiplier": 5.6,
-        "lm_head_multiplier": 0.02, "mlp_multipliers": [0.88, 0.2], "ssm_multipliers": [0.3, 0.25, 0.17, 0.5, 0.35]}, {}),
+        "lm_head_multiplier": 0.02, "mlp_multipliers": [0.88, 0.2],
+        "ssm_multipliers": [0.3, 0.25, 0.17, 0.5, 0.35]}, {}),
     "JambaForCausalLM": ("JambaConfig", DENSE | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
                          "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}, {}),
     "NemotronHForCausalLM": ("NemotronHConfig", DENSE | HEAD | {
@@ -176,7 +194,7 @@ TRANSFORMERS: dict[str, Case] = {
     "MuseGlimmerForConditionalGeneration": ("MuseGlimmerConfig", {"text_config": DENSE | HEAD}, {}),
     "CohereForCausalLM": ("CohereConfig", DENSE | {"use_qk_norm": True}, {}),
     "Cohere2ForCausalLM": ("Cohere2Config", DENSE, {}),
-    "PhiForCausalLM": ("PhiConfig", DENSE | {"num_key_value_heads": 4}, {}),
+    "PhiForCausalLM": ("PhiConfig", DENSE | {"num_key_value_heads": 4, "intermediate_size": 128}, {}),
     "Phi3ForCausalLM": ("Phi3Config", DENSE | {"pad_token_id": 0}, {}),
     "PhiMoEForCausalLM": ("PhimoeConfig", DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
     "FalconForCausalLM": ("FalconConfig", {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
@@ -188,7 +206,7 @@ TRANSFORMERS: dict[str, Case] = {
     "MPTForCausalLM": ("MptConfig", {"vocab_size": N_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4,
                                      "max_seq_len": 64}, {}),
     "Starcoder2ForCausalLM": ("Starcoder2Config", DENSE, {}),
-    "StableLmForCausalLM": ("StableLmConfig", DENSE | {"qk_layernorm": True, "use_qkv_bias": True}, {}),
+    "StableLmForCausalLM": ("StableLmConfig", DENSE | {"use_qkv_bias": True}, {}),
     "NemotronForCausalLM": ("NemotronConfig", DENSE, {}),
     "Exaone4ForCausalLM": ("Exaone4Config", DENSE | {"num_hidden_layers": 4, "sliding_window": 16}, {}),
     "Ernie4_5ForCausalLM": ("Ernie4_5Config", DENSE | HEAD, {}),
@@ -201,6 +219,18 @@ TRANSFORMERS: dict[str, Case] = {
     "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1}, {}),
     "MellumForCausalLM": ("MellumConfig", DENSE | HEAD | MIXTURE, {}),
 }  # fmt: skip
+
+# What Transformers saves in another way than the makers publish it.
+PUBLISHED_CONFIG: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+    "NemotronHForCausalLM": {"layers_block_type": None, "hybrid_override_pattern": "M*E", "num_hidden_layers": 3},
+    "Cohere2ForCausalLM": {"rotary_pct": 1.0},
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.25, "num_key_value_heads": None},
+    "GPT2LMHeadModel": {"n_ctx": 64},
+    "PhiMoEForCausalLM": {"original_max_position_embeddings": 64},
+}
+READ_PLAINLY = ("GPTNeoXForCausalLM",)  # the converter does not know what Transformers makes of its config.json
+COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
 # Published by their makers
 
@@ -220,6 +250,13 @@ SHARED = {"mlp.shared_experts.gate_proj.weight": [24, 32], "mlp.shared_experts.u
           "mlp.shared_experts.down_proj.weight": [32, 24]}  # fmt: skip
 USUAL = DENSE | {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
+    "RND1": (USUAL | MIXTURE | {"norm_topk_prob": True, "mask_token_id": 3, "head_dim": 8, "model_type": "rnd1"}, named(
+        "model.layers", 2, {**NORMS, **EXPERTS, **QKVO, "self_attn.q_norm.weight": [8],
+                            "self_attn.k_norm.weight": [8]}, OUTER)),
+    "DreamModel": (USUAL | {"mask_token_id": 3}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_proj.bias": [32], "self_attn.k_proj.bias": [16],
+        "self_attn.v_proj.bias": [16]}, OUTER)),
+    "InternLM3ForCausalLM": (USUAL, named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER)),
     "InternLM2ForCausalLM": (USUAL, named("model.layers", 2, {
         "attention_norm.weight": [32], "ffn_norm.weight": [32], "attention.wqkv.weight": [64, 32],
         "attention.wo.weight": [32, 32], "feed_forward.w1.weight": [48, 32], "feed_forward.w3.weight": [48, 32],
@@ -242,7 +279,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
         "attn.attention.out_proj.weight": [32, 32], "mlp.c_fc_0.weight": [48, 32], "mlp.c_fc_1.weight": [48, 32],
         "mlp.c_proj.weight": [32, 48],
     }, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.ln_f.weight": [32], "lm_head.weight": [N_VOCAB, 32]})),
-    "DeepseekForCausalLM": (USUAL | ROUTED, {**named("model.layers", 2, {**NORMS, **QKVO}, OUTER),
+    "DeepseekForCausalLM": (USUAL | ROUTED | {"routed_scaling_factor": 1.0}, {
+        **named("model.layers", 2, {**NORMS, **QKVO}, OUTER),
         **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
         **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED).items()}}),
     "BailingMoeForCausalLM": (USUAL | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 0,
@@ -254,7 +292,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
         "partial_rotary_factor": 0.5}, {**named("model.layers", 2, {
             **NORMS, "attention.query_key_value.weight": [64, 32], "attention.dense.weight": [32, 32],
             "attention.query_layernorm.weight": [8], "attention.key_layernorm.weight": [8]},
-            {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}),
+            {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32],
+             "lm_head.weight": [N_VOCAB, 32]}),
         **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
         **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED | {"mlp.gate.expert_bias": [4]}).items()}}),
     "ChatGLMModel": ({"padded_vocab_size": N_VOCAB, "vocab_size": N_VOCAB, "hidden_size": 32, "ffn_hidden_size": 48,
@@ -295,16 +334,24 @@ def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
         shapes = {}
         for path in sorted(Path(temporary).glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                shapes |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
+                shapes |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     torch.set_default_dtype(torch.float32)
     saved["architectures"] = [name]
-    return saved, shapes | others
+    saved |= PUBLISHED_CONFIG.get(name, {})
+    tower = [key for key in shapes if re.search(r"vision|visual|image|audio", key)]
+    shapes = {key: shape for key, shape in shapes.items() if key not in tower} | others
+    shapes |= {key: [2] for key in tower[:2]}  # they are left out
+    for key, shape in shapes.items():
+        if name in COLUMNS_FIRST and re.search(r"experts\.(gate_up|down)_proj$", key):
+            shape[1:] = shape[:0:-1]
+    return saved, shapes
 
 
 def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata and tensors, as llama.cpp's converter makes them."""
     import gguf
-    from conversion import ModelType, TextModel, get_model_architecture, get_model_class
+    import transformers
+    from conversion import ModelType, TextModel, base, get_model_architecture, get_model_class
     from conversion.base import ModelBase
 
     def without_vocabulary(cls: type) -> None:
@@ -315,23 +362,32 @@ def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dic
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_checkpoint(Path(temporary) / "model", config, shapes)
+        if config["architectures"][0] in READ_PLAINLY:
+            base.AutoConfig = None  # the converter then reads config.json itself
         hparams = ModelBase.load_hparams(folder, False)
         kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
         without_vocabulary(TextModel)
+        if kind.__name__ == "BaichuanModel":  # calls itself without end for all tensors but one
+            unpack = kind.modify_tensors
+            kind.modify_tensors = lambda *given: (unpack if "W_pack" in given[2] else TextModel.modify_tensors)(*given)
         out = Path(temporary) / "out.gguf"
         kind(folder, gguf.LlamaFileType.GUESSED, out).write()
+        base.AutoConfig = transformers.AutoConfig
         reader = gguf.GGUFReader(out)
         tensors = {
             tensor.name: [
                 tensor.tensor_type.name, [int(size) for size in reversed(tensor.shape)],
-                hashlib.sha256(tensor.data.tobytes()).hexdigest()[:8],
+                digest(tensor.name, tensor.data),
             ]
             for tensor in reader.tensors
         }  # fmt: skip
         metadata = {
             key: field.contents() for key, field in reader.fields.items()
             if not key.startswith(("GGUF.", "tokenizer.", "general."))
-        } | {key: reader.fields[key].contents() for key in ("general.architecture", "general.file_type")}  # fmt: skip
+        } | {
+            key: reader.fields[key].contents() for key in ("general.architecture", "general.file_type")
+            if key in reader.fields
+        }  # fmt: skip
     return metadata, tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
     raw = np.random.PCG64(crc32(name.encode())).random_raw(prod(shape))
     sign, exponent, fraction = raw & 1, 118 + (raw >> 1) % 9, (raw >> 8) & 0x7F
     return (sign << 15 | exponent << 7 | fraction).astype("<u2").reshape(tuple(shape))
+
+
+def digest(name: str, data: np.ndarray) -> str:
+    """Of a tensor's bytes. Exponentials are not the same to the last bit everywhere: of those the first 24 bits."""
+    data = np.ascontiguousarray(data)
+    if name.endswith("ssm_a"):
+        data = (data.reshape(-1).view(np.uint32) + 0x80) >> 8
+    return sha256(data.tobytes()).hexdigest()[:8]
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Path:

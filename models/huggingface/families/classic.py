@@ -73,7 +73,7 @@ _GPT2 = Architecture(
         *_conv("mlp.c_proj", "ffn_down", "embd", "ff"),
     ),
     activations=ANY_GELU, layers="h", embedding="wte", outer=_GPT2_OUTER, sizes=_four_times, ffn=False,
-    rename=_without_masks,
+    rename=_without_masks, fixed={"scale_attn_weights": True},
     defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "max_position_embeddings": 1024, "rms_norm_eps": None},
 )  # fmt: skip
 
@@ -141,8 +141,8 @@ _BLOOM = Architecture(
 
 
 def _falcon_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    groups = sizes["kv_heads"] if config.get("num_key_value_heads") is not None else 1
-    if not config.flag("new_decoder_architecture") and config.flag("multi_query", True):
+    groups, one = sizes["kv_heads"], config.flag("multi_query", True)
+    if config.get("num_key_value_heads") is None or (one and not config.flag("new_decoder_architecture")):
         groups = 1
     return _four_times(config, sizes) | {
         "kv_heads": groups, "kv": groups * sizes["head"], "qkv": (sizes["heads"] + 2 * groups) * sizes["head"]
@@ -156,6 +156,9 @@ def _falcon_order(sizes: Sizes) -> Order:
 
 
 def _falcon_entries(facts: Facts) -> None:
+    config = facts.config
+    if config.flag("alibi") or not config.flag("parallel_attn", True):
+        raise config.error("alibi", "is true, or parallel_attn is not, which is not supported")
     facts.count("context_length", 2048)
     facts.text("tensor_data_layout", "jploski")
 
@@ -205,7 +208,8 @@ _MPT = Architecture(
         *linear("ffn.down_proj", "ffn_down", "embd", "ff"),
         *optional(norm("attn.q_ln", "attn_q_norm", "q"), norm("attn.k_ln", "attn_k_norm", "*")),
     ),
-    activations=ANY_GELU, layers="blocks", embedding="wte", sizes=_mpt_sizes, ffn=False, entries=_mpt_entries,
+    activations=ANY_GELU, layers="blocks", embedding="wte", fixed={"norm_type": "low_precision_layernorm"},
+    sizes=_mpt_sizes, ffn=False, entries=_mpt_entries,
     outer=(*layer_norm("norm_f", "output_norm"), *optional(tensor("wpe.weight", "position_embd.weight", "* embd"))),
     defaults={"layer_norm_eps": 1e-5, "rms_norm_eps": None, "hidden_act": "gelu", "tie_word_embeddings": True},
 )  # fmt: skip
@@ -341,7 +345,7 @@ CLASSES = {
     "Olmo3ForCausalLM": _OLMO2,
     "CohereForCausalLM": _COHERE,
     "Cohere2ForCausalLM": replace(
-        _COHERE, name="cohere2", layer=_COHERE_LAYER, entries=_cohere2_entries,
+        _COHERE, name="cohere2", layer=_COHERE_LAYER, entries=_cohere2_entries, period=4,
         keys=(*VOCAB_SIZE, *reals(logit_scale="logit_scale")),
     ),
 }  # fmt: skip

@@ -107,7 +107,7 @@ def _latent_entries(facts: Facts) -> None:
 _LATENT = Architecture(
     "deepseek2", (*NORMS, *LATENT_ATTENTION, either(MIXTURE, FEED_FORWARD)), sizes=_latent_sizes,
     entries=_latent_entries, keys=VOCAB_SIZE, dropped_layers=True,
-    defaults={"num_experts_per_tok": 1, "head_dim": 1, "num_experts": 1},
+    defaults={"num_experts_per_tok": 1, "num_experts": 1}, fixed={"rope_interleave": True, "moe_layer_freq": 1},
 )  # fmt: skip
 _GLM_LITE = replace(
     _LATENT, dropped_layers=False, extra_layers="num_nextn_predict_layers", draft=DRAFT
@@ -124,8 +124,7 @@ def _deepseek_entries(facts: Facts) -> None:
 _DEEPSEEK = Architecture(
     "deepseek",
     (*NORMS, *attention(permuted=True), either(MIXTURE, FEED_FORWARD)),
-    rotated="all",
-    entries=_deepseek_entries,
+    rotated="all", entries=_deepseek_entries, fixed={"routed_scaling_factor": 1.0},
     keys=(
         *VOCAB_SIZE,
         *counts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qrun.models.huggingface.changes import Order, by_order
-from qrun.models.huggingface.entries import GATING
+from qrun.models.huggingface.entries import GATING, Facts
 from qrun.models.huggingface.layout import (
     DRAFT,
     EXPERT_WEIGHTS,
@@ -91,6 +91,14 @@ _GLM4_MOE = Architecture(
 # ChatGLM, and GLM 4 before it had four norms
 
 
+
+
+def _chatglm_entries(facts: Facts) -> None:
+    config = facts.config
+    facts.real("attention.layer_norm_rms_epsilon", config.real("layernorm_epsilon", 1e-5, high=1.0))
+    facts.real("rope.freq_base", 10000.0 * config.real("rope_ratio", 1.0, high=1e9))
+
+
 _CHATGLM = Architecture(
     "chatglm",
     (
@@ -102,7 +110,8 @@ _CHATGLM = Architecture(
     ),
     layers="encoder.layers", embedding="embedding.word_embeddings", head="output_layer",
     outer=(norm("encoder.final_layernorm", "output_norm"),),
-    defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5}, rotated="part",
+    defaults={"partial_rotary_factor": 0.5}, rotated="part", entries=_chatglm_entries,
+    fixed={"multi_query_attention": True},
 )  # fmt: skip
 _GLM = Architecture(
     "chatglm",

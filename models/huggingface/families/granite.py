@@ -72,10 +72,13 @@ _GRANITE_MOE = replace(
 # Hybrids
 
 
+ATTENTION = ("attention", "full_attention")
+
+
 def _is_attention(config: Config, n_layers: int) -> list[bool]:
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == n_layers:
-        return [kind == "attention" for kind in kinds]
+        return [kind in ATTENTION for kind in kinds]
     indices = config.get("attn_layer_indices")
     if isinstance(indices, list) and indices:
         return [layer in indices for layer in range(n_layers)]
@@ -113,7 +116,7 @@ _FORWARD = either((*_experts(), maybe(*_shared("_shexp"))), _shared(""), tuple(
 def _all_attention(config: Config) -> Architecture | None:
     """Those without a layer with a state are models of the other kinds, whatever their class."""
     kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or any(kind != "attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind not in ATTENTION for kind in kinds):
         return None
     name = "granitemoe" if config.get("num_experts_per_tok") is not None else "granite"
     return replace(_HYBRID, name=name)
@@ -138,8 +141,8 @@ def _window_entries(facts: Facts) -> None:
     facts.flags("attention.sliding_window_pattern", [
         kinds[layer] == "sliding_attention" if named else layer % 4 != 0 for layer in range(n_layers)
     ])  # fmt: skip
-    turned = config.get("no_rope_layers")
-    if isinstance(turned, list) and turned:
+    turned = config.get("no_rope_layers") or config.get("layer_rope_theta")
+    if isinstance(turned, list) and (config.get("no_rope_layers") or not all(turned)):
         facts.flags("attention.rope_pattern", [bool(layer) for layer in turned])
 
 

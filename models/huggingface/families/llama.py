@@ -31,6 +31,7 @@ from qrun.models.huggingface.layout import (
     norm,
     optional,
     plain,
+    reals,
     tensor,
 )
 
@@ -56,10 +57,14 @@ _MISTRAL3 = replace(_LLAMA, name="mistral3", entries=_mistral3_entries, defaults
 
 def _llama4_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     expert_ff = config.integer("intermediate_size")
-    return {"ff": config.integer("intermediate_size_mlp", expert_ff), "expert_ff": expert_ff}
+    return {"ff": config.integer("intermediate_size_mlp", expert_ff), "expert_ff": expert_ff,
+            "experts": config.integer("num_local_experts")}
 
 
 def _llama4_entries(facts: Facts) -> None:
+    turned = facts.config.get("no_rope_layers")  # 1 for a layer with positions
+    if turned and turned != [int((layer + 1) % 4 != 0) for layer in range(facts.sizes["layers"])]:
+        raise facts.config.error("no_rope_layers", "is not every layer but each 4th, as engines take it")
     facts.count("interleave_moe_layer_step", facts.config.integer("interleave_moe_layer_step", 1))
     facts.count("expert_feed_forward_length", facts.sizes["expert_ff"])
     kinds = facts.config.get("layer_types")
@@ -82,6 +87,8 @@ _LLAMA4 = Architecture(
     ),
     sizes=_llama4_sizes, entries=_llama4_entries, keys=VOCAB_SIZE, rotated="all",
     defaults={"num_local_experts": 16, "num_experts_per_tok": 1},
+    fixed={"attention_chunk_size": 8192, "use_qk_norm": True, "attn_temperature_tuning": True, "attn_scale": 0.1,
+           "floor_scale": 8192},
 )  # fmt: skip
 
 # InternLM 2: queries, keys and values of a group of heads lie together.
@@ -130,7 +137,7 @@ _BAICHUAN = Architecture(
         *linear("self_attn.o_proj", "attn_output", "embd", "q"),
         *FEED_FORWARD,
     ),
-    rotated="all",
+    rotated="all", entries=lambda facts: facts.text("tensor_data_layout", "Meta AI original pth"),
 )  # fmt: skip
 
 # Apertus: the parameters of its activation are metadata.
@@ -195,9 +202,13 @@ CLASSES = {
     "InternLM2ForCausalLM": _INTERNLM2,
     "BaichuanForCausalLM": _BAICHUAN,
     "BaiChuanForCausalLM": _BAICHUAN,
-    "XverseForCausalLM": replace(_LLAMA, name="xverse"),
+    "XverseForCausalLM": replace(
+        _LLAMA, name="xverse", keys=(), entries=lambda facts: facts.text("tensor_data_layout", "Meta AI original pth")
+    ),
     "OrionForCausalLM": Architecture(
-        "orion", (*LAYER_NORMS, *attention(), *FEED_FORWARD), outer=OUTPUT_LAYER_NORM
+        "orion", (*LAYER_NORMS, *attention(), *FEED_FORWARD), outer=OUTPUT_LAYER_NORM,
+        keys=reals(attention__layer_norm_epsilon="rms_norm_eps"),
+        entries=lambda facts: facts.text("tensor_data_layout", "Meta AI original pth"),
     ),
     "SeedOssForCausalLM": Architecture(
         "seed_oss",

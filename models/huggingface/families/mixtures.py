@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from qrun.formats import TensorType
-from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.changes import by_order, every, rows, side_by_side, then, transposed
+from qrun.models.huggingface.changes import by_order, every, rows, side_by_side, then, upright
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.layout import (
@@ -32,6 +30,7 @@ from qrun.models.huggingface.layout import (
     reals,
     tensor,
 )
+from qrun.models.huggingface.tensors import uniform
 
 SELECTION_BIAS = optional(
     tensor("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "experts"),
@@ -55,12 +54,7 @@ def _windows(facts: Facts) -> None:
 # gpt-oss: experts with biases, gates and inputs of which take turns.
 
 
-def _upright(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
-    """Plain weights have columns first, and packed ones do not."""
-    floats = tensor.type in (TensorType.F32, TensorType.F16, TensorType.BF16)
-    return transposed(tensor, sizes) if floats else tensor
-
-
+_WIDE = upright("twice_expert_ff", "embd")
 _GPT_OSS = Architecture(
     "gpt-oss",
     (
@@ -69,16 +63,17 @@ _GPT_OSS = Architecture(
         *attention(),
         tensor("self_attn.sinks", "attn_sinks.weight", "heads"),
         *linear("mlp.router", "ffn_gate_inp", "experts", "embd"),
-        tensor("mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "experts * *", then(_upright, every(0, 2))),
-        tensor("mlp.experts.gate_up_proj", "ffn_up_exps.weight", "experts * *", then(_upright, every(1, 2))),
+        tensor("mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "experts * *", then(_WIDE, every(0, 2))),
+        tensor("mlp.experts.gate_up_proj", "ffn_up_exps.weight", "experts * *", then(_WIDE, every(1, 2))),
         tensor("mlp.experts.gate_up_proj_bias", "ffn_gate_exps.bias", "experts *", every(0, 2)),
         tensor("mlp.experts.gate_up_proj_bias", "ffn_up_exps.bias", "experts *", every(1, 2)),
-        tensor("mlp.experts.down_proj", "ffn_down_exps.weight", "experts * *", _upright),
+        tensor("mlp.experts.down_proj", "ffn_down_exps.weight", "experts * *", upright("embd", "expert_ff")),
         tensor("mlp.experts.down_proj_bias", "ffn_down_exps.bias", "experts embd"),
     ),
     sizes=lambda config, sizes: {"experts": config.integer("num_local_experts"), "expert_ff": sizes["ff"]},
     keys=counts(attention__sliding_window="sliding_window", expert_feed_forward_length="intermediate_size"),
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64, "num_experts_per_tok": 4},
+    period=2, fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
 )  # fmt: skip
 
 # Ling and its kin
@@ -164,6 +159,9 @@ def _ernie_entries(facts: Facts) -> None:
     config = facts.config
     shared = config.integer("moe_num_shared_experts", 0, low=0)
     facts.count("expert_used_count", config.integer("moe_k", 6))
+    last = facts.sizes["layers"] - 1
+    if (end := config.integer("moe_layer_end_index", last, low=-1)) not in (-1, last):
+        raise config.error("moe_layer_end_index", f"is {end}: layers without experts behind others are not supported")
     facts.count("expert_shared_count", shared)
     if shared:
         facts.count("expert_shared_feed_forward_length", facts.sizes["ff"] // facts.sizes["kv_heads"])
@@ -195,23 +193,11 @@ _ERNIE_MOE = Architecture(
 )  # fmt: skip
 
 
-def _hunyuan_number(config: Config, key: str) -> int:
-    """One for all layers, or a list with the same for each."""
-    given = config.get(key)
-    if isinstance(given, list) and given and all(value == given[0] for value in given):
-        return Config(config.path, {key: given[0]}).integer(key)
-    return config.integer(key)
-
-
-def _hunyuan_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    return {"expert_ff": _hunyuan_number(config, "moe_intermediate_size")}
-
-
 def _hunyuan_entries(facts: Facts) -> None:
     facts.count("expert_shared_feed_forward_length", facts.sizes["ff"])
     facts.count("expert_feed_forward_length", facts.sizes["expert_ff"])
-    facts.count("expert_used_count", _hunyuan_number(facts.config, "moe_topk"))
-    facts.count("expert_shared_count", _hunyuan_number(facts.config, "num_shared_expert"))
+    facts.count("expert_used_count", uniform(facts.config, "moe_topk"))
+    facts.count("expert_shared_count", uniform(facts.config, "num_shared_expert"))
 
 
 _AFMOE = Architecture(
@@ -233,7 +219,7 @@ _AFMOE = Architecture(
         ),
         *flags(expert_weights_norm="route_norm"), *reals(expert_weights_scale="route_scale"),
     ),
-    rotated="all", defaults={"score_func": "sigmoid"},
+    rotated="all", defaults={"score_func": "sigmoid"}, period=4, fixed={"global_attn_every_n_layers": 4},
 )  # fmt: skip
 
 
@@ -271,11 +257,11 @@ CLASSES = {
             norm("self_attn.key_layernorm", "attn_k_norm", "head"),
             *experts(gate="gate.wg"), *gated("mlp.shared_mlp", end="_shexp", width="*"),
         ),
-        sizes=_hunyuan_sizes, entries=_hunyuan_entries, defaults={"num_experts_per_tok": 1},
+        entries=_hunyuan_entries, defaults={"num_experts_per_tok": 1},
     ),
     "AfmoeForCausalLM": _AFMOE,
     "MellumForCausalLM": Architecture(
         "mellum", (*NORMS, *QK_NORMS, *attention(), *experts()), entries=_windows,
-        keys=counts(expert_feed_forward_length="moe_intermediate_size"),
+        keys=counts(expert_feed_forward_length="moe_intermediate_size"), fixed={"norm_topk_prob": True},
     ),
 }  # fmt: skip

@@ -208,7 +208,7 @@ def _hybrid(name: str, feed_forward: tuple[Part, ...], tiled: bool) -> Architect
         name, (*_HYBRID_NORMS, either(_GATED_ATTENTION, _delta_net(tiled)), *feed_forward), norm_shift=1.0,
         sizes=_delta_sizes, entries=_qwen35_entries if tiled else _delta_entries, rename=_draft_layers,
         extra_layers="mtp_num_hidden_layers", draft=DRAFT, rotated="part", ffn=False,
-        keys=LENGTHS_OF_EXPERTS if feed_forward is not FEED_FORWARD else (),
+        keys=LENGTHS_OF_EXPERTS if feed_forward is not FEED_FORWARD else (), fixed={"norm_topk_prob": True},
         defaults={"num_experts": 512, "num_experts_per_tok": 10, "partial_rotary_factor": 0.25, "head_dim": 256},
     )  # fmt: skip
 
@@ -273,7 +273,7 @@ CLASSES = {
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
         (*NORMS, *attention(), either((*experts(), *SHARED_EXPERT), FEED_FORWARD)), keys=LENGTHS_OF_EXPERTS,
-        defaults={"num_experts": 60, "num_experts_per_tok": 4},
+        defaults={"num_experts": 60, "num_experts_per_tok": 4}, fixed={"norm_topk_prob": False},
     ),
     "Qwen3NextForCausalLM": _hybrid("qwen3next", _EITHER_FF, False),
     "Qwen3_5ForCausalLM": _QWEN35,
@@ -286,7 +286,9 @@ CLASSES = {
     "Qwen3VLForConditionalGeneration": _QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL_MOE,
     "Qwen3OmniMoeForConditionalGeneration": _QWEN3_VL_MOE,
-    "RND1": replace(_QWEN3_MOE, name="rnd1", windows="", entries=_rnd1_entries),
+    "RND1": replace(
+        _QWEN3_MOE, name="rnd1", windows="", entries=_rnd1_entries, fixed={"norm_topk_prob": True}
+    ),
     "DreamModel": replace(_QWEN2, name="dream", windows="", entries=_rnd1_entries),
     "Dots1ForCausalLM": _DOTS1,
 }  # fmt: skip

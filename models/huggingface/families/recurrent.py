@@ -9,11 +9,13 @@ from qrun.models.huggingface.changes import computed, negative_exp, scaled, sque
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import GATING, Facts
 from qrun.models.huggingface.layout import (
+    EXPERT_WEIGHTS,
     RELU2,
     VOCAB_SIZE,
     Architecture,
     Change,
     Experts,
+    Mapped,
     Part,
     Sizes,
     attention,
@@ -68,10 +70,17 @@ def _ssm_entries(facts: Facts, *, groups: bool = False) -> None:
         facts.count("ssm.group_count", sizes["groups"])
 
 
+def _one_epsilon(facts: Facts) -> None:
+    """The norms are RMS norms, whatever their epsilon is called."""
+    facts.real("attention.layer_norm_rms_epsilon", facts.config.real("layer_norm_eps", 1e-5, high=1.0))
+    facts.entries.remove(f"{facts.name}.attention.layer_norm_epsilon")
+
+
 def _mamba_entries(facts: Facts) -> None:
     _ssm_entries(facts)
     facts.count("context_length", LONG_CONTEXT)
     facts.count("feed_forward_length", 0)
+    _one_epsilon(facts)
     facts.flag("ssm.dt_b_c_rms", facts.config.get("model_type") == "falcon_mamba")
 
 
@@ -160,6 +169,12 @@ def _in_factors(sizes: Sizes, n_rows: int) -> F32Array:
     return np.array([outer, inner], np.float32)
 
 
+def _falcon_h1_entries(facts: Facts) -> None:
+    mamba2_entries(facts)
+    if facts.config.flag("mamba_norm_before_gate") and facts.config.flag("mamba_rms_norm"):
+        raise facts.config.error("mamba_norm_before_gate", "is true, which is not supported")
+
+
 _FALCON_H1_MIXER = (
     *linear("mamba.in_proj", "ssm_in", "projected", "embd", change=scaled(_in_factors)),
     *MAMBA2_MIXER[2:-2],
@@ -169,7 +184,7 @@ _FALCON_H1 = Architecture(
     "falcon-h1",
     (
         norm("input_layernorm", "attn_norm"),
-        norm("pre_ff_layernorm", "ffn_norm"),
+        Mapped("pre_ff_layernorm.weight", "ffn_norm", ("embd",)),  # the one name that has no end there
         *linear("self_attn.q_proj", "attn_q", "q", "embd", change=_factor("attention_in_multiplier")),
         *linear("self_attn.k_proj", "attn_k", "kv", "embd",
                 change=_factor("key_multiplier", "attention_in_multiplier")),
@@ -180,7 +195,7 @@ _FALCON_H1 = Architecture(
         *linear("feed_forward.up_proj", "ffn_up", "ff", "embd"),
         *linear("feed_forward.down_proj", "ffn_down", "embd", "ff", change=_factor("mlp_multipliers", index=1)),
     ),
-    sizes=mamba2_sizes, entries=mamba2_entries, keys=VOCAB_SIZE,
+    sizes=mamba2_sizes, entries=_falcon_h1_entries, keys=VOCAB_SIZE,
     outer=(norm("final_layernorm", "output_norm"),),
     embedding_change=_factor("embedding_multiplier"), head_change=_factor("lm_head_multiplier"),
 )  # fmt: skip
@@ -190,6 +205,7 @@ _FALCON_H1 = Architecture(
 
 def _mamba2_entries(facts: Facts) -> None:
     mamba2_entries(facts)
+    _one_epsilon(facts)
     facts.count("context_length", LONG_CONTEXT)
     facts.count("feed_forward_length", 0)
 
@@ -289,6 +305,7 @@ def _nemotron_entries(facts: Facts) -> None:
     facts.array("attention.head_count_kv", [sizes["kv_heads"] * (kind in ("attention", "both")) for kind in kinds])
     facts.array("feed_forward_length", [width * (kind in (wide, "both")) for kind in kinds])
     facts.flag("rope.scaling.finetuned", False)
+    facts.count("rope.dimension_count", sizes["embd"] // sizes["heads"])  # no layer turns anything
     facts.count("context_length", LONG_CONTEXT)
 
 
@@ -296,7 +313,7 @@ def _nemotron_variant(config: Config) -> Architecture | None:
     return None if config.get("num_experts_per_tok") is None else _NEMOTRON_MOE
 
 
-_NEMOTRON_PARTS = (norm("norm", "attn_norm"), mamba2_mixer("mixer"), attention("mixer"))
+_NEMOTRON_PARTS = (norm("norm", "attn_norm"), mamba2_mixer("mixer"), attention("mixer", permuted=True))
 _NEMOTRON = Architecture(
     "nemotron_h",
     (_NEMOTRON_PARTS[0], either(_NEMOTRON_PARTS[1], _NEMOTRON_PARTS[2], plain("mixer", "up_proj down_proj"))),
@@ -310,7 +327,7 @@ _NEMOTRON_MOE = Architecture(
     activations=RELU2, sizes=_nemotron_sizes, entries=_nemotron_entries, rotated="all",
     embedding="embeddings", outer=(norm("norm_f", "output_norm"),), defaults={"num_hidden_layers": 1},
     keys=(
-        *VOCAB_SIZE,
+        *VOCAB_SIZE, *EXPERT_WEIGHTS,
         *counts(
             expert_feed_forward_length="moe_intermediate_size", expert_shared_count="n_shared_experts",
             expert_shared_feed_forward_length="moe_shared_expert_intermediate_size", moe_latent_size="moe_latent_size",
@@ -391,6 +408,7 @@ _LFM2_MOE = Architecture(
         *counts(expert_feed_forward_length="moe_intermediate_size", leading_dense_block_count="num_dense_layers"),
     ),
     outer=(norm("embedding_norm", "token_embd_norm"),), defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    fixed={"norm_topk_prob": True, "routed_scaling_factor": 1.0},
 )  # fmt: skip
 
 CLASSES = {

@@ -131,7 +131,11 @@ def _muse_entries(facts: Facts) -> None:
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != facts.sizes["layers"]:
         raise config.error("layer_types", f"is not a list of {facts.sizes['layers']} kinds")
-    facts.flags("attention.sliding_window_pattern", [kind == "sliding_attention" for kind in kinds])
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    facts.flags("attention.sliding_window_pattern", sliding)
+    bases = config.get("layer_rope_theta")  # rope turns in layers with a window, and nowhere else
+    if isinstance(bases, list) and [bool(base) for base in bases] != sliding:
+        raise config.error("layer_rope_theta", "is not 0 for the layers that see everything, and for those alone")
 
 
 _MUSE = Architecture(
@@ -148,7 +152,7 @@ _MUSE = Architecture(
         Made("attn_k_norm.weight", lambda config, sizes: [1.0] * sizes["head"]),
     ),
     norm_shift=1.0, outer=(tensor("norm.weight", "output_norm.weight", "embd", computed("embd")),),
-    entries=_muse_entries,
+    entries=_muse_entries, fixed={"post_norm_eps": 1e-8},
 )  # fmt: skip
 
 CLASSES = {
