@@ -8,7 +8,7 @@ for tensor, so that a file is what people expect by that name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,13 +148,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked for. overrides: patterns (regular expressions, found anywhere in a name) with their types."""
+    """What the user asked for. overrides: patterns (regular expressions, found anywhere in a name) with their types.
+
+    keep: tensors of these types stay as they are.
+    """
 
     file_type: str
     pure: bool = False
     output: T | None = None
     embedding: T | None = None
     overrides: Sequence[tuple[re.Pattern[str], T]] = ()
+    keep: Collection[T] = ()
 
 
 def file_type_name(name: str) -> str:
@@ -221,7 +225,7 @@ class _Mix:
         self.i_wide = {"ffn_gate": 0, "ffn_up": 0}
 
     def type_of(self, name: str, type: T, shape: tuple[int, ...]) -> T:
-        if not is_quantisable(name, shape, type):
+        if type in self.choice.keep or not is_quantisable(name, shape, type):
             return type
         kind = category(name)
         manual = next((chosen for pattern, chosen in self.choice.overrides if pattern.search(name)), None)

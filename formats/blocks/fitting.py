@@ -266,6 +266,7 @@ def _best(gains: list[F32Array], *choices: list[F32Array]) -> tuple[F32Array, ..
 
 def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
+    assert not isinstance(levels, Groups)
     zero = np.zeros_like(x[:, 0])
 
     def moments(inverse: F32Array) -> Moments:
@@ -327,6 +328,7 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
 
 def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
+    assert not isinstance(levels, Groups)
     two_level = search.scale_high > 0
     sign = _upright(x)
     x = x * sign

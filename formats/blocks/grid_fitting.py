@@ -123,11 +123,10 @@ class _Solver:
         self.tables = tables(search.levels)
         self.effort = search.effort(importance is not None)
         self.x = self._by_lanes(values)
-        self.w = np.ones_like(self.x)
+        self.w = np.ones_like(self.x) if importance is None else self._by_lanes(importance).copy()
         if importance is not None:
-            w = self._by_lanes(importance)
-            mean = total(w.reshape(1, search.block_size, -1))[0] * np.float32(1 / search.block_size)
-            self.w = w + mean * UNSURE
+            mean: F32Array = total(self.w.reshape(1, search.block_size, -1))[0] * np.float32(1 / search.block_size)
+            self.w += mean * UNSURE
         self.minus = np.zeros(self.x.shape, np.bool_)
         if self.levels.signs != "none":
             self._take_signs()
@@ -164,7 +163,8 @@ class _Solver:
         for j in range(1, size):
             corner = corner * np.float32(levels.count) + t[:, j]
         candidates = self.tables.candidates[corner.astype(np.int32)]  # [m, n, CANDIDATES]
-        best, cost = candidates[..., 0], np.empty(0, np.float32)
+        best = candidates[..., 0]
+        cost: F32Array = np.empty(0, np.float32)
         for k in range(count):
             index = candidates[..., k]
             level = self.tables.levels[index]  # [m, n, size]
@@ -208,7 +208,7 @@ class _Solver:
         return total(wq * self.x), total(wq * q)
 
     def solve(self) -> GroupFit:
-        high, unit = np.float32(self.search.scale_high), np.float32(self.levels.unit)
+        unit = np.float32(self.levels.unit)
         scale = self._first_scales()
         top = scale[0]
         for i in range(1, self.search.groups):
@@ -216,7 +216,7 @@ class _Solver:
         one_over_high = np.float32(1 / (self.search.scale_high * self.levels.unit))
         super_scale = half_scale(top * one_over_high) * unit
         half_steps = np.rint(scale * divide(0.5, super_scale) - np.float32(0.5))
-        integers = clamp(half_steps + half_steps + np.float32(1), 1, high)
+        integers = clamp(half_steps + half_steps + np.float32(1), 1, self.search.scale_high)
         for _ in range(self.search.rounds):
             super_scale, integers = self._go_over(super_scale, integers)
         scale = super_scale * integers

@@ -34,7 +34,7 @@ def dequantize(blocks: U8Array) -> F32Array:
     return (d * (levels.astype(np.float32) + delta)).reshape(n_blocks, 256)
 
 
-# The largest weight lies somewhat beyond the highest level, or more than twice as far out: then few of the others are 0.
+# The largest weight lies somewhat beyond the highest level, or more than twice as far out, and few of the others at 0.
 STARTS = (1.2, 1.56, 2.03, 2.64)
 SEARCH = Search(8, 32, Groups("IQ1_S", 8, -1, 1, 3, shifted=32), False, Effort(STARTS, 1), 1, 15, 1)
 

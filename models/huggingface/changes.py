@@ -29,6 +29,10 @@ MAX_GAP = 64  # rows that are read for nothing rather than in two pieces
 class _Changed(SourceTensor):
     base: SourceTensor
 
+    @property
+    def tensor_scale(self) -> np.float32:
+        return self.base.tensor_scale if self.type == self.base.type and self.type not in FLOATS else np.float32(1)
+
     def forget(self) -> None:
         self.base.forget()
 
@@ -67,7 +71,7 @@ class _ColumnsTensor(_Changed):
     order: Order
 
     def rows(self, start: int, end: int) -> F32Array:
-        return np.ascontiguousarray(self.base.rows(start, end)[:, self.order])
+        return np.ascontiguousarray(_decoded(self.base, start, end)[:, self.order])
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,7 @@ class _TransposedTensor(_Changed):
         parts = []
         for matrix in range(start // height, -(-end // height)):
             first, last = max(start - matrix * height, 0), min(end - matrix * height, height)
-            parts.append(self.base.rows(matrix * width, (matrix + 1) * width)[:, first:last].T)
+            parts.append(_decoded(self.base, matrix * width, (matrix + 1) * width)[:, first:last].T)
         return np.ascontiguousarray(np.concatenate(parts))
 
 
@@ -90,7 +94,7 @@ class _ComputedTensor(_Changed):
     compute: Callable[[F32Array], F32Array]
 
     def rows(self, start: int, end: int) -> F32Array:
-        stored = self.base.rows(0, self.base.n_rows).reshape(self.base.shape)
+        stored = _decoded(self.base, 0, self.base.n_rows).reshape(self.base.shape)
         return np.ascontiguousarray(self.compute(stored), np.float32).reshape(-1, self.row)[start:end]
 
 
@@ -101,10 +105,20 @@ class _ScaledTensor(_Changed):
     factors: F32Array  # [number of factors, rows]: one after the other, each product rounded
 
     def rows(self, start: int, end: int) -> F32Array:
-        values = self.base.rows(start, end)
+        values = _decoded(self.base, start, end)
         for each in self.factors:
             values = values * each[start:end, None]
         return values
+
+
+def _decoded(base: SourceTensor, start: int, end: int) -> F32Array:
+    rows = base.rows(start, end)
+    return rows if base.tensor_scale == 1 else rows * base.tensor_scale
+
+
+def _floats(base: SourceTensor) -> TensorType:
+    """The type of what is no longer made of the same rows."""
+    return base.type if base.type in FLOATS else TensorType.F32
 
 
 # Makers of changes.
@@ -177,7 +191,7 @@ def every(number: int, step: int) -> Change:
 
 def transposed(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
-    return _TransposedTensor(tensor.name, tensor.type, shape, tensor)
+    return _TransposedTensor(tensor.name, _floats(tensor), shape, tensor)
 
 
 def then(*changes: Change) -> Change:
@@ -208,7 +222,7 @@ def by_columns(order: Callable[[Sizes], Order]) -> Change:
         wanted = order(sizes)
         if len(wanted) != tensor.row:
             raise tensor.error(f"has {tensor.row} columns, expected {len(wanted)}")
-        return _ColumnsTensor(tensor.name, tensor.type, tensor.shape, tensor, wanted)
+        return _ColumnsTensor(tensor.name, _floats(tensor), tensor.shape, tensor, wanted)
 
     return change
 
@@ -217,7 +231,7 @@ def scaled(factors: Callable[[Sizes, int], F32Array]) -> Change:
     """factors: some of each row [number of factors, rows], from the sizes and the number of rows."""
 
     def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
-        return _ScaledTensor(tensor.name, tensor.type, tensor.shape, tensor, factors(sizes, tensor.n_rows))
+        return _ScaledTensor(tensor.name, _floats(tensor), tensor.shape, tensor, factors(sizes, tensor.n_rows))
 
     return change
 

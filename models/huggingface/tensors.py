@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrun.formats import FormatError, TensorType
 from qrun.formats.blocks.floats import Floats
@@ -45,6 +47,8 @@ CACHE_SCALES = re.compile(r".*\.(kv|k|v)_(scale|zero_point)")
 TIED_OUTSIDE = "tie_word_embeddings outside"
 COMPARE_WEIGHTS = 1 << 20  # that are compared at a time
 
+
+Number = TypeVar("Number", bound=np.generic)
 
 EMBEDDING = Mapped("embed_tokens.weight", "token_embd.weight", ("vocab", "embd"))
 HEAD = Mapped("lm_head.weight", "output.weight", ("vocab", "embd"))
@@ -86,11 +90,18 @@ class MappedTensor(SourceTensor):
         tensor, first, last = pieces[0]
         return tensor.floats(first, last)
 
+    @property
+    def tensor_scales(self) -> F32Array:
+        """What the weights of each segment are to be multiplied by, where they are not decoded: see SourceTensor."""
+        return np.array([segment.tensor.tensor_scale for segment in self.segments], np.float32)
+
     def raw(self, start: int, end: int) -> U8Array:
-        if self.heads or self.shift or any(segment.tensor.type != self.type for segment in self.segments):
+        if self.shift or any(segment.tensor.type != self.type for segment in self.segments):
             return super().raw(start, end)
-        parts = [tensor.raw(first, last) for tensor, first, last in self._pieces(start, end)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self.shape) == 1:
+            return super().raw(start, end) if self.heads else self._stored_bytes(start, end).reshape(-1)
+        stored = self._permuted(start, end, self._stored_bytes) if self.heads else self._stored_bytes(start, end)
+        return stored.reshape(-1)
 
     def forget(self) -> None:
         for segment in self.segments:
@@ -100,8 +111,17 @@ class MappedTensor(SourceTensor):
         return self.segments[0].tensor.error(reason)
 
     def _stored(self, start: int, end: int) -> F32Array:
-        parts = [tensor.rows(first, last) for tensor, first, last in self._pieces(start, end)]
+        parts = []
+        for tensor, first, last in self._pieces(start, end):
+            rows = tensor.rows(first, last)
+            alone = tensor.type != self.type and tensor.tensor_scale != 1
+            parts.append(rows * tensor.tensor_scale if alone else rows)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _stored_bytes(self, start: int, end: int) -> U8Array:
+        """[rows, bytes of a row]"""
+        parts = [tensor.raw(first, last) for tensor, first, last in self._pieces(start, end)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(end - start, -1)
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[SourceTensor, int, int]]:
         """Where rows start to end lie: tensors, and which rows of each."""
@@ -115,7 +135,7 @@ class MappedTensor(SourceTensor):
     def _column(self, start: int, end: int) -> F32Array:
         return self._stored(0, 1).reshape(-1, 1)[start:end]
 
-    def _permuted(self, start: int, end: int, stored: Callable[[int, int], F32Array]) -> F32Array:
+    def _permuted(self, start: int, end: int, stored: Callable[[int, int], NDArray[Number]]) -> NDArray[Number]:
         size = (self.row if len(self.shape) == 1 else self.n_rows) // self.heads
         parts = []
         for head in range(start // size, -(-end // size)):
@@ -222,6 +242,18 @@ def map_tensors(
         mapper.add(mapper.head)
     mapper.check_rest()
     return mapper.tensors
+
+
+def scale_tensors(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
+    """What products with tensors are to be multiplied by, where those are kept in a type without a place for it."""
+    scales: dict[str, SourceTensor] = {}
+    for tensor in tensors.values():
+        if isinstance(tensor, MappedTensor) and tensor.type == TensorType.NVFP4:
+            factors = tensor.tensor_scales
+            if not np.allclose(factors, 1, rtol=0 if len(factors) == 1 else 1e-5, atol=1e-6):
+                name = f"{tensor.name.removesuffix('.weight')}.scale"
+                scales[name] = ConstantTensor.of(name, factors, config)
+    return scales
 
 
 def short_name(name: str) -> str:
