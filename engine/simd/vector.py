@@ -208,6 +208,19 @@ class Emitter:
         type_ = ir.VectorType(element, lanes)
         return self.vector(self.builder.load(self.pointer(address, offset, type_), align=1))
 
+    def gather(self, address: ir.Value, indices: Vector) -> Vector:
+        """The int32 numbers of these indices from an array at an address."""
+        lanes = indices.lanes
+        wide = ir.VectorType(I64, lanes)
+        offsets = self.builder.shl(self.builder.sext(indices.value, wide), ir.Constant(wide, [2] * lanes))
+        places = self.builder.add(self.splat(address, lanes).value, offsets)
+        pointers = self.builder.inttoptr(places, ir.VectorType(I32.as_pointer(), lanes))
+        bits = ir.VectorType(ir.IntType(1), lanes)
+        type_ = ir.FunctionType(indices.value.type, [pointers.type, I32, bits, indices.value.type])
+        function = declare(self.builder.module, f"llvm.masked.gather.v{lanes}i32.v{lanes}p0", type_)
+        every, none = ir.Constant(bits, [1] * lanes), ir.Constant(indices.value.type, ir.Undefined)
+        return self.vector(self.builder.call(function, [pointers, ir.Constant(I32, 4), every, none]))
+
     def load_scalar(self, address: ir.Value, offset: int, element: ir.Type) -> ir.Value:
         return self.builder.load(self.pointer(address, offset, element), align=1)
 

@@ -21,9 +21,12 @@ together hold d, so there is no other place for it.
 
 import numpy as np
 
+from qrun.formats.blocks.fitting import Effort, Groups, Search
+from qrun.formats.blocks.grid_fitting import SHIFT as DELTA
+from qrun.formats.blocks.grid_fitting import fit_groups
 from qrun.formats.blocks.grids import grid
-from qrun.formats.blocks.iq1_s import DELTA
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields
+from qrun.formats.blocks.iq1_s import STARTS
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -36,3 +39,17 @@ def dequantize(blocks: U8Array) -> F32Array:
     levels = grid("IQ1_S")[blocks[:, :32] | (fields & 7).astype(np.uint16) << 8].astype(np.float32)
     shifted = levels + np.where(fields & 8, -DELTA, DELTA)[..., None]
     return (d[..., None] * shifted.reshape(n_blocks, 16, 16)).reshape(n_blocks, 256)
+
+
+SEARCH = Search(16, 16, Groups("IQ1_S", 8, -1, 1, 3, shifted=8), False, Effort(STARTS, 1), 1, 15, 1)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 56]. Seeks d, scales, groups and shifts: least sum of importance * (x - w)^2."""
+    found = fit_groups(SEARCH, values, importance)
+    fields = found.indices >> 8 | found.shifted.astype(np.int32) << 3
+    qh = pack_fields(fields.reshape(-1, 16, 2, 1), 4).reshape(-1, 16)
+    scales = found.scales.astype(np.uint16).reshape(-1, 4, 4) << np.arange(0, 12, 3, dtype=np.uint16)
+    d = found.scale.astype(np.float16).view(np.uint16)[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) & 15
+    words = np.bitwise_or.reduce(scales, axis=-1) | d << 12
+    return np.concatenate([found.indices.astype(np.uint8), qh, words.astype("<u2").view(np.uint8)], axis=-1)

@@ -14,9 +14,13 @@ IQ2_XXS with twice as many groups to choose from and twice as many scales. The s
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
+from qrun.formats.blocks.fitting import Effort, Groups, Search
+from qrun.formats.blocks.grid_fitting import fit_groups
 from qrun.formats.blocks.grids import even_signs, grid
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.iq2_xxs import STARTS
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, pack_fields, read_f16, write_f16
 
 
 def half_scales(packed: U8Array) -> F32Array:
@@ -31,3 +35,18 @@ def dequantize(blocks: U8Array) -> F32Array:
     d = read_f16(blocks, 0) * half_scales(blocks[:, 66:])
     weights = grid("IQ2_XS")[qs & 511].reshape(n_blocks, 256) * even_signs(qs >> 9)
     return (d[..., None] * weights.reshape(n_blocks, 16, 16).astype(np.float32)).reshape(n_blocks, 256)
+
+
+SEARCH = Search(16, 16, Groups("IQ2_XS", 8, 8, 17.5, 3, 1 / 8, "even"), False, Effort(STARTS, 1), 1, 31, 1)
+
+
+def pack_scales(scales: NDArray[np.int32]) -> U8Array:
+    """4-bit scales, two a byte: [n, m] -> uint8 [n, m / 2]."""
+    return pack_fields(scales.reshape(len(scales), -1, 2).swapaxes(-1, -2), 4)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 74]. Seeks d, scales and groups that make the sum of importance * (x - w)^2 least."""
+    found = fit_groups(SEARCH, values, importance)
+    qs = (found.indices.astype(np.uint16) | (found.sign_bytes & 127).astype(np.uint16) << 9).astype("<u2")
+    return np.concatenate([write_f16(found.scale), qs.view(np.uint8), pack_scales(found.scales)], axis=-1)

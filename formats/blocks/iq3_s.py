@@ -16,8 +16,11 @@ have, so the error is smaller; all signs are stored.
 
 import numpy as np
 
+from qrun.formats.blocks.fitting import Effort, Groups, Search, spaced
+from qrun.formats.blocks.grid_fitting import fit_groups
 from qrun.formats.blocks.grids import grid, signs
-from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16
+from qrun.formats.blocks.iq2_xs import pack_scales
+from qrun.formats.blocks.layout import F32Array, U8Array, bit_fields, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -28,3 +31,16 @@ def dequantize(blocks: U8Array) -> F32Array:
     d = read_f16(blocks, 0) * (2 * scale + 1).astype(np.float32)
     weights = grid("IQ3_S")[index].reshape(n_blocks, 256) * signs(blocks[:, 74:106])
     return (d[..., None] * weights.reshape(n_blocks, 8, 32).astype(np.float32)).reshape(n_blocks, 256)
+
+
+STARTS = (1, *spaced(0.6 * 15, 1.2 * 15, 8))
+SEARCH = Search(8, 32, Groups("IQ3_S", 4, 1, 2, 8, 1, "free"), False, Effort(STARTS, 1), 1, 31, 1)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 110]. Seeks d, scales and groups that make the sum of importance * (x - w)^2 least."""
+    found = fit_groups(SEARCH, values, importance)
+    low = found.indices.astype(np.uint8)
+    ninth = np.packbits(found.indices >> 8, axis=-1, bitorder="little")
+    parts = [write_f16(found.scale), low, ninth, found.sign_bytes, pack_scales(found.scales)]
+    return np.concatenate(parts, axis=-1)

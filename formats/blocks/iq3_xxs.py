@@ -13,8 +13,11 @@ eight weights take seven bits, as there.
 
 import numpy as np
 
+from qrun.formats.blocks.fitting import Effort, Groups, Search, spaced
+from qrun.formats.blocks.grid_fitting import fit_groups
 from qrun.formats.blocks.grids import even_signs, grid
-from qrun.formats.blocks.layout import F32Array, U8Array, read_f16
+from qrun.formats.blocks.iq2_xxs import pack_signs
+from qrun.formats.blocks.layout import F32Array, U8Array, read_f16, write_f16
 
 
 def dequantize(blocks: U8Array) -> F32Array:
@@ -24,3 +27,14 @@ def dequantize(blocks: U8Array) -> F32Array:
     magnitudes = grid("IQ3_XXS")[blocks[:, 2:66]].reshape(n_blocks, 8, 32)
     sign = even_signs(word >> np.arange(0, 28, 7, dtype=np.uint32))
     return (d * (magnitudes * sign).astype(np.float32)).reshape(n_blocks, 256)
+
+
+STARTS = (4, *spaced(0.6 * 62, 1.2 * 62, 8))
+SEARCH = Search(8, 32, Groups("IQ3_XXS", 4, 4, 8, 8, 1 / 4, "even"), False, Effort(STARTS, 1), 1, 31, 1)
+
+
+def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
+    """[n, 256] -> uint8 [n, 98]. Seeks d, scales and groups that make the sum of importance * (x - w)^2 least."""
+    found = fit_groups(SEARCH, values, importance)
+    words = pack_signs(found.sign_bytes, found.scales).reshape(-1, 32)
+    return np.concatenate([write_f16(found.scale), found.indices.astype(np.uint8), words], axis=-1)

@@ -1,0 +1,81 @@
+"""Every class of checkpoints that can be converted: tensors and metadata are those of llama.cpp's converter.
+
+The checkpoints are tiny, and made of what tests/data/classes.json says of them (tests/data/make_classes.py made it).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_weights import digest, write_checkpoint
+
+from qrun.formats import FormatError
+from qrun.models.huggingface import CheckpointSource
+from qrun.models.huggingface.architectures import ARCHITECTURES
+
+CLASSES: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data" / "classes.json").read_text())
+
+# Where the converter takes no notice of what config.json says, and this one does.
+OTHERWISE = {
+    ("GlmForCausalLM", "chatglm.context_length"): 128,
+    ("GlmForCausalLM", "chatglm.attention.layer_norm_rms_epsilon"): 1.5625e-07,
+}
+# What is said here beside what the converter says: what engines take where a file says nothing, or would take anyway.
+BESIDE = (
+    "attention.key_length", "attention.value_length", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+    "rope.freq_base", "expert_gating_func",
+)  # fmt: skip
+
+
+def equal(found: Any, expected: Any) -> bool:
+    if isinstance(expected, list):
+        return found is not None and list(found) == expected
+    if isinstance(expected, float):
+        return found is not None and np.float32(found) == np.float32(expected)
+    return bool(found == expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    with closing(CheckpointSource(folder)) as source:
+        tensors = {
+            key: [tensor.type.name, list(tensor.shape), digest(key, tensor.raw(0, tensor.n_rows))]
+            for key, tensor in source.tensors.items()
+        }
+        assert tensors == case["tensors"]
+        for tensor in source.tensors.values():  # also where only some of the rows are wanted
+            middle = tensor.n_rows // 2
+            whole = tensor.rows(0, tensor.n_rows)
+            np.testing.assert_array_equal(tensor.rows(middle, tensor.n_rows), whole[middle:])
+        for key, expected in case["metadata"].items():
+            found = source.metadata.get(key)
+            if (name, key) in OTHERWISE:
+                assert not equal(found, expected)
+                expected = OTHERWISE[name, key]
+            assert equal(found, expected), f"{key} is {found}, expected {expected}"
+        prefix = f"{case['metadata']['general.architecture']}."
+        beside = {key.removeprefix(prefix) for key in source.metadata if key.startswith(prefix)}
+        assert beside - {key.removeprefix(prefix) for key in case["metadata"]} <= set(BESIDE)
+        unknown = [notice for notice in source.notices if "not known here" in notice]
+        assert not unknown
+
+
+def test_all_classes_are_tested() -> None:
+    """Themselves, or another one with the same entry."""
+    tested = [ARCHITECTURES[name] for name in CLASSES]
+    assert [name for name, architecture in ARCHITECTURES.items() if architecture not in tested] == []
+
+
+def test_an_unknown_class_is_named(tmp_path: Path) -> None:
+    case = CLASSES["Qwen3ForCausalLM"]
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {"architectures": ["OddForCausalLM"]}, {})
+    with pytest.raises(FormatError, match="architecture 'OddForCausalLM' is not supported") as caught:
+        CheckpointSource(folder)
+    assert "Qwen3ForCausalLM" in str(caught.value) and "\n" not in str(caught.value)
