@@ -13,7 +13,10 @@ from zlib import crc32
 
 import numpy as np
 
-TOKENIZER = Path(__file__).parent.parent / "data" / "huggingface" / "qwen3"
+DATA = Path(__file__).parent.parent / "data"
+TOKENIZER = DATA / "huggingface" / "qwen3"
+CLASSES: dict[str, Any] = json.loads((DATA / "classes.json").read_text()) if (DATA / "classes.json").is_file() else {}
+"""By the class's name: config, shapes, and the metadata and tensors that llama.cpp's converter makes of them."""
 
 
 def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:

@@ -6,20 +6,21 @@ The checkpoints are tiny, and made of what tests/data/classes.json says of them 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_weights import digest, write_checkpoint
+from checkpoint_weights import CLASSES, digest, write_checkpoint
 
 from qrun.formats import FormatError
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.architectures import ARCHITECTURES
 
-CLASSES: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data" / "classes.json").read_text())
-
+N_STRANGE = 6  # configurations of each class
 # Where the converter takes no notice of what config.json says, and this one does.
 OTHERWISE = {
     ("GlmForCausalLM", "chatglm.context_length"): 128,
@@ -65,6 +66,56 @@ def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Pat
         assert beside - {key.removeprefix(prefix) for key in case["metadata"]} <= set(BESIDE)
         unknown = [notice for notice in source.notices if "not known here" in notice]
         assert not unknown
+
+
+STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in JSON where a value stands: what it is in, and its key or index."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+def read_all(folder: Path) -> None:
+    """What a conversion does, or the one line with which it ends."""
+    try:
+        with closing(CheckpointSource(folder)) as source:
+            for tensor in source.tensors.values():
+                tensor.raw(0, tensor.n_rows)
+    except FormatError as error:
+        assert str(error).startswith(str(folder)) and "\n" not in str(error)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CLASSES)
+def test_strange_configurations_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    random = Random(int(rng.integers(1 << 31)))
+    for _ in range(N_STRANGE):
+        config = json.loads(json.dumps(case["config"]))
+        holder, key = random.choice([place for place in places(config) if place[1] != "architectures"])
+        holder[key] = random.choice(STRANGE)
+        (folder / "config.json").write_text(json.dumps(config))
+        read_all(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
+    name: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    case = CLASSES[name]
+    random = Random(int(rng.integers(1 << 31)))
+    for _ in range(3):
+        shapes = dict(case["shapes"])
+        key = random.choice([key for key in shapes if shapes[key] != [2]])
+        if random.random() < 0.5:
+            del shapes[key]
+        else:
+            shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
+        read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
 
 
 def test_all_classes_are_tested() -> None:

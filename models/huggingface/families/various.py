@@ -84,7 +84,7 @@ def _hunyuan_entries(facts: Facts) -> None:
     config, head = facts.config, facts.sizes["head"]
     rope = config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
     kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in ("dynamic", "xdrope") or rope.get("alpha") is None:
+    if kind not in ("dynamic", "xdrope") or rope.get("alpha") is None or head <= 2:
         return
     base = rope.real("rope_theta", config.real("rope_theta", 10000.0))
     facts.real("rope.freq_base", base * rope.real("alpha", high=1e6) ** (head / (head - 2)))
@@ -112,7 +112,7 @@ def _minicpm_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
     facts.real("embedding_scale", config.real("scale_emb", 1.0))
     facts.real("residual_scale", config.real("scale_depth", 1.0) / sqrt(sizes["layers"]))
-    facts.real("logit_scale", sizes["embd"] / config.real("dim_model_base", float(sizes["embd"])))
+    facts.real("logit_scale", sizes["embd"] / config.real("dim_model_base", float(sizes["embd"]), low=1.0))
 
 
 _MINICPM = Architecture(
