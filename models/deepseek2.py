@@ -27,7 +27,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     temperature = read_temperature(metadata)
     is_glm = h.n_layer in LAYERS_OF_GLM and h.n_vocab == VOCABULARY_OF_GLM
     shares = Shares.read(metadata, "sigmoid" if is_glm else "softmax")
-    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
+    n_shared = metadata.integer("expert_shared_count", low=0, high=MAX_EXPERTS)
     absorbed = metadata.integer("attention.key_length_mla", 0, low=0, high=MAX_HEAD_DIM) > 0
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)

@@ -162,7 +162,7 @@ TRANSFORMERS: dict[str, Case] = {
         "use_qk_norm": True, "num_nextn_predict_layers": 1}, GLM_DRAFT),
     "Glm4MoeLiteForCausalLM": ("Glm4MoeLiteConfig", DENSE | ROUTED | LATENT | {
         "num_key_value_heads": 4, "num_nextn_predict_layers": 0}, {}),
-    "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED, {}),
+    "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED | {"first_k_dense_replace": 0}, {}),
     "DeepseekV2ForCausalLM": ("DeepseekV2Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
                               "rope_parameters": YARN, "topk_method": "greedy", "scoring_func": "softmax"}, {}),
     "DeepseekV3ForCausalLM": ("DeepseekV3Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
@@ -211,12 +211,13 @@ TRANSFORMERS: dict[str, Case] = {
     "Exaone4ForCausalLM": ("Exaone4Config", DENSE | {"num_hidden_layers": 4, "sliding_window": 16}, {}),
     "Ernie4_5ForCausalLM": ("Ernie4_5Config", DENSE | HEAD, {}),
     "Ernie4_5_MoeForCausalLM": ("Ernie4_5_MoeConfig", DENSE | {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2,
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1}, {}),
     "HunYuanDenseV1ForCausalLM": ("HunYuanDenseV1Config", DENSE | HEAD, {}),
     "MiniMaxM2ForCausalLM": ("MiniMaxM2Config", DENSE | HEAD | {
         "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}, {}),
-    "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1}, {}),
+    "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1,
+                                                        "mup_enabled": True}, {}),
     "MellumForCausalLM": ("MellumConfig", DENSE | HEAD | MIXTURE, {}),
 }  # fmt: skip
 

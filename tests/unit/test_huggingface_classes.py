@@ -25,11 +25,12 @@ N_STRANGE = 6  # configurations of each class
 OTHERWISE = {
     ("GlmForCausalLM", "chatglm.context_length"): 128,
     ("GlmForCausalLM", "chatglm.attention.layer_norm_rms_epsilon"): 1.5625e-07,
+    ("SolarOpenForCausalLM", "glm4moe.rope.dimension_count"): 16,  # its class in Transformers turns all, if not told
 }
 # What is said here beside what the converter says: what engines take where a file says nothing, or would take anyway.
 BESIDE = (
     "attention.key_length", "attention.value_length", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "expert_gating_func",
+    "rope.freq_base", "expert_gating_func", "expert_weights_norm",
 )  # fmt: skip
 
 

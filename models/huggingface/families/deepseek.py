@@ -110,7 +110,8 @@ _LATENT = Architecture(
     defaults={"num_experts_per_tok": 1, "num_experts": 1}, fixed={"rope_interleave": True, "moe_layer_freq": 1},
 )  # fmt: skip
 _GLM_LITE = replace(
-    _LATENT, dropped_layers=False, extra_layers="num_nextn_predict_layers", draft=DRAFT
+    _LATENT, defaults=dict(_LATENT.defaults) | {"scoring_func": "sigmoid"}, dropped_layers=False,
+    extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 MISTRAL4 = replace(_LATENT, name="mistral4")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qrun.models.huggingface.changes import Order, by_order
@@ -126,7 +128,7 @@ CLASSES = {
     "GlmOcrForConditionalGeneration": _GLM4,
     "Glm4MoeForCausalLM": _GLM4_MOE,
     "Glm4vMoeForConditionalGeneration": _GLM4_MOE,
-    "SolarOpenForCausalLM": _GLM4_MOE,
+    "SolarOpenForCausalLM": replace(_GLM4_MOE, defaults=dict(_GLM4_MOE.defaults) | {"partial_rotary_factor": 1.0}),
     "GlmForCausalLM": _GLM,
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,

@@ -164,7 +164,7 @@ def _ernie_entries(facts: Facts) -> None:
         raise config.error("moe_layer_end_index", f"is {end}: layers without experts behind others are not supported")
     facts.count("expert_shared_count", shared)
     if shared:
-        facts.count("expert_shared_feed_forward_length", facts.sizes["ff"] // facts.sizes["kv_heads"])
+        facts.count("expert_shared_feed_forward_length", facts.sizes["expert_ff"] * shared)
 
 
 def _without_drafts(name: str, sizes: Sizes) -> str:
@@ -219,7 +219,8 @@ _AFMOE = Architecture(
         ),
         *flags(expert_weights_norm="route_norm"), *reals(expert_weights_scale="route_scale"),
     ),
-    rotated="all", defaults={"score_func": "sigmoid"}, period=4, fixed={"global_attn_every_n_layers": 4},
+    rotated="all", defaults={"score_func": "sigmoid", "route_norm": True}, period=4,
+    fixed={"global_attn_every_n_layers": 4, "mup_enabled": True},
 )  # fmt: skip
 
 
