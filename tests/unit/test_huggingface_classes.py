@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_weights import CLASSES, digest, write_checkpoint
+from checkpoint_weights import CLASSES, DATA, digest, write_checkpoint
 
 from qrun.formats import FormatError
 from qrun.models.huggingface import CheckpointSource
@@ -123,6 +123,12 @@ def test_all_classes_are_tested() -> None:
     """Themselves, or another one with the same entry."""
     tested = [ARCHITECTURES[name] for name in CLASSES]
     assert [name for name, architecture in ARCHITECTURES.items() if architecture not in tested] == []
+
+
+def test_the_readme_names_all_classes() -> None:
+    readme = (DATA.parent.parent / "README.md").read_text()
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in readme] == []
+    assert f"the\n{len(ARCHITECTURES)} classes below" in readme
 
 
 def test_an_unknown_class_is_named(tmp_path: Path) -> None:
