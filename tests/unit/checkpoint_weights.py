@@ -34,7 +34,9 @@ def digest(name: str, data: np.ndarray) -> str:
     return sha256(data.tobytes()).hexdigest()[:8]
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Path:
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, tokenizer: bool = True
+) -> Path:
     """A folder with config.json, model.safetensors and a small tokenizer."""
     from safetensors_builder import build
 
@@ -42,6 +44,6 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], shapes: Mapping[st
     (folder / "config.json").write_text(json.dumps(config))
     held = {name: ("BF16", tuple(shape), bfloat16(name, shape).tobytes()) for name, shape in shapes.items()}
     (folder / "model.safetensors").write_bytes(build(held))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
         shutil.copy(TOKENIZER / name, folder / name)
     return folder

@@ -6,6 +6,7 @@ The checkpoints are tiny, and made of what tests/data/classes.json says of them 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from checkpoint_weights import CLASSES, DATA, digest, write_checkpoint
 
-from qrun.formats import FormatError
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats import FormatError, GGUFReader
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.architectures import ARCHITECTURES
 
@@ -123,6 +125,32 @@ def test_all_classes_are_tested() -> None:
     """Themselves, or another one with the same entry."""
     tested = [ARCHITECTURES[name] for name in CLASSES]
     assert [name for name, architecture in ARCHITECTURES.items() if architecture not in tested] == []
+
+
+def test_the_tokens_of_gemma_4(tmp_path: Path) -> None:
+    """They merge in the order of a list, and those that stand around parts of an answer are text."""
+    case, gemma = CLASSES["Gemma4ForConditionalGeneration"], DATA / "huggingface" / "gemma3-vision"
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    tokenizer = json.loads((gemma / "tokenizer.json").read_text())
+    n_vocab = 440
+    for id, content in ((431, "<|channel>"), (432, "<|turn>")):
+        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": id, "content": content, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(gemma / "tokenizer_config.json", folder)
+    config = case["config"] | {"text_config": case["config"]["text_config"] | {"vocab_size": n_vocab}}
+    shapes = {key: [n_vocab, *shape[1:]] if "embed_tokens.w" in key else shape for key, shape in case["shapes"].items()}
+    write_checkpoint(folder, config, shapes, tokenizer=False)
+    with closing(CheckpointSource(folder)) as source:
+        assert source.metadata["tokenizer.ggml.model"] == "gemma4"
+        assert source.metadata["tokenizer.ggml.merges"]
+        assert "tokenizer.ggml.pre" not in source.metadata
+        types = source.metadata["tokenizer.ggml.token_type"]
+        assert (types[431], types[432], types[2]) == (4, 3, 3)
+        source.writer(tmp_path / "vocabulary.gguf").close()
+    with GGUFReader(tmp_path / "vocabulary.gguf") as reader:
+        engine = Tokenizer.load(reader)
+        for expected in json.loads((gemma / "texts.json").read_text()):
+            assert engine.encode(expected["text"], parse_special=True) == expected["ids"], expected["text"]
 
 
 def test_the_readme_names_all_classes() -> None:
