@@ -219,6 +219,21 @@ TRANSFORMERS: dict[str, Case] = {
     "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1,
                                                         "mup_enabled": True}, {}),
     "MellumForCausalLM": ("MellumConfig", DENSE | HEAD | MIXTURE, {}),
+    "ExaoneMoeForCausalLM": ("ExaoneMoeConfig", DENSE | HEAD | MIXTURE | {
+        "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.5, "sliding_window": 16, "num_hidden_layers": 4, "num_nextn_predict_layers": 0}, {}),
+    "HYV3ForCausalLM": ("HYV3Config", DENSE | HEAD | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 1},
+                        {}),
+    "Jais2ForCausalLM": ("Jais2Config", DENSE | HEAD, {}),
+    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", DENSE | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}, {}),
+    "DeepseekV32ForCausalLM": ("DeepseekV32Config", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "GlmMoeDsaForCausalLM": ("GlmMoeDsaConfig", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "LagunaForCausalLM": ("LagunaConfig", DENSE | HEAD | MIXTURE | {
+        "shared_expert_intermediate_size": 40, "layer_types": KINDS[::-1]}, {}),
+    "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 
 # What Transformers saves in another way than the makers publish it.

@@ -337,6 +337,10 @@ CLASSES = {
     "StableLmForCausalLM": _STABLELM,
     "StableLMEpochForCausalLM": _STABLELM,
     "NemotronForCausalLM": _NEMOTRON,
+    "Jais2ForCausalLM": Architecture(
+        "jais2", (*LAYER_NORMS, *attention(), *plain(names="up_proj down_proj")), activations=RELU2,
+        outer=OUTPUT_LAYER_NORM, rotated="all", defaults={"layer_norm_eps": 1e-5, "rms_norm_eps": None},
+    ),
     "OlmoForCausalLM": Architecture(
         "olmo", (*attention(permuted=True), *FEED_FORWARD), outer=(), entries=_olmo_entries,
         defaults={"rms_norm_eps": None, "tie_word_embeddings": False},
