@@ -85,6 +85,7 @@ HARMLESS = (
         vision_config audio_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index
         audio_token_index image_token_id boi_token_id eoi_token_id audio_token_id boa_token_id eoa_token_id
         image_seq_length video_token_id vision_start_token_id vision_end_token_id video_token_index image_newline_id
+        image_start_token_id image_end_token_id video_start_token_id video_end_token_id
         eoa_token_index spatial_merge_size projector_hidden_act projector_hidden_size vision_feature_layer
         multimodal_projector_bias out_hidden_size
     """)

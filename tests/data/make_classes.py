@@ -158,6 +158,8 @@ TRANSFORMERS: dict[str, Case] = {
     "OlmoeForCausalLM": ("OlmoeConfig", DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, {}),
     "GlmForCausalLM": ("GlmConfig", DENSE | {"head_dim": 8, "pad_token_id": 0}, {}),
     "Glm4ForCausalLM": ("Glm4Config", DENSE | HEAD | {"pad_token_id": 0}, {}),
+    "Glm4vForConditionalGeneration": ("Glm4vConfig", text(DENSE | {"rope_parameters": MROPE | {
+        "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}), {}),
     "Glm4MoeForCausalLM": ("Glm4MoeConfig", DENSE | HEAD | ROUTED | {
         "use_qk_norm": True, "num_nextn_predict_layers": 1}, GLM_DRAFT),
     "Glm4MoeLiteForCausalLM": ("Glm4MoeLiteConfig", DENSE | ROUTED | LATENT | {
