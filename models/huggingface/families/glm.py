@@ -72,7 +72,8 @@ def _seeing(config: Config) -> Architecture | None:
 
 
 _GLM4 = Architecture(
-    "glm4", (*_GLM4_LAYER, *attention()), variant=_seeing, rotated="part", defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07},
+    "glm4", (*_GLM4_LAYER, *attention()), variant=_seeing, rotated="part",
+    defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07},
     extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 _GLM4_MOE = Architecture(
