@@ -49,6 +49,7 @@ HARMLESS = (
         moe_norm_min mamba_rms_norm expand mixer_rms_eps time_step_limit time_step_rank _sliding_window_pattern
         expert_layer_offset expert_layer_period decoder_sparse_step mamba_hidden_act mamba_ssm_cache_dtype
         no_rope_layer_interval moe_layers embedding_fraction init_device learned_pos_emb no_bias
+        gating gating_types enable_moe_fp32_combine first_k_dense_replace
         summary_type summary_use_proj summary_proj_to_labels summary_activation moe_shared_expert_overlap
         num_logits_to_keep qk_head_dim auto_adjust_ff_dim
     """)
@@ -84,6 +85,7 @@ HARMLESS = (
         vision_config audio_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index
         audio_token_index image_token_id boi_token_id eoi_token_id audio_token_id boa_token_id eoa_token_id
         image_seq_length video_token_id vision_start_token_id vision_end_token_id video_token_index image_newline_id
+        image_start_token_id image_end_token_id video_start_token_id video_end_token_id
         eoa_token_index spatial_merge_size projector_hidden_act projector_hidden_size vision_feature_layer
         multimodal_projector_bias out_hidden_size
     """)

@@ -99,17 +99,27 @@ class Base:
         raise FormatError(file.path, f"adapters for the architecture {quote(metadata.architecture)} are not supported")
 
     def targets(self) -> dict[str, _Target]:
-        """What an adapter may change, by the names of modules without "model." and the like."""
-        found = {"embed_tokens": _Target(EMBEDDING), "lm_head": _Target(HEAD)}
+        """What an adapter may change, by the names of modules without "model." and the like: the matrices that files
+        have as checkpoints do, but for the order of rows in heads."""
+        architecture = self.architecture
+        found: dict[str, _Target] = {}
+        if architecture.embedding_change is None:
+            found[architecture.embedding] = _Target(EMBEDDING)
+        if architecture.head_change is None:
+            found[architecture.head] = _Target(HEAD)
+        unsure: set[str] = set()  # which tensor they become depends on what else there is
         for layer in range(len(self.heads["heads"])):
-            for part in self.architecture.parts():
-                name, module = f"blk.{layer}.{part.gguf}", f"layers.{layer}.{part.hf}".removesuffix(".weight")
+            for part in architecture.parts():
+                name = f"blk.{layer}.{part.gguf}"
+                module = f"{architecture.layers}.{layer}.{part.hf}".removesuffix(".weight")
                 if isinstance(part, Experts):
-                    for expert in range(self.n_experts):
+                    for expert in range(self.n_experts if part.count == "experts" else 0):
                         found[module.format(expert)] = _Target(name, expert=expert)
                 elif len(part.shape) == 2 and part.change is None:
-                    found[module] = _Target(name, self.heads[part.heads][layer] if part.heads else 0)
-        return found
+                    target = _Target(name, self.heads[part.heads][layer] if part.heads else 0)
+                    if found.setdefault(module, target) != target:
+                        unsure.add(module)
+        return {module: target for module, target in found.items() if module not in unsure}
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ def rope_factors(config: Config, sizes: Mapping[str, int]) -> dict[str, F32Array
     rope, _ = rope_section(config)
     match _kind(rope):
         case "llama3":
-            return {"rope_freqs.weight": _llama3_factors(rope, sizes["head"])}
+            return {"rope_freqs.weight": _llama3_factors(rope, sizes.get("rope_head", sizes["head"]))}
         case "longrope":
-            pairs = _rotated(rope, sizes["head"]) // 2
+            pairs = _rotated(rope, sizes.get("rope_head", sizes["head"])) // 2
             return {
                 f"rope_factors_{length}.weight": np.array(rope.reals(f"{length}_factor", pairs), np.float32)
                 for length in ("long", "short")

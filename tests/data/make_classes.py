@@ -158,11 +158,13 @@ TRANSFORMERS: dict[str, Case] = {
     "OlmoeForCausalLM": ("OlmoeConfig", DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, {}),
     "GlmForCausalLM": ("GlmConfig", DENSE | {"head_dim": 8, "pad_token_id": 0}, {}),
     "Glm4ForCausalLM": ("Glm4Config", DENSE | HEAD | {"pad_token_id": 0}, {}),
+    "Glm4vForConditionalGeneration": ("Glm4vConfig", text(DENSE | {"rope_parameters": MROPE | {
+        "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}), {}),
     "Glm4MoeForCausalLM": ("Glm4MoeConfig", DENSE | HEAD | ROUTED | {
         "use_qk_norm": True, "num_nextn_predict_layers": 1}, GLM_DRAFT),
     "Glm4MoeLiteForCausalLM": ("Glm4MoeLiteConfig", DENSE | ROUTED | LATENT | {
         "num_key_value_heads": 4, "num_nextn_predict_layers": 0}, {}),
-    "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED, {}),
+    "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED | {"first_k_dense_replace": 0}, {}),
     "DeepseekV2ForCausalLM": ("DeepseekV2Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
                               "rope_parameters": YARN, "topk_method": "greedy", "scoring_func": "softmax"}, {}),
     "DeepseekV3ForCausalLM": ("DeepseekV3Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
@@ -211,13 +213,29 @@ TRANSFORMERS: dict[str, Case] = {
     "Exaone4ForCausalLM": ("Exaone4Config", DENSE | {"num_hidden_layers": 4, "sliding_window": 16}, {}),
     "Ernie4_5ForCausalLM": ("Ernie4_5Config", DENSE | HEAD, {}),
     "Ernie4_5_MoeForCausalLM": ("Ernie4_5_MoeConfig", DENSE | {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2,
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1}, {}),
     "HunYuanDenseV1ForCausalLM": ("HunYuanDenseV1Config", DENSE | HEAD, {}),
     "MiniMaxM2ForCausalLM": ("MiniMaxM2Config", DENSE | HEAD | {
         "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}, {}),
-    "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1}, {}),
+    "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1,
+                                                        "mup_enabled": True}, {}),
     "MellumForCausalLM": ("MellumConfig", DENSE | HEAD | MIXTURE, {}),
+    "ExaoneMoeForCausalLM": ("ExaoneMoeConfig", DENSE | HEAD | MIXTURE | {
+        "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.5, "sliding_window": 16, "num_hidden_layers": 4, "num_nextn_predict_layers": 0}, {}),
+    "HYV3ForCausalLM": ("HYV3Config", DENSE | HEAD | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 1},
+                        {}),
+    "Jais2ForCausalLM": ("Jais2Config", DENSE | HEAD, {}),
+    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", DENSE | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}, {}),
+    "DeepseekV32ForCausalLM": ("DeepseekV32Config", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "GlmMoeDsaForCausalLM": ("GlmMoeDsaConfig", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "LagunaForCausalLM": ("LagunaConfig", DENSE | HEAD | MIXTURE | {
+        "shared_expert_intermediate_size": 40, "layer_types": KINDS[::-1]}, {}),
+    "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 
 # What Transformers saves in another way than the makers publish it.

@@ -13,7 +13,10 @@ from zlib import crc32
 
 import numpy as np
 
-TOKENIZER = Path(__file__).parent.parent / "data" / "huggingface" / "qwen3"
+DATA = Path(__file__).parent.parent / "data"
+TOKENIZER = DATA / "huggingface" / "qwen3"
+CLASSES: dict[str, Any] = json.loads((DATA / "classes.json").read_text()) if (DATA / "classes.json").is_file() else {}
+"""By the class's name: config, shapes, and the metadata and tensors that llama.cpp's converter makes of them."""
 
 
 def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -31,7 +34,9 @@ def digest(name: str, data: np.ndarray) -> str:
     return sha256(data.tobytes()).hexdigest()[:8]
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Path:
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, tokenizer: bool = True
+) -> Path:
     """A folder with config.json, model.safetensors and a small tokenizer."""
     from safetensors_builder import build
 
@@ -39,6 +44,6 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], shapes: Mapping[st
     (folder / "config.json").write_text(json.dumps(config))
     held = {name: ("BF16", tuple(shape), bfloat16(name, shape).tobytes()) for name, shape in shapes.items()}
     (folder / "model.safetensors").write_bytes(build(held))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
         shutil.copy(TOKENIZER / name, folder / name)
     return folder

@@ -39,7 +39,8 @@ def refusal(folder: Path) -> str:
 
 def test_none_of_the_checkpoints_gives_reason_for_a_notice() -> None:
     for folder in DATA.iterdir():
-        assert notices(folder) == [], folder.name
+        expected = folder.name.endswith("-vision")  # one, about what sees
+        assert ["see or hear" in notice for notice in notices(folder)] == [True] * expected, folder.name
 
 
 # One matrix for the embedding and the head

@@ -226,6 +226,18 @@ _PHI2 = Architecture(
     activations=ANY_GELU, outer=(*layer_norm("final_layernorm", "output_norm"), HEAD_BIAS), rotated="part",
     defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "rms_norm_eps": None},
 )  # fmt: skip
+_PHI3 = Architecture(
+    "phi3",
+    (
+        *NORMS,
+        *linear("self_attn.qkv_proj", "attn_qkv", "qkv", "embd"),
+        *linear("self_attn.o_proj", "attn_output", "embd", "q"),
+        *linear("mlp.gate_up_proj", "ffn_up", "twice_ff", "embd"),
+        *linear("mlp.down_proj", "ffn_down", "embd", "ff"),
+    ),
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    windows="all",
+)  # fmt: skip
 _STABLELM = Architecture(
     "stablelm",
     (
@@ -322,21 +334,15 @@ CLASSES = {
     "MPTForCausalLM": _MPT,
     "Starcoder2ForCausalLM": _STARCODER2,
     "PhiForCausalLM": _PHI2,
-    "Phi3ForCausalLM": Architecture(
-        "phi3",
-        (
-            *NORMS,
-            *linear("self_attn.qkv_proj", "attn_qkv", "qkv", "embd"),
-            *linear("self_attn.o_proj", "attn_output", "embd", "q"),
-            *linear("mlp.gate_up_proj", "ffn_up", "twice_ff", "embd"),
-            *linear("mlp.down_proj", "ffn_down", "embd", "ff"),
-        ),
-        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-        windows="all",
-    ),
+    "Phi3ForCausalLM": _PHI3,
+    "Phi4ForCausalLMV": _PHI3,
     "StableLmForCausalLM": _STABLELM,
     "StableLMEpochForCausalLM": _STABLELM,
     "NemotronForCausalLM": _NEMOTRON,
+    "Jais2ForCausalLM": Architecture(
+        "jais2", (*LAYER_NORMS, *attention(), *plain(names="up_proj down_proj")), activations=RELU2,
+        outer=OUTPUT_LAYER_NORM, rotated="all", defaults={"layer_norm_eps": 1e-5, "rms_norm_eps": None},
+    ),
     "OlmoForCausalLM": Architecture(
         "olmo", (*attention(permuted=True), *FEED_FORWARD), outer=(), entries=_olmo_entries,
         defaults={"rms_norm_eps": None, "tie_word_embeddings": False},

@@ -17,6 +17,7 @@ from qrun.models.huggingface.layout import (
     VOCAB_SIZE,
     Architecture,
     Change,
+    Mapped,
     Part,
     Sizes,
     attention,
@@ -24,7 +25,9 @@ from qrun.models.huggingface.layout import (
     either,
     experts,
     gated,
+    layer_norm,
     linear,
+    maybe,
     norm,
     optional,
     tensor,
@@ -110,7 +113,8 @@ _LATENT = Architecture(
     defaults={"num_experts_per_tok": 1, "num_experts": 1}, fixed={"rope_interleave": True, "moe_layer_freq": 1},
 )  # fmt: skip
 _GLM_LITE = replace(
-    _LATENT, dropped_layers=False, extra_layers="num_nextn_predict_layers", draft=DRAFT
+    _LATENT, defaults=dict(_LATENT.defaults) | {"scoring_func": "sigmoid"}, dropped_layers=False,
+    extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 MISTRAL4 = replace(_LATENT, name="mistral4")
 
@@ -120,6 +124,68 @@ def _deepseek_entries(facts: Facts) -> None:
     facts.real("expert_weights_scale", 1.0)
     facts.text("rope.scaling.type", "none")
 
+
+# With an indexer, which chooses what attention looks at.
+
+_INDEXER: tuple[Part, ...] = (
+    tensor("self_attn.indexer.wq_b.weight", "indexer.attn_q_b.weight", "* q_rank"),
+    tensor("self_attn.indexer.wk.weight", "indexer.attn_k.weight", "index_dim embd"),
+    tensor("self_attn.indexer.weights_proj.weight", "indexer.proj.weight", "* embd"),
+    *layer_norm("self_attn.indexer.k_norm", "indexer.k_norm", "index_dim"),
+)
+
+
+def _indexed_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    return _latent_sizes(config, sizes) | {"index_dim": config.integer("index_head_dim", 128)}
+
+
+def _indexed_entries(facts: Facts) -> None:
+    config = facts.config
+    _latent_entries(facts)
+    facts.count("attention.indexer.head_count", config.integer("index_n_heads"))
+    facts.count("attention.indexer.key_length", facts.sizes["index_dim"])
+    facts.count("attention.indexer.top_k", config.integer("index_topk"))
+    layers = config.get("layer_types")
+    if isinstance(layers, list) and any(kind != "indexed_attention" for kind in layers):
+        raise config.error("layer_types", "has others than 'indexed_attention', which is not supported")
+    kinds = config.get("indexer_types")
+    if isinstance(kinds, list):
+        facts.flags("attention.indexer.types", [kind == "full" for kind in kinds])
+
+
+_INDEXED = replace(
+    _LATENT, name="deepseek32", layer=(*NORMS, *LATENT_ATTENTION, maybe(*_INDEXER), either(MIXTURE, FEED_FORWARD)),
+    sizes=_indexed_sizes, entries=_indexed_entries, dropped_layers=False, extra_layers="num_nextn_predict_layers",
+    draft=DRAFT,
+)  # fmt: skip
+
+# MiniCPM 3: keys and values stay together.
+
+
+def _minicpm3_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    found = _latent_sizes(config, sizes)
+    head = found["plain_dim"] + found["turned_dim"]
+    return found | {"kv_heads": sizes["kv_heads"], "head": head, "rope_head": found["turned_dim"]}
+
+
+def _minicpm3_entries(facts: Facts) -> None:
+    facts.count("attention.q_lora_rank", facts.sizes["q_rank"])
+    facts.count("attention.kv_lora_rank", facts.sizes["kv_rank"])
+    facts.count("attention.value_length", facts.sizes["value_dim"])
+    facts.count("rope.dimension_count", facts.sizes["turned_dim"])
+
+
+_MINICPM3 = Architecture(
+    "minicpm3",
+    (
+        *NORMS,
+        *(part for part in LATENT_ATTENTION if not (isinstance(part, Mapped) and "kv_b_proj" in part.hf)),
+        tensor("self_attn.kv_b_proj.weight", "attn_kv_b.weight", "kv_b kv_rank"),
+        *FEED_FORWARD,
+    ),
+    sizes=_minicpm3_sizes, entries=_minicpm3_entries, keys=VOCAB_SIZE,
+    fixed={"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+)  # fmt: skip
 
 _DEEPSEEK = Architecture(
     "deepseek",
@@ -140,6 +206,9 @@ CLASSES = {
     "DeepseekV3ForCausalLM": _LATENT,
     "KimiVLForConditionalGeneration": _LATENT,
     "KimiK25ForConditionalGeneration": _LATENT,
+    "DeepseekV32ForCausalLM": _INDEXED,
+    "GlmMoeDsaForCausalLM": replace(_INDEXED, name="glm-dsa"),
+    "MiniCPM3ForCausalLM": _MINICPM3,
     "YoutuForCausalLM": _LATENT,
     "YoutuVLForConditionalGeneration": _LATENT,
     "Glm4MoeLiteForCausalLM": _GLM_LITE,

@@ -21,6 +21,7 @@ from qrun.models.huggingface.layout import (
     optional,
     tensor,
 )
+from qrun.models.hyperparameters import MAX_HEAD_DIM
 
 _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 8192,
           "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
@@ -47,8 +48,9 @@ def _full_value(config: Config, key: str, inner: str) -> int | None:
     if config.get(key) is not None:
         return config.integer(key)
     single = config.get("per_layer_config")
-    kinds = config.get("layer_types") or []
-    for layer, values in single.items() if isinstance(single, dict) else ():
+    kinds = config.get("layer_types")
+    both = isinstance(single, dict) and isinstance(kinds, list)
+    for layer, values in single.items() if both else ():
         there = layer.isdecimal() and int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"
         if there and isinstance(values, dict) and type(values.get(inner)) is int:
             return int(values[inner])
@@ -57,12 +59,15 @@ def _full_value(config: Config, key: str, inner: str) -> int | None:
 
 def _gemma4_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     per_layer = config.integer("hidden_size_per_layer_input", 0, low=0)
+    full_head = _full_value(config, "global_head_dim", "head_dim") or sizes["head"]
+    if full_head % 2 or not 0 < full_head <= MAX_HEAD_DIM:
+        raise config.error("global_head_dim", f"is {full_head}, expected an even number up to {MAX_HEAD_DIM}")
     n_experts = config.integer("num_experts", 0, low=0) if config.flag("enable_moe_block") else 0
     return {
         "per_layer": per_layer, "all_per_layer": per_layer * sizes["layers"], "experts": n_experts,
         "per_layer_vocab": config.integer("vocab_size_per_layer_input", sizes["vocab"]),
         "expert_ff": config.integer("moe_intermediate_size", sizes["ff"]),
-        "full_head": _full_value(config, "global_head_dim", "head_dim") or sizes["head"],
+        "full_head": full_head,
     }  # fmt: skip
 
 

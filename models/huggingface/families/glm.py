@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qrun.models.huggingface.changes import Order, by_order
+from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import GATING, Facts
 from qrun.models.huggingface.layout import (
     DRAFT,
@@ -30,15 +33,17 @@ from qrun.models.huggingface.layout import (
 # GLM 4: gates and inputs of the feed-forward layer are one matrix, and four norms.
 
 
+def _rope(config: Config) -> Config:
+    return config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
+
+
 def _rotation(heads: str) -> Change:
     """Of models that see, rope turns numbers side by side in checkpoints, and halves of a head in GGUF files."""
 
     def order(sizes: Sizes) -> Order:
-        rope = sizes.config.section("rope_parameters" if sizes.config.get("rope_parameters") else "rope_scaling")
         rows = np.arange(sizes[heads] * sizes["head"]).reshape(sizes[heads], sizes["head"])
-        if rope.get("mrope_section") is None:
-            return rows.reshape(-1)
-        n = int(sizes["head"] * rope.real("partial_rotary_factor", sizes.config.real("partial_rotary_factor", 0.5)))
+        part = _rope(sizes.config).real("partial_rotary_factor", sizes.config.real("partial_rotary_factor", 0.5))
+        n = int(sizes["head"] * part)
         return np.concatenate([rows[:, :n:2], rows[:, 1:n:2], rows[:, n:]], axis=1).reshape(-1)
 
     return by_order(order)
@@ -49,15 +54,26 @@ _GLM4_LAYER: tuple[Part, ...] = (
     norm("post_self_attn_layernorm", "post_attention_norm"),
     norm("post_attention_layernorm", "ffn_norm"),
     norm("post_mlp_layernorm", "post_ffw_norm"),
+    *linear("mlp.gate_up_proj", "ffn_up", "twice_ff", "embd"),
+    *linear("mlp.down_proj", "ffn_down", "embd", "ff"),
+)
+_SEEING_ATTENTION = (
     *linear("self_attn.q_proj", "attn_q", "q", "embd", change=_rotation("heads")),
     *linear("self_attn.k_proj", "attn_k", "kv", "embd", change=_rotation("kv_heads")),
     *linear("self_attn.v_proj", "attn_v", "kv", "embd"),
     *linear("self_attn.o_proj", "attn_output", "embd", "q"),
-    *linear("mlp.gate_up_proj", "ffn_up", "twice_ff", "embd"),
-    *linear("mlp.down_proj", "ffn_down", "embd", "ff"),
 )
+
+
+def _seeing(config: Config) -> Architecture | None:
+    """Models that see have places in two dimensions, and say so."""
+    sections = _rope(config).get("mrope_section")
+    return replace(_GLM4, layer=(*_GLM4_LAYER, *_SEEING_ATTENTION)) if sections is not None else None
+
+
 _GLM4 = Architecture(
-    "glm4", _GLM4_LAYER, rotated="part", defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07},
+    "glm4", (*_GLM4_LAYER, *attention()), variant=_seeing, rotated="part",
+    defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07},
     extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 _GLM4_MOE = Architecture(
@@ -126,7 +142,7 @@ CLASSES = {
     "GlmOcrForConditionalGeneration": _GLM4,
     "Glm4MoeForCausalLM": _GLM4_MOE,
     "Glm4vMoeForConditionalGeneration": _GLM4_MOE,
-    "SolarOpenForCausalLM": _GLM4_MOE,
+    "SolarOpenForCausalLM": replace(_GLM4_MOE, defaults=dict(_GLM4_MOE.defaults) | {"partial_rotary_factor": 1.0}),
     "GlmForCausalLM": _GLM,
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,

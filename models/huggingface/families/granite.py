@@ -154,6 +154,30 @@ _SWA = replace(
     ),
 )  # fmt: skip
 
+_MOE_SWA = replace(
+    _SWA, keys=(*VOCAB_SIZE, *_FACTORS, *_SHARED_LENGTH),
+    layer=(
+        *NORMS, *attention(permuted=True), *optional(tensor("self_attn.sinks", "attn_sinks.weight", "heads")),
+        either(
+            (
+                either(
+                    _experts(fused=True),
+                    (
+                        tensor("block_sparse_moe.router.weight", "ffn_gate_inp.weight", "experts embd"),
+                        tensor("block_sparse_moe.experts.gate_up_proj", "ffn_gate_up_exps.weight", "experts * embd"),
+                        tensor("block_sparse_moe.experts.down_proj", "ffn_down_exps.weight", "experts embd expert_ff"),
+                    ),
+                ),
+                maybe(
+                    tensor("shared_mlp.input_linear.weight", "ffn_up_shexp.weight", "* embd"),
+                    tensor("shared_mlp.output_linear.weight", "ffn_down_shexp.weight", "embd *"),
+                ),
+            ),
+            FEED_FORWARD,
+        ),
+    ),
+)  # fmt: skip
+
 CLASSES = {
     "GraniteForCausalLM": _GRANITE,
     "GraniteMoeForCausalLM": _GRANITE_MOE,
@@ -161,4 +185,5 @@ CLASSES = {
     "GraniteMoeHybridForCausalLM": _HYBRID,
     "BambaForCausalLM": _HYBRID,
     "GraniteSWAForCausalLM": _SWA,
+    "GraniteMoeSWAForCausalLM": _MOE_SWA,
 }

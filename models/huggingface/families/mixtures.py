@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qrun.models.huggingface.changes import by_order, every, rows, side_by_side, then, upright
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.entries import Facts
+from qrun.models.huggingface.entries import GATING, Facts
+from qrun.models.huggingface.families.qwen import draft_layers
 from qrun.models.huggingface.layout import (
     DRAFT,
     EXPERT_WEIGHTS,
@@ -31,6 +32,7 @@ from qrun.models.huggingface.layout import (
     tensor,
 )
 from qrun.models.huggingface.tensors import uniform
+from qrun.models.hyperparameters import MAX_HEADS
 
 SELECTION_BIAS = optional(
     tensor("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "experts"),
@@ -164,7 +166,7 @@ def _ernie_entries(facts: Facts) -> None:
         raise config.error("moe_layer_end_index", f"is {end}: layers without experts behind others are not supported")
     facts.count("expert_shared_count", shared)
     if shared:
-        facts.count("expert_shared_feed_forward_length", facts.sizes["ff"] // facts.sizes["kv_heads"])
+        facts.count("expert_shared_feed_forward_length", facts.sizes["expert_ff"] * shared)
 
 
 def _without_drafts(name: str, sizes: Sizes) -> str:
@@ -219,9 +221,133 @@ _AFMOE = Architecture(
         ),
         *flags(expert_weights_norm="route_norm"), *reals(expert_weights_scale="route_scale"),
     ),
-    rotated="all", defaults={"score_func": "sigmoid"}, period=4, fixed={"global_attn_every_n_layers": 4},
+    rotated="all", defaults={"score_func": "sigmoid", "route_norm": True}, period=4,
+    fixed={"global_attn_every_n_layers": 4, "mup_enabled": True},
 )  # fmt: skip
 
+
+# Exaone with experts
+
+
+def _exaone_entries(facts: Facts) -> None:
+    _windows(facts)
+    shared = facts.config.integer("num_shared_experts", 1)
+    facts.count("expert_shared_count", shared)
+    facts.count("expert_shared_feed_forward_length", facts.sizes["expert_ff"] * shared)
+    facts.count("nextn_predict_layers", facts.sizes["drafts"])
+    facts.text("rope.scaling.type", "none")
+
+
+_EXAONE_MOE = Architecture(
+    "exaone-moe",
+    (
+        *NORMS, *QK_NORMS, *attention(),
+        either(
+            (
+                *experts(), *SHARED,
+                *optional(tensor("mlp.e_score_correction_bias", "exp_probs_b.bias", "experts")), *SELECTION_BIAS,
+            ),
+            FEED_FORWARD,
+        ),
+    ),
+    entries=_exaone_entries, rename=draft_layers, extra_layers="num_nextn_predict_layers", draft=DRAFT,
+    keys=(
+        *VOCAB_SIZE, *EXPERT_WEIGHTS,
+        *counts(
+            expert_feed_forward_length="moe_intermediate_size",
+            leading_dense_block_count="first_k_dense_replace first_last_k_dense_replace",
+        ),
+    ),
+    fixed={"sliding_window_pattern": 4},
+)  # fmt: skip
+
+# Hunyuan 3
+
+
+def _hy3_draft(name: str, sizes: Sizes) -> str:
+    return name.replace(".final_layernorm.", ".shared_head.norm.")
+
+
+def _hy3_entries(facts: Facts) -> None:
+    config = facts.config
+    shared = config.integer("num_shared_experts", 1)
+    facts.count("expert_shared_feed_forward_length", facts.sizes["expert_ff"] * shared)
+    facts.flag("expert_weights_norm", config.flag("route_norm", True))
+    facts.real("expert_weights_scale", config.real("router_scaling_factor", 1.0))
+    facts.count("expert_gating_func", GATING["sigmoid"])
+
+
+_HY3 = Architecture(
+    "hy_v3",
+    (
+        *NORMS, *QK_NORMS, *attention(),
+        either(
+            (
+                *experts(gate="router.gate"), *gated("mlp.shared_mlp", end="_shexp", width="*"),
+                *optional(tensor("mlp.expert_bias", "exp_probs_b", "experts")),
+            ),
+            FEED_FORWARD,
+        ),
+    ),
+    entries=_hy3_entries, rename=_hy3_draft, extra_layers="num_nextn_predict_layers", draft=DRAFT,
+    keys=counts(expert_feed_forward_length="moe_intermediate_size"),
+)  # fmt: skip
+
+# Laguna: some layers have more heads than others.
+
+
+def _laguna_entries(facts: Facts) -> None:
+    config, sizes = facts.config, facts.sizes
+    heads = config.get("num_attention_heads_per_layer") or [sizes["heads"]] * sizes["layers"]
+    if not isinstance(heads, list) or not all(type(n) is int and 0 < n <= MAX_HEADS for n in heads):
+        raise config.error("num_attention_heads_per_layer", "is not a list of numbers of heads")
+    facts.array("attention.head_count", heads)
+    if config.get("sliding_window"):
+        facts.count("attention.sliding_window", config.integer("sliding_window"))
+        kinds, period = config.get("layer_types"), ("full_attention", *["sliding_attention"] * 3)
+        if kinds != [period[layer % 4] for layer in range(sizes["layers"])]:
+            raise config.error("layer_types", "is not a layer that sees everything before each three with a window")
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        dense = next((layer for layer, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+        facts.count("leading_dense_block_count", dense)
+    facts.flag("expert_weights_norm", True)
+    facts.count("expert_gating_func", GATING["sigmoid"])
+    rope = config.section("rope_parameters")
+    for kind, end in (("full_attention", ""), ("sliding_attention", "_swa")):
+        part = rope.section(kind).real("partial_rotary_factor", 1.0, high=1.0)
+        if rope.get(kind) is not None:
+            facts.count(f"rope.dimension_count{end}", int(sizes["head"] * part))
+
+
+_LAGUNA = Architecture(
+    "laguna",
+    (
+        *NORMS, *QK_NORMS,
+        *linear("self_attn.q_proj", "attn_q", "*", "embd"),
+        *linear("self_attn.k_proj", "attn_k", "kv", "embd"),
+        *linear("self_attn.v_proj", "attn_v", "kv", "embd"),
+        *linear("self_attn.o_proj", "attn_output", "embd", "*"),
+        *linear("self_attn.g_proj", "attn_gate", "*", "embd"),
+        either(
+            (
+                *experts(), *gated("mlp.shared_expert", end="_shexp", width="*"),
+                tensor("mlp.experts.e_score_correction_bias", "exp_probs_b.bias", "experts"),
+            ),
+            FEED_FORWARD,
+        ),
+    ),
+    entries=_laguna_entries,
+    keys=(
+        *VOCAB_SIZE,
+        *counts(
+            expert_feed_forward_length="moe_intermediate_size",
+            expert_shared_feed_forward_length="shared_expert_intermediate_size",
+        ),
+        *reals(expert_weights_scale="moe_routed_scaling_factor"),
+    ),
+    fixed={"moe_apply_router_weight_on_input": False, "moe_router_logit_softcapping": 0.0},
+)  # fmt: skip
 
 CLASSES = {
     "GptOssForCausalLM": _GPT_OSS,
@@ -260,6 +386,10 @@ CLASSES = {
         entries=_hunyuan_entries, defaults={"num_experts_per_tok": 1},
     ),
     "AfmoeForCausalLM": _AFMOE,
+    "ExaoneMoeForCausalLM": _EXAONE_MOE,
+    "ExaoneMoEForCausalLM": _EXAONE_MOE,
+    "HYV3ForCausalLM": _HY3,
+    "LagunaForCausalLM": _LAGUNA,
     "MellumForCausalLM": Architecture(
         "mellum", (*NORMS, *QK_NORMS, *attention(), *experts()), entries=_windows,
         keys=counts(expert_feed_forward_length="moe_intermediate_size"), fixed={"norm_topk_prob": True},

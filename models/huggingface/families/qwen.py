@@ -171,7 +171,7 @@ _DRAFT_NAMES = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_
                 "norm": "shared_head.norm"}  # fmt: skip
 
 
-def _draft_layers(name: str, sizes: Sizes) -> str:
+def draft_layers(name: str, sizes: Sizes) -> str:
     """Layers that predict tokens further ahead come behind the others."""
     if not name.startswith("mtp."):
         return name
@@ -206,7 +206,7 @@ def _qwen35_entries(facts: Facts) -> None:
 def _hybrid(name: str, feed_forward: tuple[Part, ...], tiled: bool) -> Architecture:
     return Architecture(
         name, (*_HYBRID_NORMS, either(_GATED_ATTENTION, _delta_net(tiled)), *feed_forward), norm_shift=1.0,
-        sizes=_delta_sizes, entries=_qwen35_entries if tiled else _delta_entries, rename=_draft_layers,
+        sizes=_delta_sizes, entries=_qwen35_entries if tiled else _delta_entries, rename=draft_layers,
         extra_layers="mtp_num_hidden_layers", draft=DRAFT, rotated="part", ffn=False,
         keys=LENGTHS_OF_EXPERTS if feed_forward is not FEED_FORWARD else (), fixed={"norm_topk_prob": True},
         defaults={"num_experts": 512, "num_experts_per_tok": 10, "partial_rotary_factor": 0.25, "head_dim": 256},
@@ -278,12 +278,14 @@ CLASSES = {
     "Qwen3NextForCausalLM": _hybrid("qwen3next", _EITHER_FF, False),
     "Qwen3_5ForCausalLM": _QWEN35,
     "Qwen3_5ForConditionalGeneration": _QWEN35,
+    "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
     "Qwen3_5MoeForCausalLM": _QWEN35_MOE,
     "Qwen3_5MoeForConditionalGeneration": _QWEN35_MOE,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5OmniModel": _QWEN2_VL,
     "Qwen3VLForConditionalGeneration": _QWEN3_VL,
+    "Qwen3ASRForConditionalGeneration": _QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL_MOE,
     "Qwen3OmniMoeForConditionalGeneration": _QWEN3_VL_MOE,
     "RND1": replace(

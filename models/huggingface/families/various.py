@@ -6,7 +6,9 @@ from math import sqrt
 
 from qrun.models.huggingface.changes import computed, part, rows
 from qrun.models.huggingface.entries import Facts
+from qrun.models.huggingface.families.qwen import draft_layers
 from qrun.models.huggingface.layout import (
+    DRAFT,
     FEED_FORWARD,
     NORMS,
     VOCAB_SIZE,
@@ -50,7 +52,8 @@ _EXAONE4 = Architecture(
         norm("self_attn.k_norm", "attn_k_norm", "head"),
         *attention(), *FEED_FORWARD,
     ),
-    keys=VOCAB_SIZE, entries=_exaone4_entries, defaults={"rms_norm_eps": 1e-5},
+    keys=VOCAB_SIZE, entries=_exaone4_entries, defaults={"rms_norm_eps": 1e-5}, rename=draft_layers,
+    extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 
 # Ernie: the three matrices of attention and the two of the feed-forward layer are one each in its makers' files.
@@ -84,7 +87,7 @@ def _hunyuan_entries(facts: Facts) -> None:
     config, head = facts.config, facts.sizes["head"]
     rope = config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
     kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in ("dynamic", "xdrope") or rope.get("alpha") is None:
+    if kind not in ("dynamic", "xdrope") or rope.get("alpha") is None or head <= 2:
         return
     base = rope.real("rope_theta", config.real("rope_theta", 10000.0))
     facts.real("rope.freq_base", base * rope.real("alpha", high=1e6) ** (head / (head - 2)))
@@ -112,7 +115,7 @@ def _minicpm_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
     facts.real("embedding_scale", config.real("scale_emb", 1.0))
     facts.real("residual_scale", config.real("scale_depth", 1.0) / sqrt(sizes["layers"]))
-    facts.real("logit_scale", sizes["embd"] / config.real("dim_model_base", float(sizes["embd"])))
+    facts.real("logit_scale", sizes["embd"] / config.real("dim_model_base", float(sizes["embd"]), low=1.0))
 
 
 _MINICPM = Architecture(
@@ -167,6 +170,7 @@ CLASSES = {
         layers="h", embedding="wte", outer=(norm("ln_f", "output_norm"),), rotated="part",
     ),
     "Exaone4ForCausalLM": _EXAONE4,
+    "Exaone4_5_ForConditionalGeneration": _EXAONE4,
     "Ernie4_5ForCausalLM": _ERNIE,
     "Ernie4_5_ForCausalLM": _ERNIE,
     "HunYuanDenseV1ForCausalLM": _HUNYUAN,
