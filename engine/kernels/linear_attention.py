@@ -146,12 +146,14 @@ def linear_attention(variant: str) -> Kernel:
         changes = decays + (4 * dims * ROWS if by_dimension else 4 * ROWS)
         factors = v.scratch(factor_bytes)
         kept = v.scratch(row_bytes)
-        for d in range(dims):
-            sums = decays + (4 * ROWS * d if by_dimension else 0)
-            total = v.load_f32(sums + 4 * (ROWS - 1))
-            v.store_f32(kept + 4 * d, v.first_lane(v.exp(v.splat(total))))
-            for i in range(0, 4 * ROWS, vector):
-                weight = v.exp(v.splat(total) - v.load(sums + i))
+        for i in range(0, 4 * ROWS, vector):
+            for d in range(dims):
+                if by_dimension or d == 0:
+                    sums = decays + (4 * ROWS * d if by_dimension else 0)
+                    total = v.splat(v.load_f32(sums + 4 * (ROWS - 1)))
+                    weight = v.exp(total - v.load(sums + i))
+                    part = v.first_lane(v.exp(total))
+                v.store_f32(kept + 4 * d, part)
                 v.store(factors + 4 * ROWS * d + i, v.load(keys + 4 * ROWS * d + i) * weight)
         place = 0
         while place + width <= padded:
@@ -214,6 +216,14 @@ def linear_attention(variant: str) -> Kernel:
                     v.store(out + column * ROW + i, v.load(out + column * ROW + i) * weight)
 
     @v.helper
+    def copy(source, out, count):  # type: ignore[no-untyped-def]
+        whole = count // lanes * lanes
+        for i in range(0, whole, lanes):
+            v.store(out + 4 * i, v.load(source + 4 * i))
+        for i in range(whole, count):
+            v.store_f32(out + 4 * i, v.load_f32(source + 4 * i))
+
+    @v.helper
     def some_rows(op, head, number, t, row, count):  # type: ignore[no-untyped-def]
         """Rows `row` ... of the step, which are positions t ... of the head's chunk."""
         dims = v.load_i64(op + R.LIN_DIM_K)
@@ -238,14 +248,18 @@ def linear_attention(variant: str) -> Kernel:
             decay = v.load_i64(op + R.LIN_DECAY) + (row + i) * v.load_i64(op + R.LIN_DECAY_STRIDE)
             if by_dimension:
                 decay += 4 * number * dims
-            for d in range(dims):
-                key = v.load_f32(k + 4 * d)
-                query = v.load_f32(q + 4 * d)
-                v.store_f32(keys + 4 * (ROWS * d + t + i), key)
-                v.store_f32(x + i * ROW + 4 * d, query)
-                if delta:
-                    v.store_f32(x + (count + i) * ROW + 4 * d, key)
-                if by_dimension:
+            copy(q, x + i * ROW, dims)
+            if delta:
+                copy(k, x + (count + i) * ROW, dims)
+            whole = dims // lanes * lanes
+            for d in range(0, whole, lanes):
+                v.store_apart(keys + 4 * (ROWS * d + t + i), v.load(k + 4 * d), 4 * ROWS)
+            for d in range(whole, dims):
+                v.store_f32(keys + 4 * (ROWS * d + t + i), v.load_f32(k + 4 * d))
+            if by_dimension:
+                for d in range(dims):
+                    key = v.load_f32(k + 4 * d)
+                    query = v.load_f32(q + 4 * d)
                     total = v.load_f32(decay + 4 * d)
                     if t + i > 0:
                         total += v.load_f32(decays + 4 * (ROWS * d + t + i - 1))
@@ -269,8 +283,9 @@ def linear_attention(variant: str) -> Kernel:
             kept = v.float32(1.0)
             if not by_dimension:
                 kept = v.first_lane(v.exp(v.splat(v.load_f32(decays + 4 * (t + i)))))
-            for j in range(padded // 4):
-                v.store_f32(change + 4 * j, v.load_f32(value + 4 * j) if j < dim_v else v.float32(0.0))
+            copy(value, change, dim_v)
+            for j in range(dim_v, padded // 4):
+                v.store_f32(change + 4 * j, 0.0)
             if delta:
                 row_of_beta = v.load_i64(op + R.LIN_BETA) + (row + i) * v.load_i64(op + R.LIN_BETA_STRIDE)
                 beta = v.splat(v.load_f32(row_of_beta + 4 * number))
@@ -282,8 +297,7 @@ def linear_attention(variant: str) -> Kernel:
             for j in range(0, padded, vector):
                 total_row = v.fma(v.load(from_state + i * ROW + j), v.splat(kept), v.load(result + j))
                 v.store(result + j, total_row * v.splat(scale))
-            for j in range(dim_v):
-                v.store_f32(out + 4 * j, v.load_f32(result + 4 * j))
+            copy(result, out, dim_v)
 
     @v.helper
     def mixed(weights, count, changes, padded, out):  # type: ignore[no-untyped-def]
