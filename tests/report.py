@@ -2,10 +2,10 @@
 
     python -m tests.report [--peer PEER] [--shapes qwen35 ...]
 
-Small models against the reference engine's logits; the same bits in splits and on threads; block types against their
-definition; names of the catalog against a stand-in for the hub. With --peer (as `qrun bench --compare` takes it), random
-models of several shapes against another engine, too, which takes some minutes. QRUN_TEST_ARCHITECTURES names a folder
-with more small models.
+Small models against the reference engine's logits; the same bits in splits and on threads; block types against
+their definition; names of the catalog against a stand-in for the hub. With --peer (as `qrun bench --compare` takes it),
+random models of several shapes against another engine, too, which takes some minutes. QRUN_TEST_ARCHITECTURES names a
+folder with more small models.
 """
 
 from __future__ import annotations
