@@ -212,25 +212,26 @@ def gemma4(
         "feed_forward_length": ffn, "attention.sliding_window": 1024, "attention.sliding_window_pattern": sliding,
         "attention.key_length_swa": dim, "attention.value_length_swa": dim, "rope.dimension_count": 2 * dim,
         "rope.dimension_count_swa": dim, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
-        "final_logit_softcapping": 30.0,
+        "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 0, "attention.shared_kv_layers": 0,
     }  # fmt: skip
     return Description("gemma4", metadata, tensors)
 
 
 def deepseek2(
-    *, layers: int = 8, width: int = 1536, ffn: int = 6144, heads: int = 16, rank: int = 512, plain: int = 128,
-    turned: int = 64, value: int = 128, expert_ffn: int = 768, experts: int = 24, used: int = 4,
-    vocabulary: int = 102_400,
+    *, layers: int = 8, width: int = 1536, ffn: int = 6144, heads: int = 16, asked: int = 768, rank: int = 512,
+    plain: int = 128, turned: int = 64, value: int = 128, expert_ffn: int = 768, experts: int = 24,
+    used: int = 4, vocabulary: int = 102_400,
 ) -> Description:  # fmt: skip
     """DeepSeek V2 Lite and GLM-4.7-Flash made smaller: latent attention, small experts beside a shared one."""
     tensors = {
         "token_embd.weight": (vocabulary, width), "output_norm.weight": (width,), "output.weight": (vocabulary, width),
     }  # fmt: skip
     for i in range(layers):
-        block = norms(width, "attn_norm", "ffn_norm") | norms(rank, "attn_kv_a_norm") | {
-            "attn_q.weight": (heads * (plain + turned), width), "attn_kv_a_mqa.weight": (rank + turned, width),
-            "attn_k_b.weight": (heads, rank, plain), "attn_v_b.weight": (heads, value, rank),
-            "attn_output.weight": (width, heads * value),
+        block = norms(width, "attn_norm", "ffn_norm") | norms(rank, "attn_kv_a_norm") | norms(asked, "attn_q_a_norm")
+        block |= {
+            "attn_q_a.weight": (asked, width), "attn_q_b.weight": (heads * (plain + turned), asked),
+            "attn_kv_a_mqa.weight": (rank + turned, width), "attn_k_b.weight": (heads, rank, plain),
+            "attn_v_b.weight": (heads, value, rank), "attn_output.weight": (width, heads * value),
         }  # fmt: skip
         if i == 0:
             block |= network(width, ffn)
@@ -243,10 +244,10 @@ def deepseek2(
         tensors |= prefixed(i, block)
     metadata = sizes(layers, width, heads, 1, rank + turned, vocabulary) | {
         "attention.value_length": rank, "attention.key_length_mla": plain + turned,
-        "attention.value_length_mla": value, "attention.kv_lora_rank": rank, "rope.dimension_count": turned,
-        "rope.freq_base": 1e4, "feed_forward_length": ffn, "expert_feed_forward_length": expert_ffn,
-        "leading_dense_block_count": 1, "expert_count": experts, "expert_used_count": used, "expert_shared_count": 1,
-        "expert_weights_scale": 1.0,
+        "attention.value_length_mla": value, "attention.kv_lora_rank": rank, "attention.q_lora_rank": asked,
+        "rope.dimension_count": turned, "rope.freq_base": 1e4, "feed_forward_length": ffn,
+        "expert_feed_forward_length": expert_ffn, "leading_dense_block_count": 1, "expert_count": experts,
+        "expert_used_count": used, "expert_shared_count": 1, "expert_weights_scale": 1.0,
     }  # fmt: skip
     return Description("deepseek2", metadata, tensors)
 
