@@ -19,6 +19,8 @@ from checkpoint_weights import CLASSES, DATA, digest, write_checkpoint
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
+from qrun.models import ARCHITECTURES as RUNNABLE
+from qrun.models import build_graph
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.architectures import ARCHITECTURES
 
@@ -69,6 +71,23 @@ def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Pat
         assert beside - {key.removeprefix(prefix) for key in case["metadata"]} <= set(BESIDE)
         unknown = [notice for notice in source.notices if "not known here" in notice]
         assert not unknown
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if ARCHITECTURES[name].name in RUNNABLE])
+def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
+    """Shapes are those that the engine looks for, and no hyper-parameter that it needs is missing."""
+    case = CLASSES[name]
+    path = tmp_path / "model.gguf"
+    with closing(CheckpointSource(write_checkpoint(tmp_path / "model", case["config"], case["shapes"]))) as source:
+        if source.metadata["general.architecture"] not in RUNNABLE:  # a variant
+            return
+        with source.writer(path) as writer:
+            for key, tensor in source.tensors.items():
+                writer.add_tensor(key, tensor.type, tensor.shape)
+            for key, tensor in source.tensors.items():
+                writer.write_tensor(key, tensor.raw(0, tensor.n_rows))
+    with GGUFReader(path) as reader:
+        assert build_graph(reader, 32).n_vocab == len(source.metadata["tokenizer.ggml.tokens"])
 
 
 STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
