@@ -22,6 +22,7 @@ from qrun.models.huggingface.layout import Change, Mapped, Sizes
 
 Order = NDArray[np.int64]
 T = TypeVar("T", bound=np.generic)
+FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 MAX_GAP = 64  # rows that are read for nothing rather than in two pieces
 
 
