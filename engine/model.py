@@ -173,7 +173,8 @@ class Model:
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for; None with no more."""
+        """A line for whoever loads a model with more context than it was trained for, or gets less than that, as no
+        more is supported; else None."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -345,6 +346,10 @@ class Model:
 
 def context_notice(graph: "Graph", context: int) -> str | None:
     """The same of a model that is not loaded."""
+    if context == graph.max_context and context < graph.context_length:
+        from qrun.models import SPARSE
+
+        return f"the context is {context} tokens: {SPARSE} that, which is not supported"
     if context <= graph.context_length:
         return None
     return (

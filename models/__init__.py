@@ -11,6 +11,7 @@ from qrun.models import (
     baichuan,
     bailingmoe,
     bailingmoe2,
+    bailingmoe3,
     chatglm,
     cogvlm,
     cohere2moe,
@@ -19,6 +20,7 @@ from qrun.models import (
     deci,
     deepseek,
     deepseek2,
+    dots3note,
     ernie4_5,
     ernie4_5_moe,
     exaone,
@@ -29,6 +31,7 @@ from qrun.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma3n,
     gemma4,
     glm4,
     glm4moe,
@@ -37,11 +40,16 @@ from qrun.models import (
     gptneox,
     granite,
     grok,
+    grovemoe,
+    hrm_text,
     hunyuan,
     hy_v3,
+    hy_v4,
     jais,
     jamba,
+    kimi_linear,
     laguna,
+    lfm2,
     llama,
     llama4,
     maincoder,
@@ -49,8 +57,11 @@ from qrun.models import (
     maple,
     mellum,
     mimo2,
+    minimax_01,
     minimax_m2,
+    minimax_m3,
     mistral3,
+    mpt,
     muse_glimmer,
     nanbeige,
     nemotron,
@@ -65,6 +76,7 @@ from qrun.models import (
     plamo,
     plamo2,
     plamo3,
+    plm,
     qwen,
     qwen2,
     qwen2moe,
@@ -102,6 +114,7 @@ ARCHITECTURES = {
     "gemma": gemma.build,
     "gemma2": gemma2.build,
     "gemma3": gemma3.build,
+    "gemma3n": gemma3n.build,
     "gemma4": gemma4.build,
     "phi3": phi3.build,
     "phi2": phi2.build,
@@ -137,12 +150,17 @@ ARCHITECTURES = {
     "seed_oss": seed_oss.build,
     "bailingmoe": bailingmoe.build,
     "bailingmoe2": bailingmoe2.build,
+    "bailingmoe3": bailingmoe3.build,
     "dots1": bailingmoe2.build,
     "mellum": mellum.build,
     "afmoe": afmoe.build,
     "arcee": arcee.build,
     "laguna": laguna.build,
+    "minimax-01": minimax_01.build,
     "minimax-m2": minimax_m2.build,
+    "lfm2": lfm2.build,
+    "lfm2moe": lfm2.build_experts,
+    "kimi-linear": kimi_linear.build,
     "mimo2": mimo2.build,
     "spark2_5": spark2_5.build,
     "smallthinker": smallthinker.build,
@@ -174,6 +192,7 @@ ARCHITECTURES = {
     "starcoder": gpt2.build,
     "starcoder2": gpt2.build_turning,
     "codeshell": gpt2.build_turning,
+    "pockettts": gpt2.build_pockettts,
     "bloom": gpt2.build_bloom,
     "nemotron": nemotron.build,
     "orion": orion.build,
@@ -188,8 +207,20 @@ ARCHITECTURES = {
     "granitehybrid": granite.build_hybrid,
     "falcon-h1": falcon_h1.build,
     "plamo2": plamo2.build,
+    "mpt": mpt.build,
+    "grovemoe": grovemoe.build,
+    "hrm_text": hrm_text.build,
+    "deepseek32": deepseek2.build_sparse,
+    "glm-dsa": deepseek2.build_sparse,
+    "dots3note": dots3note.build,
+    "minimax-m3": minimax_m3.build,
+    "hy_v4": hy_v4.build,
+    "plm": plm.build,
 }
 """By the name that a file gives under `general.architecture`."""
+
+SPARSE = "the model attends to chosen positions only where there are more than"
+"""Which the graphs of such models do not: `Graph.max_context`."""
 
 
 def build_graph(
@@ -203,7 +234,8 @@ def build_graph(
 
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
     less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
-    `context`. Raises `FormatError`, naming the file, for an architecture that is not known, a hyper-parameter out of
+    `context`. Where the graph is right for a shorter context only, that is the default. Raises `FormatError`, naming
+    the file, for an architecture that is not known, a hyper-parameter out of
     bounds, a tensor that is missing or has the wrong shape or type, or an adapter of another model.
     """
     if is_adapter(reader):
@@ -217,8 +249,13 @@ def build_graph(
         )
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
-    context = context or min(h.context_length, default_context)
-    logits = build(builder, metadata, h, context)
+    used = context or min(h.context_length, default_context)
+    logits = build(builder, metadata, h, used)
+    if builder.max_context is not None and used > builder.max_context:
+        if context:
+            problem = f"a context of {context} tokens is not supported: {SPARSE} {builder.max_context}"
+            raise FormatError(reader.path, problem)
+        used = builder.max_context
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
-    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)
+    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, used), adapters)

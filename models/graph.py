@@ -21,7 +21,7 @@ with the gate at most a limit, and up between -limit and limit; `limited_silu` h
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
 Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
 """Activations that multiply nothing."""
-GateKind = Literal["sigmoid", "softplus", "silu"]
+GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
 
@@ -176,7 +176,8 @@ class Temperature:
 class Attention:
     """Appends k and v to the cache of `layer`, then causal attention over that cache.
 
-    Without k and v, the layer has no keys and values of its own, and attends to those that another one appended there.
+    Without v, values are a part of the keys (`CacheLayer.values_in_keys`). Without both, the layer has no keys and
+    values of its own, and attends to those that another one appended there.
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
@@ -329,12 +330,55 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """Streams from others, by weights of each row: out[i] = sum over j of weights[i, j] * x[j], plus add[i].
+
+    out (and `add`, if there is one) is seen as [rows, n_out, width / n_out], x as [rows, n_in, ...] with as wide
+    streams, and `weights` as [rows, n_out, n_in].
+    """
+
+    out: Value
+    x: Value
+    weights: Value
+    add: Value | None
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class MatchMagnitude:
+    """Each of x.width / like.width groups of x, made as long as `like`: out = x * |like| / |x|, or 0 where x is 0."""
+
+    out: Value
+    x: Value
+    like: Value
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianTopK:
+    """out = max(x - mean(x) - deviations * std(x), 0), with the standard deviation of a sample."""
+
+    out: Value
+    x: Value
+    deviations: float
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
     out: Value
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """out = x * weight + bias, with a row [width] for each; one of them may be missing."""
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    bias: Constant | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,6 +444,9 @@ class MoE:
     selection_bias: Constant | None = None
     n_groups: int = 1
     n_groups_used: int = 1
+    together: int = 1
+    """So many neighbouring choices of the router are the same expert, chosen once or more. The weight of expert i is
+    then made from probability i, whichever choice led to it."""
     limit: float = 0.0
     """Of the activations that have one."""
     weigh_inputs: bool = False
@@ -420,19 +467,10 @@ class SelectRows:
     x: Value
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """out = x * weight + bias, with rows of constants, either of which may be missing."""
-
-    out: Value
-    x: Value
-    weight: Constant | None
-    bias: Constant | None
-
-
 Operation = (
     Embed | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution | LinearAttention
-    | SelectiveScan | Activate | ActivateAlone | Gate | Affine | Clamp | Add | Scale | Softcap | MoE | SelectRows
+    | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude | GaussianTopK | Scale
+    | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
@@ -461,12 +499,16 @@ class CacheLayer:
     head_dim_v: int
     window: int | None
     chunked: bool = False
+    values_in_keys: bool = False
+    """Values are the first `head_dim_v` dimensions of keys, and nothing beside them."""
+    precise: bool = False
+    """Kept in float32 where caches are otherwise float16."""
 
 
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built."""
+    for which it was built, and `max_context` the longest one for which it is what the file describes."""
 
     architecture: str
     operations: list[Operation]
@@ -479,6 +521,7 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
+    max_context: int | None = None
 
 
 class GraphBuilder:
@@ -493,6 +536,7 @@ class GraphBuilder:
         self.reader = reader
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
+        self.max_context: int | None = None
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
 
@@ -519,6 +563,12 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has values that are not finite")
         return values
 
+    def flat_constant(self, name: str, size: int) -> Constant:
+        """The same as one row, whatever shape the file gives it."""
+        info = self.reader.tensors.get(name)
+        shape = (size,) if info is None or prod(info.shape) != size else info.shape
+        return self.constant(name, *shape).reshape(-1)
+
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
         return self.constant(name, *shape) if self.has(name) else None
@@ -536,6 +586,10 @@ class GraphBuilder:
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
         return FormatError(self.reader.path, problem)
+
+    def limit_context(self, n: int) -> None:
+        """Say that the graph is what the file describes for contexts of up to n tokens only."""
+        self.max_context = n
 
     # Operations
 
@@ -608,6 +662,10 @@ class GraphBuilder:
         out = self._value(n_heads * (len(of_x) + len(of_z)))
         return self._append(Join(out, x, z, n_heads, of_x, of_z, z_heads))
 
+    def repeat(self, x: Value, count: int) -> Value:
+        """The row `count` times, side by side."""
+        return self.join(x, range(0), count, x, range(x.width))
+
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
@@ -626,7 +684,7 @@ class GraphBuilder:
         self,
         q: Value,
         k: Value,
-        v: Value,
+        v: Value | None,
         cache: CacheLayer,
         scale: float,
         softcap: float | None = None,
@@ -636,7 +694,10 @@ class GraphBuilder:
         """Causal attention of the next layer; `cache` says how its cache is laid out."""
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
-        assert v.width == cache.n_kv_heads * cache.head_dim_v
+        if v is None:
+            assert cache.values_in_keys and cache.head_dim_v <= cache.head_dim_k
+        else:
+            assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
@@ -652,7 +713,7 @@ class GraphBuilder:
 
     def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True) -> Value:
         """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one."""
-        weight = np.ascontiguousarray(self.constant(f"{name}.weight", x.width, taps).T)
+        weight = np.ascontiguousarray(self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T)
         bias = self.optional_constant(f"{name}.bias", x.width)
         return self._append(Convolution(self._value(x.width), x, weight, bias, silu, self._state()))
 
@@ -688,11 +749,6 @@ class GraphBuilder:
         assert x.width % gate.width == 0
         return self._append(Gate(self._value(x.width), gate, x, kind))
 
-    def affine(self, x: Value, weight: Constant | None, bias: Constant | None) -> Value:
-        """x * weight + bias, with rows of constants."""
-        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
-        return self._append(Affine(self._value(x.width), x, weight, bias))
-
     def clamp(self, x: Value, limit: float) -> Value:
         """x, but not beyond -limit and limit."""
         return self._append(Clamp(self._value(x.width), x, limit))
@@ -702,9 +758,30 @@ class GraphBuilder:
         assert a.width == b.width
         return self._append(Add(self._value(a.width), a, b))
 
+    def mix(self, x: Value, weights: Value, n_out: int, add: Value | None = None) -> Value:
+        """`n_out` streams from those of x, by weights [n_out, streams of x] that each row has; and those of `add`."""
+        n_in = weights.width // n_out
+        assert weights.width == n_out * n_in and x.width % n_in == 0
+        assert add is None or add.width == n_out * (x.width // n_in)
+        return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
+    def match_magnitude(self, x: Value, like: Value) -> Value:
+        """Each group of x, made as long as `like`."""
+        assert x.width % like.width == 0
+        return self._append(MatchMagnitude(self._value(x.width), x, like))
+
+    def gaussian_top_k(self, x: Value, deviations: float) -> Value:
+        """What of x exceeds its mean by so many standard deviations."""
+        return self._append(GaussianTopK(self._value(x.width), x, deviations))
+
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
         return self._append(Scale(self._value(x.width), x, factor))
+
+    def affine(self, x: Value, weight: Constant | None, bias: Constant | None = None) -> Value:
+        """x * weight + bias, by rows that have been looked up already."""
+        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
+        return self._append(Affine(self._value(x.width), x, weight, bias))
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""
@@ -726,14 +803,16 @@ class GraphBuilder:
         router_x: Value | None = None,
         n_groups: int = 1,
         n_groups_used: int = 1,
+        together: int = 1,
         limit: float = 0.0,
         weigh_inputs: bool = False,
+        suffix: str = "_exps",
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
         Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
         activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
-        `.exp_probs_b`.
+        `.exp_probs_b`. suffix: of the names of the experts' matrices. There are n_expert / `together` of them.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -743,20 +822,20 @@ class GraphBuilder:
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
         selection_bias = self.optional_constant(selection, n_expert)
-        gate = None
-        if gated and self.has(f"{block}.ffn_gate_up_exps.weight"):
-            gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
+        gate, n_matrices = None, n_expert // together
+        if gated and self.has(f"{block}.ffn_gate_up{suffix}.weight"):
+            gate = up = self.weight(f"{block}.ffn_gate_up{suffix}.weight", n_matrices, 2 * n_ff, x.width)
         else:
             if gated:
-                gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
-            up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
-        down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
+                gate = self.weight(f"{block}.ffn_gate{suffix}.weight", n_matrices, n_ff, x.width)
+            up = self.weight(f"{block}.ffn_up{suffix}.weight", n_matrices, n_ff, x.width)
+        down = self.weight(f"{block}.ffn_down{suffix}.weight", n_matrices, x.width, n_ff)
         found = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)) if weight is not None)
         return self._append(
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                limit=limit, weigh_inputs=weigh_inputs,
+                together=together, limit=limit, weigh_inputs=weigh_inputs,
                 adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip
@@ -778,7 +857,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
-            self._n_states,
+            self._n_states, self.max_context,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:

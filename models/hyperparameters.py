@@ -140,7 +140,7 @@ def shorten(value: object) -> str:
 
 LACKING = (
     "deci", "mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2", "lfm2",
-    "lfm2moe", "kimi-linear",
+    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next",
 )  # fmt: skip
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
 

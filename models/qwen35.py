@@ -10,9 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrun.models.graph import GraphBuilder, Rotation, Value
-from qrun.models.hyperparameters import MAX_HEADS, MAX_LAYERS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
+from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, experts, feed_forward, head, norm_qk, read_experts_scale, shared_expert
+from qrun.models.transformer import (
+    experts,
+    feed_forward,
+    head,
+    norm_qk,
+    recurrent_layers,
+    shared_expert,
+)
 
 FeedForward = Callable[[GraphBuilder, Hyperparameters, Value, int], Value]
 
@@ -64,7 +71,7 @@ def layers(
     in which keys repeat? Else one matrix, and value heads that share a key are neighbours."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     net = DeltaNet.read(metadata)
-    recurrent = recurrent_layers(metadata, h)
+    recurrent = recurrent_layers(metadata, h, period=4)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
@@ -79,13 +86,6 @@ def layers(
         y = builder.rms_norm(x, f"{block}.post_attention_norm", h.rms_eps)
         x = builder.add(x, network(builder, h, y, layer))
     return head(builder, x, h, bias=False)
-
-
-def recurrent_layers(metadata: Metadata, h: Hyperparameters) -> tuple[bool, ...]:
-    """Which layers are no attention: those that the file names, or all but every fourth."""
-    flags = metadata.flags("attention.recurrent_layers", h.n_layer)
-    period = metadata.integer("full_attention_interval", 4, high=MAX_LAYERS)
-    return flags or tuple((layer + 1) % period > 0 for layer in range(h.n_layer))
 
 
 def gated_attention(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, rotation: Rotation) -> Value:
@@ -165,12 +165,11 @@ def gates(builder: GraphBuilder, x: Value, block: str, net: DeltaNet, *, apart: 
 def gated_experts(metadata: Metadata) -> FeedForward:
     """A mixture of experts, and one for all tokens with a gate of its own."""
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
-    shares = Shares(scale=read_experts_scale(metadata))
 
     def network(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int) -> Value:
         block = f"blk.{layer}"
         n_ff = h.n_ff_expert[layer] or h.n_ff[layer] // max(h.n_used, 1)
-        y = experts(builder, h, x, block, n_ff, shares=shares)
+        y = experts(builder, h, x, block, n_ff)
         if not builder.has(f"{block}.ffn_up_shexp.weight"):
             return y
         gate = builder.linear_row(x, f"{block}.ffn_gate_inp_shexp")

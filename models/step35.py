@@ -4,12 +4,20 @@ chosen by biases, beside one that all tokens share, and limits on what gates let
 
 from dataclasses import replace
 
-from qrun.models.graph import Activation, GraphBuilder, Value
+from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base, read_n_rot, rope_factors
-from qrun.models.transformer import QKNorm, Shares, attend, experts, feed_forward, head, required_flags
-
-LEAST_LIMIT = 1e-6  # less is no limit
+from qrun.models.transformer import (
+    QKNorm,
+    Shares,
+    attend,
+    experts,
+    feed_forward,
+    head,
+    limited,
+    read_limits,
+    required_flags,
+)
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -41,7 +49,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         x = builder.add(x, builder.linear(z, f"{block}.attn_output", h.n_embd))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        kind, dense_kind = of_limit(limits[layer]), of_limit(dense_limits[layer])
+        kind, dense_kind = limited(limits[layer]), limited(dense_limits[layer])
         if not builder.has(f"{block}.ffn_gate_inp.weight"):
             x = builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], dense_kind, limit=dense_limits[layer]))
             continue
@@ -49,13 +57,3 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         shared = feed_forward(builder, y, block, n_ff_shared, dense_kind, "_shexp", dense_limits[layer])
         x = builder.add(x, builder.add(z, shared))
     return head(builder, x, h)
-
-
-def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float, ...]:
-    """Of what the gates of each layer let through."""
-    return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_layer
-
-
-def of_limit(limit: float) -> Activation:
-    """SwiGLU, with a limit or without."""
-    return "limited_silu" if limit > LEAST_LIMIT else "silu"

@@ -12,6 +12,8 @@ GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid")
 """As files number them, from 1."""
 ALIBI = 8.0
 """The largest bias of models that do not give one."""
+LEAST_LIMIT = 1e-6
+"""Of what a gate lets through: less is no limit."""
 QKNorm = Literal["heads", "rows", "turned"]
 """How queries and keys are normed: each head, or all heads of a row as one, before they turn; or each head after."""
 
@@ -154,9 +156,10 @@ class Shares:
     gating: Gating = "softmax"
 
     @classmethod
-    def read(cls, metadata: Metadata, gating: Gating) -> "Shares":
-        """From the file, which need not give the gating."""
-        normalize = metadata.flag("expert_weights_norm", False)
+    def read(cls, metadata: Metadata, gating: Gating, *, normalize: bool | None = None) -> "Shares":
+        """From the file, which need not give the gating. normalize: where it does not count what the file says."""
+        if normalize is None:
+            normalize = metadata.flag("expert_weights_norm", False)
         return cls(normalize, read_experts_scale(metadata), read_gating(metadata, gating))
 
 
@@ -171,8 +174,10 @@ def experts(
     *,
     gated: bool = True,
     router_x: Value | None = None,
+    together: int = 1,
     limit: float = 0.0,
     weigh_inputs: bool = False,
+    suffix: str = "_exps",
 ) -> Value:
     """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert.
 
@@ -182,30 +187,52 @@ def experts(
         raise h.metadata.error("expert_count", "is 0, and this architecture has experts")
     if not n_ff:
         raise h.metadata.error("expert_feed_forward_length", "is missing")
+    n_used = min(h.n_used, h.n_expert // together)
     return builder.moe(
-        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
+        x, block, n_expert=h.n_expert, n_used=n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
-        n_groups_used=h.n_groups_used, limit=limit, weigh_inputs=weigh_inputs,
+        n_groups_used=h.n_groups_used, together=together, limit=limit, weigh_inputs=weigh_inputs, suffix=suffix,
     )  # fmt: skip
 
 
 def dense_or_experts(
-    builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, shares: Shares, n_ff_shared: int
+    builder: GraphBuilder,
+    h: Hyperparameters,
+    x: Value,
+    layer: int,
+    shares: Shares,
+    n_ff_shared: int,
+    kind: Activation = "silu",
+    limit: float = 0.0,
+    shared_limit: float = 0.0,
 ) -> Value:
     """A plain network in the first layers, and then a mixture of experts and one that all tokens share, side by side.
 
-    n_ff_shared: how wide that one is, or 0 if there is none.
+    n_ff_shared: how wide that one is, or 0 if there is none. The limits are those of gates (see `limited`), the second
+    of the networks that are no choice.
     """
-    block = f"blk.{layer}"
+    block, dense_kind = f"blk.{layer}", limited(shared_limit, kind)
     if layer < h.n_dense:
-        return feed_forward(builder, x, block, h.n_ff[layer], "silu")
-    y = experts(builder, h, x, block, h.n_ff_expert[layer], shares=shares)
-    return builder.add(y, shared_expert(builder, x, block, n_ff_shared)) if n_ff_shared else y
+        return feed_forward(builder, x, block, h.n_ff[layer], dense_kind, limit=shared_limit)
+    y = experts(builder, h, x, block, h.n_ff_expert[layer], limited(limit, kind), shares, limit=limit)
+    if not n_ff_shared:
+        return y
+    return builder.add(y, feed_forward(builder, x, block, n_ff_shared, dense_kind, "_shexp", shared_limit))
 
 
-def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int) -> Value:
+def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float, ...]:
+    """Of what the gates of each layer let through; a 0 is none."""
+    return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_layer
+
+
+def limited(limit: float, kind: Activation = "silu") -> Activation:
+    """SwiGLU with a limit, or if there is none what gates are otherwise."""
+    return "limited_silu" if limit > LEAST_LIMIT else kind
+
+
+def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation = "silu") -> Value:
     """The expert, or several as one, that every token goes to."""
-    return feed_forward(builder, x, block, n_ff, "silu", "_shexp")
+    return feed_forward(builder, x, block, n_ff, kind, "_shexp")
 
 
 def read_experts_scale(metadata: Metadata) -> float:
@@ -219,9 +246,17 @@ def read_gating(metadata: Metadata, default: Gating) -> Gating:
     return GATINGS[number - 1] if number else default
 
 
-def head(builder: GraphBuilder, x: Value, h: Hyperparameters, *, bias: bool = True, norm_bias: bool = False) -> Value:
+def head(
+    builder: GraphBuilder,
+    x: Value,
+    h: Hyperparameters,
+    *,
+    bias: bool = True,
+    norm: str = "output_norm",
+    norm_bias: bool = False,
+) -> Value:
     """Logits of the rows that are wanted. Without an output matrix of its own, a model reuses its embedding."""
-    x = builder.rms_norm(builder.select_rows(x), "output_norm", h.rms_eps, bias=norm_bias)
+    x = builder.rms_norm(builder.select_rows(x), norm, h.rms_eps, bias=norm_bias)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=bias)
 
 
@@ -229,6 +264,14 @@ def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Valu
     """The same with a layer norm."""
     x = builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+
+
+def learned_positions(builder: GraphBuilder, h: Hyperparameters, context: int) -> Value:
+    """A row for each position: there are as many as the model was trained for."""
+    n = h.context_length
+    if context > n:
+        raise h.metadata.error("context_length", f"is {n}: there are no positions for {context} tokens")
+    return builder.embed_positions("position_embd", n, h.n_embd)
 
 
 def alibi_slopes(n_heads: int, max_bias: float) -> Constant:
@@ -259,6 +302,13 @@ def windows(metadata: Metadata, n_layer: int) -> tuple[int | None, ...]:
     if flags is None or not window:
         return (None,) * n_layer
     return tuple(window if flag else None for flag in flags)
+
+
+def recurrent_layers(metadata: Metadata, h: Hyperparameters, period: int) -> tuple[bool, ...]:
+    """Which layers keep a state in the place of attention: as the file says, or all but the last of each period."""
+    flags = metadata.flags("attention.recurrent_layers", h.n_layer)
+    period = metadata.integer("full_attention_interval", period, high=MAX_LAYERS)
+    return flags or tuple((layer + 1) % period > 0 for layer in range(h.n_layer))
 
 
 def required_flags(metadata: Metadata, key: str, n_layer: int) -> tuple[bool, ...]:

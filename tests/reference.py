@@ -20,12 +20,15 @@ from qrun.models.graph import (
     Convolution,
     Embed,
     Gate,
+    GaussianTopK,
     Graph,
     HeadLinear,
     Join,
     LayerNorm,
     Linear,
     LinearAttention,
+    MatchMagnitude,
+    Mix,
     MoE,
     Operation,
     RMSNorm,
@@ -97,7 +100,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             heads = values[x.id].reshape(len(tokens), n_heads, -1)[..., start : start + columns]
             return np.concatenate([multiply(heads[:, i], weight, i * width, width) for i in range(n_heads)], axis=1)
         case Join(x=x, z=z, n_heads=n_heads, of_x=of_x, of_z=of_z, z_heads=z_heads):
-            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]]
+            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]] if len(of_x) else []
             if z is not None:
                 of_heads = values[z.id].reshape(len(tokens), z_heads, -1)[..., of_z]
                 parts.append(np.broadcast_to(of_heads, (len(tokens), n_heads, len(of_z))))
@@ -108,8 +111,10 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return rope(values[x.id], operation)
         case Attention(q=q, layer=layer, scale=scale, softcap=cap, sinks=sinks, slopes=slopes):
             k, v = keys_and_values(graph, layer)
-            cache = graph.cache_layers[layer]
-            return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
+            cache, keys = graph.cache_layers[layer], values[k.id]
+            if v is None:
+                part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
+            return attention(values[q.id], keys, part if v is None else values[v.id], cache, scale, cap, sinks, slopes)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
             return convolution(values[x.id], weight, bias, silu=silu)
         case LinearAttention():
@@ -128,6 +133,21 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return np.clip(values[x.id], -limit, limit)
         case Add(a=a, b=b):
             return values[a.id] + values[b.id]
+        case Mix(x=x, weights=weights, add=added, n_out=n_out):
+            by_row = values[weights.id].reshape(len(tokens), n_out, -1)
+            streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
+            out = (by_row @ streams).reshape(len(tokens), -1)
+            return out if added is None else out + values[added.id]
+        case MatchMagnitude(x=x, like=like):
+            groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
+            lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
+            return (groups * lengths / np.maximum(np.linalg.norm(groups, axis=-1, keepdims=True), 1e-30)).reshape(
+                len(tokens), -1
+            )
+        case GaussianTopK(x=x, deviations=deviations):
+            y = values[x.id].astype(np.float64)
+            spread = y.std(axis=1, ddof=1, keepdims=True)
+            return np.maximum(y - y.mean(axis=1, keepdims=True) - deviations * spread, 0)
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
         case Softcap(x=x, cap=cap):
@@ -188,10 +208,10 @@ def rope(x: Array, operation: Rope) -> Array:
     return out.reshape(len(x), -1)
 
 
-def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value]:
-    """What is appended to the cache of a layer."""
+def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value | None]:
+    """What is appended to the cache of a layer. No values: they are a part of the keys."""
     for operation in graph.operations:
-        if isinstance(operation, Attention) and operation.layer == layer and operation.k and operation.v:
+        if isinstance(operation, Attention) and operation.layer == layer and operation.k:
             return operation.k, operation.v
     raise AssertionError(f"nothing is appended to the cache of layer {layer}")
 
@@ -302,7 +322,7 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
         keep = np.zeros(of_group.shape, bool)
         np.put_along_axis(keep, best, True, axis=1)
         liking = np.where(keep[..., None], grouped, -np.inf).reshape(liking.shape)
-    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used]
+    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used] // moe.together
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
@@ -324,13 +344,14 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     """Each row through the experts that its router prefers."""
     chosen, shares = routing(router_x, moe)
     out = np.zeros(x.shape)
-    for expert in np.unique(chosen):
-        rows, ranks = np.nonzero(chosen == expert)
-        share = moe.scale * shares[rows, ranks, None]
-        if moe.weigh_inputs:
-            out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
-        else:
-            out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
+    for rank in range(moe.n_used):
+        for expert in np.unique(chosen[:, rank]):
+            rows = np.nonzero(chosen[:, rank] == expert)[0]
+            share = moe.scale * shares[rows, rank, None]
+            if moe.weigh_inputs:
+                out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
+            else:
+                out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
     return out
 
 
@@ -376,6 +397,7 @@ ALONE = {
     "silu": lambda x: x * sigmoid(x),
     "sigmoid": sigmoid,
     "softplus": lambda x: np.logaddexp(x, 0),
+    "identity": lambda x: x,
 }
 
 

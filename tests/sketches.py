@@ -23,8 +23,9 @@ FILE = Path(__file__).parent / "data" / "sketches.json"
 TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
-    "deepstack", "indexer", "kda.", "activation.", "token_shift", "pooling_type", "decoder",
-    "swin_norm", "hrm.", "hyper_connection", "group_norm", "expert_group_scale", "router_logit", "vocab_size",
+    "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
+    "kda.", "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm",
+    "router_logit", "vocab_size",
 )  # fmt: skip
 
 

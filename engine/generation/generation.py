@@ -253,7 +253,7 @@ class Generation(Iterator[Piece]):
             self._started = True
             start = time.perf_counter()
             try:
-                logits, n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled)
+                logits, n_cached = self._cache.advance_to(self._prompt, lambda: self._cancelled, self._stop_ids)
                 self._n_cached += n_cached
             finally:
                 self._prompt_seconds += time.perf_counter() - start

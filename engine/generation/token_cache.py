@@ -1,6 +1,6 @@
 """The KV cache of one sequence, with the tokens that it was computed from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,6 +10,9 @@ from qrun.engine.native.locks import ForkAwareLock
 if TYPE_CHECKING:
     from qrun.engine.program.kv_cache import KVSequence
     from qrun.engine.program.runtime import Runtime
+
+# At how many ends of messages, the last ones, the state of a prompt is kept.
+_MARKS = 2
 
 
 class TokenCache:
@@ -30,8 +33,11 @@ class TokenCache:
         """Positions of the context that are left."""
         return self._runtime.context - len(self.tokens)
 
-    def advance_to(self, prompt: list[int], cancelled: Callable[[], bool]) -> tuple[np.ndarray, int]:
-        """Hold exactly `prompt` (at least one token, at most the context).
+    def advance_to(
+        self, prompt: list[int], cancelled: Callable[[], bool], ends: Set[int] = frozenset()
+    ) -> tuple[np.ndarray, int]:
+        """Hold exactly `prompt` (at least one token, at most the context). `ends` are tokens with which messages end:
+        there, what follows is likely to change first, and a model with a state can only go back to where it was kept.
 
         Returns the logits after it, float32 [n_vocab], and how many of its tokens were held already. `cancelled` is
         asked ten times a second; if it says yes, GenerationCancelled is raised.
@@ -39,10 +45,19 @@ class TokenCache:
         # The last token is always evaluated: logits are not kept.
         wanted = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
         if wanted < len(self.tokens):
-            # Sliding windows may have given back pages that the shorter text needs; then less is kept than wanted.
+            # Sliding windows may have given back pages that the shorter text needs, and states are kept of some
+            # positions only; then less is kept than wanted.
             del self.tokens[self.sequence.truncate(wanted) :]
         n_held = len(self.tokens)
-        return self._evaluate(prompt[n_held:], "last", cancelled), n_held
+        if not self.sequence.keeps_state:
+            return self._evaluate(prompt[n_held:], "last", cancelled), n_held
+        marks = [i for i in range(n_held + 1, len(prompt)) if prompt[i - 1] in ends][-_MARKS:]
+        for mark in marks:
+            self._evaluate(prompt[len(self.tokens) : mark], "none", cancelled)
+            self.sequence.mark()
+        logits = self._evaluate(prompt[len(self.tokens) :], "last", cancelled)
+        self.sequence.mark()
+        return logits, n_held
 
     @property
     def n_computed(self) -> int:
@@ -71,15 +86,14 @@ class TokenCache:
             del self.tokens[kept:]
 
     def _evaluate(
-        self, tokens: list[int], wanted: Literal["last", "all"], cancelled: Callable[[], bool] | None
+        self, tokens: list[int], wanted: Literal["none", "last", "all"], cancelled: Callable[[], bool] | None
     ) -> np.ndarray:
         before = self.sequence.n_past
         try:
             logits = self._runtime.evaluate(self.sequence, tokens, wanted, cancelled)
         finally:
             self.tokens += tokens[: self.sequence.n_past - before]
-        assert logits is not None
-        return logits
+        return np.empty(0, np.float32) if logits is None else logits
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

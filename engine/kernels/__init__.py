@@ -10,11 +10,12 @@ from collections.abc import Callable
 from importlib import import_module
 
 ROW_OPERATIONS = (
-    "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
-    "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "affine", "rms_norm", "layer_norm", "select_rows",
-    "join",
+    "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
+    "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
+    "match_magnitude", "gaussian_top_k",
 )  # fmt: skip
 
+GATES = ("sigmoid", "softplus", "silu", "identity")
 LINEAR_ATTENTION = (("plain", "head"), ("delta", "head"), ("delta", "dimension"))
 
 # What a key begins with, and the module that has it. The rest of the key goes to the module's `build`.
@@ -51,15 +52,16 @@ def in_parts(key: str) -> bool:
 
 def all_keys() -> list[str]:
     """The keys of all kernels that any model may need."""
-    from qrun.engine.kernels.records import CACHE_BITS, TILE_SIZE
+    from qrun.engine.kernels.records import KIND_BITS, TILE_SIZE
     from qrun.engine.kernels.unpack import TYPES
 
     packings = ("q8", "f32")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
-        *(f"append-{type_}" for type_ in CACHE_BITS),
-        *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
+        *(f"append-{kind}" for kind in KIND_BITS),
+        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
+          for layout in ("", "-rows")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),

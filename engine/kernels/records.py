@@ -37,6 +37,8 @@ STATE_ROWS, MAX_STATE_DIM = 16, 256
 # The KV cache: positions in one page, and bits of a value by the cache's type.
 PAGE_POSITIONS = 64
 CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
+# The same of what layers may be kept as: those that need every digit are not kept as float16.
+KIND_BITS = {"f32": 32, **CACHE_BITS}
 
 # Rows of one sequence that attention takes together, and the longest head that it has room for.
 TILE_SIZE, MAX_HEAD_DIM = 8, 576
@@ -61,7 +63,7 @@ def _fields(count: int) -> range:
 (ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
  ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED, ROW_ROPE_TABLE, ROW_BIAS,
  ROW_WEIGHT_STRIDE, ROW_ROPE_START, ROW_X_HEAD, ROW_X_START, ROW_X_SIZE, ROW_Z_HEAD, ROW_Z_START,
- ROW_Z_SIZE) = _fields(25)  # fmt: skip
+ ROW_Z_SIZE, ROW_ADD, ROW_ADD_STRIDE) = _fields(27)  # fmt: skip
 
 # BY_POSITION: the rows are those of positions, not of tokens.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
@@ -78,7 +80,7 @@ def _fields(count: int) -> range:
 # and a float32 row for each.
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
- MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES) = _fields(23)  # fmt: skip
+ MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES, MOE_TOGETHER) = _fields(24)  # fmt: skip
 
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,

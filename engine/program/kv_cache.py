@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS, STATE_ROWS
+from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, STATE_ROWS
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
 from qrun.engine.program.state_blocks import StateBlocks
@@ -26,17 +26,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def head_bytes(dim: int, cache_type: str) -> int:
+def head_bytes(dim: int, kind: str) -> int:
     """Bytes of one head's keys (or values) in a page: dimensions padded to 32, and a float16 scale for each 32."""
     blocks = -(-dim // 32)
-    values = blocks * 32 * PAGE_POSITIONS * CACHE_BITS[cache_type] // 8
-    return values + (0 if cache_type == "f16" else 2 * blocks * PAGE_POSITIONS)
+    values = blocks * 32 * PAGE_POSITIONS * KIND_BITS[kind] // 8
+    return values + (2 * blocks * PAGE_POSITIONS if KIND_BITS[kind] < 16 else 0)
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer's keys and values lie in its group's pages, in bytes."""
+    """Where a layer's keys and values lie in its group's pages, in bytes, and as what they are kept."""
 
+    kind: str
     group: int
     k_offset: int
     v_offset: int
@@ -63,9 +64,11 @@ class CacheLayout:
                 self.windows.append(layer.window)
                 self.page_bytes.append(0)
             group = self.windows.index(layer.window)
-            k, v = head_bytes(layer.head_dim_k, cache_type), head_bytes(layer.head_dim_v, cache_type)
+            kind = "f32" if layer.precise and cache_type == "f16" else cache_type
+            k = head_bytes(layer.head_dim_k, kind)
+            v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
             start = self.page_bytes[group]
-            self.places.append(LayerPlace(group, start, start + layer.n_kv_heads * k, k, v))
+            self.places.append(LayerPlace(kind, group, start, start + layer.n_kv_heads * k, k, v))
             self.page_bytes[group] = start + layer.n_kv_heads * (k + v)
         self.state_offsets: list[int] = []
         self.block_bytes = 0
@@ -171,6 +174,11 @@ class KVSequence:
         if self.states.exist:  # the step must not leave a whole chunk behind it
             room = min(room, STATE_ROWS - 1)
         return max(room, 0)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Has the model a state of which only some positions are kept?"""
+        return self.states.exist
 
     @_locked
     def mark(self) -> None:

@@ -162,25 +162,28 @@ class Lowering(RecordWriter):
         layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
         q = self.places[o.q.id]
         cache = f"cache of layer {o.layer}"
-        kind = self.layout.cache_type
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
-        if o.k is not None and o.v is not None:
-            k, v = self.places[o.k.id], self.places[o.v.id]
+        if o.k is not None:
+            k, v = self.places[o.k.id], None if o.v is None else self.places[o.v.id]
+            dims = (layer.head_dim_k, layer.head_dim_v)
+            v_offset, v_head_bytes = place.v_offset, place.v_head_bytes
+            if v is None:  # keys are kept as if they were values, and nothing else
+                v, dims, v_offset, v_head_bytes = k, (0, layer.head_dim_k), place.k_offset, place.k_head_bytes
             self.emit(
-                f"append-{kind}",
+                f"append-{place.kind}",
                 {
                     R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
-                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
-                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
-                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: dims[0], R.KV_DIM_V: dims[1],
+                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: v_offset,
+                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: v_head_bytes,
                     R.KV_GROUP: place.group,
                 },
                 [k, v], [cache], True,
             )  # fmt: skip
         out = self.new(o.out)
         self.emit(
-            attention_key(layer, kind, self.threads),
+            attention_key(layer, place.kind, self.threads),
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
@@ -254,7 +257,7 @@ class Lowering(RecordWriter):
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
-        self._produce(ALONE_KERNELS.get(o.kind, o.kind), o.out, self.places[o.x.id], row_weight=floats(o.parameters))
+        self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
 
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]
@@ -270,6 +273,23 @@ class Lowering(RecordWriter):
 
     def _lower_add(self, o: G.Add) -> None:
         self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
+
+    def _lower_mix(self, o: G.Mix) -> None:
+        x, weights = self.places[o.x.id], self.places[o.weights.id]
+        added = None if o.add is None else self.places[o.add.id]
+        record = self._produce(
+            "mix", o.out, x, weights, row_groups=o.n_out, row_x_size=o.weights.width // o.n_out, row_add=added or 0,
+            row_add_stride=added.stride if added else 0,
+        )  # fmt: skip
+        if added is not None:
+            record.reads.append(added)
+
+    def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
+        x, like = self.places[o.x.id], self.places[o.like.id]
+        self._produce("match_magnitude", o.out, x, like, row_groups=o.x.width // o.like.width)
+
+    def _lower_gaussiantopk(self, o: G.GaussianTopK) -> None:
+        self._produce("gaussian_top_k", o.out, self.places[o.x.id], factor=o.deviations)
 
     def _lower_scale(self, o: G.Scale) -> None:
         self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
@@ -292,10 +312,10 @@ def floats(values: G.Constant | None) -> Any:
     return 0 if values is None else np.ascontiguousarray(values, np.float32)
 
 
-def attention_key(layer: G.CacheLayer, cache_type: str, threads: int) -> str:
+def attention_key(layer: G.CacheLayer, kind: str, threads: int) -> str:
     """The kernel for a layer: with as many together of the query heads that share a key and value head as possible,
     but so that there is work for every thread."""
     group = layer.n_heads // layer.n_kv_heads
     most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
     together = max(n for n in range(1, most + 1) if group % n == 0)
-    return f"attention-{cache_type}-{together}"
+    return f"attention-{kind}-{together}{'-rows' if layer.values_in_keys else ''}"

@@ -118,17 +118,19 @@ class _ExpertsLowering:
         """Which rows go to which expert; from here on, matmuls go over slots."""
         moe, rows, memory = self.moe, self.rows, self._memory
         self.chosen, self.weights = memory(rows * moe.n_used * 8), memory(rows * moe.n_used * 4)
-        counts, chances = memory(self.n_experts * 8), memory(self.n_experts * 8)
+        n_choices = moe.router.shape[0]
+        counts, chances = memory(n_choices * 8), memory(n_choices * 8)
         selection = 0 if moe.selection_bias is None else np.ascontiguousarray(moe.selection_bias, np.float32)
-        self.ranges = memory(8 + 24 * self.n_experts)
+        self.ranges = memory(8 + 24 * max(self.n_experts, moe.n_used))
         route = self.lowering.emit(
             "route-",
             {
-                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: self.n_experts,
+                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_choices,
                 R.MOE_USED: moe.n_used, R.MOE_NORMALIZE: int(moe.normalize),
                 R.MOE_SIGMOID: int(moe.gating == "sigmoid"), R.MOE_SCALE: float(moe.scale), R.MOE_SLOTS: self.chosen,
                 R.MOE_WEIGHTS: self.weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts, R.MOE_RANGES: self.ranges,
                 R.MOE_SELECTION: selection, R.MOE_GROUPS: moe.n_groups, R.MOE_GROUPS_USED: moe.n_groups_used,
+                R.MOE_TOGETHER: moe.together,
             },
             [logits], [self.chosen, self.weights, chances, counts, self.ranges], False,
         )  # fmt: skip
@@ -153,7 +155,7 @@ class _ExpertsLowering:
         are up."""
         first = self.lowering.packing(self.moe.down)
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
-        kernel = ALONE_KERNELS.get(self.moe.kind, self.moe.kind) if self.moe.gate is None else self.moe.kind
+        kernel = ALONE_KERNELS[self.moe.kind] if self.moe.gate is None else self.moe.kind
         record = self.lowering.row_operation(
             kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
         )

@@ -68,6 +68,8 @@ class FakeTokenizer:
 class FakeSequence:
     """Tokens stand for their keys and values. With a window, what was given back cannot be returned to."""
 
+    keeps_state = False
+
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime
         self.held = list(held)

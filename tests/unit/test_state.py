@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qrun.engine.errors import GenerationCancelled
+from qrun.engine.generation.token_cache import TokenCache
 from qrun.engine.program import runtime as runtime_module
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.program.state_blocks import MAX_CHECKPOINTS
@@ -218,3 +219,25 @@ def test_a_saved_state_is_checked_and_restored(runtime: Runtime, rng: np.random.
             runtime.sequence().restore(state | wrong)
     with pytest.raises(ValueError, match="another model"):
         runtime.sequence().restore({name: values for name, values in state.items() if name != "states"})
+
+
+def test_a_talk_reads_no_more_than_what_lies_behind_the_last_message(
+    runtime: Runtime, rng: np.random.Generator
+) -> None:
+    end = 7
+
+    def message(length: int) -> list[int]:  # those of different lengths begin with different tokens
+        return [length % 9 + 8, *(int(token) for token in rng.integers(8, runtime.n_vocab, length - 2)), end]
+
+    cache = TokenCache(runtime, runtime.sequence())
+    first, second, question, thoughts, other = (message(n) for n in (50, 41, 23, 37, 30))
+    cache.advance_to(first + second + question, lambda: False, frozenset({end}))
+    for token in thoughts:
+        cache.advance(token, lambda: False)
+    # The thoughts are left out of what comes next.
+    prompt = first + second + question + other
+    result, n_held = cache.advance_to(prompt, lambda: False, frozenset({end}))
+    assert n_held == 50 + 41 + 23 and np.array_equal(result, logits(runtime, np.array(prompt))[-1])
+    # Another question in the place of the one before.
+    _, n_held = cache.advance_to(first + second + other, lambda: False, frozenset({end}))
+    assert n_held == 50 + 41
