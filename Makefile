@@ -33,11 +33,16 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat test test-lowest soak bench bench-convert docs clean
+# What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
+REPORT_PEER ?=
+
+.PHONY: help chat test test-forms test-lowest report soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make test-forms  kernels of all types in all instruction sets, of which make test leaves some out"
+	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
@@ -52,6 +57,12 @@ test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-forms: $(TESTING)
+	QRUN_TEST_FORMS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit/test_kernels_matmul.py tests/unit/test_arm_emulated.py
+
+report: $(TESTING)
+	@$(BIN)/python -m tests.report $(addprefix --peer ,$(REPORT_PEER))
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py

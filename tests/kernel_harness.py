@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -159,3 +160,15 @@ def random_tensor(
             raw[:, :4] = rng.uniform(-1, 1, (len(raw), 1)).astype(np.float32).view(np.uint8)
     raw = np.ascontiguousarray(raw.reshape(-1))
     return raw, dequantize(raw, TensorType[name], (rows, width))
+
+
+# Rare types, which take long to compile: of those, the other forms than the host's own are tested with a few, one for
+# each way in which their weights are read, unless `make test-forms` asks for all.
+RARE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+FEW = ("IQ1_M", "IQ3_S", "NVFP4", "TQ1_0")
+
+
+def types_of(form: str) -> list[str]:
+    """The types with which a form ("best", or another) is tested."""
+    everything = form == "best" or "QRUN_TEST_FORMS" in os.environ
+    return [name for name in TYPES if everything or name not in RARE or name in FEW]

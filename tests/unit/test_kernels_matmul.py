@@ -6,17 +6,22 @@ import pytest
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.simd.target import host_target
-from tests.kernel_harness import Harness, random_tensor
+from tests.kernel_harness import Harness, random_tensor, types_of
 
 FORMS = sorted(
     {form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"}
 )
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module")
 def harness(request: pytest.FixtureRequest) -> Harness:
-    keys = [f"{kernel}-{name}" for name in TYPES for kernel in ("matmul", "embed")]
+    keys = [f"{kernel}-{name}" for name in types_of(request.param) for kernel in ("matmul", "embed")]
     return Harness(host_target(request.param), [*keys, "pack-q8", "pack-f32"])
+
+
+EACH = pytest.mark.parametrize(
+    ("harness", "name"), [(form, name) for form in FORMS for name in types_of(form)], indirect=["harness"]
+)
 
 
 def as_quantised(x: np.ndarray) -> np.ndarray:
@@ -27,7 +32,7 @@ def as_quantised(x: np.ndarray) -> np.ndarray:
     return (np.rint(blocks * (np.float32(127) / largest)) * (largest * np.float32(1 / 127))).reshape(x.shape)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@EACH
 @pytest.mark.parametrize(
     "shape", [(64, 2, 1), (40, 3, 1), (83, 1, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)]
 )
@@ -50,7 +55,7 @@ def test_matmul_is_the_product(
     assert np.all(np.abs(result - expected) <= 3e-6 * size + 1e-30)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@EACH
 def test_a_column_has_the_same_bits_alone_and_among_others(
     rng: np.random.Generator, harness: Harness, name: str
 ) -> None:
@@ -69,6 +74,7 @@ def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> No
     assert all(np.array_equal(results[0].view(np.int32), result.view(np.int32)) for result in results)
 
 
+@pytest.mark.parametrize("harness", FORMS, indirect=True)
 def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness) -> None:
     for rows, columns in ((40, 5), (3, 5), (40, 1), (3, 1)):
         raw, weights = random_tensor(rng, "F32", rows, 64)
@@ -79,7 +85,7 @@ def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness) ->
         np.testing.assert_allclose(result, 0.5 * (x @ weights.T) + bias + residual, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@EACH
 def test_embedding_is_the_dequantised_row(rng: np.random.Generator, harness: Harness, name: str) -> None:
     width = 512 if isinstance(TYPES[name], Quantised) else 509
     raw, weights = random_tensor(rng, name, 7, width)
