@@ -59,8 +59,8 @@ function figure(value, digits = 0) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
-function rate(value) {
-  return figure(value, value < 100 ? 1 : 0);
+function speed(value) {
+  return value ? ` at ${figure(value, value < 100 ? 1 : 0)}/s` : "";
 }
 
 function counted(count, name) {
@@ -246,8 +246,7 @@ function drawMessage(message) {
   const view = views.get(message);
   if (!view) return;
   const index = current.messages.indexOf(message);
-  const work = running.get(current.id);
-  const isGrowing = work?.message === message;
+  const isGrowing = running.get(current.id)?.message === message;
   view.element.classList.toggle("growing", isGrowing);
   view.element.setAttribute("aria-busy", String(isGrowing));
   if (message.role === "user") {
@@ -273,15 +272,14 @@ function drawMessage(message) {
     const button = tool("copy", "Copy the text", () => copyBy(button, message.content));
     tools.append(button);
   }
-  if (!work) {
-    if (message.role === "user") {
-      tools.append(tool("edit", "Edit the message; what follows it goes", () => edit(index)));
-    } else {
-      tools.append(tool("retry", "Answer once more; what follows goes", () => retry(index)));
-    }
-    if (message.role === "user" && index === current.messages.length - 1) {
+  // While an answer comes, the style sheet hides what would change the talk.
+  if (message.role === "user") {
+    tools.append(tool("edit", "Edit the message; what follows it goes", () => edit(index)));
+    if (index === current.messages.length - 1) {
       tools.append(tool("retry", "Answer this message", () => retry(index + 1)));
     }
+  } else {
+    tools.append(tool("retry", "Answer once more; what follows goes", () => retry(index)));
   }
   view.foot.replaceChildren(tools);
   const told = statsText(message);
@@ -301,14 +299,14 @@ function statsText(message) {
   const stats = message.stats ?? {};
   if (message.end === "length") told.push("ended at the limit of tokens");
   if (message.end === "stopped") told.push("stopped");
+  if (message.end === "stop" && !message.content) told.push("ended without an answer");
   const answer = stats.predicted_n ?? stats.completion_tokens;
-  if (answer) told.push(counted(answer, "token") + (stats.predicted_per_second ? `, ${rate(stats.predicted_per_second)}/s` : ""));
+  if (answer) told.push(counted(answer, "token") + speed(stats.predicted_per_second));
   const cached = stats.cached_tokens ?? stats.cache_n;
   const prompt = stats.prompt_tokens ?? (stats.prompt_n ?? 0) + (stats.cache_n ?? 0);
   if (prompt) {
     told.push(
-      `prompt ${figure(prompt)}` + (cached ? ` (${figure(cached)} from cache)` : "") +
-      (stats.prompt_per_second ? `, ${rate(stats.prompt_per_second)}/s` : ""),
+      `prompt ${figure(prompt)}` + (cached ? ` (${figure(cached)} from cache)` : "") + speed(stats.prompt_per_second),
     );
   }
   if (stats.first) told.push(`first token after ${figure(stats.first, 2)} s`);
@@ -365,6 +363,7 @@ function retry(index) {
   editing = null;
   current.messages.splice(index);
   if (current.messages.length) answer(current);
+  if (!isTouch.matches) box.focus(); // the button that was pressed is gone
 }
 
 // ---- scrolling and what the page says of itself
@@ -382,6 +381,7 @@ function drawState() {
   const work = running.get(current.id);
   const send = byId("send");
   const label = work ? "Stop" : "Send";
+  log.classList.toggle("busy", Boolean(work));
   send.setAttribute("aria-label", label);
   send.title = work ? "Stop (Esc)" : "Send (Enter)";
   send.classList.toggle("stop", Boolean(work));
@@ -406,10 +406,14 @@ function drawWork(work) {
   byId("work-text").textContent = text;
 }
 
+function chosenModel() {
+  return models.find((model) => model.id === modelPicker.value);
+}
+
 function drawContext() {
   const last = current.messages.findLast((message) => message.stats?.prompt_tokens);
   const used = last ? last.stats.prompt_tokens + (last.stats.completion_tokens ?? 0) : 0;
-  const size = models.find((model) => model.id === modelPicker.value)?.context_length;
+  const size = chosenModel()?.context_length;
   byId("context").textContent = used ? `Context: ${figure(used)}${size ? ` of ${figure(size)}` : ""} tokens` : "";
 }
 
@@ -520,8 +524,9 @@ async function answer(talk) {
   clearTimeout(timer);
   if (talks.includes(talk)) keep(talk);
   drawTalks();
+  if (chosenModel()?.state === "not-loaded") refreshModels(); // it is now
   if (talk !== current) return;
-  for (const one of current.messages) if (current.messages.indexOf(one) !== editing) drawMessage(one);
+  drawMessage(message);
   drawState();
   follow();
   const heard = views.get(message)?.body.innerText.slice(0, 3000) ?? "";
@@ -574,9 +579,10 @@ async function refreshDefaults() {
   const model = modelPicker.value;
   let found = {};
   try {
-    if (model) found = await defaults(model, settings.key);
+    // Of models that are not loaded nothing is known yet.
+    if (model && chosenModel()?.state !== "not-loaded") found = await defaults(model, settings.key);
   } catch {
-    // Of models that are not loaded nothing is known, and not all servers tell.
+    // Not all servers tell.
   }
   if (model !== modelPicker.value) return;
   ownDefaults = { ...found, max_tokens: found.max_tokens ?? found.n_predict, seed: undefined };
@@ -677,15 +683,24 @@ box.addEventListener("keydown", (event) => {
 box.enterKeyHint = isTouch.matches ? "enter" : "send";
 
 const SHORTCUTS = {
-  KeyN: startTalk,
-  KeyR: () => {
+  n: startTalk,
+  r: () => {
     const last = current.messages.findLastIndex((message) => message.role === "user");
     if (last >= 0) retry(last + 1);
   },
-  KeyM: () => box.focus(),
-  Comma: openSettings,
-  Slash: () => openDialog("keys"),
+  m: () => box.focus(),
+  ",": openSettings,
+  "/": () => openDialog("keys"),
 };
+
+// Where Alt makes other letters of the keys (macOS), it is their places that count.
+const PLACES = { KeyN: "n", KeyR: "r", KeyM: "m", Comma: ",", Slash: "/" };
+
+function shortcut(event) {
+  if (!event.altKey || event.ctrlKey || event.metaKey) return undefined;
+  const key = event.key.toLowerCase();
+  return SHORTCUTS[/^[!-~]$/.test(key) ? key : PLACES[event.code]];
+}
 
 document.addEventListener("keydown", (event) => {
   if (event.isComposing || document.querySelector("dialog[open]")) return;
@@ -696,9 +711,9 @@ document.addEventListener("keydown", (event) => {
     } else {
       stop();
     }
-  } else if (event.altKey && !event.ctrlKey && !event.metaKey && SHORTCUTS[event.code]) {
+  } else if (shortcut(event)) {
     event.preventDefault();
-    SHORTCUTS[event.code]();
+    shortcut(event)();
   }
 });
 

@@ -134,7 +134,7 @@ def test_an_answer_streams_and_tells_its_speed_and_cache(page: Browser, stub: Pa
     go_on.set()
     page.wait_for(".stats", "first token after")
     assert page.text(ANSWER) == "The first part"
-    assert "2 tokens, 57.3/s · prompt 1,046 (1,024 from cache), 812/s" in page.text(".stats")
+    assert "2 tokens at 57.3/s · prompt 1,046 (1,024 from cache) at 812/s" in page.text(".stats")
     assert page.text("#context") == "Context: 1,048 of 8,192 tokens"
     [request] = stub.requests
     assert request["messages"] == [{"role": "user", "content": "Hello"}]
@@ -392,6 +392,45 @@ def test_two_talks_are_answered_at_a_time(page: Browser, stub: PageStub) -> None
     assert page.text(ANSWER) == "quick: done"
     page.click("#talks li:not(:has([aria-current])) .open")
     assert page.text(ANSWER) == "slow: done"
+
+
+@browsing
+def test_a_model_that_is_loaded_by_an_answer_is_told_as_loaded(page: Browser, stub: PageStub) -> None:
+    other = stub.models[1]
+    assert "/props" in stub.paths and page.text("#model option:last-child") == "other-model (not loaded)"
+    page.type("#model", "other-model")
+
+    def reply(body: dict[str, Any]) -> Frames:
+        stub.models[1] = other | {"state": "loaded", "context_length": 4096}
+        yield from end()
+
+    stub.reply = reply
+    try:
+        ask_and_wait(page, "Hello")
+        page.wait(lambda: page.text("#model option:last-child") == "other-model", "the model's new state")
+        assert page.run("return document.getElementById('model').value") == "other-model"
+        assert page.text("#context") == "Context: 49 of 4,096 tokens"
+        assert "ended without an answer" in page.text(".stats")
+    finally:
+        stub.models[1] = other
+
+
+@browsing
+def test_buttons_that_change_a_talk_wait_for_its_answer(page: Browser, stub: PageStub) -> None:
+    go_on = threading.Event()
+    ask_and_wait(page, "One")
+    stub.reply = lambda body: iter([delta("Now"), go_on, *end()])
+    ask(page, "Two")
+    page.wait_for(ANSWER, "Now")
+    visible = """return [...document.querySelectorAll("#log .tools button")].filter((one) => one.checkVisibility())
+        .map((one) => one.getAttribute("aria-label").split(/[ ;]/, 1)[0])"""
+    assert page.run(visible) == ["Copy"] * 3
+    page.run("document.querySelector('.tools button').focus()")
+    page.press(ENTER)
+    go_on.set()
+    page.wait(lambda: page.run(visible) == ["Copy", "Edit", "Copy", "Answer"] * 2, "buttons")
+    label = page.run("return document.activeElement.getAttribute('aria-label')")
+    assert label == "Copy the text", "the focus stays where it was"
 
 
 @browsing
