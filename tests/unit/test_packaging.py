@@ -26,7 +26,7 @@ def test_the_version_is_said_alike_everywhere(config: configparser.ConfigParser)
 def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
     folders = {
         f"qrun.{'.'.join(path.parent.relative_to(ROOT).parts)}"
-        for top in ("engine", "formats", "models", "cli")
+        for top in ("engine", "formats", "models", "cli", "server")
         for path in (ROOT / top).rglob("*.py")
     }
     assert set(config["options"]["packages"].split()) == folders

@@ -1,0 +1,92 @@
+"""`/v1/models`, `/health`, `/metrics`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qrun.server.errors import APIError
+from qrun.server.exchange import Exchange
+from qrun.server.state import State
+
+if TYPE_CHECKING:
+    from qrun.server.hub import Entry
+
+
+def capabilities(entry: Entry) -> list[str]:
+    """What a model can, in the words of several interfaces."""
+    model = entry.model
+    if model is None:
+        return ["completion"]
+    found = ["completion"]
+    if model.tokenizer is not None:
+        try:
+            template = model.chat_template
+        except ValueError:
+            return found
+        if template is not None and not template.is_fallback:
+            found += ["chat"]
+            if "tools" in template.source or template.format.calls is not None:
+                found.append("tools")
+            if template.format.thoughts is not None:
+                found.append("thinking")
+    return found
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """A model, with its context in every client's spelling. Of one that is not loaded less is known."""
+    told: dict[str, Any] = {
+        "id": entry.id,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": "qrun",
+        "state": "loaded" if entry.model is not None else "not-loaded",
+        "capabilities": capabilities(entry),
+        "architecture": {"modality": "text->text", "input_modalities": ["text"], "output_modalities": ["text"]},
+    }
+    model = entry.model
+    if model is not None:
+        trained = model.graph.context_length
+        told |= {
+            "context_length": model.context,
+            "max_model_len": model.context,
+            "max_context_length": trained,
+            "loaded_context_length": model.context,
+            "context_window": model.context,
+            "max_context_window": model.context,
+            "meta": {
+                "n_ctx": model.context,
+                "n_ctx_train": trained,
+                "n_vocab": model.graph.n_vocab,
+                "n_embd": model.graph.n_embd,
+                "architecture": model.graph.architecture,
+            },
+        }
+    return told
+
+
+async def list_models(state: State, exchange: Exchange) -> None:
+    state.hub.refresh()
+    data = [describe(entry) for entry in state.hub.entries]
+    await exchange.json({"object": "list", "data": data})
+
+
+async def one_model(state: State, exchange: Exchange) -> None:
+    name = exchange.path_parameters["name"]
+    entry = state.hub.find(name)
+    if entry.id.lower() != name.lower() and state.hub._named(name) is None:
+        raise APIError(f"the model {name!r} does not exist", 404, "not_found_error", param="model",
+                       code="model_not_found")  # fmt: skip
+    await exchange.json(describe(entry))
+
+
+async def health(state: State, exchange: Exchange) -> None:
+    if not state.hub.is_ready:
+        raise APIError("Loading model", 503, "unavailable_error", code="loading", headers={"Retry-After": "1"})
+    await exchange.json({"status": "ok"})
+
+
+async def metrics(state: State, exchange: Exchange) -> None:
+    activities = [entry.model.activity for entry in state.hub.entries if entry.model is not None]
+    used = max((one.cache_bytes / one.cache_limit for one in activities if one.cache_limit), default=0.0)
+    text = state.metrics.text(state.turns.running, state.turns.waiting, used, len(activities))
+    await exchange.raw(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
