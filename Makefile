@@ -10,9 +10,11 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # A strict editable install links the files that there are: a new file needs a new install.
 DIGEST := $(shell (find engine formats models cli server -name '*.py' -o -name py.typed | sort; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
 RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
+SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 WORKERS ?= 2
+SERVE_OPTIONS ?=
 
 # `make test-lowest` installs what setup.cfg allows at its lowest, which goes with the lowest Python. CI does not run it:
 # it takes as long as `make test` once more, and what it finds changes only when a bound or a dependency does.
@@ -33,10 +35,11 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat test test-lowest soak bench bench-convert docs clean
+.PHONY: help chat serve test test-lowest soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
+	@echo "make serve  the same over HTTP, for OpenAI's, Anthropic's and Ollama's clients; SERVE_OPTIONS go to qrun serve"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
@@ -47,6 +50,9 @@ help:
 
 chat: $(RUNTIME)
 	@$(BIN)/qrun chat
+
+serve: $(SERVING)
+	@$(BIN)/qrun serve $(SERVE_OPTIONS)
 
 test: $(TESTING)
 	$(BIN)/ruff check
@@ -93,8 +99,14 @@ $(RUNTIME): | $(VENV)/made
 	@$(PIP_INSTALL) --editable . </dev/null
 	@touch $@
 
+$(SERVING): | $(VENV)/made
+	@echo "Installing qrun and its server into $(VENV) ..." >&2
+	@rm -rf $(VENV)/installed-* build
+	@$(PIP_INSTALL) --editable '.[server]' </dev/null
+	@touch $@ $(RUNTIME)
+
 $(TESTING): | $(VENV)/made
 	@echo "Installing qrun and its tests' needs into $(VENV) ..." >&2
 	@rm -rf $(VENV)/installed-* build
 	@$(PIP_INSTALL) --editable '.[test]' </dev/null
-	@touch $@ $(RUNTIME)
+	@touch $@ $(RUNTIME) $(SERVING)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.formats import FormatError
 from qrun.models.catalog import CATALOG, NotPulled, catalog_entry, resolve
 from qrun.models.store import SHARD_NAME, shard_names, stored_models
 from qrun.server.errors import APIError, unavailable
@@ -92,6 +91,7 @@ class Hub:
         self._ttl = ttl
         self._most_loaded = most_loaded
         self._entries: dict[str, Entry] = {}
+        self._found: set[str] = set()
         self._closed = False
         named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
         for name, model in named:
@@ -123,16 +123,16 @@ class Hub:
                     continue
                 relative = path.relative_to(self._folder).with_name(found["stem"] if found else path.stem).as_posix()
                 if not relative.startswith(".") and relative not in self._entries:
-                    self._add(relative, path)
+                    self._found.add(self._add(relative, path).id)
         if self._with_store:
             names = {entry.path: entry.name for entry in CATALOG.values()}
             for stored in stored_models():
                 name = names.get(stored.path, stored.name)
                 if name not in self._entries:
-                    self._add(name, stored.path)
+                    self._found.add(self._add(name, stored.path).id)
         for entry in list(self._entries.values()):
             if entry.model is None and isinstance(entry.source, Path) and not entry.source.is_file():
-                del self._entries[entry.id]
+                del self._entries[entry.id]  # it was deleted
 
     @property
     def entries(self) -> list[Entry]:
@@ -187,8 +187,12 @@ class Hub:
             entry.used = time.monotonic()
             self.expire_later(entry)
 
-    async def load(self, entry: Entry) -> None:
-        """Load a model, if it is not loaded."""
+    def is_lazy(self, entry: Entry) -> bool:
+        """Was the model found in a folder or the store, and is loaded only when it is asked for?"""
+        return entry.id in self._found
+
+    async def load(self, entry: Entry, *, plainly: bool = False) -> None:
+        """Load a model, if it is not loaded. plainly: raise what is wrong with it as it is."""
         if entry.model is not None and not entry.busy:
             return
         async with entry.lock:
@@ -201,11 +205,14 @@ class Hub:
             try:
                 loop = asyncio.get_running_loop()
                 entry.model = await loop.run_in_executor(self._executor, self._load, entry.source)
-            except NotPulled as error:
-                raise APIError(str(error), 404, "not_found_error", param="model", code="model_not_found") from None
-            except (FormatError, OSError, ValueError) as error:
+            except (NotPulled, OSError, ValueError) as error:
+                if plainly:
+                    raise
+                if isinstance(error, NotPulled | FileNotFoundError):
+                    message = f"the model {entry.id!r} is not there any more"
+                    raise APIError(message, 404, "not_found_error", param="model", code="model_not_found") from error
                 # Without paths: whoever runs the server finds them in its log.
-                raise APIError(f"the model {entry.id} cannot be loaded: {type(error).__name__}", 500, "server_error",
+                raise APIError(f"the model {entry.id!r} cannot be loaded", 500, "server_error",
                                code="model_load_failed") from error  # fmt: skip
             finally:
                 entry.busy = False

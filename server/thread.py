@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-import uvicorn
-
-from qrun.server.app import Application, app
+from qrun.server.app import app
 from qrun.server.hub import Source
+from qrun.server.listening import Listener, bind, config
 
 if TYPE_CHECKING:
     from qrun.engine import Model
-
-_LAST_WORDS = 1  # seconds in which answers may end once the server is to
-
-
-def config(application: Application, **more: Any) -> uvicorn.Config:
-    """How uvicorn runs the application: all names of its parts are given, so that packers see them, and nothing is
-    logged but what the application logs."""
-    return uvicorn.Config(
-        application,
-        http="h11",
-        loop="asyncio",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=_LAST_WORDS,
-        **more,
-    )
-
-
-class Listener(uvicorn.Server):
-    """uvicorn's server, which ends answers under way when it is to end."""
-
-    def __init__(self, application: Application, settings: uvicorn.Config) -> None:
-        super().__init__(settings)
-        self._application = application
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._application.stop()
-        await super().shutdown(sockets)
 
 
 class Server:
@@ -66,24 +31,11 @@ class Server:
         """Listen, and return the URL. Port 0 takes one that is free. OSError where the port is taken."""
         if self._thread is not None:
             raise RuntimeError("the server runs already")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind((host, port))
-            bound.listen(128)
-        except BaseException:
-            bound.close()
-            raise
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{bound.getsockname()[1]}"
-        self._listener = Listener(self.application, config(self.application))
-        listener = self._listener
-
-        def serve() -> None:
-            asyncio.run(listener.serve(sockets=[bound]))
-
-        self._thread = threading.Thread(target=serve, name="qrun server", daemon=True)
+        bound, self.url = bind(host, port)
+        listener = self._listener = Listener(self.application, config(self.application))
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(listener.serve(sockets=[bound])), name="qrun server", daemon=True
+        )
         self._thread.start()
         return self.url
 
