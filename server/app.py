@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from qrun.server import models_api, openai_chat
+from qrun.server import completions, models_api, native, openai_chat
 from qrun.server.errors import APIError, shape_of
 from qrun.server.exchange import Endpoint, Exchange
 from qrun.server.guard import Guard
@@ -40,6 +40,13 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models", models_api.list_models),
     ("GET", "/v1/models/{name:path}", models_api.one_model),
     ("POST", "/v1/chat/completions", openai_chat.chat_completions),
+    ("POST", "/v1/completions", completions.completions),
+    ("POST", "/completion", native.completion),
+    ("POST", "/infill", native.infill),
+    ("POST", "/v1/tokenize", native.tokenize),
+    ("POST", "/v1/detokenize", native.detokenize),
+    ("POST", "/apply-template", native.apply_template),
+    ("GET", "/props", native.props),
 )
 
 

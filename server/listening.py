@@ -116,8 +116,8 @@ async def serve(
     end: asyncio.Event | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> int | None:
-    """Serve until a signal comes, which is returned, or `end` is set. The first model is loaded meanwhile; what is wrong
-    with it is raised and ends the server. on_ready: called when it has been loaded."""
+    """Serve until a signal comes, which is returned, or `end` is set. The first model is loaded meanwhile; what is
+    wrong with it is raised and ends the server. on_ready: called when it has been loaded."""
     listener = Listener(application, config(application, certificate))
     listening = asyncio.create_task(listener.serve(sockets=[bound]))
     state = application.state

@@ -34,6 +34,11 @@ class LetterTokenizer(FakeTokenizer):
         text.encode()  # of half a character there are no bytes
         return ids_of(text.replace(mark, "") if mark else text)
 
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        if any(not 0 <= id < self.n_vocab for id in ids):
+            raise ValueError("a token is not in the vocabulary")
+        return super().decode(ids, skip_special)
+
     def has_piece(self, piece: str) -> bool:
         return False
 
@@ -42,7 +47,7 @@ def saying(answer: str | Callable[[str], str]) -> Callable[[list[int]], int]:
     """A rule: what follows the last "~" of the text is the answer, which may depend on what stands before that."""
 
     def rule(held: list[int]) -> int:
-        before, _, said = bytes(max(id - 2, 0) for id in held).rpartition(b"~")
+        before, _, said = bytes(min(max(id - 2, 0), 255) for id in held).rpartition(b"~")
         wanted = ids_of(answer(before.decode("utf-8", "replace")) if callable(answer) else answer)
         n_said = len(said)
         return wanted[n_said] if n_said < len(wanted) else EOS

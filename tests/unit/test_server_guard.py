@@ -24,7 +24,9 @@ def test_names_of_this_machine(host: str) -> None:
     assert get(headers={"host": host}).status == 200
 
 
-@pytest.mark.parametrize("host", ["example.org", "example.org:8080", "localhost.example.org", "192.168.1.2", "[fe80::1]"])
+@pytest.mark.parametrize(
+    "host", ["example.org", "example.org:8080", "localhost.example.org", "192.168.1.2", "[fe80::1]"]
+)
 def test_names_of_others(host: str) -> None:
     answer = get(headers={"host": host})
     assert answer.status == 403 and "--allow-host" in answer.json()["error"]["message"]
