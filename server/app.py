@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from qrun.server import completions, models_api, native, openai_chat
+from qrun.server import anthropic, completions, models_api, native, openai_chat, responses
 from qrun.server.errors import APIError, shape_of
 from qrun.server.exchange import Endpoint, Exchange
 from qrun.server.guard import Guard
@@ -41,6 +41,10 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models/{name:path}", models_api.one_model),
     ("POST", "/v1/chat/completions", openai_chat.chat_completions),
     ("POST", "/v1/completions", completions.completions),
+    ("POST", "/v1/messages", anthropic.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("POST", "/v1/responses", responses.responses),
+    ("POST", "/v1/responses/input_tokens", responses.input_tokens),
     ("POST", "/completion", native.completion),
     ("POST", "/infill", native.infill),
     ("POST", "/v1/tokenize", native.tokenize),
