@@ -15,6 +15,7 @@ import click
 
 from qrun.cli.console import echo
 from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
+from qrun.formats.gguf.file_types import FILE_TYPES
 
 if TYPE_CHECKING:
     from qrun.formats import FormatError, GGUFReader
@@ -27,12 +28,6 @@ WORKING_BYTES = 250_000_000
 WINDOW_SLACK = 512
 # a value of a quantized cache: blocks of 32 with a float16 scale
 CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-# general.file_type: what a file's quantization is called as a whole (enum llama_ftype)
-FILE_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S", 25: "IQ4_NL",
-    30: "IQ4_XS", 32: "BF16", 38: "MXFP4_MOE",
-}  # fmt: skip
 
 
 @click.command()

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from qrun.server import anthropic, completions, models_api, native, openai_chat, responses
+from qrun.server import anthropic, completions, models_api, native, ollama, openai_chat, responses
 from qrun.server.errors import APIError, shape_of
 from qrun.server.exchange import Endpoint, Exchange
 from qrun.server.guard import Guard
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from qrun.engine import Model
-
-STATIC = Path(__file__).parent / "static"
 
 Handler = Callable[[State, Exchange], Awaitable[None]]
 
@@ -45,6 +43,24 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("POST", "/v1/responses", responses.responses),
     ("POST", "/v1/responses/input_tokens", responses.input_tokens),
+    ("POST", "/v1/embeddings", models_api.embeddings),
+    ("GET", "/", models_api.root),
+    ("GET", "/api/v0/models", models_api.list_for_lm_studio),
+    ("POST", "/api/v0/chat/completions", openai_chat.chat_completions),
+    ("POST", "/api/v0/completions", completions.completions),
+    ("POST", "/api/chat", ollama.chat),
+    ("POST", "/api/generate", ollama.generate),
+    ("GET", "/api/tags", ollama.tags),
+    ("GET", "/api/ps", ollama.running),
+    ("POST", "/api/show", ollama.show),
+    ("GET", "/api/version", ollama.version),
+    ("POST", "/api/pull", ollama.pull),
+    ("DELETE", "/api/delete", ollama.delete),
+    ("POST", "/api/embed", ollama.not_here),
+    ("POST", "/api/embeddings", ollama.not_here),
+    ("POST", "/api/create", ollama.not_here),
+    ("POST", "/api/copy", ollama.not_here),
+    ("POST", "/api/push", ollama.not_here),
     ("POST", "/completion", native.completion),
     ("POST", "/infill", native.infill),
     ("POST", "/v1/tokenize", native.tokenize),
@@ -116,7 +132,7 @@ def _routes(state: State) -> list[BaseRoute]:
         )
         for one in dict.fromkeys((path, path.removeprefix("/v1"))):
             routes.append(Route(one, endpoint, methods=[method]))
-    routes.append(Mount("/static", StaticFiles(directory=STATIC, check_dir=False)))
+    routes.append(Mount("/static", StaticFiles(directory=models_api.STATIC, check_dir=False)))
     return routes
 
 

@@ -98,7 +98,7 @@ def ollama_shape(error: APIError) -> dict[str, Any]:
 
 def shape_of(path: str) -> Shape:
     """How the interface that a path belongs to says errors."""
-    if path.startswith("/api/"):
+    if path.startswith("/api/") and not path.startswith("/api/v0/"):
         return ollama_shape
     if path.removeprefix("/v1").startswith("/messages"):
         return anthropic_shape

@@ -148,10 +148,10 @@ class Hub:
         APIError where there is none."""
         if name is not None and not isinstance(name, str):
             raise APIError("model must be a text", param="model")
-        entry = self._named(name or "")
+        entry = self.named(name or "")
         if entry is None:
             self.refresh()
-            entry = self._named(name or "")
+            entry = self.named(name or "")
         if entry is None and (lenient or not name or len(self._entries) == 1):
             entry = self.default
         if entry is None:
@@ -161,7 +161,10 @@ class Hub:
             )  # fmt: skip
         return entry
 
-    def _named(self, name: str) -> Entry | None:
+    def named(self, name: Any) -> Entry | None:
+        """The model of exactly this name, but for case and what names of files and Ollama's end in."""
+        if not isinstance(name, str):
+            return None
         if name in self._entries:
             return self._entries[name]
         wanted = name.lower().removesuffix(":latest").removesuffix(".gguf")

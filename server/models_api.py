@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.server.errors import APIError
 from qrun.server.exchange import Exchange
+from qrun.server.facts import facts_of
 from qrun.server.state import State
 
 if TYPE_CHECKING:
     from qrun.server.hub import Entry
+
+STATIC = Path(__file__).parent / "static"
 
 
 def capabilities(entry: Entry) -> list[str]:
@@ -73,7 +77,7 @@ async def list_models(state: State, exchange: Exchange) -> None:
 async def one_model(state: State, exchange: Exchange) -> None:
     name = exchange.path_parameters["name"]
     entry = state.hub.find(name)
-    if entry.id.lower() != name.lower() and state.hub._named(name) is None:
+    if state.hub.named(name) is None:
         raise APIError(f"the model {name!r} does not exist", 404, "not_found_error", param="model",
                        code="model_not_found")  # fmt: skip
     await exchange.json(describe(entry))
@@ -90,3 +94,43 @@ async def metrics(state: State, exchange: Exchange) -> None:
     used = max((one.cache_bytes / one.cache_limit for one in activities if one.cache_limit), default=0.0)
     text = state.metrics.text(state.turns.running, state.turns.waiting, used, len(activities))
     await exchange.raw(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def list_for_lm_studio(state: State, exchange: Exchange) -> None:
+    """`/api/v0/models`, which clients of LM Studio read."""
+    state.hub.refresh()
+    data = []
+    for entry in state.hub.entries:
+        facts = await state.in_thread(facts_of, entry)
+        model = entry.model
+        told: dict[str, Any] = {
+            "id": entry.id,
+            "object": "model",
+            "type": "llm",
+            "publisher": "",
+            "arch": facts.architecture,
+            "compatibility_type": "gguf",
+            "quantization": facts.quantization,
+            "state": "not-loaded" if model is None else "loaded",
+            "max_context_length": facts.context_length,
+            "capabilities": ["tool_use"] if "tools" in facts.chat_template else [],
+        }
+        if model is not None:
+            told["loaded_context_length"] = model.context
+        data.append(told)
+    await exchange.json({"object": "list", "data": data})
+
+
+async def root(state: State, exchange: Exchange) -> None:
+    """The page, for browsers; others are told what clients of Ollama look for."""
+    page = STATIC / "index.html"
+    if "text/html" in exchange.request.headers.get("accept", "") and page.is_file():
+        await exchange.raw(page.read_bytes(), "text/html; charset=utf-8")
+        return
+    await exchange.raw(b"Ollama is running", "text/plain; charset=utf-8")
+
+
+async def embeddings(state: State, exchange: Exchange) -> None:
+    """Not for models that write."""
+    state.hub.find(exchange.body.get("model"), lenient=True)
+    raise APIError("embeddings are not supported by this server", 501, "not_supported_error", code="not_supported")
