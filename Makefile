@@ -35,12 +35,13 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat serve test test-lowest soak bench bench-convert docs clean
+.PHONY: help chat serve test test-clients test-lowest soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
 	@echo "make serve  the same over HTTP, for OpenAI's, Anthropic's and Ollama's clients; SERVE_OPTIONS go to qrun serve"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make test-clients  the server against the official clients of OpenAI, Anthropic and Ollama"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
@@ -58,6 +59,10 @@ test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-clients: $(TESTING)
+	$(PIP_INSTALL) --editable '.[test,clients]' </dev/null
+	$(BIN)/python -m pytest tests/clients
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
