@@ -9,6 +9,9 @@ from qrun.cli.console import echo
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_QRUN_COMPLETE"  # the variable that click looks for in a program called qrun
 
+WHOLE_NAMES = "COMP_WORDBREAKS=${COMP_WORDBREAKS//:}"
+"""Has bash take llama3.1:8b for one word."""
+
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
@@ -28,4 +31,5 @@ def command(shell: str) -> None:
     completer = get_completion_class(shell)
     assert completer is not None
     # the base class's source(): bash's own begins by running bash to see how old it is
-    echo(ShellComplete.source(completer(cli, {}, "qrun", VARIABLE)))
+    script = ShellComplete.source(completer(cli, {}, "qrun", VARIABLE))
+    echo(f"{script}\n{WHOLE_NAMES}" if shell == "bash" else script)

@@ -158,6 +158,11 @@ def human_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def human_parameters(count: float) -> str:
+    """8030000000 -> '8.0B', as models are called."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
 def stderr_console() -> Console:
     """rich's console for standard error. Imported here: most commands never need it."""
     from rich.console import Console

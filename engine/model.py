@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -225,7 +225,8 @@ class Model:
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for; None with no more."""
+        """A line for whoever loads a model with more context than it was trained for, or gets less than that, as no
+        more is supported; else None."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -263,6 +264,8 @@ class Model:
         options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
         if options.get("reasoning_budget") == 0:
             think = False
+        if isinstance(tools, Iterator):
+            tools = list(tools)
         prompt = self.chat_prompt(
             messages,
             tools=tools,
@@ -273,7 +276,7 @@ class Model:
         )
         template = self.chat_template
         assert template is not None
-        response = template.response(prompt, with_calls=bool(tools))
+        response = template.response(prompt, tools)
         return self._generate(self.template_tokens(prompt), options | {"response": response})
 
     def chat_prompt(
@@ -462,6 +465,7 @@ class Model:
                 session.leave()
             session = self.session()
             generation = session.generate(tokens, **options)
+            generation.when_over = session.leave
             self._pool.append(session)
             return generation
 
@@ -487,6 +491,10 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
 def context_notice(graph: "Graph", context: int) -> str | None:
     """The same of a model that is not loaded."""
+    if context == graph.max_context and context < graph.context_length:
+        from qrun.models import SPARSE
+
+        return f"the context is {context} tokens: {SPARSE} that, which is not supported"
     if context <= graph.context_length:
         return None
     return (

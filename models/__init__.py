@@ -20,15 +20,18 @@ from qrun.models import (
     deci,
     deepseek,
     deepseek2,
+    dots3note,
     ernie4_5,
     ernie4_5_moe,
     exaone,
     exaone4,
     exaone_moe,
     falcon,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3,
+    gemma3n,
     gemma4,
     glm4,
     glm4moe,
@@ -37,24 +40,32 @@ from qrun.models import (
     gptneox,
     granite,
     grok,
+    grovemoe,
+    hrm_text,
     hunyuan,
     hy_v3,
+    hy_v4,
     jais,
+    jamba,
     kimi_linear,
     laguna,
     lfm2,
     llama,
     llama4,
     maincoder,
+    mamba,
     maple,
     mellum,
     mimo2,
     minimax_01,
     minimax_m2,
+    minimax_m3,
     mistral3,
+    mpt,
     muse_glimmer,
     nanbeige,
     nemotron,
+    nemotron_h,
     olmo,
     olmo2,
     olmoe,
@@ -63,7 +74,9 @@ from qrun.models import (
     phi3,
     phimoe,
     plamo,
+    plamo2,
     plamo3,
+    plm,
     qwen,
     qwen2,
     qwen2moe,
@@ -78,10 +91,11 @@ from qrun.models import (
     step35,
     talkie,
 )
-from qrun.models.adapter import Adapter, adapt, is_adapter
+from qrun.models.adapter import Adapter, adapt
 from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder
-from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata, shorten
+from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.support import architecture_problem, other_kind
 
 __all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph"]
 
@@ -102,6 +116,7 @@ ARCHITECTURES = {
     "gemma": gemma.build,
     "gemma2": gemma2.build,
     "gemma3": gemma3.build,
+    "gemma3n": gemma3n.build,
     "gemma4": gemma4.build,
     "phi3": phi3.build,
     "phi2": phi2.build,
@@ -179,23 +194,48 @@ ARCHITECTURES = {
     "starcoder": gpt2.build,
     "starcoder2": gpt2.build_turning,
     "codeshell": gpt2.build_turning,
+    "pockettts": gpt2.build_pockettts,
     "bloom": gpt2.build_bloom,
     "nemotron": nemotron.build,
     "orion": orion.build,
     "jais": jais.build,
     "jais2": nemotron.build,
     "refact": refact.build,
+    "mpt": mpt.build,
+    "grovemoe": grovemoe.build,
+    "hrm_text": hrm_text.build,
+    "deepseek32": deepseek2.build_sparse,
+    "glm-dsa": deepseek2.build_sparse,
+    "dots3note": dots3note.build,
+    "minimax-m3": minimax_m3.build,
+    "hy_v4": hy_v4.build,
+    "plm": plm.build,
+    "mamba": mamba.build,
+    "mamba2": mamba.build_2,
+    "jamba": jamba.build,
+    "nemotron_h": nemotron_h.build,
+    "nemotron_h_moe": nemotron_h.build,
+    "granitehybrid": granite.build_hybrid,
+    "falcon-h1": falcon_h1.build,
+    "plamo2": plamo2.build,
 }
 """By the name that a file gives under `general.architecture`."""
 
 DRAFTS = {
+    "bailingmoe3": DraftLayers(bailingmoe3.build_draft),
     "deepseek2": DraftLayers(deepseek2.build_block),
     "glm4moe": DraftLayers(glm4moe.build_block),
     "hy_v3": DraftLayers(hy_v3.build_block),
     "mimo2": DraftLayers(mimo2.build_block, normed=False),
+    "qwen35": DraftLayers(qwen35.build_draft),
+    "qwen35moe": DraftLayers(qwen35.build_draft_experts),
+    "qwen3next": DraftLayers(qwen35.build_draft_experts),
     "step35": DraftLayers(step35.build_block, normed=False),
 }
 """Draft layers, by architecture, where they can be run."""
+
+SPARSE = "the model attends to chosen positions only where there are more than"
+"""Which the graphs of such models do not: `Graph.max_context`."""
 
 
 def build_graph(
@@ -209,25 +249,28 @@ def build_graph(
 
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
     less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
-    `context`. Raises `FormatError`, naming the file, for an architecture that is not known, a hyper-parameter out of
-    bounds, a tensor that is missing or has the wrong shape or type, or an adapter of another model.
+    `context`. Where the graph is right for a shorter context only, that is the default. Raises `FormatError`, naming
+    the file, for an architecture that is not known, a hyper-parameter out of bounds, a tensor that is missing or has
+    the wrong shape or type, an adapter of another model, or a file that is no model.
     """
-    if is_adapter(reader):
-        raise FormatError(reader.path, "this is an adapter, not a model: name it after --lora, beside its model")
+    if (other := other_kind(reader)) and other.problem:
+        raise FormatError(reader.path, other.problem)
     metadata = Metadata(reader)
-    build = ARCHITECTURES.get(metadata.architecture)
-    if build is None:
-        known = ", ".join(ARCHITECTURES)
-        raise FormatError(
-            reader.path, f"architecture {shorten(metadata.architecture)} is not supported (supported: {known})"
-        )
+    if problem := architecture_problem(metadata.architecture, ARCHITECTURES):
+        raise FormatError(reader.path, f"{problem} (supported: {', '.join(ARCHITECTURES)})")
+    build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
-    context = context or min(h.context_length, default_context)
-    logits = build(builder, metadata, h, context)
+    used = context or min(h.context_length, default_context)
+    logits = build(builder, metadata, h, used)
+    if builder.max_context is not None and used > builder.max_context:
+        if context:
+            problem = f"a context of {context} tokens is not supported: {SPARSE} {builder.max_context}"
+            raise FormatError(reader.path, problem)
+        used = builder.max_context
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
-    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, context), adapters)
+    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, used), adapters)
 
 
 def build_drafts(reader: GGUFReader, graph: Graph) -> tuple[Graph, list[Graph]]:

@@ -221,8 +221,7 @@ def _target(operation: G.Operation) -> str | None:
 
 
 def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:
-    """Each once: gate and up may be one."""
-    return tuple(dict.fromkeys((operation.router, operation.gate, operation.up, operation.down)))
+    return (operation.router, *operation.matrices)
 
 
 def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:

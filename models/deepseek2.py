@@ -1,18 +1,15 @@
-"""DeepSeek V2, V3 and R1 (arXiv:2405.04434, 2412.19437), Kimi K2, GLM-4.7-Flash, and Mistral 4: keys and values come
-from one short row that all heads share (multi-head latent attention), and small experts, chosen by biases and within
-groups, lie beside one that all tokens share. MiniCPM 3 (arXiv:2404.06395) has such attention too.
-
-Newer files hold the matrices that make keys and values of a short row apart for each head, so that a head's query can
-be turned into one for the short rows instead (the absorbed form): then these rows are all that the cache needs.
+"""DeepSeek V2, V3 and R1 (arXiv:2405.04434, 2412.19437), Kimi K2, GLM-4.7-Flash, and Mistral 4: latent attention, and
+small experts, chosen by biases and within groups, beside one that all tokens share. MiniCPM 3 (arXiv:2404.06395) has
+such attention too. DeepSeek V3.2 (arXiv:2512.02556) and GLM-5 attend to the best positions of a long context alone.
 """
 
 from dataclasses import replace
 from math import log
 
-import numpy as np
-
-from qrun.models.graph import CacheLayer, GraphBuilder, Rotation, Temperature, Value
-from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, MAX_HEAD_DIM, Hyperparameters, Metadata
+from qrun.models import latent_attention
+from qrun.models.graph import GraphBuilder, Temperature, Value
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
+from qrun.models.latent_attention import Latent
 from qrun.models.rope import RopeScaling, rope_factors
 from qrun.models.transformer import Shares, dense_or_experts, feed_forward, head
 
@@ -32,18 +29,34 @@ def build_block(
     builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
 ) -> Value:
     """One block, of the model or of its draft layers."""
+    is_glm = h.n_layer in LAYERS_OF_GLM and h.n_vocab == VOCABULARY_OF_GLM
+    shares = Shares.read(metadata, "sigmoid" if is_glm else "softmax")
+    return block_with(builder, metadata, h, x, layer, Latent.read(metadata, h), shares)
+
+
+def build_sparse(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of DeepSeek V3.2 and GLM-5, as far as they attend to all positions."""
+    builder.limit_context(read_budget(metadata))
+    sizes, shares = Latent.absorbed_only(metadata, h), Shares.read(metadata, "sigmoid")
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        x = block_with(builder, metadata, h, x, layer, sizes, shares)
+    return head(builder, x, h)
+
+
+def block_with(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int, sizes: Latent, shares: Shares
+) -> Value:
+    """One block, with attention of these sizes and these shares of experts."""
     scaling, scale = read_scaling(metadata, h)
     rotation = scaling.rotation(h.n_rot, interleaved=True)
     temperature = read_temperature(metadata)
-    is_glm = h.n_layer in LAYERS_OF_GLM and h.n_vocab == VOCABULARY_OF_GLM
-    shares = Shares.read(metadata, "sigmoid" if is_glm else "softmax")
-    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
-    absorbed = metadata.integer("attention.key_length_mla", 0, low=0, high=MAX_HEAD_DIM) > 0
+    n_shared = metadata.integer("expert_shared_count", low=0, high=MAX_EXPERTS)
 
     block = f"blk.{layer}"
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-    y = attention(builder, metadata, h, y, layer, rotation, scale, temperature, absorbed=absorbed)
-    x = builder.add(x, y)
+    y = latent_attention.attend(builder, h, y, layer, sizes, rotation, scale=scale, temperature=temperature)
+    x = builder.add(x, builder.linear(y, f"{block}.attn_output", h.n_embd))
 
     y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
     return builder.add(x, dense_or_experts(builder, h, y, layer, shares, h.n_ff_expert[layer] * n_shared))
@@ -55,12 +68,14 @@ def build_minicpm3(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters
     factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
     rotation = scaling.rotation(h.n_rot, factors)
     residual_scale = 1.4 / h.n_layer**0.5
+    sizes = Latent.plain(metadata, h)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=12.0)
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        y = attention(builder, metadata, h, y, layer, rotation, 1.0, absorbed=False)
+        y = latent_attention.attend(builder, h, y, layer, sizes, rotation)
+        y = builder.linear(y, f"{block}.attn_output", h.n_embd)
         x = builder.add(x, builder.scale(y, residual_scale))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
@@ -69,76 +84,24 @@ def build_minicpm3(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters
     return builder.scale(head(builder, x, h), 256.0 / h.n_embd)
 
 
-def attention(
-    builder: GraphBuilder,
-    metadata: Metadata,
-    h: Hyperparameters,
-    x: Value,
-    layer: int,
-    rotation: Rotation | None,
-    scale: float,
-    temperature: Temperature | None = None,
-    *,
-    absorbed: bool,
-    gated: bool = False,
-) -> Value:
-    """Latent attention of one block. scale: beside 1 / sqrt(head_dim). absorbed: are the matrices apart? gated: has
-    what each head gives a gate of its own?"""
-    block, n_heads, n_rot = f"blk.{layer}", h.n_heads[layer], h.n_rot
-    dim_k, dim_v = h.head_dim_k, h.head_dim_v
-    if absorbed:  # what the file calls the size of a head is that of a short row
-        dim_k = metadata.integer("attention.key_length_mla", high=MAX_HEAD_DIM)
-        dim_v = metadata.integer("attention.value_length_mla", high=MAX_HEAD_DIM)
-    rank = metadata.integer("attention.kv_lora_rank", high=MAX_HEAD_DIM)
-    plain = dim_k - n_rot  # dimensions of a head that do not turn
-    if plain < 1:
-        raise metadata.error("rope.dimension_count", f"is {n_rot}, expected less than {dim_k}")
-
-    if builder.has(f"{block}.attn_q.weight"):
-        q = builder.linear(x, f"{block}.attn_q", n_heads * dim_k)
-    else:
-        q = builder.linear(x, f"{block}.attn_q_a", metadata.integer("attention.q_lora_rank"))
-        q = builder.rms_norm(q, f"{block}.attn_q_a_norm", h.rms_eps)
-        q = builder.linear(q, f"{block}.attn_q_b", n_heads * dim_k)
-    both = builder.linear(x, f"{block}.attn_kv_a_mqa", rank + n_rot)
-    short = builder.rms_norm(builder.slice(both, 0, rank), f"{block}.attn_kv_a_norm", h.rms_eps)
-    turned = builder.slice(both, rank, n_rot)
-    if rotation is not None:
-        q, turned = builder.rope(q, dim_k, rotation, start=plain), builder.rope(turned, n_rot, rotation)
-
-    if absorbed:
-        cache = CacheLayer(n_heads, 1, rank + n_rot, rank, None)
-        asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, plain)
-        q = builder.join(asked, range(rank), n_heads, q, range(plain, dim_k), n_heads)
-        k, v = builder.join(short, range(rank), 1, turned, range(n_rot)), short
-    else:
-        cache = CacheLayer(n_heads, n_heads, dim_k, dim_v, None)
-        kv = builder.linear(short, f"{block}.attn_kv_b", n_heads * (plain + dim_v))
-        k = builder.join(kv, range(plain), n_heads, turned, range(n_rot))
-        v = builder.join(kv, range(plain, plain + dim_v), n_heads)
-    if temperature is not None:  # heads that turn by nothing, and grow
-        still = Rotation(np.zeros(cache.head_dim_k // 2, np.float32), 1.0, False, temperature)
-        q = builder.rope(q, cache.head_dim_k, still, query=True)
-    y = builder.attention(q, k, v, cache, scale * dim_k**-0.5)
-    if absorbed:
-        y = builder.head_linear(y, f"{block}.attn_v_b", n_heads, dim_v, rank)
-    if gated:
-        y = builder.gate(builder.linear(x, f"{block}.attn_gate", n_heads), y, "sigmoid")
-    return builder.linear(y, f"{block}.attn_output", h.n_embd)
-
-
 def read_scaling(metadata: Metadata, h: Hyperparameters) -> tuple[RopeScaling, float]:
     """Rope, and what YaRN multiplies the products of queries and keys by."""
     scaling = RopeScaling.read(metadata, h)
-    # Files have a tenth of it.
+    # Files have a tenth of it; those of GLM-5 have none.
     damping = 10.0 * metadata.real("rope.scaling.yarn_log_multiplier", 0.0, high=1e2)
+    damping = 0.0 if metadata.architecture == "glm-dsa" else damping
     growth = 0.1 * log(scaling.factor)
     if damping:
-        scaling = replace(scaling, damping=damping if metadata.architecture == "mistral4" else 1.0)
+        scaling = replace(scaling, damping=1.0 if metadata.architecture == "deepseek2" else damping)
     magnitude = scaling.rotation(h.n_rot).magnitude
     if not scaling.stretches_by_pair:
         magnitude *= 1.0 + growth
     return scaling, (magnitude * (1.0 + damping * growth)) ** 2
+
+
+def read_budget(metadata: Metadata) -> int:
+    """How many positions sparse attention sees at most: all, as long as there are no more."""
+    return metadata.integer("attention.indexer.top_k", high=MAX_CONTEXT)
 
 
 def read_temperature(metadata: Metadata) -> Temperature | None:

@@ -24,7 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from qrun.models import store
-from qrun.models.catalog import CatalogEntry, catalog_entry
+from qrun.models.catalog import CatalogEntry, HubEntry, catalog_entry, closest_names
+from qrun.models.hub import is_spec, pull_hub
 from qrun.models.interpreter import in_background, interpreter
 from qrun.models.store import Notice, Progress, PullError
 
@@ -35,18 +36,25 @@ TIMEOUT_SECONDS = 60
 def pull(spec: str, progress: Progress | None = None, notice: Notice | None = None) -> Path:
     """Fetches a model and returns its path; one that is in the store already is not fetched again.
 
-    `spec` is a catalog name, `hf:ORG/REPO[@REVISION][:FILE or quant]` or `https://.../name.gguf[#sha256=HEX]`.
+    `spec` is a catalog name (see `catalog_entry`), `hf:ORG/REPO[@REVISION][:FILE or quant]` or
+    `https://.../name.gguf[#sha256=HEX]`. notice: is told in a line what comes from the hub, before it comes.
     Raises PullError, one line, where the model cannot be had; nothing half-done stays under its name.
     """
-    if spec.startswith("hf:"):
-        from qrun.models.hub import pull_hub
-
+    if is_spec(spec) or spec.startswith("hf:"):  # one that is wrong is told what is expected
         return pull_hub(spec, progress, notice)
     if spec.startswith(("https://", "http://")):
         return pull_url(spec, progress, notice)
     entry = catalog_entry(spec)
     if entry is None:
-        raise PullError(f"{spec}: not in the catalog; use hf:ORG/REPO[:FILE or quant] or https://... for other models")
+        close = closest_names(spec)
+        known = f" (the closest names in it are {', '.join(close)})" if close else ""
+        others = "use hf:ORG/REPO[:FILE or quant] or https://... for other models"
+        raise PullError(f"{spec}: not in the catalog{known}; {others}")
+    if isinstance(entry, HubEntry):
+        try:
+            return entry.stored() or pull_hub(entry.spec, progress, notice)
+        except PullError as error:
+            raise PullError(f"{entry.name}: {error}") from error
     return pull_entry(entry, progress, notice)
 
 
@@ -149,10 +157,13 @@ def pull_url(url: str, progress: Progress | None = None, notice: Notice | None =
     with store.staging(target, notice) as staged:
         if target.is_file():
             return target
-        for name in names:
-            path = parts.path if len(names) == 1 else f"{parent}/{urllib.parse.quote(name)}"
+        paths = [parts.path if len(names) == 1 else f"{parent}/{urllib.parse.quote(name)}" for name in names]
+        urls = [urllib.parse.urlunsplit(parts._replace(path=path, fragment="")) for path in paths]
+        together = _Together(progress, urls)
+        for name, address in zip(names, urls, strict=True):
             if not (staged / name).is_file():
-                _fetch(urllib.parse.urlunsplit(parts._replace(path=path, fragment="")), staged / name, progress)
+                _fetch(address, staged / name, together.of_part)
+            together.next_part((staged / name).stat().st_size)
         for wanted in fragment.get("sha256", []):
             digest = store.file_sha256(staged / file_name)
             if digest != wanted.lower():
@@ -160,6 +171,36 @@ def pull_url(url: str, progress: Progress | None = None, notice: Notice | None =
                 raise PullError(f"{url}: what arrived has SHA-256 {digest}")
         store.install([(staged / name, folder / name) for name in names])
     return target
+
+
+class _Together:
+    """The progress of several files as that of one."""
+
+    def __init__(self, progress: Progress | None, urls: list[str]) -> None:
+        self._progress = progress
+        self._before = 0
+        self._single = len(urls) == 1
+        sizes = [_size_of(url) for url in urls] if progress and not self._single else [None]
+        self._total = None if None in sizes else sum(size or 0 for size in sizes)
+
+    def of_part(self, done: int, total: int | None) -> None:
+        """So many bytes of the part under way are there."""
+        if self._progress:
+            self._progress(self._before + done, total if self._single else self._total)
+
+    def next_part(self, size: int) -> None:
+        """A part of so many bytes is there whole."""
+        self._before += size
+
+
+def _size_of(url: str) -> int | None:
+    """How long a file is, if its server says so without sending it."""
+    request = urllib.request.Request(url, headers={"User-Agent": "qrun", "Accept-Encoding": "identity"}, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            return int(response.headers["Content-Length"])
+    except (OSError, http.client.HTTPException, ValueError, TypeError):
+        return None
 
 
 def _fetch(url: str, target: Path, progress: Progress | None) -> None:

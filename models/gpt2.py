@@ -1,18 +1,16 @@
 """GPT-2, and what has its blocks: layer norms with biases before each part, and GELU without a gate. They differ in how
 they know positions: GPT-2 and StarCoder (arXiv:2305.06161) learned a row for each, StarCoder 2 (arXiv:2402.19173) and
-CodeShell turn, and in BLOOM (arXiv:2211.05100) scores fall with the distance."""
+CodeShell turn, as the backbone of Pocket TTS does, and in BLOOM (arXiv:2211.05100) scores fall with the distance."""
 
 from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import ALIBI, attention, layer_norm_head, ungated_feed_forward
+from qrun.models.transformer import ALIBI, attention, layer_norm_head, learned_positions, ungated_feed_forward
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits of those with learned positions."""
-    if context > h.context_length:
-        raise metadata.error("context_length", f"is {h.context_length}: there are no positions for {context} tokens")
-    positions = builder.embed_positions("position_embd", h.context_length, h.n_embd)
+    positions = learned_positions(builder, h, context)
     x = builder.add(builder.embed("token_embd", h.n_vocab, h.n_embd), positions)
     return layers(builder, h, x)
 
@@ -20,6 +18,12 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
 def build_turning(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits of those with rope."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
+    return layers(builder, h, builder.embed("token_embd", h.n_vocab, h.n_embd), rotation)
+
+
+def build_pockettts(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of Pocket TTS's backbone, whose neighbours turn together."""
+    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
     return layers(builder, h, builder.embed("token_embd", h.n_vocab, h.n_embd), rotation)
 
 

@@ -1,10 +1,12 @@
 """Granite 3 and 4 (IBM), dense or a mixture of experts, and MiniCPM (arXiv:2404.06395): Llama with scales on the
-embedding, on what each part adds, on the products of queries and keys, and on the logits."""
+embedding, on what each part adds, on the products of queries and keys, and on the logits. Most layers of Granite 4's
+hybrids have a Mamba-2 mixer for attention."""
 
 from math import sqrt
 
 from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
+from qrun.models.mamba import Mamba2, mamba2
 from qrun.models.rope import RopeScaling, rope_factors
 from qrun.models.transformer import attention, experts, feed_forward, head, joined_feed_forward, required_flags
 
@@ -37,6 +39,13 @@ def build_windows(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters,
     return layers(builder, metadata, h, read_rotation(builder, metadata, h, context), windows, turns)
 
 
+def build_hybrid(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits of Granite 4's hybrids, whose files need not scale logits."""
+    turns = metadata.flag("rope.scaling.finetuned", True)
+    rotation = read_rotation(builder, metadata, h, context) if turns else None
+    return layers(builder, metadata, h, rotation, logit_divisor=1.0)
+
+
 def layers(
     builder: GraphBuilder,
     metadata: Metadata,
@@ -49,10 +58,12 @@ def layers(
     residual_scale: float = 0.0,
     logit_divisor: float | None = None,
 ) -> Value:
-    """All layers. The scales are for files that do not give them; a 0 is none. windows, turns: of each layer."""
+    """All layers. The scales are for files that do not give them; a 0 is none. windows, turns: of each layer. A layer
+    without heads is a Mamba-2 mixer."""
     embedding_scale = metadata.real("embedding_scale", embedding_scale) or 1.0
     residual_scale = metadata.real("residual_scale", residual_scale) or 1.0
     logit_divisor = metadata.real("logit_scale", logit_divisor, low=1e-6)
+    sizes = Mamba2.read(metadata) if not all(h.n_kv_heads) else None
     scale = metadata.real("attention.scale", 0.0) or None
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
 
@@ -60,10 +71,13 @@ def layers(
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        cache = h.cache_layer(layer, windows[layer] if windows else None)
-        turn = rotation if turns is None or turns[layer] else None
-        sinks = builder.optional_constant(f"{block}.attn_sinks.weight", cache.n_heads)
-        y = attention(builder, h, y, block, cache, turn, scale=scale, sinks=sinks)
+        if sizes is not None and not h.n_kv_heads[layer]:
+            y = mamba2(builder, h, y, block, sizes)
+        else:
+            cache = h.cache_layer(layer, windows[layer] if windows else None)
+            turn = rotation if turns is None or turns[layer] else None
+            sinks = builder.optional_constant(f"{block}.attn_sinks.weight", cache.n_heads)
+            y = attention(builder, h, y, block, cache, turn, scale=scale, sinks=sinks)
         x = builder.add(x, builder.scale(y, residual_scale))
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.models.support import type_problem
 
 Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"]
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
@@ -183,7 +184,8 @@ class Temperature:
 class Attention:
     """Appends k and v to the cache of `layer`, then causal attention over that cache.
 
-    Without k and v, the layer has no keys and values of its own, and attends to those that another one appended there.
+    Without v, values are a part of the keys (`CacheLayer.values_in_keys`). Without both, the layer has no keys and
+    values of its own, and attends to those that another one appended there.
     Per head: softmax(cap(scale * q . k)) . v, with cap(s) = softcap * tanh(s / softcap) where there is one.
     Head counts, head sizes and the window are in `Graph.cache_layers[layer]`; query head h reads key and value head
     h // (n_heads / n_kv_heads).
@@ -260,6 +262,30 @@ class LinearAttention:
 
 
 @dataclass(frozen=True, eq=False)
+class SelectiveScan:
+    """Each channel keeps a vector h [n_state], at first 0, which every row changes before it is asked (Gu and Dao,
+    "Mamba", 2023): h = exp(time * fading) h + time * x * b; out = c . h + kept * x.
+
+    x and `time` have a number for each channel, b and c are rows [n_state] that all channels share. `fading` is
+    [width, n_state], `kept` is [width].
+    """
+
+    out: Value
+    x: Value
+    time: Value
+    b: Value
+    c: Value
+    fading: Constant
+    kept: Constant
+    state: int
+
+    @property
+    def n_state(self) -> int:
+        """Numbers in the state of a channel."""
+        return self.b.width
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up. `limit` is that of the kinds that have one."""
 
@@ -312,12 +338,55 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """Streams from others, by weights of each row: out[i] = sum over j of weights[i, j] * x[j], plus add[i].
+
+    out (and `add`, if there is one) is seen as [rows, n_out, width / n_out], x as [rows, n_in, ...] with as wide
+    streams, and `weights` as [rows, n_out, n_in].
+    """
+
+    out: Value
+    x: Value
+    weights: Value
+    add: Value | None
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class MatchMagnitude:
+    """Each of x.width / like.width groups of x, made as long as `like`: out = x * |like| / |x|, or 0 where x is 0."""
+
+    out: Value
+    x: Value
+    like: Value
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianTopK:
+    """out = max(x - mean(x) - deviations * std(x), 0), with the standard deviation of a sample."""
+
+    out: Value
+    x: Value
+    deviations: float
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
     out: Value
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """out = x * weight + bias, with a row [width] for each; one of them may be missing."""
+
+    out: Value
+    x: Value
+    weight: Constant | None
+    bias: Constant | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,20 +429,21 @@ class MoE:
     `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
     sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
 
-    An expert is down @ (act(gate @ x) * (up @ x)). `router` is [n_expert, width]; the others are [n_expert, rows,
-    columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any of the four may have changes.
-    Products of the file's own weights may be multiplied by a scale for each expert, and get a bias (`adjustments`).
+    An expert is down @ (act(gate @ x) * (up @ x)), or without a gate down @ act(up @ x). `router` is [n_expert, width];
+    the others are [n_expert, rows, columns]. Where `up` is `gate`, it holds the gate's rows and then those of up. Any
+    of the four may have changes. Products of the file's own weights may be multiplied by a scale for each expert, and
+    get a bias (`adjustments`).
     """
 
     out: Value
     x: Value
     router: Weight
     router_bias: Constant | None
-    gate: Weight
+    gate: Weight | None
     up: Weight
     down: Weight
     n_used: int
-    kind: Activation
+    kind: Activation | Alone
     normalize: bool
     scale: float
     gating: Gating
@@ -382,11 +452,19 @@ class MoE:
     selection_bias: Constant | None = None
     n_groups: int = 1
     n_groups_used: int = 1
+    together: int = 1
+    """So many neighbouring choices of the router are the same expert, chosen once or more. The weight of expert i is
+    then made from probability i, whichever choice led to it."""
     limit: float = 0.0
     """Of the activations that have one."""
     weigh_inputs: bool = False
     """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """Those of the experts, each once: gate and up may be one."""
+        return tuple(dict.fromkeys(weight for weight in (self.gate, self.up, self.down) if weight is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,22 +475,13 @@ class SelectRows:
     x: Value
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """out = x * weight + bias, with rows of constants, either of which may be missing."""
-
-    out: Value
-    x: Value
-    weight: Constant | None
-    bias: Constant | None
-
-
 Operation = (
     Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | Activate | ActivateAlone | Gate | Affine | Clamp | Add | Scale | Softcap | MoE | SelectRows
+    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude
+    | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Convolution, LinearAttention)
+STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -438,12 +507,16 @@ class CacheLayer:
     head_dim_v: int
     window: int | None
     chunked: bool = False
+    values_in_keys: bool = False
+    """Values are the first `head_dim_v` dimensions of keys, and nothing beside them."""
+    precise: bool = False
+    """Kept in float32 where caches are otherwise float16."""
 
 
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built."""
+    for which it was built, and `max_context` the longest one for which it is what the file describes."""
 
     architecture: str
     operations: list[Operation]
@@ -456,6 +529,7 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
+    max_context: int | None = None
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
 
@@ -472,6 +546,7 @@ class GraphBuilder:
         self.reader = reader
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
+        self.max_context: int | None = None
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
 
@@ -489,11 +564,11 @@ class GraphBuilder:
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
         info = self._tensor(name, shape)
-        return self._weights.setdefault(name, Weight(name, info.type, info.shape, info.raw))
+        return self._weights.setdefault(name, Weight(name, info.type, shape, info.raw))
 
     def constant(self, name: str, *shape: int) -> Constant:
         """The tensor of this full name as float32: norms, biases, rope factors."""
-        values = self._tensor(name, shape).dequantize()
+        values = self._tensor(name, shape).dequantize().reshape(shape)
         if not np.isfinite(values).all():
             raise self.error(f"tensor {name} has values that are not finite")
         return values
@@ -512,15 +587,19 @@ class GraphBuilder:
         info = self.reader.tensors.get(name)
         if info is None:
             raise self.error(f"tensor {name} is missing")
-        if info.shape != shape:
+        if _significant(info.shape) != _significant(shape):
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
-            raise self.error(f"tensor {name} has type {info.type.name}, which is not supported")
+            raise self.error(type_problem(info, self.reader.tensors.values()))
         return info
 
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
         return FormatError(self.reader.path, problem)
+
+    def limit_context(self, n: int) -> None:
+        """Say that the graph is what the file describes for contexts of up to n tokens only."""
+        self.max_context = n
 
     # Operations
 
@@ -597,6 +676,10 @@ class GraphBuilder:
         out = self._value(n_heads * (len(of_x) + len(of_z)))
         return self._append(Join(out, x, z, n_heads, of_x, of_z, z_heads))
 
+    def repeat(self, x: Value, count: int) -> Value:
+        """The row `count` times, side by side."""
+        return self.join(x, range(0), count, x, range(x.width))
+
     def slice(self, x: Value, start: int, width: int) -> Value:
         """The columns from `start` on."""
         assert start + width <= x.width
@@ -615,7 +698,7 @@ class GraphBuilder:
         self,
         q: Value,
         k: Value,
-        v: Value,
+        v: Value | None,
         cache: CacheLayer,
         scale: float,
         softcap: float | None = None,
@@ -625,7 +708,10 @@ class GraphBuilder:
         """Causal attention of the next layer; `cache` says how its cache is laid out."""
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
-        assert v.width == cache.n_kv_heads * cache.head_dim_v
+        if v is None:
+            assert cache.values_in_keys and cache.head_dim_v <= cache.head_dim_k
+        else:
+            assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
         layer = len(self.cache_layers)
         self.cache_layers.append(cache)
@@ -658,6 +744,11 @@ class GraphBuilder:
         assert width == n_heads * (operation.dim_k if operation.fades_by_dimension else 1)
         return self._append(operation)
 
+    def selective_scan(self, x: Value, time: Value, b: Value, c: Value, fading: Constant, kept: Constant) -> Value:
+        """Each channel through a state that fades by its time step."""
+        assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
+        return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))
+
     def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
@@ -672,11 +763,6 @@ class GraphBuilder:
         assert x.width % gate.width == 0
         return self._append(Gate(self._value(x.width), gate, x, kind))
 
-    def affine(self, x: Value, weight: Constant | None, bias: Constant | None) -> Value:
-        """x * weight + bias, with rows of constants."""
-        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
-        return self._append(Affine(self._value(x.width), x, weight, bias))
-
     def clamp(self, x: Value, limit: float) -> Value:
         """x, but not beyond -limit and limit."""
         return self._append(Clamp(self._value(x.width), x, limit))
@@ -686,9 +772,30 @@ class GraphBuilder:
         assert a.width == b.width
         return self._append(Add(self._value(a.width), a, b))
 
+    def mix(self, x: Value, weights: Value, n_out: int, add: Value | None = None) -> Value:
+        """`n_out` streams from those of x, by weights [n_out, streams of x] that each row has; and those of `add`."""
+        n_in = weights.width // n_out
+        assert weights.width == n_out * n_in and x.width % n_in == 0
+        assert add is None or add.width == n_out * (x.width // n_in)
+        return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
+    def match_magnitude(self, x: Value, like: Value) -> Value:
+        """Each group of x, made as long as `like`."""
+        assert x.width % like.width == 0
+        return self._append(MatchMagnitude(self._value(x.width), x, like))
+
+    def gaussian_top_k(self, x: Value, deviations: float) -> Value:
+        """What of x exceeds its mean by so many standard deviations."""
+        return self._append(GaussianTopK(self._value(x.width), x, deviations))
+
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
         return self._append(Scale(self._value(x.width), x, factor))
+
+    def affine(self, x: Value, weight: Constant | None, bias: Constant | None = None) -> Value:
+        """x * weight + bias, by rows that have been looked up already."""
+        assert all(row is None or row.shape == (x.width,) for row in (weight, bias))
+        return self._append(Affine(self._value(x.width), x, weight, bias))
 
     def softcap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""
@@ -702,20 +809,24 @@ class GraphBuilder:
         n_expert: int,
         n_used: int,
         n_ff: int,
-        kind: Activation,
+        kind: Activation | Alone,
+        gated: bool = True,
         normalize: bool = True,
         scale: float = 1.0,
         gating: Gating = "softmax",
         router_x: Value | None = None,
         n_groups: int = 1,
         n_groups_used: int = 1,
+        together: int = 1,
         limit: float = 0.0,
         weigh_inputs: bool = False,
+        suffix: str = "_exps",
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
-        Gate and up may be one tensor, `.ffn_gate_up_exps`; experts may have scales and biases, and the router one for
-        its choice, `.exp_probs_b`.
+        Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
+        activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
+        `.exp_probs_b`. suffix: of the names of the experts' matrices. There are n_expert / `together` of them.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -725,19 +836,21 @@ class GraphBuilder:
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
         selection_bias = self.optional_constant(selection, n_expert)
-        if self.has(f"{block}.ffn_gate_up_exps.weight"):
-            gate = up = self.weight(f"{block}.ffn_gate_up_exps.weight", n_expert, 2 * n_ff, x.width)
+        gate, n_matrices = None, n_expert // together
+        if gated and self.has(f"{block}.ffn_gate_up{suffix}.weight"):
+            gate = up = self.weight(f"{block}.ffn_gate_up{suffix}.weight", n_matrices, 2 * n_ff, x.width)
         else:
-            gate = self.weight(f"{block}.ffn_gate_exps.weight", n_expert, n_ff, x.width)
-            up = self.weight(f"{block}.ffn_up_exps.weight", n_expert, n_ff, x.width)
-        down = self.weight(f"{block}.ffn_down_exps.weight", n_expert, x.width, n_ff)
-        adjustments = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)))
+            if gated:
+                gate = self.weight(f"{block}.ffn_gate{suffix}.weight", n_matrices, n_ff, x.width)
+            up = self.weight(f"{block}.ffn_up{suffix}.weight", n_matrices, n_ff, x.width)
+        down = self.weight(f"{block}.ffn_down{suffix}.weight", n_matrices, x.width, n_ff)
+        found = (self._adjustment(weight) for weight in dict.fromkeys((gate, up, down)) if weight is not None)
         return self._append(
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                limit=limit, weigh_inputs=weigh_inputs,
-                adjustments=tuple(adjustment for adjustment in adjustments if adjustment is not None),
+                together=together, limit=limit, weigh_inputs=weigh_inputs,
+                adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip
 
@@ -758,7 +871,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
-            self._n_states,
+            self._n_states, self.max_context,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
@@ -772,3 +885,9 @@ class GraphBuilder:
     def _value(self, width: int) -> Value:
         self._n_values += 1
         return Value(self._n_values - 1, width)
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without dimensions of one before all others, of which files have any number: a row is a vector too."""
+    first = next((place for place, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
+    return shape[first:]

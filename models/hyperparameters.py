@@ -44,6 +44,10 @@ class Metadata:
         """Does the file have this key?"""
         return f"{self.architecture}.{key}" in self.reader.metadata
 
+    def is_array(self, key: str) -> bool:
+        """Does the file have an array under this key?"""
+        return isinstance(self.reader.metadata.get(f"{self.architecture}.{key}"), np.ndarray)
+
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_WIDTH) -> int:
         """A whole number in low..high; without a default, the key is required."""
         return self._check_integer(key, self._get(key, default), low, high)
@@ -185,12 +189,7 @@ class Hyperparameters:
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
-        most = next((heads for heads in n_heads if heads), 0)
-        head_dim = n_embd // most or None if most else None
-        head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
-        n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
-        if n_rot % 2:
-            raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+        head_dim_k, head_dim_v, n_rot = read_head_dims(metadata, n_embd, n_heads)
         if not metadata.flag("attention.causal", True):
             raise metadata.error("attention.causal", "is False: attention to later tokens is not supported")
         n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
@@ -209,11 +208,11 @@ class Hyperparameters:
             n_kv_heads=n_kv_heads[:described],
             n_ff=n_ff[:described],
             head_dim_k=head_dim_k,
-            head_dim_v=metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM),
+            head_dim_v=head_dim_v,
             n_rot=n_rot,
             context_length=metadata.integer("context_length", high=MAX_CONTEXT),
             n_expert=n_expert,
-            n_used=metadata.integer("expert_used_count", high=n_expert) if n_expert else 0,
+            n_used=read_used(metadata, n_expert, n_blocks)[0] if n_expert else 0,
             n_groups=n_groups,
             n_groups_used=n_groups_used,
             n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:described],
@@ -222,8 +221,11 @@ class Hyperparameters:
 
     @property
     def rms_eps(self) -> float:
-        """What root mean square norms add to the mean."""
-        return self.metadata.real("attention.layer_norm_rms_epsilon", high=1.0)
+        """What root mean square norms add to the mean. Files of Nemotron-H may give it under the other name."""
+        key = "attention.layer_norm_rms_epsilon"
+        if not self.metadata.has(key) and self.metadata.has("attention.layer_norm_epsilon"):
+            return self.norm_eps
+        return self.metadata.real(key, high=1.0)
 
     @property
     def norm_eps(self) -> float:
@@ -232,7 +234,34 @@ class Hyperparameters:
 
     def cache_layer(self, layer: int, window: int | None = None) -> CacheLayer:
         """What the cache of this layer holds."""
+        if not self.n_kv_heads[layer]:
+            raise self.metadata.error("attention.head_count_kv", f"is 0 for layer {layer}, which has attention")
         return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
+
+
+def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) -> tuple[int, int, int]:
+    """Dimensions of keys and of values, and how many of a key's turn: all 0 where no layer has heads."""
+    most = next((heads for heads in n_heads if heads), 0)
+    if not most:
+        return 0, 0, 0
+    head_dim = n_embd // most or None
+    head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
+    head_dim_v = metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM)
+    n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
+    if n_rot % 2:
+        raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+    return head_dim_k, head_dim_v, n_rot
+
+
+def read_used(metadata: Metadata, n_expert: int, n_blocks: int) -> tuple[int, ...]:
+    """How many experts a row uses, layer by layer. Only layers that have no experts may use none; they get the most."""
+    key = "expert_used_count"
+    if not metadata.is_array(key):
+        return (metadata.integer(key, high=n_expert),) * n_blocks
+    used = metadata.per_layer(key, n_blocks, low=0, high=n_expert)
+    if not any(used):
+        raise metadata.error(key, "is 0 for every layer")
+    return tuple(one or max(used) for one in used)
 
 
 def read_groups(metadata: Metadata, n_expert: int) -> tuple[int, int]:

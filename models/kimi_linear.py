@@ -4,9 +4,10 @@ biases, lie beside one that all tokens share."""
 
 import numpy as np
 
-from qrun.models import deepseek2
+from qrun.models import latent_attention
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
+from qrun.models.latent_attention import Latent
 from qrun.models.transformer import Shares, dense_or_experts, head
 
 
@@ -20,7 +21,9 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
         if h.n_kv_heads[layer]:
-            y = deepseek2.attention(builder, metadata, h, y, layer, None, 1.0, absorbed=is_absorbed(builder, block))
+            sizes = Latent.read(metadata, h) if is_absorbed(builder, block) else Latent.plain(metadata, h)
+            y = latent_attention.attend(builder, h, y, layer, sizes, None)
+            y = builder.linear(y, f"{block}.attn_output", h.n_embd)
         else:
             y = delta_attention(builder, metadata, h, y, layer)
         x = builder.add(x, y)

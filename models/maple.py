@@ -6,9 +6,7 @@ from dataclasses import replace
 from qrun.models.graph import Activation, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base, read_n_rot
-from qrun.models.transformer import attention, experts, head, required_flags
-
-LEAST_LIMIT = 1e-6  # less is no limit
+from qrun.models.transformer import LEAST_LIMIT, attention, experts, head, required_flags
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:

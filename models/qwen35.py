@@ -49,9 +49,7 @@ class DeltaNet:
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits of a dense model."""
-    return layers(builder, metadata, h, lambda builder, h, x, layer: feed_forward(
-        builder, x, f"blk.{layer}", h.n_ff[layer], "silu"
-    ), apart=True)  # fmt: skip
+    return layers(builder, metadata, h, dense, apart=True)
 
 
 def build_experts(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -62,6 +60,31 @@ def build_experts(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters,
 def build_next(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits of Qwen3-Next."""
     return layers(builder, metadata, h, gated_experts(metadata), apart=False)
+
+
+def build_draft(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """A draft layer of a dense model."""
+    return draft_block(builder, metadata, h, x, layer, dense)
+
+
+def build_draft_experts(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """A draft layer with a mixture of experts."""
+    return draft_block(builder, metadata, h, x, layer, gated_experts(metadata))
+
+
+def draft_block(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int, network: FeedForward
+) -> Value:
+    """Draft layers have attention, wherever they stand."""
+    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
+    y = builder.rms_norm(x, f"blk.{layer}.attn_norm", h.rms_eps)
+    x = builder.add(x, gated_attention(builder, h, y, layer, rotation))
+    y = builder.rms_norm(x, f"blk.{layer}.post_attention_norm", h.rms_eps)
+    return builder.add(x, network(builder, h, y, layer))
 
 
 def layers(
@@ -160,6 +183,11 @@ def gates(builder: GraphBuilder, x: Value, block: str, net: DeltaNet, *, apart: 
         builder.join(both, range(shared), net.n_key_heads),
         builder.join(both, range(shared, 2 * shared), net.n_key_heads),
     )
+
+
+def dense(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int) -> Value:
+    """A plain network."""
+    return feed_forward(builder, x, f"blk.{layer}", h.n_ff[layer], "silu")
 
 
 def gated_experts(metadata: Metadata) -> FeedForward:

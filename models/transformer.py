@@ -130,10 +130,12 @@ def feed_forward(
     return builder.linear(builder.activate(gate, up, kind, limit), f"{block}.ffn_down{suffix}", x.width)
 
 
-def ungated_feed_forward(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone) -> Value:
+def ungated_feed_forward(
+    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Alone, suffix: str = ""
+) -> Value:
     """The feed-forward network without a gate: down(act(up(x)))."""
-    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up", n_ff), kind)
-    return builder.linear(y, f"{block}.ffn_down", x.width)
+    y = builder.activate_alone(builder.linear(x, f"{block}.ffn_up{suffix}", n_ff), kind)
+    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width)
 
 
 def joined_feed_forward(
@@ -167,22 +169,29 @@ def experts(
     x: Value,
     block: str,
     n_ff: int,
-    kind: Activation = "silu",
+    kind: Activation | Alone = "silu",
     shares: Shares = Shares(),
     *,
+    gated: bool = True,
     router_x: Value | None = None,
+    together: int = 1,
     limit: float = 0.0,
     weigh_inputs: bool = False,
+    suffix: str = "_exps",
 ) -> Value:
-    """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert."""
+    """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert.
+
+    Experts over a narrower row than the router's take that row for x, and the router's for `router_x`.
+    """
     if not h.n_expert:
         raise h.metadata.error("expert_count", "is 0, and this architecture has experts")
     if not n_ff:
         raise h.metadata.error("expert_feed_forward_length", "is missing")
+    n_used = min(h.n_used, h.n_expert // together)
     return builder.moe(
-        x, block, n_expert=h.n_expert, n_used=h.n_used, n_ff=n_ff, kind=kind, normalize=shares.normalize,
+        x, block, n_expert=h.n_expert, n_used=n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
-        n_groups_used=h.n_groups_used, limit=limit, weigh_inputs=weigh_inputs,
+        n_groups_used=h.n_groups_used, together=together, limit=limit, weigh_inputs=weigh_inputs, suffix=suffix,
     )  # fmt: skip
 
 
@@ -193,6 +202,7 @@ def dense_or_experts(
     layer: int,
     shares: Shares,
     n_ff_shared: int,
+    kind: Activation = "silu",
     limit: float = 0.0,
     shared_limit: float = 0.0,
 ) -> Value:
@@ -201,13 +211,13 @@ def dense_or_experts(
     n_ff_shared: how wide that one is, or 0 if there is none. The limits are those of gates (see `limited`), the second
     of the networks that are no choice.
     """
-    block, kind = f"blk.{layer}", limited(shared_limit)
+    block, dense_kind = f"blk.{layer}", limited(shared_limit, kind)
     if layer < h.n_dense:
-        return feed_forward(builder, x, block, h.n_ff[layer], kind, limit=shared_limit)
-    y = experts(builder, h, x, block, h.n_ff_expert[layer], limited(limit), shares, limit=limit)
+        return feed_forward(builder, x, block, h.n_ff[layer], dense_kind, limit=shared_limit)
+    y = experts(builder, h, x, block, h.n_ff_expert[layer], limited(limit, kind), shares, limit=limit)
     if not n_ff_shared:
         return y
-    return builder.add(y, feed_forward(builder, x, block, n_ff_shared, kind, "_shexp", shared_limit))
+    return builder.add(y, feed_forward(builder, x, block, n_ff_shared, dense_kind, "_shexp", shared_limit))
 
 
 def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float, ...]:
@@ -215,14 +225,14 @@ def read_limits(metadata: Metadata, key: str, h: Hyperparameters) -> tuple[float
     return metadata.reals(key, h.n_blocks) if metadata.has(key) else (0.0,) * h.n_blocks
 
 
-def limited(limit: float) -> Activation:
-    """SwiGLU, with a limit or without."""
-    return "limited_silu" if limit > LEAST_LIMIT else "silu"
+def limited(limit: float, kind: Activation = "silu") -> Activation:
+    """SwiGLU with a limit, or if there is none what gates are otherwise."""
+    return "limited_silu" if limit > LEAST_LIMIT else kind
 
 
-def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int) -> Value:
+def shared_expert(builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation = "silu") -> Value:
     """The expert, or several as one, that every token goes to."""
-    return feed_forward(builder, x, block, n_ff, "silu", "_shexp")
+    return feed_forward(builder, x, block, n_ff, kind, "_shexp")
 
 
 def read_experts_scale(metadata: Metadata) -> float:
@@ -254,6 +264,14 @@ def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Valu
     """The same with a layer norm."""
     x = builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps)
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+
+
+def learned_positions(builder: GraphBuilder, h: Hyperparameters, context: int) -> Value:
+    """A row for each position: there are as many as the model was trained for."""
+    n = h.context_length
+    if context > n:
+        raise h.metadata.error("context_length", f"is {n}: there are no positions for {context} tokens")
+    return builder.embed_positions("position_embd", n, h.n_embd)
 
 
 def alibi_slopes(n_heads: int, max_bias: float) -> Constant:

@@ -20,6 +20,7 @@ from qrun.models.graph import (
     Convolution,
     Embed,
     Gate,
+    GaussianTopK,
     Graph,
     HeadLinear,
     Input,
@@ -27,11 +28,14 @@ from qrun.models.graph import (
     LayerNorm,
     Linear,
     LinearAttention,
+    MatchMagnitude,
+    Mix,
     MoE,
     Operation,
     RMSNorm,
     Rope,
     Scale,
+    SelectiveScan,
     SelectRows,
     Slice,
     Softcap,
@@ -77,12 +81,13 @@ def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array,
         routed = x if operation.router_x is None else values[operation.router_x.id].astype(np.float64)
         chosen, _ = routing(routed, operation)
         found[operation.router.name] = (routed**2).sum(0)[None], np.array([len(x)])
-        for weight in (operation.gate, operation.up, operation.down):
+        for weight in operation.matrices:
             found[weight.name] = np.zeros((weight.shape[0], weight.shape[-1])), np.zeros(weight.shape[0], int)
         for expert in np.unique(chosen):
             rows = x[np.nonzero(chosen == expert)[0]]
             inner = expert_inner(rows, operation, expert)
-            for weight, inputs in ((operation.gate, rows), (operation.up, rows), (operation.down, inner)):
+            for weight in operation.matrices:
+                inputs = inner if weight is operation.down else rows
                 found[weight.name][0][expert] = (inputs**2).sum(0)
                 found[weight.name][1][expert] = len(inputs)
     return found
@@ -105,7 +110,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             heads = values[x.id].reshape(len(tokens), n_heads, -1)[..., start : start + columns]
             return np.concatenate([multiply(heads[:, i], weight, i * width, width) for i in range(n_heads)], axis=1)
         case Join(x=x, z=z, n_heads=n_heads, of_x=of_x, of_z=of_z, z_heads=z_heads):
-            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]]
+            parts = [values[x.id].reshape(len(tokens), n_heads, -1)[..., of_x]] if len(of_x) else []
             if z is not None:
                 of_heads = values[z.id].reshape(len(tokens), z_heads, -1)[..., of_z]
                 parts.append(np.broadcast_to(of_heads, (len(tokens), n_heads, len(of_z))))
@@ -116,26 +121,43 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return rope(values[x.id], operation)
         case Attention(q=q, layer=layer, scale=scale, softcap=cap, sinks=sinks, slopes=slopes):
             k, v = keys_and_values(graph, layer)
-            cache = graph.cache_layers[layer]
-            return attention(values[q.id], values[k.id], values[v.id], cache, scale, cap, sinks, slopes)
+            cache, keys = graph.cache_layers[layer], values[k.id]
+            if v is None:
+                part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
+            return attention(values[q.id], keys, part if v is None else values[v.id], cache, scale, cap, sinks, slopes)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
             return convolution(values[x.id], weight, bias, silu=silu)
         case LinearAttention():
             return linear_attention(values, operation)
+        case SelectiveScan():
+            return selective_scan(values, operation)
         case Affine(x=x, weight=weight, bias=bias):
             return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
             return activate(values[gate.id], values[up.id], kind, limit)
         case ActivateAlone(x=x, kind=kind, parameters=parameters):
-            if parameters is not None:
-                return xielu(values[x.id].astype(np.float64), *parameters.astype(np.float64))
-            return ALONE[kind](values[x.id])
+            return activate_alone(values[x.id], kind, parameters)
         case Gate(gate=gate, x=x, kind=kind):
             return values[x.id] * np.repeat(ALONE[kind](values[gate.id]), x.width // gate.width, axis=1)
         case Clamp(x=x, limit=limit):
             return np.clip(values[x.id], -limit, limit)
         case Add(a=a, b=b):
             return values[a.id] + values[b.id]
+        case Mix(x=x, weights=weights, add=added, n_out=n_out):
+            by_row = values[weights.id].reshape(len(tokens), n_out, -1)
+            streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
+            out = (by_row @ streams).reshape(len(tokens), -1)
+            return out if added is None else out + values[added.id]
+        case MatchMagnitude(x=x, like=like):
+            groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
+            lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
+            return (groups * lengths / np.maximum(np.linalg.norm(groups, axis=-1, keepdims=True), 1e-30)).reshape(
+                len(tokens), -1
+            )
+        case GaussianTopK(x=x, deviations=deviations):
+            y = values[x.id].astype(np.float64)
+            spread = y.std(axis=1, ddof=1, keepdims=True)
+            return np.maximum(y - y.mean(axis=1, keepdims=True) - deviations * spread, 0)
         case Scale(x=x, factor=factor):
             return factor * values[x.id]
         case Softcap(x=x, cap=cap):
@@ -196,10 +218,10 @@ def rope(x: Array, operation: Rope) -> Array:
     return out.reshape(len(x), -1)
 
 
-def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value]:
-    """What is appended to the cache of a layer."""
+def keys_and_values(graph: Graph, layer: int) -> tuple[Value, Value | None]:
+    """What is appended to the cache of a layer. No values: they are a part of the keys."""
     for operation in graph.operations:
-        if isinstance(operation, Attention) and operation.layer == layer and operation.k and operation.v:
+        if isinstance(operation, Attention) and operation.layer == layer and operation.k:
             return operation.k, operation.v
     raise AssertionError(f"nothing is appended to the cache of layer {layer}")
 
@@ -271,6 +293,17 @@ def linear_attention(values: dict[int, Array], o: LinearAttention) -> Array:
     return out.reshape(n, -1)
 
 
+def selective_scan(values: dict[int, Array], o: SelectiveScan) -> Array:
+    """Row by row, in float64."""
+    x, time, b, c = (values[value.id].astype(np.float64) for value in (o.x, o.time, o.b, o.c))
+    state = np.zeros((o.x.width, o.n_state))
+    out = np.empty(x.shape)
+    for t in range(len(x)):
+        state = np.exp(time[t, :, None] * o.fading) * state + (time[t] * x[t])[:, None] * b[t]
+        out[t] = state @ c[t] + o.kept * x[t]
+    return out
+
+
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     """x through a matrix of an expert (or the router), and through what adapters add to it."""
     out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
@@ -299,7 +332,7 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
         keep = np.zeros(of_group.shape, bool)
         np.put_along_axis(keep, best, True, axis=1)
         liking = np.where(keep[..., None], grouped, -np.inf).reshape(liking.shape)
-    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used]
+    chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used] // moe.together
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
@@ -308,6 +341,8 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
 
 def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
     """What an expert's last matrix takes."""
+    if moe.gate is None:
+        return activate_alone(product(x, moe, moe.up, expert), moe.kind)
     if moe.up is moe.gate:
         gate, up = np.split(product(x, moe, moe.gate, expert), 2, axis=1)
     else:
@@ -319,13 +354,14 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     """Each row through the experts that its router prefers."""
     chosen, shares = routing(router_x, moe)
     out = np.zeros(x.shape)
-    for expert in np.unique(chosen):
-        rows, ranks = np.nonzero(chosen == expert)
-        share = moe.scale * shares[rows, ranks, None]
-        if moe.weigh_inputs:
-            out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
-        else:
-            out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
+    for rank in range(moe.n_used):
+        for expert in np.unique(chosen[:, rank]):
+            rows = np.nonzero(chosen[:, rank] == expert)[0]
+            share = moe.scale * shares[rows, rank, None]
+            if moe.weigh_inputs:
+                out[rows] += product(expert_inner(x[rows] * share, moe, expert), moe, moe.down, expert)
+            else:
+                out[rows] += share * product(expert_inner(x[rows], moe, expert), moe, moe.down, expert)
     return out
 
 
@@ -341,6 +377,13 @@ def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         return gate * sigmoid(1.702 * gate) * (up + 1)
     return (np.maximum(gate, 0) if kind == "relu" else gelu(gate)) * up
+
+
+def activate_alone(x: Array, kind: str, parameters: Array | None = None) -> Array:
+    """Activations that multiply nothing."""
+    if parameters is not None:
+        return xielu(x.astype(np.float64), *parameters.astype(np.float64))
+    return ALONE[kind](x)
 
 
 def gelu(x: Array) -> Array:

@@ -23,8 +23,9 @@ FILE = Path(__file__).parent / "data" / "sketches.json"
 TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
-    "deepstack", "indexer", "kda.", "activation.", "token_shift", "pooling_type", "decoder",
-    "swin_norm", "hrm.", "ssm.", "hyper_connection", "group_norm", "expert_group_scale", "router_logit", "vocab_size",
+    "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
+    "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
+    "vocab_size",
 )  # fmt: skip
 
 
@@ -43,6 +44,8 @@ def model(sketch: dict[str, Any]) -> Any:
             values = 1.0 + np.abs(values)
         elif "norm" in name:
             values = 1.0 + values
+        elif name.endswith("ssm_a"):  # states fade
+            values = -np.abs(values)
         raw = values.astype(np.float32).reshape(-1).view(np.uint8)
         tensors[name] = TensorInfo(name, TensorType.F32, tuple(shape), raw.size, 0, FILE, raw)
     prefix = sketch["architecture"]
@@ -73,11 +76,11 @@ def sketch_of(path: Path) -> dict[str, Any]:
             for key, value in reader.metadata.items()
             if key.startswith(read) and not any(part in key for part in UNREAD)
         }
-        # A 0 is "not given", but an epsilon may be 0.
+        # A 0 is "not given", but an epsilon may be 0; so is a bound that is infinite.
         metadata = {
             key: value
             for key, value in metadata.items()
-            if isinstance(value, bool) or value not in (0, 0.0) or key.endswith("epsilon")
+            if isinstance(value, bool) or value not in (0, 0.0, -np.inf) or key.endswith("epsilon")
         }
         sketch = {
             "architecture": architecture,

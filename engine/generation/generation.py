@@ -121,6 +121,8 @@ class Generation(Iterator[Piece]):
         """Tokens without a piece yet."""
         self._cancelled = False
         self._reason: str | None = None
+        self.when_over: Callable[[], object] | None = None
+        """Called once when the generation has ended, by the thread in which it did."""
         self._scheduler = scheduler
         self._task: Task | None = None
         """Set once the scheduler computes the pieces."""
@@ -144,6 +146,8 @@ class Generation(Iterator[Piece]):
             raise RuntimeError("this generation is being read by another thread")
         try:
             piece = self._read()
+            if self._reason is not None:
+                self._end()
             if piece is None:
                 raise StopIteration
             self._count(piece)
@@ -172,6 +176,12 @@ class Generation(Iterator[Piece]):
         except BaseException:
             self._reason = "cancelled"
             raise
+
+    def _end(self) -> None:
+        """All has been computed."""
+        when_over, self.when_over = self.when_over, None
+        if when_over is not None:
+            when_over()
 
     def start(self, sink: "Sink") -> None:
         """Have all pieces computed, whether or not anybody asks, and handed to `sink` by the thread that computes them.

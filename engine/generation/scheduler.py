@@ -33,6 +33,7 @@ FEWEST_ROWS = 16  # of prompts, in a step with others; they cost hardly more tha
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
+_RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 _LEARNING = 0.3  # how much a step says about how long the next will take
 
 
@@ -66,6 +67,8 @@ class Sharing(Protocol):
     def _drain(self) -> list[Piece]: ...
 
     def _count(self, piece: Piece) -> None: ...
+
+    def _end(self) -> None: ...
 
 
 class Sink(Protocol):
@@ -263,6 +266,8 @@ class Scheduler:
                     self._live.discard(generation)
                 if pieces or over:
                     task.ready.notify_all()
+            if over:
+                generation._end()
             if task.sink is not None and (pieces or over):
                 for piece in pieces:
                     generation._count(piece)
@@ -297,11 +302,15 @@ class Scheduler:
         n_decode = sum(len(part.tokens) for part in parts)
         if n_decode:
             room = min(room, self._rows_beside())
-        full = self._runtime.cache_bytes > self.prefixes.limit
+        planned = 0  # bytes of those that begin now
         for task, generation in self._prompts(going):
-            if room <= 0 or (full and parts):
+            if room <= 0:
                 break
             if not task.begun:
+                wanted = planned + self._runtime.bytes_of(len(task.prompt) + _RESERVE)
+                if any(other.begun for other, _ in going) and not self.prefixes.trim(wanted):
+                    continue
+                planned = wanted
                 self._begin_prompt(task, generation)
             start = len(task.cache.tokens)
             end = min(task.marks[0] if task.marks else len(task.prompt), start + room)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 ROW_OPERATIONS = (
-    "add", "scale", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
-    "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "affine", "rms_norm", "layer_norm", "select_rows",
-    "join",
+    "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
+    "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
+    "match_magnitude", "gaussian_top_k",
 )  # fmt: skip
 
 GATES = ("sigmoid", "softplus", "silu", "identity")
@@ -30,6 +30,7 @@ _MODULES = {
     "attention": "attention",
     "convolution": "convolution",
     "linear_attention": "linear_attention",
+    "selective_scan": "selective_scan",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
@@ -45,26 +46,37 @@ def build(key: str) -> Callable[[int, int, int], None]:
     return getattr(function, "py_func", function)
 
 
+def require(key: str) -> None:
+    """Raises ImportError if something that the kernel is built from is not installed."""
+    from qrun.formats.blocks.grids import GRIDS, grid
+
+    type_name = key.partition("-")[2]
+    if type_name in GRIDS:
+        grid(GRIDS[type_name])
+
+
 def in_parts(key: str) -> bool:
     return not key.startswith(("matmul-", "attention-", "linear_attention-"))
 
 
 def all_keys() -> list[str]:
     """The keys of all kernels that any model may need."""
-    from qrun.engine.kernels.records import CACHE_BITS, TILE_SIZE
+    from qrun.engine.kernels.records import KIND_BITS, TILE_SIZE
     from qrun.engine.kernels.unpack import TYPES
 
     packings = ("q8", "f32")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
-        *(f"append-{type_}" for type_ in CACHE_BITS),
-        *(f"attention-{type_}-{together}" for type_ in CACHE_BITS for together in range(1, TILE_SIZE + 1)),
+        *(f"append-{kind}" for kind in KIND_BITS),
+        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
+          for layout in ("", "-rows")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
-        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads")),
-        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus")
+        *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
+                                "selective_scan")),
+        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus", "gate-silu")
           for packing in ("", *packings)),
     ]  # fmt: skip

@@ -4,9 +4,13 @@ A page holds 64 positions of every layer that shares it. In it, for each layer a
 ([dimension][position], so that a lane of a vector is a position and scores need no sums across lanes), and the values
 ([position][dimension]). Dimensions are padded with zeros to a multiple of 32.
 
+    f32    4 bytes a value, for layers whose results depend on every digit
     f16    2 bytes a value
     q8_0   int8, then a float16 scale for each 32 dimensions of a position: scale = max |x| / 127
     q4_0   4 bits, dimensions i and i + 16 of a block of 32 in one byte; scale = x of largest size / -8, value (q - 8)
+
+Where values are a part of their keys, only keys are kept, laid out as values are: scores then take a sum across lanes
+for each position, which is little beside the hundreds of products of such long heads.
 
 Quantised keys lie four bytes of a position together ([4 bytes][position][byte]): so they are the weights of a matrix
 with a row for each position, and queries are its columns, packed and multiplied as all columns are (`kernels.columns`).
@@ -25,6 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised, pack_quantised
@@ -45,16 +50,21 @@ TILE = R.TILE_SIZE
 
 def append(cache_type: str) -> Kernel:
     """Put each row's key and value at its position."""
-    is_f16, is_q8 = cache_type == "f16", cache_type == "q8_0"
+    is_f32, is_q8 = cache_type == "f32", cache_type == "q8_0"
+    is_float = cache_type in ("f16", "f32")
 
     @v.helper
     def put_block(x, count, place, four_apart, apart, scale_place):  # type: ignore[no-untyped-def]
         """`count` (up to 32) values of a block: four of them `apart` bytes from each other, and the next four
         `four_apart` bytes on. q4_0: byte i holds i and i + 16."""
-        if is_f16:
+        if is_float:
             for i in range(32):
                 at = place + i // 4 * four_apart + i % 4 * apart
-                v.store_f16(at, v.load_f32(x + 4 * i) if i < count else v.float32(0.0))
+                value = v.load_f32(x + 4 * i) if i < count else v.float32(0.0)
+                if is_f32:
+                    v.store_f32(at, value)
+                else:
+                    v.store_f16(at, value)
             return
         largest = v.float32(0.0)
         signed = v.float32(0.0)
@@ -77,9 +87,9 @@ def append(cache_type: str) -> Kernel:
                 b = min(max(v.round_to_int(high * inverse) + 8, 0), 15)
                 v.store_u8(at, a + 16 * b)
 
-    bits = R.CACHE_BITS[cache_type]
+    bits = R.KIND_BITS[cache_type]
     size = max(bits // 8, 1)
-    key_apart = size * POSITIONS if is_f16 else 1
+    key_apart = size * POSITIONS if is_float else 1
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(step + R.N_ROWS)
@@ -98,7 +108,7 @@ def append(cache_type: str) -> Kernel:
                 keys = page + v.load_i64(op + R.KV_K_OFFSET) + head * v.load_i64(op + R.KV_K_HEAD_BYTES)
                 scales = keys + blocks_k * 32 * POSITIONS * bits // 8
                 for block in range(blocks_k):
-                    place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_f16 else 4)
+                    place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_float else 4)
                     scale_place = scales + 2 * (block * POSITIONS + slot)
                     put_block(
                         k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
@@ -130,14 +140,15 @@ def _score_dims(rows: int, parts: int) -> int:
     return max(2, 32 >> (rows * parts - 1).bit_length())
 
 
-def _score_halves(rows: int) -> Any:
-    """Scores of a page of float16 keys: score_page(queries, keys, scales, blocks, scores, asked).
+def _score_floats(cache_type: str, rows: int) -> Any:
+    """Scores of a page of keys that are floats: score_page(queries, keys, scales, blocks, scores, asked).
 
     queries: float32, a row each. blocks: of 32 dimensions. scores: [row][position]. asked: memory to be asked for.
     """
     parts = _parts(rows, POSITIONS // v.target().lanes)
     dims, vectors, width = _score_dims(rows, parts), parts * rows, parts * v.target().lanes
-    asked_bytes = 2 * dims * width
+    element, size = (F32, 4) if cache_type == "f32" else (F16, 2)
+    asked_bytes = size * dims * width
 
     @operation(lambda tile, *_: tile)
     def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value) -> list[Vector]:
@@ -145,7 +156,8 @@ def _score_halves(rows: int) -> Any:
         for d in range(dims):
             e.fence()  # else LLVM would load the next dimension's queries before there are registers for them
             for part in range(parts):
-                key = e.load(keys, 2 * (d * POSITIONS + part * e.lanes), F16, e.lanes).to_float()
+                key = e.load(keys, size * (d * POSITIONS + part * e.lanes), element, e.lanes)
+                key = key if element is F32 else key.to_float()
                 for row in range(rows):
                     query = e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
                     tile[parts * row + part] = key.fma(query, tile[parts * row + part])
@@ -158,7 +170,7 @@ def _score_halves(rows: int) -> Any:
             for first in range(0, 32 * blocks, dims):
                 v.prefetch(asked, asked_bytes)
                 asked += asked_bytes
-                tile = score(tile, queries + 4 * first, keys + 2 * (first * POSITIONS + position))
+                tile = score(tile, queries + 4 * first, keys + size * (first * POSITIONS + position))
             v.store_rows(tile, parts, scores + 4 * position, 4 * POSITIONS)
 
     return score_page
@@ -182,7 +194,7 @@ def _score_quantised(cache_type: str, rows: int) -> Any:
     spec = TYPES[cache_type.upper()]
     assert isinstance(spec, Quantised)
     lanes = v.target().lanes
-    block_bytes, query_bytes = 32 * POSITIONS * R.CACHE_BITS[cache_type] // 8, R.PACKED_BYTES * rows
+    block_bytes, query_bytes = 32 * POSITIONS * R.KIND_BITS[cache_type] // 8, R.PACKED_BYTES * rows
     asked_bytes = block_bytes * lanes // POSITIONS
 
     @operation(lambda tile, *_: tile)
@@ -206,6 +218,61 @@ def _score_quantised(cache_type: str, rows: int) -> Any:
     return score_page
 
 
+def _score_rows(cache_type: str, rows: int) -> Any:
+    """Scores of a page of keys that are laid out as values, as those of `_score_floats`. queries: float32."""
+    lanes, bits = v.target().lanes, R.KIND_BITS[cache_type]
+    quantised = bits < 16
+    registers = 16 if lanes == 16 else 8
+    together = max(registers // rows, 1)  # positions, which share what is loaded of queries
+    while POSITIONS % together:
+        together -= 1
+    vectors = together * rows
+
+    @operation(lambda tile, *_: tile)
+    def score(
+        e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value, apart: ir.Value,
+        first: ir.Value,
+    ) -> list[Vector]:  # fmt: skip
+        """tile[row][position] += queries[row][d] * keys[position][d] over a block of 32 dimensions, lane by lane."""
+        b, block = e.builder, list(tile)
+        place = b.add(queries, b.shl(first, ir.Constant(I64, 2)))
+        for i in range(0, 32, e.lanes):
+            e.fence()
+            at = e.offset(first, i)
+            for position in range(together):
+                row_of_keys = b.add(keys, b.mul(apart, ir.Constant(I64, position)))
+                key = _value_vector(e, cache_type, row_of_keys, at)
+                for row in range(rows):
+                    query, index = e.load(place, row * ROW + 4 * i, F32, e.lanes), row * together + position
+                    block[index] = key * query if quantised and i == 0 else key.fma(query, block[index])
+        if not quantised:
+            return block
+        for position in range(together):
+            scale = e.broadcast(scales, 2 * position, F16).to_float()
+            for row in range(rows):
+                index = row * together + position
+                block[index] = block[index].fma(scale, tile[index])
+        return block
+
+    @operation(lambda *_: types.void)
+    def finish(e: Emitter, tile: list[Vector], scores: ir.Value) -> None:
+        for index, vector in enumerate(tile):
+            row, position = divmod(index, together)
+            e.store(vector.reduce("add"), scores, 4 * (row * POSITIONS + position))
+
+    @v.helper
+    def score_page(queries, keys, scales, blocks, scores, asked):  # type: ignore[no-untyped-def]
+        apart = blocks * 32 * bits // 8
+        for position in range(0, POSITIONS, together):
+            tile = v.zero_tile(vectors)
+            for block in range(blocks):
+                place = scales + 2 * (block * POSITIONS + position)
+                tile = score(tile, queries, keys + position * apart, place, apart, 32 * block)
+            finish(tile, scores + 4 * position)
+
+    return score_page
+
+
 def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
     """tile += weights[row] of one position * `parts` vectors of its value, from dimension `first` on."""
 
@@ -224,6 +291,8 @@ def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
 def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value) -> Vector:
     """One position's value from dimension `first` on, one vector of it, as float32, without its scale."""
     b = e.builder
+    if cache_type == "f32":
+        return e.load(b.add(values, b.shl(first, ir.Constant(I64, 2))), 0, F32, e.lanes)
     if cache_type == "f16":
         return e.load(b.add(values, b.shl(first, ir.Constant(I64, 1))), 0, F16, e.lanes).to_float()
     if cache_type == "q8_0":
@@ -236,7 +305,8 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value
 
 
 def attention(variant: str) -> Kernel:
-    """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together.
+    """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together, and
+    "rows" where keys are laid out as values, and values are the first dimensions of them.
 
     A head may have a sink, a score that takes its part of the weights and gives nothing (Xiao et al., "Efficient
     Streaming Language Models with Attention Sinks", 2023: here learned, as in gpt-oss), and a slope, by which scores
@@ -245,14 +315,18 @@ def attention(variant: str) -> Kernel:
     Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
     and value head, so that those are read less often.
     """
-    cache_type, _, together_text = variant.partition("-")
-    together = int(together_text)
+    cache_type, together_text, *layout = variant.split("-")
+    together, in_rows = int(together_text), layout == ["rows"]
     lanes = v.target().lanes
-    bits = R.CACHE_BITS[cache_type]
+    bits = R.KIND_BITS[cache_type]
 
     def tile_function(rows: int, of_heads: bool) -> Any:
         quantised = bits < 16
-        score_page = _score_quantised(cache_type, rows) if quantised else _score_halves(rows)
+        packs = quantised and not in_rows
+        if in_rows:
+            score_page = _score_rows(cache_type, rows)
+        else:
+            score_page = _score_quantised(cache_type, rows) if quantised else _score_floats(cache_type, rows)
         mix_parts = _parts(rows, 32 // lanes)
         mix = _mix_operation(cache_type, rows, mix_parts)
         mix_vectors, mix_width = mix_parts * rows, mix_parts * lanes
@@ -280,6 +354,7 @@ def attention(variant: str) -> Kernel:
             dim_v = v.load_i64(op + R.ATT_DIM_V)
             blocks_k = (dim_k + 31) // 32
             blocks_v = (dim_v + 31) // 32
+            row_blocks = blocks_k if in_rows else blocks_v
             scale = v.splat(v.load_f32(op + R.ATT_SCALE))
             cap = v.load_f32(op + R.ATT_SOFTCAP)
             window = v.load_i64(op + R.ATT_WINDOW)
@@ -296,7 +371,7 @@ def attention(variant: str) -> Kernel:
                     if row < count and i < dim_k:
                         value = v.load_f32(query + row * query_stride + 4 * i)
                     v.store_f32(queries + row * ROW + 4 * i, value)
-                if quantised:
+                if packs:
                     pack_quantised(queries + row * ROW, blocks_k * 32, packed, row, n)
                 for i in range(blocks_v * 32):
                     v.store_f32(sums + row * ROW + 4 * i, v.float32(0.0))
@@ -315,10 +390,12 @@ def attention(variant: str) -> Kernel:
                 page_position = page_index * POSITIONS
                 keys = page + v.load_i64(op + R.ATT_K_OFFSET) + kv_head * v.load_i64(op + R.ATT_K_HEAD_BYTES)
                 values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
+                if in_rows:
+                    values = keys
                 key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
-                value_scales = values + blocks_v * 32 * POSITIONS * bits // 8
+                value_scales = values + row_blocks * 32 * POSITIONS * bits // 8
                 # Values are asked for during scores, and the next page's keys during the mix.
-                score_page(packed if quantised else queries, keys, key_scales, blocks_k, scores, values)
+                score_page(packed if packs else queries, keys, key_scales, blocks_k, scores, values)
                 for row in range(n):
                     place = scores + row * 4 * POSITIONS
                     highest = first_position - page_position + (0 if of_heads else row)
@@ -374,7 +451,7 @@ def attention(variant: str) -> Kernel:
                                 v.store(scaled + place, v.load(scores + place) * factor)
                     tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
                     for position in range(visible):
-                        value = values + position * blocks_v * 32 * bits // 8
+                        value = values + position * row_blocks * 32 * bits // 8
                         v.prefetch(asked, mixed_bytes)
                         asked += mixed_bytes
                         tile = mix(tile, weights + 4 * position, value, first)

@@ -105,8 +105,9 @@ def route(_: str) -> Kernel:
                 for expert in range(1, n_experts):
                     if v.load_f32(scores + 4 * expert) > v.load_f32(scores + 4 * best):
                         best = expert
-                chance = v.load_f32(chances + 4 * best)
                 v.store_f32(scores + 4 * best, v.float32(CHOSEN))
+                best = best // v.load_i64(op + R.MOE_TOGETHER)
+                chance = v.load_f32(chances + 4 * best)
                 v.store_f32(weights + 4 * i, chance)
                 v.store_i64(slots + 8 * i, best)
                 v.store_i64(counts + 8 * best, v.load_i64(counts + 8 * best) + 1)
@@ -121,14 +122,16 @@ def route(_: str) -> Kernel:
         columns = 1 if n_rows == 1 else panel_columns
         for expert in range(n_experts):
             count = v.load_i64(counts + 8 * expert)
-            if count > 0:
+            v.store_i64(counts + 8 * expert, first)
+            # A single row that chose an expert twice goes there in two columns, each packed for itself.
+            together = 1 if n_rows == 1 else count
+            for _ in range(0, count, max(together, 1)):
                 entry = ranges + 8 + 24 * n_ranges
                 v.store_i64(entry, expert)
                 v.store_i64(entry + 8, first)
-                v.store_i64(entry + 16, count)
-                v.store_i64(counts + 8 * expert, first)
+                v.store_i64(entry + 16, together)
                 n_ranges += 1
-                first += (count + columns - 1) // columns * columns
+                first += (together + columns - 1) // columns * columns
         v.store_i64(ranges, n_ranges)
         v.store_i64(op + R.MOE_N_SLOTS, first)
         for i in range(n_rows * n_used):

@@ -37,6 +37,8 @@ STATE_ROWS, MAX_STATE_DIM = 16, 256
 # The KV cache: positions in one page, and bits of a value by the cache's type.
 PAGE_POSITIONS = 64
 CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
+# The same of what layers may be kept as: those that need every digit are not kept as float16.
+KIND_BITS = {"f32": 32, **CACHE_BITS}
 
 # Rows of one sequence that attention takes together, and the longest head that it has room for.
 TILE_SIZE, MAX_HEAD_DIM = 8, 576
@@ -61,7 +63,7 @@ def _fields(count: int) -> range:
 (ROW_COUNT, ROW_X, ROW_X_STRIDE, ROW_Z, ROW_Z_STRIDE, ROW_Y, ROW_Y_STRIDE, ROW_WIDTH, ROW_GROUPS, ROW_WEIGHT,
  ROW_FACTOR, ROW_PACKED, ROW_ROPE_HEAD_DIM, ROW_ROPE_DIMS, ROW_ROPE_INTERLEAVED, ROW_ROPE_TABLE, ROW_BIAS,
  ROW_WEIGHT_STRIDE, ROW_ROPE_START, ROW_X_HEAD, ROW_X_START, ROW_X_SIZE, ROW_Z_HEAD, ROW_Z_START,
- ROW_Z_SIZE) = _fields(25)  # fmt: skip
+ ROW_Z_SIZE, ROW_ADD, ROW_ADD_STRIDE) = _fields(27)  # fmt: skip
 
 # BY_POSITION: the rows are those of positions, not of tokens.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
@@ -78,7 +80,7 @@ def _fields(count: int) -> range:
 # and a float32 row for each.
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_SIGMOID, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
- MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES) = _fields(23)  # fmt: skip
+ MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES, MOE_TOGETHER) = _fields(24)  # fmt: skip
 
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,
@@ -94,14 +96,19 @@ def _fields(count: int) -> range:
  LIN_OUT, LIN_OUT_STRIDE, LIN_HEADS, LIN_KEY_HEADS, LIN_TILED, LIN_DIM_K, LIN_DIM_V, LIN_SCALE, LIN_STATE,
  LIN_HEAD_BYTES) = _fields(20)  # fmt: skip
 
+# A selective scan: FADING is float32 [groups of SCAN_CHANNELS channels, DIM, channels], KEPT a row of whole groups.
+SCAN_CHANNELS = 16
+(SCAN_X, SCAN_X_STRIDE, SCAN_TIME, SCAN_TIME_STRIDE, SCAN_B, SCAN_B_STRIDE, SCAN_C, SCAN_C_STRIDE, SCAN_OUT,
+ SCAN_OUT_STRIDE, SCAN_WIDTH, SCAN_DIM, SCAN_FADING, SCAN_KEPT, SCAN_STATE) = _fields(15)  # fmt: skip
+
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
 
 # Quantising: blocks of floats to bytes. SOURCE_TYPE is F32, F16 or BF16, as GGUF numbers them. IMPORTANCE is 0 or the
 # address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);
-# TRIALS holds pairs of float32: see formats.blocks.fitting.
+# TRIALS holds pairs of float32: see formats.blocks.fitting. LEVELS and CANDIDATES are tables of formats.blocks.grids.
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
- Q_ROUNDS) = _fields(11)  # fmt: skip
+ Q_ROUNDS, Q_LEVELS, Q_CANDIDATES) = _fields(13)  # fmt: skip
 
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024

@@ -90,6 +90,34 @@ def scale(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def affine(packing: str) -> Kernel:
+    """x * weight + bias, by rows that may be missing."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        weight = v.load_i64(op + R.ROW_WEIGHT)
+        bias = v.load_i64(op + R.ROW_BIAS)
+        weighted, biased = weight != 0, bias != 0
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i)
+            if weighted:
+                value = value * v.load(weight + 4 * i)
+            if biased:
+                value = value + v.load(bias + 4 * i)
+            v.store(y + 4 * i, value)
+        for i in range(whole, width):
+            one = v.load_f32(x + 4 * i)
+            if weighted:
+                one = one * v.load_f32(weight + 4 * i)
+            if biased:
+                one = one + v.load_f32(bias + 4 * i)
+            v.store_f32(y + 4 * i, one)
+
+    return _row_kernel(compute, packing)
+
+
 def softcap(packing: str) -> Kernel:
     """factor * tanh(x / factor)."""
 
@@ -305,34 +333,6 @@ def gate(variant: str) -> Kernel:
     return _row_kernel(compute, packing)
 
 
-def affine(packing: str) -> Kernel:
-    """x * weight + bias, rows of constants that may be missing."""
-    lanes = v.target().lanes
-
-    @v.helper
-    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
-        weight = v.load_i64(op + R.ROW_WEIGHT)
-        bias = v.load_i64(op + R.ROW_BIAS)
-        weighted, biased = weight != 0, bias != 0
-        whole = width // lanes * lanes
-        for i in range(0, whole, lanes):
-            value = v.load(x + 4 * i)
-            if weighted:
-                value = value * v.load(weight + 4 * i)
-            if biased:
-                value = value + v.load(bias + 4 * i)
-            v.store(y + 4 * i, value)
-        for i in range(whole, width):
-            one = v.load_f32(x + 4 * i)
-            if weighted:
-                one = one * v.load_f32(weight + 4 * i)
-            if biased:
-                one = one + v.load_f32(bias + 4 * i)
-            v.store_f32(y + 4 * i, one)
-
-    return _row_kernel(compute, packing)
-
-
 def rms_norm(packing: str) -> Kernel:
     """x / sqrt(mean(x^2) + eps) * weight + bias over each group of the row (Zhang and Sennrich, 2019). eps is
     ROW_FACTOR; weight and bias may be missing."""
@@ -435,6 +435,118 @@ def join(packing: str) -> Kernel:
             for i in range(z_size):
                 v.store_f32(y + 4 * i, v.load_f32(from_z + 4 * i))
             y += 4 * z_size
+
+    return _row_kernel(compute, packing)
+
+
+def mix(packing: str) -> Kernel:
+    """Each of ROW_GROUPS streams of y: the sum of all ROW_X_SIZE streams of x by weights in z, plus its own of ROW_ADD,
+    if that is not 0."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        n_out = v.load_i64(op + R.ROW_GROUPS)
+        n_in = v.load_i64(op + R.ROW_X_SIZE)
+        size = width // n_out
+        whole = size // lanes * lanes
+        add = v.load_i64(op + R.ROW_ADD)
+        adds = add != 0
+        add += row * v.load_i64(op + R.ROW_ADD_STRIDE)
+        for _ in range(n_out):
+            for i in range(0, whole, lanes):
+                total = v.splat(v.load_f32(z)) * v.load(x + 4 * i)
+                for j in range(1, n_in):
+                    total = v.fma(v.splat(v.load_f32(z + 4 * j)), v.load(x + 4 * (j * size + i)), total)
+                if adds:
+                    total = total + v.load(add + 4 * i)
+                v.store(y + 4 * i, total)
+            for i in range(whole, size):
+                one = v.load_f32(z) * v.load_f32(x + 4 * i)
+                for j in range(1, n_in):
+                    one += v.load_f32(z + 4 * j) * v.load_f32(x + 4 * (j * size + i))
+                if adds:
+                    one += v.load_f32(add + 4 * i)
+                v.store_f32(y + 4 * i, one)
+            z += 4 * n_in
+            y += 4 * size
+            add += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def _mean_of() -> Any:
+    """mean(x, size): of some floats."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def mean(x, size):  # type: ignore[no-untyped-def]
+        whole = size // lanes * lanes
+        sums = v.splat(0.0)
+        for i in range(0, whole, lanes):
+            sums = sums + v.load(x + 4 * i)
+        total = v.sum_lanes(sums)
+        for i in range(whole, size):
+            total += v.load_f32(x + 4 * i)
+        return total / v.as_float(size)
+
+    return mean
+
+
+def _squares_of() -> Any:
+    """squares(x, size, mean): the sum of squares of what some floats are above the mean."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def squares(x, size, mean):  # type: ignore[no-untyped-def]
+        whole = size // lanes * lanes
+        sums = v.splat(0.0)
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i) - v.splat(mean)
+            sums = v.fma(value, value, sums)
+        total = v.sum_lanes(sums)
+        for i in range(whole, size):
+            one = v.load_f32(x + 4 * i) - mean
+            total += one * one
+        return total
+
+    return squares
+
+
+def match_magnitude(packing: str) -> Kernel:
+    """Each of ROW_GROUPS groups of x, made as long as z."""
+    squares_of = _squares_of()
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        groups = v.load_i64(op + R.ROW_GROUPS)
+        size = width // groups
+        wanted = squares_of(z, size, v.float32(0.0))
+        for _ in range(groups):
+            squares = squares_of(x, size, v.float32(0.0))
+            factor = v.float32(0.0)
+            if squares > v.float32(0.0) and wanted > v.float32(0.0):
+                factor = v.inverse_sqrt(squares / wanted)
+            for i in range(size):
+                v.store_f32(y + 4 * i, v.load_f32(x + 4 * i) * factor)
+            x += 4 * size
+            y += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def gaussian_top_k(packing: str) -> Kernel:
+    """max(x - mean - factor * deviation, 0): what exceeds the mean by so many standard deviations of a sample."""
+    mean_of, squares_of = _mean_of(), _squares_of()
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        mean = mean_of(x, width)
+        squares = squares_of(x, width, mean)
+        if squares > v.float32(0.0):
+            mean += v.load_f32(op + R.ROW_FACTOR) / v.inverse_sqrt(squares / v.as_float(width - 1))
+        for i in range(width):
+            v.store_f32(y + 4 * i, max(v.load_f32(x + 4 * i) - mean, v.float32(0.0)))
 
     return _row_kernel(compute, packing)
 

@@ -1,4 +1,4 @@
-"""What memory this machine has, by the operating system's own word."""
+"""What memory this machine has, by the operating system's own word, and what a model takes of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
+WORKING_BYTES = 250_000_000
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -16,6 +19,29 @@ class Memory:
 
     total: int | None
     available: int | None
+
+    @property
+    def room(self) -> int | None:
+        """For a model: what is available, or where that is not known, all of it."""
+        return self.total if self.available is None else self.available
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes."""
+
+    file: int
+    cache: int
+    working: int = WORKING_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.file + self.cache + self.working
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
 
 
 def memory() -> Memory:

@@ -16,27 +16,28 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels.records import CACHE_BITS, PAGE_POSITIONS, STATE_ROWS
+from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, STATE_ROWS
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
-from qrun.engine.program.state_blocks import StateBlocks
-from qrun.models.graph import CacheLayer
+from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, StateBlocks, state_sizes
+from qrun.models.graph import CacheLayer, Graph
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def head_bytes(dim: int, cache_type: str) -> int:
+def head_bytes(dim: int, kind: str) -> int:
     """Bytes of one head's keys (or values) in a page: dimensions padded to 32, and a float16 scale for each 32."""
     blocks = -(-dim // 32)
-    values = blocks * 32 * PAGE_POSITIONS * CACHE_BITS[cache_type] // 8
-    return values + (0 if cache_type == "f16" else 2 * blocks * PAGE_POSITIONS)
+    values = blocks * 32 * PAGE_POSITIONS * KIND_BITS[kind] // 8
+    return values + (2 * blocks * PAGE_POSITIONS if KIND_BITS[kind] < 16 else 0)
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer's keys and values lie in its group's pages, in bytes."""
+    """Where a layer's keys and values lie in its group's pages, in bytes, and as what they are kept."""
 
+    kind: str
     group: int
     k_offset: int
     v_offset: int
@@ -63,9 +64,11 @@ class CacheLayout:
                 self.windows.append(layer.window)
                 self.page_bytes.append(0)
             group = self.windows.index(layer.window)
-            k, v = head_bytes(layer.head_dim_k, cache_type), head_bytes(layer.head_dim_v, cache_type)
+            kind = "f32" if layer.precise and cache_type == "f16" else cache_type
+            k = head_bytes(layer.head_dim_k, kind)
+            v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
             start = self.page_bytes[group]
-            self.places.append(LayerPlace(group, start, start + layer.n_kv_heads * k, k, v))
+            self.places.append(LayerPlace(kind, group, start, start + layer.n_kv_heads * k, k, v))
             self.page_bytes[group] = start + layer.n_kv_heads * (k + v)
         self.state_offsets: list[int] = []
         self.block_bytes = 0
@@ -81,6 +84,12 @@ class CacheLayout:
             seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
             total += -(-seen // PAGE_POSITIONS) * size
         return total
+
+
+def context_bytes(graph: Graph, cache_type: str, context: int) -> int:
+    """What a sequence holds at the end of a context, with all checkpoints of states that it can have."""
+    layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
+    return layout.bytes_at(context) + (2 + MAX_CHECKPOINTS) * layout.block_bytes
 
 
 def _drop_all(pools: list[PagePool], held: list[dict[int, Page]]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering_experts import lower_experts
-from qrun.engine.program.record_writer import RecordWriter, blocks_and_tail, inputs
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs
 from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
@@ -170,25 +170,28 @@ class Lowering(RecordWriter):
         layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
         q = self.places[o.q.id]
         cache = f"cache of layer {o.layer}"
-        kind = self.layout.cache_type
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
-        if o.k is not None and o.v is not None:
-            k, v = self.places[o.k.id], self.places[o.v.id]
+        if o.k is not None:
+            k, v = self.places[o.k.id], None if o.v is None else self.places[o.v.id]
+            dims = (layer.head_dim_k, layer.head_dim_v)
+            v_offset, v_head_bytes = place.v_offset, place.v_head_bytes
+            if v is None:  # keys are kept as if they were values, and nothing else
+                v, dims, v_offset, v_head_bytes = k, (0, layer.head_dim_k), place.k_offset, place.k_head_bytes
             self.emit(
-                f"append-{kind}",
+                f"append-{place.kind}",
                 {
                     R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
-                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
-                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
-                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: dims[0], R.KV_DIM_V: dims[1],
+                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: v_offset,
+                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: v_head_bytes,
                     R.KV_GROUP: place.group,
                 },
                 [k, v], [cache], True,
             )  # fmt: skip
         out = self.new(o.out)
         self.emit(
-            attention_key(layer, kind, self.threads),
+            attention_key(layer, place.kind, self.threads),
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
@@ -237,13 +240,32 @@ class Lowering(RecordWriter):
             [q, k, v, decay, beta], [out, f"state {o.state}"], False,
         )  # fmt: skip
 
+    def _lower_selectivescan(self, o: G.SelectiveScan) -> None:
+        x, time, b, c = (self.places[value.id] for value in (o.x, o.time, o.b, o.c))
+        if o.n_state > R.MAX_STATE_DIM:
+            raise ValueError(f"a scan with more than {R.MAX_STATE_DIM} numbers for each channel: not supported")
+        out = self.new(o.out)
+        # Groups of channels, the last one padded.
+        groups = -(-o.x.width // R.SCAN_CHANNELS)
+        padding = groups * R.SCAN_CHANNELS - o.x.width
+        fading = np.pad(o.fading, ((0, padding), (0, 0))).reshape(groups, R.SCAN_CHANNELS, -1).swapaxes(1, 2)
+        self.emit(
+            "selective_scan-",
+            {
+                R.SCAN_X: x, R.SCAN_X_STRIDE: x.stride, R.SCAN_TIME: time, R.SCAN_TIME_STRIDE: time.stride,
+                R.SCAN_B: b, R.SCAN_B_STRIDE: b.stride, R.SCAN_C: c, R.SCAN_C_STRIDE: c.stride, R.SCAN_OUT: out,
+                R.SCAN_OUT_STRIDE: out.stride, R.SCAN_WIDTH: o.x.width, R.SCAN_DIM: o.n_state,
+                R.SCAN_FADING: floats(fading), R.SCAN_KEPT: floats(np.pad(o.kept, (0, padding))),
+                R.SCAN_STATE: self.layout.state_offsets[o.state],
+            },
+            [x, time, b, c], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_activate(self, o: G.Activate) -> None:
         self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
-        # max(x, 0)^2 is max(x, 0) * x
-        names: dict[G.Alone, str] = {"gelu": "gelu_alone", "relu_squared": "relu", "silu": "silu_alone"}
-        self._produce(names.get(o.kind, o.kind), o.out, self.places[o.x.id], row_weight=floats(o.parameters))
+        self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
 
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]
@@ -259,6 +281,23 @@ class Lowering(RecordWriter):
 
     def _lower_add(self, o: G.Add) -> None:
         self._produce("add", o.out, self.places[o.a.id], self.places[o.b.id])
+
+    def _lower_mix(self, o: G.Mix) -> None:
+        x, weights = self.places[o.x.id], self.places[o.weights.id]
+        added = None if o.add is None else self.places[o.add.id]
+        record = self._produce(
+            "mix", o.out, x, weights, row_groups=o.n_out, row_x_size=o.weights.width // o.n_out, row_add=added or 0,
+            row_add_stride=added.stride if added else 0,
+        )  # fmt: skip
+        if added is not None:
+            record.reads.append(added)
+
+    def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
+        x, like = self.places[o.x.id], self.places[o.like.id]
+        self._produce("match_magnitude", o.out, x, like, row_groups=o.x.width // o.like.width)
+
+    def _lower_gaussiantopk(self, o: G.GaussianTopK) -> None:
+        self._produce("gaussian_top_k", o.out, self.places[o.x.id], factor=o.deviations)
 
     def _lower_scale(self, o: G.Scale) -> None:
         self._produce("scale", o.out, self.places[o.x.id], factor=o.factor)
@@ -281,10 +320,10 @@ def floats(values: G.Constant | None) -> Any:
     return 0 if values is None else np.ascontiguousarray(values, np.float32)
 
 
-def attention_key(layer: G.CacheLayer, cache_type: str, threads: int) -> str:
+def attention_key(layer: G.CacheLayer, kind: str, threads: int) -> str:
     """The kernel for a layer: with as many together of the query heads that share a key and value head as possible,
     but so that there is work for every thread."""
     group = layer.n_heads // layer.n_kv_heads
     most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
     together = max(n for n in range(1, most + 1) if group % n == 0)
-    return f"attention-{cache_type}-{together}"
+    return f"attention-{kind}-{together}{'-rows' if layer.values_in_keys else ''}"

@@ -15,7 +15,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.record import InRecord, Routing
-from qrun.engine.program.record_writer import RecordWriter
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter
 from qrun.models import graph as G
 
 
@@ -50,19 +50,17 @@ class _ExpertsLowering:
         self._route(logits)
         assert self.ranges is not None
         routing = Routing(self.chosen, self.ranges, moe.n_used, by_slot=False)
-        weights = list(dict.fromkeys((moe.gate, moe.up)))
+        weights = [weight for weight in moe.matrices if weight is not moe.down]
         self.lowering.taken_by_experts(weights, self.lowering.places[moe.x.id], routing)
         to_slots = cache(self._to_slots)
-        gate = self._product(moe.gate, to_slots, self.slots)
-        if moe.up is moe.gate:  # the rows of both, side by side
-            up = Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride)
-        else:
-            up = self._product(moe.up, to_slots, self.slots)
+        products = [self._product(weight, to_slots, self.slots) for weight in weights]
         if moe.weigh_inputs:  # what a matrix makes of a multiple is the multiple of what it makes
-            self._weigh(gate, moe.gate.shape[1])
-            if moe.up is not moe.gate:
-                self._weigh(up, self.ffn)
-        inner = self._activated(gate, up)
+            for weight, product in zip(weights, products, strict=True):
+                self._weigh(product, weight.shape[1])
+        gate = products[0]
+        if moe.up is moe.gate:  # the rows of both, side by side
+            products.append(Place(gate.buffer, gate.offset + 4 * self.ffn, gate.stride))
+        inner = self._activated(gate, products[-1])
         self.lowering.taken_by_experts([moe.down], gate, replace(routing, by_slot=True))
         down = self._product(moe.down, inner, self.slots)
         self._sum(down)
@@ -120,17 +118,19 @@ class _ExpertsLowering:
         """Which rows go to which expert; from here on, matmuls go over slots."""
         moe, rows, memory = self.moe, self.rows, self._memory
         self.chosen, self.weights = memory(rows * moe.n_used * 8), memory(rows * moe.n_used * 4)
-        counts, chances = memory(self.n_experts * 8), memory(self.n_experts * 8)
+        n_choices = moe.router.shape[0]
+        counts, chances = memory(n_choices * 8), memory(n_choices * 8)
         selection = 0 if moe.selection_bias is None else np.ascontiguousarray(moe.selection_bias, np.float32)
-        self.ranges = memory(8 + 24 * self.n_experts)
+        self.ranges = memory(8 + 24 * max(self.n_experts, moe.n_used))
         route = self.lowering.emit(
             "route-",
             {
-                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: self.n_experts,
+                R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_choices,
                 R.MOE_USED: moe.n_used, R.MOE_NORMALIZE: int(moe.normalize),
                 R.MOE_SIGMOID: int(moe.gating == "sigmoid"), R.MOE_SCALE: float(moe.scale), R.MOE_SLOTS: self.chosen,
                 R.MOE_WEIGHTS: self.weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts, R.MOE_RANGES: self.ranges,
                 R.MOE_SELECTION: selection, R.MOE_GROUPS: moe.n_groups, R.MOE_GROUPS_USED: moe.n_groups_used,
+                R.MOE_TOGETHER: moe.together,
             },
             [logits], [self.chosen, self.weights, chances, counts, self.ranges], False,
         )  # fmt: skip
@@ -151,11 +151,13 @@ class _ExpertsLowering:
         return place
 
     def _activated(self, gate: Place, up: Place) -> Packed:
-        """act(gate) * up, in the place of gate, packed at once for the matrix that takes it first."""
+        """act(gate) * up, in the place of gate, packed at once for the matrix that takes it first. Without a gate, both
+        are up."""
         first = self.lowering.packing(self.moe.down)
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
+        kernel = ALONE_KERNELS[self.moe.kind] if self.moe.gate is None else self.moe.kind
         record = self.lowering.row_operation(
-            self.moe.kind, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
+            kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
         )
         record.by_rows = False  # its rows are slots
         others = cache(lambda packing: self._pack(gate, self.ffn, packing, self.slots))

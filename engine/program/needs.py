@@ -18,7 +18,8 @@ def kernels_of(graph: G.Graph, cache_type: str = "f16", target: Target | None = 
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
     counts = range(1, available_cores() + 1)
-    attention = {attention_key(layer, cache_type, threads) for layer in graph.cache_layers for threads in counts}
+    kinds = [(layer, place.kind) for layer, place in zip(graph.cache_layers, layout.places, strict=True)]
+    attention = {attention_key(layer, kind, threads) for layer, kind in kinds for threads in counts}
     return [*TEAM_KERNELS, *dict.fromkeys([*program.kernel_keys, *sorted(attention)])]
 
 
@@ -43,7 +44,7 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
         if isinstance(operation, G.Linear | G.HeadLinear):
             total += operation.weight.raw.nbytes
         elif isinstance(operation, G.MoE):
-            weights = list(dict.fromkeys((operation.router, operation.gate, operation.up, operation.down)))
+            weights = [operation.router, *operation.matrices]
             weights += [weight for change in operation.changes for weight in (change.a, change.b)]
             for weight in weights:  # those of experts have three dimensions
                 used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1

@@ -20,6 +20,11 @@ from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.models import graph as G
 
 FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
+# Activations that multiply nothing: max(x, 0)^2 is max(x, 0) * x.
+ALONE_KERNELS: dict[str, str] = {
+    "gelu": "gelu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone", "sigmoid": "sigmoid",
+    "softplus": "softplus",
+}  # fmt: skip
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024
 
@@ -144,7 +149,7 @@ class RecordWriter:
                 weights += [router, *(change.a for change in operation.changes if change.weight is router)]
         return list(dict.fromkeys(self.packing(weight) for weight in weights))
 
-    def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> None:
+    def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> Record:
         """A row operation that makes `out`, and packs it for the matmuls that take it."""
         place = self.new(out)
         packings = self._packings(out)
@@ -152,9 +157,10 @@ class RecordWriter:
         if packings:
             packed = (packings[0], self.packed_place(out, packings[0]))
             self._packed[out.id, packings[0]] = packed[1]
-        self.row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
+        record = self.row_operation(name, place, out.width, x, z, packed=packed, **fields)  # type: ignore[arg-type]
         for packing in packings[1:]:
             self._pack(out, packing)
+        return record
 
     def packed_input(self, value: G.Value, packing: str) -> Place:
         """The rows of a value, packed. They are packed in all ways at once, so that no matmul waits for it later."""

@@ -199,10 +199,14 @@ class Runtime:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
 
+    def bytes_of(self, n: int) -> int:
+        """What a sequence of n positions holds of the cache."""
+        return self._layout.bytes_at(n) + 2 * self._layout.block_bytes
+
     @property
     def context_bytes(self) -> int:
-        """What a sequence holds of the cache when it has come to the end of the context."""
-        return self._layout.bytes_at(self.context) + 2 * self._layout.block_bytes
+        """What it holds at the end of the context."""
+        return self.bytes_of(self.context)
 
     @property
     def cache_bytes(self) -> int:

@@ -19,11 +19,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels.records import STATE_ROWS
+from qrun.engine.kernels.records import SCAN_CHANNELS, STATE_ROWS
 from qrun.engine.program.pages import Page, PagePool
 from qrun.models import graph as G
 
 MAX_CHECKPOINTS = 8
+
+Recurrent = G.Convolution | G.LinearAttention | G.SelectiveScan
 
 
 def state_sizes(graph: G.Graph) -> list[int]:
@@ -34,20 +36,23 @@ def state_sizes(graph: G.Graph) -> list[int]:
     return sizes
 
 
-def stateful(graph: G.Graph) -> Iterator[G.Convolution | G.LinearAttention]:
+def stateful(graph: G.Graph) -> Iterator[Recurrent]:
     """The operations with a state."""
     for operation in graph.operations:
-        if isinstance(operation, G.Convolution | G.LinearAttention):
+        if isinstance(operation, Recurrent):
             yield operation
 
 
-def state_size(operation: G.Convolution | G.LinearAttention) -> int:
+def state_size(operation: Recurrent) -> int:
     """As the kernels have it: see there."""
     match operation:
         case G.Convolution(weight=weight, x=x):
             return (len(weight) - 1 + STATE_ROWS) * x.width
         case G.LinearAttention(n_heads=n_heads):
             return n_heads * head_size(operation)
+        case G.SelectiveScan(x=x, n_state=n_state):
+            channels = -(-x.width // SCAN_CHANNELS) * SCAN_CHANNELS
+            return channels * (2 * n_state + 1 + 2 * STATE_ROWS) + STATE_ROWS * n_state
 
 
 def head_size(o: G.LinearAttention) -> int:

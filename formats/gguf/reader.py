@@ -17,14 +17,16 @@ class GGUFReader:
     matter, unless every count, length, type, shape and offset is right: all tensors lie within their file and none
     overlaps another. Strings of the vocabulary are decoded when they are first asked for.
 
+    alone: open the named file only, whichever part of a split model it is: to look at it, not to run it.
+
     path: as given. files: the paths of all parts. parts: the files themselves. version, alignment: of the first.
     metadata: of the first, see `Metadata`. metadata_types: of each value and, if that is an array, of its items.
     tensors: of all parts, by name, in file order.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, alone: bool = False) -> None:
         self.path = Path(path)
-        self.parts: tuple[GGUFFile, ...] = tuple(open_parts(self.path))
+        self.parts: tuple[GGUFFile, ...] = (GGUFFile(self.path),) if alone else tuple(open_parts(self.path))
         first = self.parts[0]
         self.files: tuple[Path, ...] = tuple(part.path for part in self.parts)
         self.version = first.version

@@ -2,8 +2,9 @@
 
     python tests/bench/table.py MODEL... [--random q4_k_m ...] [--peer PEER ...] [--threads 1 2] [--depths 0 4096]
 
-MODEL is a path or a name; --random writes a model of 1.2 billion random weights first (see random_model.py), unless it
-is there. PEER is what `qrun bench --compare` takes. `make bench` runs this.
+MODEL is a path or a name; --random writes a model of a billion random weights first (see random_model.py), unless it
+is there: a llama in the mix that is named, or as in `nemotron_h:q4_k_m` another one. PEER is what
+`qrun bench --compare` takes. `make bench` runs this.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def tasks(models: list[str], depths: list[int], args: argparse.Namespace) -> lis
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL")
-    parser.add_argument("--random", nargs="*", default=[], metavar="MIX")
+    parser.add_argument("--random", nargs="*", default=[], metavar="[ARCHITECTURE:]MIX")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for the models of --random")
     parser.add_argument("--peer", action="append", default=[], help="may be given several times")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -74,12 +75,14 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parsed(arguments)
     models = [str(resolve(model)) for model in args.models]
-    for mix in args.random:
+    for name in args.random:
         args.folder.mkdir(parents=True, exist_ok=True)
-        path = args.folder / f"llama-1.2b-{mix.lower()}.gguf"
+        architecture, _, mix = name.rpartition(":")
+        model = random_model.ARCHITECTURES[architecture or "llama"]()
+        path = args.folder / f"{model.architecture}-{model.n_weights / 1e9:.1f}b-{mix.lower()}.gguf"
         if not path.exists():
             print(f"writing {path} ...", file=sys.stderr)
-            random_model.write(path, mix.upper())
+            random_model.write(path, mix.upper(), model)
         models.append(str(path))
     results = []
     for task in tasks(models, args.depths, args):

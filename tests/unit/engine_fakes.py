@@ -176,6 +176,9 @@ class FakeRuntime:
         sequence.row[:] = self.logits_after(sequence.held)
         return sequence.row
 
+    def bytes_of(self, n: int) -> int:
+        return 0
+
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None) -> list[np.ndarray]:
         results = []
         for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from web_server import Site, add_repository, run_with_hub, serve
+from web_server import Site, add_repository, python_with_hub, run_with_hub, serve
 
 from qrun.models import download, store
 from qrun.models.catalog import CatalogEntry, WheelMember
-from qrun.models.hub import choose_files, parse_spec
+from qrun.models.hub import HubSpec, choose_files, explain, is_spec, parse_spec
 from qrun.models.store import PullError
 
 MODEL = b"GGUF" + bytes(range(256)) * 400
@@ -277,6 +278,7 @@ def test_files_are_chosen_by_quant_or_name(selector: str | None, files: list[str
         (LISTING, "Q4", "no file fits 'Q4'; there are: .*model-Q8_0"),
         (LISTING, "other.gguf", "no file fits"),
         (["README.md"], None, "no .gguf file"),
+        (["mmproj-F16.gguf", "imatrix_unsloth.gguf"], None, "none of the files is a model: mmproj-F16.gguf, imatrix"),
         (["a-Q4_0.gguf", "b-Q4_0.gguf"], None, "several files fit; name one: a-Q4_0.gguf, b-Q4_0.gguf"),
         (["m-00001-of-00003.gguf", "m-00003-of-00003.gguf"], None, "lacks m-00002-of-00003.gguf"),
     ],
@@ -286,6 +288,32 @@ def test_what_cannot_be_chosen_is_explained(names: list[str], selector: str | No
         choose_files(names, selector)
 
 
+@pytest.mark.parametrize(
+    ("names", "selector", "chosen"),
+    [
+        # what goes beside a model, wherever the name says so
+        (["m-Q4_K_M.gguf", "mmproj-m-Q4_K_M.gguf", "m.mmproj-Q4_K_M.gguf", "m-mmproj.gguf"], "Q4_K_M", "m-Q4_K_M.gguf"),
+        (["m-Q4_0.gguf", "mtp-m-Q4_0.gguf", "dflash-m-Q4_0.gguf", "MTP/m-Q4_0.gguf"], "Q4_0", "m-Q4_0.gguf"),
+        (["m-MTP-Q4_0.gguf"], "Q4_0", "m-MTP-Q4_0.gguf"),  # a model with such blocks
+        # several of a quant
+        (["m-UD-Q4_K_M.gguf", "m-Q4_K_M.gguf"], "Q4_K_M", "m-Q4_K_M.gguf"),
+        (["m-UD-Q4_K_M.gguf", "m-Q4_K_M.gguf"], "UD-Q4_K_M", "m-UD-Q4_K_M.gguf"),
+        (["m-UD-Q4_K_M.gguf"], "Q4_K_M", "m-UD-Q4_K_M.gguf"),
+        (["m-qat-q4_0-Q8_0.gguf", "m-qat-q4_0-Q4_0.gguf"], "Q4_0", "m-qat-q4_0-Q4_0.gguf"),
+        (["m-mxfp4-00001-of-00001.gguf", "m-MXFP4.gguf"], "MXFP4", "m-MXFP4.gguf"),
+        # the usual names of other publishers
+        (["gemma-4-E4B_q4_0-it.gguf", "gemma-4-E4B-it-mmproj.gguf"], "Q4_0", "gemma-4-E4B_q4_0-it.gguf"),
+        (["m.Q4_K_M.gguf", "m.i1-Q4_K_M.gguf"], "i1-Q4_K_M", "m.i1-Q4_K_M.gguf"),
+        (["m-UD-Q4_K_XL.gguf", "m-UD-Q8_K_XL.gguf"], None, "m-UD-Q4_K_XL.gguf"),
+        # names that would lead out of the folder
+        (["../m-Q4_0.gguf", "/m-Q4_0.gguf", "a/../../m-Q4_0.gguf", ".a/m-Q4_0.gguf", "m-Q4_0.gguf"], "Q4_0",
+         "m-Q4_0.gguf"),
+    ],
+)  # fmt: skip
+def test_one_file_of_many_that_could_be_meant(names: list[str], selector: str | None, chosen: str) -> None:
+    assert choose_files(names, selector) == [chosen]
+
+
 def test_a_repository_s_only_model_needs_no_selector() -> None:
     assert choose_files(["weights.gguf"], None) == ["weights.gguf"]
 
@@ -293,6 +321,10 @@ def test_a_repository_s_only_model_needs_no_selector() -> None:
 def test_specs_are_taken_apart() -> None:
     spec = parse_spec("hf:org/repo-1.0@v2:file-Q4_0.gguf")
     assert (spec.repo, spec.revision, spec.selector) == ("org/repo-1.0", "v2", "file-Q4_0.gguf")
+    for other in ("hf.co/org/repo-1.0:Q4_0", "https://huggingface.co/org/repo-1.0:Q4_0"):
+        assert is_spec(other) and parse_spec(other) == parse_spec("hf:org/repo-1.0:Q4_0")
+    for no_spec in ("hf:repo", "https://huggingface.co/org/repo/resolve/main/m.gguf", "org/repo", "hf.co/org"):
+        assert not is_spec(no_spec)
     for wrong in ("hf:", "hf:repo", "hf:a/b/c", "hf:../../x", "hf:a/..", "hf:a/b:"):
         with pytest.raises(PullError, match="expected hf:ORG/REPO"):
             parse_spec(wrong)
@@ -338,6 +370,148 @@ def test_a_repository_that_is_not_there_is_one_line(site: Site) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("qrun: hf:org/missing: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def hub(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Site:
+    """The site as the Hub of this process."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", site.address)
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", site.address + template)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return site
+
+
+@pytest.mark.parametrize(
+    ("refusals", "message"),
+    [
+        ([(401, {"X-Error-Code": "GatedRepo"})],
+         "the repository is gated: accept its licence at {site}/org/repo, and set HF_TOKEN to a token of your account"),
+        ([(401, {})], "there is nothing at {site}/org/repo, or it is private or gated: then set HF_TOKEN to a token of "
+                      "your account"),
+        ([(404, {"X-Error-Code": "RepoNotFound"})], "there is nothing at {site}/org/repo, or it is private"),
+        ([(404, {"X-Error-Code": "RevisionNotFound"})], "the repository has no revision v9"),
+        ([(403, {})], "{site}/org/repo does not let us in (403): set HF_TOKEN to a token that may read it"),
+        ([(429, {"Retry-After": "0"})] * 9, "{site} takes no more requests for now (429): try again in 0 s, or set HF"),
+        ([(500, {})] * 9, "{site} answers 500: try again later"),
+    ],
+)  # fmt: skip
+def test_a_hub_that_refuses_is_one_line_that_says_what_to_do(
+    hub: Site, refusals: list[tuple[int, dict[str, str]]], message: str
+) -> None:
+    add_repository(hub, "org/repo", {"m-Q8_0.gguf": MODEL})
+    hub.refuse = list(refusals)
+    with pytest.raises(PullError) as caught:
+        download.pull("hf:org/repo@v9")
+    assert str(caught.value).startswith("hf:org/repo@v9: " + message.format(site=hub.address))
+    assert "\n" not in str(caught.value)
+    assert nothing_half_done()
+
+
+def test_a_token_that_does_not_help_is_not_shown(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.refuse = [(403, {"X-Error-Code": "GatedRepo"})]
+    with pytest.raises(PullError, match=r"accept its licence at .*, and set another HF_TOKEN") as caught:
+        download.pull("hf:org/repo")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_gated_file_of_an_open_listing_is_explained_too(hub: Site) -> None:
+    add_repository(hub, "org/repo", {"m-Q8_0.gguf": MODEL})
+    for path in [path for path in hub.files if path.endswith(".gguf")]:
+        del hub.files[path]
+        hub.headers[path] = {"X-Error-Code": "GatedRepo"}
+    with pytest.raises(PullError, match=r"^hf:org/repo: m-Q8_0.gguf: the repository is gated: accept its licence at"):
+        download.pull("hf:org/repo")
+
+
+def test_a_hub_that_is_not_there_is_one_line(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PullError, match=r"^hf:org/repo: .*refused.* \(from http://127.0.0.1:9\)$"):
+        download.pull("hf:org/repo")
+
+
+def test_a_file_of_the_hub_that_breaks_off_is_gone_on_with(hub: Site) -> None:
+    files = {"m-Q8_0-00001-of-00002.gguf": MODEL * 350, "m-Q8_0-00002-of-00002.gguf": MODEL}
+    add_repository(hub, "org/repo", files)
+    hub.break_after = [1 << 30, 30_000_000]  # the listing comes whole; the library writes ten megabytes at a time
+    steps: list[tuple[int, int | None]] = []
+    download.pull("hf:org/repo", progress=lambda done, total: steps.append((done, total)))
+    (model,) = store.stored_models()
+    assert [file.read_bytes() for file in model.files] == list(files.values())
+    assert any(wanted and wanted.startswith("bytes=") for _, _, wanted in hub.asked)
+    assert {total for _, total in steps} == {351 * len(MODEL)}  # of both files together
+
+
+@pytest.mark.parametrize(
+    ("error", "grows", "calls"),
+    [
+        (ConnectionResetError(), True, 3),
+        (RuntimeError("a transport's own"), True, 3),
+        (RuntimeError("a transport's own"), False, 1),
+        (OSError(errno.ENOSPC, "No space left on device"), True, 1),
+        (ValueError("too large"), True, 1),
+    ],
+)
+def test_a_broken_connection_is_tried_again_as_long_as_more_comes(
+    error: Exception, grows: bool, calls: int, hub: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_repository(hub, "org/repo", {"m-Q8_0.gguf": MODEL})
+    called: list[int] = []
+
+    def fetch(repo: str, name: str, *, revision: str, local_dir: Path) -> None:
+        called.append(len(called))
+        part = local_dir / "m-Q8_0.gguf"
+        if grows:
+            part.write_bytes(MODEL[: 20_000 * len(called)])
+        if len(called) < 3:
+            raise error
+        part.write_bytes(MODEL)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    if calls == 3:
+        assert download.pull("hf:org/repo").read_bytes() == MODEL
+    else:
+        with pytest.raises(PullError, match=r"^hf:org/repo: m-Q8_0.gguf: "):
+            download.pull("hf:org/repo")
+    assert len(called) == calls
+
+
+def test_a_full_disk_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = explain(OSError(errno.ENOSPC, "No space left on device", "/x/y"), HubSpec("org/repo", None, None))
+    assert text.startswith(f"no space left on the disk of {store.models_folder()}")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert "secret" not in explain(OSError(errno.EACCES, "Permission denied", "/x/y"), HubSpec("o/r", None, None))
+
+
+@pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid"), reason="users without a home")
+def test_a_user_without_a_home_can_pull_into_another_folder(site: Site, tmp_path: Path) -> None:
+    add_repository(site, "org/repo", {"m-Q8_0.gguf": MODEL})
+    script = (
+        "import os, pwd, sys\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown; os.environ.pop('HOME', None); os.environ.pop('XDG_CACHE_HOME', None)\n"
+        "os.environ.pop('HF_HOME')\n"
+        "from qrun.cli.main import main; sys.exit(main(['pull', 'hf:org/repo']))"
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    done = python_with_hub(site, "-c", f"import os; os.chdir({str(work)!r})\n{script}")
+    assert done.returncode == 0, done.stderr
+    assert list(work.iterdir()) == []  # no folder called "~"
+
+
+def test_the_parts_of_an_address_have_one_progress(site: Site) -> None:
+    for no in (1, 2):
+        site.files[f"/x/m-0000{no}-of-00002.gguf"] = MODEL + bytes([no])
+    steps: list[tuple[int, int | None]] = []
+    download.pull(f"{site.address}/x/m-00001-of-00002.gguf", progress=lambda done, total: steps.append((done, total)))
+    whole = 2 * len(MODEL) + 2
+    assert {total for _, total in steps} == {whole}
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps) and steps[-1][0] == whole
 
 
 # Interruption, as a user does it

@@ -339,6 +339,13 @@ def test_completion_prints_a_script_for_each_shell(shell: str) -> None:
     assert "qrun" in script
 
 
+@pytest.mark.skipif(os.name != "posix", reason="bash")
+def test_bash_takes_a_name_with_a_colon_for_one_word() -> None:
+    script = CliRunner().invoke(cli, ["completion", "bash"]).output
+    done = subprocess.run(["bash", "-c", f'{script}\necho "$COMP_WORDBREAKS"'], capture_output=True, text=True)
+    assert done.returncode == 0 and "=" in done.stdout and ":" not in done.stdout
+
+
 def completions(*words: str) -> list[str]:
     line = " ".join(["qrun", *words])
     environment = os.environ | {"_QRUN_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
@@ -351,3 +358,4 @@ def test_commands_options_and_models_are_completed() -> None:
     assert "plain,chat" in completions("ch")
     assert "plain,--temperature" in completions("run", "m", "p", "--temp")
     assert "plain,SmolLM2-135M-Instruct" in completions("info", "smol")
+    assert "plain,llama3.1:8b" in completions("chat", "llama3.1:")

@@ -1,6 +1,7 @@
 """Pages: shared, copied when written, given back as windows pass."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,19 @@ def test_layout_has_no_overlaps() -> None:
         for group in (0, 1):
             mine = sorted(span[1:] for span in spans if span[0] == group)
             assert [start for start, _ in mine] == [0, *[end for _, end in mine[:-1]]]
+
+
+def test_values_that_are_a_part_of_keys_take_nothing() -> None:
+    layer = CacheLayer(16, 1, 576, 512, None, values_in_keys=True)
+    assert CacheLayout([layer], "f16").page_bytes == [576 * 64 * 2]
+    assert CacheLayout([replace(layer, values_in_keys=False)], "f16").page_bytes == [(576 + 512) * 64 * 2]
+
+
+def test_layers_that_need_every_digit_are_kept_in_float32() -> None:
+    layers = [FULL, replace(FULL, precise=True)]
+    for cache_type, kinds in (("f16", ["f16", "f32"]), ("q8_0", ["q8_0", "q8_0"])):
+        assert [place.kind for place in CacheLayout(layers, cache_type).places] == kinds
+    assert CacheLayout(layers, "f16").page_bytes == [2 * 96 * 64 * (2 + 4)]
 
 
 def test_an_unknown_cache_type_is_named() -> None:

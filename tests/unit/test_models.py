@@ -223,8 +223,8 @@ def test_layers_may_differ_in_heads_and_width() -> None:
 
 
 def test_an_unknown_architecture() -> None:
-    message = Toy("mamba").error()
-    assert message.startswith("toy.gguf: architecture 'mamba' is not supported (supported: llama, ")
+    message = Toy("magic").error()
+    assert message.startswith("toy.gguf: architecture 'magic' is not supported (supported: llama, ")
 
 
 @pytest.mark.parametrize("value", [None, 7, ["llama"]])

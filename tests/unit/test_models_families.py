@@ -8,7 +8,7 @@ from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, To
 
 from qrun.formats import FormatError
 from qrun.models.adapter import Adapter, adapt
-from qrun.models.graph import Attention, Embed, Gate, LayerNorm, Linear, MoE, Rope, Scale
+from qrun.models.graph import Attention, Embed, Gate, GaussianTopK, LayerNorm, Linear, MoE, Rope, Scale
 from qrun.models.transformer import alibi_slopes
 from tests.reference import forward
 
@@ -207,6 +207,79 @@ def test_gemma4_shares_keys_and_values_with_the_last_layer_of_the_kind_that_has_
     assert [attention.k is None for attention in attentions] == [False] * 3 + [True] * 3
     toy.set({"attention.sliding_window_pattern": np.array([1, 0, 0, 1, 1, 0], bool)})
     assert "blk.3 shares keys and values with layer 1, whose heads are of another kind" in toy.error()
+
+
+@pytest.mark.parametrize("size", [16, 100])
+def test_sparse_attention_is_served_where_it_sees_everything(size: int) -> None:
+    keys: dict[str, Any] = {
+        "leading_dense_block_count": 2, "expert_shared_count": 1, "attention.indexer.top_k": 4,
+        "attention.indexer.block_size": size,
+    }  # fmt: skip
+    toy = Toy("minimax-m3", **keys)
+    graph = toy.graph()
+    assert (graph.context, graph.max_context) == (min(4 * size, 128), 4 * size)
+    assert toy.graph(64).context == 64
+    with pytest.raises(FormatError) as error:
+        toy.graph(4 * size + 1)
+    assert str(error.value) == (
+        f"toy.gguf: a context of {4 * size + 1} tokens is not supported: "
+        f"the model attends to chosen positions only where there are more than {4 * size}"
+    )
+    assert "attention.indexer.top_k is 0, expected" in toy.set({"attention.indexer.top_k": 0}).error()
+
+
+def test_groups_of_experts_have_to_be_whole() -> None:
+    keys: dict[str, Any] = {"expert_used_count": 3, "expert_feed_forward_length": N_FF, "expert_group_scale": 0.5}
+    toy = Toy("grovemoe", n_expert=8, experts_per_group=3, **keys)
+    assert "grovemoe.experts_per_group is 3, which does not divide 8 experts" in toy.error()
+    toy.set({"experts_per_group": 4})
+    for layer in range(2):
+        for name, shape in (("gate", (HEAD_DIM, N_EMBD)), ("up", (HEAD_DIM, N_EMBD)), ("down", (N_EMBD, HEAD_DIM))):
+            toy.add(f"blk.{layer}.ffn_{name}_chexps.weight", 2, *shape)
+    first, second = of_type(toy.graph(), MoE)[:2]
+    assert (first.together, first.n_used, second.together, second.n_used) == (1, 3, 4, 2)
+    assert second.x is first.out and second.router_x is first.x
+
+
+def test_turns_of_stacks_have_to_make_all_layers() -> None:
+    keys = {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}
+    toy = Toy("hrm_text", n_layer=5, **keys)
+    assert "hrm_text.block_count is 5, but all turns of the stacks have 6 layers" in toy.error()
+    toy.set({"block_count": 6})
+    toy.add("hrm.z_l_init", N_EMBD)
+    for layer in range(2):
+        toy.add(f"blk.{layer}.attn_gate.weight", N_HEADS * HEAD_DIM, N_EMBD)
+    graph = toy.graph()
+    assert [attention.layer for attention in of_type(graph, Attention)] == list(range(6))
+    names = [operation.weight.name for operation in of_type(graph, Linear)]
+    assert [name[4] for name in names if name.endswith("attn_q.weight")] == list("001001")
+
+
+def test_gemma3n_shares_the_keys_and_values_of_two_layers() -> None:
+    keys: dict[str, Any] = {"attention.sliding_window": 3, "embedding_length_per_layer_input": 4}
+    toy = Toy("gemma3n", n_layer=22, **keys)
+    count, layers = 4, 22
+    toy.add("per_layer_token_embd.weight", N_VOCAB, 4 * layers)
+    toy.add("per_layer_model_proj.weight", 4 * layers, N_EMBD)
+    toy.add("per_layer_proj_norm.weight", 4)
+    for name in ("altup_proj", "altup_unembd_proj"):
+        toy.add(f"{name}.weight", count - 1, N_EMBD, N_EMBD)
+    for layer in range(layers):
+        shapes: dict[str, tuple[int, ...]] = {
+            "inp_gate": (4, N_EMBD), "proj": (N_EMBD, 4), "post_norm": (N_EMBD,), "laurel_l": (5, N_EMBD),
+            "laurel_r": (N_EMBD, 5), "laurel_post_norm": (N_EMBD,), "altup_router": (count, N_EMBD),
+            "altup_router_norm": (N_EMBD,), "altup_predict_coef": (count * count, count),
+            "altup_correct_coef": (count, count), "altup_correct_scale": (N_EMBD,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            toy.add(f"blk.{layer}.{name}.weight", *shape)
+    graph = toy.graph()
+    assert [attention.layer for attention in of_type(graph, Attention)] == [*range(20), 18, 18]
+    assert len(of_type(graph, GaussianTopK)) == 10
+    scales = np.array([1.5, -np.inf] * 11, np.float32)
+    sparse = of_type(toy.set({"activation_sparsity_scale": scales}).graph(), GaussianTopK)
+    assert len(sparse) == 11 and sparse[0].deviations == 1.5
+    assert "altup.active_idx is 4, expected 0 to 3" in toy.set({"altup.active_idx": 4}).error()
 
 
 def test_adapters_do_not_change_learned_positions() -> None:

@@ -1,6 +1,7 @@
 """The operations of the vocabulary as the engine runs them, against their definition, on fresh data of odd sizes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,13 @@ class Maker:
 def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[Callable[..., None]]:
     """Builds a graph, and compares what the engine makes of it with the definition; also cut into batches."""
 
-    def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5) -> None:
+    def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5, cache_type: str = "f16") -> None:
         maker = Maker(rng)
         graph = maker.graph(make(maker))
         tokens = rng.integers(0, graph.n_vocab, N_ROWS)
         expected = forward(graph, tokens.tolist())
-        runtime = Runtime(graph, threads=2, context=64, batch=32, target=host_target(request.param))
+        target = host_target(request.param)
+        runtime = Runtime(graph, threads=2, context=64, batch=32, target=target, cache_type=cache_type)
         result = runtime.evaluate(runtime.sequence(), tokens, "all")
         assert result is not None
         np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
@@ -107,7 +109,7 @@ def test_gated_activations(check: Any, kind: Any) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "xielu"])
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
@@ -131,6 +133,41 @@ def test_gates(check: Any, kind: Any, width: int) -> None:
 
 def test_clamps(check: Any) -> None:
     check(lambda maker: maker.add(G.Clamp(maker.value(61), maker.embed(61), 0.2)))
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "both"])
+def test_rows_times_a_row_and_plus_a_row(check: Any, kind: str) -> None:
+    def make(maker: Maker) -> G.Value:
+        weight, bias = (maker.constant(61) if kind in (name, "both") else None for name in ("weight", "bias"))
+        return maker.add(G.Affine(maker.value(61), maker.embed(61), weight, bias))
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(1, 4), (4, 1), (3, 5)])
+@pytest.mark.parametrize("added", [False, True])
+def test_streams_are_mixed_by_weights_of_each_row(check: Any, n_out: int, n_in: int, added: bool) -> None:
+    width = 37
+
+    def make(maker: Maker) -> G.Value:
+        x, weights = maker.embed(n_in * width), maker.embed(n_out * n_in)
+        add = maker.embed(n_out * width) if added else None
+        return maker.linear(maker.add(G.Mix(maker.value(n_out * width), x, weights, add, n_out)), 48)
+
+    check(make)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_groups_made_as_long_as_a_row(check: Any, groups: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        return maker.add(G.MatchMagnitude(maker.value(groups * 37), maker.embed(groups * 37), maker.embed(37)))
+
+    check(make)
+
+
+@pytest.mark.parametrize("deviations", [1.6, 0.0, -0.5])
+def test_what_exceeds_the_mean(check: Any, deviations: float) -> None:
+    check(lambda maker: maker.add(G.GaussianTopK(maker.value(61), maker.embed(61), deviations)))
 
 
 def test_learned_positions(check: Any) -> None:
@@ -157,11 +194,14 @@ def test_a_matrix_for_each_head(check: Any, start: int, columns: int) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["one", "all", "none"])
+@pytest.mark.parametrize("kind", ["one", "all", "none", "repeated"])
 def test_heads_are_joined(check: Any, kind: str) -> None:
-    """To a part of the only head of another, of each of its heads, or to nothing."""
+    """To a part of the only head of another, of each of its heads, or to nothing; or only that one is repeated."""
 
     def make(maker: Maker) -> G.Value:
+        if kind == "repeated":
+            x = maker.embed(41)
+            return maker.linear(maker.add(G.Join(maker.value(3 * 41), x, x, 3, range(0), range(41), 1)), 32)
         x, z = maker.embed(3 * 10), None if kind == "none" else maker.embed(6 if kind == "one" else 3 * 6)
         of_z = range(0) if kind == "none" else range(1, 6)
         out = maker.value(3 * (7 + len(of_z)))
@@ -204,6 +244,33 @@ def test_attention_with_sinks_and_slopes(check: Any, cache: G.CacheLayer, kind: 
     check(make, 2e-3)  # the cache is float16
 
 
+@pytest.mark.parametrize("cache", [G.CacheLayer(6, 1, 45, 33, None), G.CacheLayer(8, 2, 40, 40, 5)])
+@pytest.mark.parametrize(("cache_type", "tolerance"), [("f16", 2e-3), ("q8_0", 2e-2), ("q4_0", 0.2)])
+def test_attention_whose_values_are_a_part_of_keys(
+    check: Any, cache: G.CacheLayer, cache_type: str, tolerance: float
+) -> None:
+    cache = replace(cache, values_in_keys=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, _ = heads(maker, cache)
+        maker.caches.append(cache)
+        return maker.add(G.Attention(maker.value(cache.n_heads * cache.head_dim_v), q, k, None, 0, 0.4, None))
+
+    check(make, tolerance, cache_type)
+
+
+@pytest.mark.parametrize("values_in_keys", [False, True])
+def test_attention_that_needs_every_digit(check: Any, values_in_keys: bool) -> None:
+    cache = G.CacheLayer(6, 2, 20, 12, None, values_in_keys=values_in_keys, precise=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, v = heads(maker, cache)
+        maker.caches.append(cache)
+        return maker.add(G.Attention(maker.value(72), q, k, None if values_in_keys else v, 0, 0.4, None))
+
+    check(make)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
 def test_attention_within_chunks(check: Any, chunk: int) -> None:
     cache = G.CacheLayer(6, 2, 20, 12, chunk, chunked=True)
@@ -229,19 +296,23 @@ def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> Non
 
 
 def experts(maker: Maker, **options: Any) -> G.Value:
-    """Three of twelve, each 20 wide, over rows of 36; `joined` gate and up, `adjusted` products, `apart` routing."""
+    """Three of twelve, each 20 wide, over rows of 36.
+
+    `joined` gate and up, or `ungated`; `adjusted` products, `apart` routing, and choices that are the same `together`.
+    """
     n, width, ff = 12, 36, 20
-    joined, adjusted, apart = (options.pop(name, False) for name in ("joined", "adjusted", "apart"))
+    n_matrices = n // options.get("together", 1)
+    joined, ungated, adjusted, apart = (options.pop(name, False) for name in ("joined", "ungated", "adjusted", "apart"))
     x = maker.embed(width)
     if apart:
         options["router_x"] = maker.embed(24)
     router = maker.weight("router", n, 24 if apart else width)
-    gate = maker.weight("gate", n, ff * (1 + joined), width)
-    up = gate if joined else maker.weight("up", n, ff, width)
-    down = maker.weight("down", n, width, ff)
+    gate = None if ungated else maker.weight("gate", n_matrices, ff * (1 + joined), width)
+    up = gate if gate is not None and joined else maker.weight("up", n_matrices, ff, width)
+    down = maker.weight("down", n_matrices, width, ff)
     if adjusted:
         options["adjustments"] = (
-            G.Adjustment(gate, None, maker.constant(n, gate.shape[1])),
+            G.Adjustment(gate or up, None, maker.constant(n, (gate or up).shape[1])),
             G.Adjustment(down, np.abs(maker.constant(n)), maker.constant(n, width)),
         )
     if options.pop("biased", False):
@@ -269,6 +340,11 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
         {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
         {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
+        {"together": 4, "apart": True},
+        {"ungated": True, "kind": "gelu"},
+        {"ungated": True, "kind": "relu_squared", "apart": True, "biased": True, "gating": "sigmoid"},
+        {"ungated": True, "kind": "relu_squared", "adjusted": True},
+        {"ungated": True, "kind": "gelu", "weigh_inputs": True},
     ],
     ids=lambda options: "-".join(options),
 )

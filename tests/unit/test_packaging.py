@@ -32,6 +32,24 @@ def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
     assert set(config["options"]["packages"].split()) == folders
 
 
+def test_files_that_are_no_code_are_packed(config: configparser.ConfigParser) -> None:
+    data = {
+        path
+        for top in ("engine", "formats", "models", "cli", "server")
+        for path in (ROOT / top).rglob("*.*")
+        if path.suffix not in (".py", ".pyc", ".typed", ".md") and path.name != ".keep"
+    }
+    packed = {
+        path
+        for package, names in config["options.package_data"].items()
+        for name in names.split()
+        if package != "*"
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(name)
+        if not path.name.startswith(".")  # setuptools' patterns leave these out
+    }
+    assert data == packed >= {ROOT / "models" / "catalog.toml"}
+
+
 def test_the_licence_is_packed(config: configparser.ConfigParser) -> None:
     assert config["metadata"]["license_expression"] == "Apache-2.0"
     for name in config["metadata"]["license_files"].split():

@@ -13,10 +13,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import random_model
 import table
 
-SMALL = random_model.Shape(layers=2, width=256, ffn=512, heads=4, kv_heads=2, vocabulary=300, context=64)
+SMALL = {
+    "llama": {"layers": 2, "width": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "vocabulary": 300},
+    "qwen35": {
+        "layers": 4, "width": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "dim": 64, "state_heads": 4, "key_heads": 2,
+        "state": 64, "vocabulary": 300,
+    },
+    "nemotron_h": {
+        "pattern": "M-*M", "width": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "dim": 64, "state_heads": 8,
+        "state_dim": 32, "groups": 4, "state": 32, "vocabulary": 300,
+    },
+    "mamba2": {"layers": 2, "width": 256, "state": 32, "groups": 2, "vocabulary": 300},
+    "mamba": {"layers": 2, "width": 256, "vocabulary": 300},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*random_model.SCALES, "F16", "BF16", "F32"])
+@pytest.mark.parametrize("name", [*random_model.QUANTISED, "F16", "BF16", "F32"])
 def test_weights_have_a_mean_near_zero_and_the_deviation_asked_for(rng: np.random.Generator, name: str) -> None:
     type_ = TensorType[name]
     raw = random_model.random_blocks(rng, type_, 256 * 1024, 0.02)
@@ -25,24 +37,32 @@ def test_weights_have_a_mean_near_zero_and_the_deviation_asked_for(rng: np.rando
     assert 0.015 < weights.std() < 0.025
 
 
-def test_a_model_runs_and_has_no_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", random_model.ARCHITECTURES)
+def test_a_model_runs_and_has_no_tokenizer(tmp_path: Path, rng: np.random.Generator, architecture: str) -> None:
     path = tmp_path / "random.gguf"
-    random_model.write(path, "Q4_K_M", SMALL)
-    with Model.load(path, threads=1, context=16) as model:
+    random_model.write(path, "Q4_K_M", random_model.ARCHITECTURES[architecture](**SMALL[architecture]))
+    with Model.load(path, threads=1, context=64) as model:
         assert model.tokenizer is None
-        assert np.isfinite(model.logits([1, 2, 299])).all()
+        logits = model.logits(rng.integers(0, 300, 60).tolist())
+        assert np.isfinite(logits).all() and logits.std() > 0
     with GGUFReader(path) as reader:
         types = {tensor.type for tensor in reader.tensors.values()}
-    assert types == {TensorType.F32, TensorType.Q4_K, TensorType.Q6_K}
+    assert {TensorType.F32, TensorType.Q4_K, TensorType.Q6_K} <= types
 
 
-def test_the_default_shape_has_1_2_billion_weights_in_the_usual_mix() -> None:
-    matrices = random_model.Shape().matrices()
-    assert 1.2e9 < sum(rows * columns for rows, columns in matrices.values()) < 1.25e9
-    more = [i for i in range(16) if random_model.type_of(f"blk.{i}.attn_v", "Q4_K_M", 16) == TensorType.Q6_K]
-    assert more == [0, 1, 4, 7, 10, 13, 14, 15]
-    assert random_model.type_of("blk.0.attn_q", "Q4_K_M", 16) == TensorType.Q4_K
-    assert random_model.type_of("token_embd", "Q4_K_M", 16) == TensorType.Q6_K
+@pytest.mark.parametrize("architecture", random_model.ARCHITECTURES)
+def test_by_default_they_have_about_a_billion_weights(architecture: str) -> None:
+    assert 0.7e9 < random_model.ARCHITECTURES[architecture]().n_weights < 1.5e9
+
+
+def test_the_llama_is_llama_3_2_1b_in_the_usual_mix() -> None:
+    llama = random_model.llama()
+    assert 1.2e9 < llama.n_weights < 1.25e9
+    types = llama.types("Q4_K_M")
+    assert [i for i in range(16) if types[f"blk.{i}.attn_v.weight"] == TensorType.Q6_K] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert types["blk.0.attn_q.weight"] == TensorType.Q4_K
+    assert types["token_embd.weight"] == TensorType.Q6_K
+    assert set(llama.types("Q5_0").values()) == {TensorType.Q5_0, TensorType.F32}
 
 
 def test_the_table_has_a_line_for_each_figure() -> None:

@@ -50,6 +50,18 @@ def attended(
     return make
 
 
+def scanned(width: int, n_state: int) -> Callable[[Maker], G.Value]:
+    def make(maker: Maker) -> G.Value:
+        x, b, c = (maker.embed(size) for size in (width, n_state, n_state))
+        time = maker.add(G.ActivateAlone(maker.value(width), maker.embed(width), "softplus"))
+        fading = -np.abs(maker.constant(width, n_state))
+        return maker.add(
+            G.SelectiveScan(maker.value(width), x, time, b, c, fading, maker.constant(width), maker.state())
+        )
+
+    return make
+
+
 CASES = {
     "convolution": convolved(70, 4),
     "convolution of two": convolved(33, 2, silu=False, biased=False),
@@ -59,6 +71,9 @@ CASES = {
     "delta": attended(128, 128, 4, 2, delta=True),
     "delta, tiled": attended(31, 17, 6, 3, delta=True, tiled=True),
     "delta by dimension": attended(40, 24, 2, 2, delta=True, by_dimension=True),
+    "selective scan": scanned(64, 16),
+    "selective scan of odd sizes": scanned(77, 5),
+    "selective scan of one channel": scanned(1, 130),
 }
 
 
@@ -87,6 +102,7 @@ def runtime(rng: np.random.Generator) -> Runtime:
     maker = Maker(rng)
     x = convolved(48, 4)(maker)
     y = attended(16, 16, 2, 1, delta=True)(maker)
+    y = maker.add(G.Add(maker.value(32), y, scanned(32, 6)(maker)))
     q, k, v = (maker.linear(x, 32) for _ in range(3))
     maker.caches.append(G.CacheLayer(1, 1, 32, 32, None))
     z = maker.add(G.Attention(maker.value(32), q, k, v, 0, 32**-0.5, None))

@@ -22,6 +22,7 @@ class Site:
         self.headers: dict[str, dict[str, str]] = {}  # more headers, by path
         self.break_after: list[int] = []  # bytes after which the next answers break off
         self.ranges_work = True
+        self.refuse: list[tuple[int, dict[str, str]]] = []  # status and headers of the next answers of a Hub
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.address = ""
 
@@ -33,6 +34,7 @@ def serve() -> Iterator[Site]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body waits for the headers before it to be acknowledged
 
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
@@ -45,8 +47,13 @@ def serve() -> Iterator[Site]:
             wanted = self.headers.get("Range")
             site.asked.append((self.command, path, wanted))
             content = site.files.get(path)
-            if content is None:
-                self.send_response(404)
+            refusal = (404, site.headers.get(path, {})) if content is None else None
+            if site.refuse and ("/models/" in path or "/resolve/" in path):  # the Hub's library asks for more
+                refusal = site.refuse.pop(0)
+            if content is None or refusal:
+                self.send_response(refusal[0] if refusal else 404)
+                for name, value in (refusal[1] if refusal else {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
@@ -86,8 +93,9 @@ def serve() -> Iterator[Site]:
         thread.join()
 
 
-def add_repository(site: Site, repo: str, files: dict[str, bytes]) -> None:
-    """Serves a repository as the Hub does: its listing, and its files with their commit and checksum."""
+def add_repository(site: Site, repo: str, files: dict[str, bytes], card: dict[str, str] | None = None) -> None:
+    """Serves a repository as the Hub does: its listing, with what its card says, and its files with their commit and
+    checksum."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     siblings = [
         {
@@ -98,7 +106,8 @@ def add_repository(site: Site, repo: str, files: dict[str, bytes]) -> None:
         }
         for name, content in files.items()
     ]
-    listing = json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode()
+    facts = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings} | ({"cardData": card} if card else {})
+    listing = json.dumps(facts).encode()
     for path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
         site.files[path] = listing
         site.headers[path] = {"Content-Type": "application/json"}
@@ -113,13 +122,18 @@ def add_repository(site: Site, repo: str, files: dict[str, bytes]) -> None:
 
 
 def run_with_hub(site: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """qrun with the site as the Hub; in a process of its own, since the Hub's library reads HF_ENDPOINT when it is
+    """qrun with the site as the Hub."""
+    return python_with_hub(site, "-m", "qrun.cli.main", *arguments)
+
+
+def python_with_hub(site: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the site as the Hub; in a process of its own, since the Hub's library reads HF_ENDPOINT when it is
     imported."""
     environment = os.environ | {
         "HF_ENDPOINT": site.address, "HF_HOME": os.environ["QRUN_HOME"] + "/hf", "HF_HUB_DISABLE_TELEMETRY": "1"
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", "qrun.cli.main", *arguments],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,

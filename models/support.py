@@ -1,0 +1,82 @@
+"""What a GGUF file is, and what keeps it from being run: one wording for those who look at a file and who load it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.tensors import Described, TensorFile
+
+# What architectures are that make no text one token after the other. Those that are supported all the same (see
+# ARCHITECTURES) never come here.
+NO_LANGUAGE_MODELS = {
+    "an encoder, which makes embeddings": (
+        "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
+        "gemma-embedding", "t5encoder", "llama-embed",
+    ),
+    "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
+    "an encoder and a decoder": ("t5",),
+    "a diffusion model, which makes its text in another order": ("dream", "llada", "llada-moe", "rnd1"),
+    "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
+    "a model of images or video": (
+        "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a file can be run here. kind: "model", or what it is instead. problem: why not, or None."""
+
+    kind: str
+    problem: str | None
+
+    @property
+    def runs(self) -> bool:
+        """Can it be run, by itself?"""
+        return self.problem is None
+
+
+def other_kind(file: TensorFile[Described]) -> Support | None:
+    """What a file is that is no model; None of a model, even one that cannot be run."""
+    metadata = file.metadata
+    kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
+    if kind == "adapter":
+        return Support("adapter", "this is an adapter, not a model: name it after --lora, beside its model")
+    if kind == "imatrix":
+        return Support("importance matrix", "this is an importance matrix, not a model: name it after --imatrix")
+    if architecture == "clip" or kind == "mmproj":
+        parts = [what for what in ("vision", "audio") if metadata.get(f"clip.has_{what}_encoder") is True] or ["vision"]
+        tower = " and ".join(parts) + " tower"
+        article = "an" if tower.startswith("audio") else "a"
+        return Support(tower, f"this is {article} {tower}: it goes beside a model, and cannot be run alone")
+    if architecture == "controlvector":
+        return Support("control vector", "this is a control vector, not a model: such are not supported")
+    if not file.tensors and any(key.startswith("tokenizer.") for key in metadata):
+        return Support("vocabulary", "this is a vocabulary alone: the file has no weights")
+    return None
+
+
+def architecture_problem(name: str, known: Iterable[str]) -> str | None:
+    """What is wrong with a name of an architecture, if it is not among those that are known."""
+    if name in known:
+        return None
+    what = next((what for what, names in NO_LANGUAGE_MODELS.items() if name in names), None)
+    return f"architecture {name[:40]!r} is not supported" + (f": it is {what}" if what else "")
+
+
+def unsupported_types(tensors: Iterable[Described]) -> Counter[str]:
+    """How many tensors there are of each type that cannot be decoded."""
+    return Counter(tensor.type.name for tensor in tensors if tensor.type not in BLOCK_FORMATS)
+
+
+def type_problem(tensor: Described, tensors: Iterable[Described]) -> str:
+    """What is wrong with the type of a tensor, and how many more are like it."""
+    counts = unsupported_types(tensors)
+    reason = f"tensor {tensor.name} has type {tensor.type.name}, which is not supported"
+    if counts.total() <= 1:
+        return reason
+    of_each = ", ".join(f"{count} of {name}" for name, count in counts.most_common())
+    return f"{reason} (tensors of such types in all: {of_each})"

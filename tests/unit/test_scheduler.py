@@ -1,0 +1,251 @@
+"""Generations that share steps: the same texts as alone, whoever comes, goes, or waits."""
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qrun.engine import Model
+from qrun.engine.generation.generation import Generation
+from qrun.engine.generation.piece import Piece
+
+PATH = Path(__file__).parents[1] / "data" / "arch" / "llama-dense.gguf"
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    with Model.load(PATH, threads=2, context=256, batch=64) as model:
+        yield model
+
+
+def prompts(rng: np.random.Generator, model: Model, count: int, longest: int = 120) -> list[list[int]]:
+    """Random ones, some of which begin alike."""
+    begin = rng.integers(0, model.graph.n_vocab, longest)
+    found = []
+    for _ in range(count):
+        alike, own = rng.integers(0, longest // 2, 2)
+        found.append([*begin[:alike].tolist(), *rng.integers(0, model.graph.n_vocab, own + 1).tolist()])
+    return found
+
+
+def alone(prompt: list[int], **options: Any) -> list[int]:
+    """What a model that does nothing else makes of a prompt."""
+    with Model.load(PATH, threads=1, context=256) as other:
+        generation = other.generate(prompt, **options)
+        list(generation)
+        return generation.tokens
+
+
+class Collector:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, list[Piece]] = {}
+        self.errors: list[BaseException] = []
+        self.ended = threading.Semaphore(0)
+        self.flushes = 0
+
+    def put(self, generation: Any, pieces: list[Piece], error: BaseException | None) -> None:
+        self.pieces.setdefault(id(generation), []).extend(pieces)
+        if error is not None:
+            self.errors.append(error)
+        if generation.stop_reason is not None or error is not None:
+            self.ended.release()
+
+    def flush(self) -> None:
+        self.flushes += 1
+
+
+def run_threads(model: Model, jobs: list[tuple[list[int], dict[str, Any]]]) -> list[list[int]]:
+    """Each job in a thread of its own."""
+    results: list[list[int]] = [[] for _ in jobs]
+
+    def run(i: int) -> None:
+        prompt, options = jobs[i]
+        generation = model.generate(prompt, **options)
+        list(generation)
+        results[i] = generation.tokens
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_threads_get_the_same_texts_as_alone(model: Model, rng: np.random.Generator) -> None:
+    jobs = [
+        (prompt, {"temperature": float(i % 2), "seed": i, "max_tokens": 20 + i, "lookup": i % 3 == 0})
+        for i, prompt in enumerate(prompts(rng, model, 9))
+    ]
+    assert run_threads(model, jobs) == [alone(prompt, **options) for prompt, options in jobs]
+    wait_for_the_thread_to_end(model)
+
+
+def wait_for_the_thread_to_end(model: Model) -> None:
+    scheduler = model._host.scheduler
+    deadline = time.monotonic() + 5
+    while scheduler._thread is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert scheduler._thread is None and (scheduler.running, scheduler.waiting) == (0, 0)
+
+
+def test_a_hundred_random_schedules(rng: np.random.Generator) -> None:
+    """Requests that come at any time, go on or are cancelled, in threads and pushed: each text is a beginning of what
+    it is alone, and all of it where nobody cancelled."""
+    with Model.load(PATH, threads=2, context=256, batch=32) as model:
+        jobs = [
+            (prompt, {"temperature": 0.8, "seed": int(rng.integers(1000)), "max_tokens": int(rng.integers(1, 30))})
+            for prompt in prompts(rng, model, 12, longest=80)
+        ]
+        expected = [alone(prompt, **options) for prompt, options in jobs]
+        for _ in range(100):
+            chosen = rng.integers(0, len(jobs), rng.integers(1, 7)).tolist()
+            collector = Collector()
+            pushed: list[tuple[int, Generation, bool]] = []
+            for i in chosen:
+                generation = model.generate(jobs[i][0], **jobs[i][1])
+                generation.start(collector)
+                pushed.append((i, generation, bool(rng.random() < 0.2)))
+                time.sleep(float(rng.choice([0.0, 0.0, 0.002])))
+                if pushed[-1][2]:
+                    generation.cancel()
+            for _ in pushed:
+                assert collector.ended.acquire(timeout=20)
+            for i, generation, cancelled in pushed:
+                assert generation.tokens == expected[i][: len(generation.tokens)]
+                assert cancelled or generation.tokens == expected[i]
+        assert not collector.errors
+
+
+def test_pieces_of_a_step_come_together(model: Model, rng: np.random.Generator) -> None:
+    collector = Collector()
+    generations = [model.generate(prompt, max_tokens=25, temperature=0) for prompt in prompts(rng, model, 4)]
+    for generation in generations:
+        generation.start(collector)
+    for _ in generations:
+        assert collector.ended.acquire(timeout=20)
+    assert [len(collector.pieces[id(generation)]) for generation in generations] == [25] * 4
+    assert collector.flushes < 60
+    assert all(generation.stop_reason == "length" for generation in generations)
+
+
+def test_in_asyncio(model: Model, rng: np.random.Generator) -> None:
+    asked = prompts(rng, model, 5)
+
+    async def one(prompt: list[int]) -> list[int]:
+        generation = model.generate(prompt, max_tokens=20, temperature=0)
+        async for _ in generation:
+            pass
+        return generation.tokens
+
+    async def cancelled() -> Generation:
+        generation = model.generate(asked[0], max_tokens=150, temperature=0)
+
+        async def read() -> None:
+            async for _ in generation:
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return generation
+
+    async def all_of_them() -> tuple[Any, ...]:
+        return await asyncio.gather(cancelled(), *(one(prompt) for prompt in asked))
+
+    gone, *results = asyncio.run(all_of_them())
+    assert results == [alone(prompt, max_tokens=20, temperature=0) for prompt in asked]
+    assert gone.cancelled and len(gone.tokens) < 150
+    wait_for_the_thread_to_end(model)
+
+
+def test_a_beginning_is_read_once_though_all_come_together(rng: np.random.Generator) -> None:
+    with Model.load(PATH, threads=1, context=256, batch=64) as model:
+        begin = rng.integers(0, model.graph.n_vocab, 150).tolist()
+        generations = [model.generate([*begin, i, i + 1, i + 2], max_tokens=4, temperature=0) for i in range(8)]
+        collector = Collector()
+        for generation in generations:
+            generation.start(collector)
+        for _ in generations:
+            assert collector.ended.acquire(timeout=20)
+        computed = sum(g.stats.prompt_tokens - g.stats.cached_tokens for g in generations)
+        assert computed <= 153 + 7 * 3
+        for i, generation in enumerate(generations):
+            assert generation.tokens == alone([*begin, i, i + 1, i + 2], max_tokens=4, temperature=0)
+
+
+def test_who_drops_a_generation_holds_nobody_up(model: Model, rng: np.random.Generator) -> None:
+    first, second, third = (model.generate(p, max_tokens=60, temperature=0) for p in prompts(rng, model, 3))
+    next(first), next(second)
+    del first
+    gc.collect()
+    next(third)
+    assert len(list(second)) == 59
+    third.cancel()
+    assert list(third) == [] and third.stop_reason == "cancelled"
+    del second, third
+    wait_for_the_thread_to_end(model)
+
+
+def test_more_than_the_cache_holds_is_computed_again_to_the_same_bits(rng: np.random.Generator) -> None:
+    with Model.load(PATH, threads=1, context=256) as model:
+        page = model._runtime.context_bytes // 4  # of 64 positions
+    with Model.load(PATH, threads=1, context=256, batch=64, cache_bytes=5 * page) as model:
+        jobs = [
+            (prompt, {"temperature": 0.0, "max_tokens": 90})
+            for prompt in rng.integers(0, model.graph.n_vocab, (6, 60)).tolist()
+        ]
+        collector = Collector()
+        generations = [model.generate(prompt, **options) for prompt, options in jobs]
+        for generation in generations:
+            generation.start(collector)
+        most = 0
+        for _ in generations:
+            while not collector.ended.acquire(timeout=0.002):
+                most = max(most, model._runtime.cache_bytes)
+        assert [generation.tokens for generation in generations] == [alone(p, **o) for p, o in jobs]
+        assert most <= 8 * page
+
+
+def test_what_ended_is_forgotten_when_there_is_no_room(rng: np.random.Generator) -> None:
+    with Model.load(PATH, threads=1, context=256) as model:
+        page = model._runtime.context_bytes // 4
+    with Model.load(PATH, threads=1, context=256, cache_bytes=6 * page) as model:
+        for prompt in rng.integers(0, model.graph.n_vocab, (20, 100)).tolist():
+            model.complete(prompt, max_tokens=1)
+        assert model._runtime.cache_bytes <= 8 * page
+
+
+def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Generator) -> None:
+    first, second = (model.generate(prompt, max_tokens=10, temperature=0) for prompt in prompts(rng, model, 2))
+
+    def fail(logits: np.ndarray) -> Any:
+        raise ValueError("the model's logits are not finite numbers")
+
+    first._sampler.sample = fail  # type: ignore[method-assign]
+    collector = Collector()
+    first.start(collector)
+    second.start(collector)
+    assert collector.ended.acquire(timeout=20) and collector.ended.acquire(timeout=20)
+    assert [str(error) for error in collector.errors] == ["the model's logits are not finite numbers"]
+    assert second.stop_reason == "length"
+
+
+def test_what_cannot_be_pushed_is_refused(model: Model) -> None:
+    generation = model.generate([1, 2, 3], max_tokens=3, on_full=lambda tokens: None)
+    with pytest.raises(ValueError, match="only be computed by the thread"):
+        generation.start(Collector())
+    begun = model.generate([1, 2, 3], max_tokens=3)
+    next(begun)
+    with pytest.raises(ValueError, match="has begun"):
+        begun.start(Collector())
