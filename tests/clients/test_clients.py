@@ -106,7 +106,7 @@ def anthropic_client(url: str) -> Any:
 
 
 def test_anthropic_messages(anthropic_client: Any) -> None:
-    answer = anthropic_client.messages.create(model="claude", max_tokens=30, messages=MESSAGES, system="Be brief.")
+    answer = anthropic_client.messages.create(model="claude", max_tokens=30, messages=MESSAGES)
     assert "Paris" in answer.content[0].text and answer.stop_reason == "end_turn"
     with anthropic_client.messages.stream(model="claude", max_tokens=30, messages=MESSAGES) as stream:
         text = "".join(stream.text_stream)
