@@ -89,14 +89,15 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
         told += read_message(message, f"messages.{number}")
     tools = [tool for one in fields.items(body, "tools") if (tool := read_tool(one)) is not None]
     choice = body.get("tool_choice")
-    tools, forced = tool_choice(choice, tools)
+    one_call = isinstance(choice, dict) and choice.get("disable_parallel_tool_use") is True
+    tools, forced = tool_choice(choice, tools, parallel=not one_call)
     output = fields.members(body, "output_config")
     options = fields.sampling_options(body)
     request = ChatRequest(
         told,
         tools,
         options | {"logprobs": False},
-        one_call=isinstance(choice, dict) and choice.get("disable_parallel_tool_use") is True,
+        one_call=one_call,
         structure=structure(body, output.get("format") or body.get("output_format"), "output_config.format") | forced,
         bias_body=body,
     )

@@ -115,7 +115,6 @@ def app(
     hub = Hub(
         models,  # type: ignore[arg-type]
         load or Model.load,
-        texts,
         folder=chosen.models_dir,
         with_store=chosen.with_store,
         ttl=chosen.ttl,

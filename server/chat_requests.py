@@ -90,7 +90,8 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
     if not messages:
         raise APIError("messages must be a list of at least one message", param="messages")
     tools = [tool for tool in fields.items(body, "tools") if is_function(tool)]
-    tools, forced = tool_choice(body.get("tool_choice"), tools)
+    parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
+    tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
     options = fields.sampling_options(body)
     options |= logprob_options(body)
     request = ChatRequest(
@@ -98,7 +99,7 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
         tools,
         options,
         continue_last=continues(body, messages),
-        one_call=not fields.field(body, "parallel_tool_calls", fields.truth, True),
+        one_call=not parallel,
         n=choices(body),
         structure=structure(body, body.get("response_format")) | forced,
         bias_body=body,

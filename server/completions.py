@@ -18,6 +18,7 @@ from qrun.server.prompts import Prompt, infill_tokens, prompt_tokens, read_promp
 from qrun.server.running import finish_reason
 from qrun.server.state import FINGERPRINT, State, timings, usage
 from qrun.server.structure import structure
+from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Generation, Model, Piece
@@ -64,15 +65,14 @@ class CompletionRequest:
                 generations.append(model.generate(tokens, **options))
         return generations
 
-    async def score(self, state: State, model: Model) -> None:
+    async def score(self, model: Model) -> None:
         """Find how likely the prompts' tokens were, if that is wanted."""
         if self.echo and self.logprobs is not None:
             for tokens in self.tokens:
-                self.scored.append(await state.in_thread(model.prompt_logprobs, tokens, self.logprobs))
+                self.scored.append(await in_daemon(model.prompt_logprobs, tokens, self.logprobs))
 
 
 def read_request(body: dict[str, Any]) -> CompletionRequest:
-    structure(body, body.get("response_format"))
     if body.get("prompt") is None:
         raise APIError("prompt is missing", param="prompt")
     prompts = read_prompts(body["prompt"])
@@ -95,6 +95,7 @@ def read_request(body: dict[str, Any]) -> CompletionRequest:
     if len(prompts) * best_of > fields.MAX_CHOICES * 2:
         raise APIError(f"{len(prompts)} prompts with {best_of} answers each are too many for one request")
     options |= {"logprobs": count is not None or best_of > n, "top_logprobs": count or 0}
+    options |= structure(body, body.get("response_format"))
     request = CompletionRequest(
         prompts, options, body, n, best_of,
         echo=fields.field(body, "echo", fields.truth, False),
@@ -127,7 +128,7 @@ async def completions(state: State, exchange: Exchange) -> None:
             async with aclosing(steps) as found:  # type: ignore[type-var]
                 async for number, some in found:
                     pieces[number] += some
-            await request.score(state, model)
+            await request.score(model)
             chosen = best(request, generations, pieces)
             told = [choice(request, model, index, *one) for index, one in enumerate(chosen)]
             firsts = generations[:: request.best_of]
@@ -139,7 +140,7 @@ async def completions(state: State, exchange: Exchange) -> None:
         exchange.error_frame = sse_error
         async with exchange.stream("text/event-stream", b":\n\n", comment, state.settings.ping_seconds):
             await place.turn()
-            await request.score(state, model)
+            await request.score(model)
             writer = CompletionStream(request, state, entry, generations, head)
             if first := writer.begin():
                 await exchange.write(first)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qrun.models.catalog import CATALOG, NotPulled, catalog_entry, resolve
 from qrun.models.store import SHARD_NAME, shard_names, stored_models
 from qrun.server.errors import APIError, unavailable
+from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Model
@@ -77,7 +77,6 @@ class Hub:
         self,
         models: Iterable[Source | Model] | Mapping[str, Source | Model],
         load: Load,
-        executor: Executor,
         *,
         folder: Path | None = None,
         with_store: bool = False,
@@ -85,7 +84,6 @@ class Hub:
         most_loaded: int | None = None,
     ) -> None:
         self._load = load
-        self._executor = executor
         self._folder = folder
         self._with_store = with_store
         self._ttl = ttl
@@ -99,7 +97,6 @@ class Hub:
         self.refresh()
         self.is_ready = True
         """False while the first model is being loaded."""
-        self.on_load: Callable[[Entry], None] = lambda entry: None
 
     def _add(self, name: str | None, model: Source | Model) -> Entry:
         source: Source = model if isinstance(model, str | os.PathLike) else model.path
@@ -206,8 +203,7 @@ class Hub:
             await self._make_room(entry)
             entry.busy = True
             try:
-                loop = asyncio.get_running_loop()
-                entry.model = await loop.run_in_executor(self._executor, self._load, entry.source)
+                entry.model = await in_daemon(self._load, entry.source)
             except (NotPulled, OSError, ValueError) as error:
                 if plainly:
                     raise
@@ -219,7 +215,6 @@ class Hub:
                                code="model_load_failed") from error  # fmt: skip
             finally:
                 entry.busy = False
-            self.on_load(entry)
 
     def expire_later(self, entry: Entry) -> None:
         """Unload a model when its time has come, if nobody asks for it until then."""
@@ -239,7 +234,7 @@ class Hub:
             if entry.users or model is None:
                 return False
             entry.model = None
-            await asyncio.get_running_loop().run_in_executor(self._executor, model.close)
+            await in_daemon(model.close)
         return True
 
     async def _make_room(self, entry: Entry) -> None:

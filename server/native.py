@@ -107,7 +107,6 @@ def _spelling(model: Model, name: str) -> str:
 async def completion(state: State, exchange: Exchange) -> None:
     """llama-server's `/completion`."""
     body = exchange.body
-    structure(body)
     prompts = read_prompts(body.get("prompt", ""))
     if len(prompts) != 1:
         raise APIError("prompt must be one text or one list of token ids", param="prompt")
@@ -146,7 +145,7 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
     top = fields.field(body, "n_probs", fields.whole, 0)
     if not 0 <= top <= fields.MAX_TOP_LOGPROBS:
         raise fields.wrong("n_probs", f"from 0 to {fields.MAX_TOP_LOGPROBS}", top)
-    return options | {"logprobs": top > 0, "top_logprobs": top}
+    return options | {"logprobs": top > 0, "top_logprobs": top} | structure(body)
 
 
 async def _answer(

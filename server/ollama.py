@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Awaitable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from qrun.server.models_api import capabilities
 from qrun.server.prompts import infill_tokens, prompt_tokens
 from qrun.server.state import State
 from qrun.server.structure import structure
+from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Generation, Model
@@ -108,7 +110,7 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
             return request.start(model)
         text = body.get("prompt") or ""
         tokens = infill_tokens(model, text, suffix) if suffix else prompt_tokens(model, text)
-        return [model.generate(tokens, **request.options, **bias_option(request.bias_body, model))]
+        return [model.generate(tokens, **request.options, **request.structure, **bias_option(request.bias_body, model))]
 
     async with state.begin(body.get("model"), start) as (entry, generations, place):
         keep_alive(entry, body)
@@ -313,7 +315,7 @@ async def pull(state: State, exchange: Exchange) -> None:
     _check_store(state)
     body = exchange.body
     name = pull_name(body.get("model") or body.get("name"))
-    loop = asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()  # which the other thread tells of its progress
     told: asyncio.Queue[tuple[int, int | None] | None] = asyncio.Queue()
 
     def work() -> None:
@@ -329,13 +331,13 @@ async def pull(state: State, exchange: Exchange) -> None:
         return encode(more) + b"\n"
 
     if not fields.field(body, "stream", fields.truth, True):
-        await pulled(loop.run_in_executor(None, work))
+        await pulled(in_daemon(work))
         state.hub.refresh()
         await exchange.json({"status": "success"})
         return
     exchange.error_frame = lambda error: line(**ollama_shape(error))
     async with exchange.stream(NDJSON, line(status="pulling manifest"), None, 0):
-        work_done = loop.run_in_executor(None, work)
+        work_done = asyncio.ensure_future(in_daemon(work))
         sent = 0.0
         while (progress := await told.get()) is not None:
             done, total = progress
@@ -348,7 +350,7 @@ async def pull(state: State, exchange: Exchange) -> None:
         await exchange.write(line(status="success"))
 
 
-async def pulled(work: asyncio.Future[None]) -> None:
+async def pulled(work: Awaitable[None]) -> None:
     from qrun.models.store import PullError
 
     try:

@@ -84,13 +84,14 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
     if not any(message["role"] != "system" for message in messages):
         raise APIError("input must be a text or a list of at least one message", param="input")
     tools = [tool for one in fields.items(body, "tools") if (tool := read_tool(one)) is not None]
-    tools, forced = tool_choice(body.get("tool_choice"), tools)
+    parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
+    tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
     format = fields.members(body, "text").get("format")
     request = ChatRequest(
         messages,
         tools,
         fields.sampling_options(body) | {"logprobs": False},
-        one_call=not fields.field(body, "parallel_tool_calls", fields.truth, True),
+        one_call=not parallel,
         structure=structure(body, format, "text.format") | forced,
         bias_body=body,
     )

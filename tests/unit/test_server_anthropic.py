@@ -9,7 +9,7 @@ import pytest
 from asgi_client import Answer, call
 from server_fakes import make_model
 
-from qrun.server import app
+from qrun.server import app, structure
 
 TOOL = {"name": "weather", "description": "d", "input_schema": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -121,7 +121,8 @@ def test_counting() -> None:
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]},
     ],
 )  # fmt: skip
-def test_errors_have_their_shape(body: dict[str, Any]) -> None:
+def test_errors_have_their_shape(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "supported", frozenset)
     answer = ask(**body)
     told = answer.json()
     assert answer.status == 400 and told["type"] == "error"

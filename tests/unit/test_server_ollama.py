@@ -12,7 +12,7 @@ from tiny_model import write_tiny_model
 
 from qrun.engine import Model
 from qrun.models import store
-from qrun.server import app
+from qrun.server import app, structure
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -88,7 +88,8 @@ def test_a_question_for_nothing_loads_the_model() -> None:
      {"format": {"type": "object"}}, {"options": 3}, {"options": {"temperature": "hot"}}, {"keep_alive": "soon"},
      {"messages": [3]}, {"messages": [{"role": "user", "content": "x" * 500}]}],
 )  # fmt: skip
-def test_errors_are_one_text(body: dict[str, Any]) -> None:
+def test_errors_are_one_text(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "supported", frozenset)
     answer = ask(**body)
     assert answer.status == 400 and isinstance(answer.json()["error"], str)
 

@@ -9,7 +9,7 @@ import pytest
 from asgi_client import Answer, call
 from server_fakes import make_model, runtime_of
 
-from qrun.server import app
+from qrun.server import app, structure
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -114,7 +114,8 @@ def test_counting() -> None:
         {"input": [{"type": "function_call", "arguments": "{}"}]},
     ],
 )  # fmt: skip
-def test_what_is_wrong(body: dict[str, Any]) -> None:
+def test_what_is_wrong(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "supported", frozenset)
     answer = ask(**body)
     assert answer.status == 400 and answer.json()["error"]["message"]
 
