@@ -23,6 +23,7 @@ def config(application: Application, certificate: tuple[Path, Path] | None = Non
     logs."""
     more: dict[str, Any] = {}
     if certificate is not None:
+        check_certificate(*certificate)
         more = {"ssl_certfile": os.fspath(certificate[0]), "ssl_keyfile": os.fspath(certificate[1])}
     return uvicorn.Config(
         application,
@@ -38,6 +39,18 @@ def config(application: Application, certificate: tuple[Path, Path] | None = Non
         timeout_graceful_shutdown=_LAST_WORDS,
         **more,
     )
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Raises OSError or ValueError, naming the file, unless both can be read and go together."""
+    import ssl
+
+    for path in (certificate, key):
+        path.read_bytes()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError:
+        raise ValueError(f"{certificate}: no certificate in PEM that goes with the key in {key}") from None
 
 
 class Listener(uvicorn.Server):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from qrun.server.hub import Entry
 
 STATIC = Path(__file__).parent / "static"
+# No other site may show the page within its own.
+_PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
+                 "Cache-Control": "no-cache"}  # fmt: skip
 
 
 def capabilities(entry: Entry) -> list[str]:
@@ -125,7 +128,7 @@ async def root(state: State, exchange: Exchange) -> None:
     """The page, for browsers; others are told what clients of Ollama look for."""
     page = STATIC / "index.html"
     if "text/html" in exchange.request.headers.get("accept", "") and page.is_file():
-        await exchange.raw(page.read_bytes(), "text/html; charset=utf-8")
+        await exchange.raw(page.read_bytes(), "text/html; charset=utf-8", headers=_PAGE_HEADERS)
         return
     await exchange.raw(b"Ollama is running", "text/plain; charset=utf-8")
 

@@ -77,7 +77,7 @@ async def props(state: State, exchange: Exchange) -> None:
     if model is None:
         raise APIError("Loading model", 503, "unavailable_error", headers={"Retry-After": "1"})
     template = await state.in_thread(lambda: model.chat_template)
-    defaults = model.defaults
+    defaults = model.defaults.replace(**model.chat_sampling)
     await exchange.json({
         "default_generation_settings": {
             "n_ctx": model.context,

@@ -22,9 +22,9 @@ from tiny_model import write_tiny_model
 from qrun.cli.serve import command
 from qrun.engine import Model
 from qrun.server import Server
-from qrun.server.listening import bind
+from qrun.server.listening import bind, check_certificate
 
-CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+CHAT: Any = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,16 @@ def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         bind("", 0, file)
     assert file.read_text() == "kept"
+
+
+def test_certificates_that_are_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "cert.pem"
+    with pytest.raises(OSError) as caught:
+        check_certificate(file, file)
+    assert Path(str(caught.value.filename)) == file
+    file.write_text("no certificate")
+    with pytest.raises(ValueError, match=r"cert\.pem: no certificate in PEM"):
+        check_certificate(file, file)
 
 
 # In a thread

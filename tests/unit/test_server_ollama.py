@@ -191,3 +191,21 @@ def test_pulling(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("http://example.org/x.gguf", "https://example.org/x.gguf", "", None):
         assert call(served, "POST", "/api/pull", {"model": address}).status == 400
     assert len(asked) == 4
+
+
+def test_browsers_get_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qrun.server import models_api
+
+    monkeypatch.setattr(models_api, "STATIC", tmp_path)
+    served = app(make_model(), api_keys=("k",))
+    headers = {"accept": "text/html,application/xhtml+xml"}
+    assert call(served, "GET", "/", headers=headers).text == "Ollama is running"
+    (tmp_path / "index.html").write_text("<p>Hi")
+    (tmp_path / "app.js").write_text("1")
+    answer = call(app(make_model(), api_keys=("k",)), "GET", "/", headers=headers)
+    assert answer.text == "<p>Hi" and answer.headers["content-type"].startswith("text/html")
+    assert "frame-ancestors" in answer.headers["content-security-policy"]
+    served = app(make_model(), api_keys=("k",))
+    assert call(served, "GET", "/static/app.js").text == "1"
+    for path in ("/static/../app.py", "/static/nothing.js", "/static/%2e%2e/app.py"):
+        assert call(served, "GET", path).status == 404
