@@ -123,6 +123,15 @@ def app(
     return Application(State(hub, chosen, texts))
 
 
+class _PageFiles(StaticFiles):
+    """The page's files, with the headers that it has itself."""
+
+    def file_response(self, *arguments: Any, **more: Any) -> Response:
+        response = super().file_response(*arguments, **more)
+        response.headers.update(models_api.PAGE_HEADERS)
+        return response
+
+
 def _routes(state: State) -> list[BaseRoute]:
     routes: list[BaseRoute] = []
     for method, path, handler in _ROUTES:
@@ -131,7 +140,8 @@ def _routes(state: State) -> list[BaseRoute]:
         )
         for one in dict.fromkeys((path, path.removeprefix("/v1"))):
             routes.append(Route(one, endpoint, methods=[method]))
-    routes.append(Mount("/static", StaticFiles(directory=models_api.STATIC, check_dir=False)))
+    # Where the package is installed as links to its sources, these files are links too.
+    routes.append(Mount("/static", _PageFiles(directory=models_api.STATIC, check_dir=False, follow_symlink=True)))
     return routes
 
 

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from qrun.server.hub import Entry
 
 STATIC = Path(__file__).parent / "static"
-# No other site may show the page within its own.
-_PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff",
-                 "Cache-Control": "no-cache"}  # fmt: skip
+# Of the page and its files: nothing comes from elsewhere, no other site may show them within its own, and browsers ask
+# whether they have changed, as they must be of one version.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 def capabilities(entry: Entry) -> list[str]:
@@ -128,7 +132,7 @@ async def root(state: State, exchange: Exchange) -> None:
     """The page, for browsers; others are told what clients of Ollama look for."""
     page = STATIC / "index.html"
     if "text/html" in exchange.request.headers.get("accept", "") and page.is_file():
-        await exchange.raw(page.read_bytes(), "text/html; charset=utf-8", headers=_PAGE_HEADERS)
+        await exchange.raw(page.read_bytes(), "text/html; charset=utf-8", headers=PAGE_HEADERS)
         return
     await exchange.raw(b"Ollama is running", "text/plain; charset=utf-8")
 
