@@ -13,7 +13,7 @@ import numpy as np
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.lookup import Lookup
-from qrun.engine.generation.piece import Piece
+from qrun.engine.generation.piece import Piece, Sampled
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import Channel
@@ -117,8 +117,8 @@ class Generation(Iterator[Piece]):
         """Tokens that come next, whatever the model would choose."""
         self._budget = sampler.options.reasoning_budget
         self._n_reasoning = 0
-        self._sampled: deque[tuple[int, float | None, int]] = deque()
-        """Tokens without a piece yet, each with its log probability and the positions left before it."""
+        self._sampled: deque[Sampled] = deque()
+        """Tokens without a piece yet."""
         self._cancelled = False
         self._reason: str | None = None
         self.when_over: Callable[[], object] | None = None
@@ -226,6 +226,11 @@ class Generation(Iterator[Piece]):
         return self._cancelled
 
     @property
+    def stop_string(self) -> str | None:
+        """The one of `stop` that ended the text; None if none did."""
+        return self._stop_strings.found
+
+    @property
     def tool_calls(self) -> "list[ToolCall]":
         """The calls of functions that have been read, with their names and arguments; see `Model.chat`."""
         return self._response.calls if self._response else []
@@ -273,9 +278,9 @@ class Generation(Iterator[Piece]):
             return self._last_piece("cancelled")
         if self._max_tokens == 0:
             return self._last_piece("length")
-        token, logprob, n_free = self._sampled.popleft()
+        sampled = self._sampled.popleft()
         self._n_sampled += 1
-        return self._piece(token, logprob, n_free)
+        return self._piece(sampled)
 
     # For the scheduler, which holds the cache's lock
 
@@ -357,13 +362,15 @@ class Generation(Iterator[Piece]):
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
         if self._forced:
-            token, logprob = self._forced.popleft(), None
+            sampled = Sampled(self._forced.popleft(), None, None, n_free)
         else:
             token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
+            sampled = Sampled(token, logprob, self._sampler.top, n_free)
+        token = sampled.token
         self._sampler.accept(token)
         for guesser in self._guessers:
             guesser.push(token)
-        self._sampled.append((token, logprob, n_free))
+        self._sampled.append(sampled)
         return token
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
@@ -430,8 +437,9 @@ class Generation(Iterator[Piece]):
         self._prompt_seconds += time.perf_counter() - start
         return logits
 
-    def _piece(self, token: int, logprob: float | None, n_free: int) -> Piece | None:
-        """The piece of a sampled token, with which the generation may end. `n_free` positions are left before it."""
+    def _piece(self, sampled: Sampled) -> Piece | None:
+        """The piece of a token, with which the generation may end."""
+        token, n_free = sampled.token, sampled.n_free
         if token in self._stop_ids:
             return self._last_piece("stop")
         self.tokens.append(token)
@@ -445,20 +453,18 @@ class Generation(Iterator[Piece]):
         elif n_free == 0:
             texts += self._held_back("context")
         self._count_reasoning()
-        return self._joined(texts, token, logprob) or Piece("", token, logprob, self._channel)
+        return self._joined(texts, sampled) or _carrying(sampled, "", self._channel)
 
     def _last_piece(self, reason: str) -> Piece | None:
         return self._joined(self._held_back(reason))
 
-    def _joined(
-        self, texts: list[tuple[Channel, str]], token: int | None = None, logprob: float | None = None
-    ) -> Piece | None:
+    def _joined(self, texts: list[tuple[Channel, str]], sampled: Sampled | None = None) -> Piece | None:
         """The first of the pieces that these make, None if there are none; the others follow. What is of one channel is
-        one piece."""
+        one piece. The first carries the token."""
         for channel, group in groupby(texts, key=lambda text: text[0]):
             if text := "".join(text for _, text in group):
-                self._ready.append(Piece(text, token, logprob, channel))
-                token = logprob = None
+                self._ready.append(_carrying(sampled, text, channel) if sampled else Piece(text, channel=channel))
+                sampled = None
         return self._ready.popleft() if self._ready else None
 
     @property
@@ -505,6 +511,10 @@ class Generation(Iterator[Piece]):
             self._reason = "stop"
             return texts
         return [*texts, ("content", self._stop_strings.flush())]
+
+
+def _carrying(sampled: Sampled, text: str, channel: Channel) -> Piece:
+    return Piece(text, sampled.token, sampled.logprob, channel, sampled.top_logprobs)
 
 
 def _special_marks(tokenizer: "Tokenizer", response: "ResponseParser") -> dict[int, str]:
