@@ -217,6 +217,11 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         special_tokens_in_messages: bool = False,
         think: bool | None = None,
+        schema: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         **options: Any,
     ) -> "Generation":
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
@@ -231,15 +236,23 @@ class Model:
         think: whether a model that can is to think before it answers; None leaves that to its template. What it thinks
             comes in pieces of the channel "reasoning" and is in `Generation.reasoning`, not in its `text`. Likewise,
             with tools, calls of functions are in `Generation.tool_calls` as far as they can be read.
+        schema, grammar, regex: what the answer must be, one of them: JSON by a JSON schema (a dictionary, its JSON, or
+            a class with `model_json_schema`; {} for any JSON), a text of a grammar in Lark's syntax or GBNF, or a text
+            that a regular expression matches. It begins after what the model thinks. With tools, the answer is that
+            or a call.
+        tool_choice: "auto" (the default: the model decides), "none" (no calls), "required" (at least one), or
+            {"name": ...}, a function to call. Arguments of calls are always what the function's schema says, for
+            formats of calls that are known (see `call_grammars`).
+        parallel_tool_calls: whether there may be several calls.
         options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
             the context is full: see `Session.generate`. A `reasoning_budget` of 0 is `think=False`.
 
         Raises ChatTemplateError (a ValueError) if the template refuses, or knows no thoughts and `think` is True,
         ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
-        for a wrong value.
+        for a wrong value, and for a schema or grammar that is wrong or not supported.
         """
-        from qrun.engine.text.messages import read_messages
+        from qrun.engine.text.messages import read_messages, read_tools
 
         self._check_open()
         self._known_tokenizer()
@@ -258,10 +271,15 @@ class Model:
             variables["think"] = think
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
-        prompt = template.render(messages, tools=tools, **variables)
-        return self._generate(
-            self.template_tokens(prompt), options | {"response": template.response(prompt, with_calls=bool(tools))}
+        tools = read_tools(tools)
+        from qrun.engine.generation.answer_rules import chat_rules
+
+        rules, with_calls = chat_rules(
+            self.tokenizer, template.format, tools, tool_choice, parallel_tool_calls, schema, grammar, regex
         )
+        prompt = template.render(messages, tools=tools, **variables)
+        response = template.response(prompt, with_calls=with_calls)
+        return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
@@ -270,9 +288,18 @@ class Model:
             pass
         return generation.text
 
-    def generate(self, prompt: str | Iterable[int], **options: Any) -> "Generation":
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        schema: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        **options: Any,
+    ) -> "Generation":
         """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
 
+        schema, grammar, regex: what the text must be: see `chat`.
         options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
             `Session.generate`.
 
@@ -280,6 +307,10 @@ class Model:
         option, ValueError for a wrong value.
         """
         self._check_open()
+        if schema is not None or grammar is not None or regex is not None:
+            from qrun.engine.generation.answer_rules import text_rules
+
+            options["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
         if isinstance(prompt, str):
             tokenizer = self._known_tokenizer()
             tokens = tokenizer.encode(prompt)

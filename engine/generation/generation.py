@@ -12,6 +12,7 @@ import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
+from qrun.engine.generation.guide import Guide, Rules
 from qrun.engine.generation.lookup import Lookup
 from qrun.engine.generation.piece import Piece
 from qrun.engine.native.locks import ForkAwareLock
@@ -29,6 +30,29 @@ if TYPE_CHECKING:
 # Pieces that are computed before anybody asks for them, where several generations share steps: so that a step need not
 # wait for readers.
 _AHEAD = 2
+
+
+# In the place of a token: the text is complete.
+_END = -1
+
+
+class _Certain:
+    """Whose guesses are right: tokens that are known beforehand."""
+
+    def push(self, token: int) -> None:
+        pass
+
+    def restart(self, text: list[int]) -> None:
+        pass
+
+    def guess(self, room: int, cancelled: Callable[[], bool]) -> list[int]:
+        return []
+
+    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
+        pass
+
+
+_CERTAIN = _Certain()
 
 
 class _OthersCame(Exception):
@@ -57,6 +81,9 @@ class GenerationStats:
     """Those of them that were right."""
     reasoning_tokens: int = 0
     """Generated tokens of thoughts."""
+    forced_tokens: int = 0
+    """Generated tokens that the model did not choose: a grammar left no choice, or `reasoning_budget` ended a
+    thought."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -92,6 +119,7 @@ class Generation(Iterator[Piece]):
         guessers: Sequence[Guesser] = (),
         response: "ResponseParser | None" = None,
         scheduler: "Scheduler | None" = None,
+        rules: "Rules | None" = None,
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -111,10 +139,12 @@ class Generation(Iterator[Piece]):
         self._tokenizer = tokenizer
         self._response = response if tokenizer else None
         self._marks = _special_marks(tokenizer, response) if tokenizer and response else {}
+        self._guide = Guide(rules, tokenizer, response, self._marks, prompt) if rules and tokenizer else None
         self._ready: deque[Piece] = deque()
         """Pieces that came with the one before them."""
         self._forced: deque[int] = deque()
         """Tokens that come next, whatever the model would choose."""
+        self._n_forced = 0
         self._budget = sampler.options.reasoning_budget
         self._n_reasoning = 0
         self._sampled: deque[tuple[int, float | None, int]] = deque()
@@ -249,6 +279,7 @@ class Generation(Iterator[Piece]):
             guessed_tokens=self._n_guessed,
             accepted_tokens=self._n_accepted,
             reasoning_tokens=self._n_reasoning,
+            forced_tokens=self._n_forced,
         )
 
     def _next_piece(self) -> Piece | None:
@@ -274,7 +305,7 @@ class Generation(Iterator[Piece]):
         if self._max_tokens == 0:
             return self._last_piece("length")
         token, logprob, n_free = self._sampled.popleft()
-        self._n_sampled += 1
+        self._n_sampled += token != _END
         return self._piece(token, logprob, n_free)
 
     # For the scheduler, which holds the cache's lock
@@ -356,28 +387,50 @@ class Generation(Iterator[Piece]):
                 guesser.learn(0, 0, time.perf_counter() - start)
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
+        guide, logits = self._guide, logits[: self._sampler.n_vocab]
+        if guide is not None and not self._forced:
+            self._forced.extend(guide.forced())
         if self._forced:
-            token, logprob = self._forced.popleft(), None
+            token = self._forced.popleft()
+            logprob = self._sampler.logprob(logits, token) if guide is not None else None
+            self._n_forced += 1
+        elif guide is None:
+            token, logprob = self._sampler.sample(logits)
         else:
-            token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
+            chosen, logprob = self._sampler.sample(logits, guide.allowed())
+            token, *rest = guide.settled(chosen)
+            if token != chosen:
+                logprob = self._sampler.logprob(logits, token)
+            self._forced.extend(rest)
         self._sampler.accept(token)
         for guesser in self._guessers:
             guesser.push(token)
         self._sampled.append((token, logprob, n_free))
+        if guide is not None:
+            guide.accept(token)
+            if guide.over:
+                self._sampled.append((_END, None, n_free))
+            elif not self._forced:
+                self._forced.extend(guide.forced())
         return token
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
         """Guesses, and whose they are, if anybody has any."""
-        if self._guessers and self._started and not self._forced:
+        if (self._guessers or self._forced) and self._started:
             room = self._cache.room_for_guesses
             if self._max_tokens is not None:
                 room = min(room, self._max_tokens - len(self.tokens) - 1)
+            if self._forced:
+                known = list(self._forced)[: max(room, 0)]
+                return (_CERTAIN, known) if known else (None, [])
             if self._budget is not None and self._response and self._response.channel == "reasoning":
                 room = min(room, self._budget - self._n_reasoning - 1)
             with suppress(GenerationCancelled):
                 for guesser in self._guessers:
                     if guesses := guesser.guess(room, lambda: self._cancelled):
-                        return guesser, guesses
+                        if self._guide is not None:
+                            guesses = self._guide.valid(guesses)
+                        return (guesser, guesses) if guesses else (None, [])
         return None, []
 
     def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
@@ -398,9 +451,13 @@ class Generation(Iterator[Piece]):
                 token = self._choose(row, n_free - i)
                 if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
                     break
+                if self._sampled[-1][0] == _END:
+                    break
                 n_right += 1
         finally:
             self._cache.take_back(len(guesses) - n_right)
+        if guesser is _CERTAIN:
+            return
         self._n_guessed += len(guesses)
         self._n_accepted += n_right
         guesser.learn(len(guesses), n_right, seconds if start is None else time.perf_counter() - start)
@@ -432,12 +489,14 @@ class Generation(Iterator[Piece]):
 
     def _piece(self, token: int, logprob: float | None, n_free: int) -> Piece | None:
         """The piece of a sampled token, with which the generation may end. `n_free` positions are left before it."""
-        if token in self._stop_ids:
+        if token in self._stop_ids or token == _END:
             return self._last_piece("stop")
         self.tokens.append(token)
         texts = self._split(self._decoder.push(token) + self._marks.get(token, "")) if self._decoder else []
         if self._stop_strings.found:
             self._reason = "stop"
+        elif self._sampled and self._sampled[0][0] == _END:
+            texts += self._held_back("stop")
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
             texts += self._held_back("length")
         elif n_free == 0 and self._on_full is not None:
