@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # As Python's json writes it, which is what templates show.
 _SPACED = COMPACT | {"item_separator": ", ", "key_separator": ": "}
 _TEXT = r"/(.|\n)*/"
+_MOST_BARE = 2000  # values in Gemma's notation that are described one by one; others may be any
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class CallGrammar:
         self._written = written(format.calls)
         self._rules: list[str] = []
         self._arguments_of: dict[str, str] = {}
+        self._n_bare = 0
 
     @property
     def is_free(self) -> bool:
@@ -295,8 +297,7 @@ class CallGrammar:
         properties = parameters.get("properties")
         if not isinstance(properties, Mapping):
             return []
-        defs = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
-        return [(key, {**schema, **defs} if isinstance(schema, Mapping) else {}) for key, schema in properties.items()]
+        return [(key, _inner(schema, parameters)) for key, schema in properties.items()]
 
     def _object_of(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "object", **parameters}
@@ -328,6 +329,9 @@ class CallGrammar:
     def _bare(self, schema: Any, depth: int = 0) -> str:
         """A value with bare keys and texts between quotes of their own."""
         self._any_bare()
+        self._n_bare += 1
+        if self._n_bare > _MOST_BARE:
+            return "bare_value"
         kind = schema.get("type") if isinstance(schema, Mapping) else None
         if isinstance(schema, Mapping) and isinstance(schema.get("enum"), list):
             return "(" + " | ".join(self._bare_constant(value) for value in schema["enum"]) + ")"
@@ -336,7 +340,7 @@ class CallGrammar:
         if kind in ("number", "integer", "boolean", "null"):
             return self._json(self._plain(schema, kind))
         if kind == "array" and depth < 8:
-            item = self._bare(schema.get("items", {}), depth + 1)
+            item = self._bare(_inner(schema.get("items"), schema), depth + 1)
             return f'"[" ({item} ("," {item})*)? "]"'
         if kind == "object" and depth < 8 and isinstance(schema.get("properties"), Mapping):
             required = schema.get("required", [])
@@ -420,6 +424,21 @@ def _may_be_text(schema: Any) -> bool:
     return not any(key in schema for key in ("$ref", "allOf", "properties", "items"))
 
 
+def _inner(schema: Any, parent: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema within another, with what it refers to there."""
+    defs = {key: parent[key] for key in ("$defs", "definitions") if key in parent}
+    found = dict(schema) if isinstance(schema, Mapping) else {}
+    for _ in range(8):
+        target: Any = defs
+        reference = found.get("$ref")
+        for step in reference.removeprefix("#/").split("/") if isinstance(reference, str) else ():
+            target = target.get(step) if isinstance(target, Mapping) else None
+        if not isinstance(reference, str) or not isinstance(target, Mapping):
+            break
+        found = {**target, **{key: value for key, value in found.items() if key != "$ref"}}
+    return {**found, **defs}
+
+
 def _escaped(text: str) -> str:
     """A text as a part of a regular expression."""
-    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", "\\n") if text.isascii() else re.escape(text)
+    return re.sub(r"([\\^$.|?*+()\[\]{}/])", r"\\\1", text).replace("\n", "\\n")
