@@ -52,6 +52,8 @@ class Guide:
         self._rules = rules
         self._tokenizer = tokenizer
         self._marks = marks
+        if response is not None and not rules.lead:  # the grammar has what follows a thought
+            response.closing = response.close
         self._parser = response.copy() if response else None
         self._decoder = tokenizer.stream(skip_special=True, after=prompt[-1:])
         self._constraint: Constraint | None = None
@@ -109,6 +111,8 @@ class Guide:
         """The tokens to take where the model chose this one: itself, unless it is to be cut."""
         if self._parser is None or self._constraint is not None or self._lead:
             return [token]
+        if self._rules.answer is not None and token in self._tokenizer.stop_ids:  # the answer is still to come
+            return self._tokenizer.encode_further(self._parser.close, parse_special=True)
         text = self._text(token, self._tokenizer.stream(skip_special=True)) if token not in self._marks else ""
         parser = self._parser.copy()
         for i, character in enumerate(text[:-1]):

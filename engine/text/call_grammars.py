@@ -269,7 +269,7 @@ class CallGrammar:
         before, _, after = form.pair.partition("{VALUE}")
         is_text = form.is_bare and _may_be_text(schema)
         kind = schema.get("type") if isinstance(schema, Mapping) else None
-        kind = {"integer": "number"}.get(str(kind), str(kind)) if isinstance(kind, str) else "string"
+        kind = {"integer": "number"}.get(kind, kind) if isinstance(kind, str) else "string" if is_text else "object"
         for place, value in (("KEY", key), ("TYPE", kind), ("TEXT", "true" if is_text else "false")):
             before = before.replace(f"{{{place}}}", value)
         if not is_text:

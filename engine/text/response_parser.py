@@ -67,6 +67,11 @@ class ResponseParser:
         return self._thoughts.open
 
     @property
+    def close(self) -> str:
+        """What ends a thought, in all formats."""
+        return self._thoughts.close if self._thoughts else ""
+
+    @property
     def heading(self) -> bool:
         """Whether what comes is the header of a message."""
         return self._heading
