@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from qrun.cli.console import echo
 from qrun.cli.options import grammar_options, loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
-    from qrun.engine import Generation
+    from qrun.engine import Generation, Model
 
 
 @click.command()
@@ -72,6 +73,8 @@ def command(
     display = Display(plain or not chat or as_json, show_thoughts)
     with load_model(model, loading) as loaded:
         check_thinking(with_tokenizer(loaded), think)
+        if wanted:
+            prepare_constraints(loaded)
         if chat:
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": prompt})
@@ -85,6 +88,20 @@ def command(
             echo(json.dumps(result(generation), ensure_ascii=False))
         elif chat and generation.reasoning and not generation.text:
             notice(NO_ANSWER)
+
+
+def prepare_constraints(model: Model) -> None:
+    """What a schema or grammar needs of the vocabulary, which takes seconds for a large one."""
+    from qrun.cli.console import rewritable, status_line
+
+    watched = rewritable(sys.stderr)
+    if watched:
+        status_line("Preparing the vocabulary for a grammar...")
+    try:
+        model.prepare_constraints()
+    finally:
+        if watched:
+            status_line("")
 
 
 def stream(generation: Generation, display: Display | None) -> None:

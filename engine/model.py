@@ -361,6 +361,14 @@ class Model:
             tokens = [tokenizer.bos_id, *tokens]
         return tokens
 
+    def prepare_constraints(self) -> None:
+        """Make now what the first schema, grammar or call of a function would wait for: up to two seconds for large
+        vocabularies. From any thread. ValueError without a tokenizer or llguidance."""
+        from qrun.engine.sampling.constraints import compiler
+
+        self._check_open()
+        compiler(self._known_tokenizer())
+
     def session(self) -> Session:
         """A new session, which keeps the state of one conversation."""
         self._check_open()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -103,11 +105,11 @@ class Compiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._llguidance = _load()
         self._n_vocab = tokenizer.n_vocab
+        wrapper = self._llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
         self._tokenizer: LLTokenizer = self._llguidance.LLTokenizer(
-            self._llguidance.TokenizerWrapper(_Vocabulary(tokenizer)),
-            n_vocab=tokenizer.n_vocab,
-            eos_token=sorted(tokenizer.stop_ids) or None,
+            wrapper, n_vocab=tokenizer.n_vocab, eos_token=sorted(tokenizer.stop_ids) or None
         )
+        wrapper.tokens = []  # read; from now on only its encoder is asked
 
     def compile(self, source: str, what: str = "grammar") -> Constraint:
         """Of what `schema_source` or one of its sisters returned. ValueError, of one line that begins with `what`, for
@@ -196,7 +198,7 @@ def grammar_source(grammar: str) -> str:
 
 
 _compilers: WeakKeyDictionary[Tokenizer, Compiler] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = ForkAwareLock()
 
 
 def compiler(tokenizer: Tokenizer) -> Compiler:
@@ -236,12 +238,20 @@ class _Vocabulary:
         ends = sorted(tokenizer.stop_ids)
         self.eos_token_id = ends[0] if ends else tokenizer.eos_id or 0
         self.bos_token_id = None
-        self.tokens = tokenizer.all_bytes()
         self.special_token_ids = sorted(tokenizer.control_ids | tokenizer.stop_ids)
-        self._encode: Callable[[str], list[int]] = tokenizer.encode_further
+        # What the parser holds must not hold the tokenizer, or neither would ever go.
+        self._tokenizer = weakref.ref(tokenizer)
+
+    @property
+    def tokens(self) -> list[bytes]:
+        tokenizer = self._tokenizer()
+        return tokenizer.all_bytes() if tokenizer is not None else []
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            return []
+        return tokenizer.encode_further(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
 def _depth(value: Any) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from engine_fakes import FakeRuntime
+from engine_fakes import FakeRuntime, FakeTokenizer
 from trained_tokenizer import END, trained_tokenizer
 
 from qrun.engine.generation.answer_rules import text_rules
@@ -369,6 +371,16 @@ def test_constraints_go_back_and_are_copied() -> None:
     assert copy.finished and copy.complete and not constraint.finished
     with pytest.raises(ValueError, match="cannot be followed"):
         constraint.accept(a)
+
+
+def test_what_was_made_for_a_vocabulary_goes_with_it() -> None:
+    tokenizer = FakeTokenizer()
+    compiled = weakref.ref(constraints.compiler(tokenizer))
+    assert constraints.compiler(tokenizer) is compiled()
+    reference = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert (reference(), compiled()) == (None, None)
 
 
 def test_without_the_package_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,8 @@ class TestThoughts:
         generation = answer(saying(said + auto + '{"bird": 1}'), HARMONY, tools=TOOLS)
         assert generation.tool_calls[0].arguments["word"] in ("cat", "dog")
         options = {"reasoning_budget": 7, "max_tokens": 90}
-        generation = answer(saying(said[:-7] + "so " * 20), HARMONY, tools=TOOLS, tool_choice="required", options=options)
+        long = saying(said[:-7] + "so " * 20)
+        generation = answer(long, HARMONY, tools=TOOLS, tool_choice="required", options=options)
         assert generation.reasoning and generation.tool_calls
         both = answer(saying(said + FINAL + "No."), HARMONY, tools=TOOLS, schema=SCHEMA)
         assert json.loads(both.text)["answer"] in ("yes", "no")

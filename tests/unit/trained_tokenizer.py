@@ -18,7 +18,8 @@ from qrun.engine.text.tokenizer import Tokenizer
 from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
 
 SPECIAL = [
-    "<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<think>", "</think>"
+    "<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
+    "<think>", "</think>",
 ]  # fmt: skip
 END = 0
 
