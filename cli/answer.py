@@ -27,6 +27,9 @@ class View(Protocol):
     def push(self, text: str, channel: str = "content") -> None:
         """More of the answer, or of what was thought before it."""
 
+    def make_way(self) -> None:
+        """Something else is to be written, in a line of its own."""
+
     def end(self) -> None:
         """The answer is over; ends its last line."""
 
@@ -37,11 +40,17 @@ class PlainView:
     def __init__(self) -> None:
         self._channel = "content"
         self._is_dim = rewritable(sys.stdout)
+        self._within_line = False
 
     def push(self, text: str, channel: str = "content") -> None:
         if channel != self._channel:
             self._turn_to(channel)
         echo(text, nl=False)
+        self._within_line = not text.endswith("\n")
+
+    def make_way(self) -> None:
+        if self._within_line and sys.stdout.isatty():
+            echo()
 
     def end(self) -> None:
         if self._channel == "reasoning":
@@ -77,6 +86,10 @@ class Answer:
         self._hush()
         self._view.push(piece, channel)
 
+    def make_way(self) -> None:
+        self._hush()
+        self._view.make_way()
+
     def end(self) -> None:
         self._hush()
         self._view.end()
@@ -102,18 +115,25 @@ class Display:
     def __init__(self, plain: bool = False, show_thoughts: bool | None = None) -> None:
         self._is_rendered = rewritable(sys.stdout) and not plain
         self._show_thoughts = sys.stdout.isatty() if show_thoughts is None else show_thoughts
+        self._answer: Answer | None = None  # the one under way
         if self._is_rendered:  # while the model loads and reads
             threading.Thread(target=_rendered_view, daemon=True).start()
 
     @contextmanager
     def answer(self) -> Iterator[Answer]:
         """One answer. Whatever ends it, the terminal is left as it was."""
-        answer = Answer(_rendered_view()() if self._is_rendered else PlainView(), self._show_thoughts)
+        answer = self._answer = Answer(_rendered_view()() if self._is_rendered else PlainView(), self._show_thoughts)
         with _silent_keyboard() if self._is_rendered else _nothing():
             try:
                 yield answer
             finally:
+                self._answer = None
                 answer.end()
+
+    def make_way(self) -> None:
+        """Something else is to be written to the terminal, in a line of its own; the answer under way goes on below."""
+        if self._answer is not None:
+            self._answer.make_way()
 
 
 def _rendered_view() -> type[MarkdownView]:
@@ -170,7 +190,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_thinking(model: Model, think: bool | None) -> None:
     """Raises ValueError where a model is to think that cannot."""
     if think and model.chat_template is not None and model.chat_template.format.thoughts is None:
-        raise ValueError(f"{model.path.name} does not think: its chat template knows no thoughts (--think)")
+        raise ValueError(f"{model.path.name} does not think: its chat template knows no thoughts")
 
 
 NO_ANSWER = "there is no answer: the model was still thinking (--reasoning-budget ends that sooner)"

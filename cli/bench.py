@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import echo
-from qrun.cli.options import cache_type_option, lora_option, model_argument, threads_option, type_option
+from qrun.cli.options import (
+    cache_type_option,
+    draft_option,
+    lora_option,
+    model_argument,
+    threads_option,
+    type_option,
+)
 
 if TYPE_CHECKING:
+    from qrun.engine import Model
     from qrun.engine.program.runtime import Runtime
     from qrun.models.adapter import Lora
 
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 @cache_type_option()
 @lora_option()
 @type_option()
+@draft_option()
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast memory is read, and how much of that generation makes use of.")  # fmt: skip
 @click.option(
@@ -57,6 +66,7 @@ def command(
     cache_type: str,
     loras: tuple[Lora, ...],
     type_name: str | None,
+    draft: str | None,
     bandwidth: bool,
     peers: tuple[str, ...],
     plot: str | None,
@@ -67,12 +77,16 @@ def command(
     Every repetition begins with an empty cache. Sampling and tokenizing are not part of it. Generation needs every
     weight once for each token: its share of the memory's speed says how near it is to what this machine can do.
 
+    With --draft, also how fast a real text comes, with the draft and without, in turns: what a draft gains depends on
+    the text.
+
     \b
     Examples:
       qrun bench model.gguf
       qrun bench model.gguf -t 2 -p 512 -n 64 -r 3 --json
       qrun bench model.gguf --depth 2048 --seqs 4
       qrun bench model.gguf --lora adapter.gguf
+      qrun bench model.gguf --draft small.gguf
       qrun bench model.gguf --compare peer-env/bin/python --plot speed.svg
       qrun bench model.gguf --compare "llama-bench -m {model} -t {threads} -p {prompt} -n {gen} -r {reps} -o json"
     """
@@ -80,8 +94,9 @@ def command(
 
     path = find_model(model, type_name)
     if peers:
-        if loras:
-            raise click.UsageError("--lora does not go with --compare: other engines would run the model without it.")
+        for given, name in ((loras, "--lora"), (draft, "--draft")):
+            if given:
+                raise click.UsageError(f"{name} does not go with --compare: other engines would run the model without.")
         from qrun.cli import bench_compare
 
         task = bench_compare.Task(str(path), prompt, gen, reps, depth, seqs, cache_type)
@@ -90,7 +105,13 @@ def command(
         return
     if plot:
         raise click.UsageError("--plot needs --compare.")
-    from qrun.cli.loading import open_runtime
+    from qrun.cli.loading import load_model, open_runtime
+
+    drafted: dict[str, Any] = {}
+    if draft is not None and gen:  # first, so that a draft that does not fit costs nobody any time
+        loading = {"threads": threads, "cache_type": cache_type, "loras": loras, "draft": draft}
+        with load_model(str(path), loading | {"context": TEXT_ROOM + gen}) as loaded:
+            drafted = measure_draft(loaded, gen, reps)
 
     context = depth + max(prompt, gen) + 8
     with open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime:
@@ -98,12 +119,15 @@ def command(
         n_threads = runtime.threads
         if bandwidth and gen:
             best |= memory_share(runtime, best[f"tg{gen}"], depth + gen / 2)
+    best |= drafted
     if as_json:
         echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
         return
     for name, speed in best.items():
-        if name not in ("memory", "share"):
+        if name not in ("memory", "share", "guessed", "accepted"):
             echo(f"{name:<10}{speed:>10.2f} tokens/s")
+    if "guessed" in best:
+        echo(f"guesses   {best['guessed']:>10} tokens, of which {best['accepted']} were right")
     if "share" in best:
         echo(f"memory    {best['memory']:>10.2f} GB/s, of which tg{gen} uses {best['share']:.0%}")
     echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
@@ -119,6 +143,39 @@ def memory_share(runtime: Runtime, speed: float, position: float) -> dict[str, f
     limit = read_bandwidth(runtime.threads, progress=CompileProgress())
     share = bytes_per_token(runtime.graph, runtime.cache_type, position) * speed / limit
     return {"memory": round(limit / 1e9, 2), "share": round(share, 3)}
+
+
+TEXT = (
+    "A bicycle stays upright because its rider steers it, mostly without thinking, under the side to which it begins "
+    "to fall. At rest that is hard. The faster it goes, the less it takes, and"
+)
+"""What is gone on from with a draft."""
+TEXT_ROOM = 248
+"""Tokens of context for it: a vocabulary may have one for each byte."""
+
+
+def measure_draft(model: Model, gen: int, reps: int) -> dict[str, Any]:
+    """Best tokens per second of a text with a draft ("draft") and without ("text"), and its guesses in one repetition.
+
+    The likeliest text, so that it is the same each time; the session, which learns what pays, goes on.
+    """
+    tokenizer = model.tokenizer
+    prompt = tokenizer.encode(TEXT) if tokenizer is not None else bench_tokens(model.graph.n_vocab, 32)
+    ends = dict.fromkeys(tokenizer.stop_ids if tokenizer is not None else (), float("-inf"))
+    best: dict[str, Any] = {"text": 0.0, "draft": 0.0}
+    with closing(model.session()) as session:
+        for repetition in range(reps + 1):
+            for name in best if repetition % 2 else reversed(best):
+                generation = session.generate(
+                    prompt, temperature=0, max_tokens=gen + 1, logit_bias=ends, draft=name == "draft"
+                )
+                for _ in generation:
+                    pass
+                if repetition:  # the first is the warm-up
+                    best[name] = max(best[name], round(generation.stats.generated_tokens_per_second, 2))
+                if name == "draft":
+                    stats = generation.stats
+    return best | {"guessed": stats.guessed_tokens, "accepted": stats.accepted_tokens}
 
 
 def bench_tokens(n_vocab: int, count: int) -> list[int]:

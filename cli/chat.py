@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.answer import NO_ANSWER, Display, answer_options
-from qrun.cli.console import echo
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
@@ -42,8 +41,8 @@ def command(
     What is not given comes from the catalog for its models (a system prompt and sampling that suit them), however
     their file is named, else from the file's metadata, else it is as shown below.
 
-    What a model thinks before it answers is dim at a terminal and left out elsewhere. Of earlier turns it is told to
-    the model again if its template shows it there.
+    What a model thinks before it answers is dim at a terminal and left out elsewhere. Thoughts of earlier turns are
+    given back to the model where its template shows them.
 
     \b
     Examples:
@@ -68,8 +67,8 @@ def command(
             notice(text)
 
         def on_forget(n_messages: int) -> None:
-            if conversation.answering and sys.stderr.isatty():
-                echo(err=True)  # where the text of the answer stands
+            if sys.stderr.isatty():
+                display.make_way()
             notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:

@@ -59,7 +59,7 @@ def default_out(source: Path, type_name: str) -> Path:
 
         return source / f"{model_name(source)}-{type_name}.gguf"
     stem = re.sub(r"-00001-of-\d{5}$", "", source.name.removesuffix(".gguf"))
-    stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"[-.](f32|f16|bf16|[it]?q\d\w*|mxfp4\w*|nvfp4)$", "", stem, flags=re.IGNORECASE)
     return source.with_name(f"{stem}-{type_name}.gguf")
 
 

@@ -14,6 +14,7 @@ from qrun.cli.conversion import default_out, metadata_value, show_plan, show_res
 from qrun.cli.options import LoraFile, ModelName, threads_option
 
 if TYPE_CHECKING:
+    from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType
     from qrun.models.adapter import Lora
 
@@ -38,8 +39,10 @@ class Size(click.ParamType):
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
-                   "IQ4_XS, MXFP4 (of experts), Q3_K_L, Q3_K_M, Q3_K_S, Q2_K, Q2_K_S, or COPY; of an adapter "
-                   "F16 (the default), BF16 or F32.")  # fmt: skip
+                   "IQ4_XS, MXFP4 (of experts), NVFP4, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S, IQ3_XS, Q2_K, Q2_0, "
+                   "Q1_0, or COPY; for weights of -1, 0 and 1 TQ2_0 or TQ1_0; with an importance matrix IQ3_XXS, "
+                   "Q2_K_S, IQ2_M, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_M or IQ1_S; of an adapter F16 (the default), BF16 or "
+                   "F32.")  # fmt: skip
 @click.option("--pure", is_flag=True, help="One type for all: no tensor gets more bits than others.")
 @click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE",
               help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
@@ -71,15 +74,17 @@ def command(
 
     SOURCE is a GGUF file (of a split model the first), a folder with a checkpoint of Hugging Face (config.json and
     safetensors; PyTorch is not needed), a name from the catalog or the store, or hf:ORG/REPO, from where a GGUF file is
-    fetched. OUT is by default named after it and the type, and lies where it does. At the end stands what was lost:
-    the relative root mean square error of each tensor type, and with an importance matrix also that error with every
-    weight counted by its importance, which is what is made as small as can be.
+    fetched. OUT is by default named after it and the type, and lies where it does. Without --type a checkpoint in NVFP4
+    or MXFP4 is taken over as it is, to the bit; with it, such weights are decoded first. At the end stands what was
+    lost: the relative root mean square error of each tensor type, and with an importance matrix also that error with
+    every weight counted by its importance, which is what is made as small as can be.
 
     \b
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
       qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
-      qrun convert model-f16.gguf small.gguf --type q2_k --imatrix imatrix.gguf
+      qrun convert gpt-oss-20b
+      qrun convert model-f16.gguf small.gguf --type iq2_m --imatrix imatrix.gguf
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
@@ -90,8 +95,8 @@ def command(
     from qrun.cli.convert_adapter import convert_adapter, merged_into
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
-    from qrun.engine.quantize.mixes import Choice, file_type_name
-    from qrun.engine.quantize.source import open_source
+    from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
+    from qrun.engine.quantize.source import CheckpointSource, open_source
     from qrun.models.adapter import is_peft
 
     if lora or is_peft(Path(source)):
@@ -103,15 +108,20 @@ def command(
         return
     if base:
         raise click.UsageError("--base needs --lora.")
-    if type_name is None:
+    path = locate(source)
+    keep = type_name is None and path.is_dir()
+    if type_name is None and not keep:
         raise click.UsageError("Missing option '--type'.")
     choice = Choice(
-        file_type_name(type_name), pure, tensor_type(output_type), tensor_type(embedding_type),
+        file_type_name(type_name or COPY), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
     importance = read_imatrix(imatrix) if imatrix else None
-    path = locate(source)
-    with closing(open_source(path)) as original, merged_into(original, merged) as opened:
+    with closing(open_source(path, keep=keep)) as original, merged_into(original, merged) as opened:
+        if keep and not (isinstance(original, CheckpointSource) and original.keeps):
+            raise click.UsageError("Missing option '--type'.")
+        if keep and (merged or overrides or output_type or embedding_type or pure):
+            raise click.UsageError("Weights that are kept as they are cannot be changed: give '--type' too.")
         for text in original.notices:
             notice(text)
         values = [metadata_value(text, opened) for text in metadata]
@@ -122,8 +132,15 @@ def command(
             show_plan(planned)
         else:
             beside = path if Path(source).exists() else Path(path.name)  # not in the store
-            out = out or default_out(beside, choice.file_type)
+            out = out or default_out(beside, kept_name(original) if keep else choice.file_type)
             show_result(planned, write(planned, out, threads, values))
+
+
+def kept_name(source: Source) -> str:
+    """The type that most of a checkpoint's weights are kept in."""
+    from qrun.engine.quantize.source import KEPT_TYPES
+
+    return next(type.name for type in KEPT_TYPES if any(tensor.type == type for tensor in source.tensors.values()))
 
 
 def tensor_type(name: str | None) -> TensorType | None:

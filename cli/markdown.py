@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -43,9 +44,15 @@ _LINK = re.compile(
     r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]"  # the text, or an image's
     r"\(\s*<?([^()\s<>]*(?:\([^()\s]*\)[^()\s]*)*)>?(?:\s+[\"'(][^)]*)?\)"  # the address, and a title
 )
+_ORDINARY = re.compile(r"[^\\`\[!*_~]+")
 _ESCAPED = "*_`~#|>"
 _MARKS = ("***", "**", "__", "~~", "*", "_")
 _MARK_STYLES = {"***": "bold italic", "**": "bold", "__": "bold", "~~": "strike", "*": "italic", "_": "italic"}
+# Of the characters from U+1100 on many are wide, and may stand in any row.
+_UNIT = re.compile(r"[^\S\n]+|[!-\u10ff]+|.", re.DOTALL)
+_NOT_FIRST = frozenset("、。，．：；？！）］｝」』】〉》〕〗’”…ー々゛゜ぁぃぅぇぉっゃゅょァィゥェォッャュョ～·%")  # noqa: RUF001
+_NOT_LAST = frozenset("（［｛「『【〈《〔〖‘“")  # noqa: RUF001
+_JOINER = "\u200d"  # of emoji
 _MAX_INLINE = 2000  # characters of a line in which marks are looked for
 _LEAST_COLUMN = 4  # of a table, in characters
 
@@ -63,6 +70,7 @@ class MarkdownView:
         self._size = size
         self._clock = clock
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self._escapes: dict[Any, str] = {}  # of rows drawn lately, most of which are drawn again as they are
         self._signs = _signs(sys.stdout.encoding)
         self._channel = ""
         self._line = ""  # the line under way
@@ -92,6 +100,11 @@ class MarkdownView:
             done = self._clock()
             self._next_frame = done + max(FRAME, 10 * (done - now))
 
+    def make_way(self) -> None:
+        """What is shown stays, and the rest of the answer stands below what is to be written now."""
+        self._painter.keep()
+        self._n_kept, self._settled = self._n_shown, None
+
     def end(self) -> None:
         """The answer is over; the cursor stands at the beginning of a line."""
         self._end_part()
@@ -118,7 +131,7 @@ class MarkdownView:
                 self._show_code(line)
         elif _FENCE.match(line):
             self._leave_table(line)
-            self._show([Text(line, STYLES["fence"])])
+            self._show(self._wrapped(Text(line, STYLES["fence"]), 0))
         elif not self._table and not _TABLE_ROW.match(line) and not _UNDECIDED.match(line):
             self._show(self._rows(line, is_finished=False))
 
@@ -137,7 +150,7 @@ class MarkdownView:
         elif fence := _FENCE.match(line):
             self._leave_table(line)
             self._fence = (fence[2], " " * len(fence[1]))
-            self._print([Text(line, STYLES["fence"])])
+            self._print(self._wrapped(Text(line, STYLES["fence"]), 0))
         elif self._is_of_table(line):
             self._table.append(line)
             self._show_table()
@@ -158,7 +171,7 @@ class MarkdownView:
         else:
             self._painter.skip()
         self._blank = not rows
-        self._n_kept = self._width = 0
+        self._n_kept = self._n_shown = self._width = 0
 
     def _show(self, rows: list[Text]) -> None:
         """Has these rows stand for the line under way. Where the window has become wider or narrower, nobody knows
@@ -205,7 +218,7 @@ class MarkdownView:
         if quote := _QUOTE.match(line):
             text = self._inline(quote[2], is_finished)
             text.stylize(STYLES["quote"])
-            bar = (self._signs["bar"] + " ") * quote[1].count(">")
+            bar = (self._signs["bar"] + " ") * min(quote[1].count(">"), self._columns // 8)
             return [Text(bar, "dim") + row for row in self._wrapped(text, 0, len(bar))] or [Text(bar, "dim")]
         if item := _ITEM.match(line):
             sign = item[2] if item[2][0].isdigit() else self._signs["bullet"]
@@ -223,12 +236,12 @@ class MarkdownView:
         """In rows of the terminal but for a last column, in which the cursor would be neither here nor there. Rows
         after the first are indented."""
         width = max(self._columns - 1 - reserved, 1)
-        if cell_len(text.plain) + 8 * text.plain.count("\t") <= width:
+        if _columns_of(text.plain) + 8 * text.plain.count("\t") <= width:
             return [text]
         text.expand_tabs(4)
-        indent = indent if indent <= width // 2 else 0
+        indent = indent if width - indent >= 4 else 0
         head, rest = text[:indent], text[indent:]
-        rows = _wrap(self._console, rest, width - indent)
+        rows = _wrap(rest, width - indent)
         return [(head if i == 0 else Text(" " * indent)) + row for i, row in enumerate(rows)]
 
     def _inline(self, text: str, is_finished: bool) -> Text:
@@ -238,9 +251,14 @@ class MarkdownView:
 
     def _escaped(self, row: Text) -> str:
         """With escape sequences, where the terminal has colours and the user wants them."""
-        with self._console.capture() as capture:
-            self._console.print(row, end="", soft_wrap=True)
-        return capture.get()
+        key = (row.plain, str(row.style), tuple(row.spans))
+        if key not in self._escapes:
+            with self._console.capture() as capture:
+                self._console.print(row, end="", soft_wrap=True)
+            if len(self._escapes) >= 100:
+                self._escapes.clear()
+            self._escapes[key] = capture.get()
+        return self._escapes[key]
 
     # Tables
 
@@ -287,7 +305,7 @@ class MarkdownView:
             if i == 0:
                 for cell in row:
                     cell.stylize("bold")
-            rows += _table_row(self._console, row, widths, sides, Text(gap, "dim"))
+            rows += _table_row(row, widths, sides, Text(gap, "dim"))
             if i == 0:
                 crossing = self._signs["rule"] + self._signs["cross"] + self._signs["rule"]
                 rows.append(Text(crossing.join(self._signs["rule"] * width for width in widths), "dim"))
@@ -302,6 +320,7 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
     if not is_finished:
         text = re.sub(r"(?<=[^\s*_~`])[*_~`]{1,3}$|(?<!\S)[*_~`]{1,3}$", "", text)
     out = Text(style=style)
+    unclosed: set[str] = set()
     plain = ""
     i = 0
 
@@ -316,7 +335,10 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
 
     while i < len(text):
         char = text[i]
-        if char == "\\" and text[i + 1 : i + 2] and text[i + 1] in _ESCAPED:
+        if ordinary := _ORDINARY.match(text, i):
+            plain += ordinary[0]
+            i = ordinary.end()
+        elif char == "\\" and text[i + 1 : i + 2] and text[i + 1] in _ESCAPED:
             plain += text[i + 1]
             i += 2
         elif char == "`":
@@ -340,7 +362,9 @@ def inline(text: str, is_finished: bool, style: str = "") -> Text:
                 add(f" ({link[2]})", "dim")
             i = link.end()
         elif mark := next((mark for mark in _MARKS if text.startswith(mark, i) and _opens(text, i, mark)), None):
-            end = _closing(text, i + len(mark), mark)
+            end = -1 if mark in unclosed else _closing(text, i + len(mark), mark)
+            if end < 0:
+                unclosed.add(mark)  # nor is a later one
             is_name = mark == "__" and re.compile(r"\w*(__|$)").match(text, i + 2)  # of Python, such as __init__
             if (end >= 0 or not is_finished) and not is_name:
                 inner = inline(text[i + len(mark) : end if end >= 0 else len(text)], is_finished or end >= 0)
@@ -371,8 +395,7 @@ def _closing(text: str, start: int, mark: str) -> int:
     while (at := text.find(mark, at)) >= 0:
         before, after = text[at - 1], text[at + len(mark) : at + len(mark) + 1]
         in_code = text.count("`", start, at) % 2
-        run = re.compile(re.escape(mark[0]) + "+").match(text, at)
-        length = len(run[0]) if run else 0
+        length = len(text) - at - len(text[at:].lstrip(mark[0]))
         fits = length == len(mark) or length == 3 or (mark[0] == "_" and length == 1)
         within_word = mark[0] == "_" and after.isalnum()
         if at > start and not before.isspace() and not in_code and before != "\\" and fits and not within_word:
@@ -381,11 +404,57 @@ def _closing(text: str, start: int, mark: str) -> int:
     return -1
 
 
-def _wrap(console: Console, text: Text, width: int) -> list[Text]:
-    rows = list(text.wrap(console, max(width, 1), no_wrap=False, overflow="fold"))
-    for row in rows[:-1]:
-        row.rstrip()
+def _wrap(text: Text, width: int) -> list[Text]:
+    """In rows of this width, broken between words, and where there are none, as in Chinese and Japanese, between
+    characters. (rich's own wrapping takes all up to the next space for a word.)"""
+    rows = []
+    for line in text.split("\n", allow_blank=True):
+        parts = list(line.divide(_breaks(line.plain, width)))
+        for part in parts:
+            if part is not parts[-1] or _columns_of(part.plain) > width:  # white space may hang over
+                part.rstrip()
+        rows += parts
     return rows
+
+
+def _columns_of(text: str) -> int:
+    """Columns that a text takes. Of joined emoji, those that it takes where they are not joined, if that is more."""
+    return cell_len(text) if text.isascii() else max(cell_len(text), sum(map(cell_len, text)))
+
+
+def _breaks(text: str, width: int) -> list[int]:
+    """Where rows after the first begin."""
+    breaks = []
+    x = 0
+    for start, end in _units(text):
+        unit = text[start:end]
+        size = _columns_of(unit)
+        if x and x + size > width and not unit.isspace():
+            breaks.append(start)
+            x = 0
+        if size <= width or unit.isspace():
+            x += size
+            continue
+        for i, char in enumerate(unit, start):  # a word that is longer than a row
+            if x and x + _columns_of(char) > width:
+                breaks.append(i)
+                x = 0
+            x += _columns_of(char)
+    return breaks
+
+
+def _units(text: str) -> list[tuple[int, int]]:
+    """What is not to be broken: words, single wide characters with the punctuation that belongs to them, emoji of
+    several; and the white space between."""
+    units: list[tuple[int, int]] = []
+    for found in _UNIT.finditer(text):
+        start, end = found.span()
+        char, before = text[start], text[start - 1] if start else " "
+        is_joined = char in _NOT_FIRST or before in _NOT_LAST or before == _JOINER or not _columns_of(char)
+        if is_joined and not before.isspace() and not char.isspace():
+            start = units.pop()[0]
+        units.append((start, end))
+    return units
 
 
 def _n_visible(text: Text) -> int:
@@ -423,7 +492,9 @@ def _cells(line: str) -> list[str]:
     text = line.strip()
     text = text[1:] if text.startswith("|") else text
     text = text[:-1] if text.endswith("|") and not text.endswith("\\|") else text
-    cells = re.split(r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", text)
+    # a bar within code is none, but to see that takes long in a long line
+    between = r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)" if len(text) <= _MAX_INLINE else r"(?<!\\)\|"
+    cells = re.split(between, text)
     return [re.sub(r"<br\s*/?>", "\n", cell.strip()) for cell in cells]
 
 
@@ -436,7 +507,7 @@ def _side(rule: str) -> str:
 def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list[int]:
     """How wide each column is to be: as its cells want, or less for the widest ones where there is no room."""
     wanted = [
-        max([least[i], *(cell_len(line) for row in cells for line in row[i].plain.split("\n"))])
+        max([least[i], *(_columns_of(line) for row in cells for line in row[i].plain.split("\n"))])
         for i in range(len(least))
     ]
     widths = wanted
@@ -454,8 +525,8 @@ def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list
     return widths
 
 
-def _table_row(console: Console, cells: list[Text], widths: list[int], sides: list[str], gap: Text) -> list[Text]:
-    wrapped = [_wrap(console, cell, width) or [Text()] for cell, width in zip(cells, widths, strict=True)]
+def _table_row(cells: list[Text], widths: list[int], sides: list[str], gap: Text) -> list[Text]:
+    wrapped = [_wrap(cell, width) or [Text()] for cell, width in zip(cells, widths, strict=True)]
     rows = []
     for i in range(max(map(len, wrapped))):
         row = Text()
@@ -463,7 +534,7 @@ def _table_row(console: Console, cells: list[Text], widths: list[int], sides: li
             cell = lines[i].copy() if i < len(lines) else Text()
             cell.rstrip()
             side = sides[j] if j < len(sides) else "left"
-            free = max(width - cell_len(cell.plain), 0)
+            free = max(width - _columns_of(cell.plain), 0)
             left = {"left": 0, "right": free, "center": free // 2}[side]
             row.append_text(gap if j else Text())
             row.append(" " * left).append_text(cell).append(" " * (free - left))

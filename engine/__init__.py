@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qrun.engine.sampling.options import SamplingOptions
     from qrun.engine.text.chat_template import ChatTemplate, ChatTemplateError
     from qrun.engine.text.tokenizer import Tokenizer
+    from qrun.engine.text.tool_calls import ToolCall
 
 __version__ = "0.1.0"  # and in setup.cfg
 
@@ -34,6 +35,7 @@ __all__ = [
     "SamplingOptions",
     "Session",
     "Tokenizer",
+    "ToolCall",
 ]
 
 # Imported when first asked for, so that nobody waits for what they do not use.
@@ -50,6 +52,7 @@ _MODULES = {
     "SamplingOptions": "sampling.options",
     "Session": "generation.session",
     "Tokenizer": "text.tokenizer",
+    "ToolCall": "text.tool_calls",
 }
 
 

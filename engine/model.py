@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -264,6 +264,8 @@ class Model:
         if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
             messages = [{"role": "system", "content": self.chat_system}, *messages]
         options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
+        if isinstance(tools, Iterator):
+            tools = list(tools)
         variables = {**(template_variables or {}), "add_generation_prompt": True}
         if options.get("reasoning_budget") == 0:
             think = False
@@ -271,14 +273,17 @@ class Model:
             variables["think"] = think
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
-        tools = read_tools(tools)
-        from qrun.engine.generation.answer_rules import chat_rules
+        rules = None
+        looks_for_calls = bool(tools)
+        if tools or tool_choice is not None or schema is not None or grammar is not None or regex is not None:
+            from qrun.engine.generation.answer_rules import chat_rules
 
-        rules, with_calls = chat_rules(
-            self.tokenizer, template.format, tools, tool_choice, parallel_tool_calls, schema, grammar, regex
-        )
+            tools = read_tools(tools)
+            rules, looks_for_calls = chat_rules(
+                self.tokenizer, template.format, tools, tool_choice, parallel_tool_calls, schema, grammar, regex
+            )
         prompt = template.render(messages, tools=tools, **variables)
-        response = template.response(prompt, with_calls=with_calls)
+        response = template.response(prompt, tools if looks_for_calls else None)
         return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:

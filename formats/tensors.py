@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from qrun.formats.blocks import BLOCK_SIZES, TensorType, quantize
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
@@ -68,6 +70,11 @@ class SourceTensor(ABC):
     def copyable(self) -> bool:
         """Are there bytes of it to be copied? If not, it is encoded, even to its own type."""
         return True
+
+    @property
+    def tensor_scale(self) -> np.float32:
+        """What all weights are to be multiplied by, if its type has no place for that and a file has it beside them."""
+        return np.float32(1)
 
     @property
     def row(self) -> int:

@@ -222,10 +222,14 @@ ARCHITECTURES = {
 """By the name that a file gives under `general.architecture`."""
 
 DRAFTS = {
+    "bailingmoe3": DraftLayers(bailingmoe3.build_draft),
     "deepseek2": DraftLayers(deepseek2.build_block),
     "glm4moe": DraftLayers(glm4moe.build_block),
     "hy_v3": DraftLayers(hy_v3.build_block),
     "mimo2": DraftLayers(mimo2.build_block, normed=False),
+    "qwen35": DraftLayers(qwen35.build_draft),
+    "qwen35moe": DraftLayers(qwen35.build_draft_experts),
+    "qwen3next": DraftLayers(qwen35.build_draft_experts),
     "step35": DraftLayers(step35.build_block, normed=False),
 }
 """Draft layers, by architecture, where they can be run."""

@@ -12,30 +12,46 @@ from qrun.models.transformer import Shares, dense_or_experts, head, read_limits
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=not has_sections(metadata))
     if not metadata.flag("kda.safe_gate", True):
         raise metadata.error("kda.safe_gate", "is False: decays without a bound are not supported")
     lower_bound = metadata.real("kda.gate_lower_bound", low=-1e3, high=0.0)
-    limits, shared_limits = (read_limits(metadata, key, h) for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"))
-    shares, sizes = Shares.read(metadata, "sigmoid"), Latent.absorbed_only(metadata, h)
-    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
-    n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
-        block = f"blk.{layer}"
-        y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
+        y = builder.rms_norm(x, f"blk.{layer}.attn_norm", h.rms_eps)
         if h.n_kv_heads[layer]:
-            gate = builder.linear(y, f"{block}.attn_gate", h.n_heads[layer])
-            y = builder.gate(gate, latent_attention.attend(builder, h, y, layer, sizes, rotation), "sigmoid")
-            y = builder.linear(y, f"{block}.attn_output", h.n_embd)
+            y = gated_attention(builder, metadata, h, y, layer)
         else:
             y = delta_attention(builder, metadata, h, y, layer, lower_bound)
-        x = builder.add(x, y)
-
-        y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
-        n_ff = n_ff_shared or h.n_ff_expert[layer] * n_shared
-        limit, shared_limit = limits[layer], shared_limits[layer]
-        y = dense_or_experts(builder, h, y, layer, shares, n_ff, limit=limit, shared_limit=shared_limit)
-        x = builder.add(x, y)
+        x = network(builder, metadata, h, builder.add(x, y), layer)
     return head(builder, x, h)
+
+
+def build_draft(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, x: Value, layer: int
+) -> Value:
+    """A draft layer, which has latent attention."""
+    y = builder.rms_norm(x, f"blk.{layer}.attn_norm", h.rms_eps)
+    x = builder.add(x, gated_attention(builder, metadata, h, y, layer))
+    return network(builder, metadata, h, x, layer)
+
+
+def gated_attention(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int) -> Value:
+    """Latent attention with a gate for each head."""
+    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=not has_sections(metadata))
+    y = latent_attention.attend(builder, h, x, layer, Latent.absorbed_only(metadata, h), rotation)
+    gate = builder.linear(x, f"blk.{layer}.attn_gate", h.n_heads[layer])
+    return builder.linear(builder.gate(gate, y, "sigmoid"), f"blk.{layer}.attn_output", h.n_embd)
+
+
+def network(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int) -> Value:
+    """What comes behind the attention of a block."""
+    limit, shared_limit = (read_limits(metadata, key, h)[layer] for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"))
+    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
+    n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
+    n_ff = n_ff_shared or h.n_ff_expert[layer] * n_shared
+    y = builder.rms_norm(x, f"blk.{layer}.ffn_norm", h.rms_eps)
+    shares = Shares.read(metadata, "sigmoid")
+    return builder.add(x, dense_or_experts(
+        builder, h, y, layer, shares, n_ff, limit=limit, shared_limit=shared_limit
+    ))

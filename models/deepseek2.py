@@ -51,7 +51,7 @@ def block_with(
     scaling, scale = read_scaling(metadata, h)
     rotation = scaling.rotation(h.n_rot, interleaved=True)
     temperature = read_temperature(metadata)
-    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
+    n_shared = metadata.integer("expert_shared_count", low=0, high=MAX_EXPERTS)
 
     block = f"blk.{layer}"
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)

@@ -564,11 +564,11 @@ class GraphBuilder:
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
         info = self._tensor(name, shape)
-        return self._weights.setdefault(name, Weight(name, info.type, info.shape, info.raw))
+        return self._weights.setdefault(name, Weight(name, info.type, shape, info.raw))
 
     def constant(self, name: str, *shape: int) -> Constant:
         """The tensor of this full name as float32: norms, biases, rope factors."""
-        values = self._tensor(name, shape).dequantize()
+        values = self._tensor(name, shape).dequantize().reshape(shape)
         if not np.isfinite(values).all():
             raise self.error(f"tensor {name} has values that are not finite")
         return values
@@ -587,7 +587,7 @@ class GraphBuilder:
         info = self.reader.tensors.get(name)
         if info is None:
             raise self.error(f"tensor {name} is missing")
-        if info.shape != shape:
+        if _significant(info.shape) != _significant(shape):
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
             raise self.error(type_problem(info, self.reader.tensors.values()))
@@ -885,3 +885,9 @@ class GraphBuilder:
     def _value(self, width: int) -> Value:
         self._n_values += 1
         return Value(self._n_values - 1, width)
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without dimensions of one before all others, of which files have any number: a row is a vector too."""
+    first = next((place for place, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
+    return shape[first:]

@@ -18,7 +18,8 @@ from qrun.formats.blocks import BLOCK_FORMATS
 # Where a block's float16 scales and minimums lie: random bytes there would give infinities.
 HALVES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ1_S": [0], "IQ2_XXS": [0],
+    "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0], "IQ3_S": [0], "TQ1_0": [52], "TQ2_0": [64], "Q1_0": [0], "Q2_0": [0],
 }  # fmt: skip
 # Added to an offset: the address of that field of the step's record.
 IN_STEP = -(1 << 40)
@@ -152,6 +153,8 @@ def random_tensor(
         if name == "MXFP4":
             raw[:, 0] = rng.integers(118, 124, len(raw))
             raw[0, 0] = rng.integers(0, 3)
+        if name == "IQ1_M":  # its scale is spread over four places: this one has the sign and most of the exponent
+            raw[:, 55] = raw[:, 55] & 0x0F | rng.choice(np.array([0x20, 0xA0], np.uint8), len(raw))
         if name == "Q8_K":
             raw[:, :4] = rng.uniform(-1, 1, (len(raw), 1)).astype(np.float32).view(np.uint8)
     raw = np.ascontiguousarray(raw.reshape(-1))

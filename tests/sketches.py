@@ -76,7 +76,7 @@ def sketch_of(path: Path) -> dict[str, Any]:
             for key, value in reader.metadata.items()
             if key.startswith(read) and not any(part in key for part in UNREAD)
         }
-        # A 0 is "not given", but an epsilon may be 0.
+        # A 0 is "not given", but an epsilon may be 0; so is a bound that is infinite.
         metadata = {
             key: value
             for key, value in metadata.items()

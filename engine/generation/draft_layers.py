@@ -62,6 +62,8 @@ class LayersDrafter:
         self._guessed, self._states = [], [self._before]
         room = min(sequence.returnable(self._n_read) for sequence in self._sequences)
         room = min(room, len(self._runtimes)) if len(self._runtimes) > 1 else room
+        if not room:  # a window would move on for good
+            return Reading(np.empty(0, np.float32), 0, evaluated - 1)
         return Reading(self.follow(text[-1]), room, evaluated)
 
     def follow(self, token: int) -> np.ndarray:

@@ -192,8 +192,9 @@ class Guide:
         """Reads a character, and tells whether it ends what is free."""
         before = parser.channel
         parser.push(character)
-        wanted = ("reasoning", "content") if self._rules.answer is not None else ("content", "tool_call")
-        return (before, parser.channel) == wanted
+        if self._rules.answer is not None:
+            return (before, parser.channel) == ("reasoning", "content")
+        return before != "tool_call" and parser.channel == "tool_call"
 
     def _next(self, parser: ResponseParser) -> Constraint | None:
         if self._rules.answer is not None:

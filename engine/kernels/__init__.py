@@ -46,6 +46,15 @@ def build(key: str) -> Callable[[int, int, int], None]:
     return getattr(function, "py_func", function)
 
 
+def require(key: str) -> None:
+    """Raises ImportError if something that the kernel is built from is not installed."""
+    from qrun.formats.blocks.grids import GRIDS, grid
+
+    type_name = key.partition("-")[2]
+    if type_name in GRIDS:
+        grid(GRIDS[type_name])
+
+
 def in_parts(key: str) -> bool:
     return not key.startswith(("matmul-", "attention-", "linear_attention-"))
 

@@ -68,6 +68,14 @@ def convolution(activation: str) -> Kernel:
                 v.store_f32(y + 4 * c, v.load_f32(ends))
 
     @v.helper
+    def copy(x, out, first, last):  # type: ignore[no-untyped-def]
+        whole = first + (last - first) // lanes * lanes
+        for c in range(first, whole, lanes):
+            v.store(out + 4 * c, v.load(x + 4 * c))
+        for c in range(whole, last):
+            v.store_f32(out + 4 * c, v.load_f32(x + 4 * c))
+
+    @v.helper
     def keep(op, segment, first, last):  # type: ignore[no-untyped-def]
         """Write the rows into the block, and where the step ends in another one, into that."""
         before = v.load_i64(op + R.CONV_TAPS) - 1
@@ -77,17 +85,13 @@ def convolution(activation: str) -> Kernel:
         state = v.load_i64(op + R.CONV_STATE)
         place = v.load_i64(segment + R.SEG_IN) + state
         for i in range(min(n_rows, R.STATE_ROWS - logged)):
-            x = source(op, segment, i)
-            for c in range(first, last):
-                v.store_f32(place + 4 * ((before + logged + i) * width + c), v.load_f32(x + 4 * c))
+            copy(source(op, segment, i), place + 4 * (before + logged + i) * width, first, last)
         if logged + n_rows <= R.STATE_ROWS:
             return
         place = v.load_i64(segment + R.SEG_OUT) + state
         here = (logged + n_rows - 1) % R.STATE_ROWS + 1  # rows in the last chunk
         for i in range(before + here):
-            x = source(op, segment, n_rows - here - before + i)
-            for c in range(first, last):
-                v.store_f32(place + 4 * (i * width + c), v.load_f32(x + 4 * c))
+            copy(source(op, segment, n_rows - here - before + i), place + 4 * i * width, first, last)
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         parts = v.load_i64(step + R.STEP_PARTS)

@@ -24,7 +24,7 @@ def embed(type_name: str) -> Callable[[int, int, int], None]:
     def store_group(e: Emitter, group: Group, out: ir.Value, index: int, factor: ir.Value) -> None:
         zero = (e.signed_bias if spec.limit is None else spec.zero) if isinstance(spec, Quantised) else 0
         for i, words in enumerate(group.weights):
-            bytes_ = e.splat(words.lane(0), 1).bits_as(I8)
+            bytes_ = words.bits_as(I8).permute(range(4))
             signed = isinstance(spec, Quantised) and spec.limit is None and not zero
             whole = bytes_.widen_signed(I32) if signed else bytes_.widen_unsigned(I32) - zero
             half = i * len(group.scales) // 8

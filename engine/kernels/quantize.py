@@ -6,7 +6,7 @@ many lanes there are. What is tried (starts, refinements, rounds) comes with the
 
 Lanes lie side by side in scratch memory: weight j of all blocks is one vector, which `quantize_lanes` puts there. Once
 the search is over its place takes the code of the weight. Codes and scales are then put into the bytes of blocks, by
-`quantize_lanes` for blocks of 32 weights, by `quantize_pack` for the K formats.
+`quantize_lanes` for blocks of 32 weights, by `quantize_pack` for all others.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from llvmlite import ir
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, STATS, build_fit_with_minimum, build_fit_without_minimum
+from qrun.engine.kernels.quantize_groups import build_fit_groups
 from qrun.engine.kernels.quantize_lanes import LAYOUTS, SOURCES, build_pack_lanes, build_to_lanes
-from qrun.engine.kernels.quantize_mxfp4 import build_fit_exponent
-from qrun.engine.kernels.quantize_pack import build_pack_codes
+from qrun.engine.kernels.quantize_microscaled import build_fit_exponent, build_fit_scales
+from qrun.engine.kernels.quantize_pack import build_pack_codes, build_pack_groups
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import Emitter, Vector
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType
-from qrun.formats.blocks.fitting import Levels, Steps
+from qrun.formats.blocks.fitting import Groups, Levels, Search, Steps
 
 Kernel = Callable[[int, int, int], None]
 F32, F16, BF16 = int(TensorType.F32), int(TensorType.F16), int(TensorType.BF16)
@@ -89,19 +90,32 @@ def build_load(source_type: int, block_size: int) -> Any:
     return load
 
 
+def build_fits(type_name: str, search: Search) -> tuple[Any, Any]:
+    """fit(op, x, w, head, stats) for weights with importance, and for weights that are all alike."""
+    if isinstance(search.levels, Groups):
+        fit = build_fit_groups(search)
+        return fit, fit
+    nearest, code = build_nearest(search.levels)
+    build: Callable[..., Any] = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
+    build = {"MXFP4": build_fit_exponent, "NVFP4": build_fit_scales}.get(type_name, build)
+    weighted = build(search, nearest, code, True)
+    # A second fit doubles what there is to compile: only the types that are soon done gain enough by it.
+    return weighted, build(search, nearest, code, False) if type_name in LAYOUTS else weighted
+
+
+def build_pack(type_name: str, search: Search) -> Any:
+    """pack(x, head, out, count), from what a fit has left to the bytes of blocks."""
+    if isinstance(search.levels, Groups):
+        return build_pack_groups(type_name)
+    return (build_pack_lanes if type_name in LAYOUTS else build_pack_codes)(type_name)
+
+
 def quantize(type_name: str) -> Kernel:
     type = TensorType[type_name]
     search = SEARCHES[type]
     block_size, block_bytes = BLOCK_SIZES[type]
-    nearest, code = build_nearest(search.levels)
-    build: Callable[..., Any] = build_fit_with_minimum if search.has_minimum else build_fit_without_minimum
-    if type_name == "MXFP4":
-        build = build_fit_exponent
-    in_lanes = type_name in LAYOUTS
-    fit_weighted = build(search, nearest, code, True)
-    # A second fit doubles what there is to compile: only the types that are soon done gain enough by it.
-    fit_alike = build(search, nearest, code, False) if in_lanes else fit_weighted
-    pack = (build_pack_lanes if in_lanes else build_pack_codes)(type_name)
+    fit_weighted, fit_alike = build_fits(type_name, search)
+    pack = build_pack(type_name, search)
     load_f32, load_f16, load_bf16 = (build_load(source, block_size) for source in (F32, F16, BF16))
     lanes = v.target().lanes
     vector = 4 * lanes

@@ -106,9 +106,9 @@ SCAN_CHANNELS = 16
 
 # Quantising: blocks of floats to bytes. SOURCE_TYPE is F32, F16 or BF16, as GGUF numbers them. IMPORTANCE is 0 or the
 # address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);
-# TRIALS holds pairs of float32: see formats.blocks.fitting.
+# TRIALS holds pairs of float32: see formats.blocks.fitting. LEVELS and CANDIDATES are tables of formats.blocks.grids.
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
- Q_ROUNDS) = _fields(11)  # fmt: skip
+ Q_ROUNDS, Q_LEVELS, Q_CANDIDATES) = _fields(13)  # fmt: skip
 
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024

@@ -9,17 +9,22 @@ The generators run while a kernel is compiled. Layouts are drawn in `formats/blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
 
+from qrun.engine.kernels.grids import Index, Lookup, Stored
 from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of a 4-bit float (1 sign, 2 exponent, 1 mantissa bit), so that they are integers.
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-
+# Bytes of weights with a sign can be 0..127, less `zero`, where they are not large. That takes fewer instructions than
+# bytes with a sign do without VNNI.
+MXFP4_ZERO = 16
+# Of the magnitudes of IQ2 (8, 25, 43), IQ3_XXS (4, 12 to 52, 62) and IQ3_S (1, 3 to 15).
+GRID_ZERO, IQ3_S_ZERO = 64, 16
 
 # Words of a cache line, and lanes of the widest vectors.
 LINE_WORDS = 16
@@ -29,7 +34,7 @@ class Rows:
     """As many rows as a vector has lanes, `stride` bytes apart: reads the same place of each into one vector."""
 
     def __init__(self, e: Emitter, address: ir.Value, stride: ir.Value) -> None:
-        self.e = e
+        self.e, self.stride = e, stride
         multiples = [ir.Constant(I64, 0), stride, e.builder.shl(stride, ir.Constant(I64, 1))]
         multiples.append(e.builder.add(stride, multiples[2]))
         four = e.builder.shl(stride, ir.Constant(I64, 2))
@@ -62,6 +67,10 @@ class Rows:
             halves = [[_parts_of(a, b, first, first + 1) for a, b in (four[:2], four[2:])] for first in (0, 2)]
             vectors.append([_parts_of(a, b, i, i + 2) for a, b in halves for i in range(2)])
         return [vectors[i % 4][i // 4] for i in range(LINE_WORDS)]
+
+    def look_up(self, lookup: Lookup, indices: Sequence[Index]) -> Stored:
+        """The groups of weights of a block, by loads and stores."""
+        return lookup.load(self.addresses[0], self.stride, indices)
 
     def word(self, offset: int, element: ir.Type = I32) -> Vector:
         """One element of each row."""
@@ -152,12 +161,16 @@ def _half_of(word: Vector, high: bool) -> Vector:
 
 def _add_fifth(words: list[Vector], bits: Vector) -> list[Vector]:
     """Bit 4 i + b of `bits`, in each lane, becomes bit 4 of byte b of words[i]."""
-    result = []
-    for i, word in enumerate(words):
-        # The byte that holds the four bits, in all bytes of its lane; then one bit of it in each.
-        copies = bits.bits_as(I8).permute([lane // 4 * 4 + i // 2 for lane in range(4 * bits.lanes)])
-        result.append(_add_where(copies.bits_as(I32) & (0x80402010 if i % 2 else 0x08040201), 16, word))
-    return result
+    return [_add_where(_one_bit_each(bits, range(4 * i, 4 * i + 4)), 16, word) for i, word in enumerate(words)]
+
+
+def _one_bit_each(bits: Vector, places: Sequence[int]) -> Vector:
+    """In byte b of each lane, no bit but that at places[b] of the lane. Its place in the byte stays."""
+    flat = bits.bits_as(I8)
+    # The byte that holds the bit, in each byte of the lane; then one bit of it.
+    if any(place // 8 != b for b, place in enumerate(places)):
+        flat = flat.permute([4 * lane + place // 8 for lane in range(bits.lanes) for place in places])
+    return flat.bits_as(I32) & sum(1 << (place % 8 + 8 * b) for b, place in enumerate(places))
 
 
 def _add_where(bits: Vector, value: int, word: Vector) -> Vector:
@@ -205,8 +218,9 @@ def _q8_k(rows: Rows) -> Iterator[Group]:
         yield Group(_signed(rows, rows.words(4 + 32 * g, 8)), [scale], [])
 
 
-def _looked_up(rows: Rows, words: list[Vector], table: tuple[int, ...]) -> list[Vector]:
-    bias = rows.e.signed_bias
+def _looked_up(rows: Rows, words: list[Vector], table: tuple[int, ...], zero: int | None = None) -> list[Vector]:
+    """The signed values of nibbles, plus `zero` (without one: plus the bias of signed bytes)."""
+    bias = rows.e.signed_bias if zero is None else zero
     shifted = [value + bias for value in table]
     return [rows.e.lookup16(shifted, word) for word in _low(words) + _high(words)]
 
@@ -229,7 +243,7 @@ def _mxfp4(rows: Rows) -> Iterator[Group]:
     normal = ((exponent - 1) << 23).bits_as(F32)
     denormal = (exponent.constant(0x00200000) << exponent.minimum(1)).bits_as(F32)
     scale = exponent.less(2).choose(denormal, normal)
-    yield Group(_looked_up(rows, rows.words(1, 4), MXFP4_VALUES), [scale], [])
+    yield Group(_looked_up(rows, rows.words(1, 4), MXFP4_VALUES, MXFP4_ZERO), [scale], [])
 
 
 def _byte(words: list[Vector], index: int) -> Vector:
@@ -308,6 +322,247 @@ def _q6_k(rows: Rows) -> Iterator[Group]:
             yield Group(weights, [d * s.to_float() for s in pair], [])
 
 
+def _nvfp4(rows: Rows) -> Iterator[Group]:
+    packed = rows.word(0)
+    for first in range(0, 4, 2):
+        words = rows.words(4 + 8 * first, 4)
+        weights = [_looked_up(rows, half, MXFP4_VALUES, MXFP4_ZERO) for half in (words[:2], words[2:])]
+        scales = [_half_of_e4m3(_byte([packed], first + i)) for i in range(2)]
+        yield Group(weights[0] + weights[1], scales, [])
+
+
+def _half_of_e4m3(scale: Vector) -> Vector:
+    """Half of an unsigned E4M3 number, in int32; its eighth bit is not read. See formats.blocks.nvfp4."""
+    code = scale & 0x7F
+    # Exponents of float32 are 120 more, and one less for the half.
+    normal = ((code + (119 << 3)) << 20).bits_as(F32)
+    value = code.less(8).choose(code.to_float() * 2.0**-10, normal)
+    return (scale ^ 0x7F).is_zero().choose(value.constant(0.0), value)
+
+
+def _q1_0(rows: Rows) -> Iterator[Group]:
+    d = rows.half(0)
+    for bits in rows.words(2, 4):
+        zero = bits.constant(0)
+        yield Group([_add_where(_one_bit_each(bits, range(4 * i, 4 * i + 4)), 2, zero) for i in range(8)], [d], [])
+
+
+def _q2_0(rows: Rows) -> Iterator[Group]:
+    d, words = rows.half(0), rows.words(2, 4)
+    for g in range(2):
+        yield Group([_four_of_two_bits(_byte(words, 8 * g + i)) for i in range(8)], [d], [])
+
+
+def _four_of_two_bits(byte: Vector) -> Vector:
+    """Two bits of a byte into each byte of its lane, the lowest first."""
+    halves = (byte | (byte << 12)) & 0x000F000F
+    return (halves | (halves << 6)) & 0x03030303
+
+
+def _tq2_0(rows: Rows) -> Iterator[Group]:
+    d = rows.half(64)
+    for half in range(2):
+        words = rows.words(32 * half, 8)
+        for j in range(4):
+            yield Group([(word >> (2 * j)) & 0x03030303 for word in words], [d], [])
+
+
+def _tq1_0(rows: Rows) -> Iterator[Group]:
+    d = rows.half(52)
+    digits = [_ternary_digits(word, 5) for word in rows.words(0, 8)]
+    for n in range(5):
+        yield Group([of_word[n] for of_word in digits], [d], [])
+    digits = [_ternary_digits(word, 5) for word in rows.words(32, 4)]
+    for n in (0, 2):
+        yield Group([of_word[n + i] for i in range(2) for of_word in digits], [d], [])
+    yield Group([of_word[4] for of_word in digits] + _ternary_digits(rows.word(48), 4), [d], [])
+
+
+def _ternary_digits(word: Vector, count: int) -> list[Vector]:
+    """The first digits of four fractions x / 256, in their bytes. Three times a fraction is a digit and the rest."""
+    even, odd = word & 0x00FF00FF, (word >> 8) & 0x00FF00FF
+    digits = []
+    for _ in range(count):
+        even, odd = even + (even << 1), odd + (odd << 1)
+        digits.append(((even >> 8) & 0x00030003) | (odd & 0x03000300))
+        even, odd = even & 0x00FF00FF, odd & 0x00FF00FF
+    return digits
+
+
+# Bits of a lane: eight for each group of eight weights, the first group's lowest.
+_SIGNS = tuple(range(32))
+
+
+def _negate(bits: Vector, words: list[Vector], zero: int, places: Sequence[int] = _SIGNS) -> list[Vector]:
+    """Bytes zero + x of `words`, and zero - x where the bit of `bits` is set that belongs to the weight."""
+    result = []
+    for i, word in enumerate(words):
+        flat = word.bits_as(I8)
+        clear = _one_bit_each(bits, places[4 * i : 4 * i + 4]).bits_as(I8).is_zero()
+        result.append(clear.choose(flat, flat.constant(2 * zero) - flat).bits_as(I32))
+    return result
+
+
+def _even(sevens: Vector) -> Vector:
+    """Seven bits in each byte, and an eighth that makes the number of set bits even."""
+    y = sevens ^ (sevens >> 4)
+    y = y ^ (y >> 2)
+    return sevens | (((y ^ (y >> 1)) & 0x01010101) << 7)
+
+
+def _four_sevens(word: Vector) -> Vector:
+    """The lowest four times seven bits of a lane into its bytes."""
+    fields = (word & 0x7F) | ((word << 1) & 0x7F00)
+    return fields | ((word << 2) & 0x7F0000) | ((word << 3) & 0x7F000000)
+
+
+def _clear(bits: Vector, places: Sequence[int]) -> Vector:
+    """Single bits for the bytes of lanes: whether the bit at places[b] of the lane is clear."""
+    return _one_bit_each(bits, places).bits_as(I8).is_zero()
+
+
+# Each of the following has two ways to its magnitudes: see `grids`.
+
+
+def _iq2_xxs(rows: Rows) -> Iterator[Group]:
+    lookup, d = Lookup(rows.e, "IQ2_XXS", zero=GRID_ZERO), rows.half(0)
+    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(4)])
+    for pair in range(4):
+        words = rows.words(2 + 16 * pair, 4)
+        for i, low, last in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
+            magnitudes = stored.words(i) if stored else lookup.permute(low, [])
+            scale = d * (((last >> 28) * 2 + 1).to_float() * 0.125)
+            yield Group(_negate(_even(_four_sevens(last)), magnitudes, GRID_ZERO), [scale], [])
+
+
+def _pair_of_scales(d: Vector, words: list[Vector], i: int) -> list[Vector]:
+    """IQ2_XS, IQ2_S: d * (s + 0.5) / 4 of the two 4-bit scales s in byte i."""
+    byte = _byte(words, i)
+    return [d * (((s << 1) + 1).to_float() * 0.125) for s in (byte & 15, byte >> 4)]
+
+
+def _iq2_xs(rows: Rows) -> Iterator[Group]:
+    lookup, d, scales = Lookup(rows.e, "IQ2_XS", zero=GRID_ZERO), rows.half(0), rows.words(58, 4)[2:]
+    indices = [Index(2 + 2 * g, 8, 3 + 2 * g, 8, bits=1) for g in range(4)]
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    order = (0, 2, 1, 3)
+    for pair in range(4):
+        words = rows.words(2 + 16 * pair, 4)
+        for i, first, second in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
+            # Of groups 0, 2, 1 and 3, the ninth bit of the index and seven signs.
+            high = ((first >> 8) & 0x00FF00FF) | (second & -0x00FF0100)
+            if stored:
+                magnitudes = stored.words(i)
+            else:
+                low = (first & 0x00FF00FF) | ((second & 0x00FF00FF) << 8)
+                magnitudes = lookup.permute(low, [_clear(high, (0, 8, 16, 24))], order)
+            signs = [8 * order[g] + j for g in range(4) for j in range(8)]
+            weights = _negate(_even((high >> 1) & 0x7F7F7F7F), magnitudes, GRID_ZERO, signs)
+            yield Group(weights, _pair_of_scales(d, scales, i), [])
+
+
+def _iq2_s(rows: Rows) -> Iterator[Group]:
+    lookup, d, rest = Lookup(rows.e, "IQ2_S", zero=GRID_ZERO), rows.half(0), rows.words(66, 4)
+    indices = [Index(2 + g, 4, 66, 1, shift=2 * g, bits=2) for g in range(4)]
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    for half in range(2):
+        lows, signs = rows.words(2 + 16 * half, 4), rows.words(34 + 16 * half, 4)
+        for i in range(4 * half, 4 * half + 4):
+            if stored:
+                magnitudes = stored.words(i)
+            else:
+                first = 8 * (i % 4)
+                high = [_clear(rest[half], [first + 2 * g + bit for g in range(4)]) for bit in range(2)]
+                magnitudes = lookup.permute(lows[i % 4], high)
+            yield Group(_negate(signs[i % 4], magnitudes, GRID_ZERO), _pair_of_scales(d, rest[2:], i), [])
+
+
+def _iq3_xxs(rows: Rows) -> Iterator[Group]:
+    lookup, d = Lookup(rows.e, "IQ3_XXS", zero=GRID_ZERO), rows.half(0)
+    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(8)])
+    for half in range(2):
+        last = rows.words(66 + 16 * half, 4)
+        for i in range(4):
+            lows = rows.words(2 + 32 * half + 8 * (i & 2), 4)[2 * (i % 2) :][:2]
+            if stored:
+                magnitudes = stored.words(4 * half + i)
+            else:
+                magnitudes = [word for low in lows for word in lookup.permute(low, [])]
+            scale = d * (((last[i] >> 28) * 2 + 1).to_float() * 0.25)
+            yield Group(_negate(_even(_four_sevens(last[i])), magnitudes, GRID_ZERO), [scale], [])
+
+
+def _iq3_s(rows: Rows) -> Iterator[Group]:
+    lookup, d = Lookup(rows.e, "IQ3_S", zero=IQ3_S_ZERO), rows.half(0)
+    ninths, scales = rows.words(66, 4), rows.word(106)
+    indices = [Index(2 + g, 8, 66, 1, shift=g, bits=1) for g in range(8)]
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    for half in range(2):
+        signs = rows.words(74 + 16 * half, 4)
+        for i in range(4):
+            lows = rows.words(2 + 32 * half + 8 * (i & 2), 4)[2 * (i % 2) :][:2]
+            if stored:
+                magnitudes = stored.words(4 * half + i)
+            else:
+                magnitudes = []
+                for first, low in zip((8 * i, 8 * i + 4), lows, strict=True):
+                    magnitudes += lookup.permute(low, [_clear(ninths[half], range(first, first + 4))])
+            scale = d * ((((scales >> (16 * half + 4 * i)) & 15) << 1) + 1).to_float()
+            yield Group(_negate(signs[i], magnitudes, IQ3_S_ZERO), [scale], [])
+
+
+# Eight times a level of IQ1, and `zero`, which leaves room for the shift.
+IQ1_ZERO = 16
+
+
+def _shifted(levels: list[Vector], shifts: Vector) -> list[Vector]:
+    """IQ1: eight times a level, 1 less in lanes whose shift is not zero, 1 more in others: eight times the weight."""
+    one = shifts.is_zero().choose(shifts.constant(0x01010101), shifts.constant(-0x01010101))
+    return [level + one for level in levels]
+
+
+def _iq1_s(rows: Rows) -> Iterator[Group]:
+    lookup, d = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.half(0) * 0.125
+    indices = [Index(2 + g, 4, 34, 2, size=2, shift=3 * g, bits=3) for g in range(4)]
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    highs = rows.words(34, 4)
+    for half in range(2):
+        lows = rows.words(2 + 16 * half, 4)
+        for i in range(4 * half, 4 * half + 4):
+            high, first = highs[i // 2], 16 * (i % 2)
+            if stored:
+                levels = stored.words(i)
+            else:
+                bits = [_clear(high, [first + 3 * g + bit for g in range(4)]) for bit in range(3)]
+                levels = lookup.permute(lows[i % 4], bits)
+            scale = d * ((((high >> (first + 12)) & 7) << 1) + 1).to_float()
+            yield Group(_shifted(levels, (high >> (first + 15)) & 1), [scale], [])
+
+
+def _iq1_m(rows: Rows) -> Iterator[Group]:
+    lookup, highs, packed = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.words(32, 4), rows.words(40, 4)[2:]
+    indices = [Index(g, 4, 32 + g // 2, 2, shift=4 * (g % 2), bits=3) for g in range(4)]
+    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    # The top four bits of four uint16 are a float16, the first one's the lowest.
+    quarters = [((packed[i // 2] >> (12 + 16 * (i % 2))) & 15) << (4 * i) for i in range(4)]
+    d = (quarters[0] | quarters[1] | quarters[2] | quarters[3]).narrow(I16).bits_as(F16).to_float() * 0.125
+    for half in range(2):
+        lows = rows.words(16 * half, 4)
+        for i in range(4 * half, 4 * half + 4):
+            high, first = highs[i // 2], 16 * (i % 2)
+            if stored:
+                levels = stored.words(i)
+            else:
+                bits = [_clear(high, [first + 4 * g + bit for g in range(4)]) for bit in range(3)]
+                levels = lookup.permute(lows[i % 4], bits)
+            weights = []
+            for g in range(4):
+                weights += _shifted(levels[2 * g : 2 * g + 2], (high >> (first + 4 * g + 3)) & 1)
+            word = packed[half] >> (16 * (i // 2 % 2) + 6 * (i % 2))
+            scales = [d * ((((word >> (3 * k)) & 7) << 1) + 1).to_float() for k in range(2)]
+            yield Group(weights, scales, [])
+
+
 def _words(rows: Rows, count: int) -> list[Vector]:
     return rows.line() if count == LINE_WORDS else rows.words(0, count)
 
@@ -339,5 +594,17 @@ TYPES: dict[str, Quantised | Float] = {
     "Q8_K": Quantised(256, 292, 1, False, None, 0, _q8_k),
     "IQ4_NL": Quantised(32, 18, 1, False, None, 0, _iq4_nl),
     "IQ4_XS": Quantised(256, 136, 1, False, None, 0, _iq4_xs),
-    "MXFP4": Quantised(32, 17, 1, False, None, 0, _mxfp4),
+    "MXFP4": Quantised(32, 17, 1, False, 28, MXFP4_ZERO, _mxfp4),
+    "NVFP4": Quantised(64, 36, 2, False, 28, MXFP4_ZERO, _nvfp4),
+    "Q1_0": Quantised(128, 18, 1, False, 2, 1, _q1_0),
+    "Q2_0": Quantised(64, 18, 1, False, 3, 1, _q2_0),
+    "TQ1_0": Quantised(256, 54, 1, False, 2, 1, _tq1_0),
+    "TQ2_0": Quantised(256, 66, 1, False, 3, 1, _tq2_0),
+    "IQ1_S": Quantised(256, 50, 1, False, 25, IQ1_ZERO, _iq1_s),
+    "IQ1_M": Quantised(256, 56, 2, False, 25, IQ1_ZERO, _iq1_m),
+    "IQ2_XXS": Quantised(256, 66, 1, False, 107, GRID_ZERO, _iq2_xxs),
+    "IQ2_XS": Quantised(256, 74, 2, False, 107, GRID_ZERO, _iq2_xs),
+    "IQ2_S": Quantised(256, 82, 2, False, 107, GRID_ZERO, _iq2_s),
+    "IQ3_XXS": Quantised(256, 98, 1, False, 126, GRID_ZERO, _iq3_xxs),
+    "IQ3_S": Quantised(256, 110, 1, False, 31, IQ3_S_ZERO, _iq3_s),
 }

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from qrun.engine.kernels import require
 from qrun.engine.native.cache_root import cache_root
 from qrun.engine.native.codegen import CompileError, code_digest, initialize_llvm, symbol
 from qrun.engine.native.locks import ForkAwareLock
@@ -91,6 +92,8 @@ def _objects(
 def _compile(missing: list[str], target: Target, cache: ObjectCache, progress: Progress) -> dict[str, bytes]:
     """The object files of `missing`, which are put into the cache as they are done."""
     objects: dict[str, bytes] = {}
+    for key in missing:
+        require(key)
     progress(0, len(missing))
     with closing(compile_all(missing, target)) as results:
         for key, code in results:

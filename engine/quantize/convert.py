@@ -144,8 +144,10 @@ def plan(
             _check_convertible(source, tensor, entry.type, allow_requantize)
             importance = imatrix.importance(name, tensor.shape) if imatrix else None
             if importance is None and needs_importance(name, entry.type, choice):
+                base, _ = FILE_TYPES[choice.file_type]
+                needs = choice.file_type if entry.type == base else f"{name} as {entry.type.name}"
                 raise ValueError(
-                    f"{source.path}: {choice.file_type} needs an importance matrix"
+                    f"{source.path}: {needs} needs an importance matrix"
                     + (f", and {imatrix.path.name} has nothing of {name}" if imatrix else " (--imatrix)")
                 )
             entry = PlannedTensor(tensor, entry.type, importance)

@@ -13,7 +13,9 @@ from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Progress, load_kernels
 from qrun.engine.simd.target import Target, host_target
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
+from qrun.formats.blocks.fitting import Groups
 from qrun.formats.blocks.floats import DTYPES, Floats
+from qrun.formats.blocks.grid_fitting import tables
 
 F32Array = NDArray[np.float32]
 U8Array = NDArray[np.uint8]
@@ -76,6 +78,10 @@ class Encoder:
             R.Q_OUT: raw.ctypes.data, R.Q_SUMS: sums.ctypes.data, R.Q_TRIALS: trials.ctypes.data,
             R.Q_N_TRIALS: len(trials), R.Q_REFINEMENTS: effort.refinements, R.Q_ROUNDS: SEARCHES[type].rounds,
         }  # fmt: skip
+        levels = SEARCHES[type].levels
+        if isinstance(levels, Groups):
+            words = tables(levels)
+            fields |= {R.Q_LEVELS: words.level_words.ctypes.data, R.Q_CANDIDATES: words.candidate_words.ctypes.data}
         for offset, value in fields.items():
             record[offset // 8] = value
         self._functions[type](record.ctypes.data, 0, 0)

@@ -8,7 +8,7 @@ for tensor, so that a file is what people expect by that name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ FILE_TYPES: dict[str, tuple[T, int]] = {
     "Q4_1": (T.Q4_1, 3),
     "Q5_0": (T.Q5_0, 8),
     "Q5_1": (T.Q5_1, 9),
+    "Q1_0": (T.Q1_0, 40),
+    "Q2_0": (T.Q2_0, 41),
     "Q2_K": (T.Q2_K, 10),
     "Q2_K_S": (T.Q2_K, 21),
     "Q3_K_S": (T.Q3_K, 11),
@@ -34,9 +36,22 @@ FILE_TYPES: dict[str, tuple[T, int]] = {
     "Q5_K_S": (T.Q5_K, 16),
     "Q5_K_M": (T.Q5_K, 17),
     "Q6_K": (T.Q6_K, 18),
+    "IQ1_S": (T.IQ1_S, 24),
+    "IQ1_M": (T.IQ1_M, 31),
+    "IQ2_XXS": (T.IQ2_XXS, 19),
+    "IQ2_XS": (T.IQ2_XS, 20),
+    "IQ2_S": (T.IQ2_XS, 28),
+    "IQ2_M": (T.IQ2_S, 29),
+    "IQ3_XXS": (T.IQ3_XXS, 23),
+    "IQ3_XS": (T.IQ3_S, 22),
+    "IQ3_S": (T.IQ3_S, 26),
+    "IQ3_M": (T.IQ3_S, 27),
     "IQ4_NL": (T.IQ4_NL, 25),
     "IQ4_XS": (T.IQ4_XS, 30),
+    "TQ1_0": (T.TQ1_0, 36),
+    "TQ2_0": (T.TQ2_0, 37),
     "MXFP4": (T.MXFP4, 38),
+    "NVFP4": (T.NVFP4, 39),
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4_MOE": "MXFP4"}
 COPY = "COPY"
@@ -44,8 +59,35 @@ COPY = "COPY"
 FLOATS = frozenset({T.F32, T.F16, T.BF16, T.F64})
 NUMBERS = frozenset({T.I8, T.I16, T.I32, T.I64})
 
-# Where rows are not whole blocks of 256: a type with blocks of 32 that has as many bits or more.
+# Mixes of the fewest bits, where all that is not spared gets a type of one or two.
+LOWEST = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
+# Those of them that spare tensors with IQ3_S; the others do with Q2_K.
+WITH_THREE_BITS = ("IQ2_S", "IQ2_M")
+
+# Types of which a tensor would be garbage without an importance matrix.
+NEED_IMPORTANCE = frozenset({T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS})
+
+# What an embedding gets that is not the output too.
+EMBEDDINGS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), T.Q2_K),
+    **dict.fromkeys(("IQ2_S", "IQ2_M", "IQ3_XXS"), T.IQ3_S),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_0"), T.Q4_K),
+}
+
+# Where rows are not whole blocks of 64, 128 or 256: a type with blocks of 32 that has as many bits or more.
 FALLBACKS = {
+    T.Q1_0: T.Q4_0,
+    T.Q2_0: T.Q4_0,
+    T.TQ1_0: T.Q4_0,
+    T.TQ2_0: T.Q4_0,
+    T.IQ1_S: T.IQ4_NL,
+    T.IQ1_M: T.IQ4_NL,
+    T.IQ2_XXS: T.IQ4_NL,
+    T.IQ2_XS: T.IQ4_NL,
+    T.IQ2_S: T.IQ4_NL,
+    T.IQ3_XXS: T.IQ4_NL,
+    T.IQ3_S: T.IQ4_NL,
+    T.NVFP4: T.IQ4_NL,
     T.Q2_K: T.Q4_0,
     T.Q3_K: T.Q4_0,
     T.Q4_K: T.Q5_0,
@@ -106,13 +148,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked for. overrides: patterns (regular expressions, found anywhere in a name) with their types."""
+    """What the user asked for. overrides: patterns (regular expressions, found anywhere in a name) with their types.
+
+    keep: tensors of these types stay as they are.
+    """
 
     file_type: str
     pure: bool = False
     output: T | None = None
     embedding: T | None = None
     overrides: Sequence[tuple[re.Pattern[str], T]] = ()
+    keep: Collection[T] = ()
 
 
 def file_type_name(name: str) -> str:
@@ -137,8 +183,10 @@ def category(name: str) -> str:
 
 
 def needs_importance(name: str, type: T, choice: Choice) -> bool:
-    """Whether a tensor of this type would be garbage without an importance matrix: Q2_K in a file of little else."""
-    return choice.file_type == "Q2_K_S" and type == T.Q2_K and category(name) not in ("output", "embedding")
+    """Whether a tensor would be garbage without an importance matrix: of few bits, or Q2_K where little else is."""
+    if category(name) in ("output", "embedding"):
+        return False
+    return type in NEED_IMPORTANCE or (type == T.Q2_K and choice.file_type == "Q2_K_S")
 
 
 def is_quantisable(name: str, shape: tuple[int, ...], type: T) -> bool:
@@ -174,9 +222,10 @@ class _Mix:
         self.n_values = sum(category(name) == "attn_v" for name in names)
         self.tied = "output.weight" not in names
         self.i_values = self.i_down = 0
+        self.i_wide = {"ffn_gate": 0, "ffn_up": 0}
 
     def type_of(self, name: str, type: T, shape: tuple[int, ...]) -> T:
-        if not is_quantisable(name, shape, type):
+        if type in self.choice.keep or not is_quantisable(name, shape, type):
             return type
         kind = category(name)
         manual = next((chosen for pattern, chosen in self.choice.overrides if pattern.search(name)), None)
@@ -197,14 +246,40 @@ class _Mix:
             return self._output(shape[-1])
         if self.name == "MXFP4":
             return T.MXFP4 if len(shape) > 2 and shape[-3] > 1 else T.Q8_0
+        if kind == "embedding":
+            return EMBEDDINGS.get(self.name, self.base)
+        if self.name in LOWEST:
+            return self._lowest(kind)
         if kind == "attn_v":
             return self._values()
-        if kind == "attn_k":
-            return T.Q8_0 if self.facts.n_experts == 8 else self.base
+        if kind == "attn_k" and self.facts.n_experts == 8:
+            return T.Q8_0
+        if kind in ("attn_k", "attn_q"):
+            return {"IQ3_XS": T.IQ3_XXS, "IQ3_XXS": T.IQ2_S}.get(self.name, self.base)
         if kind == "ffn_down":
             return self._down(name)
         if kind == "attn_output":
             return self._attention_output()
+        if kind in self.i_wide:
+            return self._wide(name, kind)
+        return self.base
+
+    def _lowest(self, kind: str) -> T:
+        """Of a tensor in a mix of one or two bits that is no embedding and no output."""
+        facts, spared = self.facts, T.IQ3_S if self.name in WITH_THREE_BITS else T.Q2_K
+        if kind == "attn_v":
+            return T.Q4_K if facts.heads_per_kv >= 4 or facts.n_experts >= 4 else spared
+        if kind == "attn_k" and facts.n_experts == 8:
+            return T.Q4_K
+        if kind == "ffn_down":
+            self.i_down += 1
+            return spared if self.i_down - 1 < facts.n_layers // 8 else self.base
+        if kind == "attn_output":
+            if facts.n_experts == 8:
+                return T.Q5_K
+            if self.name in ("IQ1_S", "IQ1_M"):
+                return T.IQ2_XXS
+            return T.IQ3_S if self.name in WITH_THREE_BITS else self.base
         return self.base
 
     def _output(self, row: int) -> T:
@@ -212,6 +287,8 @@ class _Mix:
             return self.choice.output
         if self.name == "MXFP4" or self.facts.architecture == "falcon" or row % block_size(self.base):
             return T.Q8_0
+        if self.name in LOWEST or self.name == "IQ3_XXS":
+            return T.Q5_K
         return T.Q8_0 if self.base == T.Q8_0 else T.Q6_K
 
     def _values(self) -> T:
@@ -225,6 +302,10 @@ class _Mix:
             chosen = T.Q5_K if i < 2 else T.Q4_K
         elif name == "Q3_K_L" or (name in ("IQ4_NL", "IQ4_XS") and many_share):
             chosen = T.Q5_K
+        elif name == "IQ3_M" or (name in ("IQ3_XXS", "IQ3_XS", "IQ3_S") and many_share):
+            chosen = T.Q4_K
+        elif name == "IQ3_XXS" and not facts.has_importance:
+            chosen = T.IQ3_S
         elif name in ("Q4_K_M", "Q5_K_M") and _wants_more(i, self.n_values):
             chosen = T.Q6_K
         elif name == "Q4_K_S" and i < 4:
@@ -239,8 +320,7 @@ class _Mix:
     def _down(self, tensor: str) -> T:
         name, n = self.name, self.facts.n_layers
         falcon = self.facts.architecture == "falcon"
-        # The down projections of experts do not come in the order of layers everywhere.
-        i = layer_of(tensor) if self.facts.n_experts > 1 else self.i_down
+        i = self._layer(tensor, self.i_down)
         self.i_down += 1
         early = i < n // 8
         if name == "Q2_K":
@@ -253,6 +333,10 @@ class _Mix:
             return T.Q4_K if not falcon or _wants_more(i, n) else T.Q3_K
         if name == "Q3_K_L":
             return T.Q4_K if falcon else T.Q5_K
+        if name == "IQ3_XXS" and not self.facts.has_importance:
+            return T.Q4_K if early else T.Q3_K
+        if name == "IQ3_M" and (early or (self.facts.n_experts == 8 and _wants_more(i, n))):
+            return T.Q4_K
         if name == "Q4_K_M":
             if falcon:
                 return T.Q6_K if i < n // 16 else T.Q5_K if _wants_more(i, n) else T.Q4_K
@@ -272,9 +356,21 @@ class _Mix:
         if self.facts.architecture == "falcon":
             return T.Q4_K if name == "Q3_K_L" else self.base
         if self.facts.n_experts == 8:
-            more = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
+            more = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL",
+                    "IQ4_XS")  # fmt: skip
             return T.Q5_K if name in more else self.base
-        return {"Q2_K": T.Q3_K, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K}.get(name, self.base)
+        finer = {"Q2_K": T.Q3_K, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K, "IQ3_XXS": T.IQ3_S, "IQ3_M": T.Q4_K}
+        return finer.get(name, self.base)
+
+    def _wide(self, tensor: str, kind: str) -> T:
+        """Gates and up projections."""
+        n, i = self.facts.n_layers, self._layer(tensor, self.i_wide[kind])
+        self.i_wide[kind] += 1
+        return T.IQ3_XXS if self.name == "IQ3_XS" and n // 8 <= i < 7 * n // 8 else self.base
+
+    def _layer(self, tensor: str, count: int) -> int:
+        """The layer, as the number of such tensors before; those of experts do not come in order everywhere."""
+        return layer_of(tensor) if self.facts.n_experts > 1 else count
 
 
 def _wants_more(i: int, n: int) -> bool:

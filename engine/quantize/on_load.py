@@ -20,9 +20,9 @@ from qrun.engine.native.object_cache import make_private, warn_not_kept
 from qrun.models.store import folder_bytes
 
 DEFAULT_TYPE = "Q8_0"
-"""Half the size of the checkpoint, and nothing lost that could be noticed."""
+"""Half the size of the checkpoint, and nothing lost that could be noticed. Weights of four-bit floats stay so."""
 
-VERSION = 2  # of what a conversion gives: one more than before when that changes
+VERSION = 3  # of what a conversion gives: one more than before when that changes
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +50,9 @@ def converted(
     if file_type == COPY:
         raise ValueError("a model is not run as COPY: name a type such as BF16")
     folder = folder.resolve()
-    place = f"{_safe(folder.name)}-{_digest(str(folder))}-{file_type}"
+    # A type that is asked for is that of all weights, also of those that would be kept.
+    keep = type is None and _is_packed(folder)
+    place = f"{_safe(folder.name)}-{_digest(str(folder))}-{file_type}{'-kept' if keep else ''}"
     name = f"{place}-{_digest(_state(folder))}.gguf"
     for kept in _folders():
         if (kept / name).is_file():
@@ -58,22 +60,31 @@ def converted(
     from filelock import FileLock
 
     from qrun.engine.quantize.convert import convert, plan
-    from qrun.engine.quantize.source import open_source
+    from qrun.engine.quantize.source import KEPT_TYPES, open_source
 
     target = _folder_to_write() / name
     lock = target.parent / f".{place}.lock"
     with FileLock(lock):
         if not target.is_file():  # another process may have made it meanwhile
-            with closing(open_source(folder)) as source:
+            with closing(open_source(folder, keep=keep)) as source:
                 if notice:
                     for text in source.notices:
                         notice(text)
-                choice = Choice(file_type)
-                convert(plan(source, choice), target, threads=threads, progress=progress, compiling=compiling)
+                planned = plan(source, Choice(file_type, keep=KEPT_TYPES if keep else ()))
+                convert(planned, target, threads=threads, progress=progress, compiling=compiling)
             for old in set(target.parent.glob(f"{place}-*.gguf")) - {target}:
                 with suppress(OSError):  # on some systems not while another process has it open
                     old.unlink()
     return target
+
+
+def _is_packed(folder: Path) -> bool:
+    """Does its configuration say that weights are quantised?"""
+    from qrun.models.huggingface.checkpoint import read_config
+    from qrun.models.huggingface.quantization import read_quantization
+
+    settings, _ = read_quantization(read_config(folder)[1])
+    return settings is not None
 
 
 def _folders() -> Iterator[Path]:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, ValueType
+from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorInfo, TensorType, ValueType
 from qrun.formats.blocks import dequantize
 from qrun.formats.blocks.floats import DTYPES, Floats, as_stored
 from qrun.formats.gguf.cursor import quote
@@ -101,7 +101,14 @@ class GGUFSource:
         self.reader.close()
 
 
-def open_source(path: Path) -> Source:
-    """What lies there: a folder with a checkpoint, or a GGUF file. Raises FormatError if it is neither, or damaged."""
-    return CheckpointSource(path) if path.is_dir() else GGUFSource(GGUFReader(path))
+# What a checkpoint may have been made in already, and is kept in unless another type is asked for.
+KEPT_TYPES = (TensorType.NVFP4, TensorType.MXFP4)
+
+
+def open_source(path: Path, *, keep: bool = False) -> Source:
+    """What lies there: a folder with a checkpoint, or a GGUF file. Raises FormatError if it is neither, or damaged.
+
+    keep: weights that a checkpoint has in one of KEPT_TYPES are tensors of that, and not decoded.
+    """
+    return CheckpointSource(path, keep=keep) if path.is_dir() else GGUFSource(GGUFReader(path))
 

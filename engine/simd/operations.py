@@ -376,10 +376,7 @@ def round_to_int(e: Emitter, value: ir.Value) -> ir.Value:
 @operation(lambda size: types.intp)
 def scratch(e: Emitter, size: int) -> ir.Value:
     """The address of `size` bytes (a literal) on this thread's stack, aligned to 64."""
-    with e.builder.goto_entry_block():
-        space = e.builder.alloca(ir.ArrayType(I8, size))
-        space.align = 64
-    return e.builder.ptrtoint(space, I64)
+    return e.scratch(size)
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

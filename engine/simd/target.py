@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def _is_arm(triple: str) -> bool:
 def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str = "best") -> Target:
     """The best of what a CPU has: LLVM's triple and name for it, and LLVM's names of features, present or not.
 
-    form: "best", or to have a lesser one where the CPU has more: "avx512" (no VNNI), "avx2", "plain".
+    form: "best", or to have a lesser one where the CPU has more: "avx512" (no VNNI, no VBMI), "avx2", "plain".
     """
     if form not in FORMS:
         raise ValueError(f"QRUN_SIMD is {form!r}: it can be {', '.join(FORMS[:-1])} or {FORMS[-1]}")
@@ -84,7 +85,7 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
         # AVX10 names imply AVX-512.
         features = {name: present and not name.startswith(("avx512", "avx10")) for name, present in features.items()}
     if form in ("avx512", "avx2"):
-        features = {name: present and "vnni" not in name for name, present in features.items()}
+        features = {name: present and not re.search("vnni|vbmi", name) for name, present in features.items()}
     has = {name for name, present in features.items() if present}
     if form == "plain":
         lanes, dot, columns = 8 if _is_x86(triple) and "avx" in has else 4, "plain", 4
@@ -143,6 +144,7 @@ MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "avx2": (_X86, "haswell", _AVX2),
     "avx512": (_X86, "skylake-avx512", _AVX512),
     "avx512-vnni": (_X86, "icelake-server", (*_AVX512, "avx512vnni")),
+    "avx512-vbmi": (_X86, "icelake-server", (*_AVX512, "avx512vnni", "avx512vbmi")),
     "avx-vnni": (_X86, "alderlake", (*_AVX2, "avxvnni")),
     "neon": (_ARM, "cortex-a72", ("neon",)),
     "neon-dotprod": (_ARM, "neoverse-n1", ("neon", "dotprod")),

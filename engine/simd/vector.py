@@ -5,7 +5,8 @@ Code written with it runs while a kernel is compiled: a Python loop around it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from llvmlite import ir
 
@@ -207,6 +208,19 @@ class Emitter:
         type_ = ir.VectorType(element, lanes)
         return self.vector(self.builder.load(self.pointer(address, offset, type_), align=1))
 
+    def gather(self, address: ir.Value, indices: Vector) -> Vector:
+        """The int32 numbers of these indices from an array at an address."""
+        lanes = indices.lanes
+        wide = ir.VectorType(I64, lanes)
+        offsets = self.builder.shl(self.builder.sext(indices.value, wide), ir.Constant(wide, [2] * lanes))
+        places = self.builder.add(self.splat(address, lanes).value, offsets)
+        pointers = self.builder.inttoptr(places, ir.VectorType(I32.as_pointer(), lanes))
+        bits = ir.VectorType(ir.IntType(1), lanes)
+        type_ = ir.FunctionType(indices.value.type, [pointers.type, I32, bits, indices.value.type])
+        function = declare(self.builder.module, f"llvm.masked.gather.v{lanes}i32.v{lanes}p0", type_)
+        every, none = ir.Constant(bits, [1] * lanes), ir.Constant(indices.value.type, ir.Undefined)
+        return self.vector(self.builder.call(function, [pointers, ir.Constant(I32, 4), every, none]))
+
     def load_scalar(self, address: ir.Value, offset: int, element: ir.Type) -> ir.Value:
         return self.builder.load(self.pointer(address, offset, element), align=1)
 
@@ -317,6 +331,62 @@ class Emitter:
             same = flat._new(self.builder.icmp_unsigned("==", flat.value, flat.constant(index).value))
             result = same.choose(flat.constant(value & 0xFF), result)
         return result.bits_as(I32)
+
+    @property
+    def permutes_bytes(self) -> bool:
+        """Whether there are `permute_one`, `permute_two` and `shift_bytes`."""
+        return self.lanes == 16 and self.target.has("avx512vbmi")
+
+    def permute_one(self, table: Sequence[int], indices: Vector) -> Vector:
+        """table[i % 64] for each byte i."""
+        entries = ir.Constant(indices.value.type, list(table))
+        name = "llvm.x86.avx512.permvar.qi.512"
+        return self._target_call(name, indices.value.type, self.vector(entries), indices)
+
+    def permute_two(self, tables: Sequence[Vector], indices: Vector) -> Vector:
+        """For each byte i: byte i % 128 of two vectors of 64 bytes."""
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        return self._target_call(name, indices.value.type, tables[0], indices, tables[1])
+
+    def shift_bytes(self, words: Vector, shifts: Sequence[int]) -> Vector:
+        """For each byte the eight bits that begin at bit `shifts` of its 64 bits, which are a ring."""
+        flat = words.bits_as(I8)
+        places = self.vector(ir.Constant(flat.value.type, list(shifts)))
+        return self._target_call("llvm.x86.avx512.pmultishift.qb.512", flat.value.type, places, flat)
+
+    @contextlib.contextmanager
+    def loop(self, count: int) -> Iterator[ir.Value]:
+        """A loop in the machine code, of what is emitted in it. Gives the turn's number, an int64."""
+        before = self.builder.block
+        body = self.builder.append_basic_block("loop")
+        self.builder.branch(body)
+        self.builder.position_at_end(body)
+        number = self.builder.phi(I64)
+        yield number
+        following = self.builder.add(number, ir.Constant(I64, 1))
+        after = self.builder.append_basic_block("after_loop")
+        self.builder.cbranch(self.builder.icmp_signed("<", following, ir.Constant(I64, count)), body, after)
+        number.add_incoming(ir.Constant(I64, 0), before)
+        number.add_incoming(following, self.builder.block)
+        self.builder.position_at_end(after)
+
+    def scratch(self, size: int) -> ir.Value:
+        """The address of `size` bytes on this thread's stack, aligned to 64."""
+        with self.builder.goto_entry_block():
+            space = self.builder.alloca(ir.ArrayType(I8, size))
+            space.align = 64
+        return self.builder.ptrtoint(space, I64)
+
+    def table(self, name: str, content: bytes) -> ir.Value:
+        """The address of constant bytes."""
+        type_ = ir.ArrayType(I8, len(content))
+        module = self.builder.module
+        if name not in module.globals:
+            constant = ir.GlobalVariable(module, type_, name)
+            constant.linkage, constant.global_constant, constant.unnamed_addr = "internal", True, True
+            constant.align = 64
+            constant.initializer = ir.Constant(type_, bytearray(content))
+        return self.builder.ptrtoint(module.globals[name], I64)
 
     def pause(self) -> None:
         """Tell the core that this is a waiting loop."""

@@ -1,1 +1,1 @@
-"""Between texts and tokens: tokenizers, chat templates and their sandbox, stop strings."""
+"""Between texts and tokens: tokenizers, chat templates and their sandbox, formats of answers, stop strings."""

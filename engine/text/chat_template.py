@@ -14,6 +14,7 @@ from qrun.engine.text.response_formats import SWITCHES, ResponseFormat, Switch, 
 from qrun.engine.text.response_parser import ResponseParser
 from qrun.engine.text.template_fitting import PROBE_TOOLS, Fitting, Unanswered
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tool_calls import text_arguments
 from qrun.formats import FormatError, GGUFReader
 
 if TYPE_CHECKING:
@@ -172,12 +173,14 @@ class ChatTemplate:
         sources = dict.fromkeys((self.source, self._tool_source))
         return find_format("\n".join(sources), self._tokenizer.has_piece)
 
-    def response(self, prompt: str, *, with_calls: bool = False) -> ResponseParser | None:
-        """What splits the answer to this prompt into thoughts and answer, and calls of functions if asked for; None
-        where the template knows nothing of the kind. For one generation."""
-        thoughts, calls = self.format.thoughts, self.format.calls if with_calls else None
+    def response(self, prompt: str, tools: Iterable[Any] | None = None) -> ResponseParser | None:
+        """What splits the answer to this prompt into thoughts and answer, and calls of functions if there are tools;
+        None where the template knows nothing of the kind. For one generation."""
+        tools = read_tools(tools)
+        thoughts, calls = self.format.thoughts, self.format.calls if tools else None
+        texts = text_arguments(tools or ())
         if thoughts is None:
-            return ResponseParser(self.format, with_calls=True) if calls else None
+            return ResponseParser(self.format, with_calls=True, texts=texts) if calls else None
         with self._lock:
             self._probe_seconds = _PROBE_SECONDS
             _, closing = self._around_thought(self._fitting(None, {})[0])
@@ -188,7 +191,8 @@ class ChatTemplate:
             self.format,
             thinking=thinking,
             thought=not thinking and end.endswith(tuple(ends)),
-            with_calls=with_calls,
+            with_calls=bool(tools),
+            texts=texts,
             closing=closing,
         )
 

@@ -5,13 +5,17 @@ answers to the model. So a family is known by marks in the template's source, an
 change. A row is data, for whoever needs it: `response_parser` splits answers by it, `chat_template` begins and ends
 thoughts with it, and `tool_calls` reads calls.
 
-A row was taken in after its template had been rendered with an answer that has a thought and calls.
+Rows were checked by rendering templates with an answer that has a thought and calls. For lack of a template that shows
+them, these were not: the thoughts of Kimi VL; the calls of FunctionGemma, Phi 4 mini and Granite 3.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
+
+# A full-width bar and a lower block, as DeepSeek writes them.
+_BAR, _BLANK = "\uff5c", "\u2581"
 
 Channel = Literal["content", "reasoning", "tool_call"]
 
@@ -68,8 +72,7 @@ Body = Literal[
 
 @dataclass(frozen=True)
 class Calls:
-    """Marks around calls of functions. `close` is "" where calls go on to the end of the answer, or to the next `open`.
-    """
+    """Marks around calls of functions. `close` is "" where one goes on to the next `open`, or to the end of all."""
 
     signs: tuple[str, ...]
     open: str
@@ -81,6 +84,12 @@ class Calls:
     """Of "bare-keys": what stands around a text."""
     dropped: str = ""
     """Marks of the family within a call that mean nothing: a regular expression."""
+
+    @property
+    def ends_thought(self) -> bool:
+        """Whether `open` counts within a thought too, which some models leave open when they call. A model that thinks
+        about calls may well write "<tool_call>" there, but hardly "<|tool_call_start|>", a token of its own."""
+        return self.open.startswith(("<|", f"<{_BAR}", "[TOOL_CALLS]", "]<]"))
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,6 @@ THOUGHTS = (
 # Models whose template says nothing of thoughts, and whose vocabulary has these pieces, are tunes that think.
 THOUGHTS_BY_PIECES = (THOUGHTS[-1], Thoughts((), "[THINK]", "[/THINK]", inner="", after=""))
 
-# Full-width bars and a lower block, as DeepSeek writes them.
-_BAR, _BLANK = "\uff5c", "\u2581"
 _DSML = f"{_BAR}DSML{_BAR}"
 _TOOL_CALLS = f"<{_BAR}tool{_BLANK}calls{_BLANK}"
 _TOOL_CALL = f"<{_BAR}tool{_BLANK}call{_BLANK}"

@@ -8,8 +8,8 @@ import copy
 import re
 from typing import Self
 
-from qrun.engine.text.response_formats import Channel, ResponseFormat, Thoughts
-from qrun.engine.text.tool_calls import ToolCall, read_calls
+from qrun.engine.text.response_formats import Calls, Channel, ResponseFormat, Thoughts
+from qrun.engine.text.tool_calls import Texts, ToolCall, read_calls
 
 Split = list[tuple[Channel, str]]
 
@@ -30,10 +30,12 @@ class ResponseParser:
         thinking: bool = False,
         thought: bool = False,
         with_calls: bool = False,
+        texts: Texts = frozenset(),
         closing: str = "",
     ) -> None:
         """thinking: the prompt has begun a thought. thought: it has ended one. with_calls: calls of functions are
-        looked for, and are not part of the answer. closing: what ends a thought, with what leads over to the answer.
+        looked for, and are not part of the answer. texts: see `text_arguments`. closing: what ends a thought, with what
+        leads over to the answer.
         """
         self.channel: Channel = "reasoning" if thinking else "content"
         """What more text would be, so far as is known."""
@@ -42,9 +44,11 @@ class ResponseParser:
         self.closing = closing
         self._thoughts = format.thoughts
         self._calls = format.calls if with_calls else None
+        self._texts = texts
         self._header = format.thoughts.header if format.thoughts else None
         self._heading = self._header is not None and not thinking and not thought
         """Whether what comes is the header of a message."""
+        self._around: Channel = "content"  # what a call stands in
         self._name = ""  # of the function that a message is addressed to
         self._held = ""  # text that may be, or begin with, a mark
         self._space = ""  # white space that is left out unless something follows it
@@ -118,7 +122,7 @@ class ResponseParser:
         held, self._held = self._held, ""
         if self._heading:
             self._heading = False
-            held = "" if self._is_bare_header(held) else held
+            held = "" if self._is_header(held) else held
         if self.channel == "tool_call":
             self._end_call(held, "", split)
         else:
@@ -166,10 +170,15 @@ class ResponseParser:
             elif self._fresh:
                 marks += [thoughts.open, thoughts.close]
             if self._after_thought and self.channel == "content":
-                marks += thoughts.around_answer
-        if calls is not None and self.channel == "content" and (calls.open != "{" or self._fresh):
+                marks += thoughts.around_answer[0 if self._fresh else 1 :]
+        if calls is not None and self._may_call(calls):
             marks.append(calls.open)
         return [mark for mark in marks if mark]
+
+    def _may_call(self, calls: Calls) -> bool:
+        if self.channel == "reasoning":
+            return calls.ends_thought
+        return calls.open != "{" or self._fresh
 
     def _place(self, mark: str) -> int:
         """Where a mark stands, -1 for nowhere; of those that count only at the start of something, there."""
@@ -198,8 +207,8 @@ class ResponseParser:
     def _pass(self, mark: str) -> None:
         """Goes over a mark in a thought or an answer."""
         thoughts, calls = self._thoughts, self._calls
-        if calls is not None and mark == calls.open and self.channel == "content":
-            self.channel, self._space = "tool_call", ""
+        if calls is not None and mark == calls.open:
+            self._around, self.channel = self.channel, "tool_call"
             if mark == "{":
                 self._held = mark + self._held
         elif thoughts is not None and mark == thoughts.open and self.channel == "content":
@@ -234,20 +243,19 @@ class ResponseParser:
     def _read_header(self) -> bool:
         assert self._header is not None
         head, end, rest = self._held.partition(self._header.end)
-        if end and self._begins_header(head):
+        if end and (not head or self._is_header(head)):
             self._held, self._heading = rest, False
             self.channel, self._stripping, self._space = self._addressed(head), True, ""
             return True
-        if not end and len(head) <= _MAX_HEADER and self._begins_header(head):
+        may_be_one = self._is_header(head) or any(
+            mark.startswith(head) for mark in (*self._header.starts, self._header.end)
+        )
+        if not end and len(head) <= _MAX_HEADER and may_be_one:
             return False
         self._heading = False  # a model that has not learnt to write them
         return True
 
-    def _begins_header(self, head: str) -> bool:
-        assert self._header is not None
-        return any(head.startswith(start) or start.startswith(head) for start in self._header.starts)
-
-    def _is_bare_header(self, head: str) -> bool:
+    def _is_header(self, head: str) -> bool:
         return self._header is not None and head.startswith(self._header.starts)
 
     def _addressed(self, head: str) -> Channel:
@@ -265,13 +273,14 @@ class ResponseParser:
     def _end_call(self, body: str, mark: str, split: Split) -> None:
         calls = self._calls
         assert calls is not None
-        read = read_calls(calls, body, self._name)
+        read = read_calls(calls, body, self._name, self._texts)
         text = body
         again = bool(mark) and not calls.close  # the next call has begun
         if not self._name:
             text = ("" if calls.open == "{" else calls.open) + body + ("" if again else mark)
-        self.channel = "content"
+        self.channel = "content" if read else self._around
         if read:
+            self._space = ""
             self.calls += read
             split.append(("tool_call", text))
             self._fresh = self._stripping = True

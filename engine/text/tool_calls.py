@@ -3,7 +3,8 @@
 import ast
 import json
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,28 @@ class ToolCall:
     id: str = ""
 
 
+Texts = frozenset[tuple[str, str]]
+"""Names of functions, each with the name of an argument that is a text."""
+
+
+def text_arguments(tools: Iterable[Any]) -> Texts:
+    """The arguments that are texts by the schemas of these functions. Where a format has no quotes around texts, "12"
+    is one for such an argument, and a number for any other."""
+    texts = set()
+    for tool in tools:
+        function = _mapping(tool).get("function", tool)
+        properties = _mapping(_mapping(_mapping(function).get("parameters")).get("properties"))
+        for key, schema in properties.items():
+            if _mapping(schema).get("type") == "string":
+                texts.add((str(function.get("name")), str(key)))
+    return frozenset(texts)
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    """What schemas are made of; nothing, where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 _NAME = re.compile(r"[\w.:/$-]+")
 
 
@@ -26,12 +49,13 @@ class _NoCall(Exception):
     """The text is no call."""
 
 
-def read_calls(calls: Calls, text: str, name: str = "") -> list[ToolCall] | None:
-    """The calls in a text; None if it is none. name: that of the function, where it does not stand in the text."""
+def read_calls(calls: Calls, text: str, name: str = "", texts: Texts = frozenset()) -> list[ToolCall] | None:
+    """The calls in a text; None if it is none. name: that of the function, where it does not stand in the text. texts:
+    see `text_arguments`."""
     if calls.dropped:
         text = re.sub(calls.dropped, lambda found: "/" if found[0].startswith("/") else "", text)
     try:
-        read = _READERS[calls.body](calls, text)
+        read = _READERS[calls.body](calls, text, texts)
     except (_NoCall, ValueError, RecursionError, SyntaxError, MemoryError):
         read = []
     if not all(_NAME.fullmatch(call.name) for call in read):
@@ -74,7 +98,7 @@ def _arguments(value: Any) -> dict[str, Any]:
     return value
 
 
-def _json(calls: Calls, text: str) -> list[ToolCall]:
+def _json(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     for value in _values(text):
         if not isinstance(value, dict):
@@ -93,14 +117,14 @@ def _json(calls: Calls, text: str) -> list[ToolCall]:
     return read
 
 
-def _json_by_name(calls: Calls, text: str) -> list[ToolCall]:
+def _json_by_name(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     values = _values(text)
     if not all(isinstance(value, dict) for value in values):
         raise _NoCall
     return [ToolCall(name, _arguments(given)) for value in values for name, given in value.items()]
 
 
-def _name_json(calls: Calls, text: str) -> list[ToolCall]:
+def _name_json(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     decoder = json.JSONDecoder(strict=False)
     head = re.compile(calls.pattern, re.DOTALL)
@@ -112,24 +136,28 @@ def _name_json(calls: Calls, text: str) -> list[ToolCall]:
     return read
 
 
-def _value(text: str) -> Any:
+def _value(text: str, is_text: bool = False) -> Any:
     """JSON where it is, as for numbers; else the text itself."""
+    if is_text:
+        return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _function_tags(calls: Calls, text: str) -> list[ToolCall]:
+def _function_tags(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     for function in re.finditer(r"<function=([^>]*)>(.*?)(?:</function>|(?=<function=)|\Z)", text, re.DOTALL):
         pattern = r"<parameter=([^>]*)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)"
         pairs = re.findall(pattern, function[2], re.DOTALL)
-        read.append(ToolCall(function[1].strip(), {key.strip(): _value(value) for key, value in pairs}))
+        name = function[1].strip()
+        named = ((key.strip(), value) for key, value in pairs)
+        read.append(ToolCall(name, {key: _value(value, (name, key) in texts) for key, value in named}))
     return read
 
 
-def _invoke_tags(calls: Calls, text: str) -> list[ToolCall]:
+def _invoke_tags(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     if calls.open == "<function ":
         text = f"<invoke {text}"
@@ -137,15 +165,16 @@ def _invoke_tags(calls: Calls, text: str) -> list[ToolCall]:
         arguments = {}
         named = r'<param(?:eter)?\s+name="([^"]*)"([^>]*)>(.*?)</param(?:eter)?>'
         for key, kind, value in re.findall(named, function[2], re.DOTALL):
-            arguments[key] = value if 'string="true"' in kind else _value(value)
+            arguments[key] = _value(value, 'string="true"' in kind or (function[1], key) in texts)
         if not arguments:  # the key is the tag
             tags = r"<([\w.-]+)>(.*?)</\1>"
-            arguments = {key: _value(value) for key, value in re.findall(tags, function[2], re.DOTALL)}
+            pairs = re.findall(tags, function[2], re.DOTALL)
+            arguments = {key: _value(value, (function[1], key) in texts) for key, value in pairs}
         read.append(ToolCall(function[1], arguments))
     return read
 
 
-def _key_value_tags(calls: Calls, text: str) -> list[ToolCall]:
+def _key_value_tags(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     for part in re.split(r"</tool_call>", re.sub(r"<tool_call>|<tool_sep>", "", text)):
         name, *pairs = re.split(r"<arg_key>", part)
@@ -155,13 +184,15 @@ def _key_value_tags(calls: Calls, text: str) -> list[ToolCall]:
         for pair in pairs:
             key, _, value = pair.partition("</arg_key>")
             found = re.search(r"<arg_value>(.*?)(?:</arg_value>|\Z)", value, re.DOTALL)
-            arguments[key.strip()] = _value(found[1]) if found else ""
+            is_text = (name.strip(), key.strip()) in texts
+            arguments[key.strip()] = _value(found[1], is_text) if found else ""
         read.append(ToolCall(name.strip(), arguments))
     return read
 
 
-def _python(calls: Calls, text: str) -> list[ToolCall]:
-    tree = ast.parse(text.strip(), mode="eval").body
+def _python(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
+    with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+        tree = ast.parse(text.strip(), mode="eval").body
     read = []
     for call in tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]:
         if not isinstance(call, ast.Call) or call.args:
@@ -188,7 +219,7 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(_JsonNames().visit(node))
 
 
-def _bare_keys(calls: Calls, text: str) -> list[ToolCall]:
+def _bare_keys(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     at = 0
     while found := re.compile(r"\s*call:([^{]*)").match(text, at):
@@ -234,7 +265,7 @@ def _space(text: str, at: int) -> int:
     return at
 
 
-def _indexed_tags(calls: Calls, text: str) -> list[ToolCall]:
+def _indexed_tags(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     read = []
     call = r'<\|open\|>call tool="([^"]*)"[^<]*<\|sep\|>(.*?)(?:<\|close\|>call<\|sep\|>|\Z)'
     argument = r'<\|open\|>argument key="([^"]*)" type="([^"]*)"[^<]*<\|sep\|>(.*?)<\|close\|>argument<\|sep\|>'
@@ -244,7 +275,7 @@ def _indexed_tags(calls: Calls, text: str) -> list[ToolCall]:
     return read
 
 
-_READERS: dict[Body, Callable[[Calls, str], list[ToolCall]]] = {
+_READERS: dict[Body, Callable[[Calls, str, Texts], list[ToolCall]]] = {
     "json": _json,
     "json-by-name": _json_by_name,
     "name-json": _name_json,

@@ -6,9 +6,19 @@ import numpy as np
 
 from qrun.formats.blocks import (
     floats,
+    iq1_m,
+    iq1_s,
+    iq2_s,
+    iq2_xs,
+    iq2_xxs,
+    iq3_s,
+    iq3_xxs,
     iq4_nl,
     iq4_xs,
     mxfp4,
+    nvfp4,
+    q1_0,
+    q2_0,
     q2_k,
     q3_k,
     q4_0,
@@ -20,6 +30,8 @@ from qrun.formats.blocks import (
     q6_k,
     q8_0,
     q8_k,
+    tq1_0,
+    tq2_0,
 )
 from qrun.formats.blocks.fitting import Search
 from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, Decoder, Encoder, F32Array, TensorType, U8Array
@@ -41,9 +53,21 @@ _CODECS: dict[TensorType, tuple[Decoder, Encoder | None]] = {
     TensorType.Q5_K: (q5_k.dequantize, q5_k.quantize),
     TensorType.Q6_K: (q6_k.dequantize, q6_k.quantize),
     TensorType.Q8_K: (q8_k.dequantize, None),
+    TensorType.IQ1_S: (iq1_s.dequantize, iq1_s.quantize),
+    TensorType.IQ1_M: (iq1_m.dequantize, iq1_m.quantize),
+    TensorType.IQ2_XXS: (iq2_xxs.dequantize, iq2_xxs.quantize),
+    TensorType.IQ2_XS: (iq2_xs.dequantize, iq2_xs.quantize),
+    TensorType.IQ2_S: (iq2_s.dequantize, iq2_s.quantize),
+    TensorType.IQ3_XXS: (iq3_xxs.dequantize, iq3_xxs.quantize),
+    TensorType.IQ3_S: (iq3_s.dequantize, iq3_s.quantize),
     TensorType.IQ4_NL: (iq4_nl.dequantize, iq4_nl.quantize),
     TensorType.IQ4_XS: (iq4_xs.dequantize, iq4_xs.quantize),
     TensorType.MXFP4: (mxfp4.dequantize, mxfp4.quantize),
+    TensorType.NVFP4: (nvfp4.dequantize, nvfp4.quantize),
+    TensorType.Q1_0: (q1_0.dequantize, q1_0.quantize),
+    TensorType.Q2_0: (q2_0.dequantize, q2_0.quantize),
+    TensorType.TQ1_0: (tq1_0.dequantize, tq1_0.quantize),
+    TensorType.TQ2_0: (tq2_0.dequantize, tq2_0.quantize),
 }
 
 BLOCK_FORMATS: dict[TensorType, BlockFormat] = {
@@ -65,6 +89,18 @@ SEARCHES: dict[TensorType, Search] = {
     TensorType.Q6_K: q6_k.SEARCH,
     TensorType.IQ4_NL: iq4_nl.SEARCH,
     TensorType.IQ4_XS: iq4_xs.SEARCH,
+    TensorType.IQ1_S: iq1_s.SEARCH,
+    TensorType.IQ1_M: iq1_m.SEARCH,
+    TensorType.IQ2_XXS: iq2_xxs.SEARCH,
+    TensorType.IQ2_XS: iq2_xs.SEARCH,
+    TensorType.IQ2_S: iq2_s.SEARCH,
+    TensorType.IQ3_XXS: iq3_xxs.SEARCH,
+    TensorType.IQ3_S: iq3_s.SEARCH,
+    TensorType.Q1_0: q1_0.SEARCH,
+    TensorType.Q2_0: q2_0.SEARCH,
+    TensorType.TQ1_0: tq1_0.SEARCH,
+    TensorType.TQ2_0: tq2_0.SEARCH,
+    TensorType.NVFP4: nvfp4.SEARCH,
     TensorType.MXFP4: mxfp4.SEARCH,
 }
 

@@ -85,7 +85,34 @@ class Table:
         return np.searchsorted(np.array(self.levels, np.float32), levels).astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Levels that are chosen several weights at a time, from the groups that a format has: see `grid_fitting`.
+
+    grid: the name of its table in `grids`. size: weights in a group. first, step, count: the levels of a single weight,
+    of which those of all groups are at most half a step off. unit: what the half-precision scale of a block is
+    multiplied by. signs: "free" beside the magnitudes of the table; "even" where eight weights have to have an even
+    number of minus signs; "none" where the table has signs of its own. shifted: over how many weights the levels lie
+    all a little higher or all a little lower (0: they do not).
+    """
+
+    grid: str
+    size: int
+    first: float
+    step: float
+    count: int
+    unit: float = 1.0
+    signs: str = "none"
+    shifted: int = 0
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude, or nearly."""
+        return self.first + self.step * (self.count - 1)
+
+
 Levels = Steps | Table
+AnyLevels = Steps | Table | Groups
 
 
 def spaced(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -123,7 +150,7 @@ class Search:
 
     groups: int
     size: int
-    levels: Levels
+    levels: AnyLevels
     has_minimum: bool
     thorough: Effort
     scale_low: int = 0
@@ -239,6 +266,7 @@ def _best(gains: list[F32Array], *choices: list[F32Array]) -> tuple[F32Array, ..
 
 def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
+    assert not isinstance(levels, Groups)
     zero = np.zeros_like(x[:, 0])
 
     def moments(inverse: F32Array) -> Moments:
@@ -300,6 +328,7 @@ def _without_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -
 
 def _with_minimum(search: Search, effort: Effort, x: F32Array, w: F32Array) -> Fit:
     levels = search.levels
+    assert not isinstance(levels, Groups)
     two_level = search.scale_high > 0
     sign = _upright(x)
     x = x * sign

@@ -51,6 +51,11 @@ def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
             better = error < best_error
             best_error = np.where(better, error, best_error)
             best_exponent, best_q = np.where(better, tried, best_exponent), np.where(better[:, None], q, best_q)
-    index = RISING.codes(best_q[0].T)
-    codes = np.where(index < 7, 15 - index, index - 7).astype(np.uint8)
+    codes = signed_codes(best_q[0].T)
     return np.concatenate([best_exponent.astype(np.uint8).T, pack_fields(codes.reshape(-1, 2, 16), 4)], axis=-1)
+
+
+def signed_codes(levels: F32Array) -> U8Array:
+    """The codes of levels: a sign bit above three bits of magnitude."""
+    index = RISING.codes(levels)
+    return np.where(index < 7, 15 - index, index - 7).astype(np.uint8)

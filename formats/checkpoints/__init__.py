@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qrun.formats.checkpoints import mlx, packed, scaled
+from qrun.formats.checkpoints import microscaled, mlx, packed, scaled
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
 from qrun.formats.checkpoints.unread import UnreadTensor
 from qrun.formats.errors import FormatError
@@ -27,7 +27,9 @@ from the file `path`. Raises FormatError where they, or the tensors, contradict 
 QUANT_METHODS: dict[str, Decoder] = {
     "fp8": scaled.decode,
     "fbgemm_fp8": scaled.decode,
-    "compressed-tensors": scaled.decode,
+    "compressed-tensors": microscaled.decode,
+    "modelopt": microscaled.decode,
+    "mxfp4": microscaled.decode,
     "gptq": packed.decoder("gptq"),
     "awq": packed.decoder("awq"),
     "bitsandbytes": packed.decoder("bitsandbytes"),
@@ -42,8 +44,8 @@ NO_WEIGHTS = ("BOOL", "I64", "U64")
 WIDE_FLOATS = ("F32", "F16", "BF16", "F64")
 # Scales of activations, which are not quantised here.
 UNUSED = (
-    ".input_scale", ".input_zero_point", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale",
-    ".prob_scale",
+    ".input_scale", ".input_global_scale", ".input_zero_point", ".input_scale_ub", ".activation_scale",
+    ".output_scale", ".q_scale", ".prob_scale",
 )  # fmt: skip
 
 
@@ -52,8 +54,12 @@ def decode_tensors(
     quantization: Mapping[str, Any] | None,
     path: Path,
     notice: Callable[[str], None] = lambda text: None,
+    *,
+    keep: bool = False,
 ) -> dict[str, SourceTensor]:
     """All weights of a checkpoint, by name. quantization: what `path`, mostly its config.json, says of that.
+
+    keep: weights of four-bit floats have the type of GGUF that holds the same numbers, instead of single precision.
 
     What is neither floats nor part of a packed weight is an UnreadTensor. notice: called with a line where the settings
     say that weights are quantised and none is.
@@ -70,7 +76,7 @@ def decode_tensors(
             known = ", ".join(QUANT_METHODS)
             raise FormatError(path, f"the quantisation method {quote(method)} is not supported (supported: {known})")
         weights = QUANT_METHODS[method](rest, quantization or {}, path)
-    return weights | {
+    return (microscaled.kept(weights) if keep else weights) | {
         name: PlainTensor.of(tensor) if tensor.dtype in FLOATS else UnreadTensor.of(tensor)
         for name, tensor in rest.items()
     }

@@ -13,16 +13,24 @@ from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json
 from qrun.formats.safetensors import SafetensorsFolder
 from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.architectures import ARCHITECTURES, DEFAULTS, Architecture
-from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.architectures import ARCHITECTURES
+from qrun.models.huggingface.config import DEFAULTS, SYNONYMS, Config
 from qrun.models.huggingface.config_keys import check_keys
-from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.huggingface.general import general_entries, size_entry
 from qrun.models.huggingface.hyperparameters import hyperparameter_entries
+from qrun.models.huggingface.layout import Architecture
 from qrun.models.huggingface.quantization import FILES as QUANTIZATION_FILES
 from qrun.models.huggingface.quantization import read_quantization
 from qrun.models.huggingface.rope import rope_factors
-from qrun.models.huggingface.tensors import ConstantTensor, dimensions, map_tensors
+from qrun.models.huggingface.tensors import (
+    TIED_OUTSIDE,
+    ConstantTensor,
+    count_drafts,
+    dimensions,
+    map_tensors,
+    scale_tensors,
+)
 from qrun.models.huggingface.tokenizer import tokenizer_entries
 
 CONFIG_NAME = "config.json"
@@ -32,38 +40,54 @@ OTHER_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", *QUANTIZATION_FILES,
 )  # fmt: skip
+# Where the configuration of a language model lies within that of a larger one.
+TEXT_CONFIGS = ("text_config", "llm_config", "lm_config", "language_config", "lfm", "thinker_config")
 FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.BF16: 32}  # general.file_type
+KEPT_FILE_TYPES = {TensorType.NVFP4: 39, TensorType.MXFP4: 38}
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
 class CheckpointSource:
     """A folder with config.json, model.safetensors (or an index and several files) and a tokenizer.
 
     It is a `Source` of the converter: metadata and tensors are those of a GGUF file, the tensors in the type that the
-    checkpoint has, norms and biases as F32. notices: lines about what of the folder is not used, or contradicts itself.
+    checkpoint has, norms and biases as F32. keeps: whether any are of a packed type. notices: lines about what of the
+    folder is not used, or contradicts itself.
     Raises FormatError, one line, for an architecture that is not known, and for a file, a tensor or a value that is
     missing or wrong.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, keep: bool = False) -> None:
+        """keep: weights of four-bit floats are tensors of NVFP4 and MXFP4, with the same numbers."""
         self.path = Path(folder)
         self.architecture, config = read_config(self.path)
         sizes = dimensions(config, self.architecture)
-        notices = check_keys(config, self.architecture)
         entries = Entries()
         general_entries(entries, self.path, self.architecture.name)
-        hyperparameter_entries(entries, self.architecture, config, sizes)
-        tokenizer_entries(entries, self.path, config, sizes["vocab"])
         self._checkpoint = SafetensorsFolder(self.path)
         try:
-            weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append)
+            sizes["drafts"] = count_drafts(self._checkpoint.tensors, self.architecture, sizes, config)
+            hyperparameter_entries(entries, self.architecture, config, sizes)
+            notices: list[str] = []
+            tokenizer_entries(entries, self.path, config, sizes["vocab"])
+            weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append, keep=keep)
+            if self.architecture.of_weights:
+                self.architecture.of_weights(Facts(entries, self.architecture.name, config, sizes), weights)
             tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
+            notices[:0] = check_keys(config, self.architecture)
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
+            tensors |= scale_tensors(tensors, config)
         except BaseException:
             self._checkpoint.close()
             raise
         size_entry(entries, tensors.values(), sizes["experts"])
-        entries.count("general.file_type", FILE_TYPES[tensors["token_embd.weight"].type])
+        types = {tensor.type for tensor in tensors.values()}
+        kept = next((number for type, number in KEPT_FILE_TYPES.items() if type in types), None)
+        entries.count("general.file_type", kept or FILE_TYPES.get(tensors["token_embd.weight"].type, 1))
+        if kept:
+            entries.count("general.quantization_version", QUANTIZATION_VERSION)
+        self.keeps = kept is not None
         self.tensors: Mapping[str, SourceTensor] = tensors
         self.metadata: Mapping[str, Any] = entries.values
         self.metadata_types: Mapping[str, tuple[ValueType, ValueType | None]] = entries.types
@@ -82,7 +106,7 @@ class CheckpointSource:
 
 
 def read_config(folder: Path) -> tuple[Architecture, Config]:
-    """The architecture that config.json names, and its values: of the language model, if there are others beside it."""
+    """The class that config.json names, and its values: of the language model, if there are others beside it."""
     path = folder / CONFIG_NAME
     values = read_json(path)
     classes = values.get("architectures")
@@ -92,7 +116,15 @@ def read_config(folder: Path) -> tuple[Architecture, Config]:
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
         raise FormatError(path, f"architecture {quote(name)} is not supported (supported: {', '.join(ARCHITECTURES)})")
-    text = values.get("text_config")
-    if isinstance(text, dict):
-        values = {**values, **text}
+    for key in TEXT_CONFIGS:
+        inner = values.get(key)
+        if key == "thinker_config" and isinstance(inner, dict):
+            inner = inner.get("text_config")
+        if isinstance(inner, dict):
+            values = {**values, **inner, TIED_OUTSIDE: values.get("tie_word_embeddings")}
+    for usual, others in SYNONYMS.items():
+        if values.get(usual) is None and (other := next((o for o in others if values.get(o) is not None), None)):
+            values[usual] = values[other]
+    if architecture.variant:
+        architecture = architecture.variant(Config(path, values)) or architecture
     return architecture, Config(path, values, {**DEFAULTS, **architecture.defaults})

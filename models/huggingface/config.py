@@ -11,6 +11,27 @@ from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.models.hyperparameters import MAX_WIDTH
 
+DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+# What models call what all have: the name by which it is asked for here -> other names of it.
+SYNONYMS = {
+    "hidden_size": ("n_embd", "d_model", "dim", "n_embed"),
+    "num_hidden_layers": ("n_layers", "n_layer", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim"),
+    "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+                                "max_seq_len"),
+    "vocab_size": ("padded_vocab_size",),
+    "rms_norm_eps": ("norm_eps",),
+    "layer_norm_eps": ("layer_norm_epsilon", "norm_epsilon"),
+    "rope_theta": ("rotary_emb_base", "global_rope_theta", "rope_global_theta"),
+    "rope_local_base_freq": ("local_rope_theta", "rope_local_theta", "swa_rope_theta"),
+    "num_experts_per_tok": ("num_experts_per_token", "top_k_experts"),
+    "partial_rotary_factor": ("rotary_pct", "rope_pct", "rope_percent"),
+    "hidden_act": ("activation_function", "mlp_hidden_act", "activation"),
+    "head_dim": ("attention_head_dim",),
+}
+
 
 class Config:
     """Typed, bounded access. A key that is missing or null has its default: the one below, or the one of the call.
@@ -26,6 +47,8 @@ class Config:
         self._values = values
         self._defaults = defaults or {}
         self._prefix = prefix
+        self.asked: set[str] = set()
+        """The keys that were asked for so far."""
 
     def error(self, key: str, problem: str) -> FormatError:
         """The error to raise: `<file>: <key> <problem>`."""
@@ -37,6 +60,7 @@ class Config:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of any type."""
+        self.asked.add(key)
         value = self._values.get(key)
         if value is None:
             value = self._defaults.get(key)

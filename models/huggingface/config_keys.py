@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qrun.formats.gguf.cursor import quote
-from qrun.models.huggingface.architectures import Architecture
-from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.config import SYNONYMS, Config
+from qrun.models.huggingface.layout import Architecture
 from qrun.models.hyperparameters import shorten
 
 
@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# By this package, whatever the architecture.
+# By this package, whatever the architecture. What one architecture has beside them is known from what was asked for.
 READ = _words("""
     architectures text_config vocab_size max_position_embeddings tie_word_embeddings
     hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -28,17 +28,8 @@ READ = _words("""
     rope_theta rope_scaling rope_parameters rope_local_base_freq partial_rotary_factor original_max_position_embeddings
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     use_bidirectional_attention quantization_config quantization compression_config
-""")
-# By this package, of models of some architectures.
-_SOFT_CAPS = _words("query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping")
-READ_OF = {
-    "llama": _words("num_local_experts num_experts_per_tok"),
-    "qwen3moe": _words("""num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob
-                          decoder_sparse_step mlp_only_layers"""),
-    "smollm3": _words("no_rope_layers no_rope_layer_interval"),
-    "gemma2": _SOFT_CAPS | _words("sliding_window_pattern"),
-    "gemma3": _SOFT_CAPS | _words("sliding_window_pattern _sliding_window_pattern"),
-}
+    llm_config lm_config language_config lfm thinker_config
+""") | {name for names in SYNONYMS.values() for name in names}
 WINDOW_KEYS = _words("sliding_window use_sliding_window max_window_layers layer_types")
 
 # Of no effect on what a model computes from tokens.
@@ -51,11 +42,21 @@ HARMLESS = (
         use_flash_attention_2 flash_attn unsloth_version unsloth_fixed unsloth_training_args trl_version peft_version
         is_llama_config transformers.js_config tokenizer_class tokenizer_name model_name custom_pipelines
         language languages license tags pretraining_tp tensor_parallel_degree base_model_tp_plan base_model_pp_plan
-        max_sequence_length model_max_length seq_length max_seq_len max_seq_length tokenizer_model_max_length
-        max_window_layers sliding_window_size interpolate_factor full_attn_mod
+        max_seq_length tokenizer_model_max_length
+        max_window_layers sliding_window_size interpolate_factor full_attn_mod eod_token_id attention_softmax_in_fp32
+        scale_attention_softmax_in_fp32 use_associative_scan mamba_chunk_size chunk_size residual_in_fp32
+        topk_method num_nextn_predict_layers mtp_layers_block_type mtp_num_hidden_layers num_ln_in_parallel_attn
+        moe_norm_min mamba_rms_norm expand mixer_rms_eps time_step_limit time_step_rank _sliding_window_pattern
+        expert_layer_offset expert_layer_period decoder_sparse_step mamba_hidden_act mamba_ssm_cache_dtype
+        no_rope_layer_interval moe_layers embedding_fraction init_device learned_pos_emb no_bias
+        gating gating_types enable_moe_fp32_combine first_k_dense_replace
+        summary_type summary_use_proj summary_proj_to_labels summary_activation moe_shared_expert_overlap
+        num_logits_to_keep qk_head_dim auto_adjust_ff_dim
     """)
     # Of training.
     | _words("""
+        residual_dropout embedding_initializer_range ffn_dropout activation_dropout
+        time_step_init_scheme time_step_scale time_step_max time_step_min time_step_floor rescale_prenorm_residual
         initializer_range initializer_factor initializer_std gradient_checkpointing use_gradient_checkpointing
         attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop
         embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
@@ -65,7 +66,8 @@ HARMLESS = (
     # What the weights say by being there.
     | _words("""
         attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
-        ffn_dim_multiplier multiple_of
+        ffn_dim_multiplier multiple_of use_qkv_bias use_expert_bias attention_k_eq_v mamba_conv_bias mamba_proj_bias
+        use_conv_bias conv_bias use_mamba_kernels mlp_layer_types
     """)
     # Of any model of Transformers, and of how to sample from it, which has a file of its own by now.
     | _words("""
@@ -82,7 +84,10 @@ HARMLESS = (
     | _words("""
         vision_config audio_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index
         audio_token_index image_token_id boi_token_id eoi_token_id audio_token_id boa_token_id eoa_token_id
-        image_seq_length
+        image_seq_length video_token_id vision_start_token_id vision_end_token_id video_token_index image_newline_id
+        image_start_token_id image_end_token_id video_start_token_id video_end_token_id
+        eoa_token_index spatial_merge_size projector_hidden_act projector_hidden_size vision_feature_layer
+        multimodal_projector_bias out_hidden_size
     """)
 )
 
@@ -91,7 +96,7 @@ HARMLESS = (
 CHANGING = dict.fromkeys(
     _words("""
         embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale lm_head_multiplier
-        scale_emb scale_depth rotary_pct rotary_percent
+        scale_emb scale_depth rotary_percent
     """), 1,
 ) | dict.fromkeys(
     _words("""
@@ -104,17 +109,19 @@ CHANGING = dict.fromkeys(
 ROPE_KEYS = _words("""
     rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings beta_fast beta_slow truncate
     attention_factor mscale mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor
+    llama_4_scaling_beta extrapolation_factor attn_factor
     full_attention sliding_attention mrope_section mrope_interleaved alpha finetuned
 """)
 
 
 def check_keys(config: Config, architecture: Architecture) -> list[str]:
-    """A line for whoever converts the folder, or none: the keys of which nothing here knows what they mean.
+    """A line for whoever converts the folder, or none: the keys of which nothing here knows what they mean. To be
+    called when all that is wanted of config.json has been asked for.
 
     Raises FormatError for a key that is known to make another model of it.
     """
     values = config.given()
-    read = READ | READ_OF.get(architecture.name, frozenset())
+    read = READ | config.asked
     if architecture.windows or _sees_everything(values):
         read |= WINDOW_KEYS
     unknown = []
@@ -137,8 +144,10 @@ def check_keys(config: Config, architecture: Architecture) -> list[str]:
 def _sees_everything(values: Mapping[str, Any]) -> bool:
     """Do keys of windows say that there is none?"""
     kinds = values.get("layer_types")
-    none_by_layer = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
-    return none_by_layer and (values.get("use_sliding_window") is False or _is_off(values.get("sliding_window")))
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        return True
+    off = values.get("use_sliding_window") is False or _is_off(values.get("sliding_window"))
+    return kinds is None and off
 
 
 def _unknown_of_rope(name: str, section: Any) -> Iterator[str]:

@@ -6,10 +6,10 @@ What a file cannot say, and no engine would therefore do, is refused: a wrong mo
 from collections.abc import Mapping
 
 from qrun.formats import ValueType
-from qrun.models.huggingface.architectures import Architecture
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.rope import longrope_entries, rope_entries
+from qrun.models.huggingface.entries import GATING, Entries, Facts
+from qrun.models.huggingface.layout import Architecture, Key
+from qrun.models.huggingface.rope import longrope_entries, rope_entries, rope_section
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS
 from qrun.models.smollm3 import NOPE_PERIOD
 
@@ -17,6 +17,8 @@ from qrun.models.smollm3 import NOPE_PERIOD
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
 # Those of which the models divide queries by the share of the embedding that a head has, by the count of layers.
 LARGEST = {"gemma2": 46, "gemma3": 62}
+# Of which engines know no other rope than one of the whole head, stretched in the usual ways.
+PLAIN_ROPE = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "smollm3")
 
 
 def hyperparameter_entries(
@@ -24,32 +26,82 @@ def hyperparameter_entries(
 ) -> None:
     """All keys that begin with the architecture's name. Raises FormatError for what GGUF cannot say."""
     name = architecture.name
+    facts = Facts(entries, name, config, sizes)
     _check(architecture, config, sizes)
-    entries.count(f"{name}.block_count", sizes["layers"])
-    entries.count(f"{name}.context_length", config.integer("max_position_embeddings", high=MAX_CONTEXT))
-    entries.count(f"{name}.embedding_length", sizes["embd"])
-    entries.count(f"{name}.feed_forward_length", sizes["ff"])
-    entries.count(f"{name}.attention.head_count", sizes["heads"])
-    entries.count(f"{name}.attention.head_count_kv", sizes["kv_heads"])
-    rope_entries(entries, name, config)
-    entries.real(f"{name}.attention.layer_norm_rms_epsilon", config.real("rms_norm_eps", high=1.0))
-    if sizes["experts"]:
-        entries.count(f"{name}.expert_count", sizes["experts"])
-        entries.count(f"{name}.expert_used_count", config.integer("num_experts_per_tok", high=sizes["experts"]))
-    entries.count(f"{name}.attention.key_length", sizes["head"])
-    entries.count(f"{name}.attention.value_length", sizes["head"])
-    if name in ("llama", "smollm3"):
-        entries.count(f"{name}.vocab_size", sizes["vocab"])
-        entries.count(f"{name}.rope.dimension_count", sizes["head"])
-    elif name == "qwen3moe":
-        entries.count(f"{name}.expert_feed_forward_length", sizes["expert_ff"])
-    elif name == "phi3":
+    facts.count("block_count", sizes["layers"] + sizes["drafts"])
+    facts.count("context_length", config.integer("max_position_embeddings", high=MAX_CONTEXT))
+    facts.count("embedding_length", sizes["embd"])
+    if sizes["ff"]:
+        facts.count("feed_forward_length", sizes["ff"])
+    facts.count("attention.head_count", sizes["heads"])
+    if sizes["heads"]:
+        facts.count("attention.head_count_kv", sizes["kv_heads"])
+        rope_entries(facts, plain=name in PLAIN_ROPE)
+        facts.count("attention.key_length", sizes["head"])
+        facts.count("attention.value_length", sizes["head"])
+    _norm_entries(facts, architecture)
+    _expert_entries(facts)
+    if architecture.rotated:
+        part = rope_section(config)[0].real("partial_rotary_factor", 1.0, high=1.0)
+        facts.count("rope.dimension_count", int(sizes["head"] * (part if architecture.rotated == "part" else 1.0)))
+    if sizes["drafts"]:
+        facts.count("nextn_predict_layers", sizes["drafts"])
+    for key in architecture.keys:
+        _key_entry(facts, key)
+    if name == "phi3":
         longrope_entries(entries, name, config, sizes)
-        entries.count(f"{name}.attention.sliding_window", config.integer("sliding_window", 0, 0, MAX_CONTEXT))
-    elif name in WINDOW_PERIODS:
+        facts.count("attention.sliding_window", config.integer("sliding_window", 0, 0, MAX_CONTEXT))
+    if name in WINDOW_PERIODS:
         _gemma_entries(entries, name, config, sizes)
-    if name not in WINDOW_PERIODS:
+    elif architecture.windows:
         _window_entries(entries, architecture, config, sizes["layers"])
+    if architecture.entries:
+        architecture.entries(facts)
+
+
+def _key_entry(facts: Facts, key: Key) -> None:
+    config = facts.config
+    hf = next((name for name in key.hf.split() if config.get(name) is not None), None)
+    if hf is None:
+        return
+    match key.kind:
+        case "count":
+            facts.count(key.gguf, config.integer(hf, low=0, high=MAX_CONTEXT))
+        case "real":
+            facts.real(key.gguf, config.real(hf, low=-1e30))
+        case "flag":
+            facts.flag(key.gguf, config.flag(hf))
+
+
+def _norm_entries(facts: Facts, architecture: Architecture) -> None:
+    if facts.config.get("rms_norm_eps") is not None:
+        facts.real("attention.layer_norm_rms_epsilon", facts.config.real("rms_norm_eps", high=1.0))
+    if facts.config.get("layer_norm_eps") is not None:
+        facts.real("attention.layer_norm_epsilon", facts.config.real("layer_norm_eps", high=1.0))
+
+
+GATING_KEYS = (
+    "score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func",
+    "expert_selection_fn",
+)  # fmt: skip
+
+
+def _expert_entries(facts: Facts) -> None:
+    config, n_experts = facts.config, facts.sizes["experts"]
+    if not n_experts:
+        return
+    facts.count("expert_count", n_experts)
+    facts.count("expert_used_count", config.integer("num_experts_per_tok", high=n_experts))
+    for key, hf in (("expert_group_count", "n_group"), ("expert_group_used_count", "topk_group")):
+        if config.get(hf) is not None:
+            facts.count(key, config.integer(hf, high=n_experts))
+    for hf in GATING_KEYS:
+        if config.get(hf) is not None:
+            gating = GATING.get(config.text(hf))
+            if gating is None:
+                raise config.error(hf, f"is {config.get(hf)!r}, which is not supported")
+            facts.count("expert_gating_func", gating)
+            break
 
 
 def _window_entries(entries: Entries, architecture: Architecture, config: Config, n_layers: int) -> None:
@@ -115,11 +167,19 @@ def _sliding_layers(config: Config, n_layers: int) -> list[bool] | None:
 
 def _check(architecture: Architecture, config: Config, sizes: Mapping[str, int]) -> None:
     name = architecture.name
+    for key, fixed in architecture.fixed.items():
+        if (given := config.get(key, fixed)) != fixed:
+            problem = f"is {given!r}; models of the architecture {name} have {fixed!r}, and GGUF cannot say otherwise"
+            raise config.error(key, problem)
+    if period := architecture.period:
+        sliding = _sliding_layers(config, sizes["layers"])
+        if sliding not in (None, [(layer + 1) % period > 0 for layer in range(sizes["layers"])]):
+            raise config.error("layer_types", f"is not every layer but each {period}th, as engines take it")
     key = "hidden_act" if config.get("hidden_activation") is None else "hidden_activation"
     activation = config.text(key, next(iter(architecture.activations)))
     if activation not in architecture.activations:
         raise config.error(key, f"is {activation!r}, which models of the architecture {name} cannot have in GGUF")
-    if sizes["heads"] % sizes["kv_heads"]:
+    if sizes["kv_heads"] and sizes["heads"] % sizes["kv_heads"]:
         raise config.error("num_key_value_heads", f"is {sizes['kv_heads']}, which does not divide {sizes['heads']}")
     if config.flag("use_bidirectional_attention"):
         raise config.error("use_bidirectional_attention", "is true, which is not supported")

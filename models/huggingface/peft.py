@@ -29,11 +29,12 @@ from qrun.formats.json_file import read_json
 from qrun.formats.safetensors import SafetensorsFolder, StoredTensor
 from qrun.formats.tensors import Described, SourceTensor, TensorFile
 from qrun.models.adapter import ALPHA_KEY, EMBEDDING, HEAD, PEFT_CONFIG, SUFFIXES
-from qrun.models.huggingface.architectures import ARCHITECTURES, Architecture, Experts
+from qrun.models.huggingface.architectures import ARCHITECTURES
 from qrun.models.huggingface.checkpoint import FILE_TYPES, read_config
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.tensors import OTHER_PARTS, MappedTensor, Segment, dimensions, short_name
+from qrun.models.huggingface.layout import Architecture, Experts
+from qrun.models.huggingface.tensors import MappedTensor, Segment, dimensions, is_other_part, short_name
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Metadata
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -93,23 +94,32 @@ class Base:
         kv_heads = metadata.per_layer("attention.head_count_kv", n_layer, default=heads, high=MAX_HEADS)
         n_experts = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
         for architecture in ARCHITECTURES.values():
-            has_experts = any(isinstance(part, Experts) for part in architecture.layer)
-            if architecture.name == metadata.architecture and has_experts == bool(n_experts):
+            if architecture.name == metadata.architecture and architecture.has_experts == bool(n_experts):
                 return cls(architecture, {"heads": heads, "kv_heads": kv_heads}, n_experts)
         raise FormatError(file.path, f"adapters for the architecture {quote(metadata.architecture)} are not supported")
 
     def targets(self) -> dict[str, _Target]:
-        """What an adapter may change, by the names of modules without "model." and the like."""
-        found = {"embed_tokens": _Target(EMBEDDING), "lm_head": _Target(HEAD)}
+        """What an adapter may change, by the names of modules without "model." and the like: the matrices that files
+        have as checkpoints do, but for the order of rows in heads."""
+        architecture = self.architecture
+        found: dict[str, _Target] = {}
+        if architecture.embedding_change is None:
+            found[architecture.embedding] = _Target(EMBEDDING)
+        if architecture.head_change is None:
+            found[architecture.head] = _Target(HEAD)
+        unsure: set[str] = set()  # which tensor they become depends on what else there is
         for layer in range(len(self.heads["heads"])):
-            for part in self.architecture.layer:
-                name, module = f"blk.{layer}.{part.gguf}", f"layers.{layer}.{part.hf}".removesuffix(".weight")
+            for part in architecture.parts():
+                name = f"blk.{layer}.{part.gguf}"
+                module = f"{architecture.layers}.{layer}.{part.hf}".removesuffix(".weight")
                 if isinstance(part, Experts):
-                    for expert in range(self.n_experts):
+                    for expert in range(self.n_experts if part.count == "experts" else 0):
                         found[module.format(expert)] = _Target(name, expert=expert)
-                elif len(part.shape) == 2:
-                    found[module] = _Target(name, self.heads[part.heads][layer] if part.heads else 0)
-        return found
+                elif len(part.shape) == 2 and part.change is None:
+                    target = _Target(name, self.heads[part.heads][layer] if part.heads else 0)
+                    if found.setdefault(module, target) != target:
+                        unsure.add(module)
+        return {module: target for module, target in found.items() if module not in unsure}
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ class PeftSource:
         for name, stored in self._folder.tensors.items():
             match = _PAIR.fullmatch(name)
             module = match["module"] if match else name.removeprefix("base_model.model.")
-            if short_name(module).startswith(OTHER_PARTS):
+            if is_other_part(module):
                 self._others.append(name)
                 continue
             if match is None:
@@ -358,7 +368,7 @@ def read_adapter_config(folder: Path) -> Config:
         raise config.error(MODULES, "is not a list of names")
     for module in modules:
         short = short_name(module)
-        if not short.endswith("norm") and not f"{short}.".startswith(OTHER_PARTS):
+        if not short.endswith("norm") and not is_other_part(module):
             raise FormatError(folder, WHOLE_MODULES)
     if config.text("bias", "none") != "none":
         raise FormatError(folder, "it changes biases too (bias), which is not supported")

@@ -12,8 +12,8 @@ from qrun.models.huggingface.config import Config
 KEY = "quantization_config"
 MLX_KEY = "quantization"
 OLD_KEY = "compression_config"  # of compressed-tensors
-# The files in which AutoGPTQ and AutoAWQ said it before config.json had a place for it, and the method that each means.
-FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# The files in which it is said where config.json does not, and the method that each means.
+FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def read_quantization(config: Config) -> tuple[Mapping[str, Any] | None, Path]:
@@ -25,7 +25,9 @@ def read_quantization(config: Config) -> tuple[Mapping[str, Any] | None, Path]:
         for name, method in FILES.items():
             path = config.path.parent / name
             if path.is_file():
-                return {"quant_method": method, **read_json(path)}, path
+                found = read_json(path)
+                inner = found.get("quantization")  # beside which ModelOpt names itself
+                return {"quant_method": method, **(inner if isinstance(inner, dict) else found)}, path
         return None, config.path
     if not isinstance(settings, dict):
         raise config.error(KEY, "is not an object")

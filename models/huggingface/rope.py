@@ -11,12 +11,21 @@ import numpy as np
 
 from qrun.formats.blocks.layout import F32Array
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM
 from qrun.models.rope import BETA_FAST, BETA_SLOW
 
 # Other kinds of stretching that take effect only beyond the trained context.
 WITHOUT_EFFECT = ("default", "dynamic", "mrope")
+# Those that metadata, tensors or nothing at all can say; by whether a model has no rope but the usual.
+KINDS = {True: ("llama3", *WITHOUT_EFFECT), False: ("llama3", "longrope", "proportional", "xdrope", *WITHOUT_EFFECT)}
+# What files say of YaRN, key of GGUF -> keys of config.json.
+YARN_KEYS = {
+    "yarn_ext_factor": ("extrapolation_factor",),
+    "yarn_attn_factor": ("attention_factor", "attn_factor"),
+    "yarn_beta_fast": ("beta_fast",),
+    "yarn_beta_slow": ("beta_slow",),
+}
 
 
 def rope_section(config: Config) -> tuple[Config, float | None]:
@@ -24,7 +33,7 @@ def rope_section(config: Config) -> tuple[Config, float | None]:
     section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
     if section.get("full_attention") is not None:
         local, key = section.section("sliding_attention"), "rope_theta"
-        if _kind(local) not in WITHOUT_EFFECT:
+        if _kind(local) not in (*WITHOUT_EFFECT, "proportional"):
             raise local.error("rope_type", f"is {_kind(local)!r}, which layers with a window cannot have in GGUF")
         section = section.section("full_attention")
     else:
@@ -45,29 +54,42 @@ def _base(rope: Config, key: str = "rope_theta") -> float:
     return base
 
 
-def rope_entries(entries: Entries, name: str, config: Config) -> None:
-    """The keys under `<name>.rope.`, but for phi3's."""
+def rope_entries(facts: Facts, *, plain: bool) -> None:
+    """The keys under `<name>.rope.`, but for phi3's. plain: of models with no rope but the usual ones."""
+    config, name = facts.config, facts.name
     rope, local_base = rope_section(config)
     kind = _kind(rope)
     factor = rope.real("factor", 1.0, high=1e6)
     if kind == "linear":
-        entries.text(f"{name}.rope.scaling.type", "linear")
-        entries.real(f"{name}.rope.scaling.factor", factor)
+        facts.text("rope.scaling.type", "linear")
+        facts.real("rope.scaling.factor", factor)
     elif kind == "yarn":
-        _check_yarn(rope, factor)
+        if plain:
+            _check_yarn(rope, factor)
         original = rope.integer(
             "original_max_position_embeddings", config.integer("max_position_embeddings"), high=MAX_CONTEXT
         )
-        entries.text(f"{name}.rope.scaling.type", "yarn")
-        entries.real(f"{name}.rope.scaling.factor", factor)
-        entries.count(f"{name}.rope.scaling.original_context_length", original)
-    elif kind not in ("llama3", *WITHOUT_EFFECT) and (kind, name) != ("longrope", "phi3"):
+        facts.text("rope.scaling.type", "yarn")
+        facts.real("rope.scaling.factor", factor)
+        facts.count("rope.scaling.original_context_length", original)
+        if not plain:
+            for key, names in YARN_KEYS.items():
+                given = next((hf for hf in names if rope.get(hf) is not None), None)
+                if given is not None:
+                    facts.real(f"rope.scaling.{key}", rope.real(given, high=1e6))
+    elif not plain and kind == "longrope":
+        facts.text("rope.scaling.type", "longrope")
+    elif kind not in KINDS[plain] and (kind, name) != ("longrope", "phi3"):
         raise rope.error("rope_type", f"is {kind!r}, which is not supported")
-    if name != "phi3" and rope.real("partial_rotary_factor", 1.0) != 1.0:
+    if plain and name != "phi3" and rope.real("partial_rotary_factor", 1.0) != 1.0:
         raise rope.error("partial_rotary_factor", "is not 1, which is not supported in models of this architecture")
-    entries.real(f"{name}.rope.freq_base", _base(rope))
+    if not plain and isinstance(sections := rope.get("mrope_section"), list):
+        if not 0 < len(sections) <= 4 or not all(type(size) is int and 0 <= size < MAX_HEAD_DIM for size in sections):
+            raise rope.error("mrope_section", "is not a list of three or four sizes")
+        facts.array("rope.dimension_sections", [*sections, 0, 0, 0][:4])
+    facts.real("rope.freq_base", _base(rope))
     if local_base is not None:
-        entries.real(f"{name}.rope.freq_base_swa", local_base)
+        facts.real("rope.freq_base_swa", local_base)
 
 
 def longrope_entries(entries: Entries, name: str, config: Config, sizes: Mapping[str, int]) -> None:
@@ -87,9 +109,9 @@ def rope_factors(config: Config, sizes: Mapping[str, int]) -> dict[str, F32Array
     rope, _ = rope_section(config)
     match _kind(rope):
         case "llama3":
-            return {"rope_freqs.weight": _llama3_factors(rope, sizes["head"])}
+            return {"rope_freqs.weight": _llama3_factors(rope, sizes.get("rope_head", sizes["head"]))}
         case "longrope":
-            pairs = _rotated(rope, sizes["head"]) // 2
+            pairs = _rotated(rope, sizes.get("rope_head", sizes["head"])) // 2
             return {
                 f"rope_factors_{length}.weight": np.array(rope.reals(f"{length}_factor", pairs), np.float32)
                 for length in ("long", "short")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrun.formats import FormatError, TensorType
 from qrun.formats.blocks.floats import Floats
@@ -14,22 +16,39 @@ from qrun.formats.blocks.layout import F32Array, U8Array
 from qrun.formats.checkpoints import UnreadTensor
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.architectures import Architecture, Experts, Mapped
 from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Sizes
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
 # Stored in full: few, and much depends on them. (Everything of one dimension is too.)
-ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight")
-# Parts of a model that sees or hears, which are left behind.
-OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
+ALWAYS_F32 = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight",
+    "ssm_conv1d.weight", "ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight", "shortconv.conv.weight",
+    "altup_correct_coef.weight", "altup_predict_coef.weight", "indexer.proj.weight",
+)  # fmt: skip
+# By which other models hold a language model.
+PREFIXES = (
+    "model.", "language_model.", "text_model.", "thinker.", "transformer.", "gpt_neox.", "backbone.", "lfm.", "ernie.",
+    "llm.",
+)  # fmt: skip
+# Parts of a model that sees, hears or speaks, which are left behind.
+OTHER_PARTS = re.compile(
+    r"(.*\.)?(visual|vit|vpm|siglip2|conformer|merger|resampler|sound_encoder|sound_projection|speech_embeddings|talker"
+    r"|token2wav|code2wav|connector|mlp1|aligner|vision_\w+|audio_\w+|embed_vision|embed_audio|\w*projector\w*"
+    r"|patch_embed\w*|patch_merge\w*|pre_mm_projector_norm|mm_\w+|vision|audio)\..*|(.*\.)?(image_newline|view_seperator)"
+)
 # Constants that some files hold and that follow from config.json: frequencies, masks, positions, a factor.
 DERIVED = re.compile(
     r"(.*\.)?(rotary_emb(_local)?\.\w+|attention\.(masked_)?bias|position_ids|embed_tokens\.embed_scale)"
 )
 # Of a quantised cache of keys and values.
 CACHE_SCALES = re.compile(r".*\.(kv|k|v)_(scale|zero_point)")
+# What the configuration that a language model's lies in says of its embedding: it holds where there is no head.
+TIED_OUTSIDE = "tie_word_embeddings outside"
 COMPARE_WEIGHTS = 1 << 20  # that are compared at a time
 
+
+Number = TypeVar("Number", bound=np.generic)
 
 EMBEDDING = Mapped("embed_tokens.weight", "token_embd.weight", ("vocab", "embd"))
 HEAD = Mapped("lm_head.weight", "output.weight", ("vocab", "embd"))
@@ -71,11 +90,18 @@ class MappedTensor(SourceTensor):
         tensor, first, last = pieces[0]
         return tensor.floats(first, last)
 
+    @property
+    def tensor_scales(self) -> F32Array:
+        """What the weights of each segment are to be multiplied by, where they are not decoded: see SourceTensor."""
+        return np.array([segment.tensor.tensor_scale for segment in self.segments], np.float32)
+
     def raw(self, start: int, end: int) -> U8Array:
-        if self.heads or self.shift or any(segment.tensor.type != self.type for segment in self.segments):
+        if self.shift or any(segment.tensor.type != self.type for segment in self.segments):
             return super().raw(start, end)
-        parts = [tensor.raw(first, last) for tensor, first, last in self._pieces(start, end)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self.shape) == 1:
+            return super().raw(start, end) if self.heads else self._stored_bytes(start, end).reshape(-1)
+        stored = self._permuted(start, end, self._stored_bytes) if self.heads else self._stored_bytes(start, end)
+        return stored.reshape(-1)
 
     def forget(self) -> None:
         for segment in self.segments:
@@ -85,8 +111,17 @@ class MappedTensor(SourceTensor):
         return self.segments[0].tensor.error(reason)
 
     def _stored(self, start: int, end: int) -> F32Array:
-        parts = [tensor.rows(first, last) for tensor, first, last in self._pieces(start, end)]
+        parts = []
+        for tensor, first, last in self._pieces(start, end):
+            rows = tensor.rows(first, last)
+            alone = tensor.type != self.type and tensor.tensor_scale != 1
+            parts.append(rows * tensor.tensor_scale if alone else rows)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _stored_bytes(self, start: int, end: int) -> U8Array:
+        """[rows, bytes of a row]"""
+        parts = [tensor.raw(first, last) for tensor, first, last in self._pieces(start, end)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(end - start, -1)
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[SourceTensor, int, int]]:
         """Where rows start to end lie: tensors, and which rows of each."""
@@ -100,7 +135,7 @@ class MappedTensor(SourceTensor):
     def _column(self, start: int, end: int) -> F32Array:
         return self._stored(0, 1).reshape(-1, 1)[start:end]
 
-    def _permuted(self, start: int, end: int, stored: Callable[[int, int], F32Array]) -> F32Array:
+    def _permuted(self, start: int, end: int, stored: Callable[[int, int], NDArray[Number]]) -> NDArray[Number]:
         size = (self.row if len(self.shape) == 1 else self.n_rows) // self.heads
         parts = []
         for head in range(start // size, -(-end // size)):
@@ -131,35 +166,62 @@ class ConstantTensor(SourceTensor):
         return self.config.error(self.name, reason)
 
 
-def dimensions(config: Config, architecture: Architecture) -> dict[str, int]:
+def dimensions(config: Config, architecture: Architecture) -> Sizes:
     """The sizes that shapes are made of, by the names of architectures.py, and the counts of layers and heads."""
     embd = config.integer("hidden_size")
     heads = config.integer("num_attention_heads", high=MAX_HEADS)
     kv_heads = config.integer("num_key_value_heads", heads, high=MAX_HEADS)
     head = config.integer("head_dim", embd // heads or None, high=MAX_HEAD_DIM)
-    ff = config.integer("intermediate_size")
-    experts = [part for part in architecture.layer if isinstance(part, Experts)]
-    if any(part.heads for part in architecture.layer if isinstance(part, Mapped)) and head % 2:
+    ff = config.integer("intermediate_size") if architecture.ffn else config.integer("intermediate_size", 0, low=0)
+    has_experts = architecture.has_experts
+    if any(part.heads for part in architecture.parts() if isinstance(part, Mapped)) and head % 2:
         raise config.error("head_dim", f"is {head}, expected an even number")
-    return {
+    sizes = Sizes(config, {
         "layers": config.integer("num_hidden_layers", high=MAX_LAYERS),
         "vocab": config.integer("vocab_size", high=1 << 24),
         "embd": embd, "heads": heads, "kv_heads": kv_heads, "head": head, "q": heads * head, "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head, "ff": ff, "twice_ff": 2 * ff,
-        "experts": _n_experts(config) if experts else 0,
-        "expert_ff": config.integer("moe_intermediate_size", ff) if experts else 0,
-    }  # fmt: skip
+        "experts": _n_experts(config) if has_experts else 0,
+        "expert_ff": uniform(config, "moe_intermediate_size", ff) if has_experts else 0,
+        "twice_embd": 2 * embd, "drafts": 0,
+    })  # fmt: skip
+    if architecture.sizes:
+        sizes.update(architecture.sizes(config, sizes))
+    sizes["twice_expert_ff"] = 2 * sizes["expert_ff"]
+    return sizes
 
 
 def _n_experts(config: Config) -> int:
-    key = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    keys = ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts")
+    key = next((key for key in keys if config.get(key) is not None), keys[1])
     return config.integer(key, high=MAX_EXPERTS)
+
+
+def uniform(config: Config, key: str, default: int | None = None) -> int:
+    """A whole number, or a list with the same for each layer."""
+    given = config.get(key)
+    if isinstance(given, list) and given and all(value == given[0] for value in given):
+        return Config(config.path, {key: given[0]}).integer(key)
+    return config.integer(key, default)
+
+
+def count_drafts(names: Iterable[str], architecture: Architecture, sizes: Sizes, config: Config) -> int:
+    """How many layers that predict tokens further ahead the checkpoint has, of those that config.json tells of."""
+    if not architecture.extra_layers:
+        return 0
+    told = config.integer(architecture.extra_layers, 1, low=0, high=MAX_LAYERS)
+    shorts = [_renamed(short_name(name), architecture, sizes) for name in names]
+    found = {
+        match[1] for short in shorts if (match := re.match(rf"{architecture.layers}\.(\d+)\.", short))
+        and int(match[1]) >= sizes["layers"]
+    }  # fmt: skip
+    return min(told, len(found))
 
 
 def map_tensors(
     weights: Mapping[str, SourceTensor],
     architecture: Architecture,
-    sizes: Mapping[str, int],
+    sizes: Sizes,
     config: Config,
     notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, SourceTensor]:
@@ -168,32 +230,66 @@ def map_tensors(
     weights: of the checkpoint. notice: called with a line about what of it is not used, or is not as config.json says.
     Raises FormatError where a tensor is missing, has the wrong shape, or is not known.
     """
-    mapper = _Mapper(_text_part(weights, notice), architecture, sizes, config)
+    mapper = _Mapper(_text_part(weights, architecture, sizes, notice), architecture, sizes, config)
     tied = mapper.add_embedding(notice)
-    for layer in range(sizes["layers"]):
-        for part in architecture.layer:
-            mapper.add(part, f"layers.{layer}.", f"blk.{layer}.")
-    mapper.add(Mapped("norm.weight", "output_norm.weight", ("embd",)))
+    for layer in range(sizes["layers"] + sizes["drafts"]):
+        extra = architecture.draft if layer >= sizes["layers"] else ()
+        for part in (*architecture.layer, *extra):
+            mapper.add(part, f"{architecture.layers}.{layer}.", f"blk.{layer}.")
+    for part in architecture.outer:
+        mapper.add(part)
     if not tied:
-        mapper.add(HEAD)
+        mapper.add(mapper.head)
     mapper.check_rest()
     return mapper.tensors
 
 
+def scale_tensors(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
+    """What products with tensors are to be multiplied by, where those are kept in a type without a place for it."""
+    scales: dict[str, SourceTensor] = {}
+    for tensor in tensors.values():
+        if isinstance(tensor, MappedTensor) and tensor.type == TensorType.NVFP4:
+            factors = tensor.tensor_scales
+            if not np.allclose(factors, 1, rtol=0 if len(factors) == 1 else 1e-5, atol=1e-6):
+                name = f"{tensor.name.removesuffix('.weight')}.scale"
+                scales[name] = ConstantTensor.of(name, factors, config)
+    return scales
+
+
 def short_name(name: str) -> str:
     """A tensor's or a module's name without "model." and the like, by which models of other kinds hold this one."""
-    for prefix in ("model.", "language_model.", "model."):
+    while True:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return name
         name = name.removeprefix(prefix)
-    return name
 
 
-def _text_part(weights: Mapping[str, SourceTensor], notice: Callable[[str], None]) -> dict[str, SourceTensor]:
+def is_other_part(name: str) -> bool:
+    """Is a tensor or a module one of what sees or hears?"""
+    return OTHER_PARTS.fullmatch(f"{name}.") is not None or OTHER_PARTS.fullmatch(name) is not None
+
+
+def _renamed(name: str, architecture: Architecture, sizes: Sizes) -> str:
+    return architecture.rename(name, sizes) if architecture.rename else name
+
+
+def _text_part(
+    weights: Mapping[str, SourceTensor],
+    architecture: Architecture,
+    sizes: Sizes,
+    notice: Callable[[str], None],
+) -> dict[str, SourceTensor]:
     """The tensors of the language model, by names without "model." and the like."""
     text: dict[str, SourceTensor] = {}
     cache_scales: list[SourceTensor] = []
+    others: list[SourceTensor] = []
     for name, tensor in weights.items():
-        short = short_name(name)
-        if short.startswith(OTHER_PARTS) or DERIVED.fullmatch(short):
+        if is_other_part(name):
+            others.append(tensor)
+            continue
+        short = _renamed(short_name(name), architecture, sizes)
+        if not short or DERIVED.fullmatch(short) or _is_dropped(short, architecture, sizes):
             continue
         if CACHE_SCALES.fullmatch(short):
             cache_scales.append(tensor)
@@ -204,7 +300,17 @@ def _text_part(weights: Mapping[str, SourceTensor], notice: Callable[[str], None
     if cache_scales:
         first = cache_scales[0].error("and its like are scales of a quantised cache, which are not used here")
         notice(str(first))
+    if others:
+        notice(str(others[0].error(f"and its like ({len(others)}) see or hear: they are left out")))
     return text
+
+
+def _is_dropped(name: str, architecture: Architecture, sizes: Sizes) -> bool:
+    """Is it of a layer that predicts tokens further ahead, and that files of this architecture do not have?"""
+    if not architecture.dropped_layers:
+        return False
+    match = re.match(rf"{architecture.layers}\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= sizes["layers"]
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:
@@ -227,7 +333,7 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
 
 class _Mapper:
     def __init__(
-        self, weights: dict[str, SourceTensor], architecture: Architecture, sizes: Mapping[str, int], config: Config
+        self, weights: dict[str, SourceTensor], architecture: Architecture, sizes: Sizes, config: Config
     ) -> None:
         self.weights = weights
         self.architecture = architecture
@@ -236,38 +342,76 @@ class _Mapper:
         self.tensors: dict[str, SourceTensor] = {}
         self._taken: set[str] = set()
 
-    def add(self, part: Mapped | Experts, hf_prefix: str = "", gguf_prefix: str = "") -> None:
-        if isinstance(part, Experts):
-            segments = self._expert_segments(part, hf_prefix)
-            shape = (self.sizes["experts"], *self._shape(part.shape))
-            self._put(gguf_prefix + part.gguf, shape, segments)
+    @property
+    def embedding(self) -> Mapped:
+        architecture = self.architecture
+        return replace(EMBEDDING, hf=f"{architecture.embedding}.weight", change=architecture.embedding_change)
+
+    @property
+    def head(self) -> Mapped:
+        return replace(HEAD, hf=f"{self.architecture.head}.weight", change=self.architecture.head_change)
+
+    def add(self, part: Part, hf_prefix: str = "", gguf_prefix: str = "") -> None:
+        match part:
+            case Choice():
+                there = (parts for parts in part.alternatives if self._has(parts[0], hf_prefix))
+                for inner in next(there, () if part.optional else part.alternatives[0]):
+                    self.add(inner, hf_prefix, gguf_prefix)
+            case Experts():
+                segments = self._expert_segments(part, hf_prefix)
+                shape = (self.sizes[part.count], *self._shape(part.shape, segments[0].tensor))
+                self._put(gguf_prefix + part.gguf, shape, segments)
+            case Made():
+                values = np.asarray(part.values(self.config, self.sizes), np.float32)
+                name = gguf_prefix + part.gguf
+                self.tensors[name] = ConstantTensor.of(name, values, self.config)
+            case Mapped():
+                self._add_mapped(part, hf_prefix + part.hf, gguf_prefix + part.gguf)
+
+    def _has(self, part: Part, prefix: str) -> bool:
+        match part:
+            case Choice():
+                return any(self._has(parts[0], prefix) for parts in part.alternatives)
+            case Experts():
+                return prefix + part.hf.format(0) in self.weights or (
+                    part.joined is not None and prefix + part.joined[0] in self.weights
+                )
+            case Mapped():
+                return prefix + part.hf in self.weights
+        return True
+
+    def _add_mapped(self, part: Mapped, hf: str, gguf: str) -> None:
+        tensor = self._take(hf, part.shape, part.optional)
+        if tensor is None:
             return
-        shape = self._shape(part.shape)
-        tensor = self._take(hf_prefix + part.hf, shape, part.optional)
-        if tensor is not None:
-            heads = self.sizes[part.heads] if part.heads else 0
-            shift = self.architecture.norm_shift if part.hf.endswith("norm.weight") else 0.0
-            self._put(gguf_prefix + part.gguf, shape, [Segment(tensor, 0, tensor.n_rows)], heads, shift)
+        heads = self.sizes[part.heads] if part.heads else 0
+        if heads and tensor.shape[0] % (2 * heads):
+            raise tensor.error(f"has {tensor.shape[0]} rows, which are not those of {heads} heads")
+        shift = self.architecture.norm_shift if part.hf.endswith("norm.weight") else 0.0
+        if part.change is not None:
+            tensor, shift = part.change(tensor, self.sizes), 0.0
+        self._put(gguf, tensor.shape, [Segment(tensor, 0, tensor.n_rows)], heads, shift)
 
     def add_embedding(self, notice: Callable[[str], None]) -> bool:
         """The embedding. Returns whether it is the head too: if config.json says so, and the weights do not differ.
 
         One matrix for both may go by either name, or be there twice.
         """
-        embedding, head = self.weights.get(EMBEDDING.hf), self.weights.get(HEAD.hf)
+        embedding, head = self.weights.get(self.embedding.hf), self.weights.get(self.head.hf)
         unsaid = self.config.get("tie_word_embeddings") is None
-        tied = self.config.flag("tie_word_embeddings") or (unsaid and head is None)
+        outside = self.config.get(TIED_OUTSIDE) is True
+        tied = self.config.flag("tie_word_embeddings") or (head is None and (unsaid or outside))
         if tied and head is not None:
             if embedding is None:
-                self.add(replace(EMBEDDING, hf=HEAD.hf))
+                self.add(replace(EMBEDDING, hf=self.head.hf))
                 return True
             if _equal(embedding, head):
-                self._taken.add(HEAD.hf)
+                self._taken.add(self.head.hf)
             else:
                 text = "differs from the embedding, though tie_word_embeddings says that it is the same: it is kept"
                 notice(str(head.error(text)))
                 tied = False
-        self.add(EMBEDDING)
+        self.add(self.embedding)
         return tied
 
     def check_rest(self) -> None:
@@ -287,11 +431,11 @@ class _Mapper:
         self, name: str, shape: tuple[int, ...], segments: list[Segment], heads: int = 0, shift: float = 0.0
     ) -> None:
         types = {segment.tensor.type for segment in segments}
-        in_full = len(shape) == 1 or name.endswith(ALWAYS_F32) or len(types) > 1
+        in_full = len(shape) == 1 or name.endswith(ALWAYS_F32) or not name.endswith(".weight") or len(types) > 1
         type = TensorType.F32 if in_full else types.pop()
         self.tensors[name] = MappedTensor(name, type, shape, tuple(segments), heads, shift)
 
-    def _take(self, name: str, shape: tuple[int, ...], optional: bool = False) -> SourceTensor | None:
+    def _take(self, name: str, shape: tuple[str, ...], optional: bool = False) -> SourceTensor | None:
         tensor = self.weights.get(name)
         if tensor is None:
             if optional:
@@ -301,22 +445,31 @@ class _Mapper:
             raise FormatError(self.config.path.parent, f"tensor {quote(full)} is missing")
         if isinstance(tensor, UnreadTensor):
             raise tensor.unread()
-        if tensor.shape != shape:
-            raise tensor.error(f"has shape {tensor.shape}, expected {shape}")
+        expected = self._shape(shape, tensor)
+        if tensor.shape != expected:
+            raise tensor.error(f"has shape {tensor.shape}, expected {expected}")
         self._taken.add(name)
         return tensor
 
     def _expert_segments(self, part: Experts, prefix: str) -> list[Segment]:
-        joined, no, parts = part.joined
-        out, width = self._shape(part.shape)
-        n_experts = self.sizes["experts"]
-        if prefix + joined in self.weights:
-            tensor = self._take(prefix + joined, (n_experts, parts * out, width))
+        n_experts = self.sizes[part.count]
+        if part.joined and prefix + part.joined[0] in self.weights:
+            joined, no, parts = part.joined
+            tensor = self._take(prefix + joined, (part.count, "*", *part.shape[1:]))
             assert tensor is not None
+            out = tensor.shape[1] // parts
+            if (expected := self._shape(part.shape, tensor))[0] != out or tensor.shape[1] % parts:
+                full = (n_experts, parts * expected[0], *expected[1:])
+                raise tensor.error(f"has shape {tensor.shape}, expected {full}")
             starts = [(expert * parts + no) * out for expert in range(n_experts)]
             return [Segment(tensor, start, start + out) for start in starts]
-        tensors = [self._take(prefix + part.hf.format(expert), (out, width)) for expert in range(n_experts)]
-        return [Segment(tensor, 0, out) for tensor in tensors if tensor is not None]
+        tensors = [self._take(prefix + part.hf.format(expert), part.shape) for expert in range(n_experts)]
+        return [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
 
-    def _shape(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        return tuple(self.sizes[name] for name in names)
+    def _shape(self, names: tuple[str, ...], tensor: SourceTensor) -> tuple[int, ...]:
+        """What the names stand for. Where they say "*", it is as the tensor has it."""
+        given = tensor.shape[-len(names) :] if len(tensor.shape) >= len(names) else (1,) * len(names)
+        return tuple(
+            size if name == "*" else int(name) if name.isdecimal() else self.sizes[name]
+            for name, size in zip(names, given, strict=True)
+        )

@@ -23,6 +23,8 @@ from qrun.models.normalizer import flat_steps, step_type
 NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 # Tokens that end a message, where a model has them beside the one that ends a text.
 END_OF_MESSAGE = {"<|eom_id|>": "eom"}
+# Architectures of which files have pieces of text with their merges.
+MERGED = ("gemma4",)
 MAX_TEMPLATE_BYTES = 1 << 22
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -33,11 +35,12 @@ def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: i
     """The keys under `tokenizer.`, and those under `qrun.tokenizer.` for what GGUF has no key for (the engine's
     Vocabulary says what they mean). Raises FormatError if there is no tokenizer, or none that they can describe."""
     files = _files(folder, config)
-    vocabulary = read_vocabulary(files, n_vocab)
+    vocabulary = read_vocabulary(files, n_vocab, merged=entries.values.get("general.architecture") in MERGED)
     texts = [token for token in vocabulary.tokens if isinstance(token, str)]
     _check_text(files.path, texts + (vocabulary.merges or []))
     entries.text("tokenizer.ggml.model", vocabulary.model)
-    entries.text("tokenizer.ggml.pre", vocabulary.pre)
+    if vocabulary.pre:
+        entries.text("tokenizer.ggml.pre", vocabulary.pre)
     entries.array("tokenizer.ggml.tokens", vocabulary.tokens, ValueType.STRING)
     if vocabulary.scores is not None:
         entries.array("tokenizer.ggml.scores", vocabulary.scores, ValueType.FLOAT32)
@@ -63,7 +66,7 @@ def _files(folder: Path, config: Config) -> TokenizerFiles:
 def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     """How a text is turned into words, and special tokens are found in it."""
     rules = vocabulary.rules
-    if vocabulary.model == "llama":
+    if vocabulary.model in ("llama", "gemma4"):
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)
     if rules.remove_extra_whitespaces:
         entries.flag("tokenizer.ggml.remove_extra_whitespaces", True)

@@ -24,6 +24,8 @@ _LOOK_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # The characters that stand for bytes: those of Latin-1 that can be printed, and as many from U+0100 on as are missing.
 _BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
+# Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
+VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -60,8 +62,9 @@ class Vocabulary:
             self.ids[token] = id
 
 
-def read_vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
-    """n_vocab: rows of the embedding. Raises FormatError if there is no tokenizer, or none of a known kind."""
+def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False) -> Vocabulary:
+    """n_vocab: rows of the embedding. merged: files of the model have pieces of text with their merges, as Gemma 4's.
+    Raises FormatError if there is no tokenizer, or none of a known kind."""
     model = files.tokenizer.get("model")
     path = files.folder / "tokenizer.model"
     if isinstance(model, dict) and model.get("type", "BPE") == "BPE":
@@ -70,6 +73,8 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
             return _byte_pair(files, model, n_vocab)
         pieces = _pieces_of_merges(files.path, model)
         rules = metaspace_rules(files.path, files.tokenizer, pieces.pieces)
+        if merged:
+            return _merged_pieces(files, model, pieces, rules, n_vocab)
         return _sentencepiece(files, read_sentencepiece(path) if path.is_file() else pieces, rules, n_vocab)
     if path.is_file():
         sentencepiece = read_sentencepiece(path)
@@ -150,9 +155,11 @@ def _put_unknown(
     vocabulary.fuse_unknown = bool(model.get("fuse_unk"))
 
 
-def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, rules: TextRules, n_vocab: int) -> Vocabulary:
+def _sentencepiece(
+    files: TokenizerFiles, model: SentencePieceModel, rules: TextRules, n_vocab: int, kind: str = "llama"
+) -> Vocabulary:
     """Characters merge by the score of what they make: SentencePiece's way."""
-    vocabulary = _empty("llama", "default", n_vocab, True)
+    vocabulary = _empty(kind, "default" if kind == "llama" else "", n_vocab, True)
     vocabulary.rules = rules if files.is_general else rules.with_prefix(files.config.get("add_prefix_space"))
     for id, (piece, score, type) in enumerate(zip(model.pieces, model.scores, model.types, strict=True)):
         try:
@@ -160,6 +167,19 @@ def _sentencepiece(files: TokenizerFiles, model: SentencePieceModel, rules: Text
         except UnicodeDecodeError:
             vocabulary.put(id, piece, type, score)
     _put_added(vocabulary, files, len(model.pieces))
+    return vocabulary
+
+
+def _merged_pieces(
+    files: TokenizerFiles, model: Mapping[str, Any], pieces: SentencePieceModel, rules: TextRules, n_vocab: int
+) -> Vocabulary:
+    """Characters merge in the order of a list, and what is no character is spelt in bytes: Gemma 4's way."""
+    vocabulary = _sentencepiece(files, pieces, rules, n_vocab, "gemma4")
+    vocabulary.scores = [ADDED_SCORE] * n_vocab
+    vocabulary.merges = [" ".join(pair) for pair in _merges(files.path, model)]
+    for id, token in enumerate(vocabulary.tokens):
+        if token in VISIBLE and vocabulary.types[id] == CONTROL:
+            vocabulary.types[id] = USER_DEFINED
     return vocabulary
 
 

@@ -28,11 +28,13 @@ import numpy as np
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix
-from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS
+from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, NEED_IMPORTANCE
 from qrun.engine.quantize.source import GGUFSource, SourceTensor
 from qrun.formats import GGUFReader
 
 QRUN = "qrun"
+# Types that only experts get, or that llama-quantize does not make.
+OTHERS = ("MXFP4", "NVFP4")
 # Weights that are decoded at a time.
 CHUNK = 1 << 22
 
@@ -168,13 +170,14 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     args = parsed(arguments)
-    names = args.types or [name for name, (type_, _) in FILE_TYPES.items() if type_ not in FLOATS and name != "MXFP4"]
+    quantised = [name for name, (type_, _) in FILE_TYPES.items() if type_ not in FLOATS]
+    names = args.types or [name for name in quantised if name not in OTHERS]
     Encoder(type_ for type_, _ in FILE_TYPES.values())  # kernels are compiled before the clock runs
     results: list[Made] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             for imatrix in [None, *([args.imatrix] if args.imatrix else [])]:
-                if name == "Q2_K_S" and imatrix is None:  # both refuse
+                if imatrix is None and (name == "Q2_K_S" or FILE_TYPES[name][0] in NEED_IMPORTANCE):  # both refuse
                     continue
                 print(f"{name}{' with an importance matrix' if imatrix else ''} ...", file=sys.stderr)
                 results += measure(args, name, imatrix, Path(folder))

@@ -45,7 +45,7 @@ class Template:
         turns = "".join(f"({message['role'][0]}){message['content']}</s>" for message in messages)
         return turns + "(a)" * add_generation_prompt
 
-    def response(self, prompt: str, *, with_calls: bool = False) -> None:
+    def response(self, prompt: str, tools: Any = None) -> None:
         return None
 
 

@@ -166,3 +166,27 @@ def eight_bits(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[dict[s
     codes, scb = rng.integers(-127, 128, shape).astype(np.int8), rng.uniform(0.5, 2, shape[0]).astype(np.float32)
     weights = codes.astype(np.float32) * scb[:, None] * np.float32(7.874015718698502e-3)
     return {"weight": codes, "SCB": scb, "weight_format": np.array(0, np.uint8)}, weights
+
+
+# Zero has no sign, as in the formats of GGUF.
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def e4m3(code: int) -> float:
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = (8 + mantissa) / 8 * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+    return -magnitude if code & 128 else magnitude
+
+
+def four_bit_floats(
+    rng: np.random.Generator, shape: tuple[int, ...], group: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random codes, two a byte, scales (E4M3 for groups of 16, exponents for those of 32), and what they stand for."""
+    codes = rng.integers(0, 16, shape)
+    low, high = (32, 100) if group == 16 else (118, 126)
+    scales = rng.integers(low, high, (*shape[:-1], shape[-1] // group)).astype(np.uint8)
+    weights = np.empty(shape, np.float32)
+    for place in np.ndindex(*shape):
+        scale = int(scales[(*place[:-1], place[-1] // group)])
+        weights[place] = E2M1[codes[place]] * (e4m3(scale) if group == 16 else 2.0 ** (scale - 127))
+    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8), scales, weights

@@ -42,6 +42,9 @@ class Terminal:
             self.x = 0
         else:
             width = cell_len(char)
+            if not width and self.x:
+                self._here()[self.x - 1] += char
+                return
             if self.x + width > self.width:
                 self.x = 0
                 self.y += 1

@@ -14,6 +14,7 @@ from engine_fakes import ids_of
 
 from qrun.cli import loading
 from qrun.cli.answer import Display
+from qrun.cli.console import echo
 from qrun.cli.conversation import Conversation
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl
@@ -197,6 +198,31 @@ def test_thoughts_are_dim_at_a_terminal(chat: Callable[..., str]) -> None:
     rendered = chat("hi")
     assert "\x1b[2mhi?" in rendered and rendered.endswith("HI!\n") and "think" not in rendered
     assert chat("hi", show_thoughts=False) == "HI!\n"
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_is_forgotten_is_said_in_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plain: bool
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    display = Display(plain)
+
+    def on_forget(n: int) -> None:
+        display.make_way()
+        echo("[forgotten]")
+
+    conversation = Conversation(make_model(context=100), on_forget=on_forget)
+    list(conversation.answer("a" * 10))
+    list(conversation.answer("b"))
+    question = "c" * 27  # with its answer more than the context, though there is room to begin
+    with display.answer() as answer:
+        for piece in conversation.answer(question):
+            answer.push(piece)
+    printed = capsys.readouterr().out
+    before, _, after = printed.partition("[forgotten]\n")
+    assert before.startswith("C") and before.endswith("\n")
+    assert (before + after).replace("\n", "") == question.upper() + "!"
 
 
 def test_slash_think(chat: Callable[..., str]) -> None:

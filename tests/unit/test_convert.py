@@ -244,7 +244,7 @@ def test_a_dry_run_says_all_and_writes_nothing(source: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--type", "q9"], "'q9' is no type"),
-        (["--type", "q4_0", "--output-type", "iq2_xxs"], "'iq2_xxs' is no type of a tensor"),
+        (["--type", "q4_0", "--output-type", "q8_1"], "'q8_1' is no type of a tensor"),
         (["--type", "q4_0", "--tensor-type", "ffn"], "PATTERN=TYPE"),
         (["--type", "q4_0", "--tensor-type", "(=q8_0"], "--tensor-type '(=q8_0'"),
         (["--type", "q4_0", "--override", "a=int:x"], "'x' is no int"),

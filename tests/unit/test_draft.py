@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from engine_fakes import EOS, FakeRuntime, FakeTokenizer, ids_of, speaking
 from tiny_model import PIECES, write_tiny_model
 
+from qrun.cli.main import cli
 from qrun.engine import Model
 from qrun.engine.generation import draft as draft_module
 from qrun.engine.generation.draft import Draft, DraftGuesser, ModelDrafter, Reading
@@ -146,7 +149,7 @@ def test_a_long_prompt_is_read_as_far_as_guesses_have_paid_for_it(clock: Clock, 
     generate(draft, clock, 300, 1.0, rng, prompt=10_000)
     good.held = 0
     generate(draft, clock, 300, 1.0, rng, prompt=2_000)
-    assert good.reads[0] == 64
+    assert good.reads[0] == 32
     assert max(good.reads) > 1000
 
 
@@ -333,3 +336,36 @@ def test_a_draft_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf"):
         Model.load(model, draft=tmp_path / "nowhere.gguf", threads=1)
     Model.load(model, draft=model, threads=1).close()
+
+
+# The command line
+
+
+def test_commands_take_a_draft(tmp_path: Path) -> None:
+    model = str(write_tiny_model(tmp_path / "model.gguf"))
+    outputs = []
+    for draft in ([], ["--draft", model]):
+        arguments = ["run", model, "It was", "--temperature", "0", "--max-tokens", "40", "-t", "1", *draft]
+        outputs.append(CliRunner().invoke(cli, arguments))
+        assert outputs[-1].exit_code == 0
+    assert outputs[0].stdout == outputs[1].stdout
+    result = CliRunner().invoke(
+        cli, ["bench", model, "--draft", model, "-p", "0", "-n", "40", "-r", "1", "-t", "1", "--no-bandwidth", "--json"]
+    )
+    figures = json.loads(result.stdout)
+    assert figures["text"] > 0 and figures["draft"] > 0
+    assert figures["guessed"] >= figures["accepted"] >= 0
+    result = CliRunner().invoke(cli, ["bench", model, "--draft", model, "--compare", "peer"])
+    assert result.exit_code == 2 and "--draft does not go with --compare" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["run", "It was"], ["bench", "-n", "4"], ["chat"]])
+def test_a_draft_that_does_not_fit_is_refused_at_once(tmp_path: Path, command: list[str]) -> None:
+    model = write_tiny_model(tmp_path / "model.gguf")
+    other = write_tiny_model(tmp_path / "other.gguf", pieces=[*PIECES[:5], "x!", *PIECES[6:]])
+    for draft, problem in ((other, f"{other}: no draft for model.gguf"), ("mtp", f"{model}: it has no draft layers")):
+        arguments = [command[0], str(model), *command[1:], "--draft", str(draft), "-t", "1"]
+        result = CliRunner().invoke(cli, arguments, input="Hi\n")
+        assert isinstance(result.exception, FormatError)
+        assert str(result.exception).startswith(problem)
+        assert result.stdout == ""

@@ -16,7 +16,7 @@ from qrun.cli import main
 from qrun.engine import Model
 from qrun.formats import FormatError, GGUFReader
 from qrun.models.huggingface import CheckpointSource
-from qrun.models.huggingface.config_keys import CHANGING, HARMLESS, READ, READ_OF, WINDOW_KEYS
+from qrun.models.huggingface.config_keys import CHANGING, HARMLESS, READ, WINDOW_KEYS
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -39,7 +39,8 @@ def refusal(folder: Path) -> str:
 
 def test_none_of_the_checkpoints_gives_reason_for_a_notice() -> None:
     for folder in DATA.iterdir():
-        assert notices(folder) == [], folder.name
+        expected = folder.name.endswith("-vision")  # one, about what sees
+        assert ["see or hear" in notice for notice in notices(folder)] == [True] * expected, folder.name
 
 
 # One matrix for the embedding and the head
@@ -266,8 +267,6 @@ def test_a_folder_without_the_model(names: list[str], message: str, tmp_path: Pa
 def test_no_key_is_on_two_lists() -> None:
     lists = [READ, HARMLESS, frozenset(CHANGING)]
     assert sum(map(len, lists)) == len(frozenset().union(*lists))
-    for keys in READ_OF.values():
-        assert not keys & (READ | HARMLESS)
     assert not (READ | frozenset(CHANGING)) & WINDOW_KEYS
 
 

@@ -19,7 +19,7 @@ from qrun.cli import main
 from qrun.formats import FormatError, GGUFReader, TensorType
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.huggingface.general import model_name, size_entry
 from qrun.models.huggingface.rope import rope_entries, rope_factors
 from qrun.models.huggingface.sentencepiece import read_sentencepiece
@@ -133,7 +133,7 @@ def test_weights_of_eight_bits(tmp_path: Path) -> None:
 def rope_of(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     config = Config(Path("config.json"), {"max_position_embeddings": 4096} | values, {"rope_theta": 10000.0})
     entries = Entries()
-    rope_entries(entries, "x", config)
+    rope_entries(Facts(entries, "x", config, {}), plain=True)
     return entries.values, rope_factors(config, {"head": 16})
 
 
@@ -297,7 +297,7 @@ def moved(key: str, value: Any) -> Edit:
     ("name", "change", "message"),
     [
         ("llama", lambda c: c.pop("architectures"), '"architectures" is missing'),
-        ("llama", moved("architectures", ["GPT2LMHeadModel"]), "architecture 'GPT2LMHeadModel' is not supported"),
+        ("llama", moved("architectures", ["XLNetLMHeadModel"]), "architecture 'XLNetLMHeadModel' is not supported"),
         ("llama", lambda c: c.pop("hidden_size"), "hidden_size is missing"),
         ("llama", moved("hidden_size", "32"), "hidden_size is not a whole number: '32'"),
         ("llama", moved("num_hidden_layers", 10**9), "num_hidden_layers is 1000000000, expected 1 to"),

@@ -77,6 +77,19 @@ def test_a_tied_embedding_is_an_output() -> None:
         ("IQ4_XS", 2, {T.Q5_K: 16}, {T.Q5_K: 2, T.IQ4_XS: 14}, T.IQ4_XS),
         ("IQ4_NL", 8, {T.IQ4_NL: 16}, {T.Q5_K: 2, T.IQ4_NL: 14}, T.IQ4_NL),
         ("Q8_0", 8, {T.Q8_0: 16}, {T.Q8_0: 16}, T.Q8_0),
+        ("IQ3_M", 8, {T.Q4_K: 16}, {T.Q4_K: 2, T.IQ3_S: 14}, T.Q4_K),
+        ("IQ3_S", 8, {T.IQ3_S: 16}, {T.IQ3_S: 16}, T.IQ3_S),
+        ("IQ3_S", 2, {T.Q4_K: 16}, {T.IQ3_S: 16}, T.IQ3_S),
+        ("IQ3_XS", 2, {T.Q4_K: 16}, {T.IQ3_S: 16}, T.IQ3_S),
+        ("IQ3_XXS", 8, {T.IQ3_S: 16}, {T.Q4_K: 2, T.Q3_K: 14}, T.IQ3_S),
+        ("IQ2_M", 8, {T.IQ3_S: 16}, {T.IQ3_S: 2, T.IQ2_S: 14}, T.IQ3_S),
+        ("IQ2_S", 8, {T.IQ3_S: 16}, {T.IQ3_S: 2, T.IQ2_XS: 14}, T.IQ3_S),
+        ("IQ2_XS", 2, {T.Q4_K: 16}, {T.Q2_K: 2, T.IQ2_XS: 14}, T.IQ2_XS),
+        ("IQ2_XXS", 8, {T.Q2_K: 16}, {T.Q2_K: 2, T.IQ2_XXS: 14}, T.IQ2_XXS),
+        ("IQ1_M", 8, {T.Q2_K: 16}, {T.Q2_K: 2, T.IQ1_M: 14}, T.IQ2_XXS),
+        ("IQ1_S", 8, {T.Q2_K: 16}, {T.Q2_K: 2, T.IQ1_S: 14}, T.IQ2_XXS),
+        ("TQ2_0", 8, {T.TQ2_0: 16}, {T.TQ2_0: 16}, T.TQ2_0),
+        ("NVFP4", 8, {T.NVFP4: 16}, {T.NVFP4: 16}, T.NVFP4),
     ],
 )
 def test_the_mixes(name: str, kv_heads: int, values: dict[T, int], down: dict[T, int], output: T) -> None:
@@ -112,6 +125,34 @@ def test_q2_k_s_needs_importance_where_it_has_two_bits() -> None:
     assert not needs_importance("blk.3.attn_v.weight", T.Q4_K, choice)
     assert not needs_importance("token_embd.weight", T.Q2_K, choice)
     assert not needs_importance("blk.3.attn_q.weight", T.Q2_K, Choice("Q2_K"))
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "output", "tied"),
+    [
+        ("IQ1_S", T.Q2_K, T.Q5_K, T.Q5_K), ("IQ2_XXS", T.Q2_K, T.Q5_K, T.Q5_K), ("IQ2_M", T.IQ3_S, T.Q5_K, T.Q5_K),
+        ("IQ3_XXS", T.IQ3_S, T.Q5_K, T.Q5_K), ("IQ3_XS", T.IQ3_S, T.Q6_K, T.Q6_K), ("TQ1_0", T.Q4_K, T.Q6_K, T.Q6_K),
+        ("Q1_0", T.Q1_0, T.Q6_K, T.Q6_K), ("MXFP4", T.Q8_0, T.Q8_0, T.Q8_0),
+    ],
+)  # fmt: skip
+def test_embeddings_and_outputs_of_few_bits(name: str, embedding: T, output: T, tied: T) -> None:
+    types = choose_types(model(8), facts(8), Choice(name))
+    assert (types["token_embd.weight"], types["output.weight"]) == (embedding, output)
+    assert choose_types(model(8, tied=True), facts(8), Choice(name))["token_embd.weight"] == tied
+
+
+def test_iq3_xs_has_less_in_the_middle() -> None:
+    types = choose_types(model(16), facts(16), Choice("IQ3_XS"))
+    for part in ("ffn_gate.", "ffn_up."):
+        assert layers_of(types, part, T.IQ3_XXS) == list(range(2, 14))
+    assert len(layers_of(types, "attn_q.", T.IQ3_XXS)) == len(layers_of(types, "attn_k.", T.IQ3_XXS)) == 16
+
+
+def test_types_of_few_bits_need_importance_wherever_they_are_asked_for() -> None:
+    for type in (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS):
+        assert needs_importance("blk.3.attn_q.weight", type, Choice("Q4_K_M"))
+        assert not needs_importance("output.weight", type, Choice("Q4_K_M"))
+    assert not needs_importance("blk.3.attn_q.weight", T.IQ3_S, Choice("IQ3_S"))
 
 
 def test_importance_changes_a_few_choices() -> None:
@@ -156,7 +197,8 @@ def test_copy_changes_nothing() -> None:
     [
         (T.Q4_K, 512, T.Q4_K), (T.Q4_K, 576, T.Q5_0), (T.Q5_K, 576, T.Q5_1), (T.Q6_K, 576, T.Q8_0),
         (T.Q2_K, 576, T.Q4_0), (T.Q3_K, 576, T.Q4_0), (T.IQ4_XS, 576, T.IQ4_NL), (T.Q4_K, 100, T.F16),
-        (T.Q8_0, 100, T.F16), (T.Q8_0, 96, T.Q8_0),
+        (T.Q8_0, 100, T.F16), (T.Q8_0, 96, T.Q8_0), (T.IQ2_XS, 576, T.IQ4_NL), (T.IQ3_S, 96, T.IQ4_NL),
+        (T.TQ2_0, 576, T.Q4_0), (T.NVFP4, 96, T.IQ4_NL), (T.Q1_0, 192, T.Q4_0), (T.Q2_0, 96, T.Q4_0),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_fall_back(type: T, row: int, expected: T) -> None:

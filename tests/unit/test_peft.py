@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_files import read_pairs
+from checkpoint_weights import CLASSES, write_checkpoint
 from safetensors_builder import tensor, write
 
 from qrun.cli import main
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.models.adapter import Lora, open_adapters
+from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.architectures import ARCHITECTURES
 from qrun.models.huggingface.peft import Base, PeftSource
+from qrun.models.huggingface.tensors import short_name
 
 N_LAYERS, EMBD, HEADS, KV_HEADS, HEAD, FF, N_VOCAB, EXPERTS = 2, 48, 6, 2, 8, 40, 90, 3
 Array = np.ndarray
@@ -106,7 +109,12 @@ def base(tmp_path: Path) -> Path:
     return write_config(tmp_path / "base")
 
 
-@pytest.mark.parametrize("class_name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "class_name",
+    ["LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+     "Qwen3MoeForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+     "Gemma3ForConditionalGeneration", "Phi3ForCausalLM", "SmolLM3ForCausalLM"],
+)  # fmt: skip
 def test_every_matrix_is_changed_as_peft_changes_it(rng: np.random.Generator, class_name: str, tmp_path: Path) -> None:
     base, modules = write_config(tmp_path / "base", class_name), modules_of(class_name)
     pairs, expected = {}, {}
@@ -128,6 +136,42 @@ def test_every_matrix_is_changed_as_peft_changes_it(rng: np.random.Generator, cl
         assert reader.metadata["general.architecture"] == ARCHITECTURES[class_name].name
         assert reader.metadata["adapter.lora.alpha"] == 16
         assert {tensor.type for tensor in reader.tensors.values()} == {TensorType.F32}
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_a_change_goes_where_the_matrix_goes(rng: np.random.Generator, class_name: str, tmp_path: Path) -> None:
+    """A checkpoint that holds the changes as its weights becomes what the adapter does."""
+    case = CLASSES[class_name]
+    base = write_checkpoint(tmp_path / "base", case["config"], case["shapes"])
+    targets = Base.of_folder(base).targets()
+    pairs, changed, names = {}, {}, {}
+    for name, shape in case["shapes"].items():
+        target = targets.get(short_name(name.removesuffix(".weight")))
+        if len(shape) == 2 and name.endswith(".weight") and target is not None and target.expert is None:
+            pairs[name.removesuffix(".weight")] = pair_of(rng, (shape[0], shape[1]), 3)
+            if "embd" in target.name or "embed" in name or "wte" in name:
+                del pairs[name.removesuffix(".weight")]
+                continue
+            a, b = pairs[name.removesuffix(".weight")]
+            changed[name], names[name] = (16 / 3 * b @ a).astype(np.float32), target.name
+    stored = {
+        f"base_model.model.{module}.lora_{letter}.weight": tensor(values, "F32")
+        for module, pair in pairs.items() for letter, values in zip("AB", pair, strict=True)
+    }  # fmt: skip
+    folder = write_peft(tmp_path / "peft", {})
+    write(folder / "adapter_model.safetensors", stored)
+    held = {name: tensor(changed.get(name, np.zeros(shape, np.float32)), "F32")
+            for name, shape in case["shapes"].items()}  # fmt: skip
+    write(base / "model.safetensors", held)
+    if not names:  # all matrices are turned about, or lie in others
+        assert class_name == "GPT2LMHeadModel"
+        return
+    found = converted(folder, tmp_path / "adapter.gguf", "--base", str(base), "--type", "f32")
+    assert found.keys() == set(names.values())
+    with closing(CheckpointSource(base)) as source:
+        for name in names.values():
+            whole = source.tensors[name].rows(0, source.tensors[name].n_rows)
+            np.testing.assert_allclose(found[name], whole, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_the_embedding_and_the_head(rng: np.random.Generator, base: Path, tmp_path: Path) -> None:
@@ -348,7 +392,7 @@ def test_options_that_do_not_go_together(rng: np.random.Generator, base: Path, t
     peft = write_peft(tmp_path / "peft", {"lm_head": pair_of(rng, (N_VOCAB, EMBD), 4)})
     assert main.main(["convert", str(peft), "--base", str(base), "--output-type", "f16"]) == 2
     assert main.main(["convert", "model.gguf", "--type", "f16", "--base", str(base)]) == 2
-    assert main.main(["convert", "model.gguf"]) == 2
+    assert main.main(["convert", str(base)]) == 2
 
 
 CHANGING = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "not_yet_known"]

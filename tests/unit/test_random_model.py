@@ -25,10 +25,18 @@ SMALL = {
     },
     "mamba2": {"layers": 2, "width": 256, "state": 32, "groups": 2, "vocabulary": 300},
     "mamba": {"layers": 2, "width": 256, "vocabulary": 300},
+    "gpt-oss": {
+        "layers": 2, "width": 256, "ffn": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2, "vocabulary": 300,
+    },
+    "gemma4": {"layers": 6, "width": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "dim": 64, "vocabulary": 300},
+    "deepseek2": {
+        "layers": 2, "width": 256, "ffn": 512, "heads": 4, "asked": 256, "rank": 256, "expert_ffn": 256, "experts": 4,
+        "used": 2, "vocabulary": 300,
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*random_model.SCALES, "F16", "BF16", "F32"])
+@pytest.mark.parametrize("name", [*random_model.QUANTISED, "F16", "BF16", "F32"])
 def test_weights_have_a_mean_near_zero_and_the_deviation_asked_for(rng: np.random.Generator, name: str) -> None:
     type_ = TensorType[name]
     raw = random_model.random_blocks(rng, type_, 256 * 1024, 0.02)

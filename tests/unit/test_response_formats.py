@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from qrun.engine.text.chat_template import ChatTemplate, ChatTemplateError
-from qrun.engine.text.response_formats import CALLS, THOUGHTS, find_format
+from qrun.engine.text.response_formats import CALLS, THOUGHTS, ResponseFormat, find_format
 from qrun.engine.text.response_parser import ResponseParser
 from qrun.engine.text.tool_calls import ToolCall
 
@@ -332,6 +333,23 @@ def test_a_call_after_a_thought_and_a_thought_after_a_call() -> None:
     assert parser.calls == ONE * 2
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_call_of_special_tokens_ends_a_thought_that_was_left_open(size: int) -> None:
+    format = find_format("<think></think><|tool_call_start|>")
+    call = '<|tool_call_start|>[f(k="v", n=3)]<|tool_call_end|>'
+    parser = ResponseParser(format, with_calls=True, thinking=True)
+    assert split(parser, f"Hm. {call}Done.", size) == {"reasoning": "Hm.", "tool_call": call, "content": "Done."}
+    assert parser.calls == ONE
+    parser = ResponseParser(format, with_calls=True, thinking=True)
+    assert split(parser, "Hm. <|tool_call_start|>no<|tool_call_end|> So.</think>Yes.", size) == {
+        "reasoning": "Hm. <|tool_call_start|>no<|tool_call_end|> So.",
+        "content": "Yes.",
+    }
+    parser = ResponseParser(find_format("<think></think><tool_call>"), with_calls=True, thinking=True)
+    text = f"I may write <tool_call>{JSON_CALL}</tool_call>"
+    assert split(parser, text, size) == {"reasoning": text}
+
+
 def test_a_call_is_addressed_by_a_header() -> None:
     parser = ResponseParser(HARMONY, with_calls=True)
     text = (
@@ -361,3 +379,34 @@ def test_marks_are_all_that_must_be_seen() -> None:
     assert {"<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>"} <= set(
         re.findall(r"<\|\w+\|>", " ".join(ResponseParser(HARMONY, with_calls=True).marks))
     )
+
+
+def test_a_schema_tells_texts_from_numbers() -> None:
+    """Where the format has no quotes."""
+    types = {"k": "string", "n": "integer"}
+    properties = {key: {"type": type} for key, type in types.items()}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    for signs in ("<tool_call> <function=", "<tool_call> <arg_key>", "<minimax:tool_call>", "]<]minimax[>["):
+        text = WRITTEN[signs].replace("v", "12").replace("12alue", "value").replace("in12oke", "invoke")
+        chat = template("{{ messages[0].content }}{# " + signs + " #}")
+        for given, value in ((tools, "12"), ([{"name": "f"}, {"parameters": 3}, {"function": []}], 12)):
+            parser = chat.response("", given)
+            assert parser is not None
+            split(parser, text)
+            assert parser.calls == [ToolCall("f", {"k": value, "n": 3})]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_that_is_written_is_an_error_and_pieces_make_no_difference(seed: int) -> None:
+    """Texts of marks, broken marks and other things, in any order, for every row of the tables."""
+    chance = random.Random(seed)
+    words = [*'[{} \n\0é"<|', "text", " to=", "functions.f ", "final", JSON_CALL, INVOKE, "call:f{k:3}", "f[ARGS]{}"]
+    for format in (ResponseFormat(thoughts, chance.choice(CALLS)) for thoughts in THOUGHTS):
+        marks = list(ResponseParser(format, with_calls=True).marks)
+        for _ in range(10):
+            options = {"thinking": chance.random() < 0.3, "with_calls": chance.random() < 0.7}
+            text = "".join(chance.choice(chance.choice((marks, words))) for _ in range(chance.randint(0, 9)))
+            text = text[: len(text) - chance.randint(0, 3)]
+            whole, pieces = (ResponseParser(format, **options) for _ in range(2))
+            assert split(whole, text, 10**6) == split(pieces, text, chance.randint(1, 4)), (format, text)
+            assert whole.calls == pieces.calls

@@ -39,10 +39,11 @@ def test_avx2_without_fused_arithmetic_or_half_floats_is_not_enough() -> None:
 
 
 def test_a_lesser_form_can_be_asked_for() -> None:
-    features = dict.fromkeys((*AVX512, "avx", "avx512vnni", "avxvnni"), True)
+    features = dict.fromkeys((*AVX512, "avx", "avx512vnni", "avx512vbmi", "avxvnni"), True)
     chosen = {form: choose_target(X86, "cpu", features, form) for form in ("best", "avx512", "avx2", "plain")}
     assert [(t.lanes, t.dot) for t in chosen.values()] == [(16, "vnni"), (16, "avx2"), (8, "avx2"), (8, "plain")]
-    assert not chosen["avx512"].has("avx512vnni") and not chosen["avx2"].has("avxvnni")
+    assert not chosen["avx512"].has("avx512vnni") and not chosen["avx512"].has("avx512vbmi")
+    assert chosen["best"].has("avx512vbmi") and not chosen["avx2"].has("avxvnni")
     assert not chosen["plain"].has("avx512f")
     with pytest.raises(ValueError, match="QRUN_SIMD is 'mmx': it can be best, avx512, avx2 or plain"):
         choose_target(X86, "cpu", features, "mmx")
@@ -90,6 +91,15 @@ def test_the_machine_code_has_the_instructions_of_its_target(name: str, kernel: 
         assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
     assert not re.search(rf"^\s.*({unwanted})", code, re.M)
     assert calls_to_elsewhere(code) == set()
+
+
+@pytest.mark.parametrize("kernel", ["matmul-IQ3_S", "matmul-IQ2_XXS", "embed-IQ1_M"])
+def test_groups_of_weights_are_looked_up_by_permutations_where_there_are_some(kernel: str) -> None:
+    for name, wanted in (("avx512-vbmi", True), ("avx512-vnni", False)):
+        code = assembly(kernel, machine_target(name))
+        assert bool(re.search(r"^\s.*vperm[it]2b.*%zmm", code, re.M)) == wanted
+        assert bool(re.search(r"^\s.*vpmultishiftqb.*%zmm", code, re.M)) == wanted
+        assert calls_to_elsewhere(code) == set()
 
 
 @pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if name != "x86-64"])

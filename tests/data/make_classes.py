@@ -1,0 +1,431 @@
+"""Makes tests/data/classes.json: a tiny checkpoint of every class that can be converted, and what llama.cpp's converter
+makes of it.
+
+    python tests/data/make_classes.py LLAMA_CPP [CLASS ...]
+
+It needs torch and transformers, and the folder LLAMA_CPP with llama.cpp's sources (of build 11434). A checkpoint is its
+config.json with the names and shapes of its tensors, as Transformers saves a model of that class, or as its makers
+publish it where Transformers has no such class; the weights follow from the names (tests/unit/checkpoint_weights.py).
+The result is the metadata, and each tensor's name, type, shape and a digest of its bytes. With classes named, the
+others stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "unit"))
+from checkpoint_weights import digest, write_checkpoint  # noqa: E402
+
+OUT = HERE / "classes.json"
+N_VOCAB = 333  # of the tokenizer that the checkpoints have
+
+DENSE = {"vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+HEAD = {"head_dim": 16}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}  # fmt: skip
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+         "num_hidden_layers": 4}  # fmt: skip
+VISION = {"hidden_size": 8, "intermediate_size": 8, "depth": 1, "num_hidden_layers": 1, "num_heads": 1,
+          "num_attention_heads": 1, "out_hidden_size": 32, "patch_size": 4, "image_size": 8}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+OLD = {"vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+KINDS = ["sliding_attention", "full_attention"]
+
+
+def draft(prefix: str, layer: dict[str, list[int]], embd: int = 32) -> dict[str, list[int]]:
+    return {f"{prefix}{name}": shape for name, shape in layer.items()}
+
+
+def qwen_draft(mixture: bool) -> dict[str, list[int]]:
+    """Of Qwen 3.5 and Next: Transformers leaves it out."""
+    layer = {
+        "input_layernorm.weight": [32], "post_attention_layernorm.weight": [32],
+        "self_attn.q_proj.weight": [128, 32], "self_attn.k_proj.weight": [32, 32], "self_attn.v_proj.weight": [32, 32],
+        "self_attn.o_proj.weight": [32, 64], "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16],
+    }  # fmt: skip
+    if mixture:
+        layer |= {f"mlp.experts.{e}.{n}_proj.weight": [24, 32] for e in range(4) for n in ("gate", "up")}
+        layer |= {f"mlp.experts.{e}.down_proj.weight": [32, 24] for e in range(4)}
+        layer |= {"mlp.gate.weight": [4, 32], "mlp.shared_expert_gate.weight": [1, 32],
+                  "mlp.shared_expert.gate_proj.weight": [40, 32], "mlp.shared_expert.up_proj.weight": [40, 32],
+                  "mlp.shared_expert.down_proj.weight": [32, 40]}  # fmt: skip
+    else:
+        layer |= {"mlp.gate_proj.weight": [48, 32], "mlp.up_proj.weight": [48, 32], "mlp.down_proj.weight": [32, 48]}
+    return {"mtp.fc.weight": [32, 64], "mtp.norm.weight": [32], "mtp.pre_fc_norm_embedding.weight": [32],
+            "mtp.pre_fc_norm_hidden.weight": [32], **draft("mtp.layers.0.", layer)}  # fmt: skip
+
+
+GLM_DRAFT = draft("model.layers.2.", {
+    "input_layernorm.weight": [32], "post_attention_layernorm.weight": [32], "self_attn.q_proj.weight": [64, 32],
+    "self_attn.k_proj.weight": [32, 32], "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
+    "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16], "eh_proj.weight": [32, 64],
+    "enorm.weight": [32], "hnorm.weight": [32], "shared_head.norm.weight": [32],
+    "shared_head.head.weight": [N_VOCAB, 32], "embed_tokens.weight": [N_VOCAB, 32],
+    "mlp.gate.weight": [4, 32], "mlp.gate.e_score_correction_bias": [4],
+} | {f"mlp.experts.{e}.{n}_proj.weight": [24, 32] for e in range(4) for n in ("gate", "up")}
+  | {f"mlp.experts.{e}.down_proj.weight": [32, 24] for e in range(4)} | {
+    "mlp.shared_experts.gate_proj.weight": [24, 32], "mlp.shared_experts.up_proj.weight": [24, 32],
+    "mlp.shared_experts.down_proj.weight": [32, 24],
+})  # fmt: skip
+
+
+def text(settings: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """Of a model that sees: the language model's settings within it."""
+    return {"text_config": settings, "vision_config": VISION, **others}
+
+
+Case = tuple[str, dict[str, Any], dict[str, list[int]]]
+# Class -> (class of its configuration, settings, tensors beside those that Transformers saves).
+TRANSFORMERS: dict[str, Case] = {
+    "LlamaForCausalLM": ("LlamaConfig", DENSE | HEAD | {"rope_parameters": LLAMA3, "attention_bias": True}, {}),
+    "MistralForCausalLM": ("MistralConfig", DENSE | {"sliding_window": None}, {}),
+    "MixtralForCausalLM": ("MixtralConfig", DENSE | {"num_local_experts": 4, "sliding_window": None}, {}),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", DENSE | {"num_hidden_layers": 4, "pad_token_id": 0}, {}),
+    "Ministral3ForCausalLM": ("Ministral3Config", DENSE | HEAD | {"rope_parameters": YARN | {
+        "llama_4_scaling_beta": 0.1}}, {}),
+    "Mistral3ForConditionalGeneration": ("Mistral3Config", text(
+        DENSE | HEAD | {"model_type": "mistral", "sliding_window": None}) | {"vision_config": VISION | {
+            "model_type": "pixtral"}, "spatial_merge_size": 1}, {}),
+    "ArceeForCausalLM": ("ArceeConfig", DENSE, {}),
+    "ApertusForCausalLM": ("ApertusConfig", DENSE | {"rope_parameters": LLAMA3}, {}),
+    "Llama4ForCausalLM": ("Llama4TextConfig", DENSE | HEAD | {
+        "intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "attention_bias": False}, {}),
+    "SeedOssForCausalLM": ("SeedOssConfig", DENSE | HEAD, {}),
+    "Qwen2ForCausalLM": ("Qwen2Config", DENSE, {}),
+    "Qwen3ForCausalLM": ("Qwen3Config", DENSE | HEAD, {}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", DENSE | MIXTURE | {"shared_expert_intermediate_size": 40}, {}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", DENSE | HEAD | MIXTURE | {"norm_topk_prob": True}, {}),
+    "Qwen3NextForCausalLM": ("Qwen3NextConfig", DENSE | HEAD | MIXTURE | DELTA | {
+        "shared_expert_intermediate_size": 40}, qwen_draft(True)),
+    "Qwen3_5ForCausalLM": ("Qwen3_5TextConfig", DENSE | HEAD | DELTA | {"mtp_num_hidden_layers": 1},
+                           qwen_draft(False)),
+    "Qwen3_5ForConditionalGeneration": ("Qwen3_5Config", text(DENSE | HEAD | DELTA | {"mtp_num_hidden_layers": 1}),
+                                        qwen_draft(False)),
+    "Qwen3_5MoeForCausalLM": ("Qwen3_5MoeTextConfig", DENSE | HEAD | MIXTURE | DELTA | {
+        "shared_expert_intermediate_size": 40, "mtp_num_hidden_layers": 1}, qwen_draft(True)),
+    "Qwen2VLForConditionalGeneration": ("Qwen2VLConfig", text(DENSE | {"rope_parameters": MROPE}) | {
+        "vision_config": VISION | {"embed_dim": 8}}, {}),
+    "Qwen2_5_VLForConditionalGeneration": ("Qwen2_5_VLConfig", text(DENSE | {"rope_parameters": MROPE}), {}),
+    "Qwen3VLForConditionalGeneration": ("Qwen3VLConfig", text(DENSE | HEAD | {"rope_parameters": MROPE}) | {
+        "vision_config": VISION | {"deepstack_visual_indexes": [0]}}, {}),
+    "Qwen3VLMoeForConditionalGeneration": ("Qwen3VLMoeConfig", text(
+        DENSE | HEAD | MIXTURE | {"rope_parameters": MROPE}) | {
+        "vision_config": VISION | {"deepstack_visual_indexes": [0]}}, {}),
+    "Dots1ForCausalLM": ("Dots1Config", DENSE | HEAD | ROUTED, {}),
+    "GemmaForCausalLM": ("GemmaConfig", DENSE | HEAD, {}),
+    "Gemma2ForCausalLM": ("Gemma2Config", DENSE | HEAD | {"query_pre_attn_scalar": 16}, {}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", DENSE | HEAD | {"query_pre_attn_scalar": 16}, {}),
+    "Gemma4ForCausalLM": ("Gemma4TextConfig", DENSE | HEAD | {
+        "num_hidden_layers": 6, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "vocab_size_per_layer_input": N_VOCAB, "use_double_wide_mlp": True, "sliding_window": 16}, {}),
+    "Gemma4ForConditionalGeneration": ("Gemma4Config", {"text_config": DENSE | HEAD | MIXTURE | {
+        "num_hidden_layers": 6, "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True, "top_k_experts": 2,
+        "sliding_window": 16}}, {}),
+    "GraniteForCausalLM": ("GraniteConfig", DENSE | {"embedding_multiplier": 12.0, "logits_scaling": 8.0,
+                           "residual_multiplier": 0.22, "attention_multiplier": 0.0625}, {}),
+    "GraniteMoeForCausalLM": ("GraniteMoeConfig", DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
+    "GraniteMoeSharedForCausalLM": ("GraniteMoeSharedConfig", DENSE | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}, {}),
+    "GraniteMoeHybridForCausalLM": ("GraniteMoeHybridConfig", DENSE | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40, "mamba_n_heads": 8,
+        "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2,
+        "layer_types": ["mamba", "attention"]}, {}),
+    "BambaForCausalLM": ("BambaConfig", DENSE | {
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2,
+        "attn_layer_indices": [1], "attn_rotary_emb": 8}, {}),
+    "GraniteSWAForCausalLM": ("GraniteSWAConfig", DENSE, {}),
+    "OlmoForCausalLM": ("OlmoConfig", DENSE | {"clip_qkv": 8.0}, {}),
+    "Olmo2ForCausalLM": ("Olmo2Config", DENSE, {}),
+    "Olmo3ForCausalLM": ("Olmo3Config", DENSE | {"num_hidden_layers": 4}, {}),
+    "OlmoeForCausalLM": ("OlmoeConfig", DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, {}),
+    "GlmForCausalLM": ("GlmConfig", DENSE | {"head_dim": 8, "pad_token_id": 0}, {}),
+    "Glm4ForCausalLM": ("Glm4Config", DENSE | HEAD | {"pad_token_id": 0}, {}),
+    "Glm4vForConditionalGeneration": ("Glm4vConfig", text(DENSE | {"rope_parameters": MROPE | {
+        "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}), {}),
+    "Glm4MoeForCausalLM": ("Glm4MoeConfig", DENSE | HEAD | ROUTED | {
+        "use_qk_norm": True, "num_nextn_predict_layers": 1}, GLM_DRAFT),
+    "Glm4MoeLiteForCausalLM": ("Glm4MoeLiteConfig", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "num_nextn_predict_layers": 0}, {}),
+    "SolarOpenForCausalLM": ("SolarOpenConfig", DENSE | HEAD | ROUTED | {"first_k_dense_replace": 0}, {}),
+    "DeepseekV2ForCausalLM": ("DeepseekV2Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
+                              "rope_parameters": YARN, "topk_method": "greedy", "scoring_func": "softmax"}, {}),
+    "DeepseekV3ForCausalLM": ("DeepseekV3Config", DENSE | ROUTED | LATENT | {"num_key_value_heads": 4,
+                              "rope_parameters": YARN, "scoring_func": "sigmoid"}, {}),
+    "YoutuForCausalLM": ("YoutuConfig", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
+    "GptOssForCausalLM": ("GptOssConfig", DENSE | HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
+    "MambaForCausalLM": ("MambaConfig", {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                                         "state_size": 8}, {}),
+    "FalconMambaForCausalLM": ("FalconMambaConfig", {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                                                     "state_size": 8}, {}),
+    "Mamba2ForCausalLM": ("Mamba2Config", {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                          "state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2}, {}),
+    "FalconH1ForCausalLM": ("FalconH1Config", DENSE | HEAD | {
+        "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2,
+        "mamba_rms_norm": True, "mamba_norm_before_gate": False, "attention_in_multiplier": 0.5,
+        "attention_out_multiplier": 0.75,
+        "key_multiplier": 0.3, "ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.9, "embedding_multiplier": 5.6,
+        "lm_head_multiplier": 0.02, "mlp_multipliers": [0.88, 0.2],
+        "ssm_multipliers": [0.3, 0.25, 0.17, 0.5, 0.35]}, {}),
+    "JambaForCausalLM": ("JambaConfig", DENSE | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
+                         "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}, {}),
+    "NemotronHForCausalLM": ("NemotronHConfig", DENSE | HEAD | {
+        "layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40}, {}),
+    "Lfm2ForCausalLM": ("Lfm2Config", DENSE | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}, {}),
+    "Lfm2MoeForCausalLM": ("Lfm2MoeConfig", DENSE | MIXTURE | {"layer_types": ["conv", "full_attention"],
+                                                               "num_dense_layers": 1}, {}),
+    "MuseGlimmerForConditionalGeneration": ("MuseGlimmerConfig", {"text_config": DENSE | HEAD}, {}),
+    "CohereForCausalLM": ("CohereConfig", DENSE | {"use_qk_norm": True}, {}),
+    "Cohere2ForCausalLM": ("Cohere2Config", DENSE, {}),
+    "PhiForCausalLM": ("PhiConfig", DENSE | {"num_key_value_heads": 4, "intermediate_size": 128}, {}),
+    "Phi3ForCausalLM": ("Phi3Config", DENSE | {"pad_token_id": 0}, {}),
+    "PhiMoEForCausalLM": ("PhimoeConfig", DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
+    "FalconForCausalLM": ("FalconConfig", {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}, {}),
+    "GPT2LMHeadModel": ("GPT2Config", OLD, {}),
+    "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", OLD, {}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", DENSE, {}),
+    "BloomForCausalLM": ("BloomConfig", {"vocab_size": N_VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, {}),
+    "MPTForCausalLM": ("MptConfig", {"vocab_size": N_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4,
+                                     "max_seq_len": 64}, {}),
+    "Starcoder2ForCausalLM": ("Starcoder2Config", DENSE, {}),
+    "StableLmForCausalLM": ("StableLmConfig", DENSE | {"use_qkv_bias": True}, {}),
+    "NemotronForCausalLM": ("NemotronConfig", DENSE, {}),
+    "Exaone4ForCausalLM": ("Exaone4Config", DENSE | {"num_hidden_layers": 4, "sliding_window": 16}, {}),
+    "Ernie4_5ForCausalLM": ("Ernie4_5Config", DENSE | HEAD, {}),
+    "Ernie4_5_MoeForCausalLM": ("Ernie4_5_MoeConfig", DENSE | {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1}, {}),
+    "HunYuanDenseV1ForCausalLM": ("HunYuanDenseV1Config", DENSE | HEAD, {}),
+    "MiniMaxM2ForCausalLM": ("MiniMaxM2Config", DENSE | HEAD | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}, {}),
+    "AfmoeForCausalLM": ("AfmoeConfig", DENSE | HEAD | MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1,
+                                                        "mup_enabled": True}, {}),
+    "MellumForCausalLM": ("MellumConfig", DENSE | HEAD | MIXTURE, {}),
+    "ExaoneMoeForCausalLM": ("ExaoneMoeConfig", DENSE | HEAD | MIXTURE | {
+        "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.5, "sliding_window": 16, "num_hidden_layers": 4, "num_nextn_predict_layers": 0}, {}),
+    "HYV3ForCausalLM": ("HYV3Config", DENSE | HEAD | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 1},
+                        {}),
+    "Jais2ForCausalLM": ("Jais2Config", DENSE | HEAD, {}),
+    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", DENSE | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 40}, {}),
+    "DeepseekV32ForCausalLM": ("DeepseekV32Config", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "GlmMoeDsaForCausalLM": ("GlmMoeDsaConfig", DENSE | ROUTED | LATENT | {
+        "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
+    "LagunaForCausalLM": ("LagunaConfig", DENSE | HEAD | MIXTURE | {
+        "shared_expert_intermediate_size": 40, "layer_types": KINDS[::-1]}, {}),
+    "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
+}  # fmt: skip
+
+# What Transformers saves in another way than the makers publish it.
+PUBLISHED_CONFIG: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+    "NemotronHForCausalLM": {"layers_block_type": None, "hybrid_override_pattern": "M*E", "num_hidden_layers": 3},
+    "Cohere2ForCausalLM": {"rotary_pct": 1.0},
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.25, "num_key_value_heads": None},
+    "GPT2LMHeadModel": {"n_ctx": 64},
+    "PhiMoEForCausalLM": {"original_max_position_embeddings": 64},
+}
+READ_PLAINLY = ("GPTNeoXForCausalLM",)  # the converter does not know what Transformers makes of its config.json
+COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
+
+# Published by their makers
+
+
+def named(prefix: str, layers: int, each: dict[str, list[int]], others: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"{prefix}.{n}.{name}": shape for n in range(layers) for name, shape in each.items()} | others
+
+
+OUTER = {"model.embed_tokens.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}
+NORMS = {"input_layernorm.weight": [32], "post_attention_layernorm.weight": [32]}
+FORWARD = {"mlp.gate_proj.weight": [48, 32], "mlp.up_proj.weight": [48, 32], "mlp.down_proj.weight": [32, 48]}
+QKVO = {"self_attn.q_proj.weight": [32, 32], "self_attn.k_proj.weight": [16, 32], "self_attn.v_proj.weight": [16, 32],
+        "self_attn.o_proj.weight": [32, 32]}  # fmt: skip
+EXPERTS = {f"mlp.experts.{e}.{n}_proj.weight": [24, 32] for e in range(4) for n in ("gate", "up")} | {
+    f"mlp.experts.{e}.down_proj.weight": [32, 24] for e in range(4)} | {"mlp.gate.weight": [4, 32]}  # fmt: skip
+SHARED = {"mlp.shared_experts.gate_proj.weight": [24, 32], "mlp.shared_experts.up_proj.weight": [24, 32],
+          "mlp.shared_experts.down_proj.weight": [32, 24]}  # fmt: skip
+USUAL = DENSE | {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False}
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
+    "RND1": (USUAL | MIXTURE | {"norm_topk_prob": True, "mask_token_id": 3, "head_dim": 8, "model_type": "rnd1"}, named(
+        "model.layers", 2, {**NORMS, **EXPERTS, **QKVO, "self_attn.q_norm.weight": [8],
+                            "self_attn.k_norm.weight": [8]}, OUTER)),
+    "DreamModel": (USUAL | {"mask_token_id": 3}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_proj.bias": [32], "self_attn.k_proj.bias": [16],
+        "self_attn.v_proj.bias": [16]}, OUTER)),
+    "InternLM3ForCausalLM": (USUAL, named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER)),
+    "InternLM2ForCausalLM": (USUAL, named("model.layers", 2, {
+        "attention_norm.weight": [32], "ffn_norm.weight": [32], "attention.wqkv.weight": [64, 32],
+        "attention.wo.weight": [32, 32], "feed_forward.w1.weight": [48, 32], "feed_forward.w3.weight": [48, 32],
+        "feed_forward.w2.weight": [32, 48],
+    }, {"model.tok_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "output.weight": [N_VOCAB, 32]})),
+    "BaichuanForCausalLM": (USUAL | {"num_key_value_heads": 4, "model_max_length": 128}, named("model.layers", 2, {
+        **NORMS, **FORWARD, "self_attn.W_pack.weight": [96, 32], "self_attn.o_proj.weight": [32, 32]}, OUTER)),
+    "XverseForCausalLM": (USUAL | {"num_key_value_heads": 4}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.k_proj.weight": [32, 32], "self_attn.v_proj.weight": [32, 32]}, OUTER)),
+    "OrionForCausalLM": (USUAL, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "input_layernorm.bias": [32], "post_attention_layernorm.bias": [32],
+    }, OUTER | {"model.norm.bias": [32]})),
+    "KORMoForCausalLM": (USUAL, named("model.layers", 2, {
+        **FORWARD, **QKVO, "pre_attention_layernorm.weight": [32], "pre_mlp_layernorm.weight": [32]}, OUTER)),
+    "MiniCPMForCausalLM": (USUAL | {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}, named(
+        "model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER)),
+    "ExaoneForCausalLM": (USUAL | {"activation_function": "silu", "rope_scaling": LLAMA3}, named("transformer.h", 2, {
+        "ln_1.weight": [32], "ln_2.weight": [32], "attn.attention.q_proj.weight": [32, 32],
+        "attn.attention.k_proj.weight": [16, 32], "attn.attention.v_proj.weight": [16, 32],
+        "attn.attention.out_proj.weight": [32, 32], "mlp.c_fc_0.weight": [48, 32], "mlp.c_fc_1.weight": [48, 32],
+        "mlp.c_proj.weight": [32, 48],
+    }, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.ln_f.weight": [32], "lm_head.weight": [N_VOCAB, 32]})),
+    "DeepseekForCausalLM": (USUAL | ROUTED | {"routed_scaling_factor": 1.0}, {
+        **named("model.layers", 2, {**NORMS, **QKVO}, OUTER),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED).items()}}),
+    "BailingMoeForCausalLM": (USUAL | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 0,
+        "norm_topk_prob": True}, named("model.layers", 2, {
+        **NORMS, **EXPERTS, **SHARED, "attention.query_key_value.weight": [64, 32], "attention.dense.weight": [32, 32],
+    }, {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]})),
+    "BailingMoeV2ForCausalLM": (USUAL | MIXTURE | {"num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2,
+        "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+        "partial_rotary_factor": 0.5}, {**named("model.layers", 2, {
+            **NORMS, "attention.query_key_value.weight": [64, 32], "attention.dense.weight": [32, 32],
+            "attention.query_layernorm.weight": [8], "attention.key_layernorm.weight": [8]},
+            {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32],
+             "lm_head.weight": [N_VOCAB, 32]}),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED | {"mlp.gate.expert_bias": [4]}).items()}}),
+    "ChatGLMModel": ({"padded_vocab_size": N_VOCAB, "vocab_size": N_VOCAB, "hidden_size": 32, "ffn_hidden_size": 48,
+        "num_layers": 2, "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
+        "seq_length": 128, "layernorm_epsilon": 1.5e-7, "rope_ratio": 500, "tie_word_embeddings": False}, named(
+        "transformer.encoder.layers", 2, {
+            **NORMS, "self_attention.query_key_value.weight": [64, 32], "self_attention.query_key_value.bias": [64],
+            "self_attention.dense.weight": [32, 32], "mlp.dense_h_to_4h.weight": [96, 32],
+            "mlp.dense_4h_to_h.weight": [32, 48]}, {
+            "transformer.embedding.word_embeddings.weight": [N_VOCAB, 32],
+            "transformer.encoder.final_layernorm.weight": [32], "transformer.output_layer.weight": [N_VOCAB, 32]})),
+    "HunYuanMoEV1ForCausalLM": (USUAL | {"num_experts": 4, "moe_topk": [2, 2], "num_shared_expert": [1, 1],
+        "moe_intermediate_size": [48, 48], "attention_head_dim": 8}, named("model.layers", 2, {
+            **NORMS, **QKVO, **{n.replace("mlp.gate.w", "mlp.gate.wg.w"): [48 if size == 24 else size for size in s]
+                                for n, s in EXPERTS.items()},
+            "self_attn.query_layernorm.weight": [8], "self_attn.key_layernorm.weight": [8],
+            "mlp.shared_mlp.gate_proj.weight": [48, 32], "mlp.shared_mlp.up_proj.weight": [48, 32],
+            "mlp.shared_mlp.down_proj.weight": [32, 48]}, OUTER)),
+}  # fmt: skip
+
+
+def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """config.json and the shapes of the tensors."""
+    if name in PUBLISHED:
+        config, shapes = PUBLISHED[name]
+        return {"architectures": [name], **config}, shapes
+    import torch
+    import transformers
+    from safetensors import safe_open
+
+    config_name, settings, others = TRANSFORMERS[name]
+    config = getattr(transformers, config_name)(**settings)
+    class_name = {"PhiMoEForCausalLM": "PhimoeForCausalLM", "MPTForCausalLM": "MptForCausalLM"}.get(name, name)
+    torch.set_default_dtype(torch.bfloat16)
+    model = getattr(transformers, class_name)(config)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary)
+        saved = json.loads((Path(temporary) / "config.json").read_text())
+        shapes = {}
+        for path in sorted(Path(temporary).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                shapes |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    torch.set_default_dtype(torch.float32)
+    saved["architectures"] = [name]
+    saved |= PUBLISHED_CONFIG.get(name, {})
+    tower = [key for key in shapes if re.search(r"vision|visual|image|audio", key)]
+    shapes = {key: shape for key, shape in shapes.items() if key not in tower} | others
+    shapes |= {key: [2] for key in tower[:2]}  # they are left out
+    for key, shape in shapes.items():
+        if name in COLUMNS_FIRST and re.search(r"experts\.(gate_up|down)_proj$", key):
+            shape[1:] = shape[:0:-1]
+    return saved, shapes
+
+
+def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors, as llama.cpp's converter makes them."""
+    import gguf
+    import transformers
+    from conversion import ModelType, TextModel, base, get_model_architecture, get_model_class
+    from conversion.base import ModelBase
+
+    def without_vocabulary(cls: type) -> None:
+        if "set_vocab" in cls.__dict__:
+            cls.set_vocab = lambda self: None  # type: ignore[attr-defined]
+        for inner in cls.__subclasses__():
+            without_vocabulary(inner)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_checkpoint(Path(temporary) / "model", config, shapes)
+        if config["architectures"][0] in READ_PLAINLY:
+            base.AutoConfig = None  # the converter then reads config.json itself
+        hparams = ModelBase.load_hparams(folder, False)
+        kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+        without_vocabulary(TextModel)
+        if kind.__name__ == "BaichuanModel":  # calls itself without end for all tensors but one
+            unpack = kind.modify_tensors
+            kind.modify_tensors = lambda *given: (unpack if "W_pack" in given[2] else TextModel.modify_tensors)(*given)
+        out = Path(temporary) / "out.gguf"
+        kind(folder, gguf.LlamaFileType.GUESSED, out).write()
+        base.AutoConfig = transformers.AutoConfig
+        reader = gguf.GGUFReader(out)
+        tensors = {
+            tensor.name: [
+                tensor.tensor_type.name, [int(size) for size in reversed(tensor.shape)],
+                digest(tensor.name, tensor.data),
+            ]
+            for tensor in reader.tensors
+        }  # fmt: skip
+        metadata = {
+            key: field.contents() for key, field in reader.fields.items()
+            if not key.startswith(("GGUF.", "tokenizer.", "general."))
+        } | {
+            key: reader.fields[key].contents() for key in ("general.architecture", "general.file_type")
+            if key in reader.fields
+        }  # fmt: skip
+    return metadata, tensors
+
+
+def main() -> None:
+    source = Path(sys.argv[1])
+    sys.path[1:1] = [str(source), str(source / "gguf-py")]
+    logging.disable(logging.WARNING)
+    made = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    for name in sys.argv[2:] or [*TRANSFORMERS, *PUBLISHED]:
+        try:
+            config, shapes = checkpoint(name)
+            metadata, tensors = converted(config, shapes)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        made[name] = {"config": config, "shapes": shapes, "metadata": metadata, "tensors": tensors}
+    lines = [f"{json.dumps(name)}: {json.dumps(made[name], separators=(',', ':'))}" for name in sorted(made)]
+    OUT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Checkpoints made of names and shapes: weights follow from a tensor's name, so that nothing but these need be kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+DATA = Path(__file__).parent.parent / "data"
+TOKENIZER = DATA / "huggingface" / "qwen3"
+CLASSES: dict[str, Any] = json.loads((DATA / "classes.json").read_text()) if (DATA / "classes.json").is_file() else {}
+"""By the class's name: config, shapes, and the metadata and tensors that llama.cpp's converter makes of them."""
+
+
+def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
+    """Random numbers from 2**-9 to 1 of both signs, as codes: the raw bits of a generator, which no release changes."""
+    raw = np.random.PCG64(crc32(name.encode())).random_raw(prod(shape))
+    sign, exponent, fraction = raw & 1, 118 + (raw >> 1) % 9, (raw >> 8) & 0x7F
+    return (sign << 15 | exponent << 7 | fraction).astype("<u2").reshape(tuple(shape))
+
+
+def digest(name: str, data: np.ndarray) -> str:
+    """Of a tensor's bytes. Exponentials are not the same to the last bit everywhere: of those the first 24 bits."""
+    data = np.ascontiguousarray(data)
+    if name.endswith("ssm_a"):
+        data = (data.reshape(-1).view(np.uint32) + 0x80) >> 8
+    return sha256(data.tobytes()).hexdigest()[:8]
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, tokenizer: bool = True
+) -> Path:
+    """A folder with config.json, model.safetensors and a small tokenizer."""
+    from safetensors_builder import build
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    held = {name: ("BF16", tuple(shape), bfloat16(name, shape).tobytes()) for name, shape in shapes.items()}
+    (folder / "model.safetensors").write_bytes(build(held))
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copy(TOKENIZER / name, folder / name)
+    return folder

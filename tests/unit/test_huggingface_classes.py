@@ -1,0 +1,209 @@
+"""Every class of checkpoints that can be converted: tensors and metadata are those of llama.cpp's converter.
+
+The checkpoints are tiny, and made of what tests/data/classes.json says of them (tests/data/make_classes.py made it).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
+
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats import FormatError, GGUFReader
+from qrun.models import ARCHITECTURES as RUNNABLE
+from qrun.models import build_graph
+from qrun.models.huggingface import CheckpointSource
+from qrun.models.huggingface.architectures import ARCHITECTURES
+from qrun.models.huggingface.changes import upright
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.layout import Sizes
+from qrun.models.huggingface.tensors import ConstantTensor
+
+N_STRANGE = 6  # configurations of each class
+# Where the converter takes no notice of what config.json says, and this one does.
+OTHERWISE = {
+    ("GlmForCausalLM", "chatglm.context_length"): 128,
+    ("GlmForCausalLM", "chatglm.attention.layer_norm_rms_epsilon"): 1.5625e-07,
+    ("SolarOpenForCausalLM", "glm4moe.rope.dimension_count"): 16,  # its class in Transformers turns all, if not told
+}
+# What is said here beside what the converter says: what engines take where a file says nothing, or would take anyway.
+BESIDE = (
+    "attention.key_length", "attention.value_length", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+    "rope.freq_base", "expert_gating_func", "expert_weights_norm",
+)  # fmt: skip
+
+
+def equal(found: Any, expected: Any) -> bool:
+    if isinstance(expected, list):
+        return found is not None and list(found) == expected
+    if isinstance(expected, float):
+        return found is not None and np.float32(found) == np.float32(expected)
+    return bool(found == expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    with closing(CheckpointSource(folder)) as source:
+        tensors = {
+            key: [tensor.type.name, list(tensor.shape), digest(key, tensor.raw(0, tensor.n_rows))]
+            for key, tensor in source.tensors.items()
+        }
+        assert tensors == case["tensors"]
+        for tensor in source.tensors.values():  # also where only some of the rows are wanted
+            middle = tensor.n_rows // 2
+            whole = tensor.rows(0, tensor.n_rows)
+            np.testing.assert_array_equal(tensor.rows(middle, tensor.n_rows), whole[middle:])
+        for key, expected in case["metadata"].items():
+            found = source.metadata.get(key)
+            if (name, key) in OTHERWISE:
+                assert not equal(found, expected)
+                expected = OTHERWISE[name, key]
+            assert equal(found, expected), f"{key} is {found}, expected {expected}"
+        prefix = f"{case['metadata']['general.architecture']}."
+        beside = {key.removeprefix(prefix) for key in source.metadata if key.startswith(prefix)}
+        assert beside - {key.removeprefix(prefix) for key in case["metadata"]} <= set(BESIDE)
+        unknown = [notice for notice in source.notices if "not known here" in notice]
+        assert not unknown
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if ARCHITECTURES[name].name in RUNNABLE])
+def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
+    """Shapes are those that the engine looks for, and no hyper-parameter that it needs is missing."""
+    case = CLASSES[name]
+    path = tmp_path / "model.gguf"
+    with closing(CheckpointSource(write_checkpoint(tmp_path / "model", case["config"], case["shapes"]))) as source:
+        if source.metadata["general.architecture"] not in RUNNABLE:  # a variant
+            return
+        with source.writer(path) as writer:
+            for key, tensor in source.tensors.items():
+                writer.add_tensor(key, tensor.type, tensor.shape)
+            for key, tensor in source.tensors.items():
+                writer.write_tensor(key, tensor.raw(0, tensor.n_rows))
+    with GGUFReader(path) as reader:
+        assert build_graph(reader).n_vocab == len(source.metadata["tokenizer.ggml.tokens"])
+
+
+STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in JSON where a value stands: what it is in, and its key or index."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+def read_all(folder: Path) -> None:
+    """What a conversion does, or the one line with which it ends."""
+    try:
+        with closing(CheckpointSource(folder)) as source:
+            for tensor in source.tensors.values():
+                tensor.raw(0, tensor.n_rows)
+    except FormatError as error:
+        assert str(error).startswith(str(folder)) and "\n" not in str(error)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CLASSES)
+def test_strange_configurations_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    random = Random(int(rng.integers(1 << 31)))
+    for _ in range(N_STRANGE):
+        config = json.loads(json.dumps(case["config"]))
+        holder, key = random.choice([place for place in places(config) if place[1] != "architectures"])
+        holder[key] = random.choice(STRANGE)
+        (folder / "config.json").write_text(json.dumps(config))
+        read_all(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
+    name: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    case = CLASSES[name]
+    random = Random(int(rng.integers(1 << 31)))
+    for _ in range(3):
+        shapes = dict(case["shapes"])
+        key = random.choice([key for key in shapes if shapes[key] != [2]])
+        if random.random() < 0.5:
+            del shapes[key]
+        else:
+            shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
+        read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
+
+
+def test_square_matrices_stand_upright(tmp_path: Path) -> None:
+    """Plain experts of gpt-oss have columns first, and packed ones do not: of square ones only that tells."""
+    case = CLASSES["GptOssForCausalLM"]
+    sizes = Sizes(Config(tmp_path, {}), {"embd": 3, "expert_ff": 3})
+    values = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
+    packed = ConstantTensor.of("model.layers.0.mlp.experts.down_proj", values, sizes.config)
+    np.testing.assert_array_equal(upright("embd", "expert_ff")(packed, sizes).rows(0, 6), values.reshape(6, 3))
+    shapes = {key: [32 if size in (48, 96) and "bias" not in key else size for size in shape]
+              for key, shape in case["shapes"].items()}  # fmt: skip
+    shapes = {key: [4, 32, 64] if key.endswith("gate_up_proj") else shape for key, shape in shapes.items()}
+    shapes |= {key: [4, 64] for key in shapes if key.endswith("gate_up_proj_bias")}
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {"intermediate_size": 32}, shapes)
+    with closing(CheckpointSource(folder)) as source:
+        name = "model.layers.1.mlp.experts.down_proj"
+        stored = (bfloat16(name, [4, 32, 32]).astype(np.uint32) << 16).view(np.float32)
+        found = source.tensors["blk.1.ffn_down_exps.weight"].rows(0, 128)
+        np.testing.assert_array_equal(found.reshape(4, 32, 32), stored.swapaxes(1, 2))
+
+
+def test_all_classes_are_tested() -> None:
+    """Themselves, or another one with the same entry."""
+    tested = [ARCHITECTURES[name] for name in CLASSES]
+    assert [name for name, architecture in ARCHITECTURES.items() if architecture not in tested] == []
+
+
+def test_the_tokens_of_gemma_4(tmp_path: Path) -> None:
+    """They merge in the order of a list, and those that stand around parts of an answer are text."""
+    case, gemma = CLASSES["Gemma4ForConditionalGeneration"], DATA / "huggingface" / "gemma3-vision"
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    tokenizer = json.loads((gemma / "tokenizer.json").read_text())
+    n_vocab = 440
+    for id, content in ((431, "<|channel>"), (432, "<|turn>")):
+        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": id, "content": content, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(gemma / "tokenizer_config.json", folder)
+    config = case["config"] | {"text_config": case["config"]["text_config"] | {"vocab_size": n_vocab}}
+    shapes = {key: [n_vocab, *shape[1:]] if "embed_tokens.w" in key else shape for key, shape in case["shapes"].items()}
+    write_checkpoint(folder, config, shapes, tokenizer=False)
+    with closing(CheckpointSource(folder)) as source:
+        assert source.metadata["tokenizer.ggml.model"] == "gemma4"
+        assert source.metadata["tokenizer.ggml.merges"]
+        assert "tokenizer.ggml.pre" not in source.metadata
+        types = source.metadata["tokenizer.ggml.token_type"]
+        assert (types[431], types[432], types[2]) == (4, 3, 3)
+        source.writer(tmp_path / "vocabulary.gguf").close()
+    with GGUFReader(tmp_path / "vocabulary.gguf") as reader:
+        engine = Tokenizer.load(reader)
+        for expected in json.loads((gemma / "texts.json").read_text()):
+            assert engine.encode(expected["text"], parse_special=True) == expected["ids"], expected["text"]
+
+
+def test_the_readme_names_all_classes() -> None:
+    readme = (DATA.parent.parent / "README.md").read_text()
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in readme] == []
+    assert f"the\n{len(ARCHITECTURES)} classes below" in readme
+
+
+def test_an_unknown_class_is_named(tmp_path: Path) -> None:
+    case = CLASSES["Qwen3ForCausalLM"]
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {"architectures": ["OddForCausalLM"]}, {})
+    with pytest.raises(FormatError, match="architecture 'OddForCausalLM' is not supported") as caught:
+        CheckpointSource(folder)
+    assert "Qwen3ForCausalLM" in str(caught.value) and "\n" not in str(caught.value)
