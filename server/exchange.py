@@ -195,7 +195,7 @@ class Endpoint:
         self._most, self._executor, self._with_body = most, executor, with_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, shape_of(scope["path"]))
+        exchange = Exchange(scope, receive, send, shape_of(scope))
         try:
             if self._with_body:
                 await exchange.read_body(self._most, self._executor)
