@@ -91,7 +91,7 @@ def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
             for key, tensor in source.tensors.items():
                 writer.write_tensor(key, tensor.raw(0, tensor.n_rows))
     with GGUFReader(path) as reader:
-        assert build_graph(reader, 32).n_vocab == len(source.metadata["tokenizer.ggml.tokens"])
+        assert build_graph(reader).n_vocab == len(source.metadata["tokenizer.ggml.tokens"])
 
 
 STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
