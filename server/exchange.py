@@ -28,9 +28,12 @@ _STREAM_HEADERS = [
 ]
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one for each value
+
+
 def dumps(value: Any) -> str:
     """JSON on one line, in ASCII: no text of a model or a client can spoil it."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def encode(value: Any) -> bytes:
