@@ -8,11 +8,13 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 # A strict editable install links the files that there are: a new file needs a new install.
-DIGEST := $(shell (find engine formats models cli -name '*.py' -o -name py.typed | sort; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+DIGEST := $(shell (find engine formats models cli server -name '*.py' -o -name py.typed | sort; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
 RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
+SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 WORKERS ?= 2
+SERVE_OPTIONS ?=
 
 # `make test-lowest` installs what setup.cfg allows at its lowest, which goes with the lowest Python. CI does not run it:
 # it takes as long as `make test` once more, and what it finds changes only when a bound or a dependency does.
@@ -33,11 +35,13 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
-.PHONY: help chat test test-lowest soak bench bench-convert docs clean
+.PHONY: help chat serve test test-clients test-lowest soak bench bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
+	@echo "make serve  the same over HTTP, for OpenAI's, Anthropic's and Ollama's clients; SERVE_OPTIONS go to qrun serve"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make test-clients  the server against the official clients of OpenAI, Anthropic and Ollama"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
@@ -48,10 +52,17 @@ help:
 chat: $(RUNTIME)
 	@$(BIN)/qrun chat
 
+serve: $(SERVING)
+	@$(BIN)/qrun serve $(SERVE_OPTIONS)
+
 test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-clients: $(TESTING)
+	$(PIP_INSTALL) --editable '.[test,clients]' </dev/null
+	$(BIN)/python -m pytest tests/clients
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
@@ -93,8 +104,14 @@ $(RUNTIME): | $(VENV)/made
 	@$(PIP_INSTALL) --editable . </dev/null
 	@touch $@
 
+$(SERVING): | $(VENV)/made
+	@echo "Installing qrun and its server into $(VENV) ..." >&2
+	@rm -rf $(VENV)/installed-* build
+	@$(PIP_INSTALL) --editable '.[server]' </dev/null
+	@touch $@ $(RUNTIME)
+
 $(TESTING): | $(VENV)/made
 	@echo "Installing qrun and its tests' needs into $(VENV) ..." >&2
 	@rm -rf $(VENV)/installed-* build
 	@$(PIP_INSTALL) --editable '.[test]' </dev/null
-	@touch $@ $(RUNTIME)
+	@touch $@ $(RUNTIME) $(SERVING)

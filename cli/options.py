@@ -90,7 +90,7 @@ def model_argument(**settings: Any) -> Callable[[Command], Command]:
 
 
 # Fields that the command line has no use for: it never shows log probabilities, and names a draft to use it.
-_LEFT_OUT = {"logprobs", "draft"}
+_LEFT_OUT = {"logprobs", "top_logprobs", "draft"}
 
 
 def _field_docs() -> dict[str, str]:

@@ -2,7 +2,15 @@
 
 
 class ContextOverflow(ValueError):
-    """More tokens than the context holds. The message is one line that gives both numbers."""
+    """More tokens than the context holds. The message is one line that gives both numbers.
+
+    n_tokens, context: the same numbers, where they are known.
+    """
+
+    def __init__(self, message: str = "", n_tokens: int | None = None, context: int | None = None) -> None:
+        super().__init__(message)
+        self.n_tokens = n_tokens
+        self.context = context
 
 
 class GenerationCancelled(Exception):

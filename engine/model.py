@@ -29,6 +29,26 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activity:
+    """running: generations that share steps and have read their prompts; waiting: those that have not. cache_bytes:
+    what all that is cached of texts takes, of at most cache_limit."""
+
+    running: int
+    waiting: int
+    cache_bytes: int
+    cache_limit: int
+
+
 class Model:
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
@@ -222,6 +242,7 @@ class Model:
         regex: str | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        continue_last: bool = False,
         **options: Any,
     ) -> "Generation":
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
@@ -244,6 +265,7 @@ class Model:
             {"name": ...}, a function to call. Arguments of calls are always what the function's schema says, for
             formats of calls that are known (see `call_grammars`).
         parallel_tool_calls: whether there may be several calls.
+        continue_last: the last message is the beginning of the answer, with which the model goes on.
         options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
             the context is full: see `Session.generate`. A `reasoning_budget` of 0 is `think=False`.
 
@@ -252,39 +274,68 @@ class Model:
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
         for a wrong value, and for a schema or grammar that is wrong or not supported.
         """
-        from qrun.engine.text.messages import read_messages, read_tools
+        options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
+        if options.get("reasoning_budget") == 0:
+            think = False
+        if isinstance(tools, Iterator):
+            tools = list(tools)
+        prompt = self.chat_prompt(
+            messages,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+            continue_last=continue_last,
+        )
+        template = self.chat_template
+        assert template is not None
+        rules = None
+        looks_for_calls = bool(tools)
+        if tools or tool_choice is not None or schema is not None or grammar is not None or regex is not None:
+            from qrun.engine.generation.answer_rules import chat_rules
+            from qrun.engine.text.messages import read_tools
+
+            rules, looks_for_calls = chat_rules(
+                self.tokenizer, template.format, read_tools(tools), tool_choice, parallel_tool_calls, schema, grammar,
+                regex,
+            )  # fmt: skip
+        response = template.response(prompt, tools if looks_for_calls else None)
+        return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
+
+    def chat_prompt(
+        self,
+        messages: str | Iterable[Any],
+        *,
+        tools: Iterable[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens_in_messages: bool = False,
+        think: bool | None = None,
+        continue_last: bool = False,
+    ) -> str:
+        """The text from which `chat` goes on, for `template_tokens`. Arguments and errors are those of `chat`."""
+        from qrun.engine.text.messages import read_messages, text_of
 
         self._check_open()
         self._known_tokenizer()
         template = self.chat_template
         assert template is not None
         messages = read_messages(messages)
+        begun = ""
+        if continue_last and messages:
+            begun = text_of(messages.pop().get("content", ""))
         if not messages:
             raise ValueError("there are no messages: at least one is wanted")
         if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
             messages = [{"role": "system", "content": self.chat_system}, *messages]
-        options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
-        if isinstance(tools, Iterator):
-            tools = list(tools)
         variables = {**(template_variables or {}), "add_generation_prompt": True}
-        if options.get("reasoning_budget") == 0:
-            think = False
         if think is not None:
             variables["think"] = think
         if special_tokens_in_messages:
             variables["special_tokens_in_messages"] = True
-        rules = None
-        looks_for_calls = bool(tools)
-        if tools or tool_choice is not None or schema is not None or grammar is not None or regex is not None:
-            from qrun.engine.generation.answer_rules import chat_rules
-
-            tools = read_tools(tools)
-            rules, looks_for_calls = chat_rules(
-                self.tokenizer, template.format, tools, tool_choice, parallel_tool_calls, schema, grammar, regex
-            )
         prompt = template.render(messages, tools=tools, **variables)
-        response = template.response(prompt, tools if looks_for_calls else None)
-        return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
+        if begun and (response := template.response(prompt)) is not None and response.channel == "reasoning":
+            prompt += response.closing
+        return prompt + begun
 
     def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
@@ -341,6 +392,44 @@ class Model:
             sequence.close()
         assert logits is not None
         return logits
+
+    def prompt_logprobs(self, tokens: Iterable[int], top: int = 0) -> "list[TokenLogprob | None]":
+        """How likely each token of a text was after those before it; None for the first, which nothing comes before.
+
+        top: how many of the likeliest tokens are told in each place. Errors are those of `logits`; unlike there,
+        a few rows are held at a time.
+        """
+        from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
+        from qrun.engine.sampling.sampler import largest
+
+        self._check_open()
+        tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
+        found: list[TokenLogprob | None] = [None]
+        rows = rows_at_a_time(self._runtime.n_vocab)
+        sequence = self._runtime.sequence()
+        try:
+            for start in range(0, len(tokens) - 1, rows):
+                end = min(start + rows, len(tokens) - 1)
+                logits = self._runtime.evaluate(sequence, tokens[start:end], "all", lambda: self._closed)
+                assert logits is not None
+                targets = tokens[start + 1 : end + 1]
+                logprobs = (-negative_log_likelihoods(logits, targets)).tolist()
+                for row, target, logprob in zip(logits, targets, logprobs, strict=True):
+                    total = float(row[target]) - logprob
+                    likeliest = [(id, float(row[id]) - total) for id in largest(row, top).tolist()] if top else []
+                    found.append(TokenLogprob(target, logprob, likeliest))
+        except GenerationCancelled:
+            self._check_open()
+            raise
+        finally:
+            sequence.close()
+        return found
+
+    @property
+    def activity(self) -> "Activity":
+        """What is under way."""
+        scheduler, prefixes = self._host.scheduler, self._host.prefixes
+        return Activity(scheduler.running, scheduler.waiting, self._runtime.cache_bytes, prefixes.limit)
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The token ids of a text. `add_special` adds what the model expects around a text (BOS, mostly);

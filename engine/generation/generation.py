@@ -14,7 +14,7 @@ from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.guide import Guide, Rules
 from qrun.engine.generation.lookup import Lookup
-from qrun.engine.generation.piece import Piece
+from qrun.engine.generation.piece import Piece, Sampled
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import Channel
@@ -147,8 +147,8 @@ class Generation(Iterator[Piece]):
         self._n_forced = 0
         self._budget = sampler.options.reasoning_budget
         self._n_reasoning = 0
-        self._sampled: deque[tuple[int, float | None, int]] = deque()
-        """Tokens without a piece yet, each with its log probability and the positions left before it."""
+        self._sampled: deque[Sampled] = deque()
+        """Tokens without a piece yet."""
         self._cancelled = False
         self._reason: str | None = None
         self.when_over: Callable[[], object] | None = None
@@ -256,6 +256,11 @@ class Generation(Iterator[Piece]):
         return self._cancelled
 
     @property
+    def stop_string(self) -> str | None:
+        """The one of `stop` that ended the text; None if none did."""
+        return self._stop_strings.found
+
+    @property
     def tool_calls(self) -> "list[ToolCall]":
         """The calls of functions that have been read, with their names and arguments; see `Model.chat`."""
         return self._response.calls if self._response else []
@@ -304,9 +309,9 @@ class Generation(Iterator[Piece]):
             return self._last_piece("cancelled")
         if self._max_tokens == 0:
             return self._last_piece("length")
-        token, logprob, n_free = self._sampled.popleft()
-        self._n_sampled += token != _END
-        return self._piece(token, logprob, n_free)
+        sampled = self._sampled.popleft()
+        self._n_sampled += sampled.token != _END
+        return self._piece(sampled)
 
     # For the scheduler, which holds the cache's lock
 
@@ -393,23 +398,26 @@ class Generation(Iterator[Piece]):
         if self._forced:
             token = self._forced.popleft()
             logprob = self._sampler.logprob(logits, token) if guide is not None else None
+            sampled = Sampled(token, logprob, None, n_free)
             self._n_forced += 1
         elif guide is None:
             token, logprob = self._sampler.sample(logits)
+            sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
             chosen, logprob = self._sampler.sample(logits, guide.allowed())
             token, *rest = guide.settled(chosen)
             if token != chosen:
                 logprob = self._sampler.logprob(logits, token)
+            sampled = Sampled(token, logprob, self._sampler.top, n_free)
             self._forced.extend(rest)
         self._sampler.accept(token)
         for guesser in self._guessers:
             guesser.push(token)
-        self._sampled.append((token, logprob, n_free))
+        self._sampled.append(sampled)
         if guide is not None:
             guide.accept(token)
             if guide.over:
-                self._sampled.append((_END, None, n_free))
+                self._sampled.append(Sampled(_END, None, None, n_free))
             elif not self._forced:
                 self._forced.extend(guide.forced())
         return token
@@ -451,7 +459,7 @@ class Generation(Iterator[Piece]):
                 token = self._choose(row, n_free - i)
                 if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
                     break
-                if self._sampled[-1][0] == _END:
+                if self._sampled[-1].token == _END:
                     break
                 n_right += 1
         finally:
@@ -487,15 +495,16 @@ class Generation(Iterator[Piece]):
         self._prompt_seconds += time.perf_counter() - start
         return logits
 
-    def _piece(self, token: int, logprob: float | None, n_free: int) -> Piece | None:
-        """The piece of a sampled token, with which the generation may end. `n_free` positions are left before it."""
+    def _piece(self, sampled: Sampled) -> Piece | None:
+        """The piece of a token, with which the generation may end."""
+        token, n_free = sampled.token, sampled.n_free
         if token in self._stop_ids or token == _END:
             return self._last_piece("stop")
         self.tokens.append(token)
         texts = self._split(self._decoder.push(token) + self._marks.get(token, "")) if self._decoder else []
         if self._stop_strings.found:
             self._reason = "stop"
-        elif self._sampled and self._sampled[0][0] == _END:
+        elif self._sampled and self._sampled[0].token == _END:
             texts += self._held_back("stop")
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
             texts += self._held_back("length")
@@ -504,20 +513,18 @@ class Generation(Iterator[Piece]):
         elif n_free == 0:
             texts += self._held_back("context")
         self._count_reasoning()
-        return self._joined(texts, token, logprob) or Piece("", token, logprob, self._channel)
+        return self._joined(texts, sampled) or _carrying(sampled, "", self._channel)
 
     def _last_piece(self, reason: str) -> Piece | None:
         return self._joined(self._held_back(reason))
 
-    def _joined(
-        self, texts: list[tuple[Channel, str]], token: int | None = None, logprob: float | None = None
-    ) -> Piece | None:
+    def _joined(self, texts: list[tuple[Channel, str]], sampled: Sampled | None = None) -> Piece | None:
         """The first of the pieces that these make, None if there are none; the others follow. What is of one channel is
-        one piece."""
+        one piece. The first carries the token."""
         for channel, group in groupby(texts, key=lambda text: text[0]):
             if text := "".join(text for _, text in group):
-                self._ready.append(Piece(text, token, logprob, channel))
-                token = logprob = None
+                self._ready.append(_carrying(sampled, text, channel) if sampled else Piece(text, channel=channel))
+                sampled = None
         return self._ready.popleft() if self._ready else None
 
     @property
@@ -564,6 +571,10 @@ class Generation(Iterator[Piece]):
             self._reason = "stop"
             return texts
         return [*texts, ("content", self._stop_strings.flush())]
+
+
+def _carrying(sampled: Sampled, text: str, channel: Channel) -> Piece:
+    return Piece(text, sampled.token, sampled.logprob, channel, sampled.top_logprobs)
 
 
 def _special_marks(tokenizer: "Tokenizer", response: "ResponseParser") -> dict[int, str]:

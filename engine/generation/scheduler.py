@@ -23,7 +23,7 @@ from qrun.engine.generation.prefixes import Prefixes, shared_beginning
 
 if TYPE_CHECKING:
     from qrun.engine.generation.guesses import Guesser
-    from qrun.engine.generation.piece import Piece
+    from qrun.engine.generation.piece import Piece, Sampled
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.program.runtime import Part, Runtime
 
@@ -43,7 +43,7 @@ class Sharing(Protocol):
     tokens: list[int]
     _cache: TokenCache
     _prompt: list[int]
-    _sampled: deque[tuple[int, float | None, int]]
+    _sampled: deque[Sampled]
     _stop_ids: frozenset[int]
     _started: bool
     _reason: str | None

@@ -44,7 +44,8 @@ def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]
     if wrong.size:
         raise ValueError(f"token {wrong[0]} is not in the vocabulary of {n_vocab}")
     if ids.size > context:
-        raise ContextOverflow(f"the prompt has {ids.size} tokens, and the context holds {context}")
+        message = f"the prompt has {ids.size} tokens, and the context holds {context}"
+        raise ContextOverflow(message, int(ids.size), context)
     return ids.tolist()
 
 

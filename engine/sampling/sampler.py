@@ -217,6 +217,8 @@ class Sampler:
         self._row = np.empty(n_vocab, np.float32)
         self._scratch = np.empty(n_vocab, np.float32)
         self._steps = self._make_steps()
+        self.top: list[tuple[int, float]] | None = None
+        """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
 
     def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> tuple[int, float | None]:
         """The next token for logits float32 [n_vocab], which are left as they are.
@@ -243,7 +245,11 @@ class Sampler:
         token = self._choose(*candidates)
         if not self.options.logprobs:
             return token, None
-        return token, float(logits[token]) - log_sum_exp(logits, highest, self._scratch)
+        total = log_sum_exp(logits, highest, self._scratch)
+        if self.options.top_logprobs:
+            ids = largest(logits, self.options.top_logprobs).tolist()
+            self.top = [(id, float(logits[id]) - total) for id in ids]
+        return token, float(logits[token]) - total
 
     def logprob(self, logits: np.ndarray, token: int) -> float | None:
         """The log probability of a token that was not chosen but is known; None if the options have them off."""

@@ -92,7 +92,7 @@ def test_the_readme_names_every_command() -> None:
 def test_there_is_an_option_for_every_sampling_option_spelt_alike(name: str) -> None:
     options = {parameter.name: parameter for parameter in command_of(name).params}
     for field in dataclasses.fields(SamplingOptions):
-        if field.name != "logprobs":
+        if field.name not in ("logprobs", "top_logprobs"):
             assert options[field.name].opts == ["--" + field.name.replace("_", "-")]
 
 

@@ -26,7 +26,7 @@ def test_the_version_is_said_alike_everywhere(config: configparser.ConfigParser)
 def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
     folders = {
         f"qrun.{'.'.join(path.parent.relative_to(ROOT).parts)}"
-        for top in ("engine", "formats", "models", "cli")
+        for top in ("engine", "formats", "models", "cli", "server")
         for path in (ROOT / top).rglob("*.py")
     }
     assert set(config["options"]["packages"].split()) == folders
@@ -34,13 +34,20 @@ def test_every_folder_is_packed(config: configparser.ConfigParser) -> None:
 
 def test_files_that_are_no_code_are_packed(config: configparser.ConfigParser) -> None:
     data = {
-        (f"qrun.{'.'.join(path.parent.relative_to(ROOT).parts)}", path.name)
-        for top in ("engine", "formats", "models", "cli")
+        path
+        for top in ("engine", "formats", "models", "cli", "server")
         for path in (ROOT / top).rglob("*.*")
-        if path.suffix not in (".py", ".pyc", ".typed", ".md")
+        if path.suffix not in (".py", ".pyc", ".typed", ".md") and path.name != ".keep"
     }
-    packed = {(package, name) for package, names in config["options.package_data"].items() for name in names.split()}
-    assert data == packed - {("*", "py.typed")} == {("qrun.models", "catalog.toml")}
+    packed = {
+        path
+        for package, names in config["options.package_data"].items()
+        for name in names.split()
+        if package != "*"
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(name)
+        if not path.name.startswith(".")  # setuptools' patterns leave these out
+    }
+    assert data == packed >= {ROOT / "models" / "catalog.toml"}
 
 
 def test_the_licence_is_packed(config: configparser.ConfigParser) -> None:

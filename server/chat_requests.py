@@ -1,0 +1,189 @@
+"""A request for the next message of a conversation, whatever interface it came by."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qrun.server import fields
+from qrun.server.errors import APIError
+from qrun.server.structure import structure, tool_choice
+
+if TYPE_CHECKING:
+    from qrun.engine import Generation, Model
+    from qrun.engine.text.tool_calls import ToolCall
+
+_NO_EFFORT = ("none", "minimal", "off", "disabled")
+# Fields of `chat_template_kwargs` that the server sees to itself.
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "special_tokens_in_messages")
+
+
+@dataclass
+class ChatRequest:
+    """think: None leaves it to the model. variables: for the template. structure: more arguments of `Model.chat`."""
+
+    messages: list[Any]
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    think: bool | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    continue_last: bool = False
+    one_call: bool = False
+    """Whether at most one function may be called."""
+    n: int = 1
+    structure: dict[str, Any] = field(default_factory=dict)
+    bias_body: Mapping[str, Any] = field(default_factory=dict)
+    """Where `logit_bias` stands."""
+
+    def start(self, model: Model) -> list[Generation]:
+        """Begin as many generations as are wanted. Takes a while, as long prompts do; not for the event loop."""
+        if model.tokenizer is None:
+            raise APIError("the model has no tokenizer that can be used, and so no chat", 501, "not_supported_error")
+        options = self.options | bias_option(self.bias_body, model)
+        seed = options.get("seed")
+        generations = []
+        for number in range(self.n):
+            if seed is not None:
+                options["seed"] = seed + number
+            generations.append(
+                model.chat(self.messages, **self.arguments(model), **self.structure, **options)
+            )
+        return generations
+
+    def prompt(self, model: Model) -> str:
+        """What the model would go on from."""
+        return model.chat_prompt(self.messages, **self.arguments(model))
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """The arguments of `Model.chat_prompt` but the messages."""
+        think = self.think
+        template = model.chat_template
+        if think and template is not None and template.format.thoughts is None:
+            think = None  # a model that does not think answers all the same
+        return {
+            "tools": self.tools or None,
+            "template_variables": self.variables,
+            "think": think,
+            "continue_last": self.continue_last,
+        }
+
+
+def bias_option(body: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """The option `logit_bias`, if a request has anything of the kind."""
+    if body.get("logit_bias") is None and not body.get("ignore_eos"):
+        return {}
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+
+    def encode(text: str) -> list[int]:
+        return model.tokenize(text, add_special=False)
+
+    return {"logit_bias": fields.logit_bias(body, encode, tokenizer.stop_ids, tokenizer.n_vocab)}
+
+
+def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
+    """The request in the body of `/v1/chat/completions`."""
+    messages = fields.items(body, "messages")
+    if not messages:
+        raise APIError("messages must be a list of at least one message", param="messages")
+    tools = [tool for tool in fields.items(body, "tools") if is_function(tool)]
+    parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
+    tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
+    options = fields.sampling_options(body)
+    options |= logprob_options(body)
+    request = ChatRequest(
+        messages,
+        tools,
+        options,
+        continue_last=continues(body, messages),
+        one_call=not parallel,
+        n=choices(body),
+        structure=structure(body, body.get("response_format")) | forced,
+        bias_body=body,
+    )
+    read_thinking(body, request)
+    return request
+
+
+def is_function(tool: Any) -> bool:
+    """Is this the description of a function? Of other kinds of tools there are none here."""
+    return isinstance(tool, dict) and (tool.get("type", "function") == "function")
+
+
+def choices(body: Mapping[str, Any]) -> int:
+    """How many answers are wanted."""
+    n = fields.field(body, "n", fields.whole, 1)
+    if not 1 <= n <= fields.MAX_CHOICES:
+        raise fields.wrong("n", f"from 1 to {fields.MAX_CHOICES}", n)
+    return n
+
+
+def logprob_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the chat interface: `logprobs` says whether, `top_logprobs` how many more."""
+    wanted = fields.field(body, "logprobs", fields.truth, False)
+    top = fields.field(body, "top_logprobs", fields.whole, 0)
+    if not 0 <= top <= fields.MAX_TOP_LOGPROBS:
+        raise fields.wrong("top_logprobs", f"from 0 to {fields.MAX_TOP_LOGPROBS}", top)
+    return {"logprobs": wanted, "top_logprobs": top if wanted else 0}
+
+
+def continues(body: Mapping[str, Any], messages: list[Any]) -> bool:
+    """Is the last message the beginning of the answer?"""
+    last = messages[-1]
+    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+        return False
+    if body.get("continue_final_message") is not None:
+        return fields.truth("continue_final_message", body["continue_final_message"])
+    return body.get("add_generation_prompt") is not True and len(messages) > 1 and bool(last.get("content"))
+
+
+def read_thinking(body: Mapping[str, Any], request: ChatRequest) -> None:
+    """All the ways in which clients say whether a model is to think, and how much."""
+    variables = dict(fields.members(body, "chat_template_kwargs"))
+    for name in _OWN_VARIABLES:
+        variables.pop(name, None)
+    think: Any = None
+    effort: Any = body.get("reasoning_effort")
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, dict):
+        effort = reasoning.get("effort") if effort is None else effort
+        if isinstance(reasoning.get("enabled"), bool):
+            think = reasoning["enabled"]
+        if reasoning.get("max_tokens") is not None:
+            budget = fields.whole("reasoning.max_tokens", reasoning["max_tokens"])
+            request.options.setdefault("reasoning_budget", max(budget, 0))
+    if effort is not None:
+        effort = fields.text("reasoning_effort", effort)
+        think = effort not in _NO_EFFORT
+        if think:
+            variables.setdefault("reasoning_effort", effort)
+    kind = body.get("thinking")
+    if isinstance(kind, dict):
+        if kind.get("type") in ("enabled", "adaptive"):
+            think = True
+        elif kind.get("type") == "disabled":
+            think = False
+        if kind.get("type") == "enabled" and kind.get("budget_tokens") is not None:
+            budget = fields.whole("thinking.budget_tokens", kind["budget_tokens"])
+            request.options.setdefault("reasoning_budget", max(budget, 0))
+    for switch in (body.get("enable_thinking"), variables.pop("enable_thinking", None), body.get("think")):
+        if isinstance(switch, str) and switch in ("low", "medium", "high"):
+            think = True
+            variables.setdefault("reasoning_effort", switch)
+        elif switch is not None:
+            think = fields.truth("think", switch)
+    request.think = think
+    request.variables = variables
+
+
+def call_id(call: ToolCall, model: Model) -> str:
+    """The id under which a call is told to a client. Templates of Mistral's want nine letters and digits."""
+    if call.id:
+        return call.id
+    template = model.chat_template
+    if template is not None and "length 9" in template.source:
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return f"call_{secrets.token_hex(12)}"

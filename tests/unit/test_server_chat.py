@@ -1,0 +1,484 @@
+"""`/v1/chat/completions`: what clients send, and what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+from asgi_client import Answer, call, request
+from server_fakes import hold, make_model, runtime_of
+
+from qrun.server import app, structure
+
+PATH = "/v1/chat/completions"
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
+def ask(model: Any = None, headers: dict[str, str] | None = None, **body: Any) -> Answer:
+    served = app(model or make_model())
+    return call(served, "POST", PATH, {"messages": [{"role": "user", "content": "Hi"}], **body}, headers)
+
+
+def deltas(answer: Answer, index: int = 0) -> list[dict[str, Any]]:
+    return [
+        choice["delta"] for event in answer.events for choice in event["choices"] if choice["index"] == index
+    ]  # fmt: skip
+
+
+def error(answer: Answer) -> dict[str, Any]:
+    told = answer.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(told)
+    return told
+
+
+def test_an_answer() -> None:
+    answer = ask()
+    told = answer.json()
+    assert answer.status == 200
+    assert told["object"] == "chat.completion" and told["model"] == "fake"
+    assert told["choices"][0]["message"] == {"role": "assistant", "content": "Hello there.", "refusal": None}
+    assert told["choices"][0]["finish_reason"] == "stop"
+    assert told["usage"]["prompt_tokens"] == len("(u)Hi~")
+    assert told["usage"]["completion_tokens"] == len("Hello there.")
+    assert told["timings"]["prompt_n"] == len("(u)Hi~")
+
+
+def test_a_stream() -> None:
+    answer = ask(stream=True)
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert answer.text.endswith("data: [DONE]\n\n") and answer.ended
+    first, *middle, last = deltas(answer)
+    assert first == {"role": "assistant", "content": ""}
+    assert "".join(delta["content"] for delta in middle) == "Hello there."
+    assert last == {}
+    assert {event["id"] for event in answer.events} == {answer.events[0]["id"]}
+    reasons = [event["choices"][0]["finish_reason"] for event in answer.events]
+    assert reasons[-1] == "stop" and set(reasons[:-1]) == {None}
+    assert not any("usage" in event for event in answer.events)
+
+
+def test_usage_in_a_stream_comes_where_it_is_asked_for() -> None:
+    last = ask(stream=True, stream_options={"include_usage": True}).events[-1]
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == len("(u)Hi~") + len("Hello there.")
+
+
+def test_what_was_read_before_is_told() -> None:
+    served = app(make_model())
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    call(served, "POST", PATH, body)
+    usage = call(served, "POST", PATH, body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_the_most_tokens(field: str) -> None:
+    told = ask(**{field: 5.0}).json()["choices"][0]
+    assert (told["message"]["content"], told["finish_reason"]) == ("Hello", "length")
+
+
+def test_fields_that_are_null_unknown_or_say_nothing() -> None:
+    answer = ask(
+        temperature=None, stop="", top_k=-1, max_tokens=-1, seed=-1, tools=None, tool_choice=None, functions=None,
+        response_format={"type": "text"}, metadata={"a": 1}, service_tier="auto", logit_bias=None, user="me", n=1.0,
+        top_p=0, stream_options=None, logprobs=None, reasoning_effort=None, presence_penalty="0.5", grammar="",
+    )  # fmt: skip
+    assert answer.json()["choices"][0]["message"]["content"] == "Hello there."
+
+
+@pytest.mark.parametrize("stop", ["there", ["xyz", "", "there"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings(stop: Any, stream: bool) -> None:
+    answer = ask(stop=stop, stream=stream)
+    if stream:
+        assert "".join(delta.get("content", "") for delta in deltas(answer)) == "Hello "
+    else:
+        assert answer.json()["choices"][0]["message"]["content"] == "Hello "
+
+
+def test_a_bias() -> None:
+    from engine_fakes import ids_of
+
+    (h,) = ids_of("H")
+    for bias in ({str(h): -100}, {"H": False}, [[h, -100.0]], [["H", False]]):
+        content = ask(logit_bias=bias, max_tokens=1).json()["choices"][0]["message"]["content"]
+        assert not content.startswith("H")
+    assert error(ask(logit_bias={"99999": 1}))["param"] == "logit_bias"
+
+
+def test_an_answer_that_may_not_end() -> None:
+    told = ask(make_model("Hi"), ignore_eos=True, max_tokens=9).json()
+    assert told["usage"]["completion_tokens"] == 9
+
+
+def test_several_answers() -> None:
+    told = ask(n=3, seed=1).json()
+    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in told["choices"]} == {"Hello there."}
+    assert told["usage"]["completion_tokens"] == 3 * len("Hello there.")
+    answer = ask(n=2, stream=True)
+    for index in (0, 1):
+        assert "".join(delta.get("content", "") for delta in deltas(answer, index)) == "Hello there."
+
+
+def test_log_probabilities() -> None:
+    told = ask(logprobs=True, top_logprobs=2, max_tokens=3).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in told] == ["H", "e", "l"]
+    for one in told:
+        assert one["logprob"] <= 0 and bytes(one["bytes"]).decode() == one["token"]
+        assert len(one["top_logprobs"]) == 2
+        assert one["top_logprobs"][0]["logprob"] == pytest.approx(one["logprob"])
+    answer = ask(logprobs=True, max_tokens=3, stream=True)
+    streamed = [event["choices"][0]["logprobs"] for event in answer.events]
+    assert [one["token"] for entry in streamed if entry for one in entry["content"]] == ["H", "e", "l"]
+
+
+# Calls and thoughts
+
+
+def test_calls() -> None:
+    choice = ask(make_model(CALL), tools=[WEATHER, {"type": "web_search"}]).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    (told,) = choice["message"]["tool_calls"]
+    assert told["type"] == "function" and told["id"].startswith("call_")
+    assert told["function"]["name"] == "weather"
+    assert json.loads(told["function"]["arguments"]) == {"city": "Köln"}
+
+
+def test_calls_in_a_stream() -> None:
+    answer = ask(make_model(f"Well. {CALL}\n{CALL}"), tools=[WEATHER], stream=True)
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas(answer):
+        for part in delta.get("tool_calls", ()):
+            if part["index"] not in calls:
+                assert part["id"] and part["type"] == "function" and part["function"]["arguments"] == ""
+                calls[part["index"]] = {"id": part["id"], "name": part["function"]["name"], "arguments": ""}
+            else:
+                assert set(part) == {"index", "function"} and set(part["function"]) == {"arguments"}
+                calls[part["index"]]["arguments"] += part["function"]["arguments"]
+    assert sorted(calls) == [0, 1] and calls[0]["id"] != calls[1]["id"]
+    assert all(json.loads(one["arguments"]) == {"city": "Köln"} for one in calls.values())
+    assert "".join(delta.get("content", "") for delta in deltas(answer)).strip() == "Well."
+    assert answer.events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_one_call_where_a_client_takes_no_more() -> None:
+    choice = ask(make_model(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False).json()["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1
+
+
+def test_calls_that_are_none() -> None:
+    text = "<tool_call>\n{not json\n</tool_call>"
+    choice = ask(make_model(text), tools=[WEATHER]).json()["choices"][0]
+    assert choice["finish_reason"] == "stop" and "{not json" in choice["message"]["content"]
+
+
+def test_which_tools_a_model_is_told_of() -> None:
+    model = make_model(lambda before: before)
+    other = {"type": "function", "function": {"name": "other"}}
+    assert ask(model, tools=[WEATHER, other], tool_choice="none").json()["choices"][0]["message"]["content"] == "(u)Hi"
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [other]}}
+    told = ask(model, tools=[WEATHER, other], tool_choice=allowed).json()["choices"][0]["message"]["content"]
+    assert told == "[other](u)Hi"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts(stream: bool) -> None:
+    answer = ask(make_model("<think>Hm.</think>Yes."), stream=stream)
+    if stream:
+        said = {
+            name: "".join(delta.get(name) or "" for delta in deltas(answer))
+            for name in ("content", "reasoning", "reasoning_content")
+        }
+    else:
+        said = answer.json()["choices"][0]["message"]
+        assert answer.json()["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    assert (said["content"], said["reasoning"], said["reasoning_content"]) == ("Yes.", "Hm.", "Hm.")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}, {"think": False},
+        {"thinking": {"type": "disabled"}}, {"reasoning": {"effort": "none"}}, {"enable_thinking": False},
+        {"reasoning_budget": 0},
+    ],
+)  # fmt: skip
+def test_switching_thoughts_off(field: dict[str, Any]) -> None:
+    model = make_model(lambda before: "off" if "</think>" in before else "on")
+    assert ask(model, **field).json()["choices"][0]["message"]["content"] == "off"
+    assert ask(model).json()["choices"][0]["message"]["content"] == "on"
+
+
+def test_a_budget_for_thoughts() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 4}  # of which the end of the mark is one
+    told = ask(make_model("<think>" + "x" * 50), thinking=thinking, max_tokens=40).json()
+    assert told["choices"][0]["message"]["reasoning"] == "xxx"
+
+
+# Messages
+
+
+def test_messages_in_all_shapes() -> None:
+    model = make_model(lambda before: before)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+        {"role": "user", "content": "c", "name": None},
+    ]  # fmt: skip
+    told = ask(model, messages=messages).json()["choices"][0]["message"]["content"]
+    assert told.startswith("(u)a") and told.endswith("(t)rain(u)c")
+
+
+def test_an_answer_that_was_begun_goes_on() -> None:
+    model = make_model("Hello there.")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert ask(model, messages=messages).json()["choices"][0]["message"]["content"] == " there."
+    told = ask(model, messages=messages, continue_final_message=False).json()["choices"][0]["message"]["content"]
+    assert told == "Hello there."
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, [], "Hi", [1], [{"content": "x"}], [{"role": 3, "content": "x"}], [{"role": "user", "content": 3}],
+     [{"role": "user"}, {"role": "user", "content": {"a": 1}}], {"role": "user"},
+     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}]],
+)  # fmt: skip
+def test_messages_that_are_none(messages: Any) -> None:
+    answer = ask(messages=messages)
+    assert answer.status in (200, 400)
+    if answer.status == 400:
+        assert error(answer)["type"] == "invalid_request_error"
+
+
+def test_pictures_are_refused_in_words() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    answer = ask(messages=[{"role": "user", "content": [part]}])
+    assert answer.status == 400 and "text alone" in error(answer)["message"]
+
+
+def test_a_template_that_refuses() -> None:
+    template = "{% if messages|length > 1 %}{{ raise_exception('only one') }}{% endif %}{{ messages[0].content }}~"
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    answer = ask(make_model(template=template), messages=messages)
+    assert answer.status == 400 and "only one" in error(answer)["message"]
+
+
+def test_a_prompt_that_is_too_long() -> None:
+    for stream in (False, True):
+        answer = ask(messages=[{"role": "user", "content": "x" * 500}], stream=stream)
+        told = error(answer)
+        assert answer.status == 400 and told["type"] == "exceed_context_size_error"
+        assert (told["n_prompt_tokens"], told["n_ctx"]) == (504, 400)
+        assert "maximum context length" in told["message"] and "context size" in told["message"]
+
+
+def test_an_answer_that_fills_the_context() -> None:
+    told = ask(make_model("x" * 500)).json()
+    assert told["choices"][0]["finish_reason"] == "length"
+    assert told["usage"]["total_tokens"] > 390
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", "hot"), ("temperature", [1]), ("max_tokens", 1.5), ("max_tokens", "many"), ("n", 0), ("n", 1000),
+     ("stop", 3), ("stop", [3]), ("logit_bias", 3), ("logit_bias", [1]), ("stream", "perhaps"), ("top_p", 7),
+     ("tools", "x"), ("tool_choice", 3), ("top_logprobs", 21), ("seed", {}), ("chat_template_kwargs", []),
+     ("reasoning_effort", 3), ("mirostat", 1), ("min_p", -1), ("top_k", True), ("stream_options", 3),
+     ("response_format", 3)],
+)  # fmt: skip
+def test_wrong_fields_are_named(field: str, value: Any) -> None:
+    answer = ask(stream=True, **{field: value}) if field != "stream" else ask(stream=value)
+    assert answer.status == 400
+    assert field in error(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"response_format": {"type": "json_object"}},
+     {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+     {"grammar": "root ::= x"}, {"json_schema": {"type": "object"}}, {"guided_json": {"a": 1}},
+     {"tools": [WEATHER], "tool_choice": "required"},
+     {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}],
+)  # fmt: skip
+def test_forms_are_not_passed_over_in_silence(field: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "supported", frozenset)
+    answer = ask(**field)
+    assert answer.status == 400 and "not supported" in error(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"messages": NaN}', b'{"a":' * 30000, b'{"n": ' + b"9" * 6000 + b"}"],
+)
+def test_bodies_that_are_none(body: bytes) -> None:
+    answer = call(app(make_model()), "POST", PATH, body)
+    assert answer.status == 400 and error(answer)["message"]
+
+
+def test_half_characters() -> None:
+    body = b'{"messages": [{"role": "user", "content": "a\\ud83d b \\ud83d\\ude00"}]}'
+    told = call(app(make_model(lambda before: before)), "POST", PATH, body).json()
+    assert told["choices"][0]["message"]["content"] == "(u)a\ufffd b \U0001f600"
+
+
+def test_what_goes_wrong_in_a_stream_is_said_there() -> None:
+    model = make_model()
+
+    def fail() -> None:
+        raise MemoryError
+
+    runtime_of(model).on_batch = fail
+    answer = ask(model, stream=True)
+    assert answer.status == 200 and answer.ended
+    assert answer.events[-1]["error"]["type"] == "unavailable_error"
+    assert ask(model).status == 503
+
+
+# Waiting and leaving
+
+
+def wait_until(what: Any) -> Any:
+    async def wait() -> None:
+        end = time.monotonic() + 5
+        while not what():
+            assert time.monotonic() < end
+            await asyncio.sleep(0.005)
+
+    return wait()
+
+
+def test_a_stream_says_that_it_lives_while_the_prompt_is_read() -> None:
+    model = make_model()
+    event = hold(model)
+    served = app(model, ping_seconds=0.01)
+
+    def seen(answer: Answer) -> bool:
+        if answer.text.count(":\n\n") >= 3:
+            event.set()
+        return False
+
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    answer = asyncio.run(request(served, "POST", PATH, body, leave_when=seen))
+    assert answer.text.index('"role":"assistant"') < answer.text.index("\n:\n\n") < answer.text.index('"content":"H"')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_the_prompt_is_read(stream: bool) -> None:
+    model = make_model()
+    event = hold(model)
+    served = app(model)
+
+    async def main() -> Answer:
+        leave = asyncio.Event()
+        body = {"messages": [{"role": "user", "content": "x" * 300}], "stream": stream}
+        task = asyncio.create_task(request(served, "POST", PATH, body, leave=leave))
+        await wait_until(lambda: runtime_of(model).evaluated)
+        leave.set()
+        answer = await asyncio.wait_for(task, 5)
+        event.set()
+        await wait_until(lambda: model.activity.running + model.activity.waiting == 0)
+        assert served.state.turns.running == 0
+        return answer
+
+    assert asyncio.run(main()).ended is False
+    assert sum(map(len, runtime_of(model).evaluated)) < 300
+
+
+def test_a_client_that_leaves_a_stream() -> None:
+    model = make_model("x" * 300)
+    served = app(model)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+    async def main() -> None:
+        await request(served, "POST", PATH, body, leave_when=lambda answer: answer.text.count("data:") > 3)
+        await wait_until(lambda: model.activity.running == 0)
+
+    asyncio.run(main())
+    assert len(runtime_of(model).evaluated) < 200
+    assert served.state.metrics.finished["abort"] == 1
+
+
+def test_a_queue_that_is_full() -> None:
+    model = make_model()
+    event = hold(model)
+    served = app(model, parallel=1, max_queue=1)
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+
+    async def main() -> None:
+        first = asyncio.create_task(request(served, "POST", PATH, body))
+        await wait_until(lambda: served.state.turns.running == 1)
+        leave = asyncio.Event()
+        gone = asyncio.create_task(request(served, "POST", PATH, body, leave=leave))
+        await wait_until(lambda: served.state.turns.waiting == 1)
+        refused = await request(served, "POST", PATH, body)
+        assert refused.status == 503 and refused.headers["retry-after"] == "2"
+        leave.set()  # who leaves while he waits makes room for another
+        await gone
+        assert served.state.turns.waiting == 0
+        second = asyncio.create_task(request(served, "POST", PATH, body | {"stream": True}))
+        await wait_until(lambda: served.state.turns.waiting == 1)
+        event.set()
+        assert (await first).status == 200
+        assert "there" in "".join(delta.get("content", "") for delta in deltas(await second)) + "there"
+        assert served.state.turns.running == served.state.turns.waiting == 0
+
+    asyncio.run(main())
+
+
+def test_many_at_once_get_their_own_answers() -> None:
+    served = app(make_model(lambda before: before.rpartition(")")[2].upper()), parallel=4)
+
+    async def main() -> None:
+        bodies = [{"messages": [{"role": "user", "content": f"abc{i}"}], "stream": i % 2 == 0} for i in range(20)]
+        answers = await asyncio.gather(*(request(served, "POST", PATH, body) for body in bodies))
+        for i, answer in enumerate(answers):
+            if i % 2:
+                said = answer.json()["choices"][0]["message"]["content"]
+            else:
+                said = "".join(delta.get("content", "") for delta in deltas(answer))
+            assert said == f"ABC{i}"
+
+    asyncio.run(main())
+
+
+def test_a_model_that_is_stopped() -> None:
+    model = make_model("x" * 300)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    served = app(model)
+
+    def stop(answer: Answer) -> bool:
+        if answer.text.count("data:") > 3:
+            model.stop()
+        return False
+
+    answer = asyncio.run(request(served, "POST", PATH, body, leave_when=stop))
+    assert answer.ended and answer.events[-1]["error"]["type"] == "unavailable_error"
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "{% if m.role == 'developer' %}{{ raise_exception('Unexpected message role.') }}{% endif %}"
+    "{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "({{ m.role[0] }}){{ m.content }}{% endfor %}~"
+)
+
+
+def test_conversations_that_templates_refuse_are_brought_into_form() -> None:
+    model = make_model(lambda before: before, template=STRICT)
+    messages = [
+        {"role": "developer", "content": "D"}, {"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+        {"role": "system", "content": "S"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"},
+    ]  # fmt: skip
+    told = ask(model, messages=messages).json()["choices"][0]["message"]["content"]
+    assert told == "(s)D\n\nS(u)a\n\nb(a)c(u)d"

@@ -1,0 +1,188 @@
+"""Several models in one server: found, loaded, unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi_client import call, request
+from server_fakes import hold, make_model
+
+from qrun.engine import Model
+from qrun.formats import FormatError
+from qrun.server import Application, app
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+PATH = "/v1/chat/completions"
+
+
+class Loader:
+    """Loads fakes, and notes which."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.models: dict[str, Model] = {}
+        self.wait = threading.Event()
+        self.wait.set()
+
+    def __call__(self, source: Any) -> Model:
+        name = Path(source).stem
+        self.loaded.append(name)
+        self.wait.wait(5)
+        if name == "damaged":
+            raise FormatError(Path("/secret/damaged.gguf"), "is damaged")
+        if name == "missing":
+            raise FileNotFoundError(2, "no such file", "/secret/missing.gguf")
+        self.models[name] = make_model(f"I am {name}.", name=f"{name}.gguf")
+        return self.models[name]
+
+
+def serve(*names: str, **settings: Any) -> tuple[Application, Loader]:
+    loader = Loader()
+    return app([f"/models/{name}.gguf" for name in names], load=loader, **settings), loader
+
+
+def said(answer: Any) -> str:
+    assert answer.status == 200, answer.text
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def test_models_are_loaded_when_they_are_asked_for() -> None:
+    served, loader = serve("a", "b")
+    assert loader.loaded == []
+    assert said(call(served, "POST", PATH, CHAT | {"model": "b"})) == "I am b."
+    assert said(call(served, "POST", PATH, CHAT)) == "I am a."
+    assert said(call(served, "POST", PATH, CHAT | {"model": "B.gguf"})) == "I am b."
+    assert loader.loaded == ["b", "a"]
+    states = {one["id"]: one["state"] for one in call(served, "GET", "/v1/models").json()["data"]}
+    assert states == {"a": "loaded", "b": "loaded"}
+
+
+def test_any_name_does_where_there_is_one_model() -> None:
+    served, _ = serve("a")
+    for name in ("gpt-4o", "", None, "a"):
+        assert said(call(served, "POST", PATH, CHAT | {"model": name})) == "I am a."
+
+
+def test_unknown_names_where_there_are_several() -> None:
+    served, loader = serve("a", "b")
+    answer = call(served, "POST", PATH, CHAT | {"model": "gpt-4o"})
+    assert answer.status == 404 and answer.json()["error"]["code"] == "model_not_found"
+    assert call(served, "POST", PATH, CHAT | {"model": 3}).status == 400
+    assert loader.loaded == []
+    told = call(served, "POST", "/v1/messages", CHAT | {"model": "claude-haiku", "max_tokens": 20}).json()
+    assert told["content"][0]["text"] == "I am a."
+
+
+def test_names_of_ones_own() -> None:
+    loader = Loader()
+    served = app({"big": "/models/a.gguf", "small": make_model("small")}, load=loader)
+    assert said(call(served, "POST", PATH, CHAT | {"model": "big"})) == "I am a."
+    assert said(call(served, "POST", PATH, CHAT | {"model": "small"})) == "small"
+
+
+@pytest.mark.parametrize(("name", "status"), [("damaged", 500), ("missing", 404)])
+def test_models_that_cannot_be_loaded(name: str, status: int) -> None:
+    served, loader = serve("a", name)
+    answer = call(served, "POST", PATH, CHAT | {"model": name})
+    assert answer.status == status and "secret" not in answer.text
+    call(served, "POST", PATH, CHAT | {"model": name})
+    assert loader.loaded == [name, name]  # it may be there by now
+    assert said(call(served, "POST", PATH, CHAT)) == "I am a."
+
+
+def test_who_asks_while_a_model_is_loaded_waits() -> None:
+    served, loader = serve("a")
+    loader.wait.clear()
+
+    async def main() -> None:
+        asking = [asyncio.create_task(request(served, "POST", PATH, CHAT)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in asking)
+        loader.wait.set()
+        assert {said(answer) for answer in await asyncio.gather(*asking)} == {"I am a."}
+
+    asyncio.run(main())
+    assert loader.loaded == ["a"]
+
+
+def is_loaded(served: Application, id: str) -> bool:
+    return any(entry.id == id and entry.model is not None for entry in served.state.hub.entries)
+
+
+def test_a_model_that_nobody_uses_is_unloaded() -> None:
+    served, loader = serve("a", ttl=0.05)
+
+    async def main() -> None:
+        assert said(await request(served, "POST", PATH, CHAT)) == "I am a."
+        assert is_loaded(served, "a")
+        end = time.monotonic() + 5
+        while is_loaded(served, "a"):
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+        assert said(await request(served, "POST", PATH, CHAT)) == "I am a."
+
+    asyncio.run(main())
+    assert loader.loaded == ["a", "a"]
+
+
+def test_a_model_in_use_stays() -> None:
+    served, loader = serve("a", "b", most_loaded=1)
+
+    async def main() -> None:
+        assert said(await request(served, "POST", PATH, CHAT)) == "I am a."
+        event = hold(loader.models["a"])
+        asking = asyncio.create_task(request(served, "POST", PATH, CHAT))
+        await asyncio.sleep(0.05)
+        assert said(await request(served, "POST", PATH, CHAT | {"model": "b"})) == "I am b."
+        assert is_loaded(served, "a")
+        event.set()
+        assert said(await asking) == "I am a."
+
+    asyncio.run(main())
+
+
+def test_the_most_models_at_a_time() -> None:
+    served, loader = serve("a", "b", "c", most_loaded=2)
+    for name in ("a", "b", "a", "c"):
+        assert said(call(served, "POST", PATH, CHAT | {"model": name})) == f"I am {name}."
+    assert [is_loaded(served, name) for name in "abc"] == [True, False, True]
+    assert loader.loaded == ["a", "b", "c"]
+
+
+def test_how_long_a_model_stays_can_be_asked_for() -> None:
+    served, _ = serve("a")
+
+    async def main() -> None:
+        body = {"model": "a", "messages": CHAT["messages"], "stream": False}
+        assert (await request(served, "POST", "/api/chat", body | {"keep_alive": "5m"})).status == 200
+        (told,) = (await request(served, "GET", "/api/ps")).json()["models"]
+        assert told["name"] == "a" and told["expires_at"] > told["modified_at"]
+        answer = await request(served, "POST", "/api/generate", {"model": "a", "keep_alive": 0})
+        assert answer.json()["done_reason"] == "unload" and not is_loaded(served, "a")
+
+    asyncio.run(main())
+
+
+def test_models_of_the_caller_are_left_alone() -> None:
+    model = make_model()
+    served = app(model, ttl=0.0)
+
+    async def main() -> None:
+        assert (await request(served, "POST", PATH, CHAT)).status == 200
+        await asyncio.sleep(0.02)
+        assert is_loaded(served, "fake")
+
+    asyncio.run(main())
+    served.close()
+    assert model.complete("~") == "Hello there."
+
+
+def test_two_files_of_one_name() -> None:
+    served = app(["/x/a.gguf", "/y/a.gguf"], load=Loader())
+    assert [entry.id for entry in served.state.hub.entries] == ["a", "/y/a.gguf"]

@@ -1,0 +1,132 @@
+"""OpenAI's `/v1/responses`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from asgi_client import Answer, call
+from server_fakes import make_model, runtime_of
+
+from qrun.server import app, structure
+
+TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
+def ask(model: Any = None, path: str = "/v1/responses", **body: Any) -> Answer:
+    return call(app(model or make_model()), "POST", path, {"model": "m", "input": "Hi"} | body)
+
+
+def prompt(items: list[Any], **body: Any) -> str:
+    answer = ask(make_model(lambda before: before), input=items, **body)
+    assert answer.status == 200, answer.text
+    text: str = answer.json()["output"][-1]["content"][0]["text"]
+    return text
+
+
+def test_an_answer() -> None:
+    told = ask(instructions="S").json()
+    assert told["object"] == "response" and told["status"] == "completed" and told["id"].startswith("resp_")
+    (message,) = told["output"]
+    assert message["type"] == "message" and message["role"] == "assistant" and message["status"] == "completed"
+    assert message["content"][0]["text"] == "Hello there." and message["content"][0]["annotations"] == []
+    assert told["usage"]["input_tokens"] == len("(s)S(u)Hi~")
+    assert told["usage"]["output_tokens"] == len("Hello there.")
+
+
+def test_an_answer_that_is_cut() -> None:
+    told = ask(max_output_tokens=5).json()
+    assert (told["status"], told["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert ask(max_output_tokens=5, stream=True).event_names[-1] == "response.incomplete"
+
+
+def test_the_events_of_a_stream() -> None:
+    answer = ask(make_model(f"<think>Hm.</think>Well. {CALL}"), stream=True, tools=[TOOL])
+    assert "[DONE]" not in answer.text
+    events = answer.events
+    assert [event["type"] for event in events] == answer.event_names
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert answer.event_names[:2] == ["response.created", "response.in_progress"]
+    assert answer.event_names[-1] == "response.completed"
+    kinds = list(dict.fromkeys(name.removeprefix("response.") for name in answer.event_names[2:-1]))
+    assert kinds == [
+        "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done",
+        "output_item.done", "output_text.delta", "output_text.done", "function_call_arguments.delta",
+        "function_call_arguments.done",
+    ]  # fmt: skip
+    done = [event for event in events if event["type"] == "response.output_item.done"]
+    assert [event["output_index"] for event in done] == [0, 1, 2]
+    final = events[-1]["response"]
+    assert final["output"] == [event["item"] for event in done]
+    reasoning, message, use = final["output"]
+    assert reasoning["type"] == "reasoning" and reasoning["content"] == [{"type": "reasoning_text", "text": "Hm."}]
+    assert message["content"][0]["text"].strip() == "Well."
+    assert use["type"] == "function_call" and json.loads(use["arguments"]) == {"city": "Köln"}
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert text == message["content"][0]["text"]
+
+
+def test_tools_of_other_kinds_are_passed_over() -> None:
+    tools = [{"type": kind} for kind in ("web_search", "local_shell", "image_generation", "tool_search", "namespace")]
+    assert ask(tools=[*tools, TOOL], include=["reasoning.encrypted_content"], store=False).status == 200
+
+
+def test_tools_that_take_a_text() -> None:
+    text = '<tool_call>\n{"name": "apply_patch", "arguments": {"input": "*** Begin"}}\n</tool_call>'
+    tool = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}}
+    (told,) = ask(make_model(text), tools=[tool]).json()["output"]
+    assert (told["type"], told["name"], told["input"]) == ("custom_tool_call", "apply_patch", "*** Begin")
+    names = ask(make_model(text), tools=[tool], stream=True).event_names
+    assert "response.custom_tool_call_input.done" in names
+
+
+def test_conversations_in_items() -> None:
+    items = [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "D"}]},
+        {"role": "user", "content": "a"},
+        {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "c"}]},
+        {"type": "custom_tool_call", "call_id": "2", "name": "apply_patch", "input": "p"},
+        {"type": "custom_tool_call_output", "call_id": "2", "output": "d"},
+        {"type": "item_reference", "id": "x"}, {"type": "web_search_call", "id": "y"}, {"type": "what_comes_next"},
+        {"role": "user", "content": "e"},
+    ]  # fmt: skip
+    assert prompt(items, instructions="S").endswith("D(u)a(a)b(t)c(a)(t)d(u)e")
+
+
+def test_counting() -> None:
+    assert ask(path="/v1/responses/input_tokens").json()["input_tokens"] == len("(u)Hi~")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": None}, {"input": []}, {"input": 3}, {"input": [3]}, {"input": [{"role": "alien", "content": "x"}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        {"input": [{"role": "user", "content": 3}]}, {"previous_response_id": "x"}, {"conversation": "x"},
+        {"text": {"format": {"type": "json_schema", "schema": {}}}}, {"tools": [3]}, {"instructions": 3},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}},
+        {"input": [{"type": "function_call", "arguments": "{}"}]},
+    ],
+)  # fmt: skip
+def test_what_is_wrong(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "supported", frozenset)
+    answer = ask(**body)
+    assert answer.status == 400 and answer.json()["error"]["message"]
+
+
+def test_what_goes_wrong_in_a_stream() -> None:
+    model = make_model()
+
+    def fail() -> None:
+        raise MemoryError
+
+    runtime_of(model).on_batch = fail
+    answer = ask(model, stream=True)
+    assert answer.event_names[-1] == "response.failed" and answer.ended
+    assert answer.events[-1]["response"]["error"]["message"]
