@@ -29,7 +29,8 @@ SCHEMA = {
 }  # fmt: skip
 TOOLS = [
     {"type": "function", "function": {"name": "look_up", "parameters": {
-        "type": "object", "properties": {"word": {"enum": ["cat", "dog"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "type": "object",
+        "properties": {"word": {"enum": ["cat", "dog"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
         "required": ["word", "n"], "additionalProperties": False}}},
     {"type": "function", "function": {"name": "wait", "parameters": {
         "type": "object", "additionalProperties": False}}},
