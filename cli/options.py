@@ -157,6 +157,55 @@ def sampling_options(function: Command) -> Command:
     return command
 
 
+def grammar_options(function: Command) -> Command:
+    """Adds --schema, --grammar and --regex; the command gets the one that was given, read and checked as far as that is
+    possible without a model, as `wanted`: arguments of Model.chat."""
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in ("schema", "grammar", "regex")}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if len(wanted) > 1:
+            raise click.UsageError(f"{' and '.join(f'--{name}' for name in wanted)} do not go together.")
+        for name, value in wanted.items():
+            wanted[name] = _read_grammar(name, value)
+        return function(*args, wanted=wanted, **kwargs)
+
+    command: Command = gather
+    file = click.Path(exists=True, dir_okay=False)
+    for option in reversed((
+        click.option("--schema", type=file, metavar="FILE",
+                     help="Write JSON that the JSON schema in FILE allows. Needs qrun-gguf[grammar], as the next two."),
+        click.option("--grammar", type=file, metavar="FILE",
+                     help="Write a text of the grammar in FILE, in Lark's syntax or GBNF."),
+        click.option("--regex", metavar="PATTERN",
+                     help="Write a text that the regular expression matches as a whole."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _read_grammar(name: str, value: str) -> str:
+    from qrun.engine.sampling import constraints
+
+    checks: dict[str, Callable[[str], str]] = {
+        "schema": constraints.schema_source, "grammar": constraints.grammar_source, "regex": constraints.regex_source
+    }  # fmt: skip
+    check = checks[name]
+    if name == "regex":
+        check(value)
+        return value
+    try:
+        text = Path(value).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{value}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+    try:
+        check(text)
+    except ValueError as error:
+        raise click.ClickException(f"{value}: {error}") from None
+    return text
+
+
 def loading_options(function: Command) -> Command:
     """Adds --threads, --ctx, --cache-type, --lora, --type and --draft; the command gets them as Model.load's arguments,
     as `loading`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import click
 
 from qrun.cli.answer import NO_ANSWER, Display, answer_options
 from qrun.cli.console import echo
-from qrun.cli.options import loading_options, model_argument, sampling_options
+from qrun.cli.options import grammar_options, loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
-    from qrun.engine import Generation
+    from qrun.engine import Generation, Model
 
 
 @click.command()
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="Take PROMPT as a user's turn: put it into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="The system prompt, with --chat.")
 @click.option("--special", is_flag=True, help="Read special tokens in PROMPT, such as <|im_start|>, as such.")
+@grammar_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, tokens, timings, stop_reason.")
 @answer_options
 @loading_options
@@ -34,6 +36,7 @@ def command(
     system: str | None,
     special: bool,
     as_json: bool,
+    wanted: dict[str, Any],
     think: bool | None,
     show_thoughts: bool | None,
     plain: bool,
@@ -52,6 +55,8 @@ def command(
       qrun run model.gguf --chat --think --reasoning-budget 500 "How many r are in strawberry?"
       qrun run model.gguf - --json < prompt.txt
       qrun run model.gguf "One, two," --stop "." --logit-bias 1234=-5
+      qrun run model.gguf --chat "Name three rivers." --schema rivers.json
+      qrun run model.gguf --chat "Is water wet?" --regex "(yes|no)"
       qrun run model.gguf --lora style.gguf --lora topic.gguf=0.5 "Once upon a time"
     """
     from qrun.cli.answer import check_thinking
@@ -68,19 +73,35 @@ def command(
     display = Display(plain or not chat or as_json, show_thoughts)
     with load_model(model, loading) as loaded:
         check_thinking(with_tokenizer(loaded), think)
+        if wanted:
+            prepare_constraints(loaded)
         if chat:
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": prompt})
-            generation = loaded.chat(messages, special_tokens_in_messages=special, think=think, **sampling)
+            generation = loaded.chat(messages, special_tokens_in_messages=special, think=think, **wanted, **sampling)
         elif special:
-            generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **sampling)
+            generation = loaded.generate(loaded.tokenize(prompt, parse_special=True), **wanted, **sampling)
         else:
-            generation = loaded.generate(prompt, **sampling)
+            generation = loaded.generate(prompt, **wanted, **sampling)
         stream(generation, None if as_json else display)
         if as_json:
             echo(json.dumps(result(generation), ensure_ascii=False))
         elif chat and generation.reasoning and not generation.text:
             notice(NO_ANSWER)
+
+
+def prepare_constraints(model: Model) -> None:
+    """What a schema or grammar needs of the vocabulary, which takes seconds for a large one."""
+    from qrun.cli.console import rewritable, status_line
+
+    watched = rewritable(sys.stderr)
+    if watched:
+        status_line("Preparing the vocabulary for a grammar...")
+    try:
+        model.prepare_constraints()
+    finally:
+        if watched:
+            status_line("")
 
 
 def stream(generation: Generation, display: Display | None) -> None:

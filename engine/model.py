@@ -237,6 +237,11 @@ class Model:
         template_variables: Mapping[str, Any] | None = None,
         special_tokens_in_messages: bool = False,
         think: bool | None = None,
+        schema: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         continue_last: bool = False,
         **options: Any,
     ) -> "Generation":
@@ -252,6 +257,14 @@ class Model:
         think: whether a model that can is to think before it answers; None leaves that to its template. What it thinks
             comes in pieces of the channel "reasoning" and is in `Generation.reasoning`, not in its `text`. Likewise,
             with tools, calls of functions are in `Generation.tool_calls` as far as they can be read.
+        schema, grammar, regex: what the answer must be, one of them: JSON by a JSON schema (a dictionary, its JSON, or
+            a class with `model_json_schema`; {} for any JSON), a text of a grammar in Lark's syntax or GBNF, or a text
+            that a regular expression matches. It begins after what the model thinks. With tools, the answer is that
+            or a call.
+        tool_choice: "auto" (the default: the model decides), "none" (no calls), "required" (at least one), or
+            {"name": ...}, a function to call. Arguments of calls are always what the function's schema says, for
+            formats of calls that are known (see `call_grammars`).
+        parallel_tool_calls: whether there may be several calls.
         continue_last: the last message is the beginning of the answer, with which the model goes on.
         options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
             the context is full: see `Session.generate`. A `reasoning_budget` of 0 is `think=False`.
@@ -259,7 +272,7 @@ class Model:
         Raises ChatTemplateError (a ValueError) if the template refuses, or knows no thoughts and `think` is True,
         ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
-        for a wrong value.
+        for a wrong value, and for a schema or grammar that is wrong or not supported.
         """
         options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
         if options.get("reasoning_budget") == 0:
@@ -276,8 +289,18 @@ class Model:
         )
         template = self.chat_template
         assert template is not None
-        response = template.response(prompt, tools)
-        return self._generate(self.template_tokens(prompt), options | {"response": response})
+        rules = None
+        looks_for_calls = bool(tools)
+        if tools or tool_choice is not None or schema is not None or grammar is not None or regex is not None:
+            from qrun.engine.generation.answer_rules import chat_rules
+            from qrun.engine.text.messages import read_tools
+
+            rules, looks_for_calls = chat_rules(
+                self.tokenizer, template.format, read_tools(tools), tool_choice, parallel_tool_calls, schema, grammar,
+                regex,
+            )  # fmt: skip
+        response = template.response(prompt, tools if looks_for_calls else None)
+        return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
 
     def chat_prompt(
         self,
@@ -321,9 +344,18 @@ class Model:
             pass
         return generation.text
 
-    def generate(self, prompt: str | Iterable[int], **options: Any) -> "Generation":
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        schema: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        **options: Any,
+    ) -> "Generation":
         """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
 
+        schema, grammar, regex: what the text must be: see `chat`.
         options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
             `Session.generate`.
 
@@ -331,6 +363,10 @@ class Model:
         option, ValueError for a wrong value.
         """
         self._check_open()
+        if schema is not None or grammar is not None or regex is not None:
+            from qrun.engine.generation.answer_rules import text_rules
+
+            options["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
         if isinstance(prompt, str):
             tokenizer = self._known_tokenizer()
             tokens = tokenizer.encode(prompt)
@@ -418,6 +454,14 @@ class Model:
         if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
         return tokens
+
+    def prepare_constraints(self) -> None:
+        """Make now what the first schema, grammar or call of a function would wait for: up to two seconds for large
+        vocabularies. From any thread. ValueError without a tokenizer or llguidance."""
+        from qrun.engine.sampling.constraints import compiler
+
+        self._check_open()
+        compiler(self._known_tokenizer())
 
     def session(self) -> Session:
         """A new session, which keeps the state of one conversation."""

@@ -146,7 +146,7 @@ def _routes(state: State) -> list[BaseRoute]:
 
 
 def _said(request: Request, error: APIError) -> Response:
-    return JSONResponse(shape_of(request.url.path)(error), error.status, headers=error.headers)
+    return JSONResponse(shape_of(request.scope)(error), error.status, headers=error.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qrun.engine import ContextOverflow
@@ -96,8 +96,16 @@ def ollama_shape(error: APIError) -> dict[str, Any]:
     return {"error": error.message}
 
 
-def shape_of(path: str) -> Shape:
-    """How the interface that a path belongs to says errors."""
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request within the application, which may be mounted in another."""
+    path, root = scope["path"], scope.get("root_path", "")
+    inner = path.removeprefix(root) if root and path.startswith(f"{root}/") else path
+    return str(inner)
+
+
+def shape_of(scope: Mapping[str, Any]) -> Shape:
+    """How the interface that a request belongs to says errors."""
+    path = path_of(scope)
     if path.startswith("/api/") and not path.startswith("/api/v0/"):
         return ollama_shape
     if path.removeprefix("/v1").startswith("/messages"):

@@ -28,9 +28,12 @@ _STREAM_HEADERS = [
 ]
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one for each value
+
+
 def dumps(value: Any) -> str:
     """JSON on one line, in ASCII: no text of a model or a client can spoil it."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def encode(value: Any) -> bytes:
@@ -195,7 +198,7 @@ class Endpoint:
         self._most, self._executor, self._with_body = most, executor, with_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, shape_of(scope["path"]))
+        exchange = Exchange(scope, receive, send, shape_of(scope))
         try:
             if self._with_body:
                 await exchange.read_body(self._most, self._executor)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from qrun.server.errors import APIError, shape_of
+from qrun.server.errors import APIError, path_of, shape_of
 from qrun.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Guard:
                 code="origin_not_allowed",
             )  # fmt: skip
         is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        path = scope["path"]
+        path = path_of(scope)
         is_open = path in _OPEN_PATHS or path.startswith("/static/")
         if self._keys and not is_preflight and not is_open and not self._has_key(headers):
             return APIError(
@@ -153,7 +153,7 @@ class Guard:
     async def _answer(self, scope: Scope, error: APIError, send: Send) -> None:
         from qrun.server.exchange import encode
 
-        body = encode(shape_of(scope["path"])(error))
+        body = encode(shape_of(scope)(error))
         raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         raw += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
         await send({"type": "http.response.start", "status": error.status, "headers": raw})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qrun.server import fields
 from qrun.server.blocks import Part, Parts
 from qrun.server.chat_requests import ChatRequest, bias_option, continues, read_thinking
-from qrun.server.errors import APIError, ollama_shape
+from qrun.server.errors import APIError, ollama_shape, path_of
 from qrun.server.exchange import Exchange, encode
 from qrun.server.facts import Facts, facts_of
 from qrun.server.models_api import capabilities
@@ -285,7 +285,7 @@ async def version(state: State, exchange: Exchange) -> None:
 
 async def not_here(state: State, exchange: Exchange) -> None:
     """Paths that exist at theirs."""
-    path = exchange.request.url.path
+    path = path_of(exchange.request.scope)
     raise APIError(f"{path} is not supported", 501, "not_supported_error", code="not_supported")
 
 

@@ -208,10 +208,11 @@ class ChatStream:
 
     def _frame(self, number: int, delta: str, reason: str | None) -> str:
         told = "null"
+        ended = "null" if reason is None else dumps(reason)
         if self._logprobs is not None and self._logprobs[number] and '"content"' in delta[:12]:
             told = dumps({"content": self._logprobs[number], "refusal": None})
             self._logprobs[number] = []
-        end = f"{self._starts[number]}{delta},\"logprobs\":{told},\"finish_reason\":{dumps(reason)}}}]"
+        end = f'{self._starts[number]}{delta},"logprobs":{told},"finish_reason":{ended}}}]'
         if self._with_timings or reason is not None:
             end += f',"timings":{dumps(timings(self._generations[number]))}'
         return end + "}\n\n"

@@ -12,6 +12,7 @@ import numpy as np
 
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.guesses import Guesser
+from qrun.engine.generation.guide import Guide, Rules
 from qrun.engine.generation.lookup import Lookup
 from qrun.engine.generation.piece import Piece, Sampled
 from qrun.engine.native.locks import ForkAwareLock
@@ -29,6 +30,29 @@ if TYPE_CHECKING:
 # Pieces that are computed before anybody asks for them, where several generations share steps: so that a step need not
 # wait for readers.
 _AHEAD = 2
+
+
+# In the place of a token: the text is complete.
+_END = -1
+
+
+class _Certain:
+    """Whose guesses are right: tokens that are known beforehand."""
+
+    def push(self, token: int) -> None:
+        pass
+
+    def restart(self, text: list[int]) -> None:
+        pass
+
+    def guess(self, room: int, cancelled: Callable[[], bool]) -> list[int]:
+        return []
+
+    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
+        pass
+
+
+_CERTAIN = _Certain()
 
 
 class _OthersCame(Exception):
@@ -57,6 +81,9 @@ class GenerationStats:
     """Those of them that were right."""
     reasoning_tokens: int = 0
     """Generated tokens of thoughts."""
+    forced_tokens: int = 0
+    """Generated tokens that the model did not choose: a grammar left no choice, or `reasoning_budget` ended a
+    thought."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -92,6 +119,7 @@ class Generation(Iterator[Piece]):
         guessers: Sequence[Guesser] = (),
         response: "ResponseParser | None" = None,
         scheduler: "Scheduler | None" = None,
+        rules: "Rules | None" = None,
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -111,10 +139,12 @@ class Generation(Iterator[Piece]):
         self._tokenizer = tokenizer
         self._response = response if tokenizer else None
         self._marks = _special_marks(tokenizer, response) if tokenizer and response else {}
+        self._guide = Guide(rules, tokenizer, response, self._marks, prompt) if rules and tokenizer else None
         self._ready: deque[Piece] = deque()
         """Pieces that came with the one before them."""
         self._forced: deque[int] = deque()
         """Tokens that come next, whatever the model would choose."""
+        self._n_forced = 0
         self._budget = sampler.options.reasoning_budget
         self._n_reasoning = 0
         self._sampled: deque[Sampled] = deque()
@@ -254,6 +284,7 @@ class Generation(Iterator[Piece]):
             guessed_tokens=self._n_guessed,
             accepted_tokens=self._n_accepted,
             reasoning_tokens=self._n_reasoning,
+            forced_tokens=self._n_forced,
         )
 
     def _next_piece(self) -> Piece | None:
@@ -279,7 +310,7 @@ class Generation(Iterator[Piece]):
         if self._max_tokens == 0:
             return self._last_piece("length")
         sampled = self._sampled.popleft()
-        self._n_sampled += 1
+        self._n_sampled += sampled.token != _END
         return self._piece(sampled)
 
     # For the scheduler, which holds the cache's lock
@@ -361,30 +392,53 @@ class Generation(Iterator[Piece]):
                 guesser.learn(0, 0, time.perf_counter() - start)
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
+        guide, logits = self._guide, logits[: self._sampler.n_vocab]
+        if guide is not None and not self._forced:
+            self._forced.extend(guide.forced())
         if self._forced:
-            sampled = Sampled(self._forced.popleft(), None, None, n_free)
-        else:
-            token, logprob = self._sampler.sample(logits[: self._sampler.n_vocab])
+            token = self._forced.popleft()
+            logprob = self._sampler.logprob(logits, token) if guide is not None else None
+            sampled = Sampled(token, logprob, None, n_free)
+            self._n_forced += 1
+        elif guide is None:
+            token, logprob = self._sampler.sample(logits)
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
-        token = sampled.token
+        else:
+            chosen, logprob = self._sampler.sample(logits, guide.allowed())
+            token, *rest = guide.settled(chosen)
+            if token != chosen:
+                logprob = self._sampler.logprob(logits, token)
+            sampled = Sampled(token, logprob, self._sampler.top, n_free)
+            self._forced.extend(rest)
         self._sampler.accept(token)
         for guesser in self._guessers:
             guesser.push(token)
         self._sampled.append(sampled)
+        if guide is not None:
+            guide.accept(token)
+            if guide.over:
+                self._sampled.append(Sampled(_END, None, None, n_free))
+            elif not self._forced:
+                self._forced.extend(guide.forced())
         return token
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
         """Guesses, and whose they are, if anybody has any."""
-        if self._guessers and self._started and not self._forced:
+        if (self._guessers or self._forced) and self._started:
             room = self._cache.room_for_guesses
             if self._max_tokens is not None:
                 room = min(room, self._max_tokens - len(self.tokens) - 1)
+            if self._forced:
+                known = list(self._forced)[: max(room, 0)]
+                return (_CERTAIN, known) if known else (None, [])
             if self._budget is not None and self._response and self._response.channel == "reasoning":
                 room = min(room, self._budget - self._n_reasoning - 1)
             with suppress(GenerationCancelled):
                 for guesser in self._guessers:
                     if guesses := guesser.guess(room, lambda: self._cancelled):
-                        return guesser, guesses
+                        if self._guide is not None:
+                            guesses = self._guide.valid(guesses)
+                        return (guesser, guesses) if guesses else (None, [])
         return None, []
 
     def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
@@ -405,9 +459,13 @@ class Generation(Iterator[Piece]):
                 token = self._choose(row, n_free - i)
                 if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
                     break
+                if self._sampled[-1].token == _END:
+                    break
                 n_right += 1
         finally:
             self._cache.take_back(len(guesses) - n_right)
+        if guesser is _CERTAIN:
+            return
         self._n_guessed += len(guesses)
         self._n_accepted += n_right
         guesser.learn(len(guesses), n_right, seconds if start is None else time.perf_counter() - start)
@@ -440,12 +498,14 @@ class Generation(Iterator[Piece]):
     def _piece(self, sampled: Sampled) -> Piece | None:
         """The piece of a token, with which the generation may end."""
         token, n_free = sampled.token, sampled.n_free
-        if token in self._stop_ids:
+        if token in self._stop_ids or token == _END:
             return self._last_piece("stop")
         self.tokens.append(token)
         texts = self._split(self._decoder.push(token) + self._marks.get(token, "")) if self._decoder else []
         if self._stop_strings.found:
             self._reason = "stop"
+        elif self._sampled and self._sampled[0].token == _END:
+            texts += self._held_back("stop")
         elif self._max_tokens is not None and len(self.tokens) >= self._max_tokens:
             texts += self._held_back("length")
         elif n_free == 0 and self._on_full is not None:

@@ -23,6 +23,7 @@ from qrun.engine.sampling.sampler import Sampler
 from qrun.formats import FormatError
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.guide import Rules
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
@@ -128,6 +129,7 @@ class Session:
         *,
         on_full: OnFull | None = None,
         response: "ResponseParser | None" = None,
+        rules: "Rules | None" = None,
         **options: Any,
     ) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
@@ -141,6 +143,8 @@ class Session:
 
         `response`, which `ChatTemplate.response` makes for a prompt, tells thoughts from the answer. Without it all is
         answer, marks included.
+
+        `rules`: what the answer must be. A tokenizer is wanted for that.
 
         `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
         thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
@@ -173,7 +177,7 @@ class Session:
         shorten_if_asked = shorten if on_full else None
         generation = Generation(
             self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response,
-            self._host.scheduler,
+            self._host.scheduler, rules,
         )  # fmt: skip
         self._take_over(generation)
         return generation

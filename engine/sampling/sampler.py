@@ -25,6 +25,7 @@ Step = Callable[[np.ndarray, np.ndarray], Candidates]
 _FOLDS = 64
 
 _CHOICE_BLOCK = 512
+_FEW = 16  # of so many tokens one is allowed: from there on a row with the others masked is faster
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
@@ -219,11 +220,15 @@ class Sampler:
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
 
-    def sample(self, logits: np.ndarray) -> tuple[int, float | None]:
+    def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> tuple[int, float | None]:
         """The next token for logits float32 [n_vocab], which are left as they are.
 
+        allowed: uint32 [n], a bit for each token that may be chosen, the lowest of the first word for token 0; None
+        for all.
+
         With it its log probability (natural) by the logits as they came, before bias, truncation and temperature;
-        None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number.
+        None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number, or no
+        token is left.
         """
         row = logits
         highest = float(row[row.argmax()])  # a NaN, if there is one
@@ -234,7 +239,7 @@ class Sampler:
             row[list(self.options.logit_bias)] += np.array(list(self.options.logit_bias.values()), np.float32)
             if row.max() == -math.inf:
                 raise ValueError("logit_bias bans every token")
-        candidates: Candidates = self._all_ids, row
+        candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
         for step in self._steps:
             candidates = step(*candidates)
         token = self._choose(*candidates)
@@ -245,6 +250,12 @@ class Sampler:
             ids = largest(logits, self.options.top_logprobs).tolist()
             self.top = [(id, float(logits[id]) - total) for id in ids]
         return token, float(logits[token]) - total
+
+    def logprob(self, logits: np.ndarray, token: int) -> float | None:
+        """The log probability of a token that was not chosen but is known; None if the options have them off."""
+        if not self.options.logprobs:
+            return None
+        return float(logits[token]) - log_sum_exp(logits, float(logits.max()), self._scratch)
 
     def accept(self, token: int) -> None:
         """Note that `token` comes next in the text."""
@@ -275,6 +286,20 @@ class Sampler:
             if o.xtc_probability > 0:
                 steps["xtc"] = self._xtc
         return [steps[name] for name in o.samplers if name in steps]
+
+    def _among(self, allowed: np.ndarray, row: np.ndarray) -> Candidates:
+        """The tokens with a bit in `allowed`: on their own if they are few, else in a row where the others are out."""
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(row)]
+        count = int(np.count_nonzero(bits))
+        if count <= len(row) // _FEW:
+            ids = np.flatnonzero(bits)
+            logits = row[ids]
+        else:
+            ids, logits = self._all_ids, self._own(row)
+            np.putmask(logits, bits == 0, np.float32(-np.inf))
+        if count == 0 or logits.max() == -math.inf:
+            raise ValueError("no token is left: none that is allowed has a finite logit")
+        return ids, logits
 
     def _own(self, logits: np.ndarray) -> np.ndarray:
         """The same logits where they may be written to. The one buffer spares a step two allocations of a row."""

@@ -4,7 +4,9 @@ Whatever a model writes, nothing is raised: marks that do not match, thoughts th
 are part of the answer, or of the thought in which they stand.
 """
 
+import copy
 import re
+from typing import Self
 
 from qrun.engine.text.response_formats import Calls, Channel, ResponseFormat, Thoughts
 from qrun.engine.text.tool_calls import Texts, ToolCall, read_calls
@@ -54,6 +56,44 @@ class ResponseParser:
         self._fresh = True
         """Whether a thought or a call may begin here as well as an answer."""
         self._after_thought = thought
+
+    def copy(self) -> Self:
+        """Another parser, which has read the same."""
+        other = copy.copy(self)
+        other.calls = list(self.calls)
+        return other
+
+    @property
+    def opening(self) -> str:
+        """What begins a thought, where one may begin; "" elsewhere."""
+        if self._thoughts is None or self.channel != "content" or not self._fresh or self._after_thought:
+            return ""
+        return self._thoughts.open
+
+    @property
+    def close(self) -> str:
+        """What ends a thought, in all formats."""
+        return self._thoughts.close if self._thoughts else ""
+
+    @property
+    def heading(self) -> bool:
+        """Whether what comes is the header of a message."""
+        return self._heading
+
+    @property
+    def lead(self) -> str:
+        """What stands between the mark that ends a thought and the answer."""
+        return self.closing.partition(self._thoughts.close)[2] if self._thoughts else ""
+
+    @property
+    def addressee(self) -> str:
+        """The function whose arguments come, where the marks of a call name it."""
+        return self._name
+
+    @property
+    def kept_mark(self) -> str:
+        """The mark of a call that is part of the call as well."""
+        return "{" if self._calls is not None and self._calls.open == "{" else ""
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -206,11 +206,17 @@ def _python(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:
     return read
 
 
+class _JsonNames(ast.NodeTransformer):
+    """JSON's names for Python's."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        values = {"true": True, "false": False, "null": None}
+        return ast.copy_location(ast.Constant(values[node.id]), node) if node.id in values else node
+
+
 def _literal(node: ast.expr) -> Any:
-    """Of Python, or one of JSON's names."""
-    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
-        return {"true": True, "false": False, "null": None}[node.id]
-    return ast.literal_eval(node)
+    """Of Python, or of JSON."""
+    return ast.literal_eval(_JsonNames().visit(node))
 
 
 def _bare_keys(calls: Calls, text: str, texts: Texts) -> list[ToolCall]:

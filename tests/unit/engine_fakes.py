@@ -62,6 +62,14 @@ class FakeTokenizer:
     def token_bytes(self, id: int) -> bytes:
         return PIECES[id]
 
+    control_ids = frozenset({BOS, EOS})
+
+    def all_bytes(self) -> list[bytes]:
+        return [self.token_bytes(id) for id in range(self.n_vocab)]
+
+    def encode_further(self, text: str, parse_special: bool = False) -> list[int]:
+        return self.encode(text, add_special=False, parse_special=parse_special)
+
     def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> FakeDecoder:
         return FakeDecoder()
 

@@ -18,12 +18,14 @@ from qrun.engine.errors import ContextOverflow
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session_file import model_fingerprint
 from qrun.engine.model import Model
+from qrun.engine.text.response_formats import ResponseFormat
 from qrun.formats.samples import samples
 from qrun.models.catalog import CATALOG, DEFAULT_MODEL
 
 
 class FakeTemplate:
     is_fallback = False
+    format = ResponseFormat()
 
     def render(self, messages: list[dict[str, str]], tools: Any = None, **variables: Any) -> str:
         assert variables.pop("add_generation_prompt")
@@ -97,9 +99,9 @@ def test_defaults_come_from_the_file() -> None:
 
 def test_chat_renders_the_conversation() -> None:
     model = make_model()
-    generation = model.chat([{"role": "user", "content": "Hi"}], tools=["t"], template_variables={"think": 1})
+    generation = model.chat([{"role": "user", "content": "Hi"}], tools=[{"name": "t"}], template_variables={"think": 1})
     assert "".join(generation) == "hello there"
-    assert evaluated(model)[0] == "user: Hi\n['t']{'think': 1}>"
+    assert evaluated(model)[0] == "user: Hi\n[{'name': 't'}]{'think': 1}>"
 
 
 def test_chat_with_a_text_is_a_question() -> None:

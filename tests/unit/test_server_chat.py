@@ -462,3 +462,23 @@ def test_a_model_that_is_stopped() -> None:
 
     answer = asyncio.run(request(served, "POST", PATH, body, leave_when=stop))
     assert answer.ended and answer.events[-1]["error"]["type"] == "unavailable_error"
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "{% if m.role == 'developer' %}{{ raise_exception('Unexpected message role.') }}{% endif %}"
+    "{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "({{ m.role[0] }}){{ m.content }}{% endfor %}~"
+)
+
+
+def test_conversations_that_templates_refuse_are_brought_into_form() -> None:
+    model = make_model(lambda before: before, template=STRICT)
+    messages = [
+        {"role": "developer", "content": "D"}, {"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+        {"role": "system", "content": "S"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"},
+    ]  # fmt: skip
+    told = ask(model, messages=messages).json()["choices"][0]["message"]["content"]
+    assert told == "(s)D\n\nS(u)a\n\nb(a)c(u)d"

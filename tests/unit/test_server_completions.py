@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from asgi_client import Answer, call
+from asgi_client import Answer, call, request
 from engine_fakes import ids_of
 from server_fakes import make_model
 from tiny_model import write_tiny_model
@@ -202,3 +203,23 @@ def test_metrics() -> None:
     assert values['qrun:time_to_first_token_seconds_bucket{le="+Inf"}'] == "2"
     assert values["qrun:num_requests_running"] == "0"
     assert json.dumps(values)
+
+
+def test_a_seeded_answer_is_the_same_whoever_else_asks(tiny: Model) -> None:
+    def body(i: int) -> dict[str, Any]:
+        return {"prompt": f"the day {i % 3} in April", "max_tokens": 12, "temperature": 1.5, "seed": i, "logprobs": 1,
+                "stream": i % 2 == 0, "ignore_eos": True}  # fmt: skip
+
+    def said(answer: Answer) -> tuple[str, list[float]]:
+        told = [event["choices"][0] for event in answer.events] or [answer.json()["choices"][0]]
+        values = [value for one in told if one["logprobs"] for value in one["logprobs"]["token_logprobs"]]
+        return "".join(one["text"] for one in told), values
+
+    served = app(tiny, parallel=5)
+    alone = [said(call(served, "POST", PATH, body(i))) for i in range(8)]
+
+    async def together() -> list[Answer]:
+        return await asyncio.gather(*(request(served, "POST", PATH, body(i)) for i in range(8)))
+
+    assert [said(answer) for answer in asyncio.run(together())] == alone
+    assert len({text for text, _ in alone}) > 4

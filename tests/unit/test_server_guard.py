@@ -147,3 +147,16 @@ def test_errors_of_our_own_have_no_words_of_the_request(caplog: pytest.LogCaptur
     model.chat = lambda *args, **options: 1 / 0  # type: ignore[method-assign]
     answer = call(app(model), "POST", "/v1/chat/completions", CHAT)
     assert answer.status == 500 and answer.json()["error"]["message"] == "internal error"
+
+
+def test_an_application_in_another_one() -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    served = Starlette(routes=[Mount("/llm", app(make_model(), api_keys=("k",)))])
+    key = {"x-api-key": "k"}
+    assert call(served, "GET", "/llm/health").status == 200
+    assert call(served, "POST", "/llm/v1/chat/completions", CHAT, key).status == 200
+    assert call(served, "POST", "/llm/v1/messages", CHAT).json()["type"] == "error"
+    assert isinstance(call(served, "POST", "/llm/api/chat", {"messages": 3}, key).json()["error"], str)
+    assert call(served, "GET", "/llm/v1/models").status == 401

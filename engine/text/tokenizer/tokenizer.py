@@ -97,6 +97,22 @@ class Tokenizer:
             raise ValueError(f"token {id} is not in the vocabulary of {self.n_vocab}")
         return self._vocabulary.text(id)
 
+    def all_bytes(self) -> list[bytes]:
+        """The same of all tokens, in their order."""
+        return self._vocabulary.texts()
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text spells: they are found where `encode` parses special tokens."""
+        return self._hidden
+
+    def encode_further(self, text: str, parse_special: bool = False) -> list[int]:
+        """The token ids of a text that goes on from another: without the space that some models put before a text."""
+        ids: list[int] = []
+        for part in self._special.split(text, control=parse_special):
+            ids += [part] if isinstance(part, int) else self._encode_text(self._vocabulary.normalizer(part))
+        return ids
+
     def has_piece(self, piece: str) -> bool:
         """Whether one token is spelt so."""
         return piece.encode() in self._vocabulary.pieces

@@ -338,6 +338,25 @@ class Vocabulary:
             return bytes.fromhex(piece[3:5].decode())
         return b"" if kind == PieceType.UNUSED else piece
 
+    def texts(self) -> list[bytes]:
+        """Those of all tokens: ten times as fast as one by one."""
+        kinds = self.types.tolist()
+        normal, space = int(PieceType.NORMAL), SPACE.encode()
+        if not (self.is_byte_pair and self.pre_tokenizer.alphabet == "bytes"):
+            return [
+                piece.replace(space, b" ") if kind == normal else self.text(id)
+                for id, (piece, kind) in enumerate(zip(self.pieces, kinds, strict=True))
+            ]
+        no_byte = dict.fromkeys(range(0x80, 0x100), "\uffff")  # but for those of the alphabet
+        bytes_of = no_byte | {ord(c): byte[0] for c, byte in _BYTE_OF.items()}
+        texts: list[bytes] = []
+        for id, (piece, kind) in enumerate(zip(self.pieces, kinds, strict=True)):
+            try:
+                texts.append(piece.decode().translate(bytes_of).encode("latin-1") if kind == normal else self.text(id))
+            except ValueError:  # a character that stands for no byte
+                texts.append(self.text(id))
+        return texts
+
 
 def _byte_alphabet() -> dict[str, bytes]:
     """GPT-2's spelling of bytes: a printable Latin-1 character is itself, the others follow from U+0100 on."""
