@@ -16,10 +16,12 @@ from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.models.support import type_problem
 
-Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"]
+Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"]
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
 with the gate at most a limit, and up between -limit and limit; `limited_silu` has silu(gate) at most it. `swiglu_oai`
-is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
+is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7. `situ` is Kimi
+K3's: sigmoid(gate) * bent(gate) * bent(up), with bent(x) = limit * tanh(x / limit); up has a limit of its own, or none
+where that is 0."""
 Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
 """Activations that multiply nothing."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
@@ -287,13 +289,14 @@ class SelectiveScan:
 
 @dataclass(frozen=True, eq=False)
 class Activate:
-    """out = act(gate) * up. `limit` is that of the kinds that have one."""
+    """out = act(gate) * up. `limit` is that of the kinds that have one, `up_limit` the second one of `situ`."""
 
     out: Value
     gate: Value
     up: Value
     kind: Activation
     limit: float = 0.0
+    up_limit: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,6 +353,36 @@ class Mix:
     weights: Value
     add: Value | None
     n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class MixByScore:
+    """The mean of streams, by how well they fit: out = sum of share * stream, with the softmax of weight . norm(stream)
+    for shares, where norm is the root mean square norm.
+
+    The streams are those of x [rows, n, width], and behind them z [rows, width]; `weight` is [width].
+    """
+
+    out: Value
+    x: Value
+    z: Value
+    weight: Constant
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """Each row as a matrix [n, n] whose rows and columns have about the sum 1 (Sinkhorn and Knopp, 1967), turned over.
+
+    First the softmax of every row, plus eps; then columns are divided by their sums + eps; then `rounds` - 1 times rows
+    and columns.
+    """
+
+    out: Value
+    x: Value
+    n: int
+    rounds: int
+    eps: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -460,6 +493,8 @@ class MoE:
     weigh_inputs: bool = False
     """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
+    up_limit: float = 0.0
+    """The second limit of `situ`."""
 
     @property
     def matrices(self) -> tuple[Weight, ...]:
@@ -477,8 +512,8 @@ class SelectRows:
 
 Operation = (
     Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude
-    | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MixByScore | Balance
+    | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
 STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
@@ -749,10 +784,12 @@ class GraphBuilder:
         assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
         return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))
 
-    def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
+    def activate(
+        self, gate: Value, up: Value, kind: Activation, limit: float = 0.0, up_limit: float = 0.0
+    ) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
-        return self._append(Activate(self._value(gate.width), gate, up, kind, limit))
+        return self._append(Activate(self._value(gate.width), gate, up, kind, limit, up_limit))
 
     def activate_alone(self, x: Value, kind: Alone, parameters: Constant | None = None) -> Value:
         """act(x)."""
@@ -778,6 +815,17 @@ class GraphBuilder:
         assert weights.width == n_out * n_in and x.width % n_in == 0
         assert add is None or add.width == n_out * (x.width // n_in)
         return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
+
+    def mix_by_score(self, x: Value, z: Value, name: str, eps: float) -> Value:
+        """The streams of x and z, by how well they fit to the vector of this name."""
+        assert x.width % z.width == 0
+        weight = self.constant(f"{name}.weight", z.width)
+        return self._append(MixByScore(self._value(z.width), x, z, weight, eps))
+
+    def balance(self, x: Value, n: int, rounds: int, eps: float) -> Value:
+        """A matrix [n, n] of each row, with rows and columns of about the sum 1, turned over."""
+        assert x.width == n * n
+        return self._append(Balance(self._value(x.width), x, n, rounds, eps))
 
     def match_magnitude(self, x: Value, like: Value) -> Value:
         """Each group of x, made as long as `like`."""
@@ -819,6 +867,7 @@ class GraphBuilder:
         n_groups_used: int = 1,
         together: int = 1,
         limit: float = 0.0,
+        up_limit: float = 0.0,
         weigh_inputs: bool = False,
         suffix: str = "_exps",
     ) -> Value:
@@ -849,7 +898,7 @@ class GraphBuilder:
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                together=together, limit=limit, weigh_inputs=weigh_inputs,
+                together=together, limit=limit, up_limit=up_limit, weigh_inputs=weigh_inputs,
                 adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip

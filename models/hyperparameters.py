@@ -143,6 +143,8 @@ LACKING = (
     "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next",
 )  # fmt: skip
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
+WITHOUT_POSITIONS = ("glm5-next",)
+"""Architectures of which nothing turns, and which say so with a 0."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,8 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
     head_dim = n_embd // most or None
     head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
     head_dim_v = metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM)
+    if metadata.architecture in WITHOUT_POSITIONS:
+        return head_dim_k, head_dim_v, metadata.integer("rope.dimension_count", 0, low=0, high=0)
     n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
     if n_rot % 2:
         raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")

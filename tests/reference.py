@@ -15,6 +15,7 @@ from qrun.models.graph import (
     Add,
     Affine,
     Attention,
+    Balance,
     CacheLayer,
     Clamp,
     Convolution,
@@ -30,6 +31,7 @@ from qrun.models.graph import (
     LinearAttention,
     MatchMagnitude,
     Mix,
+    MixByScore,
     MoE,
     Operation,
     RMSNorm,
@@ -134,7 +136,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
         case Affine(x=x, weight=weight, bias=bias):
             return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
-            return activate(values[gate.id], values[up.id], kind, limit)
+            return activate(values[gate.id], values[up.id], kind, limit, operation.up_limit)
         case ActivateAlone(x=x, kind=kind, parameters=parameters):
             return activate_alone(values[x.id], kind, parameters)
         case Gate(gate=gate, x=x, kind=kind):
@@ -148,6 +150,18 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
             out = (by_row @ streams).reshape(len(tokens), -1)
             return out if added is None else out + values[added.id]
+        case MixByScore(x=x, z=z, weight=weight, eps=eps):
+            streams = np.concatenate([values[x.id], values[z.id]], axis=1).astype(np.float64)
+            n = streams.shape[1] // z.width
+            scores = (rms_norm(streams, weight, eps, n).reshape(len(tokens), n, -1)).sum(-1)
+            return (softmax(scores)[..., None] * streams.reshape(len(tokens), n, -1)).sum(1)
+        case Balance(x=x, n=n, rounds=rounds, eps=eps):
+            matrix = softmax(values[x.id].reshape(len(tokens), n, n).astype(np.float64)) + eps
+            for number in range(rounds):
+                if number:
+                    matrix = matrix / (matrix.sum(2, keepdims=True) + eps)
+                matrix = matrix / (matrix.sum(1, keepdims=True) + eps)
+            return matrix.swapaxes(1, 2).reshape(len(tokens), -1)
         case MatchMagnitude(x=x, like=like):
             groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
             lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
@@ -347,7 +361,7 @@ def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
         gate, up = np.split(product(x, moe, moe.gate, expert), 2, axis=1)
     else:
         gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
-    return activate(gate, up, moe.kind, moe.limit)
+    return activate(gate, up, moe.kind, moe.limit, moe.up_limit)
 
 
 def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
@@ -365,8 +379,11 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     return out
 
 
-def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
+def activate(gate: Array, up: Array, kind: str, limit: float = 0.0, up_limit: float = 0.0) -> Array:
     """What a gate makes of what it lets through."""
+    if kind == "situ":
+        up = up_limit * np.tanh(up / up_limit) if up_limit > 0 else up
+        return limit * np.tanh(gate / limit) * sigmoid(gate) * up
     if kind == "clamped_silu":
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     if kind in ("silu", "clamped_silu"):

@@ -24,7 +24,7 @@ TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
     "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
-    "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
+    "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
     "vocab_size",
 )  # fmt: skip
 

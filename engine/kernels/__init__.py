@@ -12,7 +12,7 @@ from importlib import import_module
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
     "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
-    "match_magnitude", "gaussian_top_k",
+    "match_magnitude", "gaussian_top_k", "situ", "mix_by_score", "balance",
 )  # fmt: skip
 
 GATES = ("sigmoid", "softplus", "silu", "identity")

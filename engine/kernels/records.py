@@ -65,6 +65,9 @@ def _fields(count: int) -> range:
  ROW_WEIGHT_STRIDE, ROW_ROPE_START, ROW_X_HEAD, ROW_X_START, ROW_X_SIZE, ROW_Z_HEAD, ROW_Z_START,
  ROW_Z_SIZE, ROW_ADD, ROW_ADD_STRIDE) = _fields(27)  # fmt: skip
 
+# Streams that are mixed by their scores, beside the last one.
+MAX_STREAMS = 512
+
 # BY_POSITION: the rows are those of positions, not of tokens.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
  EMBED_BY_POSITION) = _fields(8)  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering_experts import lower_experts
-from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs, limits
 from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
@@ -262,7 +262,8 @@ class Lowering(RecordWriter):
         )  # fmt: skip
 
     def _lower_activate(self, o: G.Activate) -> None:
-        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
+        gate, up = self.places[o.gate.id], self.places[o.up.id]
+        self._produce(o.kind, o.out, gate, up, factor=o.limit, row_weight=limits(o))
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
         self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
@@ -291,6 +292,16 @@ class Lowering(RecordWriter):
         )  # fmt: skip
         if added is not None:
             record.reads.append(added)
+
+    def _lower_mixbyscore(self, o: G.MixByScore) -> None:
+        n = o.x.width // o.z.width
+        if n > R.MAX_STREAMS:
+            raise ValueError(f"more than {R.MAX_STREAMS} streams: not supported")
+        x, z = self.places[o.x.id], self.places[o.z.id]
+        self._produce("mix_by_score", o.out, x, z, factor=o.eps, row_groups=n, row_weight=floats(o.weight))
+
+    def _lower_balance(self, o: G.Balance) -> None:
+        self._produce("balance", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.n, row_x_size=o.rounds)
 
     def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
         x, like = self.places[o.x.id], self.places[o.like.id]

@@ -207,6 +207,11 @@ class RecordWriter:
         """Matmuls of experts are about to take the float32 rows at x."""
 
 
+def limits(operation: G.Activate | G.MoE) -> object:
+    """For the record of an activation with two limits: both, or 0 for others."""
+    return np.array([operation.limit, operation.up_limit], np.float32) if operation.kind == "situ" else 0
+
+
 def inputs(operation: G.Operation) -> Iterator[G.Value]:
     for name, value in vars(operation).items():
         if name != "out" and isinstance(value, G.Value):

@@ -100,11 +100,11 @@ def test_norms(check: Any, width: int, groups: int, kind: str) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"])
 def test_gated_activations(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         gate, up = (maker.add(G.Scale(maker.value(61), maker.embed(61), 10.0)) for _ in range(2))
-        return maker.add(G.Activate(maker.value(61), gate, up, kind, 2.0))
+        return maker.add(G.Activate(maker.value(61), gate, up, kind, 2.0, 3.0))
 
     check(make)
 
@@ -155,6 +155,28 @@ def test_streams_are_mixed_by_weights_of_each_row(check: Any, n_out: int, n_in: 
         return maker.linear(maker.add(G.Mix(maker.value(n_out * width), x, weights, add, n_out)), 48)
 
     check(make)
+
+
+def test_an_activation_whose_second_limit_is_none(check: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        return maker.add(G.Activate(maker.value(61), maker.embed(61), maker.embed(61), "situ", 1.5))
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 64), (5, 37)])
+def test_streams_are_mixed_by_how_well_they_fit(check: Any, n: int, width: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        x, z = maker.embed(n * width), maker.embed(width)
+        weight = maker.constant(width)
+        return maker.linear(maker.add(G.MixByScore(maker.value(width), x, z, weight, 1e-5)), 48)
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n", "rounds"), [(4, 20), (5, 2), (3, 1)])
+def test_a_matrix_of_each_row_is_balanced(check: Any, n: int, rounds: int) -> None:
+    check(lambda maker: maker.add(G.Balance(maker.value(n * n), maker.embed(n * n), n, rounds, 1e-6)))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -338,6 +360,7 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"joined": True, "adjusted": True, "kind": "swiglu_oai"},
         {"apart": True, "kind": "relu"},
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
+        {"kind": "situ", "limit": 0.3, "up_limit": 0.5, "apart": True},
         {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
         {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
         {"together": 4, "apart": True},
