@@ -22,8 +22,8 @@ with the gate at most a limit, and up between -limit and limit; `limited_silu` h
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7. `situ` is Kimi
 K3's: sigmoid(gate) * bent(gate) * bent(up), with bent(x) = limit * tanh(x / limit); up has a limit of its own, or none
 where that is 0."""
-Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
-"""Activations that multiply nothing."""
+Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root"]
+"""Activations that multiply nothing. `signed_root` is sign(x) * sqrt(max(|x|, 1e-6))."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
@@ -59,6 +59,34 @@ class Embed:
     weight: Weight
     scale: float
     by_position: bool = False
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Numbers for the last few tokens: (t[0] * multipliers[0] xor ... t[-i] * multipliers[i]) % size + offset, in 64
+    bits without a sign.
+
+    Of the last two tokens there are `per_length` numbers, of the last three as many more, and so on up to all that have
+    a multiplier. `sizes` and `offsets` are those of each number. What is before the first token, or before an `end` or
+    that itself, counts as `end`, except for the last token.
+    """
+
+    multipliers: tuple[int, ...]
+    per_length: int
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedHashes:
+    """out[i] = weight[number] of all numbers that the tokens up to i have, side by side. `state` is its number in
+    `Graph.states`."""
+
+    out: Value
+    weight: Weight
+    hashes: Hashes
+    state: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,6 +432,15 @@ class GaussianTopK:
 
 
 @dataclass(frozen=True, eq=False)
+class Dot:
+    """out[i] = the sum of the products of a and b, of each of `out.width` groups of their columns."""
+
+    out: Value
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True, eq=False)
 class Scale:
     """out = factor * x."""
 
@@ -511,12 +548,12 @@ class SelectRows:
 
 
 Operation = (
-    Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MixByScore | Balance
-    | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention
+    | Convolution | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MixByScore
+    | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
+STATEFUL = (Attention, EmbedHashes, Convolution, LinearAttention, SelectiveScan)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -651,6 +688,12 @@ class GraphBuilder:
         weight = self.weight(f"{name}.weight", n_positions, n_embd)
         return self._append(Embed(self._value(n_embd), weight, 1.0, by_position=True))
 
+    def embed_hashes(self, name: str, n_rows: int, dim: int, hashes: Hashes) -> Value:
+        """The last tokens to rows of a matrix [n_rows, dim], as many as they have numbers."""
+        assert all(offset + size <= n_rows for offset, size in zip(hashes.offsets, hashes.sizes, strict=True))
+        weight = self.weight(f"{name}.weight", n_rows, dim)
+        return self._append(EmbedHashes(self._value(dim * len(hashes.sizes)), weight, hashes, self._state()))
+
     def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1, *, bias: bool = False) -> Value:
         """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight.
 
@@ -760,9 +803,14 @@ class GraphBuilder:
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
 
-    def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True) -> Value:
-        """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one."""
-        weight = np.ascontiguousarray(self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T)
+    def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True, apart: int = 1) -> Value:
+        """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one.
+
+        apart: how many tokens lie between those that taps are for.
+        """
+        taps_only = self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T
+        weight = np.zeros(((taps - 1) * apart + 1, x.width), np.float32)
+        weight[::apart] = taps_only
         bias = self.optional_constant(f"{name}.bias", x.width)
         return self._append(Convolution(self._value(x.width), x, weight, bias, silu, self._state()))
 
@@ -835,6 +883,11 @@ class GraphBuilder:
     def gaussian_top_k(self, x: Value, deviations: float) -> Value:
         """What of x exceeds its mean by so many standard deviations."""
         return self._append(GaussianTopK(self._value(x.width), x, deviations))
+
+    def dot(self, a: Value, b: Value, groups: int) -> Value:
+        """The sums of products of groups of columns."""
+        assert a.width == b.width and a.width % groups == 0
+        return self._append(Dot(self._value(groups), a, b))
 
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""

@@ -89,8 +89,45 @@ class BalancedStreams:
 
     def mean(self, builder: GraphBuilder, streams: Value) -> Value:
         """Of all streams."""
-        width = streams.width // self.count
-        total = builder.slice(streams, 0, width)
-        for i in range(1, self.count):
-            total = builder.add(total, builder.slice(streams, i * width, width))
-        return builder.scale(total, 1.0 / self.count)
+        return mean(builder, streams, self.count)
+
+
+@dataclass(frozen=True)
+class GatedStreams:
+    """Streams with a gate for each of their values on the way in, through a narrow row (Qwen 4)."""
+
+    count: int
+    narrow: int
+
+    @classmethod
+    def read(cls, metadata: Metadata) -> "GatedStreams":
+        """From the keys under `hyper_connection`."""
+        count = metadata.integer("hyper_connection.count", low=2, high=MAX_STREAMS)
+        return cls(count, metadata.integer("hyper_connection.low_rank"))
+
+    def enter(self, builder: GraphBuilder, h: Hyperparameters, streams: Value, name: str) -> tuple[Value, Value]:
+        """What a part of a block reads; and the streams' norms, from which the way back follows."""
+        normed = self.norm(builder, h, streams, f"{name}_norm")
+        narrow = builder.scale(builder.linear(normed, f"{name}_down", self.narrow), 1.0 / self.count)
+        gate = builder.linear(builder.activate_alone(narrow, "silu"), f"{name}_up", streams.width)
+        return mean(builder, builder.gate(gate, normed, "sigmoid"), self.count), normed
+
+    def leave(self, builder: GraphBuilder, streams: Value, y: Value, normed: Value, name: str) -> Value:
+        """The streams and what a part of a block made of them, by weights about 1."""
+        into = builder.scale(builder.linear(normed, f"{name}_inject", self.count), 1.0 / self.count)
+        into = builder.scale(builder.activate_alone(into, "sigmoid"), INTO_STREAM)
+        return builder.mix(y, into, self.count, add=streams)
+
+    def norm(self, builder: GraphBuilder, h: Hyperparameters, streams: Value, name: str) -> Value:
+        """Each stream normed, with weights of its own."""
+        weight = builder.flat_constant(f"{name}.weight", streams.width).reshape(self.count, -1)
+        return builder.rms_norm_with(streams, weight, h.rms_eps, self.count)
+
+
+def mean(builder: GraphBuilder, streams: Value, count: int) -> Value:
+    """Of all streams."""
+    width = streams.width // count
+    total = builder.slice(streams, 0, width)
+    for i in range(1, count):
+        total = builder.add(total, builder.slice(streams, i * width, width))
+    return builder.scale(total, 1.0 / count)

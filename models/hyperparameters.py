@@ -117,6 +117,13 @@ class Metadata:
             raise self.error(key, f"is not a flag for each of {n_layer} layers")
         return tuple(bool(flag) for flag in value[:n_layer])
 
+    def integers(self, key: str, least: int, low: int = 0, high: int = MAX_WIDTH) -> tuple[int, ...]:
+        """An array of whole numbers in low..high, of at least so many."""
+        value = self.reader.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) < least:
+            raise self.error(key, f"is not an array of {least} whole numbers")
+        return tuple(self._check_integer(key, one, low, high) for one in value)
+
     def _get(self, key: str, default: object) -> object:
         value = self.reader.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:

@@ -19,10 +19,13 @@ from qrun.models.graph import (
     CacheLayer,
     Clamp,
     Convolution,
+    Dot,
     Embed,
+    EmbedHashes,
     Gate,
     GaussianTopK,
     Graph,
+    Hashes,
     HeadLinear,
     Input,
     Join,
@@ -100,6 +103,9 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
     match operation:
         case Embed(weight=weight, scale=scale, by_position=by_position):
             return decode(weight, np.arange(len(tokens)) if by_position else tokens) * scale
+        case EmbedHashes(weight=weight, hashes=hashes):
+            numbers = [hash_numbers(hashes, tokens.tolist()[: i + 1]) for i in range(len(tokens))]
+            return np.stack([decode(weight, np.array(row)).reshape(-1) for row in numbers])
         case RMSNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
             return rms_norm(values[x.id], weight, eps, groups, bias)
         case LayerNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
@@ -162,6 +168,9 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
                     matrix = matrix / (matrix.sum(2, keepdims=True) + eps)
                 matrix = matrix / (matrix.sum(1, keepdims=True) + eps)
             return matrix.swapaxes(1, 2).reshape(len(tokens), -1)
+        case Dot(a=a, b=b, out=out):
+            products = values[a.id].astype(np.float64) * values[b.id]
+            return products.reshape(len(tokens), out.width, -1).sum(-1)
         case MatchMagnitude(x=x, like=like):
             groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
             lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
@@ -180,6 +189,23 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return mixture_of_experts(values[x.id], operation, values[(router_x or x).id])
         case SelectRows(x=x):
             return values[x.id]
+
+
+def hash_numbers(hashes: Hashes, tokens: list[int]) -> list[int]:
+    """Those of the last tokens."""
+    numbers: list[int] = []
+    seen = tokens[-1:]
+    for length in range(2, len(hashes.multipliers) + 1):
+        before = tokens[-length] if length <= len(tokens) else hashes.end
+        seen.append(hashes.end if hashes.end in seen[1:] else before)
+        mixed = 0
+        for token, multiplier in zip(seen, hashes.multipliers, strict=False):
+            mixed ^= token * multiplier % 2**64
+        these = slice((length - 2) * hashes.per_length, (length - 1) * hashes.per_length)
+        numbers += [
+            mixed % size + offset for size, offset in zip(hashes.sizes[these], hashes.offsets[these], strict=True)
+        ]
+    return numbers
 
 
 def decode(weight: Weight, rows: Array | slice) -> Array:
@@ -425,6 +451,7 @@ ALONE = {
     "sigmoid": sigmoid,
     "softplus": lambda x: np.logaddexp(x, 0),
     "identity": lambda x: x,
+    "signed_root": lambda x: np.sign(x) * np.sqrt(np.maximum(np.abs(x), 1e-6)),
 }
 
 

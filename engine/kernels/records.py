@@ -68,9 +68,11 @@ def _fields(count: int) -> range:
 # Streams that are mixed by their scores, beside the last one.
 MAX_STREAMS = 512
 
-# BY_POSITION: the rows are those of positions, not of tokens.
+# BY_POSITION: the rows are those of positions, not of tokens. Hashes: MULTIPLIERS are int64, as many as LENGTH; SIZES
+# and OFFSETS have an int64 for each row of ROW_SIZE floats; STATE is where in a block the tokens lie.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
- EMBED_BY_POSITION) = _fields(8)  # fmt: skip
+ EMBED_BY_POSITION, HASH_LENGTH, HASH_PER_LENGTH, HASH_ROW_SIZE, HASH_MULTIPLIERS, HASH_SIZES, HASH_OFFSETS, HASH_END,
+ HASH_STATE) = _fields(16)  # fmt: skip
 
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip

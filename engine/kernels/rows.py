@@ -333,6 +333,21 @@ def silu_alone(packing: str) -> Kernel:
     return _alone(_silu, packing)
 
 
+def signed_root(packing: str) -> Kernel:
+    """sign(x) * sqrt(max(|x|, 1e-6))."""
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        for i in range(width):
+            one = v.load_f32(x + 4 * i)
+            size = max(one if one > v.float32(0.0) else -one, v.float32(1e-6))
+            root = size * v.inverse_sqrt(size)
+            sign = v.float32(1.0) if one > v.float32(0.0) else v.float32(-1.0)
+            v.store_f32(y + 4 * i, root * sign if one != v.float32(0.0) else v.float32(0.0))
+
+    return _row_kernel(compute, packing)
+
+
 def gate(variant: str) -> Kernel:
     """act(x) * z, where each value of x counts for a group of neighbouring values of z. The variant: act, packing."""
     kind, _, packing = variant.partition("-")
@@ -539,6 +554,28 @@ def _squares_of() -> Any:
         return total
 
     return squares
+
+
+def dot(packing: str) -> Kernel:
+    """The sums of x * z of as many groups as y is wide. ROW_X_SIZE is how many values a group has."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        size = v.load_i64(op + R.ROW_X_SIZE)
+        whole = size // lanes * lanes
+        for group in range(width):
+            sums = v.splat(0.0)
+            for i in range(0, whole, lanes):
+                sums = v.fma(v.load(x + 4 * i), v.load(z + 4 * i), sums)
+            total = v.sum_lanes(sums)
+            for i in range(whole, size):
+                total += v.load_f32(x + 4 * i) * v.load_f32(z + 4 * i)
+            v.store_f32(y + 4 * group, total)
+            x += 4 * size
+            z += 4 * size
+
+    return _row_kernel(compute, packing)
 
 
 def mix_by_score(packing: str) -> Kernel:

@@ -77,6 +77,23 @@ class Lowering(RecordWriter):
             [], [out], True,
         )  # fmt: skip
 
+    def _lower_embedhashes(self, o: G.EmbedHashes) -> None:
+        out, hashes = self.new(o.out), o.hashes
+        rows, width = o.weight.shape
+        blocks, tail = blocks_and_tail(o.weight.type, width)
+        self.emit(
+            f"embed_hashes-{o.weight.type.name}",
+            {
+                R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
+                R.EMBED_TAIL: tail, R.EMBED_OUT: out, R.EMBED_OUT_STRIDE: out.stride,
+                R.HASH_LENGTH: len(hashes.multipliers), R.HASH_PER_LENGTH: hashes.per_length, R.HASH_ROW_SIZE: width,
+                R.HASH_MULTIPLIERS: np.array(hashes.multipliers, np.uint64), R.HASH_SIZES: np.array(hashes.sizes),
+                R.HASH_OFFSETS: np.array(hashes.offsets), R.HASH_END: hashes.end,
+                R.HASH_STATE: self.layout.state_offsets[o.state],
+            },
+            [], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_input(self, o: G.Input) -> None:
         # They are there before the first operation.
         buffer = self.arena.buffer(self.rows * o.out.width * 4, 0, self._last_use(o.out))
@@ -302,6 +319,10 @@ class Lowering(RecordWriter):
 
     def _lower_balance(self, o: G.Balance) -> None:
         self._produce("balance", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.n, row_x_size=o.rounds)
+
+    def _lower_dot(self, o: G.Dot) -> None:
+        a, b = self.places[o.a.id], self.places[o.b.id]
+        self._produce("dot", o.out, a, b, row_x_size=o.a.width // o.out.width)
 
     def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
         x, like = self.places[o.x.id], self.places[o.like.id]

@@ -25,7 +25,7 @@ from qrun.models import graph as G
 
 MAX_CHECKPOINTS = 8
 
-Recurrent = G.Convolution | G.LinearAttention | G.SelectiveScan
+Recurrent = G.EmbedHashes | G.Convolution | G.LinearAttention | G.SelectiveScan
 
 
 def state_sizes(graph: G.Graph) -> list[int]:
@@ -46,6 +46,8 @@ def stateful(graph: G.Graph) -> Iterator[Recurrent]:
 def state_size(operation: Recurrent) -> int:
     """As the kernels have it: see there."""
     match operation:
+        case G.EmbedHashes(hashes=hashes):
+            return 2 * (len(hashes.multipliers) - 1 + STATE_ROWS)
         case G.Convolution(weight=weight, x=x):
             return (len(weight) - 1 + STATE_ROWS) * x.width
         case G.LinearAttention(n_heads=n_heads):

@@ -109,7 +109,7 @@ def test_gated_activations(check: Any, kind: Any) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu"])
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu", "signed_root"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
@@ -190,6 +190,15 @@ def test_groups_made_as_long_as_a_row(check: Any, groups: int) -> None:
 @pytest.mark.parametrize("deviations", [1.6, 0.0, -0.5])
 def test_what_exceeds_the_mean(check: Any, deviations: float) -> None:
     check(lambda maker: maker.add(G.GaussianTopK(maker.value(61), maker.embed(61), deviations)))
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 61), (5, 16), (7, 3)])
+def test_sums_of_products_of_groups(check: Any, groups: int, size: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        a, b = (maker.embed(groups * size) for _ in range(2))
+        return maker.linear(maker.add(G.Dot(maker.value(groups), a, b)), 48)
+
+    check(make)
 
 
 def test_learned_positions(check: Any) -> None:

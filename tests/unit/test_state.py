@@ -62,7 +62,21 @@ def scanned(width: int, n_state: int) -> Callable[[Maker], G.Value]:
     return make
 
 
+def hashed(width: int, per_length: int, multipliers: tuple[int, ...]) -> Callable[[Maker], G.Value]:
+    def make(maker: Maker) -> G.Value:
+        count = per_length * (len(multipliers) - 1)
+        sizes = tuple(range(40, 40 + count))
+        weight = maker.weight("table", sum(sizes) + 3, width)
+        hashes = G.Hashes(multipliers, per_length, sizes, tuple(np.cumsum((3, *sizes))[:-1].tolist()), 7)
+        return maker.add(G.EmbedHashes(maker.value(count * width), weight, hashes, maker.state()))
+
+    return make
+
+
 CASES = {
+    "hashes of the last three": hashed(24, 2, (11, (1 << 64) - 3, 0x9E3779B97F4A7C15)),
+    "hashes of the last two": hashed(13, 3, (1, 3)),
+    "hashes of the last eight": hashed(8, 1, tuple(range(1, 16, 2))),
     "convolution": convolved(70, 4),
     "convolution of two": convolved(33, 2, silu=False, biased=False),
     "convolution of three": convolved(16, 3, biased=False),
