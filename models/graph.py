@@ -22,7 +22,7 @@ with the gate at most a limit, and up between -limit and limit; `limited_silu` h
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7. `situ` is Kimi
 K3's: sigmoid(gate) * bent(gate) * bent(up), with bent(x) = limit * tanh(x / limit); up has a limit of its own, or none
 where that is 0."""
-Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root"]
+Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root", "exp"]
 """Activations that multiply nothing. `signed_root` is sign(x) * sqrt(max(|x|, 1e-6))."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
@@ -316,6 +316,33 @@ class SelectiveScan:
 
 
 @dataclass(frozen=True, eq=False)
+class WKV:
+    """Each head keeps a matrix S [dim, dim], at first 0, which every row changes before it is asked (RWKV-7:
+    arXiv:2503.14456): S = kept S + b^T (a S) + k^T v; out = r S. Without a and b there is no such term.
+
+    All are rows [n_heads, dim]; `kept` has a factor for each row of S. `dim` is a multiple of `WKV_MULTIPLE`.
+    """
+
+    out: Value
+    r: Value
+    kept: Value
+    k: Value
+    v: Value
+    a: Value | None
+    b: Value | None
+    n_heads: int
+    state: int
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a head."""
+        return self.k.width // self.n_heads
+
+
+WKV_MULTIPLE = 16
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
     """out = act(gate) * up. `limit` is that of the kinds that have one, `up_limit` the second one of `situ`."""
 
@@ -549,11 +576,11 @@ class SelectRows:
 
 Operation = (
     Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention
-    | Convolution | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MixByScore
-    | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
+    | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, EmbedHashes, Convolution, LinearAttention, SelectiveScan)
+STATEFUL = (Attention, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -632,6 +659,11 @@ class GraphBuilder:
         """How many rows the matrix of this full name has, or 0 if there is none."""
         tensor = self.reader.tensors.get(name)
         return tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
+
+    def count(self, name: str) -> int:
+        """How many values the tensor of this full name has, or 0 if there is none."""
+        tensor = self.reader.tensors.get(name)
+        return prod(tensor.shape) if tensor is not None else 0
 
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
@@ -831,6 +863,19 @@ class GraphBuilder:
         """Each channel through a state that fades by its time step."""
         assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
         return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))
+
+    def shift(self, x: Value, now: float = 0.0) -> Value:
+        """The row before, plus `now` times this one. Before the first there is 0."""
+        weight = np.repeat(np.array([[1.0], [now]], np.float32), x.width, axis=1)
+        return self._append(Convolution(self._value(x.width), x, weight, None, False, self._state()))
+
+    def wkv(
+        self, r: Value, kept: Value, k: Value, v: Value, n_heads: int, a: Value | None = None, b: Value | None = None
+    ) -> Value:
+        """A matrix that each head keeps and asks."""
+        assert r.width == kept.width == k.width == v.width and k.width % n_heads == 0
+        assert (a is None) == (b is None) and k.width // n_heads % WKV_MULTIPLE == 0
+        return self._append(WKV(self._value(v.width), r, kept, k, v, a, b, n_heads, self._state()))
 
     def activate(
         self, gate: Value, up: Value, kind: Activation, limit: float = 0.0, up_limit: float = 0.0

@@ -147,9 +147,11 @@ def shorten(value: object) -> str:
 
 LACKING = (
     "deci", "mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2", "lfm2",
-    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next",
+    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next", "rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7",
 )  # fmt: skip
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
+WITHOUT_ATTENTION = ("rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7")
+"""Architectures whose heads are not those of attention."""
 WITHOUT_POSITIONS = ("glm5-next",)
 """Architectures of which nothing turns, and which say so with a 0."""
 
@@ -193,9 +195,12 @@ class Hyperparameters:
         n_layer = n_blocks - metadata.integer("nextn_predict_layers", 0, low=0, high=n_blocks - 1)
         described = n_blocks if drafts else n_layer
         least = 0 if metadata.architecture in LACKING else 1
-        n_heads = metadata.per_layer("attention.head_count", n_blocks, low=least, high=MAX_HEADS)
+        none = 0 if metadata.architecture in WITHOUT_ATTENTION else None
+        n_heads = metadata.per_layer("attention.head_count", n_blocks, none, low=least, high=MAX_HEADS)
         n_kv_heads = metadata.per_layer("attention.head_count_kv", n_blocks, n_heads, low=least, high=MAX_HEADS)
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+            if metadata.architecture in WITHOUT_ATTENTION:
+                continue
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
         head_dim_k, head_dim_v, n_rot = read_head_dims(metadata, n_embd, n_heads)

@@ -10,6 +10,7 @@ import numpy as np
 
 from qrun.formats import dequantize
 from qrun.models.graph import (
+    WKV,
     Activate,
     ActivateAlone,
     Add,
@@ -139,6 +140,8 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return linear_attention(values, operation)
         case SelectiveScan():
             return selective_scan(values, operation)
+        case WKV():
+            return wkv(values, operation)
         case Affine(x=x, weight=weight, bias=bias):
             return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
@@ -344,6 +347,22 @@ def selective_scan(values: dict[int, Array], o: SelectiveScan) -> Array:
     return out
 
 
+def wkv(values: dict[int, Array], o: WKV) -> Array:
+    """Row by row, in float64."""
+    rows = (values[value.id].astype(np.float64) for value in (o.r, o.kept, o.k, o.v))
+    r, kept, k, v = (row.reshape(-1, o.n_heads, o.dim) for row in rows)
+    state = np.zeros((o.n_heads, o.dim, o.dim))
+    out = np.empty(v.shape)
+    for t in range(len(v)):
+        change = k[t, :, :, None] * v[t, :, None, :]
+        if o.a is not None and o.b is not None:
+            a, b = (values[value.id][t].astype(np.float64).reshape(o.n_heads, -1) for value in (o.a, o.b))
+            change += b[:, :, None] * np.einsum("hk,hkv->hv", a, state)[:, None, :]
+        state = kept[t, :, :, None] * state + change
+        out[t] = np.einsum("hk,hkv->hv", r[t], state)
+    return out.reshape(len(out), -1)
+
+
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     """x through a matrix of an expert (or the router), and through what adapters add to it."""
     out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
@@ -451,6 +470,7 @@ ALONE = {
     "sigmoid": sigmoid,
     "softplus": lambda x: np.logaddexp(x, 0),
     "identity": lambda x: x,
+    "exp": np.exp,
     "signed_root": lambda x: np.sign(x) * np.sqrt(np.maximum(np.abs(x), 1e-6)),
 }
 

@@ -12,7 +12,7 @@ from importlib import import_module
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
     "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
-    "match_magnitude", "gaussian_top_k", "situ", "mix_by_score", "balance", "dot", "signed_root",
+    "match_magnitude", "gaussian_top_k", "situ", "mix_by_score", "balance", "dot", "signed_root", "exp",
 )  # fmt: skip
 
 GATES = ("sigmoid", "softplus", "silu", "identity")
@@ -31,6 +31,7 @@ _MODULES = {
     "convolution": "convolution",
     "linear_attention": "linear_attention",
     "selective_scan": "selective_scan",
+    "wkv": "wkv",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
@@ -74,9 +75,10 @@ def all_keys() -> list[str]:
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
+        *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
                                 "selective_scan")),
-        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus", "gate-silu")
+        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
           for packing in ("", *packings)),
     ]  # fmt: skip

@@ -106,6 +106,10 @@ SCAN_CHANNELS = 16
 (SCAN_X, SCAN_X_STRIDE, SCAN_TIME, SCAN_TIME_STRIDE, SCAN_B, SCAN_B_STRIDE, SCAN_C, SCAN_C_STRIDE, SCAN_OUT,
  SCAN_OUT_STRIDE, SCAN_WIDTH, SCAN_DIM, SCAN_FADING, SCAN_KEPT, SCAN_STATE) = _fields(15)  # fmt: skip
 
+# The memory of RWKV: WIDTH is that of all heads. A and B are 0 where there are none.
+(WKV_R, WKV_R_STRIDE, WKV_KEPT, WKV_KEPT_STRIDE, WKV_K, WKV_K_STRIDE, WKV_V, WKV_V_STRIDE, WKV_A, WKV_A_STRIDE, WKV_B,
+ WKV_B_STRIDE, WKV_OUT, WKV_OUT_STRIDE, WKV_WIDTH, WKV_DIM, WKV_STATE) = _fields(17)  # fmt: skip
+
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)
 

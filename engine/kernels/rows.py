@@ -333,6 +333,10 @@ def silu_alone(packing: str) -> Kernel:
     return _alone(_silu, packing)
 
 
+def exp(packing: str) -> Kernel:
+    return _alone(v.exp, packing)
+
+
 def signed_root(packing: str) -> Kernel:
     """sign(x) * sqrt(max(|x|, 1e-6))."""
 

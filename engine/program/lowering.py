@@ -278,6 +278,24 @@ class Lowering(RecordWriter):
             [x, time, b, c], [out, f"state {o.state}"], False,
         )  # fmt: skip
 
+    def _lower_wkv(self, o: G.WKV) -> None:
+        if o.dim > R.MAX_STATE_DIM or o.dim % R.SCAN_CHANNELS:
+            raise ValueError(f"heads of {o.dim} dimensions are not supported here")
+        r, kept, k, v = (self.places[value.id] for value in (o.r, o.kept, o.k, o.v))
+        a, b = (None if value is None else self.places[value.id] for value in (o.a, o.b))
+        out = self.new(o.out)
+        self.emit(
+            f"wkv-{'plain' if a is None else 'delta'}",
+            {
+                R.WKV_R: r, R.WKV_R_STRIDE: r.stride, R.WKV_KEPT: kept, R.WKV_KEPT_STRIDE: kept.stride, R.WKV_K: k,
+                R.WKV_K_STRIDE: k.stride, R.WKV_V: v, R.WKV_V_STRIDE: v.stride, R.WKV_A: a or 0,
+                R.WKV_A_STRIDE: a.stride if a else 0, R.WKV_B: b or 0, R.WKV_B_STRIDE: b.stride if b else 0,
+                R.WKV_OUT: out, R.WKV_OUT_STRIDE: out.stride, R.WKV_WIDTH: o.k.width, R.WKV_DIM: o.dim,
+                R.WKV_STATE: self.layout.state_offsets[o.state],
+            },
+            [r, kept, k, v, a, b], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_activate(self, o: G.Activate) -> None:
         gate, up = self.places[o.gate.id], self.places[o.up.id]
         self._produce(o.kind, o.out, gate, up, factor=o.limit, row_weight=limits(o))
