@@ -26,12 +26,23 @@ FeedForward = Callable[[GraphBuilder, Hyperparameters, Value, int], Value]
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """The sizes of a gated delta net: heads of keys and of values, dimensions of either, taps of the convolution."""
+    """The sizes of a gated delta net: heads of keys and of values, their dimensions, taps of the convolution."""
 
     n_key_heads: int
     n_heads: int
-    dim: int
+    dim_k: int
+    dim_v: int
     taps: int
+
+    @property
+    def key_width(self) -> int:
+        """Of all heads of keys."""
+        return self.n_key_heads * self.dim_k
+
+    @property
+    def width(self) -> int:
+        """Of all heads of values."""
+        return self.n_heads * self.dim_v
 
     @classmethod
     def read(cls, metadata: Metadata) -> "DeltaNet":
@@ -40,11 +51,12 @@ class DeltaNet:
         n_heads = metadata.integer("ssm.time_step_rank", high=MAX_HEADS)
         if n_heads % n_key_heads:
             raise metadata.error("ssm.group_count", f"is {n_key_heads}, which does not divide {n_heads} heads")
-        dim = metadata.integer("ssm.state_size", high=MAX_STATE)
-        inner = metadata.integer("ssm.inner_size")
-        if inner != n_heads * dim:
-            raise metadata.error("ssm.inner_size", f"is {inner}, expected {n_heads} heads of {dim}")
-        return cls(n_key_heads, n_heads, dim, metadata.integer("ssm.conv_kernel", high=MAX_TAPS))
+        inner = metadata.integer("ssm.inner_size", high=n_heads * MAX_STATE)
+        if inner % n_heads:
+            raise metadata.error("ssm.inner_size", f"is {inner}, which {n_heads} heads do not divide")
+        dim_k = metadata.integer("ssm.state_size", high=MAX_STATE)
+        taps = metadata.integer("ssm.conv_kernel", high=MAX_TAPS)
+        return cls(n_key_heads, n_heads, dim_k, inner // n_heads, taps)
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -134,7 +146,7 @@ def delta_net(
     gate: GateKind = "silu",
 ) -> Value:
     """A gated delta net of one block. gate: of what it gives."""
-    key_width, width = net.n_key_heads * net.dim, net.n_heads * net.dim
+    key_width, width = net.key_width, net.width
     qkv, z = projections(builder, x, block, net)
     beta, alpha = gates(builder, x, block, net, apart=apart)
     time = builder.affine(alpha, None, builder.constant(f"{block}.ssm_dt.bias", net.n_heads))
@@ -143,12 +155,12 @@ def delta_net(
 
     qkv = builder.convolution(qkv, f"{block}.ssm_conv1d", net.taps)
     # x / sqrt(sum(x * x) + eps), of each head
-    unit, eps = np.full(net.dim, net.dim**-0.5, np.float32), h.rms_eps / net.dim
+    unit, eps = np.full(net.dim_k, net.dim_k**-0.5, np.float32), h.rms_eps / net.dim_k
     q = builder.rms_norm_with(builder.slice(qkv, 0, key_width), unit, eps, net.n_key_heads)
     k = builder.rms_norm_with(builder.slice(qkv, key_width, key_width), unit, eps, net.n_key_heads)
     y = builder.linear_attention(
         q, k, builder.slice(qkv, 2 * key_width, width), decay, builder.activate_alone(beta, "sigmoid"),
-        n_heads=net.n_heads, n_key_heads=net.n_key_heads, scale=net.dim**-0.5, tiled=apart,
+        n_heads=net.n_heads, n_key_heads=net.n_key_heads, scale=net.dim_k**-0.5, tiled=apart,
     )  # fmt: skip
     y = builder.rms_norm(y, f"{block}.ssm_norm", h.rms_eps, net.n_heads)
     return builder.linear(builder.gate(z, y, gate), f"{block}.ssm_out", h.n_embd)
@@ -156,13 +168,13 @@ def delta_net(
 
 def projections(builder: GraphBuilder, x: Value, block: str, net: DeltaNet) -> tuple[Value, Value]:
     """What the convolution takes (queries, keys and values), and the gate of the output."""
-    key_width, width = net.n_key_heads * net.dim, net.n_heads * net.dim
+    key_width, width = net.key_width, net.width
     if builder.has(f"{block}.attn_qkv.weight"):
         qkv = builder.linear(x, f"{block}.attn_qkv", 2 * key_width + width)
         return qkv, builder.linear(x, f"{block}.attn_gate", width)
     # Old files have one matrix, in which all that belongs to a key's head stands together.
     shared = width // net.n_key_heads
-    ends = np.cumsum([0, net.dim, net.dim, shared, shared]).tolist()
+    ends = np.cumsum([0, net.dim_k, net.dim_k, shared, shared]).tolist()
     mixed = builder.linear(x, f"{block}.ssm_in", 2 * key_width + 2 * width)
     q, k, v, z = (
         builder.join(mixed, range(start, end), net.n_key_heads) for start, end in itertools.pairwise(ends)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _RISK = 0.02  # of the time of a session may be lost to guesses that fail
 _PLAIN_FIRST = 3  # steps without guesses, before the first: the very first are slower than others
 _PLAIN_EVERY = 64  # steps with guesses, one goes without, to know what that takes
-_LEAST_READ = 64  # tokens that are read of a text at first, as long as nothing is gained
+_LEAST_READ = 32  # tokens that are read of a text at first, as long as nothing is gained
 _BUCKETS = 8  # of confidence
 _PRIOR = 4.0  # guesses that a bucket's middle counts for
 _RIGHT = (np.arange(_BUCKETS) + 0.5) / _BUCKETS * _PRIOR

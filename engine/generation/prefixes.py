@@ -53,7 +53,7 @@ class Prefixes:
         for length, other in sorted(others, key=lambda pair: -pair[0]):
             if length <= own:
                 return
-            if other.tap is not None or not other.lock.acquire(blocking=False):
+            if other.tap is not None or other.lock.abandoned or not other.lock.acquire(blocking=False):
                 continue
             try:
                 if shared_beginning(other, wanted) != length:  # it went on meanwhile

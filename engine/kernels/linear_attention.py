@@ -125,6 +125,14 @@ def linear_attention(variant: str) -> Kernel:
     row_bytes = ROW
 
     @v.helper
+    def copy(source, out, count):  # type: ignore[no-untyped-def]
+        whole = count // lanes * lanes
+        for i in range(0, whole, lanes):
+            v.store(out + 4 * i, v.load(source + 4 * i))
+        for i in range(whole, count):
+            v.store_f32(out + 4 * i, v.load_f32(source + 4 * i))
+
+    @v.helper
     def padded_bytes(op):  # type: ignore[no-untyped-def]
         return (v.load_i64(op + R.LIN_DIM_V) + ROWS - 1) // ROWS * ROWS * 4
 
@@ -145,16 +153,17 @@ def linear_attention(variant: str) -> Kernel:
         decays = keys + 4 * dims * ROWS
         changes = decays + (4 * dims * ROWS if by_dimension else 4 * ROWS)
         factors = v.scratch(factor_bytes)
+        weights = v.scratch(weights_bytes)
         kept = v.scratch(row_bytes)
-        for i in range(0, 4 * ROWS, vector):
-            for d in range(dims):
-                if by_dimension or d == 0:
-                    sums = decays + (4 * ROWS * d if by_dimension else 0)
-                    total = v.splat(v.load_f32(sums + 4 * (ROWS - 1)))
-                    weight = v.exp(total - v.load(sums + i))
-                    part = v.first_lane(v.exp(total))
-                v.store_f32(kept + 4 * d, part)
-                v.store(factors + 4 * ROWS * d + i, v.load(keys + 4 * ROWS * d + i) * weight)
+        for d in range(dims):
+            if by_dimension or d == 0:
+                total = v.load_f32(decays + 4 * (ROWS * d + ROWS - 1))
+                remains = v.first_lane(v.exp(v.splat(total)))
+                for i in range(0, 4 * ROWS, vector):
+                    v.store(weights + i, v.exp(v.splat(total) - v.load(decays + 4 * ROWS * d + i)))
+            v.store_f32(kept + 4 * d, remains)
+            for i in range(0, 4 * ROWS, vector):
+                v.store(factors + 4 * ROWS * d + i, v.load(keys + 4 * ROWS * d + i) * v.load(weights + i))
         place = 0
         while place + width <= padded:
             whole = dims // fade_dims * fade_dims
@@ -216,14 +225,6 @@ def linear_attention(variant: str) -> Kernel:
                     v.store(out + column * ROW + i, v.load(out + column * ROW + i) * weight)
 
     @v.helper
-    def copy(source, out, count):  # type: ignore[no-untyped-def]
-        whole = count // lanes * lanes
-        for i in range(0, whole, lanes):
-            v.store(out + 4 * i, v.load(source + 4 * i))
-        for i in range(whole, count):
-            v.store_f32(out + 4 * i, v.load_f32(source + 4 * i))
-
-    @v.helper
     def some_rows(op, head, number, t, row, count):  # type: ignore[no-untyped-def]
         """Rows `row` ... of the step, which are positions t ... of the head's chunk."""
         dims = v.load_i64(op + R.LIN_DIM_K)
@@ -249,26 +250,20 @@ def linear_attention(variant: str) -> Kernel:
             if by_dimension:
                 decay += 4 * number * dims
             copy(q, x + i * ROW, dims)
-            if delta:
-                copy(k, x + (count + i) * ROW, dims)
-            whole = dims // lanes * lanes
-            for d in range(0, whole, lanes):
-                v.store_apart(keys + 4 * (ROWS * d + t + i), v.load(k + 4 * d), 4 * ROWS)
-            for d in range(whole, dims):
-                v.store_f32(keys + 4 * (ROWS * d + t + i), v.load_f32(k + 4 * d))
+            key_row = x + (count + i) * ROW
+            copy(k, key_row, dims)
+            for d in range(dims):
+                v.store_f32(keys + 4 * (ROWS * d + t + i), v.load_f32(key_row + 4 * d))
             if by_dimension:
                 for d in range(dims):
-                    key = v.load_f32(k + 4 * d)
-                    query = v.load_f32(q + 4 * d)
                     total = v.load_f32(decay + 4 * d)
                     if t + i > 0:
                         total += v.load_f32(decays + 4 * (ROWS * d + t + i - 1))
                     v.store_f32(decays + 4 * (ROWS * d + t + i), total)
                     part = v.first_lane(v.exp(v.splat(total)))
-                    v.store_f32(faded + i * ROW + 4 * d, query * part)
-                    if delta:
-                        v.store_f32(faded + (count + i) * ROW + 4 * d, key * part)
-            if not by_dimension:
+                    v.store_f32(faded + i * ROW + 4 * d, v.load_f32(x + i * ROW + 4 * d) * part)
+                    v.store_f32(faded + (count + i) * ROW + 4 * d, v.load_f32(key_row + 4 * d) * part)
+            else:
                 total = v.load_f32(decay + 4 * number)
                 if t + i > 0:
                     total += v.load_f32(decays + 4 * (t + i - 1))
@@ -285,7 +280,7 @@ def linear_attention(variant: str) -> Kernel:
                 kept = v.first_lane(v.exp(v.splat(v.load_f32(decays + 4 * (t + i)))))
             copy(value, change, dim_v)
             for j in range(dim_v, padded // 4):
-                v.store_f32(change + 4 * j, 0.0)
+                v.store_f32(change + 4 * j, v.float32(0.0))
             if delta:
                 row_of_beta = v.load_i64(op + R.LIN_BETA) + (row + i) * v.load_i64(op + R.LIN_BETA_STRIDE)
                 beta = v.splat(v.load_f32(row_of_beta + 4 * number))

@@ -155,7 +155,7 @@ class _ExpertsLowering:
         are up."""
         first = self.lowering.packing(self.moe.down)
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
-        kernel = ALONE_KERNELS.get(self.moe.kind, self.moe.kind) if self.moe.gate is None else self.moe.kind
+        kernel = ALONE_KERNELS[self.moe.kind] if self.moe.gate is None else self.moe.kind
         record = self.lowering.row_operation(
             kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit,
             row_weight=limits(self.moe),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qrun.formats import FormatError, TensorType
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.checkpoints import PlainTensor
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.layout import Change, Mapped, Sizes
 
@@ -246,11 +247,11 @@ def negative_exp(values: F32Array) -> F32Array:
 
 
 def upright(rows: str, columns: str) -> Change:
-    """Matrices that some files have columns first: those have another shape, or else are plain floats."""
+    """Matrices that some files have columns first: those have another shape, or, of square ones, are not packed."""
 
     def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
         wanted = (sizes[rows], sizes[columns])
-        if tensor.shape[-2:] == wanted and (wanted[0] != wanted[1] or tensor.type not in FLOATS):
+        if tensor.shape[-2:] == wanted and (wanted[0] != wanted[1] or not isinstance(tensor, PlainTensor)):
             return tensor
         if tensor.shape[-2:] != wanted[::-1]:
             raise tensor.error(f"has shape {tensor.shape}, expected {(tensor.shape[0], *wanted)}")

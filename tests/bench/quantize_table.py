@@ -170,8 +170,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     args = parsed(arguments)
-    all_names = [name for name, (type_, _) in FILE_TYPES.items() if type_ not in FLOATS and name not in OTHERS]
-    names = args.types or all_names
+    quantised = [name for name, (type_, _) in FILE_TYPES.items() if type_ not in FLOATS]
+    names = args.types or [name for name in quantised if name not in OTHERS]
     Encoder(type_ for type_, _ in FILE_TYPES.values())  # kernels are compiled before the clock runs
     results: list[Made] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -41,6 +41,8 @@ class Description:
     architecture: str
     metadata: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
+    experts: TensorType | None = None
+    """What the matrices of experts are in any mix, as they were trained."""
 
     @property
     def n_weights(self) -> int:
@@ -52,7 +54,10 @@ class Description:
         named = {f"{self.architecture}.{key}": value for key, value in self.metadata.items()}
         facts = Facts.of(named | {"general.architecture": self.architecture}, has_importance=False)
         floats = {name: (TensorType.F32, shape) for name, shape in self.tensors.items()}
-        return choose_types(floats, facts, Choice(file_type_name(mix), pure=mix != MIX))
+        types = choose_types(floats, facts, Choice(file_type_name(mix), pure=mix != MIX))
+        if self.experts is not None:
+            types |= {name: self.experts for name in types if name.endswith("_exps.weight")}
+        return types
 
 
 def llama(
@@ -159,12 +164,103 @@ def mamba(*, layers: int = 48, width: int = 1536, state: int = 16, vocabulary: i
     return Description("mamba", metadata, tensors)
 
 
+def gpt_oss(
+    *, layers: int = 8, width: int = 1536, ffn: int = 1536, heads: int = 32, kv_heads: int = 8, dim: int = 64,
+    experts: int = 16, used: int = 4, vocabulary: int = 65_536,
+) -> Description:  # fmt: skip
+    """gpt-oss made smaller: windows on every other layer, sinks, experts with biases in MXFP4."""
+    tensors = {
+        "token_embd.weight": (vocabulary, width), "output_norm.weight": (width,), "output.weight": (vocabulary, width),
+    }  # fmt: skip
+    for i in range(layers):
+        block = norms(width, "attn_norm", "post_attention_norm") | attention(width, heads, kv_heads, dim)
+        block |= {name.replace("weight", "bias"): shape[:1] for name, shape in block.items() if "attn_" in name}
+        block = {name: shape for name, shape in block.items() if "norm.bias" not in name}
+        block |= {
+            "attn_sinks.weight": (heads,), "ffn_gate_inp.weight": (experts, width), "ffn_gate_inp.bias": (experts,),
+            "ffn_gate_exps.weight": (experts, ffn, width), "ffn_gate_exps.bias": (experts, ffn),
+            "ffn_up_exps.weight": (experts, ffn, width), "ffn_up_exps.bias": (experts, ffn),
+            "ffn_down_exps.weight": (experts, width, ffn), "ffn_down_exps.bias": (experts, width),
+        }  # fmt: skip
+        tensors |= prefixed(i, block)
+    metadata = sizes(layers, width, heads, kv_heads, dim, vocabulary) | {
+        "feed_forward_length": ffn, "expert_feed_forward_length": ffn, "expert_count": experts,
+        "expert_used_count": used, "attention.sliding_window": 128, "rope.dimension_count": dim,
+        "rope.freq_base": 150_000.0,
+    }  # fmt: skip
+    return Description("gpt-oss", metadata, tensors, TensorType.MXFP4)
+
+
+def gemma4(
+    *, layers: int = 12, width: int = 1536, ffn: int = 6144, heads: int = 8, kv_heads: int = 4, dim: int = 256,
+    vocabulary: int = 262_144,
+) -> Description:  # fmt: skip
+    """Gemma 4 12B made smaller: five layers of six see a window, the sixth has heads twice as wide and keys alone."""
+    tensors = {
+        "token_embd.weight": (vocabulary, width), "output_norm.weight": (width,), "rope_freqs.weight": (dim,),
+    }  # fmt: skip
+    sliding = [int((i + 1) % 6 > 0) for i in range(layers)]
+    for i in range(layers):
+        wide, heads_kv = (dim, kv_heads) if sliding[i] else (2 * dim, 1)
+        names = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+        block = norms(width, *names) | norms(wide, "attn_q_norm", "attn_k_norm") | network(width, ffn)
+        block |= attention(width, heads, heads_kv, wide) | {"layer_output_scale.weight": (1,)}
+        if not sliding[i]:
+            del block["attn_v.weight"]
+        tensors |= prefixed(i, block)
+    metadata = sizes(layers, width, heads, [kv_heads if one else 1 for one in sliding], 2 * dim, vocabulary) | {
+        "feed_forward_length": ffn, "attention.sliding_window": 1024, "attention.sliding_window_pattern": sliding,
+        "attention.key_length_swa": dim, "attention.value_length_swa": dim, "rope.dimension_count": 2 * dim,
+        "rope.dimension_count_swa": dim, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
+        "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 0, "attention.shared_kv_layers": 0,
+    }  # fmt: skip
+    return Description("gemma4", metadata, tensors)
+
+
+def deepseek2(
+    *, layers: int = 8, width: int = 1536, ffn: int = 6144, heads: int = 16, asked: int = 768, rank: int = 512,
+    plain: int = 128, turned: int = 64, value: int = 128, expert_ffn: int = 768, experts: int = 24,
+    used: int = 4, vocabulary: int = 102_400,
+) -> Description:  # fmt: skip
+    """DeepSeek V2 Lite and GLM-4.7-Flash made smaller: latent attention, small experts beside a shared one."""
+    tensors = {
+        "token_embd.weight": (vocabulary, width), "output_norm.weight": (width,), "output.weight": (vocabulary, width),
+    }  # fmt: skip
+    for i in range(layers):
+        block = norms(width, "attn_norm", "ffn_norm") | norms(rank, "attn_kv_a_norm") | norms(asked, "attn_q_a_norm")
+        block |= {
+            "attn_q_a.weight": (asked, width), "attn_q_b.weight": (heads * (plain + turned), asked),
+            "attn_kv_a_mqa.weight": (rank + turned, width), "attn_k_b.weight": (heads, rank, plain),
+            "attn_v_b.weight": (heads, value, rank), "attn_output.weight": (width, heads * value),
+        }  # fmt: skip
+        if i == 0:
+            block |= network(width, ffn)
+        else:
+            block |= {f"{name.removesuffix('.weight')}_shexp.weight": shape
+                      for name, shape in network(width, expert_ffn).items()}  # fmt: skip
+            block |= {f"{name.removesuffix('.weight')}_exps.weight": (experts, *shape)
+                      for name, shape in network(width, expert_ffn).items()}  # fmt: skip
+            block |= {"ffn_gate_inp.weight": (experts, width)}
+        tensors |= prefixed(i, block)
+    metadata = sizes(layers, width, heads, 1, rank + turned, vocabulary) | {
+        "attention.value_length": rank, "attention.key_length_mla": plain + turned,
+        "attention.value_length_mla": value, "attention.kv_lora_rank": rank, "attention.q_lora_rank": asked,
+        "rope.dimension_count": turned, "rope.freq_base": 1e4, "feed_forward_length": ffn,
+        "expert_feed_forward_length": expert_ffn, "leading_dense_block_count": 1, "expert_count": experts,
+        "expert_used_count": used, "expert_shared_count": 1, "expert_weights_scale": 1.0,
+    }  # fmt: skip
+    return Description("deepseek2", metadata, tensors)
+
+
 ARCHITECTURES: dict[str, Callable[..., Description]] = {
     "llama": llama,
     "qwen35": qwen35,
     "nemotron_h": nemotron_h,
     "mamba2": mamba2,
     "mamba": mamba,
+    "gpt-oss": gpt_oss,
+    "gemma4": gemma4,
+    "deepseek2": deepseek2,
 }
 
 
@@ -235,6 +331,9 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
         if name == "NVFP4":
             blocks[:, :4] = np.abs(nvfp4.SCALES[:127] - scale).argmin()
             return
+        if name == "MXFP4":
+            blocks[:, 0] = round(127 + np.log2(scale))
+            return
         if name == "IQ1_M":
             quarters = np.float16(scale).view(np.uint16) >> np.arange(0, 16, 4) & 15
             blocks[:, 49::2] = blocks[:, 49::2] & 15 | quarters << 4
@@ -256,7 +355,7 @@ def random_blocks(rng: np.random.Generator, type_: TensorType, n_weights: int, d
 
 def constants(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """What a trained model may have in a tensor that is no matrix: float32. States fade, and stay finite."""
-    if "norm" in name or name.endswith("ssm_d"):
+    if "norm" in name or name.endswith(("ssm_d", "rope_freqs.weight", "layer_output_scale.weight")):
         return np.ones(shape, np.float32)
     if name.endswith("ssm_a"):
         of_heads = shape[-1] == 1 or len(shape) == 1

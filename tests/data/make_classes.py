@@ -324,8 +324,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
             "transformer.embedding.word_embeddings.weight": [N_VOCAB, 32],
             "transformer.encoder.final_layernorm.weight": [32], "transformer.output_layer.weight": [N_VOCAB, 32]})),
     "HunYuanMoEV1ForCausalLM": (USUAL | {"num_experts": 4, "moe_topk": [2, 2], "num_shared_expert": [1, 1],
-        "moe_intermediate_size": [24, 24], "attention_head_dim": 8}, named("model.layers", 2, {
-            **NORMS, **QKVO, **{n.replace("mlp.gate.w", "mlp.gate.wg.w"): s for n, s in EXPERTS.items()},
+        "moe_intermediate_size": [48, 48], "attention_head_dim": 8}, named("model.layers", 2, {
+            **NORMS, **QKVO, **{n.replace("mlp.gate.w", "mlp.gate.wg.w"): [48 if size == 24 else size for size in s]
+                                for n, s in EXPERTS.items()},
             "self_attn.query_layernorm.weight": [8], "self_attn.key_layernorm.weight": [8],
             "mlp.shared_mlp.gate_proj.weight": [48, 32], "mlp.shared_mlp.up_proj.weight": [48, 32],
             "mlp.shared_mlp.down_proj.weight": [32, 48]}, OUTER)),

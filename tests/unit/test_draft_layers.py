@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qrun.engine.generation.guesses import Account
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.models import DRAFTS, build_drafts, build_graph
+from qrun.models.graph import Graph
 from tests.reference import values_of
 from tests.sketches import load, model
 
@@ -104,11 +106,17 @@ def mostly_right(truth: list[int], rng: np.random.Generator) -> Callable[[Layers
     return knowing
 
 
+def precise(graph: Graph) -> Graph:
+    """The same with a cache of float32."""
+    return replace(graph, cache_layers=[replace(layer, precise=True) for layer in graph.cache_layers])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_engine_computes_what_the_graphs_say(files: Any, rng: np.random.Generator, name: str) -> None:
     with GGUFReader(files(name)) as reader:
-        plain = build_graph(reader, 64)
+        plain = precise(build_graph(reader, 64))
         graph, drafts = build_drafts(reader, plain)
+        drafts = [precise(draft) for draft in drafts]
         tokens = rng.integers(0, graph.n_vocab, 24)
         expected = values_of(graph, tokens)
         assert graph.hidden is not None

@@ -15,12 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_weights import CLASSES, DATA, digest, write_checkpoint
+from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
+from qrun.models import ARCHITECTURES as RUNNABLE
+from qrun.models import build_graph
 from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.architectures import ARCHITECTURES
+from qrun.models.huggingface.changes import upright
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.layout import Sizes
+from qrun.models.huggingface.tensors import ConstantTensor
 
 N_STRANGE = 6  # configurations of each class
 # Where the converter takes no notice of what config.json says, and this one does.
@@ -71,6 +77,23 @@ def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Pat
         assert not unknown
 
 
+@pytest.mark.parametrize("name", [name for name in CLASSES if ARCHITECTURES[name].name in RUNNABLE])
+def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
+    """Shapes are those that the engine looks for, and no hyper-parameter that it needs is missing."""
+    case = CLASSES[name]
+    path = tmp_path / "model.gguf"
+    with closing(CheckpointSource(write_checkpoint(tmp_path / "model", case["config"], case["shapes"]))) as source:
+        if source.metadata["general.architecture"] not in RUNNABLE:  # a variant
+            return
+        with source.writer(path) as writer:
+            for key, tensor in source.tensors.items():
+                writer.add_tensor(key, tensor.type, tensor.shape)
+            for key, tensor in source.tensors.items():
+                writer.write_tensor(key, tensor.raw(0, tensor.n_rows))
+    with GGUFReader(path) as reader:
+        assert build_graph(reader).n_vocab == len(source.metadata["tokenizer.ggml.tokens"])
+
+
 STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
 
 
@@ -119,6 +142,25 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
         else:
             shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
         read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
+
+
+def test_square_matrices_stand_upright(tmp_path: Path) -> None:
+    """Plain experts of gpt-oss have columns first, and packed ones do not: of square ones only that tells."""
+    case = CLASSES["GptOssForCausalLM"]
+    sizes = Sizes(Config(tmp_path, {}), {"embd": 3, "expert_ff": 3})
+    values = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
+    packed = ConstantTensor.of("model.layers.0.mlp.experts.down_proj", values, sizes.config)
+    np.testing.assert_array_equal(upright("embd", "expert_ff")(packed, sizes).rows(0, 6), values.reshape(6, 3))
+    shapes = {key: [32 if size in (48, 96) and "bias" not in key else size for size in shape]
+              for key, shape in case["shapes"].items()}  # fmt: skip
+    shapes = {key: [4, 32, 64] if key.endswith("gate_up_proj") else shape for key, shape in shapes.items()}
+    shapes |= {key: [4, 64] for key in shapes if key.endswith("gate_up_proj_bias")}
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {"intermediate_size": 32}, shapes)
+    with closing(CheckpointSource(folder)) as source:
+        name = "model.layers.1.mlp.experts.down_proj"
+        stored = (bfloat16(name, [4, 32, 32]).astype(np.uint32) << 16).view(np.float32)
+        found = source.tensors["blk.1.ffn_down_exps.weight"].rows(0, 128)
+        np.testing.assert_array_equal(found.reshape(4, 32, 32), stored.swapaxes(1, 2))
 
 
 def test_all_classes_are_tested() -> None:

@@ -37,8 +37,9 @@ def test_matmul_is_the_product(
     rows, width, columns = shape[0], shape[1] * 256, shape[2]
     if not isinstance(TYPES[name], Quantised):
         width -= int(rng.integers(0, 9))
-    elif TYPES[name].block_size == 32:
-        width -= 32 * int(rng.integers(0, 8))
+    else:
+        size = TYPES[name].block_size
+        width -= size * int(rng.integers(0, 256 // size))
     raw, weights = random_tensor(rng, name, rows, width)
     x = rng.normal(size=(columns, width)).astype(np.float32)
     seen = as_quantised(x) if isinstance(TYPES[name], Quantised) else x

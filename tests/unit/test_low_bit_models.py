@@ -19,7 +19,7 @@ from tests.reference import forward
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import random_model
 
-SMALL = random_model.Shape(layers=1, width=256, ffn=512, heads=4, kv_heads=2, vocabulary=260, context=64)
+SMALL = random_model.llama(layers=1, width=256, ffn=512, heads=4, kv_heads=2, vocabulary=260)
 LOW = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0",
 ]  # fmt: skip

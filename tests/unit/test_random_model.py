@@ -25,6 +25,14 @@ SMALL = {
     },
     "mamba2": {"layers": 2, "width": 256, "state": 32, "groups": 2, "vocabulary": 300},
     "mamba": {"layers": 2, "width": 256, "vocabulary": 300},
+    "gpt-oss": {
+        "layers": 2, "width": 256, "ffn": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2, "vocabulary": 300,
+    },
+    "gemma4": {"layers": 6, "width": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "dim": 64, "vocabulary": 300},
+    "deepseek2": {
+        "layers": 2, "width": 256, "ffn": 512, "heads": 4, "asked": 256, "rank": 256, "expert_ffn": 256, "experts": 4,
+        "used": 2, "vocabulary": 300,
+    },
 }  # fmt: skip
 
 
