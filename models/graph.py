@@ -16,12 +16,14 @@ from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.models.support import type_problem
 
-Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"]
+Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"]
 """What a gate makes of what it lets through: act(gate) * up. `gelu` is the tanh approximation. `clamped_silu` is silu
 with the gate at most a limit, and up between -limit and limit; `limited_silu` has silu(gate) at most it. `swiglu_oai`
-is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7."""
-Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus"]
-"""Activations that multiply nothing."""
+is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7. `situ` is Kimi
+K3's: sigmoid(gate) * bent(gate) * bent(up), with bent(x) = limit * tanh(x / limit); up has a limit of its own, or none
+where that is 0."""
+Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root", "exp"]
+"""Activations that multiply nothing. `signed_root` is sign(x) * sqrt(max(|x|, 1e-6))."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Gating = Literal["softmax", "sigmoid"]
 Constant = NDArray[np.float32]
@@ -57,6 +59,34 @@ class Embed:
     weight: Weight
     scale: float
     by_position: bool = False
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Numbers for the last few tokens: (t[0] * multipliers[0] xor ... t[-i] * multipliers[i]) % size + offset, in 64
+    bits without a sign.
+
+    Of the last two tokens there are `per_length` numbers, of the last three as many more, and so on up to all that have
+    a multiplier. `sizes` and `offsets` are those of each number. What is before the first token, or before an `end` or
+    that itself, counts as `end`, except for the last token.
+    """
+
+    multipliers: tuple[int, ...]
+    per_length: int
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedHashes:
+    """out[i] = weight[number] of all numbers that the tokens up to i have, side by side. `state` is its number in
+    `Graph.states`."""
+
+    out: Value
+    weight: Weight
+    hashes: Hashes
+    state: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,14 +316,42 @@ class SelectiveScan:
 
 
 @dataclass(frozen=True, eq=False)
+class WKV:
+    """Each head keeps a matrix S [dim, dim], at first 0, which every row changes before it is asked (RWKV-7:
+    arXiv:2503.14456): S = kept S + b^T (a S) + k^T v; out = r S. Without a and b there is no such term.
+
+    All are rows [n_heads, dim]; `kept` has a factor for each row of S. `dim` is a multiple of `WKV_MULTIPLE`.
+    """
+
+    out: Value
+    r: Value
+    kept: Value
+    k: Value
+    v: Value
+    a: Value | None
+    b: Value | None
+    n_heads: int
+    state: int
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a head."""
+        return self.k.width // self.n_heads
+
+
+WKV_MULTIPLE = 16
+
+
+@dataclass(frozen=True, eq=False)
 class Activate:
-    """out = act(gate) * up. `limit` is that of the kinds that have one."""
+    """out = act(gate) * up. `limit` is that of the kinds that have one, `up_limit` the second one of `situ`."""
 
     out: Value
     gate: Value
     up: Value
     kind: Activation
     limit: float = 0.0
+    up_limit: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,6 +411,36 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
+class MixByScore:
+    """The mean of streams, by how well they fit: out = sum of share * stream, with the softmax of weight . norm(stream)
+    for shares, where norm is the root mean square norm.
+
+    The streams are those of x [rows, n, width], and behind them z [rows, width]; `weight` is [width].
+    """
+
+    out: Value
+    x: Value
+    z: Value
+    weight: Constant
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """Each row as a matrix [n, n] whose rows and columns have about the sum 1 (Sinkhorn and Knopp, 1967), turned over.
+
+    First the softmax of every row, plus eps; then columns are divided by their sums + eps; then `rounds` - 1 times rows
+    and columns.
+    """
+
+    out: Value
+    x: Value
+    n: int
+    rounds: int
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
 class MatchMagnitude:
     """Each of x.width / like.width groups of x, made as long as `like`: out = x * |like| / |x|, or 0 where x is 0."""
 
@@ -368,6 +456,15 @@ class GaussianTopK:
     out: Value
     x: Value
     deviations: float
+
+
+@dataclass(frozen=True, eq=False)
+class Dot:
+    """out[i] = the sum of the products of a and b, of each of `out.width` groups of their columns."""
+
+    out: Value
+    a: Value
+    b: Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -460,6 +557,8 @@ class MoE:
     weigh_inputs: bool = False
     """Are the inputs of experts multiplied by their weights, and not what they give?"""
     adjustments: tuple[Adjustment, ...] = ()
+    up_limit: float = 0.0
+    """The second limit of `situ`."""
 
     @property
     def matrices(self) -> tuple[Weight, ...]:
@@ -476,12 +575,12 @@ class SelectRows:
 
 
 Operation = (
-    Embed | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Convolution
-    | LinearAttention | SelectiveScan | Activate | ActivateAlone | Gate | Clamp | Add | Mix | MatchMagnitude
-    | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention
+    | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
+    | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Convolution, LinearAttention, SelectiveScan)
+STATEFUL = (Attention, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -561,6 +660,11 @@ class GraphBuilder:
         tensor = self.reader.tensors.get(name)
         return tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
 
+    def count(self, name: str) -> int:
+        """How many values the tensor of this full name has, or 0 if there is none."""
+        tensor = self.reader.tensors.get(name)
+        return prod(tensor.shape) if tensor is not None else 0
+
     def weight(self, name: str, *shape: int) -> Weight:
         """The tensor of this full name, to be read by kernels in file layout."""
         info = self._tensor(name, shape)
@@ -615,6 +719,12 @@ class GraphBuilder:
         """Positions to rows of a matrix [n_positions, n_embd]."""
         weight = self.weight(f"{name}.weight", n_positions, n_embd)
         return self._append(Embed(self._value(n_embd), weight, 1.0, by_position=True))
+
+    def embed_hashes(self, name: str, n_rows: int, dim: int, hashes: Hashes) -> Value:
+        """The last tokens to rows of a matrix [n_rows, dim], as many as they have numbers."""
+        assert all(offset + size <= n_rows for offset, size in zip(hashes.offsets, hashes.sizes, strict=True))
+        weight = self.weight(f"{name}.weight", n_rows, dim)
+        return self._append(EmbedHashes(self._value(dim * len(hashes.sizes)), weight, hashes, self._state()))
 
     def rms_norm(self, x: Value, name: str, eps: float, groups: int = 1, *, bias: bool = False) -> Value:
         """Root mean square norm, of the whole row or of each of `groups` equal parts by the same weight.
@@ -725,9 +835,14 @@ class GraphBuilder:
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
 
-    def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True) -> Value:
-        """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one."""
-        weight = np.ascontiguousarray(self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T)
+    def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True, apart: int = 1) -> Value:
+        """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one.
+
+        apart: how many tokens lie between those that taps are for.
+        """
+        taps_only = self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T
+        weight = np.zeros(((taps - 1) * apart + 1, x.width), np.float32)
+        weight[::apart] = taps_only
         bias = self.optional_constant(f"{name}.bias", x.width)
         return self._append(Convolution(self._value(x.width), x, weight, bias, silu, self._state()))
 
@@ -749,10 +864,25 @@ class GraphBuilder:
         assert x.width == time.width == len(kept) and b.width == c.width and fading.shape == (x.width, b.width)
         return self._append(SelectiveScan(self._value(x.width), x, time, b, c, fading, kept, self._state()))
 
-    def activate(self, gate: Value, up: Value, kind: Activation, limit: float = 0.0) -> Value:
+    def shift(self, x: Value, now: float = 0.0) -> Value:
+        """The row before, plus `now` times this one. Before the first there is 0."""
+        weight = np.repeat(np.array([[1.0], [now]], np.float32), x.width, axis=1)
+        return self._append(Convolution(self._value(x.width), x, weight, None, False, self._state()))
+
+    def wkv(
+        self, r: Value, kept: Value, k: Value, v: Value, n_heads: int, a: Value | None = None, b: Value | None = None
+    ) -> Value:
+        """A matrix that each head keeps and asks."""
+        assert r.width == kept.width == k.width == v.width and k.width % n_heads == 0
+        assert (a is None) == (b is None) and k.width // n_heads % WKV_MULTIPLE == 0
+        return self._append(WKV(self._value(v.width), r, kept, k, v, a, b, n_heads, self._state()))
+
+    def activate(
+        self, gate: Value, up: Value, kind: Activation, limit: float = 0.0, up_limit: float = 0.0
+    ) -> Value:
         """act(gate) * up."""
         assert gate.width == up.width
-        return self._append(Activate(self._value(gate.width), gate, up, kind, limit))
+        return self._append(Activate(self._value(gate.width), gate, up, kind, limit, up_limit))
 
     def activate_alone(self, x: Value, kind: Alone, parameters: Constant | None = None) -> Value:
         """act(x)."""
@@ -779,6 +909,17 @@ class GraphBuilder:
         assert add is None or add.width == n_out * (x.width // n_in)
         return self._append(Mix(self._value(n_out * (x.width // n_in)), x, weights, add, n_out))
 
+    def mix_by_score(self, x: Value, z: Value, name: str, eps: float) -> Value:
+        """The streams of x and z, by how well they fit to the vector of this name."""
+        assert x.width % z.width == 0
+        weight = self.constant(f"{name}.weight", z.width)
+        return self._append(MixByScore(self._value(z.width), x, z, weight, eps))
+
+    def balance(self, x: Value, n: int, rounds: int, eps: float) -> Value:
+        """A matrix [n, n] of each row, with rows and columns of about the sum 1, turned over."""
+        assert x.width == n * n
+        return self._append(Balance(self._value(x.width), x, n, rounds, eps))
+
     def match_magnitude(self, x: Value, like: Value) -> Value:
         """Each group of x, made as long as `like`."""
         assert x.width % like.width == 0
@@ -787,6 +928,11 @@ class GraphBuilder:
     def gaussian_top_k(self, x: Value, deviations: float) -> Value:
         """What of x exceeds its mean by so many standard deviations."""
         return self._append(GaussianTopK(self._value(x.width), x, deviations))
+
+    def dot(self, a: Value, b: Value, groups: int) -> Value:
+        """The sums of products of groups of columns."""
+        assert a.width == b.width and a.width % groups == 0
+        return self._append(Dot(self._value(groups), a, b))
 
     def scale(self, x: Value, factor: float) -> Value:
         """factor * x."""
@@ -819,6 +965,7 @@ class GraphBuilder:
         n_groups_used: int = 1,
         together: int = 1,
         limit: float = 0.0,
+        up_limit: float = 0.0,
         weigh_inputs: bool = False,
         suffix: str = "_exps",
     ) -> Value:
@@ -849,7 +996,7 @@ class GraphBuilder:
             MoE(
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
-                together=together, limit=limit, weigh_inputs=weigh_inputs,
+                together=together, limit=limit, up_limit=up_limit, weigh_inputs=weigh_inputs,
                 adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
             )
         )  # fmt: skip

@@ -117,6 +117,13 @@ class Metadata:
             raise self.error(key, f"is not a flag for each of {n_layer} layers")
         return tuple(bool(flag) for flag in value[:n_layer])
 
+    def integers(self, key: str, least: int, low: int = 0, high: int = MAX_WIDTH) -> tuple[int, ...]:
+        """An array of whole numbers in low..high, of at least so many."""
+        value = self.reader.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) < least:
+            raise self.error(key, f"is not an array of {least} whole numbers")
+        return tuple(self._check_integer(key, one, low, high) for one in value)
+
     def _get(self, key: str, default: object) -> object:
         value = self.reader.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
@@ -140,9 +147,13 @@ def shorten(value: object) -> str:
 
 LACKING = (
     "deci", "mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2", "lfm2",
-    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next",
+    "lfm2moe", "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next", "rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7",
 )  # fmt: skip
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
+WITHOUT_ATTENTION = ("rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7")
+"""Architectures whose heads are not those of attention."""
+WITHOUT_POSITIONS = ("glm5-next",)
+"""Architectures of which nothing turns, and which say so with a 0."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +195,12 @@ class Hyperparameters:
         n_layer = n_blocks - metadata.integer("nextn_predict_layers", 0, low=0, high=n_blocks - 1)
         described = n_blocks if drafts else n_layer
         least = 0 if metadata.architecture in LACKING else 1
-        n_heads = metadata.per_layer("attention.head_count", n_blocks, low=least, high=MAX_HEADS)
+        none = 0 if metadata.architecture in WITHOUT_ATTENTION else None
+        n_heads = metadata.per_layer("attention.head_count", n_blocks, none, low=least, high=MAX_HEADS)
         n_kv_heads = metadata.per_layer("attention.head_count_kv", n_blocks, n_heads, low=least, high=MAX_HEADS)
         for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+            if metadata.architecture in WITHOUT_ATTENTION:
+                continue
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
         head_dim_k, head_dim_v, n_rot = read_head_dims(metadata, n_embd, n_heads)
@@ -247,6 +261,8 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
     head_dim = n_embd // most or None
     head_dim_k = metadata.integer("attention.key_length", head_dim, high=MAX_HEAD_DIM)
     head_dim_v = metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM)
+    if metadata.architecture in WITHOUT_POSITIONS:
+        return head_dim_k, head_dim_v, metadata.integer("rope.dimension_count", 0, low=0, high=0)
     n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
     if n_rot % 2:
         raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")

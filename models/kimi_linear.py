@@ -45,8 +45,14 @@ def delta_attention(
     x: Value,
     layer: int,
     lower_bound: float | None = None,
+    *,
+    negated: bool = False,
+    unit_eps: float | None = None,
 ) -> Value:
-    """Kimi delta attention of one block. lower_bound: of decays, where they are that times a sigmoid."""
+    """Kimi delta attention of one block. lower_bound: of decays, where they are that times a sigmoid.
+
+    negated: are the factors in the sigmoid those of the file times -1? unit_eps: what is added to squared lengths.
+    """
     block, n_heads = f"blk.{layer}", h.n_heads[layer]
     dim = metadata.integer("kda.head_dim", high=MAX_STATE)
     taps = metadata.integer("ssm.conv_kernel", high=MAX_TAPS)
@@ -57,7 +63,7 @@ def delta_attention(
         for name in "qkv"
     )
     # x / sqrt(sum(x * x) + eps), of each head
-    unit, eps = np.full(dim, dim**-0.5, np.float32), h.rms_eps / dim
+    unit, eps = np.full(dim, dim**-0.5, np.float32), (h.rms_eps if unit_eps is None else unit_eps) / dim
     q, k = (builder.rms_norm_with(part, unit, eps, n_heads) for part in (q, k))
 
     fading = np.repeat(builder.flat_constant(f"{block}.ssm_a", n_heads), dim)
@@ -66,7 +72,8 @@ def delta_attention(
     if lower_bound is None:
         decay = builder.affine(builder.activate_alone(time, "softplus"), fading, None)
     else:
-        decay = builder.scale(builder.activate_alone(builder.affine(time, fading, None), "sigmoid"), lower_bound)
+        time = builder.affine(time, -fading if negated else fading, None)
+        decay = builder.scale(builder.activate_alone(time, "sigmoid"), lower_bound)
     beta = builder.activate_alone(builder.linear(x, f"{block}.ssm_beta", n_heads), "sigmoid")
     y = builder.linear_attention(q, k, v, decay, beta, n_heads=n_heads, n_key_heads=n_heads, scale=dim**-0.5)
     y = builder.rms_norm(y, f"{block}.ssm_norm", h.rms_eps, n_heads)
@@ -76,6 +83,8 @@ def delta_attention(
 
 def narrowed(builder: GraphBuilder, x: Value, name: str, width: int) -> Value:
     """A matrix, which the file may have as the product of two, through a narrow row."""
+    if builder.has(f"{name}.weight"):
+        return builder.linear(x, name, width)
     if not builder.has(f"{name}_b.weight"):
         return builder.linear(x, f"{name}_a", width)
     narrow = builder.linear(x, f"{name}_a", builder.n_rows(f"{name}_a.weight"))

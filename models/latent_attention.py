@@ -80,6 +80,8 @@ def attend(
         q = builder.linear(q, f"{block}.attn_q_b", n_heads * dim_k)
     both = builder.linear(x, f"{block}.attn_kv_a_mqa", rank + n_rot)
     short = builder.rms_norm(builder.slice(both, 0, rank), f"{block}.attn_kv_a_norm", h.rms_eps)
+    if n_rot == 0:
+        return attend_still(builder, h, q, short, layer, sizes, scale=scale, window=window, sinks=sinks)
     turned = builder.slice(both, rank, n_rot)
     if norm_turned:
         turned = builder.rms_norm(turned, f"{block}.attn_k_norm", h.rms_eps)
@@ -102,3 +104,25 @@ def attend(
         q = builder.rope(q, cache.head_dim_k, still, query=True)
     y = builder.attention(q, k, v, cache, scale * dim_k**-0.5, sinks=sinks)
     return builder.head_linear(y, f"{block}.attn_v_b", n_heads, dim_v, rank) if sizes.absorbed else y
+
+
+def attend_still(
+    builder: GraphBuilder,
+    h: Hyperparameters,
+    q: Value,
+    short: Value,
+    layer: int,
+    sizes: Latent,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Constant | None,
+) -> Value:
+    """The same of queries and short rows of a model without a part that turns."""
+    block, n_heads, rank = f"blk.{layer}", h.n_heads[layer], sizes.rank
+    if not sizes.absorbed:
+        raise h.metadata.error("attention.key_length_mla", "is missing")
+    cache = CacheLayer(n_heads, 1, rank, rank, window, values_in_keys=True)
+    asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, sizes.dim_k)
+    y = builder.attention(asked, short, None, cache, scale * sizes.dim_k**-0.5, sinks=sinks)
+    return builder.head_linear(y, f"{block}.attn_v_b", n_heads, sizes.dim_v, rank)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrun.models.graph import GraphBuilder, Rotation, Value
+from qrun.models.graph import GateKind, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import (
@@ -142,9 +142,10 @@ def gated_attention(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: 
 
 
 def delta_net(
-    builder: GraphBuilder, h: Hyperparameters, x: Value, block: str, net: DeltaNet, *, apart: bool
+    builder: GraphBuilder, h: Hyperparameters, x: Value, block: str, net: DeltaNet, *, apart: bool,
+    gate: GateKind = "silu",
 ) -> Value:
-    """A gated delta net of one block."""
+    """A gated delta net of one block. gate: of what it gives."""
     key_width, width = net.key_width, net.width
     qkv, z = projections(builder, x, block, net)
     beta, alpha = gates(builder, x, block, net, apart=apart)
@@ -162,7 +163,7 @@ def delta_net(
         n_heads=net.n_heads, n_key_heads=net.n_key_heads, scale=net.dim_k**-0.5, tiled=apart,
     )  # fmt: skip
     y = builder.rms_norm(y, f"{block}.ssm_norm", h.rms_eps, net.n_heads)
-    return builder.linear(builder.gate(z, y, "silu"), f"{block}.ssm_out", h.n_embd)
+    return builder.linear(builder.gate(z, y, gate), f"{block}.ssm_out", h.n_embd)
 
 
 def projections(builder: GraphBuilder, x: Value, block: str, net: DeltaNet) -> tuple[Value, Value]:

@@ -117,7 +117,8 @@ def project_qkv(
 
 
 def feed_forward(
-    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = "", limit: float = 0.0
+    builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = "", limit: float = 0.0,
+    up_limit: float = 0.0,
 ) -> Value:
     """The gated feed-forward network: down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202).
 
@@ -127,7 +128,8 @@ def feed_forward(
         raise builder.error(f"{block} has a feed-forward network, and the metadata give it no width")
     gate = builder.linear(x, f"{block}.ffn_gate{suffix}", n_ff)
     up = builder.linear(x, f"{block}.ffn_up{suffix}", n_ff)
-    return builder.linear(builder.activate(gate, up, kind, limit), f"{block}.ffn_down{suffix}", x.width)
+    y = builder.activate(gate, up, kind, limit, up_limit)
+    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width)
 
 
 def ungated_feed_forward(
@@ -176,6 +178,7 @@ def experts(
     router_x: Value | None = None,
     together: int = 1,
     limit: float = 0.0,
+    up_limit: float = 0.0,
     weigh_inputs: bool = False,
     suffix: str = "_exps",
 ) -> Value:
@@ -191,7 +194,8 @@ def experts(
     return builder.moe(
         x, block, n_expert=h.n_expert, n_used=n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
-        n_groups_used=h.n_groups_used, together=together, limit=limit, weigh_inputs=weigh_inputs, suffix=suffix,
+        n_groups_used=h.n_groups_used, together=together, limit=limit, up_limit=up_limit,
+        weigh_inputs=weigh_inputs, suffix=suffix,
     )  # fmt: skip
 
 

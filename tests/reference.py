@@ -10,18 +10,23 @@ import numpy as np
 
 from qrun.formats import dequantize
 from qrun.models.graph import (
+    WKV,
     Activate,
     ActivateAlone,
     Add,
     Affine,
     Attention,
+    Balance,
     CacheLayer,
     Clamp,
     Convolution,
+    Dot,
     Embed,
+    EmbedHashes,
     Gate,
     GaussianTopK,
     Graph,
+    Hashes,
     HeadLinear,
     Input,
     Join,
@@ -30,6 +35,7 @@ from qrun.models.graph import (
     LinearAttention,
     MatchMagnitude,
     Mix,
+    MixByScore,
     MoE,
     Operation,
     RMSNorm,
@@ -98,6 +104,9 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
     match operation:
         case Embed(weight=weight, scale=scale, by_position=by_position):
             return decode(weight, np.arange(len(tokens)) if by_position else tokens) * scale
+        case EmbedHashes(weight=weight, hashes=hashes):
+            numbers = [hash_numbers(hashes, tokens.tolist()[: i + 1]) for i in range(len(tokens))]
+            return np.stack([decode(weight, np.array(row)).reshape(-1) for row in numbers])
         case RMSNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
             return rms_norm(values[x.id], weight, eps, groups, bias)
         case LayerNorm(x=x, weight=weight, bias=bias, eps=eps, groups=groups):
@@ -131,10 +140,12 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return linear_attention(values, operation)
         case SelectiveScan():
             return selective_scan(values, operation)
+        case WKV():
+            return wkv(values, operation)
         case Affine(x=x, weight=weight, bias=bias):
             return values[x.id] * (1 if weight is None else weight) + (0 if bias is None else bias)
         case Activate(gate=gate, up=up, kind=kind, limit=limit):
-            return activate(values[gate.id], values[up.id], kind, limit)
+            return activate(values[gate.id], values[up.id], kind, limit, operation.up_limit)
         case ActivateAlone(x=x, kind=kind, parameters=parameters):
             return activate_alone(values[x.id], kind, parameters)
         case Gate(gate=gate, x=x, kind=kind):
@@ -148,6 +159,21 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             streams = values[x.id].reshape(len(tokens), by_row.shape[2], -1)
             out = (by_row @ streams).reshape(len(tokens), -1)
             return out if added is None else out + values[added.id]
+        case MixByScore(x=x, z=z, weight=weight, eps=eps):
+            streams = np.concatenate([values[x.id], values[z.id]], axis=1).astype(np.float64)
+            n = streams.shape[1] // z.width
+            scores = (rms_norm(streams, weight, eps, n).reshape(len(tokens), n, -1)).sum(-1)
+            return (softmax(scores)[..., None] * streams.reshape(len(tokens), n, -1)).sum(1)
+        case Balance(x=x, n=n, rounds=rounds, eps=eps):
+            matrix = softmax(values[x.id].reshape(len(tokens), n, n).astype(np.float64)) + eps
+            for number in range(rounds):
+                if number:
+                    matrix = matrix / (matrix.sum(2, keepdims=True) + eps)
+                matrix = matrix / (matrix.sum(1, keepdims=True) + eps)
+            return matrix.swapaxes(1, 2).reshape(len(tokens), -1)
+        case Dot(a=a, b=b, out=out):
+            products = values[a.id].astype(np.float64) * values[b.id]
+            return products.reshape(len(tokens), out.width, -1).sum(-1)
         case MatchMagnitude(x=x, like=like):
             groups = values[x.id].reshape(len(tokens), -1, like.width).astype(np.float64)
             lengths = np.linalg.norm(values[like.id].astype(np.float64), axis=-1)[:, None, None]
@@ -166,6 +192,23 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             return mixture_of_experts(values[x.id], operation, values[(router_x or x).id])
         case SelectRows(x=x):
             return values[x.id]
+
+
+def hash_numbers(hashes: Hashes, tokens: list[int]) -> list[int]:
+    """Those of the last tokens."""
+    numbers: list[int] = []
+    seen = tokens[-1:]
+    for length in range(2, len(hashes.multipliers) + 1):
+        before = tokens[-length] if length <= len(tokens) else hashes.end
+        seen.append(hashes.end if hashes.end in seen[1:] else before)
+        mixed = 0
+        for token, multiplier in zip(seen, hashes.multipliers, strict=False):
+            mixed ^= token * multiplier % 2**64
+        these = slice((length - 2) * hashes.per_length, (length - 1) * hashes.per_length)
+        numbers += [
+            mixed % size + offset for size, offset in zip(hashes.sizes[these], hashes.offsets[these], strict=True)
+        ]
+    return numbers
 
 
 def decode(weight: Weight, rows: Array | slice) -> Array:
@@ -304,6 +347,22 @@ def selective_scan(values: dict[int, Array], o: SelectiveScan) -> Array:
     return out
 
 
+def wkv(values: dict[int, Array], o: WKV) -> Array:
+    """Row by row, in float64."""
+    rows = (values[value.id].astype(np.float64) for value in (o.r, o.kept, o.k, o.v))
+    r, kept, k, v = (row.reshape(-1, o.n_heads, o.dim) for row in rows)
+    state = np.zeros((o.n_heads, o.dim, o.dim))
+    out = np.empty(v.shape)
+    for t in range(len(v)):
+        change = k[t, :, :, None] * v[t, :, None, :]
+        if o.a is not None and o.b is not None:
+            a, b = (values[value.id][t].astype(np.float64).reshape(o.n_heads, -1) for value in (o.a, o.b))
+            change += b[:, :, None] * np.einsum("hk,hkv->hv", a, state)[:, None, :]
+        state = kept[t, :, :, None] * state + change
+        out[t] = np.einsum("hk,hkv->hv", r[t], state)
+    return out.reshape(len(out), -1)
+
+
 def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     """x through a matrix of an expert (or the router), and through what adapters add to it."""
     out = multiply(x, weight, expert * weight.shape[-2], weight.shape[-2])
@@ -347,7 +406,7 @@ def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
         gate, up = np.split(product(x, moe, moe.gate, expert), 2, axis=1)
     else:
         gate, up = (product(x, moe, weight, expert) for weight in (moe.gate, moe.up))
-    return activate(gate, up, moe.kind, moe.limit)
+    return activate(gate, up, moe.kind, moe.limit, moe.up_limit)
 
 
 def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
@@ -365,8 +424,11 @@ def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
     return out
 
 
-def activate(gate: Array, up: Array, kind: str, limit: float = 0.0) -> Array:
+def activate(gate: Array, up: Array, kind: str, limit: float = 0.0, up_limit: float = 0.0) -> Array:
     """What a gate makes of what it lets through."""
+    if kind == "situ":
+        up = up_limit * np.tanh(up / up_limit) if up_limit > 0 else up
+        return limit * np.tanh(gate / limit) * sigmoid(gate) * up
     if kind == "clamped_silu":
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     if kind in ("silu", "clamped_silu"):
@@ -408,6 +470,8 @@ ALONE = {
     "sigmoid": sigmoid,
     "softplus": lambda x: np.logaddexp(x, 0),
     "identity": lambda x: x,
+    "exp": np.exp,
+    "signed_root": lambda x: np.sign(x) * np.sqrt(np.maximum(np.abs(x), 1e-6)),
 }
 
 

@@ -24,8 +24,8 @@ TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
     "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
-    "activation.", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
-    "vocab_size",
+    "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
+    ".vocab_size",
 )  # fmt: skip
 
 
@@ -76,11 +76,11 @@ def sketch_of(path: Path) -> dict[str, Any]:
             for key, value in reader.metadata.items()
             if key.startswith(read) and not any(part in key for part in UNREAD)
         }
-        # A 0 is "not given", but an epsilon may be 0; so is a bound that is infinite.
+        # A 0 is "not given", but an epsilon or a token may be 0; so is a bound that is infinite.
         metadata = {
             key: value
             for key, value in metadata.items()
-            if isinstance(value, bool) or value not in (0, 0.0, -np.inf) or key.endswith("epsilon")
+            if isinstance(value, bool) or value not in (0, 0.0, -np.inf) or key.endswith(("epsilon", "eos_token_id"))
         }
         sketch = {
             "architecture": architecture,

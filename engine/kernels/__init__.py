@@ -12,7 +12,7 @@ from importlib import import_module
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
     "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
-    "match_magnitude", "gaussian_top_k",
+    "match_magnitude", "gaussian_top_k", "situ", "mix_by_score", "balance", "dot", "signed_root", "exp",
 )  # fmt: skip
 
 GATES = ("sigmoid", "softplus", "silu", "identity")
@@ -24,13 +24,14 @@ _MODULES = {
     "serve": "team",
     "matmul": "matmul",
     "append": "attention",
-    "embed": "embed",
+    **dict.fromkeys(("embed", "embed_hashes"), "embed"),
     **dict.fromkeys(("route", "to_experts", "adjust_experts", "weigh_experts", "from_experts"), "experts"),
     **dict.fromkeys(("to_heads", "from_heads"), "heads"),
     "attention": "attention",
     "convolution": "convolution",
     "linear_attention": "linear_attention",
     "selective_scan": "selective_scan",
+    "wkv": "wkv",
     "quantize": "quantize",
     "observe": "observe",
     "read": "read",
@@ -67,16 +68,17 @@ def all_keys() -> list[str]:
     packings = ("q8", "f32")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
-        *(f"{name}-{type_}" for name in ("matmul", "embed") for type_ in TYPES),
+        *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
         *(f"append-{kind}" for kind in KIND_BITS),
         *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
           for layout in ("", "-rows")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
+        *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
                                 "selective_scan")),
-        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, "gate-sigmoid", "gate-softplus", "gate-silu")
+        *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
           for packing in ("", *packings)),
     ]  # fmt: skip

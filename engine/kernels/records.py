@@ -65,9 +65,14 @@ def _fields(count: int) -> range:
  ROW_WEIGHT_STRIDE, ROW_ROPE_START, ROW_X_HEAD, ROW_X_START, ROW_X_SIZE, ROW_Z_HEAD, ROW_Z_START,
  ROW_Z_SIZE, ROW_ADD, ROW_ADD_STRIDE) = _fields(27)  # fmt: skip
 
-# BY_POSITION: the rows are those of positions, not of tokens.
+# Streams that are mixed by their scores, beside the last one.
+MAX_STREAMS = 512
+
+# BY_POSITION: the rows are those of positions, not of tokens. Hashes: MULTIPLIERS are int64, as many as LENGTH; SIZES
+# and OFFSETS have an int64 for each row of ROW_SIZE floats; STATE is where in a block the tokens lie.
 (EMBED_WEIGHTS, EMBED_ROW_BYTES, EMBED_BLOCKS, EMBED_TAIL, EMBED_OUT, EMBED_OUT_STRIDE, EMBED_SCALE,
- EMBED_BY_POSITION) = _fields(8)  # fmt: skip
+ EMBED_BY_POSITION, HASH_LENGTH, HASH_PER_LENGTH, HASH_ROW_SIZE, HASH_MULTIPLIERS, HASH_SIZES, HASH_OFFSETS, HASH_END,
+ HASH_STATE) = _fields(16)  # fmt: skip
 
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP) = _fields(12)  # fmt: skip
@@ -100,6 +105,10 @@ def _fields(count: int) -> range:
 SCAN_CHANNELS = 16
 (SCAN_X, SCAN_X_STRIDE, SCAN_TIME, SCAN_TIME_STRIDE, SCAN_B, SCAN_B_STRIDE, SCAN_C, SCAN_C_STRIDE, SCAN_OUT,
  SCAN_OUT_STRIDE, SCAN_WIDTH, SCAN_DIM, SCAN_FADING, SCAN_KEPT, SCAN_STATE) = _fields(15)  # fmt: skip
+
+# The memory of RWKV: WIDTH is that of all heads. A and B are 0 where there are none.
+(WKV_R, WKV_R_STRIDE, WKV_KEPT, WKV_KEPT_STRIDE, WKV_K, WKV_K_STRIDE, WKV_V, WKV_V_STRIDE, WKV_A, WKV_A_STRIDE, WKV_B,
+ WKV_B_STRIDE, WKV_OUT, WKV_OUT_STRIDE, WKV_WIDTH, WKV_DIM, WKV_STATE) = _fields(17)  # fmt: skip
 
 # Observing: x is float32 rows, or with BY_SLOT slots; SUMS takes float32 [experts, width], COUNTS int64 [experts].
 (OBS_X, OBS_X_STRIDE, OBS_WIDTH, OBS_SUMS, OBS_COUNTS, OBS_SLOTS, OBS_RANGES, OBS_USED, OBS_BY_SLOT) = _fields(9)

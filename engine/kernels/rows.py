@@ -246,6 +246,34 @@ def swiglu_oai(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def situ(packing: str) -> Kernel:
+    """sigmoid(x) * b tanh(x / b) * l tanh(z / l), or with an l of 0 times z. ROW_WEIGHT has b and l."""
+    lanes = v.target().lanes
+    ends_bytes = 8 * lanes
+
+    @v.helper
+    def function(x, z, parameters):  # type: ignore[no-untyped-def]
+        limit = v.splat(v.load_f32(parameters))
+        up_limit = v.load_f32(parameters + 4)
+        if up_limit > v.float32(0.0):
+            z = v.splat(up_limit) * v.tanh(z / v.splat(up_limit))
+        return limit * v.tanh(x / limit) / (v.splat(1.0) + v.exp(v.splat(0.0) - x)) * z
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        parameters = v.load_i64(op + R.ROW_WEIGHT)
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            v.store(y + 4 * i, function(v.load(x + 4 * i), v.load(z + 4 * i), parameters))
+        ends = v.scratch(ends_bytes)
+        for i in range(whole, width):
+            value = function(v.splat(v.load_f32(x + 4 * i)), v.splat(v.load_f32(z + 4 * i)), parameters)
+            v.store(ends, value)
+            v.store_f32(y + 4 * i, v.load_f32(ends))
+
+    return _row_kernel(compute, packing)
+
+
 @v.helper
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     return v.splat(1.0) / (v.splat(1.0) + v.exp(v.splat(0.0) - x))
@@ -303,6 +331,25 @@ def softplus(packing: str) -> Kernel:
 def silu_alone(packing: str) -> Kernel:
     """silu(x), which multiplies nothing."""
     return _alone(_silu, packing)
+
+
+def exp(packing: str) -> Kernel:
+    return _alone(v.exp, packing)
+
+
+def signed_root(packing: str) -> Kernel:
+    """sign(x) * sqrt(max(|x|, 1e-6))."""
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        for i in range(width):
+            one = v.load_f32(x + 4 * i)
+            size = max(one if one > v.float32(0.0) else -one, v.float32(1e-6))
+            root = size * v.inverse_sqrt(size)
+            sign = v.float32(1.0) if one > v.float32(0.0) else v.float32(-1.0)
+            v.store_f32(y + 4 * i, root * sign if one != v.float32(0.0) else v.float32(0.0))
+
+    return _row_kernel(compute, packing)
 
 
 def gate(variant: str) -> Kernel:
@@ -511,6 +558,121 @@ def _squares_of() -> Any:
         return total
 
     return squares
+
+
+def dot(packing: str) -> Kernel:
+    """The sums of x * z of as many groups as y is wide. ROW_X_SIZE is how many values a group has."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        size = v.load_i64(op + R.ROW_X_SIZE)
+        whole = size // lanes * lanes
+        for group in range(width):
+            sums = v.splat(0.0)
+            for i in range(0, whole, lanes):
+                sums = v.fma(v.load(x + 4 * i), v.load(z + 4 * i), sums)
+            total = v.sum_lanes(sums)
+            for i in range(whole, size):
+                total += v.load_f32(x + 4 * i) * v.load_f32(z + 4 * i)
+            v.store_f32(y + 4 * group, total)
+            x += 4 * size
+            z += 4 * size
+
+    return _row_kernel(compute, packing)
+
+
+def mix_by_score(packing: str) -> Kernel:
+    """The ROW_GROUPS streams of x, and z, each by its share: the softmax of ROW_WEIGHT . stream / sqrt(mean(stream^2) +
+    eps). eps is ROW_FACTOR."""
+    lanes = v.target().lanes
+    shares_bytes = 4 * (R.MAX_STREAMS + lanes)
+
+    @v.helper
+    def score(x, weight, size, eps):  # type: ignore[no-untyped-def]
+        whole = size // lanes * lanes
+        squares, products = v.splat(0.0), v.splat(0.0)
+        for i in range(0, whole, lanes):
+            value = v.load(x + 4 * i)
+            squares = v.fma(value, value, squares)
+            products = v.fma(value, v.load(weight + 4 * i), products)
+        square, product = v.sum_lanes(squares), v.sum_lanes(products)
+        for i in range(whole, size):
+            one = v.load_f32(x + 4 * i)
+            square += one * one
+            product += one * v.load_f32(weight + 4 * i)
+        return product * v.inverse_sqrt(square / v.as_float(size) + eps)
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        n = v.load_i64(op + R.ROW_GROUPS)
+        weight = v.load_i64(op + R.ROW_WEIGHT)
+        eps = v.load_f32(op + R.ROW_FACTOR)
+        shares = v.scratch(shares_bytes)
+        largest = score(z, weight, width, eps)
+        v.store_f32(shares + 4 * n, largest)
+        for j in range(n):
+            one = score(x + 4 * j * width, weight, width, eps)
+            v.store_f32(shares + 4 * j, one)
+            largest = max(largest, one)
+        total = v.float32(0.0)
+        for j in range(n + 1):
+            one = v.first_lane(v.exp(v.splat(v.load_f32(shares + 4 * j) - largest)))
+            v.store_f32(shares + 4 * j, one)
+            total += one
+        for j in range(n + 1):
+            v.store_f32(shares + 4 * j, v.load_f32(shares + 4 * j) / total)
+        whole = width // lanes * lanes
+        for i in range(0, whole, lanes):
+            mean = v.splat(v.load_f32(shares + 4 * n)) * v.load(z + 4 * i)
+            for j in range(n):
+                mean = v.fma(v.splat(v.load_f32(shares + 4 * j)), v.load(x + 4 * (j * width + i)), mean)
+            v.store(y + 4 * i, mean)
+        for i in range(whole, width):
+            single = v.load_f32(shares + 4 * n) * v.load_f32(z + 4 * i)
+            for j in range(n):
+                single += v.load_f32(shares + 4 * j) * v.load_f32(x + 4 * (j * width + i))
+            v.store_f32(y + 4 * i, single)
+
+    return _row_kernel(compute, packing)
+
+
+def balance(packing: str) -> Kernel:
+    """A matrix of ROW_GROUPS rows whose rows and columns get about the sum 1, in ROW_X_SIZE rounds, turned over. y has
+    its columns, one behind the other. eps is ROW_FACTOR."""
+
+    @v.helper
+    def divide(y, n, apart, between, eps):  # type: ignore[no-untyped-def]
+        """By the sums of rows or columns, whose numbers lie `apart` and which lie `between`."""
+        for i in range(n):
+            total = eps
+            for j in range(n):
+                total += v.load_f32(y + 4 * (i * between + j * apart))
+            for j in range(n):
+                at = y + 4 * (i * between + j * apart)
+                v.store_f32(at, v.load_f32(at) / total)
+
+    @v.helper
+    def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
+        n = v.load_i64(op + R.ROW_GROUPS)
+        eps = v.load_f32(op + R.ROW_FACTOR)
+        for i in range(n):
+            largest = v.load_f32(x + 4 * i * n)
+            for j in range(1, n):
+                largest = max(largest, v.load_f32(x + 4 * (i * n + j)))
+            total = v.float32(0.0)
+            for j in range(n):
+                one = v.first_lane(v.exp(v.splat(v.load_f32(x + 4 * (i * n + j)) - largest)))
+                v.store_f32(y + 4 * (j * n + i), one)
+                total += one
+            for j in range(n):
+                v.store_f32(y + 4 * (j * n + i), v.load_f32(y + 4 * (j * n + i)) / total + eps)
+        for number in range(v.load_i64(op + R.ROW_X_SIZE)):
+            if number > 0:
+                divide(y, n, n, 1, eps)
+            divide(y, n, 1, n, eps)
+
+    return _row_kernel(compute, packing)
 
 
 def match_magnitude(packing: str) -> Kernel:

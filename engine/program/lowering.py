@@ -14,7 +14,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering_experts import lower_experts
-from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs, limits
 from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
@@ -75,6 +75,23 @@ class Lowering(RecordWriter):
                 R.EMBED_BY_POSITION: int(o.by_position),
             },
             [], [out], True,
+        )  # fmt: skip
+
+    def _lower_embedhashes(self, o: G.EmbedHashes) -> None:
+        out, hashes = self.new(o.out), o.hashes
+        rows, width = o.weight.shape
+        blocks, tail = blocks_and_tail(o.weight.type, width)
+        self.emit(
+            f"embed_hashes-{o.weight.type.name}",
+            {
+                R.EMBED_WEIGHTS: o.weight.raw, R.EMBED_ROW_BYTES: len(o.weight.raw) // rows, R.EMBED_BLOCKS: blocks,
+                R.EMBED_TAIL: tail, R.EMBED_OUT: out, R.EMBED_OUT_STRIDE: out.stride,
+                R.HASH_LENGTH: len(hashes.multipliers), R.HASH_PER_LENGTH: hashes.per_length, R.HASH_ROW_SIZE: width,
+                R.HASH_MULTIPLIERS: np.array(hashes.multipliers, np.uint64), R.HASH_SIZES: np.array(hashes.sizes),
+                R.HASH_OFFSETS: np.array(hashes.offsets), R.HASH_END: hashes.end,
+                R.HASH_STATE: self.layout.state_offsets[o.state],
+            },
+            [], [out, f"state {o.state}"], False,
         )  # fmt: skip
 
     def _lower_input(self, o: G.Input) -> None:
@@ -261,8 +278,27 @@ class Lowering(RecordWriter):
             [x, time, b, c], [out, f"state {o.state}"], False,
         )  # fmt: skip
 
+    def _lower_wkv(self, o: G.WKV) -> None:
+        if o.dim > R.MAX_STATE_DIM or o.dim % R.SCAN_CHANNELS:
+            raise ValueError(f"heads of {o.dim} dimensions are not supported here")
+        r, kept, k, v = (self.places[value.id] for value in (o.r, o.kept, o.k, o.v))
+        a, b = (None if value is None else self.places[value.id] for value in (o.a, o.b))
+        out = self.new(o.out)
+        self.emit(
+            f"wkv-{'plain' if a is None else 'delta'}",
+            {
+                R.WKV_R: r, R.WKV_R_STRIDE: r.stride, R.WKV_KEPT: kept, R.WKV_KEPT_STRIDE: kept.stride, R.WKV_K: k,
+                R.WKV_K_STRIDE: k.stride, R.WKV_V: v, R.WKV_V_STRIDE: v.stride, R.WKV_A: a or 0,
+                R.WKV_A_STRIDE: a.stride if a else 0, R.WKV_B: b or 0, R.WKV_B_STRIDE: b.stride if b else 0,
+                R.WKV_OUT: out, R.WKV_OUT_STRIDE: out.stride, R.WKV_WIDTH: o.k.width, R.WKV_DIM: o.dim,
+                R.WKV_STATE: self.layout.state_offsets[o.state],
+            },
+            [r, kept, k, v, a, b], [out, f"state {o.state}"], False,
+        )  # fmt: skip
+
     def _lower_activate(self, o: G.Activate) -> None:
-        self._produce(o.kind, o.out, self.places[o.gate.id], self.places[o.up.id], factor=o.limit)
+        gate, up = self.places[o.gate.id], self.places[o.up.id]
+        self._produce(o.kind, o.out, gate, up, factor=o.limit, row_weight=limits(o))
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
         self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
@@ -291,6 +327,20 @@ class Lowering(RecordWriter):
         )  # fmt: skip
         if added is not None:
             record.reads.append(added)
+
+    def _lower_mixbyscore(self, o: G.MixByScore) -> None:
+        n = o.x.width // o.z.width
+        if n > R.MAX_STREAMS:
+            raise ValueError(f"more than {R.MAX_STREAMS} streams: not supported")
+        x, z = self.places[o.x.id], self.places[o.z.id]
+        self._produce("mix_by_score", o.out, x, z, factor=o.eps, row_groups=n, row_weight=floats(o.weight))
+
+    def _lower_balance(self, o: G.Balance) -> None:
+        self._produce("balance", o.out, self.places[o.x.id], factor=o.eps, row_groups=o.n, row_x_size=o.rounds)
+
+    def _lower_dot(self, o: G.Dot) -> None:
+        a, b = self.places[o.a.id], self.places[o.b.id]
+        self._produce("dot", o.out, a, b, row_x_size=o.a.width // o.out.width)
 
     def _lower_matchmagnitude(self, o: G.MatchMagnitude) -> None:
         x, like = self.places[o.x.id], self.places[o.like.id]

@@ -15,7 +15,7 @@ import numpy as np
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.record import InRecord, Routing
-from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter
+from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, limits
 from qrun.models import graph as G
 
 
@@ -157,8 +157,9 @@ class _ExpertsLowering:
         place = self.lowering.packed_place(G.Value(-1, self.ffn), first, self.slots, self.here)
         kernel = ALONE_KERNELS[self.moe.kind] if self.moe.gate is None else self.moe.kind
         record = self.lowering.row_operation(
-            kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit
-        )
+            kernel, gate, self.ffn, gate, up, packed=(first, place), count=self.n_slots, factor=self.moe.limit,
+            row_weight=limits(self.moe),
+        )  # fmt: skip
         record.by_rows = False  # its rows are slots
         others = cache(lambda packing: self._pack(gate, self.ffn, packing, self.slots))
         return lambda packing: place if packing == first else others(packing)

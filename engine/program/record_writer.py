@@ -23,7 +23,7 @@ FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
 # Activations that multiply nothing: max(x, 0)^2 is max(x, 0) * x.
 ALONE_KERNELS: dict[str, str] = {
     "gelu": "gelu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone", "sigmoid": "sigmoid",
-    "softplus": "softplus",
+    "softplus": "softplus", "signed_root": "signed_root", "exp": "exp",
 }  # fmt: skip
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024
@@ -205,6 +205,11 @@ class RecordWriter:
 
     def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
         """Matmuls of experts are about to take the float32 rows at x."""
+
+
+def limits(operation: G.Activate | G.MoE) -> object:
+    """For the record of an activation with two limits: both, or 0 for others."""
+    return np.array([operation.limit, operation.up_limit], np.float32) if operation.kind == "situ" else 0
 
 
 def inputs(operation: G.Operation) -> Iterator[G.Value]:

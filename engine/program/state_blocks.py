@@ -25,7 +25,7 @@ from qrun.models import graph as G
 
 MAX_CHECKPOINTS = 8
 
-Recurrent = G.Convolution | G.LinearAttention | G.SelectiveScan
+Recurrent = G.EmbedHashes | G.Convolution | G.LinearAttention | G.SelectiveScan | G.WKV
 
 
 def state_sizes(graph: G.Graph) -> list[int]:
@@ -46,13 +46,22 @@ def stateful(graph: G.Graph) -> Iterator[Recurrent]:
 def state_size(operation: Recurrent) -> int:
     """As the kernels have it: see there."""
     match operation:
+        case G.EmbedHashes(hashes=hashes):
+            return 2 * (len(hashes.multipliers) - 1 + STATE_ROWS)
         case G.Convolution(weight=weight, x=x):
             return (len(weight) - 1 + STATE_ROWS) * x.width
         case G.LinearAttention(n_heads=n_heads):
             return n_heads * head_size(operation)
+        case G.WKV():
+            return wkv_size(operation)
         case G.SelectiveScan(x=x, n_state=n_state):
             channels = -(-x.width // SCAN_CHANNELS) * SCAN_CHANNELS
             return channels * (2 * n_state + 1 + 2 * STATE_ROWS) + STATE_ROWS * n_state
+
+
+def wkv_size(o: G.WKV) -> int:
+    """Of all heads."""
+    return o.k.width * (2 * o.dim + 1 + STATE_ROWS + (2 if o.a is None else 4) * STATE_ROWS)
 
 
 def head_size(o: G.LinearAttention) -> int:

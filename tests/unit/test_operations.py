@@ -100,16 +100,16 @@ def test_norms(check: Any, width: int, groups: int, kind: str) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai"])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"])
 def test_gated_activations(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         gate, up = (maker.add(G.Scale(maker.value(61), maker.embed(61), 10.0)) for _ in range(2))
-        return maker.add(G.Activate(maker.value(61), gate, up, kind, 2.0))
+        return maker.add(G.Activate(maker.value(61), gate, up, kind, 2.0, 3.0))
 
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu"])
+@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu", "signed_root", "exp"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))
@@ -157,6 +157,28 @@ def test_streams_are_mixed_by_weights_of_each_row(check: Any, n_out: int, n_in: 
     check(make)
 
 
+def test_an_activation_whose_second_limit_is_none(check: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        return maker.add(G.Activate(maker.value(61), maker.embed(61), maker.embed(61), "situ", 1.5))
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 64), (5, 37)])
+def test_streams_are_mixed_by_how_well_they_fit(check: Any, n: int, width: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        x, z = maker.embed(n * width), maker.embed(width)
+        weight = maker.constant(width)
+        return maker.linear(maker.add(G.MixByScore(maker.value(width), x, z, weight, 1e-5)), 48)
+
+    check(make)
+
+
+@pytest.mark.parametrize(("n", "rounds"), [(4, 20), (5, 2), (3, 1)])
+def test_a_matrix_of_each_row_is_balanced(check: Any, n: int, rounds: int) -> None:
+    check(lambda maker: maker.add(G.Balance(maker.value(n * n), maker.embed(n * n), n, rounds, 1e-6)))
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_groups_made_as_long_as_a_row(check: Any, groups: int) -> None:
     def make(maker: Maker) -> G.Value:
@@ -168,6 +190,15 @@ def test_groups_made_as_long_as_a_row(check: Any, groups: int) -> None:
 @pytest.mark.parametrize("deviations", [1.6, 0.0, -0.5])
 def test_what_exceeds_the_mean(check: Any, deviations: float) -> None:
     check(lambda maker: maker.add(G.GaussianTopK(maker.value(61), maker.embed(61), deviations)))
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 61), (5, 16), (7, 3)])
+def test_sums_of_products_of_groups(check: Any, groups: int, size: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        a, b = (maker.embed(groups * size) for _ in range(2))
+        return maker.linear(maker.add(G.Dot(maker.value(groups), a, b)), 48)
+
+    check(make)
 
 
 def test_learned_positions(check: Any) -> None:
@@ -338,6 +369,7 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"joined": True, "adjusted": True, "kind": "swiglu_oai"},
         {"apart": True, "kind": "relu"},
         {"kind": "clamped_silu", "limit": 0.1, "joined": True},
+        {"kind": "situ", "limit": 0.3, "up_limit": 0.5, "apart": True},
         {"weigh_inputs": True, "gating": "sigmoid", "normalize": False},
         {"weigh_inputs": True, "joined": True, "kind": "limited_silu", "limit": 0.2},
         {"together": 4, "apart": True},

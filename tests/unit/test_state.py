@@ -62,7 +62,39 @@ def scanned(width: int, n_state: int) -> Callable[[Maker], G.Value]:
     return make
 
 
+def remembered(heads: int, dim: int, *, delta: bool) -> Callable[[Maker], G.Value]:
+    def make(maker: Maker) -> G.Value:
+        width = heads * dim
+        r, k, v, x, y = (maker.embed(width) for _ in range(5))
+        kept = maker.add(G.ActivateAlone(maker.value(width), x, "sigmoid"))
+        a = b = None
+        if delta:
+            unit = np.full(dim, dim**-0.5, np.float32)
+            key = maker.add(G.RMSNorm(maker.value(width), y, unit, 1e-6, heads))
+            a = maker.add(G.Scale(maker.value(width), key, -1.0))
+            b = maker.add(G.Gate(maker.value(width), x, key, "sigmoid"))
+        return maker.add(G.WKV(maker.value(width), r, kept, k, v, a, b, heads, maker.state()))
+
+    return make
+
+
+def hashed(width: int, per_length: int, multipliers: tuple[int, ...]) -> Callable[[Maker], G.Value]:
+    def make(maker: Maker) -> G.Value:
+        count = per_length * (len(multipliers) - 1)
+        sizes = tuple(range(40, 40 + count))
+        weight = maker.weight("table", sum(sizes) + 3, width)
+        hashes = G.Hashes(multipliers, per_length, sizes, tuple(np.cumsum((3, *sizes))[:-1].tolist()), 7)
+        return maker.add(G.EmbedHashes(maker.value(count * width), weight, hashes, maker.state()))
+
+    return make
+
+
 CASES = {
+    "wkv": remembered(3, 32, delta=True),
+    "wkv without a delta rule": remembered(2, 64, delta=False),
+    "hashes of the last three": hashed(24, 2, (11, (1 << 64) - 3, 0x9E3779B97F4A7C15)),
+    "hashes of the last two": hashed(13, 3, (1, 3)),
+    "hashes of the last eight": hashed(8, 1, tuple(range(1, 16, 2))),
     "convolution": convolved(70, 4),
     "convolution of two": convolved(33, 2, silu=False, biased=False),
     "convolution of three": convolved(16, 3, biased=False),
@@ -102,7 +134,8 @@ def runtime(rng: np.random.Generator) -> Runtime:
     maker = Maker(rng)
     x = convolved(48, 4)(maker)
     y = attended(16, 16, 2, 1, delta=True)(maker)
-    y = maker.add(G.Add(maker.value(32), y, scanned(32, 6)(maker)))
+    for make in (scanned(32, 6), remembered(1, 32, delta=True), hashed(16, 1, (3, 5, 7))):
+        y = maker.add(G.Add(maker.value(32), y, make(maker)))
     q, k, v = (maker.linear(x, 32) for _ in range(3))
     maker.caches.append(G.CacheLayer(1, 1, 32, 32, None))
     z = maker.add(G.Attention(maker.value(32), q, k, v, 0, 32**-0.5, None))

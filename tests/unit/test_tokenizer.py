@@ -259,6 +259,24 @@ def test_an_id_outside_the_vocabulary_is_an_error() -> None:
             small.token_bytes(id)
 
 
+def test_rwkv_takes_the_longest_piece_from_the_left() -> None:
+    """Of bytes, which need not be whole characters."""
+    pieces = ["a", "ab", "abcd", "b", "c", "\\n", "\\n\\n", "\\t", "\\\\", "\\'", "\\xc3", "\\xa9", "\\xe4\\xbd"]
+    tokens = ["<s>", *pieces, "[PAD14]"]
+    types = [CONTROL] + [NORMAL] * len(pieces) + [PieceType.UNUSED]
+    small = tokenizer("rwkv", tokens, types, bos_token_id=0, eot_token_id=7)
+    assert small.encode("abcab") == [2, 5, 2] and small.encode("abcdab") == [3, 2]
+    assert small.encode("a\n\n\nb\t\\'") == [1, 7, 6, 4, 8, 9, 10]
+    assert small.encode("é") == [11, 12] and small.decode([11, 12]) == "é"
+    assert small.decode([1, 7, 8, 9, 10, 2]) == "a\n\n\t\\'ab"
+    assert small.token_bytes(13) == b"\xe4\xbd"
+    assert small.stop_ids == {7} and not small.add_bos
+    # What is no piece is left out; a control piece is found only where it is asked for.
+    assert small.encode("azb") == [1, 4]
+    assert small.encode("<s>a", parse_special=True) == [0, 1] and small.encode("<s>a") == [1]
+    assert small.encode("[PAD14]") == []
+
+
 def test_bert_cuts_words_greedily() -> None:
     tokens = ["[UNK]", "[CLS]", "[SEP]", "▁un", "▁u", "able", "▁!"]
     small = tokenizer(

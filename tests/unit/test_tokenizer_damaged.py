@@ -55,7 +55,7 @@ def test_the_good_one_works() -> None:
     [
         ("no tokenizer", {"model": None}),
         ("no tokenizer", {"model": "none"}),
-        ("kind 'rwkv' is not supported", {"model": "rwkv"}),
+        ("kind 'plamo2' is not supported", {"model": "plamo2"}),
         ("model is not of type str", {"model": 7}),
         ("tokens is missing", {"tokens": None}),
         ("tokens is empty", {"tokens": []}),

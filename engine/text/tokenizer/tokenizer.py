@@ -166,6 +166,10 @@ class Tokenizer:
             from qrun.engine.text.tokenizer.wordpiece import word_piece_encoder
 
             return word_piece_encoder(self._vocabulary)
+        if self.kind == "rwkv":
+            from qrun.engine.text.tokenizer.longest_match import longest_match_encoder
+
+            return longest_match_encoder(self._vocabulary)
         from qrun.engine.text.tokenizer.sentencepiece_model import merging_encoder, unigram_encoder
 
         return (merging_encoder if self.kind == "llama" else unigram_encoder)(self._vocabulary)

@@ -18,7 +18,7 @@ from qrun.models.normalizer import Normalizer, NormalizerError
 SPACE = "▁"
 """U+2581, by which SentencePiece spells a space."""
 
-KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert"}
+KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert", "rwkv"}
 """The values of `tokenizer.ggml.model` that can be encoded with."""
 
 
@@ -76,6 +76,8 @@ _CHANNEL_MARKS = frozenset(b"<|channel|> <|message|> <|start|> <|constrain|>".sp
 # Lists of all tokens that end an answer; the reference engine reads neither. Ollama has the first.
 _END_LISTS = ("tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eog_token_ids")
 
+_ESCAPED = re.compile(rb"\\(x([0-9A-Fa-f]{2})|.)", re.DOTALL)
+_ESCAPES = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -333,7 +335,7 @@ class Vocabulary:
         if kind == PieceType.NORMAL:
             if self.is_byte_pair and self.pre_tokenizer.alphabet == "bytes":
                 return b"".join(_BYTE_OF.get(c, c.encode(errors="replace")) for c in piece.decode(errors="replace"))
-            return piece.replace(SPACE.encode(), b" ")
+            return unescaped(piece) if self.kind == "rwkv" else piece.replace(SPACE.encode(), b" ")
         if kind == PieceType.BYTE:
             return bytes.fromhex(piece[3:5].decode())
         return b"" if kind == PieceType.UNUSED else piece
@@ -356,6 +358,13 @@ class Vocabulary:
             except ValueError:  # a character that stands for no byte
                 texts.append(self.text(id))
         return texts
+
+
+def unescaped(piece: bytes) -> bytes:
+    """A piece as Python spells bytes; a character behind a backslash that means nothing is itself."""
+    return _ESCAPED.sub(
+        lambda match: bytes.fromhex(match[2].decode()) if match[2] else _ESCAPES.get(match[1], match[1]), piece
+    )
 
 
 def _byte_alphabet() -> dict[str, bytes]:
