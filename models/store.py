@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qrun.formats.errors import QrunError
+
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None while that is unknown)
 Notice = Callable[[str], None]  # something worth telling the user, one line
 
@@ -26,11 +28,11 @@ SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$
 CHUNK_BYTES = 1 << 20
 
 
-class NotPulled(LookupError):
+class NotPulled(QrunError, LookupError):
     """A model that was asked for by name but is not in the store."""
 
 
-class PullError(RuntimeError):
+class PullError(QrunError, RuntimeError):
     """A model could not be fetched; the message is one line that says what and why."""
 
 

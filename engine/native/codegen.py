@@ -20,12 +20,13 @@ from typing import Any
 
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.simd.target import Target, compiling_for
+from qrun.formats.errors import QrunError
 
 OLDEST = {"numba": (0, 66), "llvmlite": (0, 48)}
 """The first versions that compile all kernels: before them LLVM lacks the products of AVX-512 as they are written."""
 
 
-class CompileError(RuntimeError):
+class CompileError(QrunError, RuntimeError):
     """A kernel did not compile. The message carries the compiler's last words."""
 
 

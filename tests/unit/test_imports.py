@@ -13,7 +13,7 @@ HOUSE = ["cli", "engine", "models", "formats"]
 ENGINE = [
     "face", "quantize", "judging", "generation", "text", "sampling", "program", "native", "kernels", "simd", "errors",
 ]  # fmt: skip
-FACE = ("__init__", "model", "chat_template", "tokenizer")
+FACE = ("__init__", "model", "conversation", "chat_template", "tokenizer")
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -10,8 +10,8 @@ import pytest
 from cli_fakes import make_model, runtime_of, text_of
 from engine_fakes import EOS
 
-from qrun.cli.conversation import Conversation
 from qrun.engine import ChatTemplate, ContextOverflow
+from qrun.engine.conversation import Conversation
 
 
 def say(conversation: Conversation, text: str) -> str:
