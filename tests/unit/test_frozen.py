@@ -9,9 +9,13 @@ import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from tiny_model import write_tiny_model
 
+from qrun.cli import options
+from qrun.cli.main import COMMANDS
 from qrun.engine import kernels
 from qrun.engine.native import codegen
 from qrun.engine.pyinstaller import hook_folders
@@ -31,6 +35,24 @@ def test_modules_that_are_imported_by_name_are_written_out() -> None:
     import qrun.engine
 
     assert set(qrun.engine._MODULES) <= names_imported(ENGINE / "__init__.py")
+    assert set(COMMANDS) <= names_imported(ENGINE.parent / "cli" / "__init__.py")
+
+
+def test_an_app_without_sources_has_its_options_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(thing: object) -> str:
+        raise OSError("could not get source code")
+
+    assert options._field_docs()["temperature"]
+    monkeypatch.setattr("inspect.getsource", none)
+    assert options._field_docs() == {}
+
+    @click.command()
+    @options.sampling_options
+    def command(sampling: dict[str, object]) -> None:
+        click.echo(sampling)
+
+    assert CliRunner().invoke(command, ["--temperature", "0"]).output == "{'temperature': 0.0}\n"
+    assert "--temperature" in CliRunner().invoke(command, ["--help"]).output
 
 
 def test_versions_are_asked_for_by_names_that_are_written_out() -> None:
@@ -130,9 +152,9 @@ def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
     pytest.importorskip("PyInstaller")
     script = tmp_path / "app.py"
     script.write_text(APP)
-    options = ["--noconfirm", "--onedir", "--log-level", "ERROR", "--distpath", str(tmp_path / "Äpp mit Leerzeichen")]
+    wanted = ["--noconfirm", "--onedir", "--log-level", "ERROR", "--distpath", str(tmp_path / "Äpp mit Leerzeichen")]
     paths = ["--workpath", str(tmp_path / "work"), "--specpath", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "PyInstaller", *options, *paths, str(script)], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-m", "PyInstaller", *wanted, *paths, str(script)], check=True, cwd=tmp_path)
     folder = tmp_path / "Äpp mit Leerzeichen" / "app"
     for path in (*folder.rglob("*"), folder):
         path.chmod(path.stat().st_mode & ~0o222)  # as an app is installed
