@@ -45,7 +45,7 @@ class Talk(QObject):
         """End the answer that is under way, or about to begin."""
         self._stopped.set()
         if self._conversation is not None:
-            self._conversation.session.stop()
+            self._conversation.stop()
 
     def close(self) -> None:
         """End the thread; within a tenth of a second, or after the kernel that is being compiled."""

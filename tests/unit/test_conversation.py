@@ -29,6 +29,16 @@ def test_an_answer_joins_the_conversation() -> None:
     assert conversation.stop_reason == "stop"
 
 
+def test_an_answer_can_be_stopped() -> None:
+    conversation = Conversation(make_model())
+    answer = conversation.answer("hello")
+    assert next(answer) == "H"
+    conversation.stop()
+    assert "".join(answer) == ""
+    assert conversation.stop_reason == "cancelled"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "H"}
+
+
 def test_only_new_tokens_are_computed() -> None:
     model = make_model()
     conversation = Conversation(model)

@@ -1,6 +1,8 @@
 """The programs in `examples`, run as their first lines say, where the packages that they need are there."""
 
+import builtins
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 from tiny_model import write_tiny_model
+
+import qrun.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -118,6 +122,29 @@ def test_chat_window_as_a_program(chat_window: Any, model: Path) -> None:
     done = run("-c", code)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "QThread" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_page_for_makers_of_apps_begins_with(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "embedding.md").read_text("utf-8")
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert programs
+    monkeypatch.chdir(model.parent)
+    for program in programs:
+        names: dict[str, Any] = {}
+        exec(program, names)
+        assert capsys.readouterr().out
+        names["model"].close()
+
+
+def test_every_error_of_that_page_is_what_it_says() -> None:
+    page = (EXAMPLES.parent / "docs" / "embedding.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE)
+    assert len(rows) >= 7
+    for name, former in rows:
+        assert issubclass(getattr(qrun.engine, name), qrun.engine.QrunError)
+        assert issubclass(getattr(qrun.engine, name), getattr(builtins, former))
 
 
 def test_every_example_is_run() -> None:
