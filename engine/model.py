@@ -269,10 +269,44 @@ class Model:
             think = False
         if isinstance(tools, Iterator):
             tools = list(tools)
-        prompt = self._chat_prompt(messages, tools, template_variables, special_tokens_in_messages, think)
+        prompt = self.chat_prompt(
+            messages,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+        )
         template = self.chat_template
         assert template is not None
         return self._generate(self.template_tokens(prompt), chosen | {"response": template.response(prompt, tools)})
+
+    def chat_prompt(
+        self,
+        messages: str | Iterable[Any],
+        *,
+        tools: Iterable[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens_in_messages: bool = False,
+        think: bool | None = None,
+    ) -> str:
+        """The text from which `chat` goes on, for `template_tokens`. Arguments and errors are those of `chat`."""
+        from qrun.engine.text.messages import read_messages
+
+        self._check_open()
+        self._known_tokenizer()
+        template = self.chat_template
+        assert template is not None
+        messages = read_messages(messages)
+        if not messages:
+            raise ValueError("there are no messages: at least one is wanted")
+        if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
+            messages = [{"role": "system", "content": self.chat_system}, *messages]
+        variables = {**(template_variables or {}), "add_generation_prompt": True}
+        if think is not None:
+            variables["think"] = think
+        if special_tokens_in_messages:
+            variables["special_tokens_in_messages"] = True
+        return template.render(messages, tools=tools, **variables)
 
     def complete(self, prompt: str | Iterable[int], **options: Unpack[GenerationArguments]) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
@@ -332,7 +366,13 @@ class Model:
         self._check_open()
         if isinstance(prompt, str):
             return len(self._text_tokens(prompt))
-        text = self._chat_prompt(prompt, tools, template_variables, special_tokens_in_messages, think)
+        text = self.chat_prompt(
+            prompt,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+        )
         return len(self.template_tokens(text))
 
     def memory(self) -> "MemoryUse":
@@ -404,33 +444,6 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _chat_prompt(
-        self,
-        messages: str | Iterable[Any],
-        tools: Iterable[Any] | None,
-        template_variables: Mapping[str, Any] | None,
-        special_tokens_in_messages: bool,
-        think: bool | None,
-    ) -> str:
-        """What the template makes of a conversation whose next turn is the model's."""
-        from qrun.engine.text.messages import read_messages
-
-        self._check_open()
-        self._known_tokenizer()
-        template = self.chat_template
-        assert template is not None
-        messages = read_messages(messages)
-        if not messages:
-            raise ValueError("there are no messages: at least one is wanted")
-        if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
-            messages = [{"role": "system", "content": self.chat_system}, *messages]
-        variables = {**(template_variables or {}), "add_generation_prompt": True}
-        if think is not None:
-            variables["think"] = think
-        if special_tokens_in_messages:
-            variables["special_tokens_in_messages"] = True
-        return template.render(messages, tools=tools, **variables)
 
     def _text_tokens(self, text: str) -> list[int]:
         """The tokens of a text to go on from."""
