@@ -12,7 +12,7 @@ from qrun.cli.answer import NO_ANSWER, Display, answer_options
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
-    from qrun.cli.conversation import Conversation
+    from qrun.engine.conversation import Conversation
 
 
 @click.command()
@@ -55,8 +55,8 @@ def command(
     """
     from qrun.cli.answer import check_thinking
     from qrun.cli.console import notice
-    from qrun.cli.conversation import Conversation
     from qrun.cli.loading import default_model, load_model, with_tokenizer
+    from qrun.engine.conversation import Conversation
 
     display = Display(plain, show_thoughts)
     with load_model(model or default_model(), loading) as loaded:

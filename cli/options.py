@@ -94,9 +94,13 @@ _LEFT_OUT = {"logprobs", "top_logprobs", "draft"}
 
 
 def _field_docs() -> dict[str, str]:
-    """The texts below the fields of SamplingOptions: Python keeps them in the source alone."""
+    """The texts below the fields of SamplingOptions: Python keeps them in the source alone, which a packed app may have
+    left out. There are none then."""
     docs: dict[str, str] = {}
-    (definition,) = ast.parse(inspect.getsource(SamplingOptions)).body
+    try:
+        (definition,) = ast.parse(inspect.getsource(SamplingOptions)).body
+    except OSError:
+        return docs
     assert isinstance(definition, ast.ClassDef)
     name = ""
     for node in definition.body:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qrun.cli.answer import Display, check_thinking
 from qrun.cli.console import echo, rewritable, while_reading
-from qrun.cli.conversation import Conversation
 from qrun.cli.interrupts import Interrupts
+from qrun.engine.conversation import Conversation
 
 SLASH_COMMAND = re.compile(r"^/([a-z]+)(?:\s+(.*))?$", re.DOTALL)
 

@@ -1,7 +1,9 @@
-"""Errors that a user of the engine can meet, besides `qrun.formats.FormatError`."""
+"""Errors that a user of the engine can meet, besides `qrun.formats.FormatError`. All are QrunErrors."""
+
+from qrun.formats import QrunError
 
 
-class ContextOverflow(ValueError):
+class ContextOverflow(QrunError, ValueError):
     """More tokens than the context holds. The message is one line that gives both numbers.
 
     n_tokens, context: the same numbers, where they are known.
@@ -13,7 +15,11 @@ class ContextOverflow(ValueError):
         self.context = context
 
 
-class GenerationCancelled(Exception):
+class Closed(QrunError, RuntimeError):
+    """A model or a session was used after it had been closed, perhaps by another thread."""
+
+
+class GenerationCancelled(QrunError):
     """An evaluation was stopped between two batches because its caller asked for that.
 
     What was evaluated before stays in the sequence. Generations turn this into

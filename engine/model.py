@@ -5,11 +5,12 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import GenerationCancelled
+from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.options import SamplingOptions
@@ -49,13 +50,36 @@ class Activity:
     cache_limit: int
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """What a model takes of memory, in bytes; with the draft that it was loaded with, if there is one."""
+
+    file: int
+    """The model's file, or all files of a split one."""
+    weights: int
+    """What is read of it: mapped, not copied, shared with other processes, and given back when memory is short."""
+    arena: int
+    """Where a step puts what it computes."""
+    cache: int
+    """What the cache of texts has taken from the system: it keeps for later what is freed."""
+    cache_used: int
+    """What texts hold of that, those included that are kept to be gone on from."""
+    cache_limit: int
+    """What texts may hold before the oldest are forgotten: `cache_bytes` of `Model.load`."""
+
+    @property
+    def total(self) -> int:
+        """Weights, arena and cache."""
+        return self.weights + self.arena + self.cache
+
+
 class Model:
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
 
     May be used from several threads: their generations are computed together, which costs much less than one after the
     other, and each is the same to the bit as if it were alone. Prompts that begin like an earlier one, of any
-    generation or session, go on from there. All methods raise RuntimeError once the model is closed.
+    generation or session, go on from there. All methods raise Closed (a RuntimeError) once the model is closed.
     """
 
     def __init__(
@@ -243,7 +267,7 @@ class Model:
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         continue_last: bool = False,
-        **options: Any,
+        **options: Unpack[GenerationArguments],
     ) -> "Generation":
         """The answer to a conversation, piece by piece, computed as the pieces are asked for.
 
@@ -267,15 +291,16 @@ class Model:
         parallel_tool_calls: whether there may be several calls.
         continue_last: the last message is the beginning of the answer, with which the model goes on.
         options: those of SamplingOptions, before `chat_sampling` and `defaults`, and `on_full`, which makes room when
-            the context is full: see `Session.generate`. A `reasoning_budget` of 0 is `think=False`.
+            the context is full: see `Session.generate` and `keep_newest`. A `reasoning_budget` of 0 is `think=False`.
 
         Raises ChatTemplateError (a ValueError) if the template refuses, or knows no thoughts and `think` is True,
         ContextOverflow (a ValueError) if the
         conversation is longer than the context, TypeError for messages that are none or an unknown option, ValueError
         for a wrong value, and for a schema or grammar that is wrong or not supported.
         """
-        options |= {name: value for name, value in self.chat_sampling.items() if options.get(name) is None}
-        if options.get("reasoning_budget") == 0:
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen: dict[str, Any] = {**self.chat_sampling, **given}
+        if chosen.get("reasoning_budget") == 0:
             think = False
         if isinstance(tools, Iterator):
             tools = list(tools)
@@ -300,7 +325,7 @@ class Model:
                 regex,
             )  # fmt: skip
         response = template.response(prompt, tools if looks_for_calls else None)
-        return self._generate(self.template_tokens(prompt), options | {"response": response, "rules": rules})
+        return self._generate(self.template_tokens(prompt), chosen | {"response": response, "rules": rules})
 
     def chat_prompt(
         self,
@@ -337,9 +362,17 @@ class Model:
             prompt += response.closing
         return prompt + begun
 
-    def complete(self, prompt: str | Iterable[int], **options: Any) -> str:
+    def complete(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        schema: Any = None,
+        grammar: str | None = None,
+        regex: str | None = None,
+        **options: Unpack[GenerationArguments],
+    ) -> str:
         """The text with which the model goes on from a prompt. Arguments and errors are those of `generate`."""
-        generation = self.generate(prompt, **options)
+        generation = self.generate(prompt, schema=schema, grammar=grammar, regex=regex, **options)
         for _ in generation:
             pass
         return generation.text
@@ -351,7 +384,7 @@ class Model:
         schema: Any = None,
         grammar: str | None = None,
         regex: str | None = None,
-        **options: Any,
+        **options: Unpack[GenerationArguments],
     ) -> "Generation":
         """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
 
@@ -363,17 +396,12 @@ class Model:
         option, ValueError for a wrong value.
         """
         self._check_open()
+        chosen: dict[str, Any] = dict(options)
         if schema is not None or grammar is not None or regex is not None:
             from qrun.engine.generation.answer_rules import text_rules
 
-            options["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
-        if isinstance(prompt, str):
-            tokenizer = self._known_tokenizer()
-            tokens = tokenizer.encode(prompt)
-            if not tokens and tokenizer.bos_id is not None:  # nothing to go on from but the beginning of a text
-                tokens = [tokenizer.bos_id]
-            return self._generate(tokens, options)
-        return self._generate(prompt, options)
+            chosen["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
+        return self._generate(self._text_tokens(prompt) if isinstance(prompt, str) else prompt, chosen)
 
     def logits(self, tokens: Iterable[int]) -> np.ndarray:
         """Logits after each of at least one token: float32 [n_tokens, n_vocab].
@@ -436,6 +464,44 @@ class Model:
         `parse_special` reads the spellings of special tokens as these tokens. ValueError without a tokenizer."""
         self._check_open()
         return self._known_tokenizer().encode(text, add_special=add_special, parse_special=parse_special)
+
+    def count_tokens(
+        self,
+        prompt: str | Iterable[Any],
+        *,
+        tools: Iterable[Any] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens_in_messages: bool = False,
+        think: bool | None = None,
+    ) -> int:
+        """How many tokens a prompt has: a text as `generate` takes it, or messages as `chat` does, with all that their
+        template and `chat_system` add. The other arguments and the errors are those of `chat`; a prompt that is longer
+        than the context is counted all the same."""
+        self._check_open()
+        if isinstance(prompt, str):
+            return len(self._text_tokens(prompt))
+        text = self.chat_prompt(
+            prompt,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+        )
+        return len(self.template_tokens(text))
+
+    def memory(self) -> "MemoryUse":
+        """What the model takes of memory now."""
+        self._check_open()
+        runtimes = [self._runtime, *(self._draft.runtimes if self._draft else ())]
+        uses = [runtime.memory() for runtime in runtimes]
+        return MemoryUse(
+            file=sum(os.path.getsize(file) for file in self.reader.files),
+            weights=sum(use["weights"] for use in uses),
+            arena=sum(use["arena"] for use in uses),
+            cache=sum(use["cache"] for use in uses),
+            cache_used=sum(runtime.cache_bytes for runtime in runtimes),
+            cache_limit=self._host.prefixes.limit,
+        )
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD. ValueError without a tokenizer."""
@@ -501,6 +567,14 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _text_tokens(self, text: str) -> list[int]:
+        """The tokens of a text to go on from."""
+        tokenizer = self._known_tokenizer()
+        tokens = tokenizer.encode(text)
+        if not tokens and tokenizer.bos_id is not None:  # nothing to go on from but the beginning of a text
+            return [tokenizer.bos_id]
+        return tokens
+
     def _generate(self, tokens: Iterable[int], options: dict[str, Any]) -> "Generation":
         with self._lock:
             self._check_open()
@@ -508,14 +582,18 @@ class Model:
                 self._pool.remove(session)
                 session.leave()
             session = self.session()
-            generation = session.generate(tokens, **options)
+            try:
+                generation = session.generate(tokens, **options)
+            except BaseException:
+                session.close()
+                raise
             generation.when_over = session.leave
             self._pool.append(session)
             return generation
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError(f"{self.path.name}: the model is closed")
+            raise Closed(f"{self.path.name}: the model is closed")
 
     def _known_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:

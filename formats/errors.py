@@ -1,9 +1,14 @@
-"""The one error that a bad model file raises."""
+"""The error above all of qrun's own, and the one that a bad model file raises."""
 
 import os
 
 
-class FormatError(ValueError):
+class QrunError(Exception):
+    """Above every error of qrun's own. What Python raises by itself stands beside it: OSError for a file that is not
+    there, TypeError and ValueError for a wrong argument, MemoryError."""
+
+
+class FormatError(QrunError, ValueError):
     """A file that is missing, damaged, hostile, or of a kind that is not supported.
 
     `str()` is one line: the file, the byte offset where it applies, and what is wrong there.

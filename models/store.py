@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qrun.formats.errors import QrunError
+
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None while that is unknown)
 Notice = Callable[[str], None]  # something worth telling the user, one line
 
@@ -26,11 +28,11 @@ SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$
 CHUNK_BYTES = 1 << 20
 
 
-class NotPulled(LookupError):
+class NotPulled(QrunError, LookupError):
     """A model that was asked for by name but is not in the store."""
 
 
-class PullError(RuntimeError):
+class PullError(QrunError, RuntimeError):
     """A model could not be fetched; the message is one line that says what and why."""
 
 
@@ -268,13 +270,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_magic(path: Path, origin: str) -> None:
-    """Raises PullError, and deletes the file, where it does not begin as a GGUF file does."""
+def check_magic(path: Path, origin: str, magic: bytes = GGUF_MAGIC) -> None:
+    """Raises PullError, and deletes the file, where it does not begin as a GGUF file does, or as `magic` says."""
     with path.open("rb") as file:
         start = file.read(16)
-    if not start.startswith(GGUF_MAGIC):
+    if not start.startswith(magic):
         path.unlink()
-        raise PullError(f"{origin}: not a GGUF file (it begins with {start!r})")
+        what = "GGUF file" if magic == GGUF_MAGIC else "wheel"
+        raise PullError(f"{origin}: not a {what} (it begins with {start!r})")
 
 
 def install(files: list[tuple[Path, Path]]) -> None:

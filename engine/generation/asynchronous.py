@@ -61,7 +61,14 @@ def loop_sink() -> LoopSink:
 
 
 async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
-    """The pieces of a generation, those of one step together."""
+    """The pieces of a generation, those of one step together.
+
+    One that the scheduler cannot compute (with `on_full`, or a draft) is read by a thread, a piece at a time.
+    """
+    if not generation._can_share:
+        async for piece in _from_thread(generation):
+            yield [piece]
+        return
     sink = loop_sink()
     queue = sink.queue(generation)
     try:
@@ -78,6 +85,16 @@ async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
         if generation.stop_reason is None:
             generation.cancel()
         sink.forget(generation)
+
+
+async def _from_thread(generation: Sharing) -> AsyncIterator[Piece]:
+    loop = asyncio.get_running_loop()
+    try:
+        while (piece := await loop.run_in_executor(None, next, generation, None)) is not None:
+            yield piece
+    finally:
+        if generation.stop_reason is None:
+            generation.cancel()
 
 
 async def pieces(generation: Sharing) -> AsyncIterator[Piece]:

@@ -36,6 +36,11 @@ class LoadedDraft:
         """A draft for a new session."""
         return Draft(self._drafter(), self._n_vocab)
 
+    @property
+    def runtimes(self) -> list[Runtime]:
+        """Those that compute drafts."""
+        return [one for one in self._held if not isinstance(one, GGUFReader)]
+
     def close(self) -> None:
         """Let go of files and memory; before the model's own runtime does."""
         for one in self._held:

@@ -78,8 +78,7 @@ class Prefixes:
                     return self._runtime.cache_bytes + wanted <= self.limit
                 del self._kept[oldest]
                 self._known.discard(oldest)
-            with oldest.lock:
-                oldest.close()
+            _close(oldest)
         return True
 
     def clear(self) -> None:
@@ -88,8 +87,13 @@ class Prefixes:
             kept = list(self._kept)
             self._kept.clear()
         for cache in kept:
-            with cache.lock:
-                cache.close()
+            _close(cache)
+
+
+def _close(cache: TokenCache) -> None:
+    if not cache.lock.abandoned:  # then its threads are those of another process
+        with cache.lock:
+            cache.close()
 
 
 def shared_beginning(cache: TokenCache, prompt: np.ndarray) -> int:

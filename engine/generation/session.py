@@ -4,21 +4,22 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import ContextOverflow
+from qrun.engine.errors import Closed, ContextOverflow
 from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.lookup import Lookup
+from qrun.engine.generation.options import OnFull
 from qrun.engine.generation.prefixes import Prefixes
 from qrun.engine.generation.scheduler import Scheduler
 from qrun.engine.generation.token_cache import TokenCache
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling import dry
-from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.options import SamplingArguments, SamplingOptions
 from qrun.engine.sampling.sampler import Sampler
 from qrun.formats import FormatError
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
-
-OnFull = Callable[[list[int]], Iterable[int] | None]
-"""All tokens of a text for which the context is too small -> fewer, from which it goes on; None ends it there."""
 
 
 def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]:
@@ -130,14 +128,14 @@ class Session:
         on_full: OnFull | None = None,
         response: "ResponseParser | None" = None,
         rules: "Rules | None" = None,
-        **options: Any,
+        **options: Unpack[SamplingArguments],
     ) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
 
         `on_full` is called when the context is full before the text has ended, with all tokens of the text: prompt and
         answer, one more than the context holds. It returns those to go on from, fewer, or None to end there. What is
         left is read again as far as it has changed; decoder, stop strings, sampler and counts go on over the gap, so
-        that the answer is one text. `on_full=lambda tokens: tokens[:64] + tokens[-1024:]` goes on for ever.
+        that the answer is one text. `on_full=keep_newest(1024, first=64)` goes on for ever.
         Called by the thread that asks for pieces. What it raises, or ContextOverflow if it shortens nothing, ends
         the generation.
 
@@ -279,7 +277,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("the session is closed, or its model")
+            raise Closed("the session is closed, or its model")
 
     def _take_over(self, generation: Generation | None) -> None:
         """Make this generation, or none, the one that the session is for; cancel the one before it."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats import QrunError
 
 F32Array = NDArray[np.float32]
 F64Array = NDArray[np.float64]
@@ -24,7 +25,7 @@ F64Array = NDArray[np.float64]
 LOGIT_BYTES = 64 << 20  # the logits that are held at a time
 
 
-class TextTooShort(ValueError):
+class TextTooShort(QrunError, ValueError):
     """A text has fewer tokens than one chunk."""
 
 

@@ -8,6 +8,24 @@ function for the compiler; nothing here is called from Python.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here which there are
+    from qrun.engine.kernels import (  # noqa: F401
+        attention,
+        convolution,
+        embed,
+        experts,
+        heads,
+        linear_attention,
+        matmul,
+        observe,
+        quantize,
+        read,
+        rows,
+        selective_scan,
+        team,
+    )
 
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",

@@ -10,22 +10,29 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import marshal
 import pkgutil
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.simd.target import Target, compiling_for
+from qrun.formats.errors import QrunError
 
 OLDEST = {"numba": (0, 66), "llvmlite": (0, 48)}
 """The first versions that compile all kernels: before them LLVM lacks the products of AVX-512 as they are written."""
 
+# Each name is written out: by that those who pack apps know whose records to take along.
+_VERSIONS: dict[str, Callable[[], str]] = {
+    "numba": lambda: importlib.metadata.version("numba"),
+    "llvmlite": lambda: importlib.metadata.version("llvmlite"),
+}
 
-class CompileError(RuntimeError):
+
+class CompileError(QrunError, RuntimeError):
     """A kernel did not compile. The message carries the compiler's last words."""
 
 
@@ -65,7 +72,7 @@ def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
     """The version of Numba or llvmlite that is installed. ImportError if there is none, or one that is too old."""
     wanted = f"{package} {'.'.join(map(str, oldest))} or newer"
     try:
-        version = importlib.metadata.version(package)
+        version = _VERSIONS[package]()
     except importlib.metadata.PackageNotFoundError:  # a packed app may have left such records out
         try:
             version = importlib.import_module(package).__version__
@@ -93,7 +100,21 @@ def _source(name: str) -> bytes:
     if loader is None:
         return b""
     source = loader.get_source(name)
-    return source.encode() if source is not None else marshal.dumps(loader.get_code(name))
+    return source.encode() if source is not None else _bytecode(loader.get_code(name))
+
+
+def _bytecode(code: types.CodeType | None) -> bytes:
+    """All that a code object does. Its marshalled form will not do: that depends on what else the process holds."""
+    if code is None:
+        return b""
+    parts: list[object] = [code.co_name, code.co_flags, code.co_argcount, code.co_names, code.co_varnames]
+    parts += [code.co_freevars, code.co_cellvars, code.co_code, code.co_exceptiontable]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            parts.append(_bytecode(constant))
+        else:  # sets have no order
+            parts.append(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+    return repr(parts).encode()
 
 
 def last_words(error: BaseException) -> str:

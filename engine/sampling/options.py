@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 SAMPLERS = ("penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
 """Names and default order of the steps between the logits and the choice of a token."""
@@ -142,6 +142,41 @@ class SamplingOptions:
             if known:
                 options = _with_hint(options, "samplers", known)
         return options
+
+
+class SamplingArguments(TypedDict, total=False):
+    """The fields of SamplingOptions as they may be given by keyword, for editors and type checkers. None is as good as
+    not given."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    repetition_window: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_range: int | None
+    dry_breakers: str | Iterable[str] | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    mirostat: int | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    samplers: str | Iterable[str] | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    seed: int | None
+    lookup: bool | None
+    draft: bool | None
+    max_tokens: int | None
+    reasoning_budget: int | None
+    stop: str | Iterable[str] | None
 
 
 def _with_hint(options: SamplingOptions, name: str, value: Any) -> SamplingOptions:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from qrun.formats import QrunError
+
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,7 +29,7 @@ THOUGHT_PARTS = ("thinking", "reasoning")
 _OTHER_MEDIA = re.compile("image|audio|video|file|document|media")
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(QrunError, ValueError):
     """A conversation that cannot become a prompt, or a template that is wrong. `str()` is one line."""
 
     def __init__(self, reason: str) -> None:

@@ -121,7 +121,7 @@ def test_pip_s_own_words_are_passed_on(entry: CatalogEntry) -> None:
 def test_an_interrupted_pull_is_followed_by_one_that_works(
     entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(entry: CatalogEntry, folder: Path) -> None:
+    def interrupted(entry: CatalogEntry, folder: Path, python: list[str]) -> None:
         (folder / "half.whl").write_bytes(b"PK")
         raise KeyboardInterrupt
 

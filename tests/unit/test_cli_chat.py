@@ -26,12 +26,12 @@ from prompt_toolkit.output import DummyOutput
 from qrun.cli import console, loading
 from qrun.cli.answer import Display
 from qrun.cli.chat import answer_lines
-from qrun.cli.conversation import Conversation
 from qrun.cli.editor import LineEditor
 from qrun.cli.history import chat_history
 from qrun.cli.interrupts import Interrupts
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl
+from qrun.engine.conversation import Conversation
 
 Line = str | type[BaseException]
 
@@ -313,7 +313,7 @@ def test_ctrl_c_right_after_enter_at_a_real_terminal(tmp_path: Path) -> None:
     import termios
 
     script = (
-        "import time; from cli_fakes import make_model, runtime_of; from qrun.cli.conversation import Conversation\n"
+        "import time; from cli_fakes import make_model, runtime_of; from qrun.engine.conversation import Conversation\n"
         "from qrun.cli.repl import Repl\n"
         "model = make_model(); runtime_of(model).on_batch = lambda: time.sleep(0.02)\n"
         "Repl(Conversation(model)).run()"
@@ -425,7 +425,7 @@ def test_the_model_s_own_settings_are_used_unless_others_are_given(monkeypatch: 
             begun.append((system, sampling))
             super().__init__(model, system, {}, on_forget)
 
-    monkeypatch.setattr("qrun.cli.conversation.Conversation", Silent)
+    monkeypatch.setattr("qrun.engine.conversation.Conversation", Silent)
     model = make_model()
     monkeypatch.setattr(loading, "load_model", lambda source, options: model)
     runner = CliRunner()

@@ -15,10 +15,10 @@ from engine_fakes import ids_of
 from qrun.cli import loading
 from qrun.cli.answer import Display
 from qrun.cli.console import echo
-from qrun.cli.conversation import Conversation
 from qrun.cli.main import cli
 from qrun.cli.repl import Repl
 from qrun.engine import Model
+from qrun.engine.conversation import Conversation
 
 EMPTY = "<think>\n\n</think>\n\n"
 

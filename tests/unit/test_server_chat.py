@@ -171,9 +171,11 @@ def test_one_call_where_a_client_takes_no_more() -> None:
 
 
 def test_calls_that_are_none() -> None:
+    # What the grammar of a call does not allow is not sampled: the call can only be cut off, and is text then.
     text = "<tool_call>\n{not json\n</tool_call>"
-    choice = ask(make_model(text), tools=[WEATHER]).json()["choices"][0]
-    assert choice["finish_reason"] == "stop" and "{not json" in choice["message"]["content"]
+    choice = ask(make_model(text), tools=[WEATHER], max_tokens=12).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"].startswith("<tool_call>")
+    assert "not json" not in choice["message"]["content"] and not choice["message"].get("tool_calls")
 
 
 def test_which_tools_a_model_is_told_of() -> None:

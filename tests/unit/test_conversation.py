@@ -10,8 +10,8 @@ import pytest
 from cli_fakes import make_model, runtime_of, text_of
 from engine_fakes import EOS
 
-from qrun.cli.conversation import Conversation
 from qrun.engine import ChatTemplate, ContextOverflow
+from qrun.engine.conversation import Conversation
 
 
 def say(conversation: Conversation, text: str) -> str:
@@ -27,6 +27,16 @@ def test_an_answer_joins_the_conversation() -> None:
         {"role": "assistant", "content": "HELLO!"},
     ]
     assert conversation.stop_reason == "stop"
+
+
+def test_an_answer_can_be_stopped() -> None:
+    conversation = Conversation(make_model())
+    answer = conversation.answer("hello")
+    assert next(answer) == "H"
+    conversation.stop()
+    assert "".join(answer) == ""
+    assert conversation.stop_reason == "cancelled"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "H"}
 
 
 def test_only_new_tokens_are_computed() -> None:

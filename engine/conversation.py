@@ -85,6 +85,10 @@ class Conversation:
         self._known = ("", [])
         self.session.clear()
 
+    def stop(self) -> None:
+        """Ends the answer under way, from any thread; of one that has yet to begin, see `answer`."""
+        self.session.stop()
+
     def close(self) -> None:
         """Frees the session."""
         self.session.close()
@@ -93,7 +97,7 @@ class Conversation:
         """The model's answer to a user's turn, in pieces, with what it thinks before. All become part of the
         conversation; of the thoughts it is the template that shows those of earlier turns again, or does not.
 
-        `session.stop` ends it. It knows of no answer that has yet to begin: `stopped` is asked before the first piece.
+        `stop` ends it. It knows of no answer that has yet to begin: `stopped` is asked before the first piece.
         A turn that gets no answer at all, because of an error or because it was stopped, leaves no trace, even if
         something has been thought. Raises ContextOverflow where the turn does not fit into the context even alone.
         """

@@ -1,0 +1,183 @@
+"""Packed apps: what packers must see, what they are told, and one app that is packed and run."""
+
+import ast
+import os
+import runpy
+import subprocess
+import sys
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from tiny_model import write_tiny_model
+
+from qrun.cli import options
+from qrun.cli.main import COMMANDS
+from qrun.engine import kernels
+from qrun.engine.native import codegen
+from qrun.engine.pyinstaller import hook_folders
+from qrun.engine.simd.target import host_target
+
+ENGINE = Path(__file__).parents[2] / "engine"
+
+
+def names_imported(path: Path) -> set[str]:
+    """What the file imports, also where that is never run."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes for alias in node.names}
+
+
+def test_modules_that_are_imported_by_name_are_written_out() -> None:
+    assert set(kernels._MODULES.values()) <= names_imported(ENGINE / "kernels" / "__init__.py")
+    import qrun.engine
+
+    assert set(qrun.engine._MODULES) <= names_imported(ENGINE / "__init__.py")
+    assert set(COMMANDS) <= names_imported(ENGINE.parent / "cli" / "__init__.py")
+
+
+def test_an_app_without_sources_has_its_options_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(thing: object) -> str:
+        raise OSError("could not get source code")
+
+    assert options._field_docs()["temperature"]
+    monkeypatch.setattr("inspect.getsource", none)
+    assert options._field_docs() == {}
+
+    @click.command()
+    @options.sampling_options
+    def command(sampling: dict[str, object]) -> None:
+        click.echo(sampling)
+
+    assert CliRunner().invoke(command, ["--temperature", "0"]).output == "{'temperature': 0.0}\n"
+    assert "--temperature" in CliRunner().invoke(command, ["--help"]).output
+
+
+def test_versions_are_asked_for_by_names_that_are_written_out() -> None:
+    assert set(codegen._VERSIONS) == set(codegen.OLDEST)
+    for name, version in codegen._VERSIONS.items():
+        assert name in version.__code__.co_consts
+
+
+CODE = """
+def outer(x, *, y=1):
+    small = x in {"a", "b", "c", "d"}
+    def inner(): return [x, y, 1.5, None, ..., b"z", (1, -0.0)]
+    return inner if small else (lambda: None)
+"""
+
+
+def digest_in_a_process(before: str) -> str:
+    program = (
+        f"{before}\nimport hashlib, qrun.engine.native.codegen as c\n"
+        f"print(hashlib.sha256(c._bytecode(compile({CODE!r}, 'x', 'exec'))).hexdigest())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+def test_the_name_of_bytecode_is_the_same_in_every_process() -> None:
+    assert digest_in_a_process("") == digest_in_a_process("import json, email; kept = ['outer', 'inner', 'small']")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("1.5", "1.6"), ("-0.0", "0.0"), ('"d"', '"e"'), ("y=1", "y=2"), ("None)", "0)"), ("[x, y", "[y, x"), ("*, ", "")],
+)
+def test_other_code_has_another_name(old: str, new: str) -> None:
+    assert old in CODE
+    codes = [compile(text, "x", "exec") for text in (CODE, CODE.replace(old, new), CODE)]
+    names = [codegen._bytecode(code) for code in codes]
+    assert names[0] == names[2] != names[1]
+    assert names[0] == codegen._bytecode(codes[0].replace(co_filename="elsewhere", co_firstlineno=7))
+
+
+def test_pyinstaller_finds_the_hooks() -> None:
+    (found,) = [entry for entry in entry_points(group="pyinstaller40") if entry.value.startswith("qrun.")]
+    assert found.name == "hook-dirs" and found.load() is hook_folders
+    (folder,) = hook_folders()
+    assert {path.name for path in Path(folder).glob("hook-*.py")} == {
+        "hook-qrun.engine.py", "hook-qrun.models.py", "hook-qrun.cli.py",
+    }  # fmt: skip
+
+
+def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for PyInstaller's own helpers."""
+    helpers = types.ModuleType("PyInstaller.utils.hooks")
+    helpers.collect_submodules = lambda package, filter=None: [package]  # type: ignore[attr-defined]
+    helpers.collect_data_files = lambda package, includes: [(package, *includes)]  # type: ignore[attr-defined]
+    helpers.copy_metadata = lambda name: [(name, "info")]  # type: ignore[attr-defined]
+    for name in ("PyInstaller", "PyInstaller.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", helpers)
+    (folder,) = map(Path, hook_folders())
+    engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    assert engine["hiddenimports"] == ["qrun.engine", "qrun.formats", "qrun.models"]
+    # whatever names compiled code
+    named = ("qrun.engine.simd", "qrun.engine.kernels", "qrun.formats.blocks", codegen.__name__.rpartition(".")[0])
+    for package in named:
+        assert engine["module_collection_mode"][package] == "pyz+py"
+    assert not engine["wanted"]("qrun.engine.pyinstaller") and engine["wanted"]("qrun.engine.kernels.rows")
+    assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
+    assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
+
+
+APP = """
+import sys, threading
+from qrun.engine import Model, pull
+
+if __name__ == "__main__":
+    if sys.argv[1] == "qrun":
+        from qrun.cli.main import main
+        sys.exit(main(sys.argv[2:]))
+    barrier, answers, compiled = threading.Barrier(2), [], []
+
+    def load():
+        barrier.wait()
+        with Model.load(sys.argv[1], threads=1, progress=lambda done, total: compiled.append(total)) as model:
+            answers.append(model.complete("It was", max_tokens=5, temperature=0))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    print(len(answers), len(set(answers)), bool(compiled))
+"""
+
+
+@pytest.mark.slow  # packing takes a minute, and so does compiling in the process on one core
+@pytest.mark.skipif(os.name != "posix", reason="paths of the app")
+def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
+    pytest.importorskip("PyInstaller")
+    script = tmp_path / "app.py"
+    script.write_text(APP)
+    wanted = ["--noconfirm", "--onedir", "--log-level", "ERROR", "--distpath", str(tmp_path / "Äpp mit Leerzeichen")]
+    paths = ["--workpath", str(tmp_path / "work"), "--specpath", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "PyInstaller", *wanted, *paths, str(script)], check=True, cwd=tmp_path)
+    folder = tmp_path / "Äpp mit Leerzeichen" / "app"
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(path.stat().st_mode & ~0o222)  # as an app is installed
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "numba.py").write_text("raise SystemExit('not that one')")
+    model = write_tiny_model(tmp_path / "model.gguf")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [folder / "app", *arguments], capture_output=True, text=True, timeout=600, cwd=tmp_path / "elsewhere",
+            env={"QRUN_CACHE": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    try:
+        assert run(str(model)) == "2 1 True\n"  # two threads at once, with an empty cache
+        assert run(str(model)) == "2 1 False\n"
+        assert [path.name for path in (tmp_path / "cache" / "kernels").iterdir()] == [
+            codegen.code_digest(host_target())
+        ]
+        assert "temperature" in run("qrun", "run", "--help")
+        assert "qwen3" in run("qrun", "list", "--remote")
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)

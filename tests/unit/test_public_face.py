@@ -1,0 +1,159 @@
+"""What an app imports from `qrun.engine`: its names, its errors, its options with types; counts of tokens and bytes."""
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_fakes import FakeRuntime, ids_of, speaking
+from test_model import make_model
+from tiny_model import write_tiny_model
+
+import qrun.engine
+from qrun.engine import Generation, GenerationArguments, Model, QrunError, SamplingOptions, Session, keep_newest
+from qrun.engine.sampling.options import SamplingArguments
+
+
+def test_every_public_name_is_there_and_its_type_is_known() -> None:
+    for name in qrun.engine.__all__:
+        assert getattr(qrun.engine, name).__name__ == name
+    assert set(qrun.engine.__all__) == set(qrun.engine._MODULES)
+    assert set(qrun.engine.__all__) <= set(dir(qrun.engine))
+
+
+def own_errors() -> Iterator[type[Exception]]:
+    """Every error that is defined in a module of the library under a name without an underscore."""
+    for top in ("formats", "models", "engine"):
+        package = importlib.import_module(f"qrun.{top}")
+        for found in pkgutil.walk_packages(package.__path__, f"qrun.{top}."):
+            if ".huggingface." in found.name or found.name.endswith(".catalog"):
+                continue
+            for name, value in vars(importlib.import_module(found.name)).items():
+                own = inspect.isclass(value) and value.__module__ == found.name and not name.startswith("_")
+                if own and issubclass(value, Exception) and not issubclass(value, Warning):
+                    yield value
+
+
+INTERNAL = {"NormalizerError", "NotPrivate", "TooSlow", "Unanswered"}
+"""They become one of the others before a caller sees them."""
+
+
+def test_one_error_stands_above_all_others() -> None:
+    errors = {error.__name__: error for error in own_errors() if error.__name__ not in INTERNAL}
+    assert {name for name, error in errors.items() if not issubclass(error, QrunError)} == set()
+    assert len(errors) >= 9
+
+
+@pytest.mark.parametrize(
+    ("name", "former"),
+    [
+        ("FormatError", ValueError), ("ContextOverflow", ValueError), ("ChatTemplateError", ValueError),
+        ("NotPulled", LookupError), ("PullError", RuntimeError), ("CompileError", RuntimeError),
+        ("Closed", RuntimeError),
+    ],
+)  # fmt: skip
+def test_errors_are_still_what_they_were(name: str, former: type[Exception]) -> None:
+    assert issubclass(getattr(qrun.engine, name), former)
+
+
+def test_the_options_with_types_are_those_that_there_are() -> None:
+    fields = typing.get_type_hints(SamplingOptions)
+    arguments = typing.get_type_hints(SamplingArguments)
+    assert list(arguments) == list(fields)
+    for name, kind in fields.items():
+        texts = typing.get_origin(kind) is tuple
+        assert arguments[name] == (str | Iterable[str] | None if texts else kind | None), name
+    assert set(typing.get_type_hints(GenerationArguments)) == set(fields) | {"on_full"}
+
+
+@pytest.mark.parametrize("method", [Model.chat, Model.generate, Model.complete, Session.generate])
+def test_editors_see_the_options(method: Any) -> None:
+    (options,) = [p for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD]
+    assert typing.get_origin(options.annotation) is typing.Unpack
+
+
+def prompt_of(model: Any, generation: Generation) -> int:
+    next(generation)
+    return generation.stats.prompt_tokens
+
+
+def test_tokens_are_counted_as_generate_and_chat_would_take_them() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    given: list[dict[str, Any]] = [
+        {},
+        {"tools": [{"type": "function", "function": {"name": "t"}}], "template_variables": {"a": 1}, "special_tokens_in_messages": True, "think": True},
+    ]
+    for options in given:
+        model = make_model()
+        assert model.count_tokens(iter(messages), **options) == prompt_of(model, model.chat(messages, **options))
+    assert model.count_tokens("say>") == prompt_of(model, model.generate("say>")) == 4
+    assert model.count_tokens("") == 1  # the beginning of a text
+    assert model.count_tokens("x" * 3000) == 3000  # more than the context
+    before = model.count_tokens(messages)
+    model.chat_system = "be kind"
+    assert model.count_tokens(messages) == before + len("system: be kind\n")
+    with pytest.raises(ValueError, match="no messages"):
+        model.count_tokens([])
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        make_model(has_tokenizer=False).count_tokens("a")
+
+
+def test_chat_s_own_options_may_be_none() -> None:
+    model = make_model()
+    model.chat_sampling = {"max_tokens": 2, "reasoning_budget": 0}
+    generation = model.chat("Hi", max_tokens=None, temperature=None)
+    assert "".join(generation) == "he"
+    assert "{'think': False}" in bytes(token - 2 for token in model._runtime.evaluated[0][1:]).decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [({}, [6, 7, 8, 9, 10]), ({"first": 2}, [0, 1, 8, 9, 10]), ({"newest": 3}, [8, 9, 10]),
+     ({"newest": 3, "first": 1}, [0, 8, 9, 10]), ({"first": 9}, [*range(9), 10]), ({"first": 10}, None),
+     ({"newest": 11}, None), ({"newest": 3, "first": 8}, None)],
+)  # fmt: skip
+def test_the_newest_are_kept(options: dict[str, int], left: list[int] | None) -> None:
+    assert keep_newest(**options)(list(range(11))) == left
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    for options in ({"newest": 0}, {"first": -1}):
+        with pytest.raises(ValueError, match="first must be at least 0 and newest at least 1"):
+            keep_newest(**options)
+
+
+def test_a_text_goes_on_beyond_the_context() -> None:
+    runtime = FakeRuntime(lambda held: ids_of("abcdefgh")[len(held) % 8], context=20)
+    generation = make_model(runtime).generate("a prompt", on_full=keep_newest(first=3), max_tokens=60)
+    assert len("".join(generation)) == 60 and generation.stop_reason == "length"
+    beginnings = [bytes(t - 2 for t in tokens) for tokens in runtime.evaluated if len(tokens) > 1]
+    assert beginnings[0] == b"a prompt" and beginnings[1] == b"ghabcde"  # after "a p"
+    model = make_model(FakeRuntime(speaking(*ids_of("hello there")), context=8))
+    generation = model.generate("a prompt", on_full=keep_newest(first=100))
+    list(generation)
+    assert generation.stop_reason == "context"
+
+
+def test_what_a_model_takes_of_memory(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf")
+    with Model.load(path, threads=1, context=64, cache_bytes=1 << 24) as model:
+        before = model.memory()
+        assert before.file == path.stat().st_size
+        assert 0 < before.weights <= before.file
+        assert before.arena > 0 and before.cache_used == 0
+        assert before.cache_limit == 1 << 24
+        session = model.session()
+        list(session.generate([1, 2, 3], max_tokens=4))
+        during = model.memory()
+        assert 0 < during.cache_used <= during.cache
+        assert during.total == during.weights + during.arena + during.cache
+        session.close()
+        assert model.memory().cache_used == 0
+        assert model.memory().cache == during.cache  # kept for the next
+        alone = model.memory()
+    with Model.load(path, threads=1, context=64, draft=path) as model:
+        assert model.memory().weights == 2 * alone.weights
