@@ -1,13 +1,12 @@
 """What an answer has to look like: schemas, grammars, calls that must be made.
 
 This is the one place where all interfaces' spellings of that end. What comes out are keyword arguments of `Model.chat`
-and `Model.generate`; those that the engine does not have are refused, and never passed over.
+and `Model.generate`; forms that those do not have are refused, and never passed over.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,14 +15,6 @@ from typing import Any
 from qrun.server.errors import APIError, not_supported
 
 Arguments = dict[str, Any]
-
-
-@functools.cache
-def supported() -> frozenset[str]:
-    """The arguments that the engine has."""
-    from qrun.engine import Model
-
-    return frozenset(inspect.signature(Model.chat).parameters)
 
 
 def structure(body: Mapping[str, Any], form: Any = None, form_name: str = "response_format") -> Arguments:
@@ -37,12 +28,6 @@ def structure(body: Mapping[str, Any], form: Any = None, form_name: str = "respo
     name, arguments = found[0]
     if len(found) > 1:
         raise APIError(f"{name} and {found[1][0]} do not go together", param=name)
-    return _checked(name, arguments)
-
-
-def _checked(name: str, arguments: Arguments) -> Arguments:
-    if not set(arguments) <= supported():
-        raise not_supported(f"{name} is not supported: this server cannot constrain answers", name)
     return arguments
 
 
@@ -156,18 +141,18 @@ def tool_choice(choice: Any, tools: list[Any], *, parallel: bool = True) -> tupl
             names = {_name(tool) for tool in allowed.get("tools") or [] if isinstance(tool, dict)}
             tools = [tool for tool in tools if _name(tool) in names]
             mode = allowed.get("mode", "auto")
-    one = {} if parallel or not tools or "parallel_tool_calls" not in supported() else {"parallel_tool_calls": False}
+    one = {} if parallel or not tools else {"parallel_tool_calls": False}
     if mode in (None, "auto"):
         return tools, one
     if mode == "none":
         return [], {}
     if mode in ("required", "any"):
-        return tools, _checked("tool_choice", {"tool_choice": "required"}) | one if tools else {}
+        return tools, {"tool_choice": "required"} | one if tools else {}
     if mode in ("function", "tool", "custom"):
         name = _name(choice)
         if name not in [_name(tool) for tool in tools]:
             raise APIError("tool_choice names a function that is not among the tools", param="tool_choice")
-        return tools, _checked("tool_choice", {"tool_choice": {"name": name}}) | one
+        return tools, {"tool_choice": {"name": name}} | one
     raise APIError("tool_choice must be auto, none, required or an object that names a function", param="tool_choice")
 
 

@@ -83,9 +83,10 @@ def prompt_of(model: Any, generation: Generation) -> int:
 
 def test_tokens_are_counted_as_generate_and_chat_would_take_them() -> None:
     messages = [{"role": "user", "content": "Hi"}]
+    tool = {"type": "function", "function": {"name": "t"}}
     given: list[dict[str, Any]] = [
         {},
-        {"tools": [{"type": "function", "function": {"name": "t"}}], "template_variables": {"a": 1}, "special_tokens_in_messages": True, "think": True},
+        {"tools": [tool], "template_variables": {"a": 1}, "special_tokens_in_messages": True, "think": True},
     ]
     for options in given:
         model = make_model()

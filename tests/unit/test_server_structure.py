@@ -6,18 +6,11 @@ from typing import Any
 
 import pytest
 
-from qrun.server import structure as module
 from qrun.server.errors import APIError
 from qrun.server.structure import structure, tool_choice
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
-
-
-@pytest.fixture(autouse=True)
-def with_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = frozenset({"schema", "grammar", "regex", "tool_choice", "parallel_tool_calls"})
-    monkeypatch.setattr(module, "supported", lambda: arguments)
 
 
 @pytest.mark.parametrize(
