@@ -118,7 +118,7 @@ $(RUNTIME): | $(VENV)/made
 $(SERVING): | $(VENV)/made
 	@echo "Installing qrun and its server into $(VENV) ..." >&2
 	@rm -rf $(VENV)/installed-* build
-	@$(PIP_INSTALL) --editable '.[server]' </dev/null
+	@$(PIP_INSTALL) --editable '.[server,grammar]' </dev/null
 	@touch $@ $(RUNTIME)
 
 $(TESTING): | $(VENV)/made
