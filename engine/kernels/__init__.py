@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         rows,
         selective_scan,
         team,
+        wkv,
     )
 
 ROW_OPERATIONS = (
