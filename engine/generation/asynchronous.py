@@ -19,7 +19,7 @@ class LoopSink:
     """Hands pieces to the queues of an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)  # or none of the loops that were would ever go: see _sinks
         self._queues: dict[int, asyncio.Queue[Batch]] = {}
         self._waiting: list[tuple[int, Batch]] = []
 
@@ -38,9 +38,12 @@ class LoopSink:
 
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
+        loop = self._loop()
         try:
-            self._loop.call_soon_threadsafe(self._hand_out, waiting)
-        except RuntimeError:  # the loop has been closed
+            if loop is None:
+                raise RuntimeError("the loop is gone")
+            loop.call_soon_threadsafe(self._hand_out, waiting)
+        except RuntimeError:  # or it has been closed
             self._queues.clear()
 
     def _hand_out(self, waiting: list[tuple[int, Batch]]) -> None:

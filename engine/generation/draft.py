@@ -93,12 +93,10 @@ class ModelDrafter:
         """It reads the text by itself."""
 
     def fork(self) -> ModelDrafter:
-        cache = TokenCache(self._runtime, self._cache.sequence.fork(), self._cache.tokens)
-        return ModelDrafter(self._runtime, cache, self._start)
+        return ModelDrafter(self._runtime, self._cache.fork(), self._start)
 
     def close(self) -> None:
-        self._cache.sequence.close()
-        self._cache.tokens.clear()
+        self._cache.close()
 
 
 class Draft:

@@ -34,25 +34,7 @@ _AHEAD = 2
 
 # In the place of a token: the text is complete.
 _END = -1
-
-
-class _Certain:
-    """Whose guesses are right: tokens that are known beforehand."""
-
-    def push(self, token: int) -> None:
-        pass
-
-    def restart(self, text: list[int]) -> None:
-        pass
-
-    def guess(self, room: int, cancelled: Callable[[], bool]) -> list[int]:
-        return []
-
-    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
-        pass
-
-
-_CERTAIN = _Certain()
+_CERTAIN = Lookup(())  # in the place of a guesser, and never asked: tokens that are known beforehand
 
 
 class _OthersCame(Exception):
@@ -328,12 +310,15 @@ class Generation(Iterator[Piece]):
 
     def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None:
         """The prompt has been evaluated; `logits` [n_vocab] follow it. seconds: since the generation began."""
+        again = self._started  # its memory was wanted in between
         self._started = True
-        self._n_cached += n_cached
-        self._prompt_seconds += seconds
+        if not again:
+            self._n_cached = n_cached
+            self._prompt_seconds = seconds
         if self._max_tokens != 0:
             self._choose(logits, self._cache.n_free)
-            self._first_token_seconds = seconds
+            if not again:
+                self._first_token_seconds = seconds
 
     def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None:
         """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each."""

@@ -5,13 +5,11 @@ it: pages are shared, and copied when one of the two writes. Caches of requests 
 with all others they take more memory than they may; those that were not used for longest go first.
 """
 
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from qrun.engine.generation.token_cache import TokenCache
+from qrun.engine.generation.token_cache import TokenCache, common_prefix
+from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
@@ -25,7 +23,7 @@ class Prefixes:
     def __init__(self, runtime: "Runtime", limit: int) -> None:
         self.limit = limit
         self._runtime = runtime
-        self._lock = threading.Lock()
+        self._lock = ForkAwareLock()
         self._known: weakref.WeakSet[TokenCache] = weakref.WeakSet()
         self._kept: dict[TokenCache, None] = {}  # those used last are last
 
@@ -46,7 +44,7 @@ class Prefixes:
         """Give a cache what another one has of a prompt's beginning, if that is more. Whoever calls holds its lock."""
         if cache.tap is not None:
             return
-        wanted = np.array(prompt[:-1], np.int64)
+        wanted = prompt[:-1]
         own = shared_beginning(cache, wanted)
         with self._lock:
             others = [(shared_beginning(other, wanted), other) for other in self._known if other is not cache]
@@ -96,8 +94,6 @@ def _close(cache: TokenCache) -> None:
             cache.close()
 
 
-def shared_beginning(cache: TokenCache, prompt: np.ndarray) -> int:
+def shared_beginning(cache: TokenCache, prompt: list[int]) -> int:
     """How many tokens a cache and a prompt begin with alike."""
-    held = np.array(cache.tokens[: len(prompt)], np.int64)
-    differ = np.flatnonzero(held != prompt[: len(held)])
-    return int(differ[0]) if len(differ) else len(held)
+    return common_prefix(cache.tokens[: len(prompt)], prompt)  # a copy: another thread may shorten what it has

@@ -16,12 +16,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.prefixes import Prefixes, shared_beginning
+from qrun.engine.generation.token_cache import common_prefix
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qrun.engine.generation.guesses import Guesser
     from qrun.engine.generation.piece import Piece, Sampled
     from qrun.engine.generation.token_cache import TokenCache
@@ -172,10 +173,14 @@ class Scheduler:
         self._decode_seconds = 0.0  # of a step without rows of prompts
         self._row_seconds = 0.0  # of a row of a prompt
 
+    def _leave_parent(self) -> None:
+        """A child process has the threads of its parent no more, nor what they were in the middle of."""
+        if os.getpid() != self._process:
+            self._begin()
+
     def shared(self, generation: Sharing) -> bool:
         """A generation wants to go on: are there others under way?"""
-        if os.getpid() != self._process:  # a child process has the threads of its parent no more
-            self._begin()
+        self._leave_parent()
         with self.lock:
             self._live.add(generation)
             return bool(self._tasks) or any(
@@ -189,8 +194,7 @@ class Scheduler:
 
     def add(self, generation: Sharing, *, ahead: int = 0, sink: Sink | None = None) -> Task:
         """Compute a generation from now on."""
-        if os.getpid() != self._process:
-            self._begin()
+        self._leave_parent()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
         with self.lock:
@@ -205,12 +209,14 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Generations that have read their prompts."""
+        self._leave_parent()
         with self.lock:
             return sum(task.decoding for task in self._tasks)
 
     @property
     def waiting(self) -> int:
         """Those that have not."""
+        self._leave_parent()
         with self.lock:
             return sum(not task.decoding for task in self._tasks)
 
@@ -240,23 +246,30 @@ class Scheduler:
 
     def _step(self, tasks: Sequence[tuple[Task, Sharing]]) -> None:
         """Compute one step, and hand out what came of it."""
-        locked = [(task, generation) for task, generation in tasks if task.cache.lock.acquire(blocking=False)]
+        locked: list[tuple[Task, Sharing]] = []
+        refused: list[tuple[Task, Sharing, list[Piece]]] = []
         try:
+            for task, generation in tasks:
+                try:
+                    if task.cache.lock.acquire(blocking=False):
+                        locked.append((task, generation))
+                except RuntimeError as error:  # another thread used it when this process was forked
+                    _fail(task, generation, error)
+                    refused.append((task, generation, []))
             try:
                 self._compute(locked)
             except GenerationCancelled:
                 pass  # all of them were
             except BaseException as error:
                 for task, generation in locked:
-                    generation._reason = "cancelled"
-                    task.error = error
+                    _fail(task, generation, error)
             results = [(task, generation, generation._drain()) for task, generation in locked]
         finally:
             for task, _ in locked:
                 task.cache.lock.release()
-        if not locked:
+        if not locked and not refused:
             time.sleep(0.001)  # their owners save or fork them
-        self._deliver(results)
+        self._deliver(refused + results)
 
     def _deliver(self, results: Sequence[tuple[Task, Sharing, list[Piece]]]) -> None:
         sinks: dict[int, Sink] = {}
@@ -348,8 +361,7 @@ class Scheduler:
                 task.cache.sequence.mark()
                 generation._take_prompt(logits[0], task.n_cached, time.perf_counter() - task.arrived)
         except Exception as error:  # of this one alone: its logits were no numbers, say
-            generation._reason = "cancelled"
-            task.error = error
+            _fail(task, generation, error)
 
     def _prompts(self, tasks: Sequence[tuple[Task, Sharing]]) -> list[tuple[Task, Sharing]]:
         """Those whose prompts are to be read, the next first. Whose prompt begins like one that is being read waits
@@ -398,11 +410,16 @@ class Scheduler:
             self._row_seconds += (each - self._row_seconds) * (_LEARNING if self._row_seconds else 1.0)
 
 
+def _fail(task: Task, generation: Sharing, error: BaseException) -> None:
+    """End a generation; its reader gets the error."""
+    generation._reason = "cancelled"
+    task.error = error
+
+
 def _ahead_of(task: Task, other: Task) -> bool:
     """Is another task reading what this one's prompt begins with, and has more of it to come?"""
-    wanted = np.array(task.prompt[:-1], np.int64)
-    theirs = np.array(other.prompt[: len(wanted)], np.int64)
-    differ = np.flatnonzero(theirs != wanted[: len(theirs)])
-    alike = int(differ[0]) if len(differ) else len(theirs)
-    own = shared_beginning(task.cache, wanted)
-    return alike >= own + WORTH_WAITING and len(other.cache.tokens) < alike
+    wanted = task.prompt[:-1]
+    alike = common_prefix(wanted, other.prompt)
+    if alike < WORTH_WAITING or len(other.cache.tokens) >= alike:
+        return False
+    return alike >= shared_beginning(task.cache, wanted) + WORTH_WAITING

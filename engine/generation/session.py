@@ -190,7 +190,7 @@ class Session:
         """A second session with the same tokens. The cache is shared until one of them writes."""
         with self._cache.lock:
             self._check_open()
-            cache = TokenCache(self._host.runtime, self._cache.sequence.fork(), self._cache.tokens)
+            cache = self._cache.fork()
             draft = self._draft.fork() if self._draft else None
         return Session(self._host, cache, draft)
 
@@ -198,7 +198,7 @@ class Session:
         """Forget all tokens. Raises RuntimeError if the session generates in another thread."""
         self._take_over(None)
         with self._cache.lock:
-            del self._cache.tokens[self._cache.sequence.truncate(0) :]
+            self._cache.forget()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a file, from which `load` gets it back, in this model or another loaded from the
@@ -260,7 +260,11 @@ class Session:
                     self._draft.close()
 
     def leave(self) -> None:
-        """Close the session, but let others of the model have what it has computed, as long as there is room."""
+        """Close the session, but let others of the model have what it has computed, as long as there is room. What was
+        computed with draft layers goes: nobody can go on from it (see `Prefixes.adopt`)."""
+        if self._cache.tap is not None:
+            self.close()
+            return
         with self._guard:
             closed, self._closed = self._closed, True
         if not closed:

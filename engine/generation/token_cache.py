@@ -87,6 +87,10 @@ class TokenCache:
         if move:
             other.sequence, other.tokens = held, []
 
+    def fork(self) -> "TokenCache":
+        """Another one with the same tokens. The memory is shared until one of them writes."""
+        return TokenCache(self._runtime, self.sequence.fork(), self.tokens)
+
     def close(self) -> None:
         """Give the memory back."""
         self.sequence.close()

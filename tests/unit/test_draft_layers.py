@@ -228,6 +228,14 @@ def test_a_saved_session_goes_on_with_draft_layers(eager: None, files: Any, tmp_
         assert rest.stats.guessed_tokens > 0
 
 
+def test_what_draft_layers_have_read_is_not_kept_for_others(files: Any) -> None:
+    """They would have to read it themselves: nobody can go on from it."""
+    with Model.load(files("glm4moe-moe"), threads=1, context=128, draft="mtp") as one:
+        one.complete([1, 2, 3], max_tokens=5)
+        one.complete([1, 2, 3, 4], max_tokens=5)
+        assert one.memory().cache_used == 0
+
+
 def test_a_file_without_draft_layers_is_refused(tmp_path: Path) -> None:
     none = write_model(tmp_path / "none.gguf", "glm4moe-moe", layers=False)
     with pytest.raises(FormatError, match=r"none\.gguf: it has no draft layers \(mtp\): name another model"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from qrun.engine import Model, keep_newest
+from qrun.engine.generation import asynchronous
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
 
@@ -244,6 +246,9 @@ def test_more_than_the_cache_holds_is_computed_again_to_the_same_bits(rng: np.ra
                 most = max(most, model._runtime.cache_bytes)
         assert [generation.tokens for generation in generations] == [alone(p, **o) for p, o in jobs]
         assert most <= 8 * page
+        for stats in (generation.stats for generation in generations):  # of the first time that they were read
+            assert stats.cached_tokens < stats.prompt_tokens
+            assert stats.prompt_seconds == stats.first_token_seconds
 
 
 def test_what_ended_is_forgotten_when_there_is_no_room(rng: np.random.Generator) -> None:
@@ -268,6 +273,65 @@ def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Gene
     assert collector.ended.acquire(timeout=20) and collector.ended.acquire(timeout=20)
     assert [str(error) for error in collector.errors] == ["the model's logits are not finite numbers"]
     assert second.stop_reason == "length"
+
+
+def test_a_cache_that_a_fork_left_half_changed_fails_its_own_generation_alone(
+    model: Model, rng: np.random.Generator
+) -> None:
+    first, second, third = (model.generate(prompt, max_tokens=10, temperature=0) for prompt in prompts(rng, model, 3))
+    first._cache.lock.abandoned = True  # as it is in the child
+    collector = Collector()
+    for generation in (first, second, third):
+        generation.start(collector)
+    for _ in range(3):
+        assert collector.ended.acquire(timeout=20)
+    assert [str(error) for error in collector.errors] == [
+        "this session was in use by another thread when the process forked: begin another"
+    ]
+    assert (second.stop_reason, third.stop_reason) == ("length", "length")
+    first._cache.lock.abandoned = False
+    assert second._cache.lock.acquire(blocking=False)  # no lock was left behind
+    second._cache.lock.release()
+
+
+def test_event_loops_are_not_kept(model: Model) -> None:
+    async def two() -> None:
+        async def one() -> None:
+            async for _ in model.generate([1, 2, 3], max_tokens=5):
+                pass
+
+        await asyncio.gather(one(), one())
+
+    for _ in range(3):
+        asyncio.run(two())
+    deadline = time.monotonic() + 20
+    while len(asynchronous._sinks) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert len(asynchronous._sinks) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is not there on this system")
+def test_a_fork_while_another_thread_looks_for_a_beginning(model: Model) -> None:
+    model.complete([1, 2, 3], max_tokens=2)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model._host.prefixes._lock, model._host.scheduler.lock:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    child = os.fork()
+    if not child:
+        threading.Timer(20.0, os._exit, (1,)).start()
+        model.session()
+        os._exit(0 if model.activity.running == 0 else 2)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_cannot_be_pushed_is_refused(model: Model) -> None:
