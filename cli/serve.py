@@ -140,7 +140,6 @@ def _serve(
         first = application.state.hub.default
         if ready_json:
             echo(json.dumps({"url": url, "model": first.id if first else None}))
-            sys.stdout.flush()
         else:
             notice(f"serving {first.id if first else 'no model yet'} at {url} (Ctrl-C ends)")
 

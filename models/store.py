@@ -106,6 +106,11 @@ def stored_models() -> list[StoredModel]:
         root = models_folder()
     except OSError:  # no home, and so no store
         return []
+    return models_in(root)
+
+
+def models_in(root: Path) -> list[StoredModel]:
+    """Every whole model in a folder and those below it, by name; what begins with a dot is passed over."""
     models = []
     for path in sorted(root.rglob("*.gguf")):
         relative = path.relative_to(root)

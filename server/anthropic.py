@@ -13,7 +13,8 @@ from qrun.server import fields
 from qrun.server.blocks import Part, Parts
 from qrun.server.chat_requests import ChatRequest, call_id, continues, read_thinking
 from qrun.server.errors import APIError, anthropic_shape
-from qrun.server.exchange import Exchange, dumps
+from qrun.server.exchange import Exchange, dumps, event
+from qrun.server.running import finish_reason
 from qrun.server.state import State
 from qrun.server.structure import structure, tool_choice
 
@@ -55,17 +56,9 @@ async def messages(state: State, exchange: Exchange) -> None:
 
 async def count_tokens(state: State, exchange: Exchange) -> None:
     request = read_request(exchange.body)
-
-    def count(model: Model) -> int:
-        return len(model.template_tokens(request.prompt(model)))
-
     async with state.hub.use(exchange.body.get("model"), lenient=True) as entry:
-        await exchange.json({"input_tokens": await state.in_thread(count, entry.loaded)})
-
-
-def event(name: str, data: Any) -> bytes:
-    """A server-sent event with a name."""
-    return f"event: {name}\ndata: {dumps(data)}\n\n".encode()
+        tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
+        await exchange.json({"input_tokens": len(tokens)})
 
 
 def ping() -> bytes:
@@ -196,7 +189,7 @@ def result_text(content: Any) -> str:
 
 def stop_reason(generation: Generation) -> tuple[str, str | None]:
     """Why an answer has ended, and the stop string that did it."""
-    if generation.stop_reason in ("length", "context"):
+    if finish_reason(generation) == "length":
         return "max_tokens", None
     if generation.tool_calls:
         return "tool_use", None

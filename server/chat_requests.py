@@ -57,6 +57,10 @@ class ChatRequest:
         """What the model would go on from."""
         return model.chat_prompt(self.messages, **self.arguments(model))
 
+    def prompt_tokens(self, model: Model) -> list[int]:
+        """The tokens of that."""
+        return model.template_tokens(self.prompt(model))
+
     def arguments(self, model: Model) -> dict[str, Any]:
         """The arguments of `Model.chat_prompt` but the messages."""
         think = self.think

@@ -131,10 +131,7 @@ async def completions(state: State, exchange: Exchange) -> None:
             await request.score(model)
             chosen = best(request, generations, pieces)
             told = [choice(request, model, index, *one) for index, one in enumerate(chosen)]
-            firsts = generations[:: request.best_of]
-            figures = usage(generations)
-            figures["prompt_tokens"] = sum(one.stats.prompt_tokens for one in firsts)
-            figures["total_tokens"] = figures["prompt_tokens"] + figures["completion_tokens"]
+            figures = usage_of_all(request, generations)
             await exchange.json(head | {"choices": told, "usage": figures, "timings": timings(generations[0])})
             return
         exchange.error_frame = sse_error
@@ -231,6 +228,14 @@ class Legacy:
         return tokenizer.token_bytes(id).decode("utf-8", "replace") if tokenizer is not None else f"token:{id}"
 
 
+def usage_of_all(request: CompletionRequest, generations: Sequence[Generation]) -> dict[str, Any]:
+    """The usage of several prompts, each of which counts once."""
+    figures = usage(generations)
+    figures["prompt_tokens"] = sum(one.stats.prompt_tokens for one in generations[:: request.best_of])
+    figures["total_tokens"] = figures["prompt_tokens"] + figures["completion_tokens"]
+    return figures
+
+
 class CompletionStream:
     """The frames of an answer that is streamed."""
 
@@ -281,5 +286,5 @@ class CompletionStream:
             self._frame(index, "", finish_reason(generation)) for index, generation in enumerate(self._generations)
         )
         if self._with_usage:
-            found += f'{self._head},"choices":[],"usage":{dumps(usage(self._generations))}}}\n\n'
+            found += f'{self._head},"choices":[],"usage":{dumps(usage_of_all(self._request, self._generations))}}}\n\n'
         return found.encode() + DONE

@@ -40,6 +40,11 @@ def encode(value: Any) -> bytes:
     return dumps(value).encode()
 
 
+def event(name: str, data: Any) -> bytes:
+    """A server-sent event with a name."""
+    return f"event: {name}\ndata: {dumps(data)}\n\n".encode()
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 

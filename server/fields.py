@@ -110,20 +110,10 @@ def _count(name: str, value: Any) -> int:
     return max(whole(name, value), 0)
 
 
-def _limit(name: str, value: Any) -> int | None:
-    """A number of tokens; negative ones mean that there is no limit."""
+def _whole_or_none(name: str, value: Any) -> int | None:
+    """A limit or a seed; a negative one stands for none."""
     number = whole(name, value)
     return number if number >= 0 else None
-
-
-def _seed(name: str, value: Any) -> int | None:
-    number = whole(name, value)
-    return number if number >= 0 else None
-
-
-def _bounded(name: str, value: Any) -> float:
-    """A penalty, from -2 to 2 at OpenAI's, and any finite number here."""
-    return real(name, value)
 
 
 def _mirostat(name: str, value: Any) -> int:
@@ -156,8 +146,8 @@ SAMPLING = (
     Option("typical_p", "typical_p typ_p", real),
     Option("repetition_penalty", "repetition_penalty repeat_penalty", real),
     Option("repetition_window", "repetition_window repeat_last_n", whole),
-    Option("presence_penalty", "presence_penalty", _bounded),
-    Option("frequency_penalty", "frequency_penalty", _bounded),
+    Option("presence_penalty", "presence_penalty", real),
+    Option("frequency_penalty", "frequency_penalty", real),
     Option("dry_multiplier", "dry_multiplier", real),
     Option("dry_base", "dry_base", real),
     Option("dry_allowed_length", "dry_allowed_length", whole),
@@ -168,11 +158,11 @@ SAMPLING = (
     Option("mirostat", "mirostat", _mirostat),
     Option("mirostat_tau", "mirostat_tau", real),
     Option("mirostat_eta", "mirostat_eta", real),
-    Option("seed", "seed", _seed),
-    Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", _limit),
+    Option("seed", "seed", _whole_or_none),
+    Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", _whole_or_none),
     Option("stop", "stop stop_sequences", stop_strings),
     Option("lookup", "lookup", truth),
-    Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _limit),
+    Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _whole_or_none),
 )
 
 

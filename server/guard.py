@@ -124,7 +124,7 @@ class Guard:
             return True
         if parts.scheme not in ("http", "https"):
             return False
-        return name in ("localhost", "127.0.0.1", "::1") or name.endswith(".localhost") or (
+        return name in _LOCAL_NAMES or name.endswith(".localhost") or (
             parts.netloc.lower() == headers.get("host", "").lower()  # the server's own page
         )
 

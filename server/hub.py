@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.models.catalog import CATALOG, NotPulled, catalog_entry, resolve
-from qrun.models.store import SHARD_NAME, shard_names, stored_models
+from qrun.models.store import SHARD_NAME, models_in, stored_models
 from qrun.server.errors import APIError, unavailable
 from qrun.server.threads import in_daemon
 
@@ -38,8 +38,6 @@ class Entry:
     """Whether the server has loaded the model, and may close it."""
     users: int = 0
     used: float = field(default_factory=time.monotonic)
-    busy: bool = False
-    """Being loaded or unloaded."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
 
@@ -90,6 +88,7 @@ class Hub:
         self._most_loaded = most_loaded
         self._entries: dict[str, Entry] = {}
         self._found: set[str] = set()
+        self._loading = asyncio.Lock()  # one at a time: each has to know what room the one before it has left
         self._closed = False
         named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
         for name, model in named:
@@ -112,15 +111,9 @@ class Hub:
     def refresh(self) -> None:
         """Look again at what lies in the folder and the store."""
         if self._folder is not None:
-            for path in sorted(self._folder.rglob("*.gguf")):
-                found = SHARD_NAME.match(path.name)
-                if found and int(found["no"]) != 1:
-                    continue
-                if not all(path.with_name(name).is_file() for name in shard_names(path.name)):
-                    continue
-                relative = path.relative_to(self._folder).with_name(found["stem"] if found else path.stem).as_posix()
-                if not relative.startswith(".") and relative not in self._entries:
-                    self._found.add(self._add(relative, path).id)
+            for stored in models_in(self._folder):
+                if stored.name not in self._entries:
+                    self._found.add(self._add(stored.name, stored.path).id)
         if self._with_store:
             names = {entry.path: entry.name for entry in CATALOG.values()}
             for stored in stored_models():
@@ -128,7 +121,7 @@ class Hub:
                 if name not in self._entries:
                     self._found.add(self._add(name, stored.path).id)
         for entry in list(self._entries.values()):
-            if entry.model is None and isinstance(entry.source, Path) and not entry.source.is_file():
+            if entry.model is None and isinstance(entry.source, Path) and not entry.source.exists():
                 del self._entries[entry.id]  # it was deleted
 
     @property
@@ -193,15 +186,14 @@ class Hub:
 
     async def load(self, entry: Entry, *, plainly: bool = False) -> None:
         """Load a model, if it is not loaded. plainly: raise what is wrong with it as it is."""
-        if entry.model is not None and not entry.busy:
+        if entry.model is not None:
             return
-        async with entry.lock:
+        async with entry.lock, self._loading:
             if entry.model is not None:
                 return
             if self._closed:
                 raise unavailable("the server is shutting down")
             await self._make_room(entry)
-            entry.busy = True
             try:
                 entry.model = await in_daemon(self._load, entry.source)
             except (NotPulled, OSError, ValueError) as error:
@@ -213,8 +205,6 @@ class Hub:
                 # Without paths: whoever runs the server finds them in its log.
                 raise APIError(f"the model {entry.id!r} cannot be loaded", 500, "server_error",
                                code="model_load_failed") from error  # fmt: skip
-            finally:
-                entry.busy = False
 
     def expire_later(self, entry: Entry) -> None:
         """Unload a model when its time has come, if nobody asks for it until then."""

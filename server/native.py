@@ -12,7 +12,7 @@ from qrun.server.errors import APIError
 from qrun.server.exchange import Exchange, dumps
 from qrun.server.openai_chat import comment, sse_error
 from qrun.server.prompts import infill_tokens, prompt_tokens, read_prompts
-from qrun.server.running import Place
+from qrun.server.running import Place, finish_reason
 from qrun.server.state import State, timings
 from qrun.server.structure import structure
 
@@ -30,7 +30,7 @@ async def tokenize(state: State, exchange: Exchange) -> None:
 
         def encode() -> list[int]:
             if body.get("messages") is not None:
-                return model.template_tokens(openai_chat(body).prompt(model))
+                return openai_chat(body).prompt_tokens(model)
             is_prompt = body.get("prompt") is not None
             text = fields.text("content", body.get("prompt" if is_prompt else "content", ""))
             add = fields.field(body, "add_special add_special_tokens", fields.truth, is_prompt)
@@ -172,7 +172,7 @@ async def _answer(
 
 def _end(generation: Generation, entry: Entry) -> dict[str, Any]:
     stats = generation.stats
-    limited = generation.stop_reason in ("length", "context")
+    limited = finish_reason(generation) == "length"
     return {
         "index": 0,
         "content": "",

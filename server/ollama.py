@@ -19,6 +19,7 @@ from qrun.server.exchange import Exchange, encode
 from qrun.server.facts import Facts, facts_of
 from qrun.server.models_api import capabilities
 from qrun.server.prompts import infill_tokens, prompt_tokens
+from qrun.server.running import finish_reason
 from qrun.server.state import State
 from qrun.server.structure import structure
 from qrun.server.threads import in_daemon
@@ -160,7 +161,7 @@ def last(generation: Generation, exchange: Exchange) -> dict[str, Any]:
     stats = generation.stats
     return {
         "done": True,
-        "done_reason": "length" if generation.stop_reason in ("length", "context") else "stop",
+        "done_reason": "length" if finish_reason(generation) == "length" else "stop",
         "total_duration": int((time.perf_counter() - exchange.arrived) * 1e9),
         "load_duration": 0,
         "prompt_eval_count": stats.prompt_tokens,

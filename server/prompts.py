@@ -29,21 +29,23 @@ _INFILL = {
     ),
 }
 _FILE_SEPARATOR = (("fim_sep",), ("<|file_sep|>", "<file_sep>"))
-_REPOSITORY = (("fim_rep",), ("<|repo_name|>", "<repo_name>", "<|fim_repo|>"))
 
 
-def read_prompts(value: Any, name: str = "prompt") -> list[Prompt]:
+_WRONG_PROMPT = "prompt must be a text, a list of texts, or a list of token ids"
+
+
+def read_prompts(value: Any) -> list[Prompt]:
     """A text, a list of texts, a list of ids, or a list of lists of ids."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise APIError(f"{name} must be a text, a list of texts, or a list of token ids", param=name)
+        raise APIError(_WRONG_PROMPT, param="prompt")
     if not value:
-        raise APIError(f"{name} is empty", param=name)
+        raise APIError("prompt is empty", param="prompt")
     if all(_is_id(one) for one in value):
         return [list(value)]
     if len(value) > MAX_PROMPTS:
-        raise APIError(f"{name} has more than {MAX_PROMPTS} prompts", param=name)
+        raise APIError(f"prompt has more than {MAX_PROMPTS} prompts", param="prompt")
     prompts: list[Prompt] = []
     for one in value:
         if isinstance(one, list) and all(_is_id(id) for id in one):
@@ -51,7 +53,7 @@ def read_prompts(value: Any, name: str = "prompt") -> list[Prompt]:
         elif isinstance(one, str):
             prompts.append(one)
         else:
-            raise APIError(f"{name} must be a text, a list of texts, or a list of token ids", param=name)
+            raise APIError(_WRONG_PROMPT, param="prompt")
     return prompts
 
 
@@ -59,12 +61,11 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def prompt_tokens(model: Model, prompt: Prompt, *, special: bool = True) -> list[int]:
-    """The ids of a prompt. special: read the spellings of special tokens as tokens, as those who write prompts by
-    hand mean them."""
+def prompt_tokens(model: Model, prompt: Prompt) -> list[int]:
+    """The ids of a prompt. Spellings of special tokens are these tokens, as who writes prompts by hand means them."""
     if not isinstance(prompt, str):
         return prompt
-    tokens = model.tokenize(prompt, parse_special=special)
+    tokens = model.tokenize(prompt, parse_special=True)
     tokenizer = model.tokenizer
     if not tokens and tokenizer is not None and tokenizer.bos_id is not None:
         return [tokenizer.bos_id]

@@ -13,13 +13,14 @@ from qrun.server import fields
 from qrun.server.blocks import Part, Parts
 from qrun.server.chat_requests import ChatRequest, call_id, continues, read_thinking
 from qrun.server.errors import APIError, not_supported
-from qrun.server.exchange import Exchange, dumps
+from qrun.server.exchange import Exchange, event
 from qrun.server.openai_chat import comment
+from qrun.server.running import finish_reason
 from qrun.server.state import State
 from qrun.server.structure import structure, tool_choice
 
 if TYPE_CHECKING:
-    from qrun.engine import Generation, Model
+    from qrun.engine import Generation
     from qrun.engine.text.tool_calls import ToolCall
     from qrun.server.hub import Entry
 
@@ -55,13 +56,9 @@ async def responses(state: State, exchange: Exchange) -> None:
 async def input_tokens(state: State, exchange: Exchange) -> None:
     """How many tokens a request has."""
     request = read_request(exchange.body)
-
-    def count(model: Model) -> int:
-        return len(model.template_tokens(request.prompt(model)))
-
     async with state.hub.use(exchange.body.get("model")) as entry:
-        count_of_all = await state.in_thread(count, entry.loaded)
-        await exchange.json({"object": "response.input_tokens", "input_tokens": count_of_all})
+        tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
+        await exchange.json({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
 
 # Requests
@@ -258,12 +255,12 @@ class ResponseStream:
     @property
     def status(self) -> str:
         """How it has ended."""
-        return "incomplete" if self._generation.stop_reason in ("length", "context") else "completed"
+        return "incomplete" if finish_reason(self._generation) == "length" else "completed"
 
     def _event(self, name: str, /, **more: Any) -> bytes:
         data = {"type": name, "sequence_number": self._number, **more}
         self._number += 1
-        return f"event: {name}\ndata: {dumps(data)}\n\n".encode()
+        return event(name, data)
 
     def begin(self) -> bytes:
         told = self.response("in_progress")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -32,7 +31,6 @@ class State:
         self.texts = texts
         self.metrics = Metrics()
         self.turns = Turns(settings.parallel, settings.max_queue)
-        self.started = int(time.time())
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns that takes a while."""

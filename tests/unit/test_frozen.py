@@ -100,6 +100,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     (folder,) = hook_folders()
     assert {path.name for path in Path(folder).glob("hook-*.py")} == {
         "hook-qrun.engine.py", "hook-qrun.models.py", "hook-qrun.cli.py",
+        "hook-qrun.server.py",
     }  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine["module_collection_mode"][package] == "pyz+py"
     assert not engine["wanted"]("qrun.engine.pyinstaller") and engine["wanted"]("qrun.engine.kernels.rows")
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
+    assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
 
 

@@ -55,6 +55,13 @@ def test_a_stream() -> None:
     assert last["usage"]["completion_tokens"] == len("Hello there.")
 
 
+def test_a_stream_counts_every_prompt_once() -> None:
+    answer = ask(prompt=["a~", "bcd~"], n=2, stream=True, stream_options={"include_usage": True})
+    figures = answer.events[-1]["usage"]
+    assert figures["prompt_tokens"] == 6 and figures["completion_tokens"] == 4 * len("Hello there.")
+    assert figures["total_tokens"] == 6 + figures["completion_tokens"]
+
+
 def test_several_prompts_and_answers() -> None:
     model = make_model(lambda before: before.upper())
     told = ask(model, prompt=["a~", "b~"], n=2).json()

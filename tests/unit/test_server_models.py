@@ -155,6 +155,37 @@ def test_the_most_models_at_a_time() -> None:
     assert loader.loaded == ["a", "b", "c"]
 
 
+def test_two_that_are_asked_for_at_once_are_not_one_too_many() -> None:
+    served, loader = serve("a", "b", most_loaded=1)
+    hub = served.state.hub
+
+    async def one(name: str) -> None:
+        async with hub.use(name):
+            pass
+
+    async def main() -> None:
+        loader.wait.clear()
+        both = asyncio.gather(one("a"), one("b"))
+        await asyncio.sleep(0.05)
+        loader.wait.set()
+        await both
+
+    asyncio.run(main())
+    assert sorted(loader.loaded) == ["a", "b"]
+    assert [is_loaded(served, name) for name in loader.loaded] == [False, True]
+
+
+def test_a_checkpoint_s_folder_stays_a_deleted_file_does_not(tmp_path: Path) -> None:
+    folder, file = tmp_path / "checkpoint", tmp_path / "m.gguf"
+    folder.mkdir()
+    file.write_bytes(b"")
+    served = app([folder, file], load=Loader())
+    ids = [one["id"] for one in call(served, "GET", "/v1/models").json()["data"]]
+    assert ids == ["checkpoint", "m"]
+    file.unlink()
+    assert [one["id"] for one in call(served, "GET", "/v1/models").json()["data"]] == ["checkpoint"]
+
+
 def test_how_long_a_model_stays_can_be_asked_for() -> None:
     served, _ = serve("a")
 
