@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from qrun.engine.kernels.records import PAGE_POSITIONS
-from qrun.engine.native.compiler import Progress, compile_kernels
+from qrun.engine.native.compiler import Progress, compile_kernels, default_target
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.native.team import TEAM_KERNELS
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
 from qrun.engine.program.state_blocks import state_sizes
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target
 from qrun.models import graph as G
 
 
 def kernels_of(graph: G.Graph, cache_type: str = "f16", target: Target | None = None) -> list[str]:
     """The keys of the kernels that a model needs, with as many threads as there are cores, or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
+    program = Lowering(graph, layout, target or default_target(), batch=1, head_rows=1, context=1, threads=1)
     counts = range(1, available_cores() + 1)
     kinds = [(layer, place.kind) for layer, place in zip(graph.cache_layers, layout.places, strict=True)]
     attention = {attention_key(layer, kind, threads) for layer, kind in kinds for threads in counts}
@@ -33,7 +33,7 @@ def warm_up(
     from qrun.engine.kernels import all_keys
 
     keys = kernels_of(graph, cache_type) if graph is not None else all_keys()
-    compiled = compile_kernels(keys, host_target(), progress)
+    compiled = compile_kernels(keys, default_target(), progress)
     return compiled, len(set(keys)) - compiled
 
 

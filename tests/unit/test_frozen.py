@@ -17,7 +17,7 @@ from tiny_model import write_tiny_model
 from qrun.cli import options
 from qrun.cli.main import COMMANDS
 from qrun.engine import kernels
-from qrun.engine.native import codegen
+from qrun.engine.native import codegen, sources
 from qrun.engine.pyinstaller import hook_folders
 from qrun.engine.simd.target import host_target
 
@@ -71,7 +71,7 @@ def outer(x, *, y=1):
 
 def digest_in_a_process(before: str) -> str:
     program = (
-        f"{before}\nimport hashlib, qrun.engine.native.codegen as c\n"
+        f"{before}\nimport hashlib, qrun.engine.native.sources as c\n"
         f"print(hashlib.sha256(c._bytecode(compile({CODE!r}, 'x', 'exec'))).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
@@ -89,9 +89,9 @@ def test_the_name_of_bytecode_is_the_same_in_every_process() -> None:
 def test_other_code_has_another_name(old: str, new: str) -> None:
     assert old in CODE
     codes = [compile(text, "x", "exec") for text in (CODE, CODE.replace(old, new), CODE)]
-    names = [codegen._bytecode(code) for code in codes]
+    names = [sources._bytecode(code) for code in codes]
     assert names[0] == names[2] != names[1]
-    assert names[0] == codegen._bytecode(codes[0].replace(co_filename="elsewhere", co_firstlineno=7))
+    assert names[0] == sources._bytecode(codes[0].replace(co_filename="elsewhere", co_firstlineno=7))
 
 
 def test_pyinstaller_finds_the_hooks() -> None:
