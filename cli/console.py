@@ -227,17 +227,18 @@ class CompileProgress:
     On a terminal one line that is rewritten and goes at the end; elsewhere one plain line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, for_what: str = "this CPU") -> None:
         self._announced = False
+        self._for = for_what
 
     def __call__(self, done: int, total: int) -> None:
         if total <= 0:
             return
         if not rewritable(sys.stderr):
             if not self._announced:
-                notice(f"compiling {total} kernel{'s' * (total > 1)} for this CPU (once)")
+                notice(f"compiling {total} kernel{'s' * (total > 1)} for {self._for} (once)")
         elif done < total:
-            status_line(f"compiling kernels for this CPU  {done}/{total}")
+            status_line(f"compiling kernels for {self._for}  {done}/{total}")
         else:
             status_line("")
         self._announced = True

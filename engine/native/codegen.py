@@ -11,10 +11,12 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from qrun.engine.native.linker import link
@@ -72,16 +74,37 @@ def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
         try:
             version = importlib.import_module(package).__version__
         except ImportError as error:
-            raise ImportError(
-                f"{wanted} is needed to compile kernels, and cannot be imported ({error}). Where pip finds no wheel of "
-                "it, this version of Python or this system is not among those that Numba supports"
-            ) from error
+            raise _not_there(package, oldest, str(error)) from error
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
         raise ImportError(
             f"{wanted} is needed to compile kernels, and {version} is installed (pip install --upgrade numba)"
         )
     return version
+
+
+def _not_there(package: str, oldest: tuple[int, int], why: str) -> ImportError:
+    wanted = f"{package} {'.'.join(map(str, oldest))} or newer"
+    return ImportError(
+        f"{wanted} is needed to compile kernels, and cannot be imported ({why}). Where pip finds no wheel of it, this "
+        "version of Python or this system is not among those that Numba supports"
+    )
+
+
+def compiler_place(package: str) -> Path | None:
+    """Where Numba or llvmlite lies, without importing it; None if it is not there."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def require_compiler() -> None:
+    """ImportError if nothing can be compiled here."""
+    for package, oldest in OLDEST.items():
+        if compiler_place(package) is None:
+            raise _not_there(package, oldest, f"No module named '{package}'")
 
 
 def last_words(error: BaseException) -> str:

@@ -7,7 +7,6 @@ nor llvmlite: it maps images, in milliseconds, and need not have a compiler at a
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from qrun.engine.cpu.code_memory import CodeMemory
 from qrun.engine.cpu.features import architecture
 from qrun.engine.kernels import require
 from qrun.engine.native.cache_root import cache_root
-from qrun.engine.native.codegen import OLDEST, CompileError, code_digest
+from qrun.engine.native.codegen import OLDEST, CompileError, code_digest, compiler_place, require_compiler
 from qrun.engine.native.linker import AARCH64, X86_64, Image, LinkError, placed
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.object_cache import ObjectCache, warn_once
@@ -57,16 +56,9 @@ def default_target() -> Target:
     have nothing for it, the best that they have for lesser ones."""
     best = host_target()
     packed = {machine for pack in packs() for machine in pack.targets}
-    if packed and machine_name(best) not in packed and not _can_compile():
+    if packed and machine_name(best) not in packed and any(compiler_place(name) is None for name in OLDEST):
         return next((machine_target(name) for name in usable_machines() if name in packed), best)
     return best
-
-
-def _can_compile() -> bool:
-    try:
-        return all(importlib.util.find_spec(name) is not None for name in OLDEST)
-    except (ImportError, ValueError):
-        return False
 
 
 def load_images(keys: Sequence[str], target: Target, progress: Progress | None = None) -> dict[str, bytes]:
@@ -90,28 +82,37 @@ def _images(
 ) -> tuple[dict[str, bytes], int]:
     """The images of `keys`, and how many of them had to be compiled."""
     images, problems = _packed(keys, target)
-    if len(images) == len(set(keys)):
+    missing = [key for key in dict.fromkeys(keys) if key not in images]
+    if not missing:
         return images, 0
     try:
-        cache = ObjectCache(code_digest(target), must_keep)
+        others, n_compiled = _cached(missing, target, progress, must_keep)
     except ImportError as error:
         if not (searched := packs()):
             raise
-        missing = next(key for key in keys if key not in images)
-        raise CompileError(_missing_in_packs(missing, target, searched, problems)) from error
+        raise CompileError(_missing_in_packs(missing[0], target, searched, problems)) from error
     for problem in problems:
         warn_once(problem)
-    images |= {key: code for key in keys if key not in images and (code := cache.read(key)) is not None}
+    return images | others, n_compiled
+
+
+def _cached(
+    keys: Sequence[str], target: Target, progress: Progress | None, must_keep: bool
+) -> tuple[dict[str, bytes], int]:
+    """The images of `keys` from the cache, and how many of them had to be compiled."""
+    cache = ObjectCache(code_digest(target), must_keep)
+    images = {key: code for key in keys if (code := cache.read(key)) is not None}
     n_compiled = 0
     if any(key not in images for key in keys):
         with _compiling:
             # Another thread may have compiled them meanwhile.
             images |= {key: code for key in keys if key not in images and (code := cache.read(key)) is not None}
-            to_compile = [key for key in dict.fromkeys(keys) if key not in images]
-            if to_compile:
+            missing = [key for key in keys if key not in images]
+            if missing:
+                require_compiler()
                 cache.prepare()
-                images |= _compile(to_compile, target, cache, progress or (lambda done, total: None))
-            n_compiled = len(to_compile)
+                images |= _compile(missing, target, cache, progress or (lambda done, total: None))
+            n_compiled = len(missing)
     cache.touch()
     return images, n_compiled
 

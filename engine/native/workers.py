@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import queue
@@ -22,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from qrun.engine.native.codegen import OLDEST, CompileError, compile_kernel
+from qrun.engine.native.codegen import OLDEST, CompileError, compile_kernel, compiler_place
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.simd.target import Target
 from qrun.models.interpreter import clean_environment, in_background, interpreter
@@ -247,10 +246,7 @@ def import_path() -> list[str]:
     It stays if qrun, Numba or llvmlite is imported from there.
     """
     ours = [str(Path(__file__).parents[3])]
-    for name in OLDEST:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            ours.append(str(Path(spec.origin).parents[1]))
+    ours += [str(place.parents[1]) for name in OLDEST if (place := compiler_place(name)) is not None]
     path = []
     for entry in filter(None, sys.path):
         here = os.path.abspath(entry) if os.path.exists(entry) else entry  # what does not exist may mean a hook

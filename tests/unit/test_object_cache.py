@@ -167,7 +167,8 @@ def test_an_object_that_others_can_write_to_is_compiled_anew(compiled: list[str]
     assert len(texts) == 2 and all(str(folder) in text for text in texts)
     assert "are not used, and compiled anew: other users may write to it" in texts[0]
     assert compiled == ["a", "b", "c"] * 2
-    assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in ("a.code", "b.code", "c.code"))
+    paths = [folder / name for name in ("a.code", "b.code", "c.code")]
+    assert all(path.is_file() and not path.is_symlink() for path in paths)
     load("a", "b", "c")
     assert len(compiled) == 6
 
