@@ -136,9 +136,9 @@ def packs() -> list[Pack]:
 
 def _folders_of_the_app() -> list[Path]:
     """Where a packed app has its pack: in the folder of its program, or of its data."""
-    if not getattr(sys, "frozen", False):
-        return []
-    places = (os.path.dirname(sys.executable), getattr(sys, "_MEIPASS", None))
+    places = [getattr(globals().get("__compiled__"), "containing_dir", None)]  # Nuitka's name, in each module
+    if getattr(sys, "frozen", False):
+        places += [os.path.dirname(sys.executable), getattr(sys, "_MEIPASS", None)]
     return [Path(place) / FOLDER for place in places if place]
 
 

@@ -17,7 +17,8 @@ from tiny_model import write_tiny_model
 from qrun.cli import options
 from qrun.cli.main import COMMANDS
 from qrun.engine import kernels
-from qrun.engine.native import codegen, sources
+from qrun.engine.native import codegen, packs, sources
+from qrun.engine.native.linker import Image
 from qrun.engine.pyinstaller import hook_folders
 from qrun.engine.simd.target import host_target
 
@@ -104,7 +105,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     }  # fmt: skip
 
 
-def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With stand-ins for PyInstaller's own helpers."""
     helpers = types.ModuleType("PyInstaller.utils.hooks")
     helpers.collect_submodules = lambda package, filter=None: [package]  # type: ignore[attr-defined]
@@ -113,9 +114,11 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PyInstaller", "PyInstaller.utils"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", helpers)
+    monkeypatch.delenv("QRUN_KERNELS", raising=False)
     (folder,) = map(Path, hook_folders())
     engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
     assert engine["hiddenimports"] == ["qrun.engine", "qrun.formats", "qrun.models"]
+    assert engine["datas"] == [("numba", "info"), ("llvmlite", "info")] and "excludedimports" not in engine
     # whatever names compiled code
     named = ("qrun.engine.simd", "qrun.engine.kernels", "qrun.formats.blocks", codegen.__name__.rpartition(".")[0])
     for package in named:
@@ -124,6 +127,15 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
     assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
+    # with a pack the app has the pack, and no compiler
+    pack = tmp_path / "kernels"
+    monkeypatch.setenv("QRUN_KERNELS", str(pack))
+    with pytest.raises(SystemExit, match=f"QRUN_KERNELS names {pack}, where there is no pack"):
+        runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    packs.write(pack, "1", {"avx2": {"a": Image(62, 0, None, b"code").to_bytes()}})
+    engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
+    assert engine["excludedimports"] == ["numba", "llvmlite"]
 
 
 APP = """
