@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import inf
 from statistics import NormalDist
 
+import numpy as np
+
 from qrun.formats import ValueType
 from qrun.models.huggingface.changes import padded_rows
 from qrun.models.huggingface.config import Config
@@ -56,7 +58,7 @@ def _gemma3n_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
 
 def _deviations(share: float) -> float:
     """By how many standard deviations the largest values exceed the mean, where such a share of all is smaller."""
-    return NormalDist().inv_cdf(share) if share > 0 else -inf
+    return float(np.float32(NormalDist().inv_cdf(share))) if share > 0 else -inf
 
 
 def _gemma3n_entries(facts: Facts) -> None:
@@ -113,7 +115,7 @@ _GEMMA3N = Architecture(
         Experts("altup_unembed_projections.{}.weight", "altup_unembd_proj.weight", ("embd", "embd"),
                 count="other_streams"),
     ),
-    sizes=_gemma3n_sizes, entries=_gemma3n_entries,
+    sizes=_gemma3n_sizes, entries=_gemma3n_entries, fixed={"altup_correct_scale": True},
 )  # fmt: skip
 
 # Gemma 4: layers that see everything have wider heads, and may have fewer of them for keys; some models have a mixture
