@@ -18,8 +18,12 @@ def kernels_of(graph: G.Graph, cache_type: str = "f16", target: Target | None = 
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
     counts = range(1, available_cores() + 1)
-    kinds = [(layer, place.kind) for layer, place in zip(graph.cache_layers, layout.places, strict=True)]
-    attention = {attention_key(layer, kind, threads) for layer, kind in kinds for threads in counts}
+    attention = {
+        attention_key(graph, operation, layout.places[operation.layer].kind, threads)
+        for operation in graph.operations
+        if isinstance(operation, G.Attention)
+        for threads in counts
+    }
     return [*TEAM_KERNELS, *dict.fromkeys([*program.kernel_keys, *sorted(attention)])]
 
 
@@ -50,8 +54,8 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
                 used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
                 total += weight.raw.nbytes * used
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    for window, page_bytes in zip(layout.windows, layout.page_bytes, strict=True):
-        seen = position if window is None else min(position, window)
+    for (window, every), page_bytes in zip(layout.groups, layout.page_bytes, strict=True):
+        seen = position / every if window is None else min(position, window)
         total += page_bytes / PAGE_POSITIONS * seen
     total += layout.block_bytes
     return total
