@@ -5,7 +5,7 @@ operations, and the tests interpret them with NumPy (`tests/reference.py`), whic
 Every `Value` is a float32 array [rows, width]; the rows are the tokens of one step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -25,8 +25,9 @@ where that is 0."""
 Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root", "exp"]
 """Activations that multiply nothing. `signed_root` is sign(x) * sqrt(max(|x|, 1e-6))."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
-Gating = Literal["softmax", "sigmoid"]
+Gating = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Constant = NDArray[np.float32]
+Indices = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ class Rope:
     magnitude: float
     temperature: "Temperature | None" = None
     start: int = 0
+    behind: int = 0
+    """Rows turn as those so many positions before them do, the first ones not at all."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,9 @@ class Attention:
 
     With `sinks` [n_heads], each head's softmax is over one score more, its sink, whose weight is then dropped. With
     `slopes` [n_heads], each score gets -slope * distance (ALiBi: arXiv:2108.12409).
+
+    With `entries`, there is a second cache beside it, that of `entries_layer`, which gets a row of them at the end of
+    every `CacheLayer.every` positions. Each row sees all of those up to itself, too, in the same softmax.
     """
 
     out: Value
@@ -233,6 +239,27 @@ class Attention:
     softcap: float | None
     sinks: Constant | None = None
     slopes: Constant | None = None
+    entries: Value | None = None
+    entries_layer: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The rows of every `every` positions as one, each column by itself: out = sum over these rows of share * x, with
+    the softmax of their scores for shares. All rows but the last of `every` get 0.
+
+    A row's scores get those of its place among them, `by_place` [every, width]. x and the scores are as wide as out.
+    With `overlap` they are twice as wide: the second half counts as above, and the first one together with it in the
+    next result, if there is one before. Rows lie in the cache of `layer` (`CacheLayer.exact`).
+    """
+
+    out: Value
+    x: Value
+    scores: Value
+    by_place: Constant
+    every: int
+    overlap: bool
+    layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -559,6 +586,9 @@ class MoE:
     adjustments: tuple[Adjustment, ...] = ()
     up_limit: float = 0.0
     """The second limit of `situ`."""
+    by_token: Indices | None = None
+    """[n_vocab, n_used]: experts that follow from a row's token, whatever the router says; it still says how much they
+    count."""
 
     @property
     def matrices(self) -> tuple[Weight, ...]:
@@ -575,12 +605,12 @@ class SelectRows:
 
 
 Operation = (
-    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention
+    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Pool
     | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
     | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
+STATEFUL = (Attention, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -610,6 +640,10 @@ class CacheLayer:
     """Values are the first `head_dim_v` dimensions of keys, and nothing beside them."""
     precise: bool = False
     """Kept in float32 where caches are otherwise float16."""
+    exact: bool = False
+    """Kept in float32 always."""
+    every: int = 1
+    """How many positions share one entry."""
 
 
 @dataclass
@@ -686,6 +720,18 @@ class GraphBuilder:
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
         return self.constant(name, *shape) if self.has(name) else None
+
+    def indices(self, name: str, *shape: int, below: int) -> Indices:
+        """The tensor of this full name, of whole numbers from 0 on and below a limit."""
+        info = self.reader.tensors.get(name)
+        if info is None:
+            raise self.error(f"tensor {name} is missing")
+        if info.shape != shape or info.type is not TensorType.I32:
+            raise self.error(f"tensor {name} is {info.type.name} {info.shape}, expected I32 {shape}")
+        values = np.frombuffer(info.raw.tobytes(), "<i4").astype(np.int32).reshape(shape)
+        if values.size and not (values.min() >= 0 and values.max() < below):
+            raise self.error(f"tensor {name} has numbers outside of 0 to {below - 1}")
+        return values
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self.reader.tensors.get(name)
@@ -772,9 +818,16 @@ class GraphBuilder:
         return self._append(Linear(self._value(weight.shape[0]), x, weight, bias, factor))
 
     def head_linear(self, x: Value, name: str, n_heads: int, width: int, columns: int, start: int = 0) -> Value:
-        """A matrix [width, columns] for each head, which takes its dimensions from `start` on."""
+        """A matrix [width, columns] for each head, which takes its dimensions from `start` on.
+
+        The file may have them as one, below each other.
+        """
         assert start + columns <= x.width // n_heads
-        weight = self.weight(f"{name}.weight", n_heads, width, columns)
+        if self.n_rows(f"{name}.weight") and n_heads > 1:
+            flat = self.weight(f"{name}.weight", n_heads * width, columns)
+            weight = Weight(flat.name, flat.type, (n_heads, width, columns), flat.raw)
+        else:
+            weight = self.weight(f"{name}.weight", n_heads, width, columns)
         return self._append(HeadLinear(self._value(n_heads * width), x, weight, start))
 
     def join(
@@ -795,14 +848,18 @@ class GraphBuilder:
         assert start + width <= x.width
         return self._append(Slice(self._value(width), x, start))
 
-    def rope(self, x: Value, head_dim: int, rotation: Rotation, *, query: bool = False, start: int = 0) -> Value:
+    def rope(
+        self, x: Value, head_dim: int, rotation: Rotation, *, query: bool = False, start: int = 0, behind: int = 0
+    ) -> Value:
         """Rotates dimensions of every head, two for each frequency, from `start` on."""
         n_rot = 2 * len(rotation.frequencies)
         assert start + n_rot <= head_dim and x.width % head_dim == 0
         frequencies, magnitude, interleaved = rotation.frequencies, rotation.magnitude, rotation.interleaved
         temperature = rotation.temperature if query else None
         out = self._value(x.width)
-        return self._append(Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature, start))
+        return self._append(
+            Rope(out, x, head_dim, n_rot, interleaved, frequencies, magnitude, temperature, start, behind)
+        )
 
     def attention(
         self,
@@ -814,8 +871,13 @@ class GraphBuilder:
         softcap: float | None = None,
         sinks: Constant | None = None,
         slopes: Constant | None = None,
+        entries: Value | None = None,
+        every: int = 1,
     ) -> Value:
-        """Causal attention of the next layer; `cache` says how its cache is laid out."""
+        """Causal attention of the next layer; `cache` says how its cache is laid out.
+
+        entries: rows beside the keys, of which every `every`-th counts.
+        """
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
         if v is None:
@@ -823,10 +885,14 @@ class GraphBuilder:
         else:
             assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
-        layer = len(self.cache_layers)
-        self.cache_layers.append(cache)
+        layer, entries_layer = self._cache(cache), None
+        if entries is not None:
+            assert v is None and entries.width == k.width and not cache.chunked and slopes is None
+            entries_layer = self._cache(replace(cache, window=None, every=every))
         out = self._value(cache.n_heads * cache.head_dim_v)
-        return self._append(Attention(out, q, k, v, layer, scale, softcap, sinks, slopes))
+        return self._append(
+            Attention(out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer)
+        )
 
     def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
         """Causal attention to the keys and values of an earlier layer."""
@@ -834,6 +900,14 @@ class GraphBuilder:
         assert q.width == cache.n_heads * cache.head_dim_k
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
+
+    def pool(self, x: Value, scores: Value, by_place: str, every: int, *, overlap: bool) -> Value:
+        """The rows of every `every` positions as one, by scores; by_place: a tensor's name."""
+        width = x.width // 2 if overlap else x.width
+        assert scores.width == x.width and (not overlap or x.width % 2 == 0)
+        places = self.constant(f"{by_place}.weight", every, x.width)
+        kept = CacheLayer(2, 2, x.width, x.width, 2 * every if overlap else every, values_in_keys=True, exact=True)
+        return self._append(Pool(self._value(width), x, scores, places, every, overlap, self._cache(kept)))
 
     def convolution(self, x: Value, name: str, taps: int, *, silu: bool = True, apart: int = 1) -> Value:
         """A convolution over time of each column: a matrix [x.width, taps], and a bias if the file has one.
@@ -968,12 +1042,14 @@ class GraphBuilder:
         up_limit: float = 0.0,
         weigh_inputs: bool = False,
         suffix: str = "_exps",
+        by_token: Indices | None = None,
     ) -> Value:
         """A mixture of experts from the tensors `<block>.ffn_gate_inp`, `.ffn_gate_exps`, `_up_exps`, `_down_exps`.
 
         Gate and up may be one tensor, `.ffn_gate_up_exps`; without `gated` there is no gate, and `kind` is of an
         activation that multiplies nothing. Experts may have scales and biases, and the router one for its choice,
         `.exp_probs_b`. suffix: of the names of the experts' matrices. There are n_expert / `together` of them.
+        by_token: which experts a token goes to, [n_vocab, n_used]; then there is no choice, and no bias for it.
         """
         if self.has(f"{block}.ffn_gate.0.weight"):
             raise self.error(f"tensor {block}.ffn_gate.0.weight: a tensor per expert is an old layout, not supported")
@@ -982,7 +1058,7 @@ class GraphBuilder:
         router_bias = self.optional_constant(f"{block}.ffn_gate_inp.bias", n_expert)
         # Some files leave the ending out.
         selection = f"{block}.exp_probs_b" + (".bias" if self.has(f"{block}.exp_probs_b.bias") else "")
-        selection_bias = self.optional_constant(selection, n_expert)
+        selection_bias = None if by_token is not None else self.optional_constant(selection, n_expert)
         gate, n_matrices = None, n_expert // together
         if gated and self.has(f"{block}.ffn_gate_up{suffix}.weight"):
             gate = up = self.weight(f"{block}.ffn_gate_up{suffix}.weight", n_matrices, 2 * n_ff, x.width)
@@ -997,7 +1073,7 @@ class GraphBuilder:
                 self._value(x.width), x, router, router_bias, gate, up, down, n_used, kind, normalize, scale, gating,
                 router_x=router_x, selection_bias=selection_bias, n_groups=n_groups, n_groups_used=n_groups_used,
                 together=together, limit=limit, up_limit=up_limit, weigh_inputs=weigh_inputs,
-                adjustments=tuple(adjustment for adjustment in found if adjustment is not None),
+                adjustments=tuple(adjustment for adjustment in found if adjustment is not None), by_token=by_token,
             )
         )  # fmt: skip
 
@@ -1024,6 +1100,10 @@ class GraphBuilder:
     def _append(self, operation: Operation) -> Value:
         self.operations.append(operation)
         return operation.out
+
+    def _cache(self, layer: CacheLayer) -> int:
+        self.cache_layers.append(layer)
+        return len(self.cache_layers) - 1
 
     def _state(self) -> int:
         self._n_states += 1

@@ -68,7 +68,8 @@ def attend(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Val
         lower_bound = metadata.real(key, low=-1e3, high=0.0) if metadata.has(key) else None
         return delta_attention(builder, metadata, h, x, layer, lower_bound, negated=True)
     sizes = Latent.read(metadata, h) if is_absorbed(builder, block) else Latent.plain(metadata, h)
-    y = latent_attention.attend(builder, h, x, layer, sizes, None)
+    # Only one layer of four has a cache, and what is mixed by score behind it depends on every digit.
+    y = latent_attention.attend(builder, h, x, layer, sizes, None, precise=True)
     if builder.has(f"{block}.attn_gate.weight"):
         y = builder.gate(builder.linear(x, f"{block}.attn_gate", y.width), y, "sigmoid")
     return builder.linear(y, f"{block}.attn_output", h.n_embd)

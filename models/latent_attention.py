@@ -64,10 +64,12 @@ def attend(
     window: int | None = None,
     sinks: Constant | None = None,
     norm_turned: bool = False,
+    precise: bool = False,
 ) -> Value:
     """Latent attention of one block, up to its output matrix: all heads' values.
 
     rotation: None turns nothing. scale: beside 1 / sqrt(dim_k). norm_turned: are keys normed before they turn?
+    precise: as in `CacheLayer`.
     """
     block, n_heads, rank, n_rot = f"blk.{layer}", h.n_heads[layer], sizes.rank, sizes.n_rot
     dim_k, dim_v, plain = sizes.dim_k, sizes.dim_v, sizes.dim_k - sizes.n_rot
@@ -81,7 +83,9 @@ def attend(
     both = builder.linear(x, f"{block}.attn_kv_a_mqa", rank + n_rot)
     short = builder.rms_norm(builder.slice(both, 0, rank), f"{block}.attn_kv_a_norm", h.rms_eps)
     if n_rot == 0:
-        return attend_still(builder, h, q, short, layer, sizes, scale=scale, window=window, sinks=sinks)
+        return attend_still(
+            builder, h, q, short, layer, sizes, scale=scale, window=window, sinks=sinks, precise=precise
+        )
     turned = builder.slice(both, rank, n_rot)
     if norm_turned:
         turned = builder.rms_norm(turned, f"{block}.attn_k_norm", h.rms_eps)
@@ -90,12 +94,12 @@ def attend(
         turned = builder.rope(turned, n_rot, rotation)
 
     if sizes.absorbed:
-        cache = CacheLayer(n_heads, 1, rank + n_rot, rank, window, values_in_keys=True)
+        cache = CacheLayer(n_heads, 1, rank + n_rot, rank, window, values_in_keys=True, precise=precise)
         asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, plain)
         q = builder.join(asked, range(rank), n_heads, q, range(plain, dim_k), n_heads)
         k, v = builder.join(short, range(rank), 1, turned, range(n_rot)), None
     else:
-        cache = CacheLayer(n_heads, n_heads, dim_k, dim_v, window)
+        cache = CacheLayer(n_heads, n_heads, dim_k, dim_v, window, precise=precise)
         kv = builder.linear(short, f"{block}.attn_kv_b", n_heads * (plain + dim_v))
         k = builder.join(kv, range(plain), n_heads, turned, range(n_rot))
         v = builder.join(kv, range(plain, plain + dim_v), n_heads)
@@ -117,12 +121,13 @@ def attend_still(
     scale: float,
     window: int | None,
     sinks: Constant | None,
+    precise: bool,
 ) -> Value:
     """The same of queries and short rows of a model without a part that turns."""
     block, n_heads, rank = f"blk.{layer}", h.n_heads[layer], sizes.rank
     if not sizes.absorbed:
         raise h.metadata.error("attention.key_length_mla", "is missing")
-    cache = CacheLayer(n_heads, 1, rank, rank, window, values_in_keys=True)
+    cache = CacheLayer(n_heads, 1, rank, rank, window, values_in_keys=True, precise=precise)
     asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, sizes.dim_k)
     y = builder.attention(asked, short, None, cache, scale * sizes.dim_k**-0.5, sinks=sinks)
     return builder.head_linear(y, f"{block}.attn_v_b", n_heads, sizes.dim_v, rank)

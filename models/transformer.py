@@ -5,11 +5,21 @@ from typing import Literal
 
 import numpy as np
 
-from qrun.models.graph import Activation, Alone, CacheLayer, Constant, Gating, GraphBuilder, Rotation, Value
+from qrun.models.graph import (
+    Activation,
+    Alone,
+    CacheLayer,
+    Constant,
+    Gating,
+    GraphBuilder,
+    Indices,
+    Rotation,
+    Value,
+)
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters, Metadata
 
-GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid")
-"""As files number them, from 1."""
+GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
+"""As files number them."""
 ALIBI = 8.0
 """The largest bias of models that do not give one."""
 LEAST_LIMIT = 1e-6
@@ -181,6 +191,7 @@ def experts(
     up_limit: float = 0.0,
     weigh_inputs: bool = False,
     suffix: str = "_exps",
+    by_token: Indices | None = None,
 ) -> Value:
     """A mixture of experts (see `graph.MoE`); `n_ff` is the width of one expert.
 
@@ -195,7 +206,7 @@ def experts(
         x, block, n_expert=h.n_expert, n_used=n_used, n_ff=n_ff, kind=kind, gated=gated, normalize=shares.normalize,
         scale=shares.scale, gating=shares.gating, router_x=router_x, n_groups=h.n_groups,
         n_groups_used=h.n_groups_used, together=together, limit=limit, up_limit=up_limit,
-        weigh_inputs=weigh_inputs, suffix=suffix,
+        weigh_inputs=weigh_inputs, suffix=suffix, by_token=by_token,
     )  # fmt: skip
 
 
@@ -246,8 +257,10 @@ def read_experts_scale(metadata: Metadata) -> float:
 
 def read_gating(metadata: Metadata, default: Gating) -> Gating:
     """How the router's logits become probabilities. A 0 means that the file does not say."""
-    number = metadata.integer("expert_gating_func", 0, low=0, high=len(GATINGS))
-    return GATINGS[number - 1] if number else default
+    number = metadata.integer("expert_gating_func", 0, low=0, high=max(GATINGS))
+    if number and number not in GATINGS:
+        raise metadata.error("expert_gating_func", f"is {number}, which is not supported")
+    return GATINGS.get(number, default)
 
 
 def head(

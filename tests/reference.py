@@ -38,6 +38,7 @@ from qrun.models.graph import (
     MixByScore,
     MoE,
     Operation,
+    Pool,
     RMSNorm,
     Rope,
     Scale,
@@ -85,7 +86,7 @@ def input_squares(graph: Graph, tokens: Sequence[int]) -> dict[str, tuple[Array,
             found[operation.weight.name] = total
             continue
         routed = x if operation.router_x is None else values[operation.router_x.id].astype(np.float64)
-        chosen, _ = routing(routed, operation)
+        chosen, _ = routing(routed, operation, np.asarray(tokens))
         found[operation.router.name] = (routed**2).sum(0)[None], np.array([len(x)])
         for weight in operation.matrices:
             found[weight.name] = np.zeros((weight.shape[0], weight.shape[-1])), np.zeros(weight.shape[0], int)
@@ -133,7 +134,15 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             cache, keys = graph.cache_layers[layer], values[k.id]
             if v is None:
                 part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
-            return attention(values[q.id], keys, part if v is None else values[v.id], cache, scale, cap, sinks, slopes)
+            both = keys, part if v is None else values[v.id]
+            if operation.entries is None:
+                return attention(values[q.id], *both, cache, scale, cap, sinks, slopes)
+            assert operation.entries_layer is not None and v is None
+            every = graph.cache_layers[operation.entries_layer].every
+            entries = values[operation.entries.id][every - 1 :: every]
+            return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, entries, every)
+        case Pool(x=x, scores=scores):
+            return pool(values[x.id], values[scores.id], operation)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
             return convolution(values[x.id], weight, bias, silu=silu)
         case LinearAttention():
@@ -189,7 +198,7 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
         case Softcap(x=x, cap=cap):
             return cap * np.tanh(values[x.id] / cap)
         case MoE(x=x, router_x=router_x):
-            return mixture_of_experts(values[x.id], operation, values[(router_x or x).id])
+            return mixture_of_experts(values[x.id], operation, values[(router_x or x).id], tokens)
         case SelectRows(x=x):
             return values[x.id]
 
@@ -247,7 +256,7 @@ def rope(x: Array, operation: Rope) -> Array:
     pairs = np.arange(half)
     first, second = (2 * pairs, 2 * pairs + 1) if operation.interleaved else (pairs, pairs + half)
     first, second = first + operation.start, second + operation.start
-    positions = np.arange(len(x))[:, None, None]
+    positions = np.maximum(np.arange(len(x)) - operation.behind, 0)[:, None, None]
     angle = positions * operation.frequencies.astype(np.float64)
     magnitude: Array | float = operation.magnitude
     if operation.temperature is not None:
@@ -278,8 +287,11 @@ def attention(
     softcap: float | None,
     sinks: Array | None = None,
     slopes: Array | None = None,
+    entries: Array | None = None,
+    every: int = 1,
 ) -> Array:
-    """Every position looks at itself and those before it, as far as the window reaches."""
+    """Every position looks at itself and those before it, as far as the window reaches; and at all entries, of which
+    there is one for every so many positions, that are complete there."""
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
     q = q.reshape(n, cache.n_heads, cache.head_dim_k)
@@ -290,6 +302,10 @@ def attention(
     if cache.chunked and cache.window:
         chunk = np.arange(n) // cache.window
         visible = (distance >= 0) & (chunk[:, None] == chunk)
+    if entries is not None:
+        entries = entries.reshape(-1, cache.n_kv_heads, cache.head_dim_k)
+        k, v = np.concatenate([k, entries]), np.concatenate([v, entries[..., : cache.head_dim_v]])
+        visible = np.concatenate([visible, np.arange(len(entries)) < (np.arange(n)[:, None] + 1) // every], axis=1)
     out = np.empty((n, cache.n_heads, cache.head_dim_v))
     for head in range(cache.n_heads):
         scores = scale * (q[:, head] @ k[:, head // shared_by].T).astype(np.float64)
@@ -300,8 +316,23 @@ def attention(
         scores = np.where(visible, scores, -np.inf)
         if sinks is not None:
             scores = np.concatenate([scores, np.full((n, 1), sinks[head])], axis=1)
-        out[:, head] = softmax(scores)[:, :n] @ v[:, head // shared_by]
+        out[:, head] = softmax(scores)[:, : len(v)] @ v[:, head // shared_by]
     return out.reshape(n, -1)
+
+
+def pool(x: Array, scores: Array, o: Pool) -> Array:
+    """The rows of every few positions as one."""
+    width, every = o.out.width, o.every
+    scores = scores + o.by_place[np.arange(len(x)) % every]
+    out = np.zeros((len(x), width))
+    for end in range(every, len(x) + 1, every):
+        rows, ranked = (array[end - every : end, -width:].astype(np.float64) for array in (x, scores))
+        if o.overlap:
+            before = slice(max(end - 2 * every, 0), end - every)
+            rows = np.concatenate([x[before, :width], rows])
+            ranked = np.concatenate([scores[before, :width], ranked])
+        out[end - 1] = (softmax(ranked.T).T * rows).sum(0)
+    return out
 
 
 def convolution(x: Array, weight: Array, bias: Array | None, *, silu: bool) -> Array:
@@ -377,12 +408,12 @@ def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     return out
 
 
-def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
+def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     """The experts that the router prefers for each row, and their shares: two [rows, n_used]."""
     scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
-    probabilities = softmax(scores) if moe.gating == "softmax" else sigmoid(scores)
+    probabilities = GATINGS[moe.gating](scores)
     liking = probabilities if moe.selection_bias is None else probabilities + moe.selection_bias
     if moe.n_groups > 1:
         grouped = liking.reshape(len(x), moe.n_groups, -1)
@@ -392,6 +423,8 @@ def routing(x: Array, moe: MoE) -> tuple[Array, Array]:
         np.put_along_axis(keep, best, True, axis=1)
         liking = np.where(keep[..., None], grouped, -np.inf).reshape(liking.shape)
     chosen = np.argsort(-liking, axis=1, kind="stable")[:, : moe.n_used] // moe.together
+    if moe.by_token is not None:
+        chosen = moe.by_token[tokens]
     shares = np.take_along_axis(probabilities, chosen, axis=1)
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
@@ -409,9 +442,9 @@ def expert_inner(x: Array, moe: MoE, expert: int) -> Array:
     return activate(gate, up, moe.kind, moe.limit, moe.up_limit)
 
 
-def mixture_of_experts(x: Array, moe: MoE, router_x: Array) -> Array:
+def mixture_of_experts(x: Array, moe: MoE, router_x: Array, tokens: Array) -> Array:
     """Each row through the experts that its router prefers."""
-    chosen, shares = routing(router_x, moe)
+    chosen, shares = routing(router_x, moe, tokens)
     out = np.zeros(x.shape)
     for rank in range(moe.n_used):
         for expert in np.unique(chosen[:, rank]):
@@ -479,3 +512,10 @@ def softmax(scores: Array) -> Array:
     """Over the last axis."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+GATINGS = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "sqrt_softplus": lambda x: np.sqrt(np.logaddexp(x, 0)),
+}

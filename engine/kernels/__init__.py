@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         linear_attention,
         matmul,
         observe,
+        pool,
         quantize,
         read,
         rows,
@@ -53,6 +54,7 @@ _MODULES = {
     "wkv": "wkv",
     "quantize": "quantize",
     "observe": "observe",
+    "pool": "pool",
     "read": "read",
     **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
 }
@@ -90,14 +92,14 @@ def all_keys() -> list[str]:
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
         *(f"append-{kind}" for kind in KIND_BITS),
         *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
-          for layout in ("", "-rows")),
+          for layout in ("", "-rows", "-rows-entries")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
-                                "selective_scan")),
+                                "selective_scan", "pool")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
           for packing in ("", *packings)),
     ]  # fmt: skip

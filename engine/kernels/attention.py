@@ -46,6 +46,8 @@ POSITIONS = R.PAGE_POSITIONS
 ROW = 4 * R.MAX_HEAD_DIM
 # Rows of one sequence that are computed together.
 TILE = R.TILE_SIZE
+# A window without an end.
+EVERYTHING = 1 << 40
 
 
 def append(cache_type: str) -> Kernel:
@@ -98,11 +100,15 @@ def append(cache_type: str) -> Kernel:
         dim_v = v.load_i64(op + R.KV_DIM_V)
         blocks_k = (dim_k + 31) // 32
         blocks_v = (dim_v + 31) // 32
+        every = v.load_i64(op + R.KV_EVERY)
         tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.KV_GROUP) * n_rows
         for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
             position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
-            page = v.load_i64(v.load_i64(tables + 8 * row) + 8 * (position // POSITIONS))
-            slot = position % POSITIONS
+            if (position + 1) % every != 0:
+                continue
+            entry = position // every
+            page = v.load_i64(v.load_i64(tables + 8 * row) + 8 * (entry // POSITIONS))
+            slot = entry % POSITIONS
             for head in range(v.load_i64(op + R.KV_HEADS)):
                 k = v.load_i64(op + R.KV_K) + row * v.load_i64(op + R.KV_K_STRIDE) + 4 * head * dim_k
                 keys = page + v.load_i64(op + R.KV_K_OFFSET) + head * v.load_i64(op + R.KV_K_HEAD_BYTES)
@@ -306,7 +312,8 @@ def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value
 
 def attention(variant: str) -> Kernel:
     """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together, and
-    "rows" where keys are laid out as values, and values are the first dimensions of them.
+    "rows" where keys are laid out as values, and values are the first dimensions of them; then also "entries" where a
+    second cache has one entry for every so many positions, which all count from the last of these on.
 
     A head may have a sink, a score that takes its part of the weights and gives nothing (Xiao et al., "Efficient
     Streaming Language Models with Attention Sinks", 2023: here learned, as in gpt-oss), and a slope, by which scores
@@ -316,7 +323,8 @@ def attention(variant: str) -> Kernel:
     and value head, so that those are read less often.
     """
     cache_type, together_text, *layout = variant.split("-")
-    together, in_rows = int(together_text), layout == ["rows"]
+    together, in_rows, with_entries = int(together_text), "rows" in layout, "entries" in layout
+    n_caches = 2 if with_entries else 1
     lanes = v.target().lanes
     bits = R.KIND_BITS[cache_type]
 
@@ -380,82 +388,91 @@ def attention(variant: str) -> Kernel:
                 if sinks != 0:  # as if a position of that score had been seen
                     v.store_f32(state + 8 * row, v.load_f32(sinks + 4 * (head + (row if of_heads else 0))))
                     v.store_f32(state + 8 * row + 4, v.float32(1.0))
-            tables = v.load_i64(step + R.PAGE_TABLES)
-            table = v.load_i64(tables + 8 * (v.load_i64(op + R.ATT_GROUP) * v.load_i64(step + R.N_ROWS) + first_row))
+            tables = v.load_i64(step + R.PAGE_TABLES) + 8 * first_row
+            n_rows = v.load_i64(step + R.N_ROWS)
             last_position = first_position if of_heads else first_position + count - 1
             chunked = v.load_i64(op + R.ATT_CHUNKED) != 0
             lowest = first_position // window * window if chunked else max(first_position - window + 1, 0)
-            for page_index in range(lowest // POSITIONS, last_position // POSITIONS + 1):
-                page = v.load_i64(table + 8 * page_index)
-                page_position = page_index * POSITIONS
-                keys = page + v.load_i64(op + R.ATT_K_OFFSET) + kv_head * v.load_i64(op + R.ATT_K_HEAD_BYTES)
-                values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
-                if in_rows:
-                    values = keys
-                key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
-                value_scales = values + row_blocks * 32 * POSITIONS * bits // 8
-                # Values are asked for during scores, and the next page's keys during the mix.
-                score_page(packed if packs else queries, keys, key_scales, blocks_k, scores, values)
-                for row in range(n):
-                    place = scores + row * 4 * POSITIONS
-                    highest = first_position - page_position + (0 if of_heads else row)
-                    seen = window
-                    if chunked:  # as far back as its chunk begins
-                        seen = (page_position + highest) % window + 1
-                    after = v.splat_int(highest + 1)
-                    before = v.splat_int(max(highest - seen, -1))
-                    some_hidden = highest < POSITIONS - 1 or highest >= seen
-                    slope = v.float32(0.0)
-                    if slopes != 0:
-                        slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))
-                    largest = v.splat(v.float32(-1e30))
-                    for i in range(0, POSITIONS, lanes):
-                        value = v.load(place + 4 * i) * scale
-                        if cap > v.float32(0.0):
-                            value = v.splat(cap) * v.tanh(value / v.splat(cap))
+            group, k_offset, every = v.load_i64(op + R.ATT_GROUP), v.load_i64(op + R.ATT_K_OFFSET), 1
+            for _ in range(n_caches):
+                # From here on, positions are those of entries.
+                table = v.load_i64(tables + 8 * group * n_rows)
+                last = (last_position + 1) // every - 1
+                for page_index in range(lowest // POSITIONS, last // POSITIONS + 1):
+                    page = v.load_i64(table + 8 * page_index)
+                    page_position = page_index * POSITIONS
+                    keys = page + k_offset + kv_head * v.load_i64(op + R.ATT_K_HEAD_BYTES)
+                    values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
+                    if in_rows:
+                        values = keys
+                    key_scales = keys + blocks_k * 32 * POSITIONS * bits // 8
+                    value_scales = values + row_blocks * 32 * POSITIONS * bits // 8
+                    # Values are asked for during scores, and the next page's keys during the mix.
+                    score_page(packed if packs else queries, keys, key_scales, blocks_k, scores, values)
+                    for row in range(n):
+                        place = scores + row * 4 * POSITIONS
+                        position = first_position + (0 if of_heads else row)
+                        highest = (position + 1) // every - 1 - page_position
+                        seen = window
+                        if chunked:  # as far back as its chunk begins
+                            seen = (page_position + highest) % window + 1
+                        after = v.splat_int(highest + 1)
+                        before = v.splat_int(max(highest - seen, -1))
+                        some_hidden = highest < POSITIONS - 1 or highest >= seen
+                        slope = v.float32(0.0)
                         if slopes != 0:
-                            distance = v.load(numbers + 4 * i) - v.splat(v.as_float(highest))
-                            value = v.fma(v.splat(slope), distance, value)
-                        if some_hidden:
-                            number = v.lane_numbers() + v.splat_int(i)
-                            value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
-                            value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
-                        largest = v.maximum(largest, value)
-                        v.store(place + 4 * i, value)
-                    old = v.load_f32(state + 8 * row)
-                    new = max(old, v.max_lanes(largest))
-                    total = v.splat(v.float32(0.0))
-                    for i in range(0, POSITIONS, lanes):
-                        value = v.load(place + 4 * i)
-                        seen = v.splat(v.float32(-1e29)) < value
-                        value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
-                        total = total + value
-                        v.store(place + 4 * i, value)
-                    kept = v.load_f32(state + 8 * row + 4)
-                    if old < new:  # else what there is would fade by 1
-                        fading = v.exp(v.splat(old - new))
-                        kept *= v.first_lane(fading)
-                        for i in range(0, blocks_v * 32, lanes):
-                            v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
-                    v.store_f32(state + 8 * row, new)
-                    v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
-                visible = min(POSITIONS, last_position - page_position + 1)
-                next_page = v.load_i64(table + 8 * min(page_index + 1, last_position // POSITIONS))
-                asked = next_page + (keys - page)
-                weights = scaled if quantised else scores
-                for first in range(0, blocks_v * 32, mix_width):
-                    if quantised and first % 32 == 0:
+                            slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))
+                        largest = v.splat(v.float32(-1e30))
                         for i in range(0, POSITIONS, lanes):
-                            factor = v.load_halves(value_scales + 2 * (first // 32 * POSITIONS + i))
-                            for place in range(4 * i, score_bytes, 4 * POSITIONS):
-                                v.store(scaled + place, v.load(scores + place) * factor)
-                    tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
-                    for position in range(visible):
-                        value = values + position * row_blocks * 32 * bits // 8
-                        v.prefetch(asked, mixed_bytes)
-                        asked += mixed_bytes
-                        tile = mix(tile, weights + 4 * position, value, first)
-                    v.store_rows(tile, mix_parts, sums + 4 * first, ROW)
+                            value = v.load(place + 4 * i) * scale
+                            if cap > v.float32(0.0):
+                                value = v.splat(cap) * v.tanh(value / v.splat(cap))
+                            if slopes != 0:
+                                distance = v.load(numbers + 4 * i) - v.splat(v.as_float(highest))
+                                value = v.fma(v.splat(slope), distance, value)
+                            if some_hidden:
+                                number = v.lane_numbers() + v.splat_int(i)
+                                value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
+                                value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
+                            largest = v.maximum(largest, value)
+                            v.store(place + 4 * i, value)
+                        old = v.load_f32(state + 8 * row)
+                        new = max(old, v.max_lanes(largest))
+                        total = v.splat(v.float32(0.0))
+                        for i in range(0, POSITIONS, lanes):
+                            value = v.load(place + 4 * i)
+                            seen = v.splat(v.float32(-1e29)) < value
+                            value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
+                            total = total + value
+                            v.store(place + 4 * i, value)
+                        kept = v.load_f32(state + 8 * row + 4)
+                        if old < new:  # else what there is would fade by 1
+                            fading = v.exp(v.splat(old - new))
+                            kept *= v.first_lane(fading)
+                            for i in range(0, blocks_v * 32, lanes):
+                                v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
+                        v.store_f32(state + 8 * row, new)
+                        v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
+                    visible = min(POSITIONS, last - page_position + 1)
+                    next_page = v.load_i64(table + 8 * min(page_index + 1, last // POSITIONS))
+                    asked = next_page + (keys - page)
+                    weights = scaled if quantised else scores
+                    for first in range(0, blocks_v * 32, mix_width):
+                        if quantised and first % 32 == 0:
+                            for i in range(0, POSITIONS, lanes):
+                                factor = v.load_halves(value_scales + 2 * (first // 32 * POSITIONS + i))
+                                for place in range(4 * i, score_bytes, 4 * POSITIONS):
+                                    v.store(scaled + place, v.load(scores + place) * factor)
+                        tile = v.load_rows(mix_vectors, mix_parts, sums + 4 * first, ROW)
+                        for position in range(visible):
+                            value = values + position * row_blocks * 32 * bits // 8
+                            v.prefetch(asked, mixed_bytes)
+                            asked += mixed_bytes
+                            tile = mix(tile, weights + 4 * position, value, first)
+                        v.store_rows(tile, mix_parts, sums + 4 * first, ROW)
+                if with_entries:
+                    group, every = v.load_i64(op + R.ATT_ENTRIES_GROUP), v.load_i64(op + R.ATT_ENTRIES_EVERY)
+                    k_offset, window, lowest = v.load_i64(op + R.ATT_ENTRIES_OFFSET), EVERYTHING, 0
             for row in range(count):
                 total = v.load_f32(state + 8 * row + 4)
                 for i in range(dim_v):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import PACKERS
+from qrun.engine.kernels.rows import GATES
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -19,14 +20,20 @@ Kernel = Callable[[int, int, int], None]
 OUT, CHOSEN = -1e30, -2e30
 # What weights are divided by at least: the least that float16 holds in full precision.
 LEAST_TOTAL = 6.103515625e-5
+# How logits become probabilities, by the numbers that records have for it.
+GATINGS = ("softmax", "sigmoid", "sqrt_softplus")
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS = range(3)
+# Of what a root is taken at least, so that it has one.
+LEAST_SOFTPLUS = 1e-30
 
 
 def route(_: str) -> Kernel:
     """Choose experts from the router's logits: slots, weights and ranges. It is done in one part, in microseconds."""
     panel_columns = v.target().columns
+    softplus = GATES["softplus"]
 
     @v.helper
-    def gate(logits, chances, n_experts, sigmoid):  # type: ignore[no-untyped-def]
+    def gate(logits, chances, n_experts, gating):  # type: ignore[no-untyped-def]
         """Probabilities from logits."""
         largest = v.load_f32(logits)
         for i in range(n_experts):
@@ -34,14 +41,17 @@ def route(_: str) -> Kernel:
         total = v.float32(0.0)
         for i in range(n_experts):
             value = v.load_f32(logits + 4 * i)
-            if sigmoid != 0:
+            if gating == SIGMOID:
                 one = v.float32(1.0)
                 v.store_f32(chances + 4 * i, one / (one + v.first_lane(v.exp(v.splat(-value)))))
+            elif gating == SQRT_SOFTPLUS:
+                chance = max(v.first_lane(softplus(v.splat(value))), v.float32(LEAST_SOFTPLUS))
+                v.store_f32(chances + 4 * i, chance * v.inverse_sqrt(chance))
             else:
                 chance = v.first_lane(v.exp(v.splat(value - largest)))
                 v.store_f32(chances + 4 * i, chance)
                 total += chance
-        if sigmoid == 0:
+        if gating == SOFTMAX:
             for i in range(n_experts):
                 v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
 
@@ -89,23 +99,28 @@ def route(_: str) -> Kernel:
         weights = v.load_i64(op + R.MOE_WEIGHTS)
         chances = v.load_i64(op + R.MOE_CHANCES)
         scores = chances + 4 * n_experts
+        by_token = v.load_i64(op + R.MOE_BY_TOKEN)
         counts = v.load_i64(op + R.MOE_COUNTS)
         ranges = v.load_i64(op + R.MOE_RANGES)
         for expert in range(n_experts):
             v.store_i64(counts + 8 * expert, 0)
         for row in range(n_rows):
             logits = v.load_i64(op + R.MOE_LOGITS) + row * v.load_i64(op + R.MOE_LOGITS_STRIDE)
-            gate(logits, chances, n_experts, v.load_i64(op + R.MOE_SIGMOID))
+            gate(logits, chances, n_experts, v.load_i64(op + R.MOE_GATING))
             score(chances, scores, n_experts, v.load_i64(op + R.MOE_SELECTION))
             if v.load_i64(op + R.MOE_GROUPS) > 1:
                 leave_groups(scores, n_experts, v.load_i64(op + R.MOE_GROUPS), v.load_i64(op + R.MOE_GROUPS_USED))
+            token = v.load_i64(v.load_i64(step + R.TOKENS) + 8 * row)
             total = v.float32(0.0)
             for i in range(row * n_used, (row + 1) * n_used):
                 best = 0
-                for expert in range(1, n_experts):
-                    if v.load_f32(scores + 4 * expert) > v.load_f32(scores + 4 * best):
-                        best = expert
-                v.store_f32(scores + 4 * best, v.float32(CHOSEN))
+                if by_token != 0:
+                    best = v.load_i32(by_token + 4 * (token * n_used + i - row * n_used))
+                else:
+                    for expert in range(1, n_experts):
+                        if v.load_f32(scores + 4 * expert) > v.load_f32(scores + 4 * best):
+                            best = expert
+                    v.store_f32(scores + 4 * best, v.float32(CHOSEN))
                 best = best // v.load_i64(op + R.MOE_TOGETHER)
                 chance = v.load_f32(chances + 4 * best)
                 v.store_f32(weights + 4 * i, chance)

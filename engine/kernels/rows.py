@@ -726,6 +726,7 @@ def rope(_: str) -> Kernel:
         head_dim = v.load_i64(op + R.ROW_ROPE_HEAD_DIM)
         interleaved = v.load_i64(op + R.ROW_ROPE_INTERLEAVED)
         position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
+        position = max(position - v.load_i64(op + R.ROW_ROPE_BEHIND), 0)
         table = v.load_i64(op + R.ROW_ROPE_TABLE) + position * dims * 4
         start = v.load_i64(op + R.ROW_ROPE_START)
         apart = 1 if interleaved != 0 else dims // 2

@@ -13,15 +13,16 @@ from qrun.models import graph as G
 
 
 def select_early(graph: G.Graph) -> G.Graph:
-    """The same graph, with rows selected behind the last operation whose rows depend on each other.
+    """The same graph, with rows selected behind the last operation whose rows depend on each other, or on where they
+    are.
 
     A graph whose hidden states are wanted of all rows stays as it is.
     """
     if hidden_of_all_rows(graph):
         return graph
-    last = max((i for i, operation in enumerate(graph.operations) if isinstance(operation, G.STATEFUL)), default=-1)
-    if last < 0:
+    if not any(isinstance(operation, G.STATEFUL) for operation in graph.operations):
         return graph
+    last = max(i for i, operation in enumerate(graph.operations) if knows_its_row(operation))
     body, head = graph.operations[: last + 1], graph.operations[last + 1 :]
     all_rows = {operation.out.id for operation in body}
     unused = 1 + max(operation.out.id for operation in graph.operations)
@@ -47,6 +48,12 @@ def select_early(graph: G.Graph) -> G.Graph:
             rest.append(replace(operation, **inputs))
     hidden = None if graph.hidden is None else of(graph.hidden)
     return replace(graph, operations=[*body, *selections, *rest], logits=of(graph.logits), hidden=hidden)
+
+
+def knows_its_row(operation: G.Operation) -> bool:
+    """Must an operation have the rows of all tokens, at their places?"""
+    by_token = isinstance(operation, G.MoE) and operation.by_token is not None
+    return by_token or isinstance(operation, (*G.STATEFUL, G.Embed, G.Rope))
 
 
 def hidden_of_all_rows(graph: G.Graph) -> bool:

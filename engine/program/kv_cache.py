@@ -1,7 +1,8 @@
 """The KV cache: pages of 64 positions, shared by sequences and copied when one of them writes.
 
 Layers with the same attention window form a group; a page of a group holds the keys and values of all its layers for
-64 positions (laid out in `kernels.attention`). Groups with a sliding window give pages back as the window passes.
+64 positions (laid out in `kernels.attention`), or 64 entries of layers of which one stands for several positions.
+Groups with a sliding window give pages back as the window passes.
 Beside the pages lie the blocks of what is no cache: see `state_blocks`.
 """
 
@@ -56,15 +57,15 @@ class CacheLayout:
         if cache_type not in CACHE_BITS:
             raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
-        self.windows: list[int | None] = []
+        self.groups: list[tuple[int | None, int]] = []  # window, positions of an entry
         self.page_bytes: list[int] = []
         self.places: list[LayerPlace] = []
         for layer in layers:
-            if layer.window not in self.windows:
-                self.windows.append(layer.window)
+            if (layer.window, layer.every) not in self.groups:
+                self.groups.append((layer.window, layer.every))
                 self.page_bytes.append(0)
-            group = self.windows.index(layer.window)
-            kind = "f32" if layer.precise and cache_type == "f16" else cache_type
+            group = self.groups.index((layer.window, layer.every))
+            kind = "f32" if layer.exact or (layer.precise and cache_type == "f16") else cache_type
             k = head_bytes(layer.head_dim_k, kind)
             v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
             start = self.page_bytes[group]
@@ -76,13 +77,17 @@ class CacheLayout:
             self.state_offsets.append(self.block_bytes)
             self.block_bytes += -(-4 * size // 64) * 64
 
+    def positions_of_page(self, group: int) -> int:
+        """Of how many positions a page has the entries."""
+        return PAGE_POSITIONS * self.groups[group][1]
+
     def bytes_at(self, context: int) -> int:
         """Bytes that one sequence of `context` tokens takes."""
         total = 0
-        for window, size in zip(self.windows, self.page_bytes, strict=True):
+        for (window, every), size in zip(self.groups, self.page_bytes, strict=True):
             # A window may begin and end inside a page, and a batch of new tokens comes on top.
             seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
-            total += -(-seen // PAGE_POSITIONS) * size
+            total += -(-seen // (every * PAGE_POSITIONS)) * size
         return total
 
 
@@ -143,9 +148,9 @@ class KVSequence:
             raise ValueError("this sequence is closed")
         if not count:
             return
-        first, last = self.n_past // PAGE_POSITIONS, (self.n_past + count - 1) // PAGE_POSITIONS
         for group, (pool, pages) in enumerate(zip(self.pools, self._pages, strict=True)):
-            for index in range(first, last + 1):
+            size = self.layout.positions_of_page(group)
+            for index in range(self.n_past // size, (self.n_past + count - 1) // size + 1):
                 page = pages.get(index)
                 if page is not None and page.references == 1:
                     continue
@@ -161,7 +166,7 @@ class KVSequence:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
         self.states.advance()
-        for group, window in enumerate(self.layout.windows):
+        for group, (window, _) in enumerate(self.layout.groups):
             if window is not None:
                 lowest = (self.n_past - window + 1) // PAGE_POSITIONS
                 for index in [i for i in self._pages[group] if i < lowest]:
@@ -173,7 +178,7 @@ class KVSequence:
         `truncate` still gets back to these: no window gives back a page on the way."""
         after = self.n_past + 1 if after is None else after
         room = self.context - after
-        for window in self.layout.windows:
+        for window, _ in self.layout.groups:
             if window is not None:
                 lowest = max((after - window + 1) // PAGE_POSITIONS, 0)
                 room = min(room, (lowest + 1) * PAGE_POSITIONS + window - 2 - after)
@@ -198,13 +203,10 @@ class KVSequence:
         if n >= self.n_past:
             return self.n_past
         n = self.states.reachable(max(n, 0))
-        for group, window in enumerate(self.layout.windows):
-            lowest = 0 if window is None else max(n - window + 1, 0) // PAGE_POSITIONS
-            needed = range(lowest, -(-n // PAGE_POSITIONS))
-            if any(index not in self._pages[group] for index in needed):
-                n = 0
+        if any(index not in self._pages[group] for group in range(len(self.pools)) for index in self._needed(group, n)):
+            n = 0
         for group in range(len(self.pools)):
-            for index in [i for i in self._pages[group] if i * PAGE_POSITIONS >= n]:
+            for index in [i for i in self._pages[group] if i * self.layout.positions_of_page(group) >= n]:
                 self._drop(group, index)
         self.states.truncate(n)
         self.n_past = n
@@ -241,10 +243,9 @@ class KVSequence:
         n_past = int(state["n_past"])
         if not 0 <= n_past <= self.context:
             raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
-        for group, (pool, window) in enumerate(zip(self.pools, self.layout.windows, strict=True)):
+        for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
-            lowest = 0 if window is None else max(n_past - window + 1, 0) // PAGE_POSITIONS
-            needed = set(range(lowest, -(-n_past // PAGE_POSITIONS)))
+            needed = set(self._needed(group, n_past))
             shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
             if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
@@ -268,6 +269,12 @@ class KVSequence:
         self._clear()
         self.n_past = 0
         self._closed = True
+
+    def _needed(self, group: int, n: int) -> range:
+        """The pages of a group without which n positions cannot be gone on from."""
+        window, size = self.layout.groups[group][0], self.layout.positions_of_page(group)
+        lowest = 0 if window is None else max(n - window + 1, 0) // size
+        return range(lowest, -(-n // size))
 
     def _clear(self) -> None:
         for group in range(len(self.pools)):

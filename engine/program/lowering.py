@@ -13,6 +13,7 @@ import numpy as np
 
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
+from qrun.engine.program.kv_cache import LayerPlace
 from qrun.engine.program.lowering_experts import lower_experts
 from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs, limits
 from qrun.engine.program.rope_table import RopeTable
@@ -170,7 +171,7 @@ class Lowering(RecordWriter):
         self.row_operation(
             "rope", self.new(o.out), o.out.width, self.places[o.x.id], row_rope_head_dim=o.head_dim,
             row_rope_dims=o.n_rot, row_rope_interleaved=int(o.interleaved), row_rope_table=table.values,
-            row_rope_start=o.start,
+            row_rope_start=o.start, row_rope_behind=o.behind,
         )  # fmt: skip
 
     def _rope_table(self, o: G.Rope) -> RopeTable:
@@ -202,13 +203,25 @@ class Lowering(RecordWriter):
                     R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: dims[0], R.KV_DIM_V: dims[1],
                     R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: v_offset,
                     R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: v_head_bytes,
-                    R.KV_GROUP: place.group,
+                    R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
                 },
                 [k, v], [cache], True,
             )  # fmt: skip
+        entries: dict[int, object] = {}
+        caches = [cache]
+        if o.entries is not None:
+            assert o.entries_layer is not None
+            of_entries, at = self.graph.cache_layers[o.entries_layer], self.layout.places[o.entries_layer]
+            assert at.kind == place.kind and layer.values_in_keys
+            caches.append(f"cache of layer {o.entries_layer}")
+            self._append_rows(self.places[o.entries.id], of_entries, at, at.k_offset, caches[-1])
+            entries = {
+                R.ATT_ENTRIES_EVERY: of_entries.every, R.ATT_ENTRIES_GROUP: at.group,
+                R.ATT_ENTRIES_OFFSET: at.k_offset,
+            }  # fmt: skip
         out = self.new(o.out)
         self.emit(
-            attention_key(layer, place.kind, self.threads),
+            attention_key(self.graph, o, place.kind, self.threads),
             {
                 R.ATT_Q: q, R.ATT_Q_STRIDE: q.stride, R.ATT_OUT: out, R.ATT_OUT_STRIDE: out.stride,
                 R.ATT_HEADS: layer.n_heads, R.ATT_KV_HEADS: layer.n_kv_heads, R.ATT_DIM_K: layer.head_dim_k,
@@ -217,9 +230,39 @@ class Lowering(RecordWriter):
                 R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
                 R.ATT_WINDOW: layer.window or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
-                R.ATT_CHUNKED: int(layer.chunked),
+                R.ATT_CHUNKED: int(layer.chunked), **entries,
             },
-            [q, cache], [out], False,
+            [q, *caches], [out], False,
+        )  # fmt: skip
+
+    def _append_rows(self, x: Place, layer: G.CacheLayer, place: LayerPlace, offset: int, cache: str) -> None:
+        """Rows of one head to a cache that keeps them as they come."""
+        self.emit(
+            f"append-{place.kind}",
+            {
+                R.KV_K: x, R.KV_K_STRIDE: x.stride, R.KV_V: x, R.KV_V_STRIDE: x.stride, R.KV_HEADS: 1,
+                R.KV_DIM_K: 0, R.KV_DIM_V: layer.head_dim_k, R.KV_K_OFFSET: offset, R.KV_V_OFFSET: offset,
+                R.KV_K_HEAD_BYTES: 0, R.KV_V_HEAD_BYTES: 0, R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
+            },
+            [x], [cache], True,
+        )  # fmt: skip
+
+    def _lower_pool(self, o: G.Pool) -> None:
+        layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
+        cache, offsets = f"cache of layer {o.layer}", (place.k_offset, place.k_offset + place.k_head_bytes)
+        for value, offset in zip((o.x, o.scores), offsets, strict=True):
+            self._append_rows(self.places[value.id], layer, place, offset, cache)
+        row_floats = -(-o.x.width // 32) * 32
+        places = np.pad(o.by_place, ((0, 0), (0, row_floats - o.x.width)))
+        out = self.new(o.out)
+        self.emit(
+            "pool-",
+            {
+                R.POOL_Y: out, R.POOL_Y_STRIDE: out.stride, R.POOL_WIDTH: o.out.width, R.POOL_EVERY: o.every,
+                R.POOL_OVERLAP: int(o.overlap), R.POOL_PLACES: floats(places), R.POOL_X_OFFSET: offsets[0],
+                R.POOL_SCORES_OFFSET: offsets[1], R.POOL_ROW_BYTES: 4 * row_floats, R.POOL_GROUP: place.group,
+            },
+            [cache], [out], False,
         )  # fmt: skip
 
     def _lower_convolution(self, o: G.Convolution) -> None:
@@ -370,10 +413,12 @@ def floats(values: G.Constant | None) -> Any:
     return 0 if values is None else np.ascontiguousarray(values, np.float32)
 
 
-def attention_key(layer: G.CacheLayer, kind: str, threads: int) -> str:
-    """The kernel for a layer: with as many together of the query heads that share a key and value head as possible,
+def attention_key(graph: G.Graph, operation: G.Attention, kind: str, threads: int) -> str:
+    """The kernel for attention: with as many together of the query heads that share a key and value head as possible,
     but so that there is work for every thread."""
+    layer = graph.cache_layers[operation.layer]
     group = layer.n_heads // layer.n_kv_heads
     most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
     together = max(n for n in range(1, most + 1) if group % n == 0)
-    return f"attention-{kind}-{together}{'-rows' if layer.values_in_keys else ''}"
+    layout = "-rows" if layer.values_in_keys else ""
+    return f"attention-{kind}-{together}{layout}{'' if operation.entries is None else '-entries'}"

@@ -27,8 +27,12 @@ def kernels_of(
         for to_lower in (graph, select_early(graph))
     ]
     counts = range(1, (threads or available_cores()) + 1)
-    kinds = [(layer, place.kind) for layer, place in zip(graph.cache_layers, layout.places, strict=True)]
-    attention = {attention_key(layer, kind, count) for layer, kind in kinds for count in counts}
+    attention = {
+        attention_key(graph, operation, layout.places[operation.layer].kind, count)
+        for operation in graph.operations
+        if isinstance(operation, G.Attention)
+        for count in counts
+    }
     keys = [key for program in lowered for key in program.kernel_keys]
     return [*TEAM_KERNELS, *dict.fromkeys([*keys, *sorted(attention)])]
 
@@ -67,8 +71,8 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
                 used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
                 total += weight.raw.nbytes * used
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    for window, page_bytes in zip(layout.windows, layout.page_bytes, strict=True):
-        seen = position if window is None else min(position, window)
+    for (window, every), page_bytes in zip(layout.groups, layout.page_bytes, strict=True):
+        seen = position / every if window is None else min(position, window)
         total += page_bytes / PAGE_POSITIONS * seen
     total += layout.block_bytes
     return total

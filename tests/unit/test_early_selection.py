@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_operations import Maker, experts, heads
 
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.runtime import Runtime
@@ -47,6 +48,26 @@ def test_logits_are_those_of_all_rows(graph: G.Graph, rng: np.random.Generator) 
     assert np.array_equal(early.evaluate(sequence, tokens[39:]), expected[39])
     late.close()
     early.close()
+
+
+@pytest.mark.parametrize("kind", ["turns", "by token", "by position"])
+def test_what_depends_on_its_place_has_all_rows(kind: str, rng: np.random.Generator) -> None:
+    maker = Maker(rng)
+    q, k, v = heads(maker, cache := G.CacheLayer(4, 2, 16, 16, None))
+    maker.caches.append(cache)
+    x = maker.add(G.Attention(maker.value(64), q, k, v, 0, 0.25, None))
+    if kind == "turns":
+        x = maker.add(G.Rope(maker.value(64), x, 16, 8, True, np.ones(4, np.float32), 1.0))
+    elif kind == "by token":
+        x = experts(maker, by_token=True, x=maker.linear(x, 36))
+    else:
+        x = maker.add(G.Add(maker.value(64), x, maker.embed(64, by_position=True)))
+    runtime = Runtime(maker.graph(x), threads=2, context=64)
+    tokens = rng.integers(0, 40, 40)
+    expected = runtime.evaluate(runtime.sequence(), tokens, "all")
+    assert expected is not None
+    assert np.array_equal(runtime.evaluate(runtime.sequence(), tokens), expected[-1])
+    runtime.close()
 
 
 def test_a_graph_without_attention_stays_as_it_is() -> None:

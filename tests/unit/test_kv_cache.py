@@ -39,7 +39,7 @@ def marks(sequence: KVSequence, index: int) -> list[int]:
 def test_layout_has_no_overlaps() -> None:
     for cache_type, bits in (("f16", 16), ("q8_0", 8 + 0.5), ("q4_0", 4 + 0.5)):
         layout = CacheLayout([FULL, SLIDING, FULL], cache_type)
-        assert layout.windows == [None, 100]
+        assert layout.groups == [(None, 1), (100, 1)]
         # Dimensions are padded to 32: 2 layers of 2 heads of (64 + 32), 1 of 2 heads of (32 + 32).
         assert layout.page_bytes == [2 * 2 * 96 * 64 * bits / 8, 2 * 64 * 64 * bits / 8]
         spans = []
@@ -62,6 +62,36 @@ def test_layers_that_need_every_digit_are_kept_in_float32() -> None:
     for cache_type, kinds in (("f16", ["f16", "f32"]), ("q8_0", ["q8_0", "q8_0"])):
         assert [place.kind for place in CacheLayout(layers, cache_type).places] == kinds
     assert CacheLayout(layers, "f16").page_bytes == [2 * 96 * 64 * (2 + 4)]
+
+
+def test_layers_of_exact_rows_are_in_float32_whatever_the_cache_is() -> None:
+    layers = [replace(FULL, exact=True), FULL]
+    for cache_type in ("f16", "q8_0"):
+        assert [place.kind for place in CacheLayout(layers, cache_type).places] == ["f32", cache_type]
+
+
+def test_entries_for_several_positions_take_a_page_for_as_many_times_64() -> None:
+    """They are pages as others: shared, copied when written, dropped when the sequence goes back."""
+    coarse = CacheLayer(4, 1, 32, 32, None, values_in_keys=True, every=4)
+    layout = CacheLayout([FULL, coarse], "f16")
+    assert layout.groups == [(None, 1), (None, 4)]
+    assert layout.bytes_at(257) == 5 * layout.page_bytes[0] + 2 * layout.page_bytes[1]
+    pools = [PagePool(size) for size in layout.page_bytes]
+    sequence = KVSequence(layout, pools, 1000, threading.RLock())
+    sequence.reserve(257)
+    sequence.advance(257)
+    assert [sorted(pages) for pages in sequence._pages] == [[0, 1, 2, 3, 4], [0, 1]]
+    twin = sequence.fork()
+    assert twin.truncate(255) == 255
+    assert [sorted(pages) for pages in twin._pages] == [[0, 1, 2, 3], [0]]
+    twin.reserve(1)
+    assert twin._pages[0][3] is not sequence._pages[0][3] and twin._pages[1][0] is not sequence._pages[1][0]
+    other = KVSequence(layout, pools, 1000, threading.RLock())
+    other.restore(sequence.state())
+    assert other.n_past == 257 and [len(pages) for pages in other._pages] == [5, 2]
+    broken = sequence.state() | {"pages1": np.array([0, 5], np.int64)}
+    with pytest.raises(ValueError, match="of another model"):
+        other.restore(broken)
 
 
 def test_an_unknown_cache_type_is_named() -> None:

@@ -1,5 +1,5 @@
-"""Models with more than one residual stream, or copies of it, and with rows for the last tokens: Kimi K3, GLM-5.3-Flash
-and Qwen3.8-Flash-Next."""
+"""Models with several residual streams, or copies of one, and with rows for last tokens or older positions: Kimi K3,
+GLM-5.3-Flash, DeepSeek V4 and Qwen3.8-Flash-Next."""
 
 from typing import Any
 
@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from test_models import N_EMBD, N_FF, N_VOCAB, Toy, of_type
 
-from qrun.models.graph import Balance, Convolution, EmbedHashes, LinearAttention, MixByScore
+from qrun.formats import FormatError, TensorInfo, TensorType
+from qrun.models import build_graph
+from qrun.models.graph import Attention, Balance, Convolution, EmbedHashes, LinearAttention, MixByScore, MoE, Pool
 from tests.reference import forward
+from tests.sketches import load, model
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 HEADS, DIM, TAPS, STREAMS, NARROW = 4, 8, 3, 4, 5
@@ -168,3 +171,120 @@ def test_qwen4exp_without_a_table_or_sparse_attention() -> None:
 )
 def test_tables_that_do_not_fit_are_refused(key: str, value: Any, reason: str) -> None:
     assert reason in qwen4exp(**{key: value}).error()
+
+
+def deepseek4(*ratios: int, **more: Any) -> Toy:
+    """Heads of 12 dimensions, of which 4 turn; two groups of two heads."""
+    heads, dim, rank, groups, n_expert, n_used, n = 4, 12, 6, 2, 4, 2, len(ratios)
+    sizes: dict[str, Any] = {
+        "attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": dim,
+        "attention.value_length": dim, "rope.dimension_count": 4, "attention.q_lora_rank": 5,
+        "attention.output_group_count": groups, "attention.output_lora_rank": rank, "attention.sliding_window": 3,
+        "attention.compress_ratios": np.array(ratios, np.int32), "attention.indexer.top_k": 8,
+        "attention.compress_rope_freq_base": 160000.0, "hyper_connection.count": STREAMS,
+        "hyper_connection.epsilon": 1e-6, "hyper_connection.sinkhorn_iterations": 3, "hash_layer_count": 1,
+        "expert_count": n_expert, "expert_used_count": n_used, "expert_shared_count": 1, "expert_gating_func": 4,
+        "expert_feed_forward_length": N_FF, "swiglu_clamp_exp": 1.5, "expert_weights_norm": True,
+    }  # fmt: skip
+    toy = Toy("deepseek4", n, **sizes | more)
+    toy.add("output.weight", N_VOCAB, N_EMBD)
+    hyper = {"output_hc": (STREAMS, 1)}
+    for layer, ratio in enumerate(ratios):
+        block = f"blk.{layer}"
+        hyper |= {f"{block}.hc_{part}": ((2 + STREAMS) * STREAMS, 3) for part in ("attn", "ffn")}
+        wide = dim * (2 if ratio == 4 else 1)
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_q_a.weight": (5, N_EMBD), "attn_q_a_norm.weight": (5,), "attn_q_b.weight": (heads * dim, 5),
+            "attn_kv.weight": (dim, N_EMBD), "attn_kv_a_norm.weight": (dim,), "attn_sinks.weight": (heads,),
+            "attn_output_a.weight": (groups * rank, heads * dim // groups),
+            "attn_output_b.weight": (N_EMBD, groups * rank), "ffn_gate_inp.weight": (n_expert, N_EMBD),
+            "exp_probs_b.bias": (n_expert,),
+        }  # fmt: skip
+        if ratio:
+            shapes |= {
+                "attn_compressor_kv.weight": (wide, N_EMBD), "attn_compressor_gate.weight": (wide, N_EMBD),
+                "attn_compressor_ape.weight": (ratio, wide), "attn_compressor_norm.weight": (dim,),
+            }  # fmt: skip
+        for part, shape in (("gate", (N_FF, N_EMBD)), ("up", (N_FF, N_EMBD)), ("down", (N_EMBD, N_FF))):
+            shapes |= {f"ffn_{part}_exps.weight": (n_expert, *shape), f"ffn_{part}_shexp.weight": shape}
+        for name, shape in shapes.items():
+            toy.add(f"{block}.{name}", *shape)
+    for name, (width, n_scales) in hyper.items():
+        toy.add(f"{name}_fn.weight", width, STREAMS * N_EMBD)
+        toy.add(f"{name}_base.weight", width)
+        toy.add(f"{name}_scale.weight", n_scales)
+    table = np.array([[i % n_expert, (i + 1) % n_expert] for i in range(N_VOCAB)], np.int32)
+    return with_table(toy, table)
+
+
+def with_table(toy: Toy, table: Any, type: TensorType = TensorType.I32) -> Toy:
+    name, raw = "blk.0.ffn_gate_tid2eid.weight", table.reshape(-1).view(np.uint8)
+    toy.tensors[name] = TensorInfo(name, type, table.shape, raw.size, 0, toy.path, raw)
+    return toy
+
+
+def test_deepseek4_has_entries_beside_its_window_and_experts_by_token() -> None:
+    graph = deepseek4(0, 4, 128).graph()
+    plain, fine, coarse = of_type(graph, Attention)
+    assert plain.entries is None and fine.entries is not None and coarse.entries is not None
+    layers = graph.cache_layers
+    assert [layers[attention.layer].window for attention in (plain, fine, coarse)] == [3, 3, 3]
+    assert [layers[attention.entries_layer or 0].every for attention in (fine, coarse)] == [4, 128]
+    assert [(pool.every, pool.overlap, layers[pool.layer].window) for pool in of_type(graph, Pool)] == [
+        (4, True, 8), (128, False, 128),
+    ]  # fmt: skip
+    by_token, routed, _ = of_type(graph, MoE)
+    assert by_token.by_token is not None and by_token.selection_bias is None
+    assert routed.by_token is None and routed.selection_bias is not None and routed.gating == "sqrt_softplus"
+    assert {moe.kind for moe in (by_token, routed)} == {"clamped_silu"}
+
+
+def test_deepseek4_attends_to_all_entries_as_long_as_it_would_choose_them_all() -> None:
+    assert deepseek4(0, 4).graph().max_context == 4 * 8 + 3
+    assert deepseek4(0, 128).graph().max_context is None
+
+
+def test_what_deepseek4_sees_of_older_positions_is_their_entries() -> None:
+    """With a window of 3, position 9 sees 7 to 9, and two entries of 4: of another first token it hears by those."""
+    other = [8, *TOKENS[1:]]
+    for ratio, hears in ((0, False), (4, True), (128, False)):
+        graph = deepseek4(ratio, hash_layer_count=0).graph()
+        same = np.array_equal(forward(graph, TOKENS)[-1], forward(graph, other)[-1])
+        assert same != hears
+
+
+@pytest.mark.parametrize("table", [np.full((N_VOCAB, 2), 4, np.int32), np.full((N_VOCAB, 2), -1, np.int32)])
+def test_a_table_of_experts_that_are_not_there_is_refused(table: Any) -> None:
+    with pytest.raises(FormatError, match=r"ffn_gate_tid2eid\.weight has numbers outside of 0 to 3"):
+        with_table(deepseek4(0), table).graph()
+
+
+def test_a_table_of_experts_of_another_type_or_shape_is_refused() -> None:
+    for table, kind in (
+        (np.zeros((N_VOCAB, 2), np.float32), TensorType.F32), (np.zeros((N_VOCAB, 3), np.int32), TensorType.I32),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match=r"ffn_gate_tid2eid\.weight is .*, expected I32"):
+            with_table(deepseek4(0), table, kind).graph()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention.compress_ratios": np.array([8], np.int32)}, "compress_ratios has 8, expected 0, 4 or 128"),
+        ({"attention.compress_ratios": np.array([], np.int32)}, "compress_ratios is not an array of 1"),
+        ({"attention.sliding_window": 0}, "needs one key and value head"),
+        ({"attention.output_group_count": 3}, "output_group_count is 3, which does not divide 4 heads"),
+        ({"expert_gating_func": 3}, "expert_gating_func is 3, which is not supported"),
+        ({"attention.indexer.top_k": None}, "indexer.top_k is missing"),
+    ],
+)
+def test_what_deepseek4_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:
+    ratio = 4 if "attention.indexer.top_k" in keys else 0
+    with pytest.raises(FormatError, match=message):
+        deepseek4(ratio, **keys).graph()
+
+
+@pytest.mark.parametrize("name", ["kimi-k3-moe-v1", "deepseek4-moe-v1"])
+def test_caches_of_models_whose_results_depend_on_every_digit_have_all(name: str) -> None:
+    layers = build_graph(model(load()[name]), 64).cache_layers
+    assert layers and all(layer.precise or layer.exact for layer in layers)

@@ -326,15 +326,57 @@ def test_attention_to_the_keys_and_values_of_an_earlier_layer(check: Any) -> Non
     check(make, 2e-3)
 
 
+@pytest.mark.parametrize(("every", "overlap", "width"), [(4, True, 40), (4, True, 13), (5, False, 32), (1, True, 3)])
+def test_rows_of_several_positions_as_one(check: Any, every: int, overlap: bool, width: int) -> None:
+    def make(maker: Maker) -> G.Value:
+        kept = 2 * width if overlap else width
+        x, scores = maker.embed(kept), maker.embed(kept)
+        maker.caches.append(
+            G.CacheLayer(2, 2, kept, kept, 2 * every if overlap else every, values_in_keys=True, exact=True)
+        )
+        y = maker.add(G.Pool(maker.value(width), x, scores, maker.constant(every, kept), every, overlap, 0))
+        return maker.linear(y, 36)
+
+    check(make)
+    check(make, cache_type="q4_0")
+
+
+@pytest.mark.parametrize(("cache_type", "tolerance"), [("f16", 2e-3), ("q8_0", 3e-2)])
+@pytest.mark.parametrize(("heads", "every", "window"), [(6, 4, 7), (3, 1, 2), (4, 30, 5)])
+def test_attention_to_entries_beside_a_window(
+    check: Any, heads: int, every: int, window: int, cache_type: str, tolerance: float
+) -> None:
+    """With 30 positions for each, there are none yet."""
+    cache = G.CacheLayer(heads, 1, 44, 44, window, values_in_keys=True)
+
+    def make(maker: Maker) -> G.Value:
+        q, k, entries = (maker.linear(maker.embed(32), width) for width in (heads * 44, 44, 44))
+        maker.caches += [cache, replace(cache, window=None, every=every)]
+        out, sinks = maker.value(heads * 44), maker.constant(heads)
+        return maker.add(G.Attention(out, q, k, None, 0, 0.4, None, sinks, entries=entries, entries_layer=1))
+
+    check(make, tolerance, cache_type)
+
+
+def test_rows_may_turn_as_those_before_them(check: Any) -> None:
+    def make(maker: Maker) -> G.Value:
+        x, frequencies = maker.embed(48), np.array([1.0, 0.3, 0.01], np.float32)
+        y = maker.add(G.Rope(maker.value(48), x, 16, 6, True, frequencies, 1.0, start=4, behind=3))
+        return maker.add(G.Rope(maker.value(48), y, 16, 6, False, -frequencies, 1.0))
+
+    check(make)
+
+
 def experts(maker: Maker, **options: Any) -> G.Value:
     """Three of twelve, each 20 wide, over rows of 36.
 
     `joined` gate and up, or `ungated`; `adjusted` products, `apart` routing, and choices that are the same `together`.
+    `by_token`: there is no choice.
     """
     n, width, ff = 12, 36, 20
     n_matrices = n // options.get("together", 1)
     joined, ungated, adjusted, apart = (options.pop(name, False) for name in ("joined", "ungated", "adjusted", "apart"))
-    x = maker.embed(width)
+    x = options.pop("x", None) or maker.embed(width)
     if apart:
         options["router_x"] = maker.embed(24)
     router = maker.weight("router", n, 24 if apart else width)
@@ -348,6 +390,8 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         )
     if options.pop("biased", False):
         options["selection_bias"] = maker.constant(n)
+    if options.pop("by_token", False):
+        options["by_token"] = np.stack([maker.rng.permutation(n)[:3] for _ in range(N_VOCAB)]).astype(np.int32)
     settings = {"kind": "silu", "normalize": True, "gating": "softmax"} | options
     kind, normalize, gating = (settings.pop(name) for name in ("kind", "normalize", "gating"))
     moe = G.MoE(
@@ -364,6 +408,8 @@ def experts(maker: Maker, **options: Any) -> G.Value:
         {"n_groups": 4, "n_groups_used": 2, "gating": "sigmoid"},
         {"n_groups": 3, "n_groups_used": 2, "biased": True, "gating": "sigmoid"},
         {"n_groups": 6, "n_groups_used": 3},
+        {"biased": True, "gating": "sqrt_softplus"},
+        {"by_token": True, "gating": "sqrt_softplus"},
         {"joined": True},
         {"adjusted": True},
         {"joined": True, "adjusted": True, "kind": "swiglu_oai"},
