@@ -18,6 +18,7 @@ from qrun.models.catalog import entry_of_file
 
 if TYPE_CHECKING:
     from qrun.engine.embedding.embedder import Embedder
+    from qrun.engine.generation.diffusion import Diffusion
     from qrun.engine.generation.draft_loading import LoadedDraft
     from qrun.engine.generation.generation import Generation
     from qrun.engine.program.runtime import Runtime
@@ -130,7 +131,10 @@ class Model:
         self._draft = draft
         make_draft = draft.session_draft if draft else None
         room = cache_limit(runtime, cache_bytes)
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room)
+        self._host = Host(
+            runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room,
+            None if graph.causal else _diffusion(reader, graph), graph.causal,
+        )  # fmt: skip
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
@@ -198,6 +202,8 @@ class Model:
         try:
             with open_adapters(wanted) as adapters:
                 graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            if draft is not None and not graph.causal:
+                raise ValueError(f"{path}: a draft is for models that write one token after the other")
             layers: list[Graph] = []
             if draft == DRAFT_LAYERS:
                 graph, layers = build_drafts(reader, graph)
@@ -751,6 +757,17 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":
+    """How a model fills in masks, if it does and its file says which token is one."""
+    from qrun.engine.generation.diffusion import Diffusion
+    from qrun.models.support import DIFFUSION
+
+    mask = reader.metadata.get("tokenizer.ggml.mask_token_id")
+    if graph.architecture not in DIFFUSION or type(mask) is not int or not 0 <= mask < graph.n_vocab:
+        return None
+    return Diffusion(mask, reader.metadata.get("diffusion.shift_logits", True) is not False)
 
 
 def cache_limit(runtime: "Runtime", wanted: int | None) -> int:

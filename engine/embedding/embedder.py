@@ -31,7 +31,7 @@ class Embedder:
     def kind(self) -> PoolingKind:
         """What the file asks for; where it does not say, the mean if tokens see the whole text, else the last row."""
         if self.pooling.kind is None or self.pooling.kind == "none":
-            return "last" if self.runtime.graph.causal else "mean"
+            return "last" if self.runtime.causal else "mean"
         return self.pooling.kind
 
     def width(self, kind: PoolingKind) -> int:

@@ -56,7 +56,8 @@ class Runtime:
 
     context: positions that one sequence can have. batch: rows of one step at most (up to 512); of a model whose tokens
     all see each other it is the context, as a text is one step there.
-    width: of what is computed: the vocabulary, or of a model that makes embeddings a row's width.
+    causal: does a token see those before it only? width: of what is computed: the vocabulary, or of a model that makes
+    embeddings a row's width.
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
@@ -73,7 +74,7 @@ class Runtime:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
         target = target or host_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
-        self.n_vocab, self.width = graph.n_vocab, graph.logits.width
+        self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal
         # A text whose tokens all see each other is computed in one step.
         self.batch = min(batch, context) if graph.causal else context
         self._layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
@@ -204,6 +205,25 @@ class Runtime:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
 
+    def infill(
+        self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits [len(rows), n_vocab] of some rows of a text that is computed as a whole and then forgotten. Errors are
+        those of `evaluate`."""
+        ids = self._checked(tokens)
+        if len(ids) > self.batch:
+            raise ContextOverflow(f"{len(ids)} tokens do not fit into the context of {self.context} tokens")
+        sequence = self.sequence()
+        try:
+            with self._lock:
+                sequence.reserve(len(ids))
+                try:
+                    return self._run([(sequence, ids)], rows, None, cancelled)
+                finally:
+                    self._under_way = None
+        finally:
+            sequence.close()
+
     def bytes_of(self, n: int) -> int:
         """What a sequence of n positions holds of the cache."""
         return self._layout.bytes_at(n) + 2 * self._layout.block_bytes
@@ -266,7 +286,7 @@ class Runtime:
             del self._program, self._step, self.graph
 
     def _check_whole(self, sequence: KVSequence) -> None:
-        if sequence.n_past and not self.graph.causal:
+        if sequence.n_past and not self.causal:
             raise ValueError("nothing can be appended to a text whose tokens all see each other")
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qrun.formats import GGUFWriter, TensorType, ValueType
-from tests.sketches import load_embedders, model
+from tests.sketches import load, load_embedders, model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = string.ascii_lowercase + string.digits
@@ -19,8 +19,8 @@ _KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32,
 
 
 def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | None = None) -> Path:
-    """A model of tests/data/embedders.json by its name, with other metadata where they are given."""
-    reader = model(load_embedders()[name])
+    """A sketch by its name, with other metadata where they are given."""
+    reader = model({**load(), **load_embedders()}[name])
     pieces = [*PIECES, *(f"[unused{i}]" for i in range(128 - len(PIECES)))]
     told = {
         "tokenizer.ggml.model": "bert", "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.seperator_token_id": 3,
@@ -28,7 +28,10 @@ def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | No
     }  # fmt: skip
     with GGUFWriter(path) as writer:
         for key, value in {**reader.metadata, **told}.items():
-            writer.set_metadata(key, value, _KINDS[type(value)])
+            if isinstance(value, np.ndarray):
+                writer.set_metadata(key, value, ValueType.ARRAY, ValueType.INT32)
+            else:
+                writer.set_metadata(key, value, _KINDS[type(value)])
         writer.set_metadata("tokenizer.ggml.tokens", pieces, ValueType.ARRAY, ValueType.STRING)
         types = [3 if piece in SPECIAL else 1 for piece in pieces]
         writer.set_metadata("tokenizer.ggml.token_type", types, ValueType.ARRAY, ValueType.INT32)
