@@ -115,6 +115,10 @@ def command(
 
     context = depth + max(prompt, gen) + 8
     with open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime:
+        if not runtime.causal:  # a text is computed as a whole there
+            if depth:
+                raise ValueError(f"{path}: nothing can be read behind a text whose tokens all see each other (--depth)")
+            gen = 0
         best = measure(runtime, prompt, gen, reps, depth, seqs)
         n_threads = runtime.threads
         if bandwidth and gen:

@@ -271,10 +271,13 @@ READING_DELAY = 2.0
 
 
 @contextmanager
-def while_reading(progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
+def while_reading(
+    progress: Callable[[], tuple[int, int]], *, fills_in: bool = False
+) -> Iterator[Callable[[], None]]:
     """Says how much of the prompt has been read once that takes more than two seconds (on a terminal only).
 
-    progress: returns (tokens read, tokens of the prompt); it is called from another thread.
+    progress: returns (tokens read, tokens of the prompt); it is called from another thread. fills_in: of a text by
+    diffusion it counts steps.
     Yields a function to be called when the answer begins.
     """
     finished = threading.Event()
@@ -288,7 +291,8 @@ def while_reading(progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[
             return
         while not finished.wait(0.25):
             (done, total), seconds = progress(), time.monotonic() - started
-            status_line(f"reading the prompt  {done}/{total} tokens, {seconds:.0f} s")
+            what = "filling in the text  {}/{} steps" if fills_in else "reading the prompt  {}/{} tokens"
+            status_line(f"{what.format(done, total)}, {seconds:.0f} s")
         status_line("")
 
     thread = threading.Thread(target=show, daemon=True)

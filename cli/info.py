@@ -57,11 +57,13 @@ def command(
     from qrun.models import build_graph
     from qrun.models.adapter import open_adapters
     from qrun.models.examine import examine
+    from qrun.models.support import purpose
 
     broken: FormatError | None = None
     with opened(find_model(model, type_name)) as (reader, part), open_adapters(loras) as adapters:
         support, graph = (part, None) if part else examine(reader, ctx)
         facts = describe(reader, tensors) | {"kind": support.kind, "runs": support.runs, "problem": support.problem}
+        facts["purpose"] = purpose(reader)
         if graph is not None:
             facts["tokenizer"]["problem"] = tokenizer_problem(reader)
         if support.kind == "adapter":
@@ -232,6 +234,7 @@ def show(facts: dict[str, Any]) -> None:
     without_text = facts["tokenizer"].get("problem")
     yes = f"yes, but it reads no text: {without_text}" if without_text else "yes"
     line("runs here", yes if facts["runs"] else f"no: {facts['problem']}")
+    line("it is for", facts["purpose"])
     line("licence", facts["licence"])
     line("architecture", facts["architecture"], counted("layers", "layers"), counted("embedding_length", "wide"),
          counted("heads", "heads"), counted("kv_heads", "of keys and values"),

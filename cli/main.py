@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "run": "Complete a prompt.",
     "serve": "Serve models over HTTP.",
+    "embed": "Print vectors of texts.",
     "info": "Show what a model file holds and needs.",
     "tokenize": "Show the tokens of a text.",
     "warmup": "Compile kernels ahead of the first run.",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.options import ORDERS, SamplingOptions
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora
@@ -127,6 +127,8 @@ def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Call
         if default:
             settings["show_default"] = " ".join(map(repr, default))
         return click.option(flag, type=str, multiple=True, metavar="TEXT", **settings)
+    if hint is str:
+        return click.option(flag, type=click.Choice(ORDERS), **settings | {"show_default": default})
     if hint is bool:
         return click.option(flag, is_flag=True, **settings | {"show_default": None})
     kind = float if hint is float else int

@@ -86,7 +86,7 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         conversation, interrupts = self.conversation, self._interrupts
-        reading = while_reading(lambda: conversation.prompt_progress)
+        reading = while_reading(lambda: conversation.prompt_progress, fills_in=not conversation.model.graph.causal)
         try:
             with self._display.answer() as answer, interrupts.stopping(conversation.session.stop), reading as begun:
                 for piece in conversation.answer(text, lambda: interrupts.noted):

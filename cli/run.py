@@ -110,7 +110,7 @@ def stream(generation: Generation, display: Display | None) -> None:
 
     with (
         display.answer() if display else nullcontext() as answer,
-        while_reading(lambda: generation.prompt_progress) as begun,
+        while_reading(lambda: generation.prompt_progress, fills_in=generation.fills_in) as begun,
     ):
         for piece in generation:
             if piece:

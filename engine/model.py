@@ -17,6 +17,8 @@ from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.catalog import entry_of_file
 
 if TYPE_CHECKING:
+    from qrun.engine.embedding.embedder import Embedder
+    from qrun.engine.generation.diffusion import Diffusion
     from qrun.engine.generation.draft_loading import LoadedDraft
     from qrun.engine.generation.generation import Generation
     from qrun.engine.program.runtime import Runtime
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from qrun.formats import GGUFReader
     from qrun.models import Graph
     from qrun.models.adapter import Adapter, LoraLike
+    from qrun.models.pooling import PoolingKind
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
@@ -128,12 +131,16 @@ class Model:
         self._draft = draft
         make_draft = draft.session_draft if draft else None
         room = cache_limit(runtime, cache_bytes)
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room)
+        self._host = Host(
+            runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room,
+            None if graph.causal else _diffusion(reader, graph), graph.causal,
+        )  # fmt: skip
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
         # Sessions of chat, generate and complete whose generations may be under way.
         self._pool: list[Session] = []
+        self._made_embedder: Embedder | None = None
 
     @classmethod
     def load(
@@ -222,6 +229,8 @@ class Model:
         try:
             with open_adapters(wanted) as adapters:
                 graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            if draft is not None and not graph.causal:
+                raise ValueError(f"{path}: a draft is for models that write one token after the other")
             layers: list[Graph] = []
             if draft == DRAFT_LAYERS:
                 graph, layers = build_drafts(reader, graph)
@@ -368,6 +377,7 @@ class Model:
         from qrun.engine.text.messages import read_messages, text_of
 
         self._check_open()
+        self._check_writes()
         self._known_tokenizer()
         template = self.chat_template
         assert template is not None
@@ -436,6 +446,7 @@ class Model:
         Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist.
         """
         self._check_open()
+        self._check_writes()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         sequence = self._runtime.sequence()
         try:
@@ -448,6 +459,143 @@ class Model:
         assert logits is not None
         return logits
 
+    def embed(
+        self,
+        texts: "str | Sequence[str | Sequence[int]]",
+        *,
+        pooling: "PoolingKind | None" = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        instruction: str | None = None,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """A vector for each text (or list of token ids): float32 [n, width], the same to the bit in any company.
+
+        pooling: "mean" of a text's rows, "cls" (the first), "last", or "rank" (numbers of a model that compares); by
+            default what the file says. Of "none" come the rows of all texts, one below the other.
+        normalize: to the length 1, so that products are cosines; not what "rank" gives.
+        dimensions: only the first so many, for models that were trained for that.
+        instruction: what the model wants before each text ("search_query: "), or around it, with {text} where it goes.
+        truncate: of a text that is too long take the beginning.
+
+        Raises ContextOverflow (a ValueError) for a text longer than the context, ValueError for an empty one.
+        """
+        from qrun.engine.embedding.embedder import normalized
+
+        chosen = [texts] if isinstance(texts, str) else list(texts)
+        embedder = self._embedder
+        kind = pooling or embedder.kind
+        self._check_pooling(kind, dimensions)
+        tokens = [self._text_to_embed(text, instruction, truncate) for text in chosen]
+        vectors = self._vectors(embedder, tokens, kind)
+        if kind == "none":
+            vectors = [row for rows in vectors for row in rows]
+        width = embedder.width(kind)
+        if dimensions is not None and dimensions > width:
+            raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
+        vectors = [vector[:dimensions] for vector in vectors]
+        if normalize and kind != "rank":
+            vectors = [normalized(vector) for vector in vectors]
+        return np.stack(vectors) if vectors else np.empty((0, dimensions or width), np.float32)
+
+    def rerank(
+        self, query: str, documents: Iterable[str], *, truncate: bool = False
+    ) -> np.ndarray:
+        """How well each document answers a query: float32 [n], higher is better.
+
+        Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
+        """
+        embedder = self._embedder
+        self._check_pooling("rank", None)
+        pairs = [self.pair_tokens(query, document, truncate=truncate) for document in documents]
+        return np.array([vector[0] for vector in self._vectors(embedder, pairs, "rank")], np.float32)
+
+    @property
+    def embeds(self) -> bool:
+        """Are embeddings (or rankings) all that the model can make?"""
+        return self.graph.embeds
+
+    @property
+    def pooling(self) -> "PoolingKind":
+        """How `embed` makes vectors, if it is not told: "rank" of a model that compares texts."""
+        return self._embedder.kind
+
+    def embedding_tokens(self, text: str, instruction: str | None = None) -> list[int]:
+        """The tokens of a text as `embed` takes it."""
+        if instruction is not None:
+            text = instruction.replace("{text}", text) if "{text}" in instruction else instruction + text
+        return self.tokenize(text)
+
+    def _text_to_embed(self, text: str | Sequence[int], instruction: str | None, truncate: bool) -> list[int]:
+        if not isinstance(text, str):
+            tokens = check_tokens(text, self._runtime.n_vocab, max(len(text), 1))
+        else:
+            tokens = self.embedding_tokens(text, instruction)
+        return self._shortened(tokens) if truncate else tokens
+
+    def pair_tokens(self, query: str, document: str, *, truncate: bool = False) -> list[int]:
+        """The tokens of a query and a document as `rerank` takes them."""
+        self._check_open()
+        tokenizer = self._known_tokenizer()
+        template = self.reader.metadata.get("tokenizer.chat_template.rerank")
+        if not isinstance(template, str):
+            tokens = tokenizer.encode_pair(query, document)
+            return self._shortened(tokens) if truncate else tokens
+        from qrun.engine.embedding.pairs import fill_pair
+
+        return fill_pair(tokenizer, template, query, document, self.context if truncate else None)
+
+    def _shortened(self, tokens: list[int]) -> list[int]:
+        """No more tokens than fit, with the one that ends a text."""
+        if len(tokens) <= self.context:
+            return tokens
+        end = self.tokenizer.end_id if self.tokenizer is not None else None
+        kept = 1 if end is not None and tokens[-1] == end and self.context > 1 else 0
+        return [*tokens[: self.context - kept], *tokens[len(tokens) - kept :]]
+
+    def _check_pooling(self, kind: str, dimensions: int | None) -> None:
+        from qrun.models.pooling import POOLINGS
+
+        if kind not in POOLINGS:
+            raise ValueError(f"pooling is {kind!r}, expected one of {', '.join(POOLINGS)}")
+        if dimensions is not None and dimensions < 1:
+            raise ValueError(f"dimensions is {dimensions}: it must be at least 1")
+        pooling = self._embedder.pooling
+        if kind == "rank" and not pooling.rank_steps and pooling.kind != "rank":
+            raise ValueError(f"{self.path.name}: the model compares no texts: it has no classifier")
+
+    def _vectors(
+        self, embedder: "Embedder", tokens: Sequence[Sequence[int]], kind: "PoolingKind"
+    ) -> list[np.ndarray]:
+        try:
+            vectors: list[np.ndarray] = list(embedder.vectors(tokens, kind, lambda: self._closed))
+        except GenerationCancelled:
+            self._check_open()
+            raise
+        return vectors
+
+    @property
+    def _embedder(self) -> "Embedder":
+        with self._lock:
+            self._check_open()
+            if self._made_embedder is None:
+                self._made_embedder = self._make_embedder()
+            return self._made_embedder
+
+    def _make_embedder(self) -> "Embedder":
+        from qrun.engine.embedding.embedder import Embedder
+        from qrun.engine.program.runtime import Runtime
+        from qrun.models.pooling import read_pooling, rows_graph
+
+        pooling = read_pooling(self.reader)
+        if self.graph.embeds:
+            return Embedder(self._runtime, pooling, owned=False)
+        runtime = Runtime(
+            rows_graph(self.graph, self.reader), threads=self.threads, context=self.context,
+            cache_type=self._runtime.cache_type, batch=self._runtime.batch, beside=self._runtime,
+        )  # fmt: skip
+        return Embedder(runtime, pooling, owned=True)
+
     def prompt_logprobs(self, tokens: Iterable[int], top: int = 0) -> "list[TokenLogprob | None]":
         """How likely each token of a text was after those before it; None for the first, which nothing comes before.
 
@@ -458,6 +606,7 @@ class Model:
         from qrun.engine.sampling.sampler import likeliest
 
         self._check_open()
+        self._check_writes()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         found: list[TokenLogprob | None] = [None]
         rows = rows_at_a_time(self._runtime.n_vocab)
@@ -519,6 +668,8 @@ class Model:
         """What the model takes of memory now."""
         self._check_open()
         runtimes = [self._runtime, *(self._draft.runtimes if self._draft else ())]
+        if self._made_embedder is not None and not self.graph.embeds:
+            runtimes.append(self._made_embedder.runtime)
         uses = [runtime.memory() for runtime in runtimes]
         return MemoryUse(
             file=sum(os.path.getsize(file) for file in self.reader.files),
@@ -558,6 +709,7 @@ class Model:
     def session(self) -> Session:
         """A new session, which keeps the state of one conversation."""
         self._check_open()
+        self._check_writes()
         return Session(self._host)
 
     def stop(self) -> None:
@@ -579,6 +731,8 @@ class Model:
         self._host.prefixes.clear()
         if self._draft is not None:
             self._draft.close()
+        if self._made_embedder is not None:
+            self._made_embedder.close()
         self._runtime.close()
         # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
         # which the operations keep mapped. The graph's figures stay.
@@ -621,10 +775,25 @@ class Model:
         if self._closed:
             raise Closed(f"{self.path.name}: the model is closed")
 
+    def _check_writes(self) -> None:
+        if self.graph.embeds:
+            raise ValueError(f"{self.path.name}: the model makes embeddings and no text: see `embed` (qrun embed)")
+
     def _known_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":
+    """How a model fills in masks, if it does and its file says which token is one."""
+    from qrun.engine.generation.diffusion import Diffusion
+    from qrun.models.support import DIFFUSION
+
+    mask = reader.metadata.get("tokenizer.ggml.mask_token_id")
+    if graph.architecture not in DIFFUSION or type(mask) is not int or not 0 <= mask < graph.n_vocab:
+        return None
+    return Diffusion(mask, reader.metadata.get("diffusion.shift_logits", True) is not False)
 
 
 def cache_limit(runtime: "Runtime", wanted: int | None) -> int:

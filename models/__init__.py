@@ -12,6 +12,7 @@ from qrun.models import (
     bailingmoe,
     bailingmoe2,
     bailingmoe3,
+    bert,
     chatglm,
     cogvlm,
     cohere2moe,
@@ -53,6 +54,7 @@ from qrun.models import (
     kimi_linear,
     laguna,
     lfm2,
+    llada,
     llama,
     llama4,
     maincoder,
@@ -64,6 +66,7 @@ from qrun.models import (
     minimax_m2,
     minimax_m3,
     mistral3,
+    modern_bert,
     mpt,
     muse_glimmer,
     nanbeige,
@@ -231,6 +234,20 @@ ARCHITECTURES = {
     "granitehybrid": granite.build_hybrid,
     "falcon-h1": falcon_h1.build,
     "plamo2": plamo2.build,
+    "dream": qwen2.build_vl,
+    "llada": llada.build,
+    "llada-moe": llada.build_experts,
+    "rnd1": qwen3.build,
+    "bert": bert.build,
+    "nomic-bert": bert.build_turning,
+    "nomic-bert-moe": bert.build_turning,
+    "jina-bert-v2": bert.build_jina_v2,
+    "jina-bert-v3": bert.build_turning,
+    "modern-bert": modern_bert.build,
+    "neo-bert": modern_bert.build_neo,
+    "eurobert": qwen2.build,
+    "gemma-embedding": gemma3.build,
+    "llama-embed": llama.build,
 }
 """By the name that a file gives under `general.architecture`."""
 
@@ -246,6 +263,9 @@ DRAFTS = {
     "step35": DraftLayers(step35.build_block, normed=False),
 }
 """Draft layers, by architecture, where they can be run."""
+
+MAX_TEXT = 8192
+"""The longest text, in tokens, of which a model makes an embedding, unless the caller says another number."""
 
 SPARSE = "the model attends to chosen positions only where there are more than"
 """Which the graphs of such models do not: `Graph.max_context`."""
@@ -274,7 +294,7 @@ def build_graph(
     build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)
-    used = context or min(h.context_length, default_context)
+    used = context or min(h.context_length, MAX_TEXT if h.embeds else default_context)
     logits = build(builder, metadata, h, used)
     if builder.max_context is not None and used > builder.max_context:
         if context:
@@ -283,7 +303,12 @@ def build_graph(
         used = builder.max_context
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
-    return adapt(builder.finish(metadata.architecture, logits, h.n_embd, h.context_length, used), adapters)
+    graph = builder.finish(
+        metadata.architecture, logits, h.n_embd, h.context_length, used, h.n_vocab if h.embeds else None
+    )
+    if not h.causal and (graph.n_states or graph.causal):
+        raise metadata.error("attention.causal", "is False, which is not supported for this architecture")
+    return adapt(graph, adapters)
 
 
 def build_drafts(reader: GGUFReader, graph: Graph) -> tuple[Graph, list[Graph]]:

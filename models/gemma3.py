@@ -1,5 +1,6 @@
 """Gemma 3 (arXiv:2503.19786): Gemma 2 with a norm of each head's query and key in place of the soft cap, and five
-layers of six that see a window, with a rope of their own."""
+layers of six that see a window, with a rope of their own. In EmbeddingGemma (arXiv:2509.20354), the same, tokens see
+what comes behind them too."""
 
 from dataclasses import replace
 from math import sqrt
@@ -22,7 +23,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     local_rotation = replace(scaling, base=local_base, factor=1.0).rotation(h.n_rot)
     window = read_window(metadata)
     sliding = sliding_layers(metadata, h.n_layer, period=6) if window else (False,) * h.n_layer
-    scale = query_scale(h, is_27b=h.n_layer == LAYERS_OF_27B)
+    scale = query_scale(h, is_27b=h.n_layer == LAYERS_OF_27B and not h.embeds)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=sqrt(h.n_embd))
     for layer in range(h.n_layer):
@@ -36,4 +37,5 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         y = feed_forward(builder, y, block, h.n_ff[layer], "gelu")
         x = builder.add(x, builder.rms_norm(y, f"{block}.post_ffw_norm", h.rms_eps))
-    return softcapped(builder, head(builder, x, h), metadata, default=0.0)
+    x = head(builder, x, h)
+    return x if h.embeds else softcapped(builder, x, metadata, default=0.0)

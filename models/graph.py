@@ -215,7 +215,8 @@ class Temperature:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Appends k and v to the cache of `layer`, then causal attention over that cache.
+    """Appends k and v to the cache of `layer`, then attention over that cache: causal, or of a whole text that was
+    appended in one step (`CacheLayer.causal`).
 
     Without v, values are a part of the keys (`CacheLayer.values_in_keys`). Without both, the layer has no keys and
     values of its own, and attends to those that another one appended there.
@@ -628,7 +629,8 @@ class Rotation:
 @dataclass(frozen=True)
 class CacheLayer:
     """What the KV cache of one layer holds. A position sees itself and the window - 1 positions before it, or if
-    `chunked` those of its own chunk of `window` positions."""
+    `chunked` those of its own chunk of `window` positions. If not `causal` it sees all, or those that are not farther
+    away than half a window, on either side."""
 
     n_heads: int
     n_kv_heads: int
@@ -644,6 +646,19 @@ class CacheLayer:
     """Kept in float32 always."""
     every: int = 1
     """How many positions share one entry."""
+    causal: bool = True
+
+    @property
+    def behind(self) -> int | None:
+        """How many positions one sees, itself and those before it; None for all."""
+        return self.window if self.causal or self.window is None else self.window // 2 + 1
+
+    @property
+    def ahead(self) -> int:
+        """How many positions one sees behind itself."""
+        if self.causal:
+            return 0
+        return 1 << 40 if self.window is None else self.window // 2
 
 
 @dataclass
@@ -663,8 +678,15 @@ class Graph:
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
     max_context: int | None = None
+    embeds: bool = False
+    """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
+
+    @property
+    def causal(self) -> bool:
+        """Does a token see those before it only? Else a text is computed as a whole, in one step."""
+        return all(layer.causal for layer in self.cache_layers)
 
 
 class GraphBuilder:
@@ -1088,13 +1110,16 @@ class GraphBuilder:
         """The rows whose logits are wanted."""
         return self._append(SelectRows(self._value(x.width), x))
 
-    def finish(self, architecture: str, logits: Value, n_embd: int, context_length: int, context: int) -> Graph:
-        """The graph of everything said so far."""
+    def finish(
+        self, architecture: str, logits: Value, n_embd: int, context_length: int, context: int,
+        embeds_tokens: int | None = None,
+    ) -> Graph:  # fmt: skip
+        """The graph of everything said so far. embeds_tokens: of a model that makes embeddings, of how many tokens."""
         size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
         cache = self.cache_layers
         return Graph(
-            architecture, self.operations, logits, cache, logits.width, n_embd, context_length, size, context,
-            self._n_states, self.max_context,
+            architecture, self.operations, logits, cache, embeds_tokens or logits.width, n_embd, context_length, size,
+            context, self._n_states, self.max_context, embeds_tokens is not None,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:

@@ -14,6 +14,7 @@ import numpy as np
 from qrun.formats import FormatError
 from qrun.formats.tensors import Described, TensorFile
 from qrun.models.graph import CacheLayer
+from qrun.models.support import DIFFUSION, EMBEDDERS
 
 # Far above any published model; low enough that products of a few of them stay far from overflow.
 MAX_LAYERS = 512
@@ -152,6 +153,10 @@ LACKING = (
 """Architectures whose layers may lack attention or a feed-forward network, and say so with a 0."""
 WITHOUT_ATTENTION = ("rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7")
 """Architectures whose heads are not those of attention."""
+ALWAYS_BOTH_WAYS = (*DIFFUSION, "gemma-embedding")
+"""Architectures whose tokens see those behind them, whatever the file says."""
+SYMMETRIC_WINDOWS = ("gemma-embedding", "modern-bert")
+"""Architectures whose windows reach to either side."""
 WITHOUT_POSITIONS = ("glm5-next",)
 """Architectures of which nothing turns, and which say so with a 0."""
 
@@ -183,6 +188,8 @@ class Hyperparameters:
     n_groups_used: int
     n_ff_expert: tuple[int, ...]
     n_dense: int
+    causal: bool
+    """Does a token see those before it only?"""
 
     @classmethod
     def read(cls, metadata: Metadata, *, drafts: bool = False) -> "Hyperparameters":
@@ -204,8 +211,7 @@ class Hyperparameters:
             if kv_heads and (heads % kv_heads or not heads):
                 raise metadata.error("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
         head_dim_k, head_dim_v, n_rot = read_head_dims(metadata, n_embd, n_heads)
-        if not metadata.flag("attention.causal", True):
-            raise metadata.error("attention.causal", "is False: attention to later tokens is not supported")
+        causal = metadata.flag("attention.causal", metadata.architecture not in EMBEDDERS)
         n_expert = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
         n_groups, n_groups_used = read_groups(metadata, n_expert)
         # A model of experts alone need not say how wide a dense network would be.
@@ -231,7 +237,13 @@ class Hyperparameters:
             n_groups_used=n_groups_used,
             n_ff_expert=metadata.per_layer("expert_feed_forward_length", n_blocks, 0, low=0)[:described],
             n_dense=metadata.integer("leading_dense_block_count", 0, low=0, high=MAX_LAYERS),
+            causal=causal and metadata.architecture not in ALWAYS_BOTH_WAYS,
         )
+
+    @property
+    def embeds(self) -> bool:
+        """Are embeddings all that the model makes?"""
+        return self.metadata.architecture in EMBEDDERS
 
     @property
     def rms_eps(self) -> float:
@@ -250,7 +262,12 @@ class Hyperparameters:
         """What the cache of this layer holds."""
         if not self.n_kv_heads[layer]:
             raise self.metadata.error("attention.head_count_kv", f"is 0 for layer {layer}, which has attention")
-        return CacheLayer(self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window)
+        if window is not None and not self.causal and self.metadata.architecture not in SYMMETRIC_WINDOWS:
+            raise self.metadata.error("attention.causal", "is False, with windows: that is not supported")
+        return CacheLayer(
+            self.n_heads[layer], self.n_kv_heads[layer], self.head_dim_k, self.head_dim_v, window,
+            precise=not self.causal, causal=self.causal,
+        )  # fmt: skip
 
 
 def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) -> tuple[int, int, int]:

@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.tensors import Described, TensorFile
 
+EMBEDDERS = (
+    "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
+    "gemma-embedding", "llama-embed",
+)  # fmt: skip
+"""Architectures without an output matrix, of whose rows embeddings are made. Tokens see those behind them, too, unless
+the file says that they do not."""
+DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
+"""Architectures that fill in what is masked, in any order."""
+
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
-    "an encoder, which makes embeddings": (
-        "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
-        "gemma-embedding", "t5encoder", "llama-embed",
-    ),
+    "an encoder, which makes embeddings": ("t5encoder",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
     "an encoder and a decoder": ("t5",),
-    "a diffusion model, which makes its text in another order": ("dream", "llada", "llada-moe", "rnd1"),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",
@@ -37,6 +42,23 @@ class Support:
     def runs(self) -> bool:
         """Can it be run, by itself?"""
         return self.problem is None
+
+
+def purpose(file: TensorFile[Described]) -> str | None:
+    """What a model is for that does not just write: for `qrun info`."""
+    architecture = file.metadata.get("general.architecture")
+    pooling = file.metadata.get(f"{architecture}.pooling_type")
+    if pooling == RANKS:
+        return "reranking: it says how well texts answer a query"
+    pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
+    if architecture in EMBEDDERS or pooled:
+        return "embeddings" + (f", by {pooled}" if pooled else "")
+    return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
+
+
+_POOLED = {1: "the mean of a text's rows", 2: "the first row of a text", 3: "the last row of a text"}
+RANKS = 4
+"""The pooling of models that compare texts, as files number it."""
 
 
 def other_kind(file: TensorFile[Described]) -> Support | None:

@@ -128,18 +128,18 @@ def project_qkv(
 
 def feed_forward(
     builder: GraphBuilder, x: Value, block: str, n_ff: int, kind: Activation, suffix: str = "", limit: float = 0.0,
-    up_limit: float = 0.0,
+    up_limit: float = 0.0, *, bias: bool = True,
 ) -> Value:
     """The gated feed-forward network: down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202).
 
-    suffix: of the tensors' names, as `_shexp` for the expert that all tokens share.
+    suffix: of the tensors' names, as `_shexp` for the expert that all tokens share. bias: False leaves biases out.
     """
     if not n_ff:
         raise builder.error(f"{block} has a feed-forward network, and the metadata give it no width")
-    gate = builder.linear(x, f"{block}.ffn_gate{suffix}", n_ff)
-    up = builder.linear(x, f"{block}.ffn_up{suffix}", n_ff)
+    gate = builder.linear(x, f"{block}.ffn_gate{suffix}", n_ff, bias=bias)
+    up = builder.linear(x, f"{block}.ffn_up{suffix}", n_ff, bias=bias)
     y = builder.activate(gate, up, kind, limit, up_limit)
-    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width)
+    return builder.linear(y, f"{block}.ffn_down{suffix}", x.width, bias=bias)
 
 
 def ungated_feed_forward(
@@ -272,8 +272,13 @@ def head(
     norm: str = "output_norm",
     norm_bias: bool = False,
 ) -> Value:
-    """Logits of the rows that are wanted. Without an output matrix of its own, a model reuses its embedding."""
+    """Logits of the rows that are wanted. Without an output matrix of its own, a model reuses its embedding.
+
+    Of a model that makes embeddings, the rows themselves.
+    """
     x = builder.rms_norm(builder.select_rows(x), norm, h.rms_eps, bias=norm_bias)
+    if h.embeds:
+        return x
     return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=bias)
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from qrun.server import anthropic, completions, models_api, native, ollama, openai_chat, responses
+from qrun.server import anthropic, completions, embeddings, models_api, native, ollama, openai_chat, responses
 from qrun.server.errors import APIError, shape_of
 from qrun.server.exchange import Endpoint, Exchange
 from qrun.server.guard import Guard
@@ -43,7 +43,9 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("POST", "/v1/responses", responses.responses),
     ("POST", "/v1/responses/input_tokens", responses.input_tokens),
-    ("POST", "/v1/embeddings", models_api.embeddings),
+    ("POST", "/v1/embeddings", embeddings.openai),
+    ("POST", "/v1/rerank", embeddings.rerank),
+    ("POST", "/v1/reranking", embeddings.rerank),
     ("GET", "/", models_api.root),
     ("GET", "/api/v0/models", models_api.list_for_lm_studio),
     ("POST", "/api/v0/chat/completions", openai_chat.chat_completions),
@@ -56,13 +58,14 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/api/version", ollama.version),
     ("POST", "/api/pull", ollama.pull),
     ("DELETE", "/api/delete", ollama.delete),
-    ("POST", "/api/embed", ollama.not_here),
-    ("POST", "/api/embeddings", ollama.not_here),
+    ("POST", "/api/embed", embeddings.ollama),
+    ("POST", "/api/embeddings", embeddings.ollama_old),
     ("POST", "/api/create", ollama.not_here),
     ("POST", "/api/copy", ollama.not_here),
     ("POST", "/api/push", ollama.not_here),
     ("POST", "/completion", native.completion),
     ("POST", "/infill", native.infill),
+    ("POST", "/embedding", embeddings.llama_server),
     ("POST", "/v1/tokenize", native.tokenize),
     ("POST", "/v1/detokenize", native.detokenize),
     ("POST", "/apply-template", native.apply_template),

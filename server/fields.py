@@ -162,6 +162,9 @@ SAMPLING = (
     Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", _whole_or_none),
     Option("stop", "stop stop_sequences", stop_strings),
     Option("lookup", "lookup", truth),
+    Option("diffusion_steps", "diffusion_steps", whole),
+    Option("diffusion_block", "diffusion_block", whole),
+    Option("diffusion_order", "diffusion_order", text),
     Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _whole_or_none),
 )
 

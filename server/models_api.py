@@ -28,6 +28,8 @@ def capabilities(entry: Entry) -> list[str]:
     model = entry.model
     if model is None:
         return ["completion"]
+    if model.embeds:
+        return ["embedding", *(["rerank"] if model.pooling == "rank" else [])]
     found = ["completion"]
     if model.tokenizer is not None:
         try:
@@ -113,7 +115,7 @@ async def list_for_lm_studio(state: State, exchange: Exchange) -> None:
         told: dict[str, Any] = {
             "id": entry.id,
             "object": "model",
-            "type": "llm",
+            "type": "llm" if model is None or not model.embeds else "embeddings",
             "publisher": "",
             "arch": facts.architecture,
             "compatibility_type": "gguf",
@@ -135,9 +137,3 @@ async def root(state: State, exchange: Exchange) -> None:
         await exchange.raw(page.read_bytes(), "text/html; charset=utf-8", headers=PAGE_HEADERS)
         return
     await exchange.raw(b"Ollama is running", "text/plain; charset=utf-8")
-
-
-async def embeddings(state: State, exchange: Exchange) -> None:
-    """Not for models that write."""
-    state.hub.find(exchange.body.get("model"), lenient=True)
-    raise APIError("embeddings are not supported by this server", 501, "not_supported_error", code="not_supported")

@@ -290,8 +290,8 @@ def attention(
     entries: Array | None = None,
     every: int = 1,
 ) -> Array:
-    """Every position looks at itself and those before it, as far as the window reaches; and at all entries, of which
-    there is one for every so many positions, that are complete there."""
+    """Every position looks at itself and those before it, as far as the window reaches; or in both directions. And at
+    all entries, of which there is one for every so many positions, that are complete there."""
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
     q = q.reshape(n, cache.n_heads, cache.head_dim_k)
@@ -299,6 +299,8 @@ def attention(
     v = v.reshape(n, cache.n_kv_heads, cache.head_dim_v)
     distance = np.arange(n)[:, None] - np.arange(n)
     visible = (distance >= 0) & (distance < (cache.window or n))
+    if not cache.causal:
+        visible = np.abs(distance) <= (n if cache.window is None else cache.window // 2)
     if cache.chunked and cache.window:
         chunk = np.arange(n) // cache.window
         visible = (distance >= 0) & (chunk[:, None] == chunk)
@@ -312,7 +314,7 @@ def attention(
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
         if slopes is not None:
-            scores = scores - slopes[head] * distance
+            scores = scores - slopes[head] * np.abs(distance)
         scores = np.where(visible, scores, -np.inf)
         if sinks is not None:
             scores = np.concatenate([scores, np.full((n, 1), sinks[head])], axis=1)

@@ -20,6 +20,8 @@ from tests.reference import forward
 from tests.toys import OWN_FILES, more_files, tokens_and_logits
 
 FILE = Path(__file__).parent / "data" / "sketches.json"
+EMBEDDERS = FILE.with_name("embedders.json")
+"""Those of models that make embeddings (`tests.data.make_embedders`)."""
 TOKENS = [(37 * i + 5) % 113 for i in range(24)]
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
@@ -30,8 +32,13 @@ UNREAD = (
 
 
 def load() -> dict[str, Any]:
-    """All sketches, by the name of the model."""
-    return dict(json.loads(FILE.read_text()))
+    """All sketches of models that have logits, by the name of the model."""
+    return json.loads(FILE.read_text()) | {name: one for name, one in load_embedders().items() if "logits" in one}
+
+
+def load_embedders() -> dict[str, Any]:
+    """All of models that make embeddings, by the name of the model."""
+    return dict(json.loads(EMBEDDERS.read_text()))
 
 
 def model(sketch: dict[str, Any]) -> Any:

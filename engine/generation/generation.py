@@ -90,6 +90,9 @@ class Generation(Iterator[Piece]):
       "cancelled"  `cancel` or `Session.stop` was called, the session was put to another use, or an error ended it
     """
 
+    fills_in = False
+    """Whether the text comes by diffusion; `prompt_progress` then counts steps."""
+
     def __init__(
         self,
         session: object,

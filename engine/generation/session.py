@@ -24,6 +24,7 @@ from qrun.engine.sampling.sampler import Sampler
 from qrun.formats import FormatError
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.diffusion import Diffusion
     from qrun.engine.generation.guide import Rules
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.response_parser import ResponseParser
@@ -50,7 +51,8 @@ def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]
 class Host:
     """What the sessions of one model share. `fingerprint` tells the model from others; it is asked for when needed.
 
-    draft: makes the draft of a new session, for models that have one.
+    draft: makes the draft of a new session, for models that have one. diffusion: of models that fill in masks.
+    writes_forwards: False of models whose tokens see those behind them.
     """
 
     def __init__(
@@ -61,8 +63,11 @@ class Host:
         fingerprint: Callable[[], str],
         draft: Callable[[], Draft] | None = None,
         cache_bytes: int = 0,
+        diffusion: "Diffusion | None" = None,
+        writes_forwards: bool = True,
     ) -> None:
         self.runtime = runtime
+        self.diffusion, self.writes_forwards = diffusion, writes_forwards
         self.prefixes = Prefixes(runtime, cache_bytes)
         self.scheduler = Scheduler(runtime, self.prefixes)
         self.draft = draft
@@ -169,6 +174,10 @@ class Session:
             shorter = on_full(tokens)
             return None if shorter is None else check_tokens(shorter, self._host.runtime.n_vocab, self.context)
 
+        if not self._host.writes_forwards:
+            generation = self._diffuse(prompt, sampler, response, rules)
+            self._take_over(generation)
+            return generation
         guessers: list[Guesser] = [Lookup(prompt)] if chosen.lookup else []
         if self._draft is not None and chosen.draft:
             guessers.append(DraftGuesser(self._draft, prompt))
@@ -179,6 +188,22 @@ class Session:
         )  # fmt: skip
         self._take_over(generation)
         return generation
+
+    def _diffuse(
+        self, prompt: list[int], sampler: Sampler, response: "ResponseParser | None", rules: "Rules | None"
+    ) -> Generation:
+        """A generation of a model that fills in masks."""
+        from qrun.engine.generation.diffusion import DiffusionGeneration
+
+        host = self._host
+        if host.diffusion is None:
+            raise ValueError("the model's tokens see those behind them, and the file names no mask: it cannot write")
+        if rules is not None:
+            raise ValueError("a model that writes by diffusion follows no schema, grammar or tool_choice")
+        return DiffusionGeneration(
+            host.runtime, host.diffusion, self, self._cache, prompt, sampler, host.tokenizer, None, (), response,
+            host.scheduler,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """End the generation under way, if there is one, with the stop reason "cancelled"; from any thread."""

@@ -62,6 +62,8 @@ class Chunks:
 def scored_logits(runtime: Runtime, chunk: Sequence[int], bos: int | None) -> Iterator[tuple[F32Array, Sequence[int]]]:
     """Evaluates all of a chunk, and gives what its second half is scored by, some rows at a time: logits
     [n, n_vocab], and the n tokens that came next."""
+    if not runtime.causal:
+        raise ValueError("tokens of this model see those behind them, which they would have to predict: no perplexity")
     first = len(chunk) // 2
     inputs = [bos, *chunk[1:]] if bos is not None else chunk
     rows = rows_at_a_time(runtime.n_vocab)

@@ -346,8 +346,8 @@ def attention(variant: str) -> Kernel:
         n = rows
 
         @v.helper
-        def compute(op, step, first_row, count, first_position, head):  # type: ignore[no-untyped-def]
-            """Rows first_row .. of one head; or one row's heads from `head` on."""
+        def compute(op, step, first_row, count, first_position, end, head):  # type: ignore[no-untyped-def]
+            """Rows first_row .. of one head; or one row's heads from `head` on. end: of the positions there are."""
             queries = v.scratch(row_bytes)
             packed = v.scratch(packed_bytes)
             sums = v.scratch(row_bytes)
@@ -390,7 +390,8 @@ def attention(variant: str) -> Kernel:
                     v.store_f32(state + 8 * row + 4, v.float32(1.0))
             tables = v.load_i64(step + R.PAGE_TABLES) + 8 * first_row
             n_rows = v.load_i64(step + R.N_ROWS)
-            last_position = first_position if of_heads else first_position + count - 1
+            ahead = v.load_i64(op + R.ATT_AHEAD)
+            last_position = min((first_position if of_heads else first_position + count - 1) + ahead, end - 1)
             chunked = v.load_i64(op + R.ATT_CHUNKED) != 0
             lowest = first_position // window * window if chunked else max(first_position - window + 1, 0)
             group, k_offset, every = v.load_i64(op + R.ATT_GROUP), v.load_i64(op + R.ATT_K_OFFSET), 1
@@ -412,13 +413,14 @@ def attention(variant: str) -> Kernel:
                     for row in range(n):
                         place = scores + row * 4 * POSITIONS
                         position = first_position + (0 if of_heads else row)
-                        highest = (position + 1) // every - 1 - page_position
+                        own = (position + 1) // every - 1 - page_position
+                        highest = min(own + ahead, end - 1 - page_position)
                         seen = window
                         if chunked:  # as far back as its chunk begins
-                            seen = (page_position + highest) % window + 1
+                            seen = (page_position + own) % window + 1
                         after = v.splat_int(highest + 1)
-                        before = v.splat_int(max(highest - seen, -1))
-                        some_hidden = highest < POSITIONS - 1 or highest >= seen
+                        before = v.splat_int(max(own - seen, -1))
+                        some_hidden = highest < POSITIONS - 1 or own >= seen
                         slope = v.float32(0.0)
                         if slopes != 0:
                             slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))
@@ -428,8 +430,9 @@ def attention(variant: str) -> Kernel:
                             if cap > v.float32(0.0):
                                 value = v.splat(cap) * v.tanh(value / v.splat(cap))
                             if slopes != 0:
-                                distance = v.load(numbers + 4 * i) - v.splat(v.as_float(highest))
-                                value = v.fma(v.splat(slope), distance, value)
+                                distance = v.splat(v.as_float(own)) - v.load(numbers + 4 * i)
+                                distance = v.maximum(distance, v.splat(v.float32(0.0)) - distance)
+                                value = v.fma(v.splat(-slope), distance, value)
                             if some_hidden:
                                 number = v.lane_numbers() + v.splat_int(i)
                                 value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
@@ -496,9 +499,10 @@ def attention(variant: str) -> Kernel:
             first_row = v.load_i64(tile + R.TILE_FIRST_ROW)
             count = v.load_i64(tile + R.TILE_ROWS)
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
+            end = v.load_i64(tile + R.TILE_END)
             if count > 1:
-                several(op, step, first_row, count, position, head)
+                several(op, step, first_row, count, position, end, head)
             elif head % together == 0:
-                single(op, step, first_row, together, position, head)
+                single(op, step, first_row, together, position, end, head)
 
     return kernel

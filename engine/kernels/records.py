@@ -22,9 +22,9 @@ SHARED_BYTES = THREAD + THREAD_BYTES * MAX_THREADS
 ROW_RANGES = 88
 STEP_BYTES = 120
 
-# Attention tiles: rows of one sequence at consecutive positions.
-TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION = 0, 8, 16
-TILE_BYTES = 24
+# Attention tiles: rows of one sequence at consecutive positions. END: how many positions the sequence has then.
+TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION, TILE_END = 0, 8, 16, 24
+TILE_BYTES = 32
 
 # Segments: all rows of one sequence. LOGGED: how many positions of its chunk the block IN has; the step ends in the
 # block OUT, which may be the same. See program.state_blocks.
@@ -80,8 +80,8 @@ MAX_STREAMS = 512
 
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
- ATT_SLOPES, ATT_CHUNKED, ATT_ENTRIES_EVERY, ATT_ENTRIES_GROUP,
- ATT_ENTRIES_OFFSET) = _fields(22)  # fmt: skip
+ ATT_SLOPES, ATT_CHUNKED, ATT_AHEAD, ATT_ENTRIES_EVERY, ATT_ENTRIES_GROUP,
+ ATT_ENTRIES_OFFSET) = _fields(23)  # fmt: skip
 
 # A pool: PLACES is float32 [every, PLACE_BYTES]; X_OFFSET and SCORES_OFFSET say where in a page its rows lie, of
 # ROW_BYTES each.

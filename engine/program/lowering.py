@@ -229,8 +229,8 @@ class Lowering(RecordWriter):
                 R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
                 R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
-                R.ATT_WINDOW: layer.window or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
-                R.ATT_CHUNKED: int(layer.chunked), **entries,
+                R.ATT_WINDOW: layer.behind or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
+                R.ATT_CHUNKED: int(layer.chunked), R.ATT_AHEAD: layer.ahead, **entries,
             },
             [q, *caches], [out], False,
         )  # fmt: skip

@@ -45,7 +45,7 @@ class Part:
 
     sequence: KVSequence
     tokens: Sequence[int]
-    logits: Literal["none", "last", "all"] = "last"
+    logits: Literal["none", "first", "last", "all"] = "last"
 
 
 class Runtime:
@@ -54,7 +54,10 @@ class Runtime:
     Goes away, with its threads and memory, when nobody holds it any more; `close` does that at once. A child process
     (`os.fork`) can go on with it, but not with sequences that another thread was computing.
 
-    context: positions that one sequence can have. batch: rows of one step at most (up to 512).
+    context: positions that one sequence can have. batch: rows of one step at most (up to 512); of a model whose tokens
+    all see each other it is the context, as a text is one step there.
+    causal: does a token see those before it only? width: of what is computed: the vocabulary, or of a model that makes
+    embeddings a row's width.
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
@@ -71,16 +74,17 @@ class Runtime:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
         target = target or default_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
-        self.n_vocab = graph.n_vocab
-        self.batch = min(batch, context)
+        self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal
+        # A text whose tokens all see each other is computed in one step.
+        self.batch = min(batch, context) if graph.causal else context
         self._layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
         self._pools = [PagePool(size) for size in self._layout.page_bytes]
         self._blocks = PagePool(self._layout.block_bytes)
         # Those who observe want to see all rows of the last block too.
         to_lower = graph if observe else select_early(graph)
         lowering = (ObservingLowering if observe else Lowering)(
-            to_lower, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
-            threads=threads,
+            to_lower, self._layout, target, batch=self.batch,
+            head_rows=self.batch if graph.embeds else min(HEAD_ROWS, self.batch), context=context, threads=threads,
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
@@ -95,7 +99,7 @@ class Runtime:
         self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
-        self._logits = np.empty((0, self.n_vocab), np.float32)  # of `step`
+        self._logits = np.empty((0, self.width), np.float32)  # of `step`
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""
@@ -130,7 +134,8 @@ class Runtime:
             raise ContextOverflow(
                 f"{sequence.n_past + len(ids)} tokens do not fit into the context of {self.context} tokens"
             )
-        out = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
+        self._check_whole(sequence)
+        out = np.empty((len(ids), self.width), np.float32) if logits == "all" else None
         last: NDArray[np.float32] | None = None
         for start in range(0, len(ids), self.batch):
             part = ids[start : start + self.batch]
@@ -174,19 +179,20 @@ class Runtime:
         wanted: list[int] = []
         for part in parts:
             count = len(part.tokens)
+            self._check_whole(part.sequence)
             if part.sequence.n_past + count > self.context:
                 raise ContextOverflow(
                     f"{part.sequence.n_past + count} tokens do not fit into the context of {self.context} tokens"
                 )
-            first = {"all": 0, "last": count - 1, "none": count}[part.logits]
-            wanted += range(rows + first, rows + count)
+            first, end = {"all": (0, count), "first": (0, 1), "last": (count - 1, count), "none": (0, 0)}[part.logits]
+            wanted += range(rows + first, rows + end)
             ends.append(len(wanted))
             rows += count
         if rows > self.batch:
             raise ValueError(f"{rows} rows are more than the {self.batch} of a step")
         tokens = [(part.sequence, self._checked(part.tokens)) for part in parts]
         if len(self._logits) < len(wanted):
-            self._logits = np.empty((len(wanted), self.n_vocab), np.float32)
+            self._logits = np.empty((len(wanted), self.width), np.float32)
         out = self._logits[: len(wanted)]
         with self._lock:
             for part in parts:
@@ -198,6 +204,25 @@ class Runtime:
             for part in parts:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    def infill(
+        self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits [len(rows), n_vocab] of some rows of a text that is computed as a whole and then forgotten. Errors are
+        those of `evaluate`."""
+        ids = self._checked(tokens)
+        if len(ids) > self.batch:
+            raise ContextOverflow(f"{len(ids)} tokens do not fit into the context of {self.context} tokens")
+        sequence = self.sequence()
+        try:
+            with self._lock:
+                sequence.reserve(len(ids))
+                try:
+                    return self._run([(sequence, ids)], rows, None, cancelled)
+                finally:
+                    self._under_way = None
+        finally:
+            sequence.close()
 
     def bytes_of(self, n: int) -> int:
         """What a sequence of n positions holds of the cache."""
@@ -218,8 +243,9 @@ class Runtime:
         ids = self._checked(tokens)
         if len(ids) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
             raise ValueError("evaluate_together takes one token for each of several different sequences")
-        out = np.empty((len(ids), self.n_vocab), np.float32)
+        out = np.empty((len(ids), self.width), np.float32)
         for sequence in sequences:
+            self._check_whole(sequence)
             if sequence.n_past >= self.context:
                 raise ContextOverflow(
                     f"{sequence.n_past + 1} tokens do not fit into the context of {self.context} tokens"
@@ -259,6 +285,10 @@ class Runtime:
             self._team = None
             del self._program, self._step, self.graph
 
+    def _check_whole(self, sequence: KVSequence) -> None:
+        if sequence.n_past and not self.causal:
+            raise ValueError("nothing can be appended to a text whose tokens all see each other")
+
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64).reshape(-1)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
@@ -281,7 +311,7 @@ class Runtime:
         if inputs is not None:
             program.inputs[:rows] = inputs
         if out is None:
-            out = np.empty((len(wanted), self.n_vocab), np.float32)
+            out = np.empty((len(wanted), self.width), np.float32)
         self._hidden = hidden = np.empty(
             (rows if program.hidden_of_all_rows else len(wanted), program.hidden.shape[1]), np.float32
         )
@@ -361,7 +391,7 @@ class _Step:
             addresses = sequence.tables.ctypes.data + np.arange(len(tables)) * sequence.tables.strides[0]
             tables[:, row : row + count] = addresses[:, None]
             for first in range(0, count, R.TILE_SIZE):
-                self.tiles[n_tiles] = (row + first, min(R.TILE_SIZE, count - first), past + first)
+                self.tiles[n_tiles] = (row + first, min(R.TILE_SIZE, count - first), past + first, past + count)
                 n_tiles += 1
             row += count
         self.record[R.N_TILES // 8] = n_tiles

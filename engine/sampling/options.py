@@ -10,6 +10,9 @@ from typing import Any, TypedDict
 SAMPLERS = ("penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
 """Names and default order of the steps between the logits and the choice of a token."""
 
+ORDERS = ("confidence", "margin", "entropy", "random")
+"""In which masks are settled: see `diffusion_order`."""
+
 # What a step may also be called, all in lower case without "-" and "_", as GGUF files and other engines spell it.
 _SAMPLER_SPELLINGS = {name.replace("_", ""): name for name in SAMPLERS} | {
     "typp": "typical_p",
@@ -102,6 +105,15 @@ class SamplingOptions:
     reasoning_budget: int | None = None
     """The most tokens to think with before the answer, in a chat with a model that thinks: then the thought is ended
     for it. 0 has it answer at once; None lets it think as long as it wants."""
+    diffusion_steps: int | None = None
+    """Of models that write by diffusion: how often the model looks at the text while it is filled in; None is once for
+    each token. With fewer the text comes sooner, and is worse."""
+    diffusion_block: int | None = None
+    """Of these: so many tokens are filled in before those behind them; 0 fills in the whole text at once, None is as
+    the model was trained."""
+    diffusion_order: str = "confidence"
+    """Of these: which tokens are settled first: those that are likeliest ("confidence"), those whose second choice is
+    least likely ("margin"), those of the smallest entropy ("entropy"), or any ("random")."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of its text, not even their beginnings. In thoughts they end
     nothing."""
@@ -176,6 +188,9 @@ class SamplingArguments(TypedDict, total=False):
     draft: bool | None
     max_tokens: int | None
     reasoning_budget: int | None
+    diffusion_steps: int | None
+    diffusion_block: int | None
+    diffusion_order: str | None
     stop: str | Iterable[str] | None
 
 
@@ -271,6 +286,12 @@ def _samplers(name: str, value: Any) -> tuple[str, ...]:
     return tuple(steps)
 
 
+def _order(name: str, value: Any) -> str:
+    if value not in ORDERS:
+        raise ValueError(f"{name} must be one of {', '.join(ORDERS)}, not {value!r}")
+    return str(value)
+
+
 def _bias(name: str, value: Any) -> Mapping[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must map token ids to numbers, not {value!r}")
@@ -314,5 +335,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": _optional(_integer(0)),
     "max_tokens": _optional(_integer(0)),
     "reasoning_budget": _optional(_integer(0)),
+    "diffusion_steps": _optional(_integer(1)),
+    "diffusion_block": _optional(_integer(0)),
+    "diffusion_order": _order,
     "stop": _texts,
 }

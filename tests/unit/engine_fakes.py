@@ -126,6 +126,7 @@ class FakeRuntime:
     cache_bytes = context_bytes = 0
     cache_type = "f16"
     threads = 1
+    causal = True
 
     def __init__(
         self,

@@ -172,7 +172,7 @@ class Cache:
         """Queries [n, heads * dim_k] of positions `first` .. first + n - 1: one tile."""
         n, heads = len(q), q.shape[1] // self.dim_k
         out = np.full((n, heads * self.dim_v), np.nan, np.float32)
-        tile, tables = np.array([0, n, first]), np.full(n, self.table.ctypes.data)
+        tile, tables = np.array([0, n, first, first + n]), np.full(n, self.table.ctypes.data)
         fields = {
             R.ATT_Q: q.ctypes.data, R.ATT_Q_STRIDE: q.strides[0], R.ATT_OUT: out.ctypes.data,
             R.ATT_OUT_STRIDE: out.strides[0], R.ATT_HEADS: heads, R.ATT_KV_HEADS: self.kv_heads,

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 # From the top down: a room may import what stands after it, and itself.
 HOUSE = ["cli", "server", "engine", "models", "formats"]
 ENGINE = [
-    "face", "pyinstaller", "quantize", "judging", "generation", "text", "sampling", "program", "native", "kernels",
-    "simd", "cpu", "errors",
+    "face", "pyinstaller", "quantize", "judging", "embedding", "generation", "text", "sampling", "program", "native",
+    "kernels", "simd", "cpu", "errors",
 ]  # fmt: skip
 FACE = ("__init__", "model", "conversation", "chat_template", "tokenizer")
 

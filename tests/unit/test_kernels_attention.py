@@ -1,5 +1,6 @@
 """Attention over the paged cache, against plain NumPy, for every cache type, with windows, caps and grouped heads."""
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 
 from qrun.engine.kernels import records as R
-from qrun.engine.program.runtime import Runtime
+from qrun.engine.program.runtime import Part, Runtime
 from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType
 from qrun.models import graph as G
 from tests.reference import attention as reference_attention
+from tests.reference import forward
 
 WIDTH = 32
 # What a cache type may cost at most, relative to the largest result; and on average where the reference rounds as it
@@ -139,3 +141,55 @@ def test_sequences_decoded_together_give_the_bits_of_each_alone(runtime: Runtime
 
 def test_pages_of_a_step_are_64_positions() -> None:
     assert R.PAGE_POSITIONS % host_target().lanes == 0
+
+
+# Texts whose tokens all see each other, or those within half a window.
+BOTH_WAYS = [
+    (G.CacheLayer(4, 2, 32, 32, None, precise=True, causal=False), None),
+    (G.CacheLayer(3, 3, 20, 20, None, precise=True, causal=False), np.array([0.5, 0.25, 0.03], np.float32)),
+    (G.CacheLayer(6, 2, 64, 64, 37, precise=True, causal=False), None),
+    (G.CacheLayer(2, 1, 32, 32, 130, precise=True, causal=False), np.array([0.5, 0.1], np.float32)),
+]
+
+
+@pytest.fixture(params=range(len(BOTH_WAYS)))
+def both_ways(request: pytest.FixtureRequest, rng: np.random.Generator) -> G.Graph:
+    layer, slopes = BOTH_WAYS[request.param]
+    graph = attention_graph(rng, layer, None)
+    graph.operations[4] = dataclasses.replace(graph.operations[4], slopes=slopes)  # type: ignore[type-var]
+    return graph
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 150, 700])
+def test_attention_both_ways_is_the_definition(both_ways: G.Graph, rng: np.random.Generator, length: int) -> None:
+    tokens = rng.integers(0, min(50, both_ways.n_vocab), length)
+    runtime = Runtime(both_ways, threads=2, context=700)
+    result = runtime.evaluate(runtime.sequence(), tokens, "all")
+    runtime.close()
+    expected = forward(both_ways, tokens.tolist())
+    assert result is not None and np.abs(result - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_text_seen_both_ways_has_the_same_bits_whatever_it_is_computed_with(
+    both_ways: G.Graph, rng: np.random.Generator
+) -> None:
+    texts = [rng.integers(0, min(50, both_ways.n_vocab), n) for n in (3, 70, 1, 64, 129)]
+    alone = Runtime(both_ways, threads=1, context=130)
+    expected = [alone.evaluate(alone.sequence(), text, "all") for text in texts]
+    alone.close()
+    together = Runtime(both_ways, threads=3, context=300)
+    parts = [Part(together.sequence(), text.tolist(), "all") for text in texts]
+    for result, one in zip(together.step(parts), expected, strict=True):
+        assert np.array_equal(result, one)  # type: ignore[arg-type]
+    together.close()
+
+
+def test_nothing_is_appended_to_a_text_seen_both_ways(both_ways: G.Graph) -> None:
+    runtime = Runtime(both_ways, threads=1, context=64)
+    sequence = runtime.sequence()
+    runtime.evaluate(sequence, [1, 2, 3], "none")
+    with pytest.raises(ValueError, match="nothing can be appended"):
+        runtime.evaluate(sequence, [4], "none")
+    with pytest.raises(ValueError, match="nothing can be appended"):
+        runtime.evaluate_together([sequence], [4])
+    runtime.close()

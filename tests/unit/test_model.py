@@ -56,6 +56,8 @@ class FakeGraph:
     context_length: int = 200
     max_context: int | None = None
     operations: list[Any] = field(default_factory=lambda: ["one"])
+    embeds: bool = False
+    causal: bool = True
 
 
 def make_model(

@@ -9,9 +9,10 @@ import pytest
 
 from qrun.formats import FormatError
 from qrun.models import build_graph
-from tests.sketches import load, model
+from qrun.models.pooling import read_pooling
+from tests.sketches import load, load_embedders, model
 
-SKETCHES = load()
+SKETCHES = load() | load_embedders()
 VARIANTS = 25
 INTEGERS = [0, 1, 2, 3, 5, 7, 63, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, -1]
 REALS = [0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"), 0.5, 7.0]
@@ -57,6 +58,8 @@ def test_a_graph_or_one_error(name: str) -> None:
             del reader.tensors[rng.choice(list(reader.tensors))]
         try:
             build_graph(reader, 64)
+            if "pooled" in SKETCHES[name]:
+                read_pooling(reader)
             outcomes.append(True)
         except FormatError as error:
             assert str(error).startswith(f"{whole.path}: ") and "\n" not in str(error)

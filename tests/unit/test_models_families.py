@@ -187,7 +187,6 @@ def test_experts_are_chosen_within_groups_that_the_file_gives() -> None:
         ({"expert_group_used_count": 5}, "expert_group_used_count is 5, expected 1 to 4"),
         ({"expert_used_count": 5}, "expert_group_used_count is 2: they have too few experts to be chosen"),
         ({"expert_gating_func": 4}, "expert_gating_func is 4, expected 0 to 2"),
-        ({"attention.causal": False}, "attention.causal is False: attention to later tokens is not supported"),
     ):
         assert problem in Toy("bailingmoe2", n_expert=8, **keys).set(changed).error()
 
@@ -294,3 +293,23 @@ def test_adapters_do_not_change_learned_positions() -> None:
     adapter: Adapter[Any] = Adapter(cast(Any, pair))
     with pytest.raises(FormatError, match=r"the model has no matrix 'position_embd\.weight'"):
         adapt(toy.graph(), [adapter])
+
+
+def test_tokens_see_those_behind_them_where_the_file_says_so() -> None:
+    for architecture, keys, causal in (
+        ("llama", {}, True),
+        ("llama", {"attention.causal": False}, False),
+        ("qwen3", {"attention.causal": False}, False),
+        ("dream", {"attention.causal": True}, False),
+        ("llama-embed", {"attention.causal": True}, True),
+        ("llama-embed", {}, False),
+    ):
+        graph = Toy(architecture, **keys).graph()
+        assert graph.causal is causal and all(layer.precise is not causal for layer in graph.cache_layers)
+        assert graph.embeds is (architecture == "llama-embed")
+
+
+def test_where_a_window_would_have_to_reach_behind_is_said() -> None:
+    windows = {"attention.sliding_window": 3, "attention.sliding_window_pattern": np.array([1, 1], bool)}
+    toy = Toy("llama", **windows, **{"attention.causal": False})
+    assert "attention.causal is False, with windows: that is not supported" in toy.error()

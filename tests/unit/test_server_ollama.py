@@ -94,7 +94,7 @@ def test_errors_are_one_text(body: dict[str, Any]) -> None:
 
 
 def test_what_is_not_here() -> None:
-    for path in ("/api/create", "/api/push", "/api/embed", "/v1/embeddings"):
+    for path in ("/api/create", "/api/push", "/api/copy"):
         assert ask(None, path).status == 501
 
 

@@ -106,6 +106,23 @@ class Tokenizer:
         """Tokens that no text spells: they are found where `encode` parses special tokens."""
         return self._hidden
 
+    @property
+    def end_id(self) -> int | None:
+        """The token that `encode` puts behind a text; None where it adds none."""
+        return self._vocabulary.end_id
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """The token ids of two texts as a model takes them that says how well they go together: each with the tokens
+        that it wants around a text."""
+        end = self.end_id
+        between = self._vocabulary.between_ids
+        begun = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        ended = [end] if end is not None else []
+        return [
+            *begun, *self.encode(first, add_special=False), *(between or ended),
+            *self.encode(second, add_special=False), *ended,
+        ]  # fmt: skip
+
     def encode_further(self, text: str, parse_special: bool = False) -> list[int]:
         """The token ids of a text that goes on from another: without the space that some models put before a text."""
         ids: list[int] = []

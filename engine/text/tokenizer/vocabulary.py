@@ -22,6 +22,9 @@ KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert", "rwkv"}
 """The values of `tokenizer.ggml.model` that can be encoded with."""
 
 
+_SEPARATED = ("jina-v1-en", "jina-v2-code", "roberta-bpe")  # pre-tokenizers of models that put one between two texts
+
+
 class PieceType(IntEnum):
     """The values of `tokenizer.ggml.token_type` (SentencePiece's ModelProto.SentencePiece.Type)."""
 
@@ -122,6 +125,7 @@ class Vocabulary:
         self.add_bos: bool = self._value("tokenizer.ggml.add_bos_token", bool, add_bos)
         add_eos = self._value("tokenizer.ggml.add_eos_token", bool, self.kind == "t5")
         self.end_id = self.eos_id if add_eos else None
+        self.between_ids = self._between(add_eos)
         if self.kind == "bert":
             self.end_id = self._token_id("seperator", 102)  # spelt so in the format
         self.add_space_prefix: bool = self._value("tokenizer.ggml.add_space_prefix", bool, sentencepiece)
@@ -180,6 +184,18 @@ class Vocabulary:
     def flag(self, name: str, default: bool) -> bool:
         value: bool = self._value(f"tokenizer.ggml.{name}", bool, default)
         return value
+
+    def _between(self, add_eos: bool) -> list[int]:
+        """What stands between two texts that are compared: as after each, and in RoBERTa's family a separator more."""
+        separator = self._token_id("seperator", 102 if self.kind == "bert" else None)
+        if self.kind == "bert":
+            return [] if separator is None else [separator]
+        ended = [self.eos_id] if add_eos and self.eos_id is not None else []
+        adds = self._value("tokenizer.ggml.add_sep_token", bool, self.pre in _SEPARATED)
+        # BERT's spelling: a text that ends with [SEP] has had it.
+        if separator is None or not adds or (separator in ended and self.pieces[separator] == b"[SEP]"):
+            return ended
+        return [*ended, separator]
 
     def ids_of(self, *types: PieceType) -> list[int]:
         ids: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()

@@ -1,0 +1,1 @@
+"""Vectors of texts, and how well texts go together."""
