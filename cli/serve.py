@@ -73,7 +73,7 @@ def command(
     \b
     Examples:
       qrun serve
-      qrun serve model.gguf --port 8000 --ctx 8192
+      qrun serve model.gguf --port 8000 --ctx 8192 --cache-disk ~/.cache/qrun-prefixes
       qrun serve model.gguf --host 0.0.0.0 --api-key "$KEY"
       qrun serve --models-dir ~/models --ttl 600
       qrun serve model.gguf --port 0 --ready-json --exit-with-stdin

@@ -145,6 +145,8 @@ class Model:
         cache_type: str = "f16",
         batch: int = 512,
         cache_bytes: int | None = None,
+        cache_disk: str | os.PathLike[str] | None = None,
+        cache_disk_bytes: int | None = None,
         loras: "Sequence[LoraLike]" = (),
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
@@ -164,13 +166,20 @@ class Model:
         cache_bytes: what all that is cached of texts may take, before what has ended and was not used for longest is
             forgotten, and what is under way has to wait: by default a quarter of the free memory, but room for one
             context at least.
+        cache_disk: a folder in which beginnings of texts of 512 tokens or more are kept when nobody has used them for
+            ten seconds, when they are forgotten and when the model is closed: a prompt that begins so goes on from
+            there, to the same bits, also in another process. What people have said lies there: it is made for its owner
+            alone, and refused (PermissionError) where others may write to it.
+        cache_disk_bytes: what the folder's files may take, before those that were not used for longest go: by default
+            10 GiB, or a tenth of what is free if that is less.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
         converting: called with (done, total), in bytes, while a folder is quantised.
-        notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised.
+        notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised, and about
+            what is wrong with `cache_disk`; without it, that is a CacheWarning.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -178,6 +187,7 @@ class Model:
         """
         for name, value in (
             ("threads", threads), ("context", context), ("batch", batch), ("cache_bytes", cache_bytes),
+            ("cache_disk_bytes", cache_disk_bytes),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -228,7 +238,21 @@ class Model:
             runtime.close()
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting, cache_bytes)
+        model = cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting, cache_bytes)
+        if cache_disk is not None:
+            try:
+                model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
+            except BaseException:
+                model.close()
+                raise
+        return model
+
+    def _keep_on_disk(self, folder: Path, limit: int | None, notice: Callable[[str], None] | None) -> None:
+        from qrun.engine.generation.disk_prefixes import DiskPrefixes
+
+        # Not bound to this object, which may go while its sessions stay.
+        key = functools.partial(prefix_key, self._host.fingerprint, bits_of(self.graph, self._runtime))
+        self._host.prefixes.disk = DiskPrefixes(folder, limit, self._runtime, key, notice or warn_of_cache)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -609,6 +633,43 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
     available = memory().available
     return max((available or 0) // 4, runtime.context_bytes)
+
+
+def warn_of_cache(text: str) -> None:
+    """A CacheWarning."""
+    import warnings
+
+    from qrun.engine.errors import CacheWarning
+
+    warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+def bits_of(graph: "Graph", runtime: "Runtime") -> str:
+    """A digest of what decides the bits of a cache beside the model's file: the kernels, the type of the cache, and how
+    the graph was built."""
+    import hashlib
+
+    from qrun.engine.native.codegen import code_digest
+    from qrun.engine.program.state_blocks import state_sizes
+
+    digest = hashlib.sha256(code_digest(runtime.target).encode())
+    digest.update(repr((runtime.cache_type, graph.cache_layers, state_sizes(graph))).encode())
+    for operation in graph.operations:
+        digest.update(type(operation).__name__.encode())
+        for value in vars(operation).values():
+            if isinstance(value, np.ndarray):  # which may depend on the context, as factors of frequencies do
+                digest.update(np.ascontiguousarray(value).data)
+            elif isinstance(value, bool | int | float | str):
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def prefix_key(fingerprint: Callable[[], str], bits: str, adapters: tuple[object, ...]) -> str:
+    """The key of `DiskPrefixes`."""
+    import hashlib
+
+    model = hashlib.sha256(f"{fingerprint()} {bits}".encode()).hexdigest()
+    return model[:12] + hashlib.sha256(f"{model} {adapters!r}".encode()).hexdigest()[12:]
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:

@@ -464,12 +464,15 @@ class Generation(Iterator[Piece]):
             return None
         scheduler = self._scheduler if self._can_share else None
         start = time.perf_counter()
+        alike = 0
         if scheduler is not None:
-            scheduler.prefixes.adopt(self._cache, self._prompt)
+            known = scheduler.prefixes.fetch(self._cache, self._prompt)
+            alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
         try:
             logits, n_cached = self._cache.advance_to(
-                self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids
-            )
+                self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids,
+                alike, self._marked,
+            )  # fmt: skip
         except GenerationCancelled:
             self._prompt_seconds += time.perf_counter() - start
             if self._cancelled:
@@ -479,6 +482,11 @@ class Generation(Iterator[Piece]):
         self._n_cached += n_cached
         self._prompt_seconds += time.perf_counter() - start
         return logits
+
+    def _marked(self) -> None:
+        """The prompt has been read to where others may go on from."""
+        if self._scheduler is not None:
+            self._scheduler.prefixes.snapshot(self._cache)
 
     def _piece(self, sampled: Sampled) -> Piece | None:
         """The piece of a token, with which the generation may end."""

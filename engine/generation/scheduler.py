@@ -103,7 +103,9 @@ class Task:
         self.cache = generation._cache
         self.prompt = generation._prompt
         self.marks: deque[int] = deque()
-        self.begun = False
+        self.begun = self.fetching = False
+        """fetching: whether what the disk has of its prompt is being read."""
+        self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
         self.pieces: deque[Piece] = deque()
@@ -197,6 +199,9 @@ class Scheduler:
         self._leave_parent()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
+        if not task.begun and self.prefixes.may_fetch(task.cache, task.prompt):
+            task.fetching = True
+            threading.Thread(target=self._fetch, args=(task,), name="qrun prefix", daemon=True).start()
         with self.lock:
             self._live.add(generation)
             self._tasks.append(task)
@@ -220,6 +225,15 @@ class Scheduler:
         with self.lock:
             return sum(not task.decoding for task in self._tasks)
 
+    def _fetch(self, task: Task) -> None:
+        """In a thread of its own: nobody who computes waits for the disk."""
+        try:
+            task.known = self.prefixes.fetch(task.cache, task.prompt)
+        finally:
+            with self.lock:
+                task.fetching = False
+                self.changed.notify()
+
     # The thread
 
     def _loop(self) -> None:
@@ -240,6 +254,8 @@ class Scheduler:
             generation = task.generation()
             if generation is None:
                 self._tasks.remove(task)
+            elif task.fetching and not generation.cancelled:
+                continue
             elif generation.cancelled or task.sink is not None or len(task.pieces) < task.ahead:
                 found.append((task, generation))
         return found
@@ -357,6 +373,7 @@ class Scheduler:
             if task.marks and task.marks[0] == len(task.cache.tokens):
                 task.marks.popleft()
                 task.cache.sequence.mark()
+                self.prefixes.snapshot(task.cache)
             if task.decoding:
                 task.cache.sequence.mark()
                 generation._take_prompt(logits[0], task.n_cached, time.perf_counter() - task.arrived)
@@ -389,9 +406,9 @@ class Scheduler:
             task.begun = False
 
     def _begin_prompt(self, task: Task, generation: Sharing) -> None:
-        self.prefixes.adopt(task.cache, task.prompt)
+        alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
         task.n_cached = task.cache.begin(task.prompt)
-        task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids))
+        task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
     def _rows_beside(self) -> int:

@@ -254,6 +254,7 @@ class Session:
             self.stop()
             if self._cache.lock.abandoned:  # its threads are those of another process
                 return
+            self._host.prefixes.write(self._cache)
             with self._cache.lock:
                 self._cache.close()
                 if self._draft is not None:

@@ -69,7 +69,7 @@ class Runtime:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        target = target or host_target()
+        self.target = target = target or host_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.n_vocab = graph.n_vocab
         self.batch = min(batch, context)
@@ -202,6 +202,18 @@ class Runtime:
     def bytes_of(self, n: int) -> int:
         """What a sequence of n positions holds of the cache."""
         return self._layout.bytes_at(n) + 2 * self._layout.block_bytes
+
+    @property
+    def goes_anywhere(self) -> bool:
+        """Can a sequence be cut after any position, as the model has no windows and no states?"""
+        return not self._layout.block_bytes and all(window is None for window in self._layout.windows)
+
+    def returns(self, n_past: int, n: int) -> bool:
+        """Can a sequence that was saved at a position be cut after n?"""
+        windows = (window for window in self._layout.windows if window is not None)
+        first = [(max(at - window + 1, 0) // R.PAGE_POSITIONS) for window in windows for at in (n_past, n)]
+        chunk = n_past // R.STATE_ROWS * R.STATE_ROWS if self._layout.block_bytes else 0
+        return n >= chunk and first[::2] == first[1::2]
 
     @property
     def context_bytes(self) -> int:
