@@ -32,11 +32,13 @@ DEFAULT_CONTEXT = 4096
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones."""
+    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones. rank: 1 for the
+    likeliest of all."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    rank: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,9 +469,10 @@ class Model:
                 targets = tokens[start + 1 : end + 1]
                 logprobs = (-negative_log_likelihoods(logits, targets)).tolist()
                 for row, target, logprob in zip(logits, targets, logprobs, strict=True):
+                    rank = 1 + int(np.count_nonzero(row > row[target]))
                     total = float(row[target]) - logprob
                     likeliest = [(id, float(row[id]) - total) for id in largest(row, top).tolist()] if top else []
-                    found.append(TokenLogprob(target, logprob, likeliest))
+                    found.append(TokenLogprob(target, logprob, likeliest, rank))
         except GenerationCancelled:
             self._check_open()
             raise

@@ -77,7 +77,7 @@ class ChatRequest:
 
 def bias_option(body: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """The option `logit_bias`, if a request has anything of the kind."""
-    if body.get("logit_bias") is None and not body.get("ignore_eos"):
+    if body.get("logit_bias") is None:
         return {}
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -85,7 +85,7 @@ def bias_option(body: Mapping[str, Any], model: Model) -> dict[str, Any]:
     def encode(text: str) -> list[int]:
         return model.tokenize(text, add_special=False)
 
-    return {"logit_bias": fields.logit_bias(body, encode, tokenizer.stop_ids, tokenizer.n_vocab)}
+    return {"logit_bias": fields.logit_bias(body, encode, tokenizer.n_vocab)}
 
 
 def openai_chat(body: Mapping[str, Any]) -> ChatRequest:

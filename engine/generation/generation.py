@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -386,10 +386,14 @@ class Generation(Iterator[Piece]):
             sampled = Sampled(token, logprob, None, n_free)
             self._n_forced += 1
         elif guide is None:
-            token, logprob = self._sampler.sample(logits)
+            token, logprob = self._sampler.sample(logits, banned=self._banned())
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
-            chosen, logprob = self._sampler.sample(logits, guide.allowed())
+            allowed = guide.allowed()
+            banned = self._banned()
+            if banned and allowed is not None and not any_but(allowed, banned):
+                banned = frozenset()  # the grammar has come to its end
+            chosen, logprob = self._sampler.sample(logits, allowed, banned)
             token, *rest = guide.settled(chosen)
             if token != chosen:
                 logprob = self._sampler.logprob(logits, token)
@@ -406,6 +410,12 @@ class Generation(Iterator[Piece]):
             elif not self._forced:
                 self._forced.extend(guide.forced())
         return token
+
+    def _banned(self) -> frozenset[int]:
+        """Tokens that would end the text, where it may not end yet."""
+        options = self._sampler.options
+        too_early = options.ignore_eos or len(self.tokens) + len(self._sampled) < options.min_tokens
+        return self._stop_ids if too_early else frozenset()
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
         """Guesses, and whose they are, if anybody has any."""
@@ -543,7 +553,9 @@ class Generation(Iterator[Piece]):
     def _up_to_stop(self, split: list[tuple[Channel, str]]) -> list[tuple[Channel, str]]:
         texts: list[tuple[Channel, str]] = []
         for channel, text in split:
-            if channel == "content":
+            if channel == "content" and len(self.tokens) < self._sampler.options.min_tokens:
+                texts.append((channel, text))
+            elif channel == "content":
                 texts.append((channel, self._stop_strings.push(text)))
             else:
                 texts += [("content", self._stop_strings.flush()), (channel, text)]
@@ -564,6 +576,15 @@ class Generation(Iterator[Piece]):
             self._reason = "stop"
             return texts
         return [*texts, ("content", self._stop_strings.flush())]
+
+
+def any_but(allowed: np.ndarray, tokens: Set[int]) -> bool:
+    """Does a mask as `Constraint.mask` has it allow more than these tokens?"""
+    rest = allowed.copy()
+    for token in tokens:
+        if token // 32 < len(rest):
+            rest[token // 32] &= ~np.uint32(1 << token % 32)
+    return bool(rest.any())
 
 
 def _carrying(sampled: Sampled, text: str, channel: Channel) -> Piece:
