@@ -330,7 +330,7 @@ class Model:
             think = False
         if isinstance(tools, Iterator):
             tools = list(tools)
-        prompt = self.chat_prompt(
+        prompt, begun = self._chat_prompt(
             messages,
             tools=tools,
             template_variables=template_variables,
@@ -351,7 +351,8 @@ class Model:
                 regex,
             )  # fmt: skip
         response = template.response(prompt, tools if looks_for_calls else None)
-        return self._generate(self.template_tokens(prompt), chosen | {"response": response, "rules": rules})
+        more = {"response": response, "rules": rules, "begun": begun}
+        return self._generate(self.template_tokens(prompt + begun), chosen | more)
 
     def chat_prompt(
         self,
@@ -364,6 +365,27 @@ class Model:
         continue_last: bool = False,
     ) -> str:
         """The text from which `chat` goes on, for `template_tokens`. Arguments and errors are those of `chat`."""
+        prompt, begun = self._chat_prompt(
+            messages,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+            continue_last=continue_last,
+        )
+        return prompt + begun
+
+    def _chat_prompt(
+        self,
+        messages: str | Iterable[Any],
+        *,
+        tools: Iterable[Any] | None,
+        template_variables: Mapping[str, Any] | None,
+        special_tokens_in_messages: bool,
+        think: bool | None,
+        continue_last: bool,
+    ) -> tuple[str, str]:
+        """The same, and with what the answer begins that is to be continued."""
         from qrun.engine.text.messages import read_messages, text_of
 
         self._check_open()
@@ -386,7 +408,7 @@ class Model:
         prompt = template.render(messages, tools=tools, **variables)
         if begun and (response := template.response(prompt)) is not None and response.channel == "reasoning":
             prompt += response.closing
-        return prompt + begun
+        return prompt, begun
 
     def complete(
         self,
@@ -614,7 +636,15 @@ class Model:
             except BaseException:
                 session.close()
                 raise
-            generation.when_over = session.leave
+            pool, lock = self._pool, self._lock  # and not this object: a generation may outlive its model
+
+            def leave() -> None:
+                session.leave()
+                with lock:
+                    if session in pool:
+                        pool.remove(session)
+
+            generation.when_over = leave
             self._pool.append(session)
             return generation
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.models.catalog import CATALOG, NotPulled, catalog_entry, resolve
+from qrun.models.catalog import NotPulled, catalog_entry, named_files, resolve, stored_model
 from qrun.models.store import SHARD_NAME, models_in, stored_models
 from qrun.server.errors import APIError, unavailable
 from qrun.server.threads import in_daemon
@@ -64,6 +64,15 @@ def name_of(source: Source) -> str:
     return path.name if path.suffix.lower() != ".gguf" else path.stem
 
 
+def _stored_path(name: str) -> Path | None:
+    """The file of the store that the catalog, or a spec of the hub, means by a name: `llama3.1:8b`, say."""
+    try:
+        stored = stored_model(name)
+    except (ValueError, LookupError, OSError):
+        return None
+    return stored.path if stored is not None else None
+
+
 class Hub:
     """models: paths or names, or loaded models. folder: another folder, all of whose models are served too, by the
     names of their files. with_store: serve what is in the store as well.
@@ -93,7 +102,7 @@ class Hub:
         named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
         for name, model in named:
             self._add(name, model)
-        self.refresh()
+        self._take(*self._look())
         self.is_ready = True
         """False while the first model is being loaded."""
 
@@ -108,20 +117,28 @@ class Hub:
         self._entries[id] = entry
         return entry
 
-    def refresh(self) -> None:
+    async def refresh(self) -> None:
         """Look again at what lies in the folder and the store."""
+        sources = {entry.source for entry in self._entries.values() if isinstance(entry.source, Path)}
+        self._take(*await in_daemon(self._look, sources))
+
+    def _look(self, sources: Iterable[Path] = ()) -> tuple[list[tuple[str, Path]], set[Path]]:
+        """The names and files of the models that lie there, and which of `sources` have gone. It may take a while, as
+        on disks of a network."""
+        found: list[tuple[str, Path]] = []
         if self._folder is not None:
-            for stored in models_in(self._folder):
-                if stored.name not in self._entries:
-                    self._found.add(self._add(stored.name, stored.path).id)
+            found += [(stored.name, stored.path) for stored in models_in(self._folder)]
         if self._with_store:
-            names = {entry.path: entry.name for entry in CATALOG.values()}
-            for stored in stored_models():
-                name = names.get(stored.path, stored.name)
-                if name not in self._entries:
-                    self._found.add(self._add(name, stored.path).id)
+            names = named_files()
+            found += [(names.get(stored.path, stored.name), stored.path) for stored in stored_models()]
+        return found, {source for source in sources if not source.exists()}
+
+    def _take(self, found: list[tuple[str, Path]], gone: set[Path]) -> None:
+        for name, path in found:
+            if name not in self._entries:
+                self._found.add(self._add(name, path).id)
         for entry in list(self._entries.values()):
-            if entry.model is None and isinstance(entry.source, Path) and not entry.source.exists():
+            if entry.model is None and entry.source in gone:
                 del self._entries[entry.id]  # it was deleted
 
     @property
@@ -133,16 +150,19 @@ class Hub:
         """The first model."""
         return next(iter(self._entries.values()), None)
 
-    def find(self, name: Any, *, lenient: bool = False) -> Entry:
-        """The model of a name. Any name will do where there is one model, or `lenient` takes the first for it.
-        APIError where there is none."""
+    async def find(self, name: Any, *, lenient: bool = False, exact: bool = False) -> Entry:
+        """The model of a name. Any name will do where there is one model, or `lenient` takes the first for it, but not
+        where it is to be `exact`. APIError where there is none."""
         if name is not None and not isinstance(name, str):
             raise APIError("model must be a text", param="model")
         entry = self.named(name or "")
         if entry is None:
-            self.refresh()
+            await self.refresh()
             entry = self.named(name or "")
-        if entry is None and (lenient or not name or len(self._entries) == 1):
+        if entry is None and name and self._with_store:
+            path = await in_daemon(_stored_path, name)
+            entry = next((one for one in self._entries.values() if path is not None and one.source == path), None)
+        if entry is None and not exact and (lenient or not name or len(self._entries) == 1):
             entry = self.default
         if entry is None:
             raise APIError(
@@ -167,7 +187,7 @@ class Hub:
     @asynccontextmanager
     async def use(self, name: Any, *, lenient: bool = False) -> AsyncIterator[Entry]:
         """The model of a name, loaded: it stays so within the `with` statement."""
-        entry = self.find(name, lenient=lenient)
+        entry = await self.find(name, lenient=lenient)
         entry.users += 1
         if entry.timer is not None:
             entry.timer.cancel()

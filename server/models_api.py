@@ -76,17 +76,14 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 
 async def list_models(state: State, exchange: Exchange) -> None:
-    state.hub.refresh()
+    await state.hub.refresh()
     data = [describe(entry) for entry in state.hub.entries]
     await exchange.json({"object": "list", "data": data})
 
 
 async def one_model(state: State, exchange: Exchange) -> None:
     name = exchange.path_parameters["name"]
-    entry = state.hub.find(name)
-    if state.hub.named(name) is None:
-        raise APIError(f"the model {name!r} does not exist", 404, "not_found_error", param="model",
-                       code="model_not_found")  # fmt: skip
+    entry = await state.hub.find(name, exact=True)
     await exchange.json(describe(entry))
 
 
@@ -105,7 +102,7 @@ async def metrics(state: State, exchange: Exchange) -> None:
 
 async def list_for_lm_studio(state: State, exchange: Exchange) -> None:
     """`/api/v0/models`, which clients of LM Studio read."""
-    state.hub.refresh()
+    await state.hub.refresh()
     data = []
     for entry in state.hub.entries:
         facts = await state.in_thread(facts_of, entry)
@@ -139,5 +136,5 @@ async def root(state: State, exchange: Exchange) -> None:
 
 async def embeddings(state: State, exchange: Exchange) -> None:
     """Not for models that write."""
-    state.hub.find(exchange.body.get("model"), lenient=True)
+    await state.hub.find(exchange.body.get("model"), lenient=True)
     raise APIError("embeddings are not supported by this server", 501, "not_supported_error", code="not_supported")

@@ -72,7 +72,7 @@ async def apply_template(state: State, exchange: Exchange) -> None:
 
 async def props(state: State, exchange: Exchange) -> None:
     """What llama.cpp's clients ask of a server."""
-    entry = state.hub.find(exchange.request.query_params.get("model"), lenient=True)
+    entry = await state.hub.find(exchange.request.query_params.get("model"), lenient=True)
     model = entry.model
     if model is None:
         raise APIError("Loading model", 503, "unavailable_error", headers={"Retry-After": "1"})

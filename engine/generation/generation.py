@@ -102,6 +102,7 @@ class Generation(Iterator[Piece]):
         response: "ResponseParser | None" = None,
         scheduler: "Scheduler | None" = None,
         rules: "Rules | None" = None,
+        begun: str = "",
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -122,6 +123,10 @@ class Generation(Iterator[Piece]):
         self._response = response if tokenizer else None
         self._marks = _special_marks(tokenizer, response) if tokenizer and response else {}
         self._guide = Guide(rules, tokenizer, response, self._marks, prompt) if rules and tokenizer else None
+        if begun and self._guide is not None:
+            self._guide.begin(begun)
+        if begun and self._response is not None:
+            self._response.begin(begun)
         self._ready: deque[Piece] = deque()
         """Pieces that came with the one before them."""
         self._forced: deque[int] = deque()
@@ -378,6 +383,9 @@ class Generation(Iterator[Piece]):
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
         guide, logits = self._guide, logits[: self._sampler.n_vocab]
+        if guide is not None and guide.over:  # the prompt has all of it
+            self._sampled.append(Sampled(_END, None, None, n_free))
+            return _END
         if guide is not None and not self._forced:
             self._forced.extend(guide.forced())
         if self._forced:

@@ -328,7 +328,11 @@ class Scheduler:
         self._make_room(going)
         for task, generation in going:
             if task.decoding and room and not generation._sampled:
-                tokens, guesser = generation._next_rows()
+                try:
+                    tokens, guesser = generation._next_rows()
+                except Exception as error:  # of this one alone
+                    _fail(task, generation, error)
+                    continue
                 if len(tokens) > room:
                     tokens, guesser = tokens[:1], None
                 plan(task, generation, tokens, guesser)
@@ -345,7 +349,11 @@ class Scheduler:
                 if any(other.begun for other, _ in going) and not self.prefixes.trim(wanted):
                     continue
                 planned = wanted
-                self._begin_prompt(task, generation)
+                try:
+                    self._begin_prompt(task, generation)
+                except Exception as error:
+                    _fail(task, generation, error)
+                    continue
             start = len(task.cache.tokens)
             end = min(task.marks[0] if task.marks else len(task.prompt), start + room)
             plan(task, generation, task.prompt[start:end])

@@ -128,6 +128,7 @@ class Session:
         on_full: OnFull | None = None,
         response: "ResponseParser | None" = None,
         rules: "Rules | None" = None,
+        begun: str = "",
         **options: Unpack[SamplingArguments],
     ) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
@@ -142,7 +143,8 @@ class Session:
         `response`, which `ChatTemplate.response` makes for a prompt, tells thoughts from the answer. Without it all is
         answer, marks included.
 
-        `rules`: what the answer must be. A tokenizer is wanted for that.
+        `rules`: what the answer must be. A tokenizer is wanted for that. `begun`: how the answer begins, where the
+        prompt ends with that.
 
         `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
         thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
@@ -175,7 +177,7 @@ class Session:
         shorten_if_asked = shorten if on_full else None
         generation = Generation(
             self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response,
-            self._host.scheduler, rules,
+            self._host.scheduler, rules, begun,
         )  # fmt: skip
         self._take_over(generation)
         return generation
