@@ -58,22 +58,27 @@ class LogitBias(click.ParamType):
 
 
 class LoraFile(click.ParamType):
-    """FILE, or FILE=SCALE, as a `Lora`. A file whose name ends like a scale can be named all the same."""
+    """FILE, FILE=SCALE, NAME=FILE or NAME=FILE=SCALE, as a `Lora`. A file whose name ends like a scale, or begins like
+    a name, can be named all the same."""
 
-    name = "FILE[=SCALE]"
+    name = "[NAME=]FILE[=SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
         from qrun.models.adapter import Lora
 
         if isinstance(value, Lora):
             return value
+        if Path(value).exists():
+            return Lora(Path(value))
+        name, equals, rest = value.partition("=")
+        if equals and name and (Path(rest).exists() or Path(rest.rpartition("=")[0] or ".").is_file()):
+            found: Lora = self.convert(rest, param, ctx)
+            return Lora(found.path, found.scale, name)
         path, equals, scale = value.rpartition("=")
         try:
-            if equals and path and not Path(value).exists():
-                return Lora(Path(path), float(scale))
-            return Lora(Path(value))
+            return Lora(Path(path), float(scale)) if equals and path else Lora(Path(value))
         except ValueError:
-            self.fail(f"{value!r}: {scale!r} is no scale of an adapter, which is a number", param, ctx)
+            self.fail(f"{value!r}: {scale!r} is no scale of an adapter, which is a number, and no file", param, ctx)
 
 
 class Names(click.ParamType):
@@ -276,7 +281,8 @@ def lora_option() -> Callable[[Command], Command]:
     return click.option(
         "--lora", "loras", type=LoraFile(), multiple=True,
         help="Change the model by a LoRA adapter, a GGUF file; SCALE says how strongly (1: as it was trained). May be "
-        "given several times.",
+        "given several times. With a NAME, qrun serve changes the answers to requests alone that name it, as their "
+        "model or in lora.",
     )  # fmt: skip
 
 

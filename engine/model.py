@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
 from qrun.engine.native.locks import ForkAwareLock
@@ -95,6 +96,7 @@ class Model:
         loras: "Sequence[Adapter[Any]]" = (),
         draft: "LoadedDraft | None" = None,
         cache_bytes: int | None = None,
+        adapters: Sequence[NamedAdapter] = (),
     ) -> None:
         self.path = path
         self.reader = reader
@@ -106,6 +108,8 @@ class Model:
         """Why there is no tokenizer, in one line; None if there is one."""
         self.loras = tuple(loras)
         """The adapters that were loaded with the model: their paths and scales."""
+        self.adapters = tuple(adapters)
+        """The adapters that generations can ask for with `lora`, in their order."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
@@ -126,11 +130,12 @@ class Model:
         if acting:  # their order decides that of additions, and so the last bits
             description += repr([lora.scale for lora in acting])
         files = [*reader.files, *(lora.path for lora in acting)]
-        fingerprint = functools.partial(_fingerprint, files, description)
+        self._fingerprint = functools.cache(functools.partial(_fingerprint, files, description))
         self._draft = draft
         make_draft = draft.session_draft if draft else None
         room = cache_limit(runtime, cache_bytes)
-        self._host = Host(runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room)
+        self._host = Host(runtime, tokenizer, self.defaults, self._fingerprint, make_draft, room,
+                          Adapters(adapters))  # fmt: skip
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
@@ -150,6 +155,7 @@ class Model:
         cache_disk: str | os.PathLike[str] | None = None,
         cache_disk_bytes: int | None = None,
         loras: "Sequence[LoraLike]" = (),
+        adapters: "Mapping[str, LoraLike] | None" = None,
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -175,6 +181,8 @@ class Model:
         cache_disk_bytes: what the folder's files may take, before those that were not used for longest go: by default
             10 GiB, or a tenth of what is free if that is less.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
+        adapters: more of them by names of your own, of which each generation asks for what it wants (`lora="name"`), or
+            none: the same memory and the same steps serve all. Those that change embeddings or experts are refused.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
@@ -199,14 +207,15 @@ class Model:
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import Graph, build_drafts, build_graph
-        from qrun.models.adapter import Lora, open_adapters
+        from qrun.models.adapter import Lora, check_switchable, open_adapters
 
         path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
         wanted = [Lora.of(lora) for lora in loras]
+        switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
         reader = GGUFReader(path)
         try:
-            with open_adapters(wanted) as adapters:
-                graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            with open_adapters(wanted) as opened:
+                graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
             layers: list[Graph] = []
             if draft == DRAFT_LAYERS:
                 graph, layers = build_drafts(reader, graph)
@@ -216,14 +225,20 @@ class Model:
                 tokenizer = Tokenizer.load(reader)
             except FormatError as error:
                 problem = str(error)
-            runtime = Runtime(
-                graph,
-                threads=threads or available_cores(),
-                context=graph.context,
-                cache_type=cache_type,
-                batch=batch,
-                progress=progress,
-            )
+            with open_adapters(switched.values()) as opened_by_name:
+                for adapter in opened_by_name:
+                    check_switchable(graph, adapter)
+                    if adapter.notice and notice:
+                        notice(adapter.notice)
+                runtime = Runtime(
+                    graph,
+                    threads=threads or available_cores(),
+                    context=graph.context,
+                    cache_type=cache_type,
+                    batch=batch,
+                    progress=progress,
+                    adapters=opened_by_name,
+                )
         except BaseException:
             reader.close()
             raise
@@ -240,7 +255,8 @@ class Model:
             runtime.close()
             reader.close()
             raise
-        model = cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting, cache_bytes)
+        named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
+        model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
         if cache_disk is not None:
             try:
                 model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
@@ -253,7 +269,7 @@ class Model:
         from qrun.engine.generation.disk_prefixes import DiskPrefixes
 
         # Not bound to this object, which may go while its sessions stay.
-        key = functools.partial(prefix_key, self._host.fingerprint, bits_of(self.graph, self._runtime))
+        key = functools.partial(prefix_key, self._fingerprint, self._host.adapters, bits_of(self.graph, self._runtime))
         self._host.prefixes.disk = DiskPrefixes(folder, limit, self._runtime, key, notice or warn_of_cache)
 
     @functools.cached_property
@@ -451,14 +467,15 @@ class Model:
             chosen["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
         return self._generate(self._text_tokens(prompt) if isinstance(prompt, str) else prompt, chosen)
 
-    def logits(self, tokens: Iterable[int]) -> np.ndarray:
-        """Logits after each of at least one token: float32 [n_tokens, n_vocab].
+    def logits(self, tokens: Iterable[int], lora: LoraChoice | None = None) -> np.ndarray:
+        """Logits after each of at least one token: float32 [n_tokens, n_vocab]. lora: as for `generate`.
 
         Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist.
         """
         self._check_open()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         sequence = self._runtime.sequence()
+        sequence.adapters = self._host.adapters.chosen(lora)
         try:
             logits = self._runtime.evaluate(sequence, tokens, "all", lambda: self._closed)
         except GenerationCancelled:
@@ -469,11 +486,13 @@ class Model:
         assert logits is not None
         return logits
 
-    def prompt_logprobs(self, tokens: Iterable[int], top: int = 0) -> "list[TokenLogprob | None]":
+    def prompt_logprobs(
+        self, tokens: Iterable[int], top: int = 0, lora: LoraChoice | None = None
+    ) -> "list[TokenLogprob | None]":
         """How likely each token of a text was after those before it; None for the first, which nothing comes before.
 
-        top: how many of the likeliest tokens are told in each place. Errors are those of `logits`; unlike there,
-        a few rows are held at a time.
+        top: how many of the likeliest tokens are told in each place. lora: as for `generate`. Errors are those of
+        `logits`; unlike there, a few rows are held at a time.
         """
         from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
         from qrun.engine.sampling.sampler import largest
@@ -483,6 +502,7 @@ class Model:
         found: list[TokenLogprob | None] = [None]
         rows = rows_at_a_time(self._runtime.n_vocab)
         sequence = self._runtime.sequence()
+        sequence.adapters = self._host.adapters.chosen(lora)
         try:
             for start in range(0, len(tokens) - 1, rows):
                 end = min(start + rows, len(tokens) - 1)
@@ -697,12 +717,12 @@ def bits_of(graph: "Graph", runtime: "Runtime") -> str:
     return digest.hexdigest()
 
 
-def prefix_key(fingerprint: Callable[[], str], bits: str, adapters: tuple[object, ...]) -> str:
+def prefix_key(fingerprint: Callable[[], str], adapters: Adapters, bits: str, chosen: Chosen) -> str:
     """The key of `DiskPrefixes`."""
     import hashlib
 
     model = hashlib.sha256(f"{fingerprint()} {bits}".encode()).hexdigest()
-    return model[:12] + hashlib.sha256(f"{model} {adapters!r}".encode()).hexdigest()[12:]
+    return model[:12] + hashlib.sha256(f"{model} {adapters.digest(chosen)}".encode()).hexdigest()[12:]
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:

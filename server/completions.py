@@ -45,11 +45,12 @@ class CompletionRequest:
     tokens: list[list[int]] = field(default_factory=list)
     scored: list[list[TokenLogprob | None]] = field(default_factory=list)
 
-    def start(self, model: Model) -> list[Generation]:
-        """Begin the generations, `best_of` for each prompt."""
+    def start(self, model: Model, lora: dict[str, Any]) -> list[Generation]:
+        """Begin the generations, `best_of` for each prompt. lora: see `ChatRequest.start`."""
         if model.tokenizer is None and any(isinstance(prompt, str) for prompt in self.prompts):
             raise APIError("the model has no tokenizer that can be used: prompts must be token ids")
-        options = self.options | (bias_option(self.body, model) if model.tokenizer is not None else {})
+        options = self.options = lora | self.options
+        options = options | (bias_option(self.body, model) if model.tokenizer is not None else {})
         for prompt in self.prompts:
             if self.suffix and isinstance(prompt, str):
                 self.tokens.append(infill_tokens(model, prompt, self.suffix))
@@ -71,7 +72,9 @@ class CompletionRequest:
         wanted = [top for top in (self.logprobs if self.echo else None, self.prompt_logprobs) if top is not None]
         if wanted:
             for tokens in self.tokens:
-                self.scored.append(await in_daemon(model.prompt_logprobs, tokens, max(wanted)))
+                self.scored.append(
+                    await in_daemon(model.prompt_logprobs, tokens, max(wanted), self.options.get("lora"))
+                )
 
 
 def read_request(body: dict[str, Any]) -> CompletionRequest:

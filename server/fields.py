@@ -129,6 +129,22 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(one for one in (text(name, one) for one in values) if one)
 
 
+def adapters(name: str, value: Any) -> Any:
+    """llama-server's list of objects with the number of an adapter and a scale; or a name, or an object of names and
+    scales, as `Model.generate` takes them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {one: real(f"{name}.{one}", scale) for one, scale in value.items()}
+    chosen: dict[str | int, float] = {}
+    for one in sequence(name, value):
+        if not isinstance(one, dict) or ("id" not in one and "name" not in one):
+            raise wrong(name, 'a list of objects such as {"id": 0, "scale": 1.0}', value)
+        which = text(f"{name}.name", one["name"]) if "name" in one else whole(f"{name}.id", one["id"])
+        chosen[which] = 1.0 if one.get("scale") is None else real(f"{name}.scale", one["scale"])
+    return chosen
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of sampling, and the fields that mean it, of which the first that is there counts."""
@@ -164,6 +180,7 @@ SAMPLING = (
     Option("ignore_eos", "ignore_eos", truth),
     Option("stop", "stop stop_sequences", stop_strings),
     Option("lookup", "lookup", truth),
+    Option("lora", "lora", adapters),
     Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _whole_or_none),
 )
 

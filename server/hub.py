@@ -18,6 +18,7 @@ from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Model
+    from qrun.engine.generation.adapters import NamedAdapter
 
 Source = str | os.PathLike[str]
 Load = Callable[[Source], "Model"]
@@ -40,12 +41,18 @@ class Entry:
     used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
+    adapters: tuple[NamedAdapter, ...] = ()
+    """Those of the model that can be asked for by name; known once it has been loaded."""
 
     @property
     def loaded(self) -> Model:
         """The model, for those who use it."""
         assert self.model is not None
         return self.model
+
+    def adapter_of(self, name: Any) -> NamedAdapter | None:
+        """The adapter of the model that is called so."""
+        return next((adapter for adapter in self.adapters if adapter.name == name), None)
 
     @property
     def expires_in(self) -> float | None:
@@ -113,7 +120,7 @@ class Hub:
             id = os.fspath(source)  # two files of one name
         entry = Entry(id, source, ttl=self._ttl)
         if not isinstance(model, str | os.PathLike):
-            entry.model, entry.is_ours = model, False
+            entry.model, entry.is_ours, entry.adapters = model, False, model.adapters
         self._entries[id] = entry
         return entry
 
@@ -172,7 +179,8 @@ class Hub:
         return entry
 
     def named(self, name: Any) -> Entry | None:
-        """The model of exactly this name, but for case and what names of files and Ollama's end in."""
+        """The model of exactly this name, but for case and what names of files and Ollama's end in, or that has an
+        adapter of this name."""
         if not isinstance(name, str):
             return None
         if name in self._entries:
@@ -180,6 +188,9 @@ class Hub:
         wanted = name.lower().removesuffix(":latest").removesuffix(".gguf")
         for entry in self._entries.values():
             if entry.id.lower().removesuffix(".gguf") == wanted:
+                return entry
+        for entry in self._entries.values():
+            if entry.adapter_of(name) is not None:
                 return entry
         ends = [entry for entry in self._entries.values() if entry.id.lower().endswith("/" + wanted)]
         return ends[0] if len(ends) == 1 else None
@@ -216,6 +227,7 @@ class Hub:
             await self._make_room(entry)
             try:
                 entry.model = await in_daemon(self._load, entry.source)
+                entry.adapters = entry.model.adapters
             except (NotPulled, OSError, ValueError) as error:
                 if plainly:
                     raise

@@ -106,12 +106,13 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
     suffix = "" if is_chat else fields.field(body, "suffix", fields.text, "")
     raw = not is_chat and fields.field(body, "raw", fields.truth, False)
 
-    def start(model: Model) -> list[Generation]:
+    def start(model: Model, lora: dict[str, Any]) -> list[Generation]:
         if not raw and not suffix:
-            return request.start(model)
+            return request.start(model, lora)
         text = body.get("prompt") or ""
         tokens = infill_tokens(model, text, suffix) if suffix else prompt_tokens(model, text)
-        return [model.generate(tokens, **request.options, **request.structure, **bias_option(request.bias_body, model))]
+        options = lora | request.options | bias_option(request.bias_body, model)
+        return [model.generate(tokens, **options, **request.structure)]
 
     async with state.begin(body.get("model"), start) as (entry, generations, place):
         keep_alive(entry, body)

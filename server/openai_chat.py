@@ -53,7 +53,7 @@ async def chat_completions(state: State, exchange: Exchange) -> None:
             told = completion(request, entry, generations, pieces)
             if top is not None:
                 tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
-                scored = await in_daemon(entry.loaded.prompt_logprobs, tokens, top)
+                scored = await in_daemon(entry.loaded.prompt_logprobs, tokens, top, request.options.get("lora"))
                 told["prompt_logprobs"] = prompt_table(scored, top, entry.loaded)
             await exchange.json(told)
             return

@@ -28,6 +28,7 @@ from qrun.formats import FormatError
 from qrun.formats.whole_file import make_private_folder
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.program.kv_cache import KVSequence
     from qrun.engine.program.runtime import Runtime
 
@@ -53,7 +54,7 @@ class DiskPrefixes:
     """
 
     def __init__(
-        self, folder: Path, limit: int | None, runtime: Runtime, key: Callable[[tuple[object, ...]], str],
+        self, folder: Path, limit: int | None, runtime: Runtime, key: Callable[[Chosen], str],
         notice: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.folder = prepare_folder(folder)
@@ -70,7 +71,7 @@ class DiskPrefixes:
         """False once writing has failed."""
         self.worth = WORTH
 
-    def longest(self, tokens: list[int], adapters: tuple[object, ...]) -> tuple[int, int, Stored | None]:
+    def longest(self, tokens: list[int], adapters: Chosen) -> tuple[int, int, Stored | None]:
         """How much of the beginning of a text the disk has; how much of that can be gone on from, and which file that
         is."""
         longest, best, found = 0, 0, None
@@ -81,7 +82,7 @@ class DiskPrefixes:
                 best, found = alike, stored
         return longest, best, found
 
-    def load(self, stored: Stored, adapters: tuple[object, ...]) -> KVSequence | None:
+    def load(self, stored: Stored, adapters: Chosen) -> KVSequence | None:
         """A new sequence with what a file holds; None where it is gone, or damaged: then it is deleted."""
         from qrun.engine.generation import session_file
 
@@ -104,7 +105,7 @@ class DiskPrefixes:
                 self._forget(stored.path)
             return None
 
-    def worth_writing(self, tokens: list[int], adapters: tuple[object, ...]) -> bool:
+    def worth_writing(self, tokens: list[int], adapters: Chosen) -> bool:
         """Is there enough in a text that the disk does not have?"""
         if not self.writes or len(tokens) < self.worth:
             return False
@@ -112,7 +113,7 @@ class DiskPrefixes:
         # Where only whole files can be gone on from, a shorter one of a longer text is of use, too.
         return new >= (self.worth if self._goes_anywhere else 1)
 
-    def write(self, sequence: KVSequence, tokens: list[int], adapters: tuple[object, ...]) -> None:
+    def write(self, sequence: KVSequence, tokens: list[int], adapters: Chosen) -> None:
         """Write a sequence that nobody changes meanwhile. Failing is told once, and harms nobody."""
         from qrun.engine.generation import session_file
 
@@ -150,7 +151,7 @@ class DiskPrefixes:
     def _goes_anywhere(self) -> bool:
         return self._runtime.goes_anywhere
 
-    def _entries(self, adapters: tuple[object, ...]) -> list[Stored]:
+    def _entries(self, adapters: Chosen) -> list[Stored]:
         """The files of this model that are there now."""
         with suppress(OSError), self._lock:
             changed = os.stat(self.folder).st_mtime_ns

@@ -21,6 +21,7 @@ from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.generation.scheduler import Scheduler, Sink, Task
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.text.response_parser import ResponseParser
@@ -103,6 +104,7 @@ class Generation(Iterator[Piece]):
         scheduler: "Scheduler | None" = None,
         rules: "Rules | None" = None,
         begun: str = "",
+        adapters: "Chosen" = (),
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -111,6 +113,7 @@ class Generation(Iterator[Piece]):
         self.tokens: list[int] = []
         self.seed = sampler.seed
         self._cache = cache
+        self._adapters = adapters
         self._prompt = prompt
         self._max_tokens = sampler.options.max_tokens
         self._sampler = sampler
@@ -483,8 +486,9 @@ class Generation(Iterator[Piece]):
         scheduler = self._scheduler if self._can_share else None
         start = time.perf_counter()
         alike = 0
+        self._cache.use(self._adapters)
         if scheduler is not None:
-            known = scheduler.prefixes.fetch(self._cache, self._prompt)
+            known = scheduler.prefixes.fetch(self._cache, self._prompt, self._adapters)
             alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
         try:
             logits, n_cached = self._cache.advance_to(

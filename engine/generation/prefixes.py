@@ -15,6 +15,7 @@ from qrun.engine.generation.token_cache import TokenCache, common_prefix
 from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.generation.disk_prefixes import DiskPrefixes
     from qrun.engine.program.runtime import Runtime
 
@@ -152,10 +153,10 @@ class Prefixes:
         """Might the disk have something of a prompt's beginning that is worth a look?"""
         return self.disk is not None and cache.tap is None and len(prompt) > self.disk.worth
 
-    def fetch(self, cache: TokenCache, prompt: list[int]) -> int:
+    def fetch(self, cache: TokenCache, prompt: list[int], adapters: "Chosen") -> int:
         """Have in memory what the disk has of a prompt's beginning, if that is much more than what is there. Returns
         how much of it the disk knows, though it may not be possible to go on from there."""
-        disk, wanted, adapters = self.disk, prompt[:-1], cache.adapters
+        disk, wanted = self.disk, prompt[:-1]
         if disk is None or not self.may_fetch(cache, prompt):
             return 0
         with disk.reading:
@@ -170,6 +171,7 @@ class Prefixes:
                     return alike
                 sequence = disk.load(stored, adapters)
                 if sequence is not None:
+                    sequence.adapters = adapters
                     self.keep(TokenCache(self._runtime, sequence, stored.tokens, lasting=True), written=True)
                     return alike
 

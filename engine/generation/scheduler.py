@@ -23,6 +23,7 @@ from qrun.engine.generation.token_cache import common_prefix
 if TYPE_CHECKING:
     import numpy as np
 
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.generation.guesses import Guesser
     from qrun.engine.generation.piece import Piece, Sampled
     from qrun.engine.generation.token_cache import TokenCache
@@ -44,6 +45,7 @@ class Sharing(Protocol):
     tokens: list[int]
     _cache: TokenCache
     _prompt: list[int]
+    _adapters: Chosen
     _sampled: deque[Sampled]
     _stop_ids: frozenset[int]
     _started: bool
@@ -102,6 +104,7 @@ class Task:
         self.arrived = time.perf_counter()
         self.cache = generation._cache
         self.prompt = generation._prompt
+        self.adapters = generation._adapters
         self.marks: deque[int] = deque()
         self.begun = self.fetching = False
         """fetching: whether what the disk has of its prompt is being read."""
@@ -228,7 +231,7 @@ class Scheduler:
     def _fetch(self, task: Task) -> None:
         """In a thread of its own: nobody who computes waits for the disk."""
         try:
-            task.known = self.prefixes.fetch(task.cache, task.prompt)
+            task.known = self.prefixes.fetch(task.cache, task.prompt, task.adapters)
         finally:
             with self.lock:
                 task.fetching = False
@@ -414,6 +417,7 @@ class Scheduler:
             task.begun = False
 
     def _begin_prompt(self, task: Task, generation: Sharing) -> None:
+        task.cache.use(task.adapters)
         alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
         task.n_cached = task.cache.begin(task.prompt)
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
@@ -443,6 +447,8 @@ def _fail(task: Task, generation: Sharing, error: BaseException) -> None:
 
 def _ahead_of(task: Task, other: Task) -> bool:
     """Is another task reading what this one's prompt begins with, and has more of it to come?"""
+    if task.adapters != other.adapters:
+        return False
     wanted = task.prompt[:-1]
     alike = common_prefix(wanted, other.prompt)
     if alike < WORTH_WAITING or len(other.cache.tokens) >= alike:

@@ -3,17 +3,19 @@
     magic        uint8   the bytes of _MAGIC
     fingerprint  uint8   which model it belongs to: see `model_fingerprint`
     cache_type   uint8   "f16", "q8_0", ...
+    adapters     uint8   JSON of names of adapters and their scales; absent where there were none
     tokens       int32   the tokens that the cache was computed from
     kv_<name>            the arrays of KVSequence.state()
 """
 
 import hashlib
+import json
 import math
 import os
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,8 @@ class SavedSession:
     tokens: list[int]
     state: Mapping[str, Any]
     """Of an array that is to be written, its rows may be given as a list: then they need not be put together."""
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    """Names of adapters that changed the model, and their scales."""
 
 
 def model_fingerprint(files: Sequence[Path], description: str) -> str:
@@ -59,6 +63,8 @@ def write(path: str | os.PathLike[str], saved: SavedSession) -> None:
         "cache_type": _text_array(saved.cache_type),
         "tokens": np.array(saved.tokens, np.int32),
     }
+    if saved.adapters:
+        arrays["adapters"] = _text_array(json.dumps(dict(saved.adapters)))
     arrays |= {_STATE_PREFIX + name: values for name, values in saved.state.items()}
     with whole_file(path, private=True) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, values in arrays.items():
@@ -102,11 +108,15 @@ def _read(path: str | os.PathLike[str], with_state: bool) -> SavedSession:
         tokens = arrays.pop("tokens")
         if tokens.dtype != np.int32 or tokens.ndim != 1:
             raise ValueError("its tokens are no list of int32")
+        adapters = json.loads(_text(arrays.pop("adapters"))) if "adapters" in arrays else {}
+        if not isinstance(adapters, dict):
+            raise ValueError("its adapters are none")
         return SavedSession(
             _text(arrays.pop("fingerprint")),
             _text(arrays.pop("cache_type")),
             tokens.tolist(),
             {name.removeprefix(_STATE_PREFIX): values for name, values in arrays.items()},
+            adapters,
         )
     except FormatError:
         raise

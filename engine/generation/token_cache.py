@@ -8,6 +8,7 @@ import numpy as np
 from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.program.kv_cache import KVSequence
     from qrun.engine.program.runtime import Runtime, Tap
 
@@ -113,11 +114,11 @@ class TokenCache:
         return TokenCache(self._runtime, self.sequence.fork(), self.tokens, lasting=True)
 
     @property
-    def adapters(self) -> tuple[tuple[int, float], ...]:
+    def adapters(self) -> "Chosen":
         """What changes the model for this text: see `KVSequence.adapters`."""
         return self.sequence.adapters
 
-    def use(self, adapters: tuple[tuple[int, float], ...]) -> None:
+    def use(self, adapters: "Chosen") -> None:
         """Change the model by these from now on; what was computed with others is forgotten."""
         if adapters != self.sequence.adapters:
             self.forget()
