@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -57,22 +58,27 @@ class LogitBias(click.ParamType):
 
 
 class LoraFile(click.ParamType):
-    """FILE, or FILE=SCALE, as a `Lora`. A file whose name ends like a scale can be named all the same."""
+    """FILE, FILE=SCALE, NAME=FILE or NAME=FILE=SCALE, as a `Lora`. A file whose name ends like a scale, or begins like
+    a name, can be named all the same."""
 
-    name = "FILE[=SCALE]"
+    name = "[NAME=]FILE[=SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
         from qrun.models.adapter import Lora
 
         if isinstance(value, Lora):
             return value
+        if Path(value).exists():
+            return Lora(Path(value))
+        name, equals, rest = value.partition("=")
+        if equals and name and (Path(rest).exists() or Path(rest.rpartition("=")[0] or ".").is_file()):
+            found: Lora = self.convert(rest, param, ctx)
+            return Lora(found.path, found.scale, name)
         path, equals, scale = value.rpartition("=")
         try:
-            if equals and path and not Path(value).exists():
-                return Lora(Path(path), float(scale))
-            return Lora(Path(value))
+            return Lora(Path(path), float(scale)) if equals and path else Lora(Path(value))
         except ValueError:
-            self.fail(f"{value!r}: {scale!r} is no scale of an adapter, which is a number", param, ctx)
+            self.fail(f"{value!r}: {scale!r} is no scale of an adapter, which is a number, and no file", param, ctx)
 
 
 class Names(click.ParamType):
@@ -212,9 +218,24 @@ def _read_grammar(name: str, value: str) -> str:
     return text
 
 
+class ByteCount(click.ParamType):
+    """A number of bytes: 500M, 1.5G, 20GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", value.strip(), re.IGNORECASE)
+        size = int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " ")) if found else 0
+        if size < 1:
+            self.fail(f"{value!r} is no size such as 500M or 20G", param, ctx)
+        return size
+
+
 def loading_options(function: Command) -> Command:
-    """Adds --threads, --ctx, --cache-type, --lora, --type and --draft; the command gets them as Model.load's arguments,
-    as `loading`."""
+    """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --lora, --type and --draft; the command
+    gets them as Model.load's arguments, as `loading`."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -222,6 +243,8 @@ def loading_options(function: Command) -> Command:
             "threads": kwargs.pop("threads"),
             "context": kwargs.pop("ctx"),
             "cache_type": kwargs.pop("cache_type"),
+            "cache_disk": kwargs.pop("cache_disk"),
+            "cache_disk_bytes": kwargs.pop("cache_disk_bytes"),
             "loras": kwargs.pop("loras"),
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
@@ -234,6 +257,12 @@ def loading_options(function: Command) -> Command:
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
+        click.option("--cache-disk", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+                     help="Keep the beginnings of long prompts and talks in FOLDER, so that they are read once, and "
+                          "not once in each process. What people have said lies there, for its owner alone."),
+        click.option("--cache-disk-bytes", type=ByteCount(), metavar="SIZE",
+                     help="What that folder's files may take, such as 20G.",
+                     show_default="10G, or a tenth of what is free"),
         lora_option(),
         type_option(),
         draft_option(),
@@ -254,7 +283,8 @@ def lora_option() -> Callable[[Command], Command]:
     return click.option(
         "--lora", "loras", type=LoraFile(), multiple=True,
         help="Change the model by a LoRA adapter, a GGUF file; SCALE says how strongly (1: as it was trained). May be "
-        "given several times.",
+        "given several times. With a NAME, qrun serve changes the answers to requests alone that name it, as their "
+        "model or in lora.",
     )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def command(
     \b
     Examples:
       qrun serve
-      qrun serve model.gguf --port 8000 --ctx 8192
+      qrun serve model.gguf --port 8000 --ctx 8192 --cache-disk ~/.cache/qrun-prefixes
+      qrun serve model.gguf --lora poet=poet.gguf --lora clerk=clerk.gguf
       qrun serve model.gguf --host 0.0.0.0 --api-key "$KEY"
       qrun serve --models-dir ~/models --ttl 600
       qrun serve model.gguf --port 0 --ready-json --exit-with-stdin
@@ -99,10 +100,17 @@ def command(
     if public and unix_socket is None and not keys:
         notice(f"{host} can be reached from other machines, and anybody there may use this server: see --api-key")
 
+    named = {lora.name: lora for lora in loading["loras"] if lora.name}
+    if len(named) < sum(bool(lora.name) for lora in loading["loras"]):
+        raise click.UsageError("two adapters of --lora have one name")
+    loading["loras"] = tuple(lora for lora in loading["loras"] if not lora.name)
+    if named and not models:
+        raise click.UsageError("--lora NAME=FILE wants the MODEL that the adapter is for")
+
     def load(source: Source) -> Model:
         from qrun.cli.loading import load_model
 
-        return load_model(str(source), loading)
+        return load_model(str(source), loading | ({"adapters": named} if models and str(source) == models[0] else {}))
 
     application = app(
         models, load=load, api_keys=tuple(keys), public=public, max_body=max_body << 20,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
 from qrun.engine.native.locks import ForkAwareLock
@@ -35,11 +36,13 @@ DEFAULT_CONTEXT = 4096
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones."""
+    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones. rank: 1 for the
+    likeliest of all."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    rank: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Model:
         loras: "Sequence[Adapter[Any]]" = (),
         draft: "LoadedDraft | None" = None,
         cache_bytes: int | None = None,
+        adapters: Sequence[NamedAdapter] = (),
     ) -> None:
         self.path = path
         self.reader = reader
@@ -107,6 +111,8 @@ class Model:
         """Why there is no tokenizer, in one line; None if there is one."""
         self.loras = tuple(loras)
         """The adapters that were loaded with the model: their paths and scales."""
+        self.adapters = tuple(adapters)
+        """The adapters that generations can ask for with `lora`, in their order."""
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
@@ -127,13 +133,13 @@ class Model:
         if acting:  # their order decides that of additions, and so the last bits
             description += repr([lora.scale for lora in acting])
         files = [*reader.files, *(lora.path for lora in acting)]
-        fingerprint = functools.partial(_fingerprint, files, description)
+        self._fingerprint = functools.cache(functools.partial(_fingerprint, files, description))
         self._draft = draft
         make_draft = draft.session_draft if draft else None
         room = cache_limit(runtime, cache_bytes)
         self._host = Host(
-            runtime, tokenizer, self.defaults, functools.cache(fingerprint), make_draft, room,
-            None if graph.causal else _diffusion(reader, graph), graph.causal,
+            runtime, tokenizer, self.defaults, self._fingerprint, make_draft, room,
+            None if graph.causal else _diffusion(reader, graph), graph.causal, Adapters(adapters),
         )  # fmt: skip
         self._closed = False
         # Guards what follows.
@@ -152,7 +158,10 @@ class Model:
         cache_type: str = "f16",
         batch: int = 512,
         cache_bytes: int | None = None,
+        cache_disk: str | os.PathLike[str] | None = None,
+        cache_disk_bytes: int | None = None,
         loras: "Sequence[LoraLike]" = (),
+        adapters: "Mapping[str, LoraLike] | None" = None,
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
         kernels: str | os.PathLike[str] | None = None,
@@ -172,14 +181,23 @@ class Model:
         cache_bytes: what all that is cached of texts may take, before what has ended and was not used for longest is
             forgotten, and what is under way has to wait: by default a quarter of the free memory, but room for one
             context at least.
+        cache_disk: a folder in which beginnings of texts of 512 tokens or more are kept when nobody has used them for
+            ten seconds, when they are forgotten and when the model is closed: a prompt that begins so goes on from
+            there, to the same bits, also in another process. What people have said lies there: it is made for its owner
+            alone, and refused (PermissionError) where others may write to it.
+        cache_disk_bytes: what the folder's files may take, before those that were not used for longest go: by default
+            10 GiB, or a tenth of what is free if that is less.
         loras: LoRA adapters (GGUF files), each a path or a pair of a path and a scale; 1.0 is what it was trained for.
+        adapters: more of them by names of your own, of which each generation asks for what it wants (`lora="name"`), or
+            none: the same memory and the same steps serve all. Those that change embeddings or experts are refused.
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         kernels: a folder that `qrun pack` made: machine code that is searched first, so that nothing is compiled.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine.
         converting: called with (done, total), in bytes, while a folder is quantised.
-        notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised.
+        notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised, and about
+            what is wrong with `cache_disk`; without it, that is a CacheWarning.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -188,6 +206,7 @@ class Model:
         """
         for name, value in (
             ("threads", threads), ("context", context), ("batch", batch), ("cache_bytes", cache_bytes),
+            ("cache_disk_bytes", cache_disk_bytes),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -221,14 +240,15 @@ class Model:
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import Graph, build_drafts, build_graph
-        from qrun.models.adapter import Lora, open_adapters
+        from qrun.models.adapter import Lora, check_switchable, open_adapters
 
         path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
         wanted = [Lora.of(lora) for lora in loras]
+        switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
         reader = GGUFReader(path)
         try:
-            with open_adapters(wanted) as adapters:
-                graph = build_graph(reader, context, adapters, default_context=DEFAULT_CONTEXT)
+            with open_adapters(wanted) as opened:
+                graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
             if draft is not None and not graph.causal:
                 raise ValueError(f"{path}: a draft is for models that write one token after the other")
             layers: list[Graph] = []
@@ -240,14 +260,20 @@ class Model:
                 tokenizer = Tokenizer.load(reader)
             except FormatError as error:
                 problem = str(error)
-            runtime = Runtime(
-                graph,
-                threads=threads or available_cores(),
-                context=graph.context,
-                cache_type=cache_type,
-                batch=batch,
-                progress=progress,
-            )
+            with open_adapters(switched.values()) as opened_by_name:
+                for adapter in opened_by_name:
+                    check_switchable(graph, adapter)
+                    if adapter.notice and notice:
+                        notice(adapter.notice)
+                runtime = Runtime(
+                    graph,
+                    threads=threads or available_cores(),
+                    context=graph.context,
+                    cache_type=cache_type,
+                    batch=batch,
+                    progress=progress,
+                    adapters=opened_by_name,
+                )
         except BaseException:
             reader.close()
             raise
@@ -264,7 +290,22 @@ class Model:
             runtime.close()
             reader.close()
             raise
-        return cls(path, reader, graph, runtime, tokenizer, problem, adapters, drafting, cache_bytes)
+        named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
+        model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
+        if cache_disk is not None:
+            try:
+                model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
+            except BaseException:
+                model.close()
+                raise
+        return model
+
+    def _keep_on_disk(self, folder: Path, limit: int | None, notice: Callable[[str], None] | None) -> None:
+        from qrun.engine.generation.disk_prefixes import DiskPrefixes
+
+        # Not bound to this object, which may go while its sessions stay.
+        key = functools.partial(prefix_key, self._fingerprint, self._host.adapters, bits_of(self.graph, self._runtime))
+        self._host.prefixes.disk = DiskPrefixes(folder, limit, self._runtime, key, notice or warn_of_cache)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -340,7 +381,7 @@ class Model:
             think = False
         if isinstance(tools, Iterator):
             tools = list(tools)
-        prompt = self.chat_prompt(
+        prompt, begun = self._chat_prompt(
             messages,
             tools=tools,
             template_variables=template_variables,
@@ -361,7 +402,8 @@ class Model:
                 regex,
             )  # fmt: skip
         response = template.response(prompt, tools if looks_for_calls else None)
-        return self._generate(self.template_tokens(prompt), chosen | {"response": response, "rules": rules})
+        more = {"response": response, "rules": rules, "begun": begun}
+        return self._generate(self.template_tokens(prompt + begun), chosen | more)
 
     def chat_prompt(
         self,
@@ -374,6 +416,27 @@ class Model:
         continue_last: bool = False,
     ) -> str:
         """The text from which `chat` goes on, for `template_tokens`. Arguments and errors are those of `chat`."""
+        prompt, begun = self._chat_prompt(
+            messages,
+            tools=tools,
+            template_variables=template_variables,
+            special_tokens_in_messages=special_tokens_in_messages,
+            think=think,
+            continue_last=continue_last,
+        )
+        return prompt + begun
+
+    def _chat_prompt(
+        self,
+        messages: str | Iterable[Any],
+        *,
+        tools: Iterable[Any] | None,
+        template_variables: Mapping[str, Any] | None,
+        special_tokens_in_messages: bool,
+        think: bool | None,
+        continue_last: bool,
+    ) -> tuple[str, str]:
+        """The same, and with what the answer begins that is to be continued."""
         from qrun.engine.text.messages import read_messages, text_of
 
         self._check_open()
@@ -397,7 +460,7 @@ class Model:
         prompt = template.render(messages, tools=tools, **variables)
         if begun and (response := template.response(prompt)) is not None and response.channel == "reasoning":
             prompt += response.closing
-        return prompt + begun
+        return prompt, begun
 
     def complete(
         self,
@@ -440,8 +503,8 @@ class Model:
             chosen["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
         return self._generate(self._text_tokens(prompt) if isinstance(prompt, str) else prompt, chosen)
 
-    def logits(self, tokens: Iterable[int]) -> np.ndarray:
-        """Logits after each of at least one token: float32 [n_tokens, n_vocab].
+    def logits(self, tokens: Iterable[int], lora: LoraChoice | None = None) -> np.ndarray:
+        """Logits after each of at least one token: float32 [n_tokens, n_vocab]. lora: as for `generate`.
 
         Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist.
         """
@@ -449,6 +512,7 @@ class Model:
         self._check_writes()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         sequence = self._runtime.sequence()
+        sequence.adapters = self._host.adapters.chosen(lora)
         try:
             logits = self._runtime.evaluate(sequence, tokens, "all", lambda: self._closed)
         except GenerationCancelled:
@@ -596,11 +660,13 @@ class Model:
         )  # fmt: skip
         return Embedder(runtime, pooling, owned=True)
 
-    def prompt_logprobs(self, tokens: Iterable[int], top: int = 0) -> "list[TokenLogprob | None]":
+    def prompt_logprobs(
+        self, tokens: Iterable[int], top: int = 0, lora: LoraChoice | None = None
+    ) -> "list[TokenLogprob | None]":
         """How likely each token of a text was after those before it; None for the first, which nothing comes before.
 
-        top: how many of the likeliest tokens are told in each place. Errors are those of `logits`; unlike there,
-        a few rows are held at a time.
+        top: how many of the likeliest tokens are told in each place. lora: as for `generate`. Errors are those of
+        `logits`; unlike there, a few rows are held at a time.
         """
         from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
         from qrun.engine.sampling.sampler import likeliest
@@ -611,6 +677,7 @@ class Model:
         found: list[TokenLogprob | None] = [None]
         rows = rows_at_a_time(self._runtime.n_vocab)
         sequence = self._runtime.sequence()
+        sequence.adapters = self._host.adapters.chosen(lora)
         try:
             for start in range(0, len(tokens) - 1, rows):
                 end = min(start + rows, len(tokens) - 1)
@@ -619,8 +686,9 @@ class Model:
                 targets = tokens[start + 1 : end + 1]
                 logprobs = (-negative_log_likelihoods(logits, targets)).tolist()
                 for row, target, logprob in zip(logits, targets, logprobs, strict=True):
+                    rank = 1 + int(np.count_nonzero(row > row[target]))
                     total = float(row[target]) - logprob
-                    found.append(TokenLogprob(target, logprob, likeliest(row, top, total) if top else []))
+                    found.append(TokenLogprob(target, logprob, likeliest(row, top, total) if top else [], rank))
         except GenerationCancelled:
             self._check_open()
             raise
@@ -767,7 +835,15 @@ class Model:
             except BaseException:
                 session.close()
                 raise
-            generation.when_over = session.leave
+            pool, lock = self._pool, self._lock  # and not this object: a generation may outlive its model
+
+            def leave() -> None:
+                session.leave()
+                with lock:
+                    if session in pool:
+                        pool.remove(session)
+
+            generation.when_over = leave
             self._pool.append(session)
             return generation
 
@@ -804,6 +880,43 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
     available = memory().available
     return max((available or 0) // 4, runtime.context_bytes)
+
+
+def warn_of_cache(text: str) -> None:
+    """A CacheWarning."""
+    import warnings
+
+    from qrun.engine.errors import CacheWarning
+
+    warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+def bits_of(graph: "Graph", runtime: "Runtime") -> str:
+    """A digest of what decides the bits of a cache beside the model's file: the kernels, the type of the cache, and how
+    the graph was built."""
+    import hashlib
+
+    from qrun.engine.native.codegen import code_digest
+    from qrun.engine.program.state_blocks import state_sizes
+
+    digest = hashlib.sha256(code_digest(runtime.target).encode())
+    digest.update(repr((runtime.cache_type, graph.cache_layers, state_sizes(graph))).encode())
+    for operation in graph.operations:
+        digest.update(type(operation).__name__.encode())
+        for value in vars(operation).values():
+            if isinstance(value, np.ndarray):  # which may depend on the context, as factors of frequencies do
+                digest.update(np.ascontiguousarray(value).data)
+            elif isinstance(value, bool | int | float | str):
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def prefix_key(fingerprint: Callable[[], str], adapters: Adapters, bits: str, chosen: Chosen) -> str:
+    """The key of `DiskPrefixes`."""
+    import hashlib
+
+    model = hashlib.sha256(f"{fingerprint()} {bits}".encode()).hexdigest()
+    return model[:12] + hashlib.sha256(f"{model} {adapters.digest(chosen)}".encode()).hexdigest()[12:]
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:

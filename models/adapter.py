@@ -39,10 +39,12 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter that is asked for: its file, and how strongly it counts (1: as it was trained, 0: not at all)."""
+    """An adapter that is asked for: its file, and how strongly it counts (1: as it was trained, 0: not at all). name:
+    by which some texts may ask for it, or ""."""
 
     path: Path
     scale: float = 1.0
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not isfinite(self.scale):
@@ -213,10 +215,25 @@ def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
     return replace(graph, operations=transform.operations) if transform.adapters else graph
 
 
+def check_switchable(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
+    """Raises FormatError, naming the adapter, if it is of another model, or changes what can only be changed for all
+    texts alike: embeddings and experts."""
+    _check(graph, adapter)
+    dense = {_target(operation) for operation in graph.operations if isinstance(operation, G.Linear)}
+    for name in adapter.changes.keys() - dense:
+        reason = f"tensor {quote(name)} is changed, of the {'embedding' if name == EMBEDDING else 'experts'}, which is "
+        raise FormatError(adapter.path, reason + "possible for all texts alike only (--lora FILE, without a name)")
+
+
+def target_of(operation: G.Linear) -> str:
+    """The name under which adapters know a matrix."""
+    return HEAD if operation.weight.name == EMBEDDING else operation.weight.name
+
+
 def _target(operation: G.Operation) -> str | None:
     """The name under which adapters know the matrix of an operation. Of embeddings they change that of tokens only."""
     if isinstance(operation, G.Linear):
-        return HEAD if operation.weight.name == EMBEDDING else operation.weight.name
+        return target_of(operation)
     return EMBEDDING if isinstance(operation, G.Embed) and operation.weight.name == EMBEDDING else None
 
 

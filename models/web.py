@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import netrc
 import os
 import ssl
@@ -72,8 +73,15 @@ def _authorization(url: str) -> str | None:
 def _trust() -> ssl.SSLContext:
     """The authorities that are trusted: the system's, those of a file that the user names, and where the system's are
     not found, as in apps that were packed on another system, certifi's."""
+    paths = tuple(filter(None, map(os.environ.get, _CERTIFICATES)))
+    return _context(paths, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@functools.lru_cache(maxsize=4)
+def _context(paths: tuple[str, ...], *_of_openssl: str | None) -> ssl.SSLContext:
+    """Reading all authorities takes 50 ms: once for all addresses."""
     context = ssl.create_default_context()
-    for path in filter(None, map(os.environ.get, _CERTIFICATES)):
+    for path in paths:
         with contextlib.suppress(OSError):
             context.load_verify_locations(**{"capath" if os.path.isdir(path) else "cafile": path})
     if not context.cert_store_stats()["x509_ca"]:

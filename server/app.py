@@ -36,6 +36,7 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/ping", models_api.health),
     ("GET", "/metrics", models_api.metrics),
     ("GET", "/v1/models", models_api.list_models),
+    ("GET", "/lora-adapters", models_api.lora_adapters),
     ("GET", "/v1/models/{name:path}", models_api.one_model),
     ("POST", "/v1/chat/completions", openai_chat.chat_completions),
     ("POST", "/v1/completions", completions.completions),

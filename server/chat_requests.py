@@ -38,11 +38,12 @@ class ChatRequest:
     bias_body: Mapping[str, Any] = field(default_factory=dict)
     """Where `logit_bias` stands."""
 
-    def start(self, model: Model) -> list[Generation]:
-        """Begin as many generations as are wanted. Takes a while, as long prompts do; not for the event loop."""
+    def start(self, model: Model, lora: dict[str, Any]) -> list[Generation]:
+        """Begin as many generations as are wanted. Takes a while, as long prompts do; not for the event loop. lora: the
+        option of this name, where the name of the model that was asked for is an adapter's."""
         if model.tokenizer is None:
             raise APIError("the model has no tokenizer that can be used, and so no chat", 501, "not_supported_error")
-        options = self.options | bias_option(self.bias_body, model)
+        options = self.options = lora | self.options | bias_option(self.bias_body, model)
         seed = options.get("seed")
         generations = []
         for number in range(self.n):
@@ -77,7 +78,7 @@ class ChatRequest:
 
 def bias_option(body: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """The option `logit_bias`, if a request has anything of the kind."""
-    if body.get("logit_bias") is None and not body.get("ignore_eos"):
+    if body.get("logit_bias") is None:
         return {}
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -85,7 +86,7 @@ def bias_option(body: Mapping[str, Any], model: Model) -> dict[str, Any]:
     def encode(text: str) -> list[int]:
         return model.tokenize(text, add_special=False)
 
-    return {"logit_bias": fields.logit_bias(body, encode, tokenizer.stop_ids, tokenizer.n_vocab)}
+    return {"logit_bias": fields.logit_bias(body, encode, tokenizer.n_vocab)}
 
 
 def openai_chat(body: Mapping[str, Any]) -> ChatRequest:

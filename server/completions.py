@@ -13,7 +13,7 @@ from qrun.server import fields
 from qrun.server.chat_requests import bias_option, choices
 from qrun.server.errors import APIError
 from qrun.server.exchange import Exchange, dumps
-from qrun.server.openai_chat import DONE, comment, sse_error
+from qrun.server.openai_chat import DONE, comment, prompt_table, sse_error
 from qrun.server.prompts import Prompt, infill_tokens, prompt_tokens, read_prompts
 from qrun.server.running import finish_reason
 from qrun.server.state import FINGERPRINT, State, timings, usage
@@ -40,15 +40,17 @@ class CompletionRequest:
     best_of: int = 1
     echo: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     suffix: str | None = None
     tokens: list[list[int]] = field(default_factory=list)
     scored: list[list[TokenLogprob | None]] = field(default_factory=list)
 
-    def start(self, model: Model) -> list[Generation]:
-        """Begin the generations, `best_of` for each prompt."""
+    def start(self, model: Model, lora: dict[str, Any]) -> list[Generation]:
+        """Begin the generations, `best_of` for each prompt. lora: see `ChatRequest.start`."""
         if model.tokenizer is None and any(isinstance(prompt, str) for prompt in self.prompts):
             raise APIError("the model has no tokenizer that can be used: prompts must be token ids")
-        options = self.options | (bias_option(self.body, model) if model.tokenizer is not None else {})
+        options = self.options = lora | self.options
+        options = options | (bias_option(self.body, model) if model.tokenizer is not None else {})
         for prompt in self.prompts:
             if self.suffix and isinstance(prompt, str):
                 self.tokens.append(infill_tokens(model, prompt, self.suffix))
@@ -67,9 +69,12 @@ class CompletionRequest:
 
     async def score(self, model: Model) -> None:
         """Find how likely the prompts' tokens were, if that is wanted."""
-        if self.echo and self.logprobs is not None:
+        wanted = [top for top in (self.logprobs if self.echo else None, self.prompt_logprobs) if top is not None]
+        if wanted:
             for tokens in self.tokens:
-                self.scored.append(await in_daemon(model.prompt_logprobs, tokens, self.logprobs))
+                self.scored.append(
+                    await in_daemon(model.prompt_logprobs, tokens, max(wanted), self.options.get("lora"))
+                )
 
 
 def read_request(body: dict[str, Any]) -> CompletionRequest:
@@ -100,6 +105,7 @@ def read_request(body: dict[str, Any]) -> CompletionRequest:
         prompts, options, body, n, best_of,
         echo=fields.field(body, "echo", fields.truth, False),
         logprobs=count,
+        prompt_logprobs=fields.prompt_logprobs(body),
         suffix=fields.optional(body, "suffix", fields.text),
     )  # fmt: skip
     if request.suffix and request.echo:
@@ -111,6 +117,8 @@ async def completions(state: State, exchange: Exchange) -> None:
     body = exchange.body
     request = read_request(body)
     stream = fields.field(body, "stream", fields.truth, False)
+    if stream and request.prompt_logprobs is not None:
+        raise APIError("prompt_logprobs and stream do not go together", param="prompt_logprobs")
     if stream and request.best_of > request.n:
         raise APIError("best_of and stream do not go together", param="best_of")
     async with state.begin(body.get("model"), request.start) as (entry, generations, place):
@@ -175,16 +183,19 @@ def choice(
     table = Legacy(model) if request.logprobs is not None else None
     if request.echo:
         if table is not None:
-            table.add_prompt(request.tokens[number], request.scored[number])
+            table.add_prompt(request.tokens[number], request.scored[number], request.logprobs or 0)
         text = echoed(request, model, number) + text
     if table is not None:
         table.add_pieces(pieces)
-    return {
+    told: dict[str, Any] = {
         "index": index,
         "text": text,
         "logprobs": table.told if table is not None else None,
         "finish_reason": finish_reason(generation),
     }
+    if request.prompt_logprobs is not None:
+        told["prompt_logprobs"] = prompt_table(request.scored[number], request.prompt_logprobs, model)
+    return told
 
 
 def echoed(request: CompletionRequest, model: Model, number: int) -> str:
@@ -209,9 +220,9 @@ class Legacy:
         told["text_offset"].append(self._offset)
         self._offset += len(text)
 
-    def add_prompt(self, tokens: Sequence[int], scored: Sequence[TokenLogprob | None]) -> None:
+    def add_prompt(self, tokens: Sequence[int], scored: Sequence[TokenLogprob | None], top: int) -> None:
         for id, one in zip(tokens, scored, strict=True):
-            self._add(id, None if one is None else one.logprob, None if one is None else one.top)
+            self._add(id, None if one is None else one.logprob, None if one is None else one.top[:top])
 
     def add_pieces(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -263,7 +274,9 @@ class CompletionStream:
         for index in range(len(self._generations)):
             number = index // self._request.best_of
             if (table := self._tables[index]) is not None:
-                table.add_prompt(self._request.tokens[number], self._request.scored[number])
+                table.add_prompt(
+                    self._request.tokens[number], self._request.scored[number], self._request.logprobs or 0
+                )
             found += self._frame(index, echoed(self._request, self._model, number), None)
         return found.encode()
 

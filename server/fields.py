@@ -129,6 +129,22 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(one for one in (text(name, one) for one in values) if one)
 
 
+def adapters(name: str, value: Any) -> Any:
+    """llama-server's list of objects with the number of an adapter and a scale; or a name, or an object of names and
+    scales, as `Model.generate` takes them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {one: real(f"{name}.{one}", scale) for one, scale in value.items()}
+    chosen: dict[str | int, float] = {}
+    for one in sequence(name, value):
+        if not isinstance(one, dict) or ("id" not in one and "name" not in one):
+            raise wrong(name, 'a list of objects such as {"id": 0, "scale": 1.0}', value)
+        which = text(f"{name}.name", one["name"]) if "name" in one else whole(f"{name}.id", one["id"])
+        chosen[which] = 1.0 if one.get("scale") is None else real(f"{name}.scale", one["scale"])
+    return chosen
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of sampling, and the fields that mean it, of which the first that is there counts."""
@@ -160,13 +176,25 @@ SAMPLING = (
     Option("mirostat_eta", "mirostat_eta", real),
     Option("seed", "seed", _whole_or_none),
     Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", _whole_or_none),
+    Option("min_tokens", "min_tokens", _count),
+    Option("ignore_eos", "ignore_eos", truth),
     Option("stop", "stop stop_sequences", stop_strings),
     Option("lookup", "lookup", truth),
     Option("diffusion_steps", "diffusion_steps", whole),
     Option("diffusion_block", "diffusion_block", whole),
     Option("diffusion_order", "diffusion_order", text),
+    Option("lora", "lora", adapters),
     Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _whole_or_none),
 )
+
+
+def prompt_logprobs(body: Body) -> int | None:
+    """vLLM's field of this name: how many of the likeliest tokens are told for each place of the prompt; None for no
+    such table."""
+    top = optional(body, "prompt_logprobs", whole)
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise wrong("prompt_logprobs", f"from 0 to {MAX_TOP_LOGPROBS}", top)
+    return top
 
 
 def sampling_options(body: Body) -> dict[str, Any]:
@@ -182,11 +210,8 @@ def sampling_options(body: Body) -> dict[str, Any]:
     return options
 
 
-def logit_bias(
-    body: Body, encode: Callable[[str], list[int]], stop_ids: frozenset[int], n_vocab: int
-) -> dict[int, float]:
-    """The field of this name: an object of ids (as texts, as JSON has it) or texts, or a list of pairs; false bans.
-    `ignore_eos` bans what ends an answer."""
+def logit_bias(body: Body, encode: Callable[[str], list[int]], n_vocab: int) -> dict[int, float]:
+    """The field of this name: an object of ids (as texts, as JSON has it) or texts, or a list of pairs; false bans."""
     given = body.get("logit_bias")
     pairs: list[Any] = []
     if isinstance(given, dict):
@@ -205,8 +230,6 @@ def logit_bias(
             if not 0 <= id < n_vocab:
                 raise APIError(f"logit_bias: token {id} is not in the vocabulary of {n_vocab}", param="logit_bias")
             biases[id] = bias
-    if field(body, "ignore_eos", truth, False):
-        biases |= dict.fromkeys(stop_ids, -math.inf)
     return biases
 
 

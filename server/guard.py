@@ -53,6 +53,7 @@ class Guard:
         given_id = headers.get("x-request-id", "")
         request_id = given_id if given_id.isascii() and given_id.isprintable() and 0 < len(given_id) <= 128 else ""
         request_id = request_id or uuid.uuid4().hex
+        knows_origin = origin is not None and self._knows_origin(origin, headers)
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -61,14 +62,14 @@ class Guard:
                 status = message["status"]
                 marked = MutableHeaders(scope=message)
                 marked["x-request-id"] = request_id
-                if origin is not None and self._knows_origin(origin, headers):
+                if origin is not None and knows_origin:
                     marked["access-control-allow-origin"] = origin
                     marked["access-control-expose-headers"] = "x-request-id, retry-after"
                     marked.add_vary_header("Origin")
             await send(message)
 
         try:
-            error = self._refusal(scope, headers, origin)
+            error = self._refusal(scope, headers, None if knows_origin else origin)
             if error is not None:
                 await self._answer(scope, error, send_marked)
             elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -81,17 +82,17 @@ class Guard:
                 shown = scope["path"] if scope["path"].isprintable() else repr(scope["path"])
                 self._settings.log(f"{scope['method']} {shown[:200]} {status or 'gone'} {milliseconds:.0f} ms")
 
-    def _refusal(self, scope: Scope, headers: Headers, origin: str | None) -> APIError | None:
+    def _refusal(self, scope: Scope, headers: Headers, strange_origin: str | None) -> APIError | None:
         host = headers.get("host", "")
         if not self._knows_host(host):
             return APIError(
                 f"the host name {host_name(host)!r} is not known here: --allow-host can name it", 403,
                 "permission_error", code="host_not_allowed",
             )  # fmt: skip
-        if origin is not None and not self._knows_origin(origin, headers):
+        if strange_origin is not None:
             return APIError(
-                f"pages of {origin!r} may not call this server: --allow-origin can name it", 403, "permission_error",
-                code="origin_not_allowed",
+                f"pages of {strange_origin!r} may not call this server: --allow-origin can name it", 403,
+                "permission_error", code="origin_not_allowed",
             )  # fmt: skip
         is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
         path = path_of(scope)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.models.catalog import CATALOG, NotPulled, catalog_entry, resolve
+from qrun.models.catalog import NotPulled, catalog_entry, named_files, resolve, stored_model
 from qrun.models.store import SHARD_NAME, models_in, stored_models
 from qrun.server.errors import APIError, unavailable
 from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Model
+    from qrun.engine.generation.adapters import NamedAdapter
 
 Source = str | os.PathLike[str]
 Load = Callable[[Source], "Model"]
@@ -40,12 +41,18 @@ class Entry:
     used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
+    adapters: tuple[NamedAdapter, ...] = ()
+    """Those of the model that can be asked for by name; known once it has been loaded."""
 
     @property
     def loaded(self) -> Model:
         """The model, for those who use it."""
         assert self.model is not None
         return self.model
+
+    def adapter_of(self, name: Any) -> NamedAdapter | None:
+        """The adapter of the model that is called so."""
+        return next((adapter for adapter in self.adapters if adapter.name == name), None)
 
     @property
     def expires_in(self) -> float | None:
@@ -62,6 +69,15 @@ def name_of(source: Source) -> str:
     if found:
         return found["stem"]
     return path.name if path.suffix.lower() != ".gguf" else path.stem
+
+
+def _stored_path(name: str) -> Path | None:
+    """The file of the store that the catalog, or a spec of the hub, means by a name: `llama3.1:8b`, say."""
+    try:
+        stored = stored_model(name)
+    except (ValueError, LookupError, OSError):
+        return None
+    return stored.path if stored is not None else None
 
 
 class Hub:
@@ -93,7 +109,7 @@ class Hub:
         named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
         for name, model in named:
             self._add(name, model)
-        self.refresh()
+        self._take(*self._look())
         self.is_ready = True
         """False while the first model is being loaded."""
 
@@ -104,24 +120,32 @@ class Hub:
             id = os.fspath(source)  # two files of one name
         entry = Entry(id, source, ttl=self._ttl)
         if not isinstance(model, str | os.PathLike):
-            entry.model, entry.is_ours = model, False
+            entry.model, entry.is_ours, entry.adapters = model, False, model.adapters
         self._entries[id] = entry
         return entry
 
-    def refresh(self) -> None:
+    async def refresh(self) -> None:
         """Look again at what lies in the folder and the store."""
+        sources = {entry.source for entry in self._entries.values() if isinstance(entry.source, Path)}
+        self._take(*await in_daemon(self._look, sources))
+
+    def _look(self, sources: Iterable[Path] = ()) -> tuple[list[tuple[str, Path]], set[Path]]:
+        """The names and files of the models that lie there, and which of `sources` have gone. It may take a while, as
+        on disks of a network."""
+        found: list[tuple[str, Path]] = []
         if self._folder is not None:
-            for stored in models_in(self._folder):
-                if stored.name not in self._entries:
-                    self._found.add(self._add(stored.name, stored.path).id)
+            found += [(stored.name, stored.path) for stored in models_in(self._folder)]
         if self._with_store:
-            names = {entry.path: entry.name for entry in CATALOG.values()}
-            for stored in stored_models():
-                name = names.get(stored.path, stored.name)
-                if name not in self._entries:
-                    self._found.add(self._add(name, stored.path).id)
+            names = named_files()
+            found += [(names.get(stored.path, stored.name), stored.path) for stored in stored_models()]
+        return found, {source for source in sources if not source.exists()}
+
+    def _take(self, found: list[tuple[str, Path]], gone: set[Path]) -> None:
+        for name, path in found:
+            if name not in self._entries:
+                self._found.add(self._add(name, path).id)
         for entry in list(self._entries.values()):
-            if entry.model is None and isinstance(entry.source, Path) and not entry.source.exists():
+            if entry.model is None and entry.source in gone:
                 del self._entries[entry.id]  # it was deleted
 
     @property
@@ -133,16 +157,19 @@ class Hub:
         """The first model."""
         return next(iter(self._entries.values()), None)
 
-    def find(self, name: Any, *, lenient: bool = False) -> Entry:
-        """The model of a name. Any name will do where there is one model, or `lenient` takes the first for it.
-        APIError where there is none."""
+    async def find(self, name: Any, *, lenient: bool = False, exact: bool = False) -> Entry:
+        """The model of a name. Any name will do where there is one model, or `lenient` takes the first for it, but not
+        where it is to be `exact`. APIError where there is none."""
         if name is not None and not isinstance(name, str):
             raise APIError("model must be a text", param="model")
         entry = self.named(name or "")
         if entry is None:
-            self.refresh()
+            await self.refresh()
             entry = self.named(name or "")
-        if entry is None and (lenient or not name or len(self._entries) == 1):
+        if entry is None and name and self._with_store:
+            path = await in_daemon(_stored_path, name)
+            entry = next((one for one in self._entries.values() if path is not None and one.source == path), None)
+        if entry is None and not exact and (lenient or not name or len(self._entries) == 1):
             entry = self.default
         if entry is None:
             raise APIError(
@@ -152,7 +179,8 @@ class Hub:
         return entry
 
     def named(self, name: Any) -> Entry | None:
-        """The model of exactly this name, but for case and what names of files and Ollama's end in."""
+        """The model of exactly this name, but for case and what names of files and Ollama's end in, or that has an
+        adapter of this name."""
         if not isinstance(name, str):
             return None
         if name in self._entries:
@@ -161,13 +189,16 @@ class Hub:
         for entry in self._entries.values():
             if entry.id.lower().removesuffix(".gguf") == wanted:
                 return entry
+        for entry in self._entries.values():
+            if entry.adapter_of(name) is not None:
+                return entry
         ends = [entry for entry in self._entries.values() if entry.id.lower().endswith("/" + wanted)]
         return ends[0] if len(ends) == 1 else None
 
     @asynccontextmanager
     async def use(self, name: Any, *, lenient: bool = False) -> AsyncIterator[Entry]:
         """The model of a name, loaded: it stays so within the `with` statement."""
-        entry = self.find(name, lenient=lenient)
+        entry = await self.find(name, lenient=lenient)
         entry.users += 1
         if entry.timer is not None:
             entry.timer.cancel()
@@ -196,6 +227,7 @@ class Hub:
             await self._make_room(entry)
             try:
                 entry.model = await in_daemon(self._load, entry.source)
+                entry.adapters = entry.model.adapters
             except (NotPulled, OSError, ValueError) as error:
                 if plainly:
                     raise

@@ -11,6 +11,7 @@ from qrun.server.facts import facts_of
 from qrun.server.state import State
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import NamedAdapter
     from qrun.server.hub import Entry
 
 STATIC = Path(__file__).parent / "static"
@@ -45,10 +46,11 @@ def capabilities(entry: Entry) -> list[str]:
     return found
 
 
-def describe(entry: Entry) -> dict[str, Any]:
-    """A model, with its context in every client's spelling. Of one that is not loaded less is known."""
+def describe(entry: Entry, adapter: NamedAdapter | None = None) -> dict[str, Any]:
+    """A model, or what an adapter makes of it, with its context in every client's spelling. Of one that is not loaded
+    less is known."""
     told: dict[str, Any] = {
-        "id": entry.id,
+        "id": entry.id if adapter is None else adapter.name,
         "object": "model",
         "created": entry.created,
         "owned_by": "qrun",
@@ -56,6 +58,8 @@ def describe(entry: Entry) -> dict[str, Any]:
         "capabilities": capabilities(entry),
         "architecture": {"modality": "text->text", "input_modalities": ["text"], "output_modalities": ["text"]},
     }
+    if adapter is not None:
+        told["parent"] = entry.id
     model = entry.model
     if model is not None:
         trained = model.graph.context_length
@@ -78,18 +82,25 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 
 async def list_models(state: State, exchange: Exchange) -> None:
-    state.hub.refresh()
-    data = [describe(entry) for entry in state.hub.entries]
+    await state.hub.refresh()
+    data = [describe(entry, adapter) for entry in state.hub.entries for adapter in (None, *entry.adapters)]
     await exchange.json({"object": "list", "data": data})
 
 
 async def one_model(state: State, exchange: Exchange) -> None:
     name = exchange.path_parameters["name"]
-    entry = state.hub.find(name)
-    if state.hub.named(name) is None:
-        raise APIError(f"the model {name!r} does not exist", 404, "not_found_error", param="model",
-                       code="model_not_found")  # fmt: skip
-    await exchange.json(describe(entry))
+    entry = await state.hub.find(name, exact=True)
+    await exchange.json(describe(entry, entry.adapter_of(name)))
+
+
+async def lora_adapters(state: State, exchange: Exchange) -> None:
+    """llama-server's list of adapters, for the numbers that requests name. None counts where a request names none."""
+    entry = await state.hub.find(exchange.request.query_params.get("model"), lenient=True)
+    found = [
+        {"id": number, "path": adapter.path.name, "name": adapter.name, "scale": 0.0}
+        for number, adapter in enumerate(entry.adapters)
+    ]
+    await exchange.json(found)
 
 
 async def health(state: State, exchange: Exchange) -> None:
@@ -107,7 +118,7 @@ async def metrics(state: State, exchange: Exchange) -> None:
 
 async def list_for_lm_studio(state: State, exchange: Exchange) -> None:
     """`/api/v0/models`, which clients of LM Studio read."""
-    state.hub.refresh()
+    await state.hub.refresh()
     data = []
     for entry in state.hub.entries:
         facts = await state.in_thread(facts_of, entry)

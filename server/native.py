@@ -72,7 +72,7 @@ async def apply_template(state: State, exchange: Exchange) -> None:
 
 async def props(state: State, exchange: Exchange) -> None:
     """What llama.cpp's clients ask of a server."""
-    entry = state.hub.find(exchange.request.query_params.get("model"), lenient=True)
+    entry = await state.hub.find(exchange.request.query_params.get("model"), lenient=True)
     model = entry.model
     if model is None:
         raise APIError("Loading model", 503, "unavailable_error", headers={"Retry-After": "1"})
@@ -112,8 +112,8 @@ async def completion(state: State, exchange: Exchange) -> None:
         raise APIError("prompt must be one text or one list of token ids", param="prompt")
     options = _options(body)
 
-    def start(model: Model) -> list[Generation]:
-        return [model.generate(prompt_tokens(model, prompts[0]), **options, **bias_option(body, model))]
+    def start(model: Model, lora: dict[str, Any]) -> list[Generation]:
+        return [model.generate(prompt_tokens(model, prompts[0]), **(lora | options), **bias_option(body, model))]
 
     async with state.begin(body.get("model"), start) as (entry, generations, place):
         await _answer(state, exchange, entry, generations, place)
@@ -132,9 +132,9 @@ async def infill(state: State, exchange: Exchange) -> None:
         extra.append((name, fields.field(file, "text", fields.text, "")))
     options = _options(body)
 
-    def start(model: Model) -> list[Generation]:
+    def start(model: Model, lora: dict[str, Any]) -> list[Generation]:
         tokens = infill_tokens(model, prefix, suffix, before=before, extra=extra)
-        return [model.generate(tokens, **options, **bias_option(body, model))]
+        return [model.generate(tokens, **(lora | options), **bias_option(body, model))]
 
     async with state.begin(body.get("model"), start) as (entry, generations, place):
         await _answer(state, exchange, entry, generations, place)

@@ -106,12 +106,13 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
     suffix = "" if is_chat else fields.field(body, "suffix", fields.text, "")
     raw = not is_chat and fields.field(body, "raw", fields.truth, False)
 
-    def start(model: Model) -> list[Generation]:
+    def start(model: Model, lora: dict[str, Any]) -> list[Generation]:
         if not raw and not suffix:
-            return request.start(model)
+            return request.start(model, lora)
         text = body.get("prompt") or ""
         tokens = infill_tokens(model, text, suffix) if suffix else prompt_tokens(model, text)
-        return [model.generate(tokens, **request.options, **request.structure, **bias_option(request.bias_body, model))]
+        options = lora | request.options | bias_option(request.bias_body, model)
+        return [model.generate(tokens, **options, **request.structure)]
 
     async with state.begin(body.get("model"), start) as (entry, generations, place):
         keep_alive(entry, body)
@@ -173,7 +174,7 @@ def last(generation: Generation, exchange: Exchange) -> dict[str, Any]:
 
 async def load(state: State, exchange: Exchange, empty: dict[str, Any]) -> None:
     """A request for nothing loads the model, or with `keep_alive: 0` unloads it."""
-    entry = state.hub.find(exchange.body.get("model"))
+    entry = await state.hub.find(exchange.body.get("model"))
     reason = "load"
     if seconds_of(exchange.body.get("keep_alive")) == 0:
         await state.hub.unload(entry)
@@ -233,7 +234,7 @@ async def described(state: State, entry: Entry) -> dict[str, Any]:
 
 
 async def tags(state: State, exchange: Exchange) -> None:
-    state.hub.refresh()
+    await state.hub.refresh()
     await exchange.json({"models": [await described(state, entry) for entry in state.hub.entries]})
 
 
@@ -256,7 +257,7 @@ async def running(state: State, exchange: Exchange) -> None:
 
 async def show(state: State, exchange: Exchange) -> None:
     body = exchange.body
-    entry = state.hub.find(body.get("model") or body.get("name"))
+    entry = await state.hub.find(body.get("model") or body.get("name"))
     facts = await state.in_thread(facts_of, entry)
     info = dict(facts.info) | {"general.parameter_count": facts.parameters}
     if entry.model is not None:  # what it can hold as it is loaded
@@ -333,7 +334,7 @@ async def pull(state: State, exchange: Exchange) -> None:
 
     if not fields.field(body, "stream", fields.truth, True):
         await pulled(in_daemon(work))
-        state.hub.refresh()
+        await state.hub.refresh()
         await exchange.json({"status": "success"})
         return
     exchange.error_frame = lambda error: line(**ollama_shape(error))
@@ -347,7 +348,7 @@ async def pull(state: State, exchange: Exchange) -> None:
                 size = {} if total is None else {"total": total}
                 await exchange.write(line(status=f"pulling {name}", digest=name, completed=done, **size))
         await pulled(work_done)
-        state.hub.refresh()
+        await state.hub.refresh()
         await exchange.write(line(status="success"))
 
 
@@ -364,9 +365,7 @@ async def delete(state: State, exchange: Exchange) -> None:
     from qrun.models.store import remove, stored_models
 
     _check_store(state)
-    entry = state.hub.find(exchange.body.get("model") or exchange.body.get("name"))
-    if state.hub.named(exchange.body.get("model") or exchange.body.get("name")) is None:
-        raise APIError("there is no such model", 404, "not_found_error")
+    entry = await state.hub.find(exchange.body.get("model") or exchange.body.get("name"), exact=True)
     found = [stored for stored in stored_models() if stored.path == entry.source]
     if not found:
         raise APIError(f"the model {entry.id!r} does not lie in the store", 403, "permission_error")
@@ -374,5 +373,5 @@ async def delete(state: State, exchange: Exchange) -> None:
         raise APIError(f"the model {entry.id!r} is in use", 409, "conflict_error")
     await state.hub.unload(entry)
     await state.in_thread(remove, found[0])
-    state.hub.refresh()
+    await state.hub.refresh()
     await exchange.json({"status": "success"})

@@ -14,9 +14,13 @@ from qrun.server.errors import APIError, openai_shape
 from qrun.server.exchange import Exchange, dumps
 from qrun.server.running import finish_reason
 from qrun.server.state import FINGERPRINT, State, timings, usage
+from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qrun.engine import Generation, Model, Piece
+    from qrun.engine.model import TokenLogprob
     from qrun.engine.text.tool_calls import ToolCall
     from qrun.server.hub import Entry
 
@@ -37,13 +41,21 @@ async def chat_completions(state: State, exchange: Exchange) -> None:
     body = exchange.body
     request = openai_chat(body)
     stream = fields.field(body, "stream", fields.truth, False)
+    top = fields.prompt_logprobs(body)
+    if stream and top is not None:
+        raise APIError("prompt_logprobs and stream do not go together", param="prompt_logprobs")
     async with state.begin(body.get("model"), request.start) as (entry, generations, place):
         if not stream:
             async with aclosing(state.steps(generations, place, exchange.arrived)) as found:  # type: ignore[type-var]
                 pieces: list[list[Piece]] = [[] for _ in generations]
                 async for number, some in found:
                     pieces[number] += some
-            await exchange.json(completion(request, entry, generations, pieces))
+            told = completion(request, entry, generations, pieces)
+            if top is not None:
+                tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
+                scored = await in_daemon(entry.loaded.prompt_logprobs, tokens, top, request.options.get("lora"))
+                told["prompt_logprobs"] = prompt_table(scored, top, entry.loaded)
+            await exchange.json(told)
             return
         writer = ChatStream(request, body, state, entry, generations)
         exchange.error_frame = sse_error
@@ -124,6 +136,25 @@ def _token(id: int, logprob: float, model: Model) -> dict[str, Any]:
         "bytes": list(data),
         "id": id,
     }
+
+
+def prompt_table(scored: Sequence[TokenLogprob | None], top: int, model: Model) -> list[dict[str, Any] | None]:
+    """The tokens of a prompt as vLLM tells how likely they were: by their ids, each with the likeliest in its place."""
+
+    def one(id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = model.tokenizer.token_bytes(id).decode("utf-8", "replace") if model.tokenizer is not None else ""
+        return {"logprob": max(logprob, -9999.0), "rank": rank, "decoded_token": text}
+
+    table: list[dict[str, Any] | None] = []
+    for place in scored:
+        if place is None:
+            table.append(None)
+            continue
+        told = {str(place.token): one(place.token, place.logprob, place.rank)}
+        for rank, (id, logprob) in enumerate(place.top[:top], 1):
+            told.setdefault(str(id), one(id, logprob, rank))
+        table.append(told)
+    return table
 
 
 class ChatStream:

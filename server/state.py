@@ -38,12 +38,13 @@ class State:
 
     @asynccontextmanager
     async def begin(
-        self, model: Any, make: Callable[[Any], list[Generation]], *, lenient: bool = False
+        self, model: Any, make: Callable[[Any, dict[str, Any]], list[Generation]], *, lenient: bool = False
     ) -> AsyncIterator[tuple[Entry, list[Generation], Place]]:
         """The model of this name, generations made with it in another thread, and a place in the queue: all that can
-        go wrong before an answer begins does so here."""
+        go wrong before an answer begins does so here. Where the name is an adapter's, `make` gets the option for it."""
         async with self.hub.use(model, lenient=lenient) as entry:
-            generations = await self.in_thread(make, entry.loaded)
+            adapter = entry.adapter_of(model)
+            generations = await self.in_thread(make, entry.loaded, {} if adapter is None else {"lora": adapter.name})
             try:
                 async with self.turns.place() as place:
                     yield entry, generations, place

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +21,7 @@ from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.generation.scheduler import Scheduler, Sink, Task
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.text.response_parser import ResponseParser
@@ -105,6 +106,8 @@ class Generation(Iterator[Piece]):
         response: "ResponseParser | None" = None,
         scheduler: "Scheduler | None" = None,
         rules: "Rules | None" = None,
+        begun: str = "",
+        adapters: "Chosen" = (),
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -113,6 +116,7 @@ class Generation(Iterator[Piece]):
         self.tokens: list[int] = []
         self.seed = sampler.seed
         self._cache = cache
+        self._adapters = adapters
         self._prompt = prompt
         self._max_tokens = sampler.options.max_tokens
         self._sampler = sampler
@@ -125,6 +129,10 @@ class Generation(Iterator[Piece]):
         self._response = response if tokenizer else None
         self._marks = _special_marks(tokenizer, response) if tokenizer and response else {}
         self._guide = Guide(rules, tokenizer, response, self._marks, prompt) if rules and tokenizer else None
+        if begun and self._guide is not None:
+            self._guide.begin(begun)
+        if begun and self._response is not None:
+            self._response.begin(begun)
         self._ready: deque[Piece] = deque()
         """Pieces that came with the one before them."""
         self._forced: deque[int] = deque()
@@ -381,6 +389,9 @@ class Generation(Iterator[Piece]):
 
     def _choose(self, logits: np.ndarray, n_free: int) -> int:
         guide, logits = self._guide, logits[: self._sampler.n_vocab]
+        if guide is not None and guide.over:  # the prompt has all of it
+            self._sampled.append(Sampled(_END, None, None, n_free))
+            return _END
         if guide is not None and not self._forced:
             self._forced.extend(guide.forced())
         if self._forced:
@@ -389,10 +400,14 @@ class Generation(Iterator[Piece]):
             sampled = Sampled(token, logprob, None, n_free)
             self._n_forced += 1
         elif guide is None:
-            token, logprob = self._sampler.sample(logits)
+            token, logprob = self._sampler.sample(logits, banned=self._banned())
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
-            chosen, logprob = self._sampler.sample(logits, guide.allowed())
+            allowed = guide.allowed()
+            banned = self._banned()
+            if banned and allowed is not None and not any_but(allowed, banned):
+                banned = frozenset()  # the grammar has come to its end
+            chosen, logprob = self._sampler.sample(logits, allowed, banned)
             token, *rest = guide.settled(chosen)
             if token != chosen:
                 logprob = self._sampler.logprob(logits, token)
@@ -409,6 +424,12 @@ class Generation(Iterator[Piece]):
             elif not self._forced:
                 self._forced.extend(guide.forced())
         return token
+
+    def _banned(self) -> frozenset[int]:
+        """Tokens that would end the text, where it may not end yet."""
+        options = self._sampler.options
+        too_early = options.ignore_eos or len(self.tokens) + len(self._sampled) < options.min_tokens
+        return self._stop_ids if too_early else frozenset()
 
     def _guesses(self) -> tuple[Guesser | None, list[int]]:
         """Guesses, and whose they are, if anybody has any."""
@@ -467,12 +488,16 @@ class Generation(Iterator[Piece]):
             return None
         scheduler = self._scheduler if self._can_share else None
         start = time.perf_counter()
+        alike = 0
+        self._cache.use(self._adapters)
         if scheduler is not None:
-            scheduler.prefixes.adopt(self._cache, self._prompt)
+            known = scheduler.prefixes.fetch(self._cache, self._prompt, self._adapters)
+            alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
         try:
             logits, n_cached = self._cache.advance_to(
-                self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids
-            )
+                self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids,
+                alike, self._marked,
+            )  # fmt: skip
         except GenerationCancelled:
             self._prompt_seconds += time.perf_counter() - start
             if self._cancelled:
@@ -482,6 +507,11 @@ class Generation(Iterator[Piece]):
         self._n_cached += n_cached
         self._prompt_seconds += time.perf_counter() - start
         return logits
+
+    def _marked(self) -> None:
+        """The prompt has been read to where others may go on from."""
+        if self._scheduler is not None:
+            self._scheduler.prefixes.snapshot(self._cache)
 
     def _piece(self, sampled: Sampled) -> Piece | None:
         """The piece of a token, with which the generation may end."""
@@ -538,7 +568,9 @@ class Generation(Iterator[Piece]):
     def _up_to_stop(self, split: list[tuple[Channel, str]]) -> list[tuple[Channel, str]]:
         texts: list[tuple[Channel, str]] = []
         for channel, text in split:
-            if channel == "content":
+            if channel == "content" and len(self.tokens) < self._sampler.options.min_tokens:
+                texts.append((channel, text))
+            elif channel == "content":
                 texts.append((channel, self._stop_strings.push(text)))
             else:
                 texts += [("content", self._stop_strings.flush()), (channel, text)]
@@ -559,6 +591,15 @@ class Generation(Iterator[Piece]):
             self._reason = "stop"
             return texts
         return [*texts, ("content", self._stop_strings.flush())]
+
+
+def any_but(allowed: np.ndarray, tokens: Set[int]) -> bool:
+    """Does a mask as `Constraint.mask` has it allow more than these tokens?"""
+    rest = allowed.copy()
+    for token in tokens:
+        if token // 32 < len(rest):
+            rest[token // 32] &= ~np.uint32(1 << token % 32)
+    return bool(rest.any())
 
 
 def _carrying(sampled: Sampled, text: str, channel: Channel) -> Piece:

@@ -81,6 +81,19 @@ class Guide:
             self._constraint = answer.copy()
             self._opening = self._tokenizer.encode_further(parser.opening, parse_special=True)
 
+    def begin(self, text: str) -> None:
+        """The answer begins with a text. ValueError where the grammar does not want it."""
+        if self._opening and self._parser is not None and not text.startswith(self._parser.opening):
+            self._opening = []
+        for token in self._tokenizer.encode_further(text):
+            constraint = None if self._opening else self._constraint
+            if self.over or (constraint is not None and constraint.valid([token]) != 1):
+                raise ValueError(
+                    f"the last message, {text[:40]!r}, does not begin as the schema, grammar or function asks (JSON is "
+                    "written without spaces between its parts)"
+                )
+            self.accept(token)
+
     def allowed(self) -> np.ndarray | None:
         """Which tokens may come next, as `Constraint.mask` has it; None for all."""
         if self._constraint is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from qrun.engine.generation.adapters import LoraChoice
 from qrun.engine.sampling.options import SamplingArguments
 
 OnFull = Callable[[list[int]], Iterable[int] | None]
@@ -13,6 +14,8 @@ class GenerationArguments(SamplingArguments, total=False):
 
     on_full: OnFull | None
     """Makes room when the context is full: see `Session.generate`, and `keep_newest`."""
+    lora: LoraChoice | None
+    """Adapters of `Model.adapters` that change the model for this text: a name, names, or names with scales."""
 
 
 def keep_newest(newest: int | None = None, *, first: int = 0) -> OnFull:

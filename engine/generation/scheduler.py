@@ -23,6 +23,7 @@ from qrun.engine.generation.token_cache import common_prefix
 if TYPE_CHECKING:
     import numpy as np
 
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.generation.guesses import Guesser
     from qrun.engine.generation.piece import Piece, Sampled
     from qrun.engine.generation.token_cache import TokenCache
@@ -44,6 +45,7 @@ class Sharing(Protocol):
     tokens: list[int]
     _cache: TokenCache
     _prompt: list[int]
+    _adapters: Chosen
     _sampled: deque[Sampled]
     _stop_ids: frozenset[int]
     _started: bool
@@ -102,8 +104,11 @@ class Task:
         self.arrived = time.perf_counter()
         self.cache = generation._cache
         self.prompt = generation._prompt
+        self.adapters = generation._adapters
         self.marks: deque[int] = deque()
-        self.begun = False
+        self.begun = self.fetching = False
+        """fetching: whether what the disk has of its prompt is being read."""
+        self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
         self.pieces: deque[Piece] = deque()
@@ -197,6 +202,9 @@ class Scheduler:
         self._leave_parent()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
+        if not task.begun and self.prefixes.may_fetch(task.cache, task.prompt):
+            task.fetching = True
+            threading.Thread(target=self._fetch, args=(task,), name="qrun prefix", daemon=True).start()
         with self.lock:
             self._live.add(generation)
             self._tasks.append(task)
@@ -220,6 +228,15 @@ class Scheduler:
         with self.lock:
             return sum(not task.decoding for task in self._tasks)
 
+    def _fetch(self, task: Task) -> None:
+        """In a thread of its own: nobody who computes waits for the disk."""
+        try:
+            task.known = self.prefixes.fetch(task.cache, task.prompt, task.adapters)
+        finally:
+            with self.lock:
+                task.fetching = False
+                self.changed.notify()
+
     # The thread
 
     def _loop(self) -> None:
@@ -240,6 +257,8 @@ class Scheduler:
             generation = task.generation()
             if generation is None:
                 self._tasks.remove(task)
+            elif task.fetching and not generation.cancelled:
+                continue
             elif generation.cancelled or task.sink is not None or len(task.pieces) < task.ahead:
                 found.append((task, generation))
         return found
@@ -312,7 +331,11 @@ class Scheduler:
         self._make_room(going)
         for task, generation in going:
             if task.decoding and room and not generation._sampled:
-                tokens, guesser = generation._next_rows()
+                try:
+                    tokens, guesser = generation._next_rows()
+                except Exception as error:  # of this one alone
+                    _fail(task, generation, error)
+                    continue
                 if len(tokens) > room:
                     tokens, guesser = tokens[:1], None
                 plan(task, generation, tokens, guesser)
@@ -329,7 +352,11 @@ class Scheduler:
                 if any(other.begun for other, _ in going) and not self.prefixes.trim(wanted):
                     continue
                 planned = wanted
-                self._begin_prompt(task, generation)
+                try:
+                    self._begin_prompt(task, generation)
+                except Exception as error:
+                    _fail(task, generation, error)
+                    continue
             start = len(task.cache.tokens)
             end = min(task.marks[0] if task.marks else len(task.prompt), start + room)
             plan(task, generation, task.prompt[start:end])
@@ -357,6 +384,7 @@ class Scheduler:
             if task.marks and task.marks[0] == len(task.cache.tokens):
                 task.marks.popleft()
                 task.cache.sequence.mark()
+                self.prefixes.snapshot(task.cache)
             if task.decoding:
                 task.cache.sequence.mark()
                 generation._take_prompt(logits[0], task.n_cached, time.perf_counter() - task.arrived)
@@ -389,9 +417,10 @@ class Scheduler:
             task.begun = False
 
     def _begin_prompt(self, task: Task, generation: Sharing) -> None:
-        self.prefixes.adopt(task.cache, task.prompt)
+        task.cache.use(task.adapters)
+        alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
         task.n_cached = task.cache.begin(task.prompt)
-        task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids))
+        task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
     def _rows_beside(self) -> int:
@@ -418,6 +447,8 @@ def _fail(task: Task, generation: Sharing, error: BaseException) -> None:
 
 def _ahead_of(task: Task, other: Task) -> bool:
     """Is another task reading what this one's prompt begins with, and has more of it to come?"""
+    if task.adapters != other.adapters:
+        return False
     wanted = task.prompt[:-1]
     alike = common_prefix(wanted, other.prompt)
     if alike < WORTH_WAITING or len(other.cache.tokens) >= alike:

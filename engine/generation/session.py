@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 import numpy as np
 
 from qrun.engine.errors import Closed, ContextOverflow
+from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice
 from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.guesses import Guesser
@@ -65,17 +66,23 @@ class Host:
         cache_bytes: int = 0,
         diffusion: "Diffusion | None" = None,
         writes_forwards: bool = True,
+        adapters: Adapters | None = None,
     ) -> None:
         self.runtime = runtime
         self.diffusion, self.writes_forwards = diffusion, writes_forwards
         self.prefixes = Prefixes(runtime, cache_bytes)
         self.scheduler = Scheduler(runtime, self.prefixes)
         self.draft = draft
+        self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
         self.defaults = defaults
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
         self._lock = ForkAwareLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def fingerprint(self, adapters: Chosen = ()) -> str:
+        """The model's, with adapters that were chosen."""
+        return self._fingerprint() + self.adapters.digest(adapters)
 
     def add(self, session: "Session") -> None:
         """Note that there is one more session."""
@@ -133,6 +140,8 @@ class Session:
         on_full: OnFull | None = None,
         response: "ResponseParser | None" = None,
         rules: "Rules | None" = None,
+        begun: str = "",
+        lora: LoraChoice | None = None,
         **options: Unpack[SamplingArguments],
     ) -> Generation:
         """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
@@ -147,7 +156,10 @@ class Session:
         `response`, which `ChatTemplate.response` makes for a prompt, tells thoughts from the answer. Without it all is
         answer, marks included.
 
-        `rules`: what the answer must be. A tokenizer is wanted for that.
+        `rules`: what the answer must be. A tokenizer is wanted for that. `begun`: how the answer begins, where the
+        prompt ends with that.
+
+        `lora`: adapters that change the model for this text: see `GenerationArguments`.
 
         `options` are those of SamplingOptions, by keyword, on top of the model's defaults. A generation of the same
         thread that has not ended is cancelled. Nothing is computed before the first piece is asked for, but the
@@ -158,6 +170,7 @@ class Session:
         self._check_open()
         tokenizer, n_vocab = self._host.tokenizer, self._host.runtime.n_vocab
         chosen = self._host.defaults.replace(**options)
+        adapters = self._host.adapters.chosen(lora)
         prompt = check_tokens(prompt_tokens, n_vocab, self.context)
         breakers: dry.Breakers = {}
         if tokenizer is not None:
@@ -184,7 +197,7 @@ class Session:
         shorten_if_asked = shorten if on_full else None
         generation = Generation(
             self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response,
-            self._host.scheduler, rules,
+            self._host.scheduler, rules, begun, adapters,
         )  # fmt: skip
         self._take_over(generation)
         return generation
@@ -235,9 +248,11 @@ class Session:
         with cache.lock:  # to the end: the state may be a view of the cache
             self._check_open()
             state = cache.sequence.state()
-            session_file.write(
-                path, session_file.SavedSession(host.fingerprint(), host.runtime.cache_type, cache.tokens, state)
+            adapters = {host.adapters.all[number].name: scale for number, scale in cache.adapters}
+            saved = session_file.SavedSession(
+                host.fingerprint(cache.adapters), host.runtime.cache_type, cache.tokens, state, adapters
             )
+            session_file.write(path, saved)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the place of a saved session.
@@ -250,7 +265,11 @@ class Session:
         self._check_open()
         runtime = self._host.runtime
         saved = session_file.read(path)
-        if saved.fingerprint != self._host.fingerprint():
+        try:
+            adapters = self._host.adapters.chosen(saved.adapters)
+        except ValueError:
+            raise FormatError(path, f"saved with adapters that are not loaded: {', '.join(saved.adapters)}") from None
+        if saved.fingerprint != self._host.fingerprint(adapters):
             raise FormatError(path, "saved by a session of another model")
         if saved.cache_type != runtime.cache_type:
             raise FormatError(path, f"saved with cache type {saved.cache_type}, not {runtime.cache_type} as loaded")
@@ -269,6 +288,7 @@ class Session:
             raise
         with self._cache.lock:
             old, self._cache.sequence, self._cache.tokens = self._cache.sequence, sequence, tokens
+            sequence.adapters = adapters
             old.close()
 
     def close(self) -> None:
@@ -279,6 +299,7 @@ class Session:
             self.stop()
             if self._cache.lock.abandoned:  # its threads are those of another process
                 return
+            self._host.prefixes.write(self._cache)
             with self._cache.lock:
                 self._cache.close()
                 if self._draft is not None:

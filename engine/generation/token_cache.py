@@ -8,11 +8,14 @@ import numpy as np
 from qrun.engine.native.locks import ForkAwareLock
 
 if TYPE_CHECKING:
+    from qrun.engine.generation.adapters import Chosen
     from qrun.engine.program.kv_cache import KVSequence
     from qrun.engine.program.runtime import Runtime, Tap
 
 # At how many ends of messages, the last ones, the state of a prompt is kept.
 _MARKS = 2
+_WORTH_MARK = 128  # tokens that a beginning has to have, for it to be kept because others begin so
+_WORTH_WINDOW = 256  # tokens that are new where messages end, for what windows give back to be kept
 _COMPARED = 256  # tokens at once
 
 
@@ -23,10 +26,14 @@ class TokenCache:
     evaluation that was cancelled, interrupted or failed.
     """
 
-    def __init__(self, runtime: "Runtime", sequence: "KVSequence", tokens: Sequence[int] = ()) -> None:
+    def __init__(
+        self, runtime: "Runtime", sequence: "KVSequence", tokens: Sequence[int] = (), *, lasting: bool = False
+    ) -> None:
         self.lock = ForkAwareLock("this session")
         self.tokens = list(tokens)
         self.sequence = sequence
+        self.lasting = lasting
+        """Whether several are to go on from here, so that none of them takes it away."""
         self.tap: Tap | None = None
         """Told of all that is evaluated, for draft layers."""
         self._runtime = runtime
@@ -37,18 +44,21 @@ class TokenCache:
         return self._runtime.context - len(self.tokens)
 
     def advance_to(
-        self, prompt: list[int], cancelled: Callable[[], bool], ends: Set[int] = frozenset()
-    ) -> tuple[np.ndarray, int]:
+        self, prompt: list[int], cancelled: Callable[[], bool], ends: Set[int] = frozenset(), alike: int = 0,
+        marked: Callable[[], None] = lambda: None,
+    ) -> tuple[np.ndarray, int]:  # fmt: skip
         """Hold exactly `prompt` (at least one token, at most the context). `ends` are tokens with which messages end:
         there, what follows is likely to change first, and a model with a state can only go back to where it was kept.
+        alike: with how many of its tokens another prompt has begun, too. marked: called where it can be gone back to.
 
         Returns the logits after it, float32 [n_vocab], and how many of its tokens were held already. `cancelled` is
         asked ten times a second; if it says yes, GenerationCancelled is raised.
         """
         n_held = self.begin(prompt)
-        for mark in self.marks(prompt, ends):
+        for mark in self.marks(prompt, ends, alike):
             self._evaluate(prompt[len(self.tokens) : mark], "none", cancelled)
             self.sequence.mark()
+            marked()
         logits = self._evaluate(prompt[len(self.tokens) :], "last", cancelled)
         self.sequence.mark()
         return logits, n_held
@@ -63,11 +73,19 @@ class TokenCache:
             del self.tokens[self.sequence.truncate(wanted) :]
         return len(self.tokens)
 
-    def marks(self, prompt: list[int], ends: Set[int]) -> list[int]:
-        """Where in the part of a prompt that is not held messages end: the last few, if a state is to be kept there."""
-        if not self.sequence.keeps_state:
+    def marks(self, prompt: list[int], ends: Set[int], alike: int = 0) -> list[int]:
+        """Where in the part of a prompt that is not held something is to be kept to go back to: where messages end, the
+        last few, and where it goes another way than one that has begun with `alike` tokens of it. For models that
+        cannot get back to any position."""
+        held = len(self.tokens)
+        if not self.sequence.keeps_state and not self.sequence.has_windows:
             return []
-        return [i for i in range(len(self.tokens) + 1, len(prompt)) if prompt[i - 1] in ends][-_MARKS:]
+        new = 1 if self.sequence.keeps_state else _WORTH_WINDOW
+        found = {i for i in range(held + new, len(prompt)) if prompt[i - 1] in ends}
+        marks = set(sorted(found)[-_MARKS:])
+        if _WORTH_MARK <= alike < len(prompt) and alike > held:
+            marks.add(alike)
+        return sorted(marks)
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -90,6 +108,21 @@ class TokenCache:
     def fork(self) -> "TokenCache":
         """Another one with the same tokens. The memory is shared until one of them writes."""
         return TokenCache(self._runtime, self.sequence.fork(), self.tokens)
+
+    def snapshot(self) -> "TokenCache":
+        """The same, to be gone on from by several."""
+        return TokenCache(self._runtime, self.sequence.fork(), self.tokens, lasting=True)
+
+    @property
+    def adapters(self) -> "Chosen":
+        """What changes the model for this text: see `KVSequence.adapters`."""
+        return self.sequence.adapters
+
+    def use(self, adapters: "Chosen") -> None:
+        """Change the model by these from now on; what was computed with others is forgotten."""
+        if adapters != self.sequence.adapters:
+            self.forget()
+            self.sequence.adapters = adapters
 
     def close(self) -> None:
         """Give the memory back."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         experts,
         heads,
         linear_attention,
+        lora,
         matmul,
         observe,
         pool,
@@ -50,6 +51,7 @@ _MODULES = {
     "attention": "attention",
     "convolution": "convolution",
     "linear_attention": "linear_attention",
+    **dict.fromkeys(("lora_down", "lora_up"), "lora"),
     "selective_scan": "selective_scan",
     "wkv": "wkv",
     "quantize": "quantize",
@@ -99,7 +101,7 @@ def all_keys() -> list[str]:
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
-                                "selective_scan", "pool")),
+                                "selective_scan", "pool", "lora_down", "lora_up")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
           for packing in ("", *packings)),
     ]  # fmt: skip

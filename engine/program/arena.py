@@ -37,6 +37,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.size = 0
         self._memory = np.empty(0, np.uint8)
 
     def buffer(self, size: int, first: int, last: int) -> Buffer:
@@ -44,8 +45,10 @@ class Arena:
         self.buffers.append(buffer)
         return buffer
 
-    def place(self) -> None:
-        """Largest first, each at the lowest offset where nothing that lives at the same time is in the way."""
+    def place(self, within: Arena | None = None) -> None:
+        """Largest first, each at the lowest offset where nothing that lives at the same time is in the way.
+
+        within: an arena of a program that never runs at the same time, whose memory will do if it is large enough."""
         placed: list[Buffer] = []
         for buffer in sorted(self.buffers, key=lambda b: -b.size):
             others = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
@@ -57,7 +60,10 @@ class Arena:
             buffer.offset = offset
             placed.append(buffer)
         self.size = max((b.end for b in self.buffers), default=0)
-        self._memory = np.empty(self.size + ALIGNMENT, np.uint8)
+        if within is not None and within.size >= self.size:
+            self._memory = within._memory
+        else:
+            self._memory = np.empty(self.size + ALIGNMENT, np.uint8)
 
     @property
     def address(self) -> int:

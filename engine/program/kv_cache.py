@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -77,6 +77,11 @@ class CacheLayout:
             self.state_offsets.append(self.block_bytes)
             self.block_bytes += -(-4 * size // 64) * 64
 
+    @property
+    def windows(self) -> list[int | None]:
+        """That of each group."""
+        return [window for window, _ in self.groups]
+
     def positions_of_page(self, group: int) -> int:
         """Of how many positions a page has the entries."""
         return PAGE_POSITIONS * self.groups[group][1]
@@ -132,6 +137,8 @@ class KVSequence:
         self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
         n_pages = -(-context // PAGE_POSITIONS)
         self.n_past = 0
+        self.adapters: tuple[tuple[int, float], ...] = ()
+        """What changes the model for this sequence: numbers of adapters, rising, and their scales."""
         self.states = states or StateBlocks(PagePool(0))
         self._pages: list[dict[int, Page]] = [{} for _ in pools]
         # Page addresses as kernels read them: one table a group.
@@ -191,10 +198,25 @@ class KVSequence:
         """Has the model a state of which only some positions are kept?"""
         return self.states.exist
 
+    @property
+    def has_windows(self) -> bool:
+        """Are there layers whose pages are given back when a window has passed?"""
+        return any(window is not None for window in self.layout.windows)
+
     @_locked
     def mark(self) -> None:
         """Someone may want to come back here: a state that `truncate` gets back to is kept, for a while."""
         self.states.mark()
+
+    @_locked
+    def returns_to(self, n: int) -> int:
+        """What `truncate(n)` would keep."""
+        if n >= self.n_past:
+            return self.n_past
+        n = self.states.reachable(max(n, 0))
+        if any(index not in self._pages[group] for group in range(len(self.pools)) for index in self._needed(group, n)):
+            return 0
+        return n
 
     @_locked
     def truncate(self, n: int) -> int:
@@ -202,9 +224,7 @@ class KVSequence:
         if a window gave back what these would need."""
         if n >= self.n_past:
             return self.n_past
-        n = self.states.reachable(max(n, 0))
-        if any(index not in self._pages[group] for group in range(len(self.pools)) for index in self._needed(group, n)):
-            n = 0
+        n = self.returns_to(n)
         for group in range(len(self.pools)):
             for index in [i for i in self._pages[group] if i * self.layout.positions_of_page(group) >= n]:
                 self._drop(group, index)
@@ -216,7 +236,7 @@ class KVSequence:
     def fork(self) -> KVSequence:
         """A second sequence with the same past. Pages are shared until one of the two writes."""
         twin = KVSequence(self.layout, self.pools, self.context, self._lock, self.states.fork())
-        twin.n_past = self.n_past
+        twin.n_past, twin.adapters = self.n_past, self.adapters
         twin.tables[:] = self.tables
         for mine, its in zip(self._pages, twin._pages, strict=True):
             its.update(mine)
@@ -225,19 +245,32 @@ class KVSequence:
         return twin
 
     @_locked
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """Everything that `restore` needs: n_past, and for each group the numbers and the bytes of its pages."""
-        arrays: dict[str, NDArray[np.generic]] = {"n_past": np.array(self.n_past, np.int64)}
+    def parts(self) -> dict[str, NDArray[np.generic] | list[NDArray[np.uint8]]]:
+        """What `state` has, but of pages the memory itself, in lists: nothing is copied. As long as nobody writes to
+        the sequence, it stays as it is."""
+        arrays: dict[str, NDArray[np.generic] | list[NDArray[np.uint8]]] = {"n_past": np.array(self.n_past, np.int64)}
         for group, pages in enumerate(self._pages):
             numbers = sorted(pages)
             arrays[f"pages{group}"] = np.array(numbers, np.int64)
-            empty = np.empty((0, self.pools[group].page_bytes), np.uint8)
-            arrays[f"data{group}"] = np.stack([pages[i].memory for i in numbers]) if numbers else empty
-        return arrays | self.states.arrays() if self.states.exist else arrays
+            arrays[f"data{group}"] = [pages[i].memory for i in numbers]
+        if self.states.exist:
+            arrays.update(self.states.arrays())
+        return arrays
 
-    @_locked
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Become what `state` describes. ValueError if it does not fit this model, cache type or context."""
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that `restore` needs: n_past, and for each group the numbers and the bytes of its pages."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, values in self.parts().items():
+            if isinstance(values, list):
+                empty = np.empty((0, self.pools[int(name.removeprefix("data"))].page_bytes), np.uint8)
+                values = np.stack(values) if values else empty
+            arrays[name] = values
+        return arrays
+
+    def restore(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Become what `state` describes. ValueError if it does not fit this model, cache type or context.
+
+        What sequences share is locked for a page at a time: those that are being computed need not wait."""
         if any(f"{name}{group}" not in state for name in ("pages", "data") for group in range(len(self.pools))):
             raise ValueError("the saved state is of another model")
         n_past = int(state["n_past"])
@@ -251,16 +284,19 @@ class KVSequence:
                 raise ValueError("the saved state is of another model or cache type")
         if self.states.exist:
             self.states.check(state, n_past)
-        self.truncate(0)
-        self._clear()
+        with self._lock:
+            self.truncate(0)
+            self._clear()
         for group, pool in enumerate(self.pools):
             for index, memory in zip(state[f"pages{group}"].tolist(), state[f"data{group}"], strict=True):
                 if 0 <= index < self.tables.shape[1]:
-                    page = pool.take()
+                    with self._lock:
+                        page = pool.take()
+                        self._put(group, index, page)
                     page.memory[:] = memory
-                    self._put(group, index, page)
         if self.states.exist:
-            self.states.restore(state)
+            with self._lock:
+                self.states.restore(state)
         self.n_past = n_past
 
     @_locked

@@ -35,12 +35,15 @@ class Program:
     logits: float32 [head_rows, n_vocab], where the head leaves its result.
     hidden: float32 [batch, width], where the body leaves the hidden states for draft layers, or [head_rows, width] of
     the head; inputs: float32 [batch, width], where rows from outside go. Both empty in a graph without.
+    beside: another program, which never runs at the same time.
     Where threads have to wait for each other is decided here, since it depends on where values lie.
     """
 
-    def __init__(self, lowering: Lowering, kernels: Addresses, step_address: int) -> None:
+    def __init__(
+        self, lowering: Lowering, kernels: Addresses, step_address: int, beside: Program | None = None
+    ) -> None:
         self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
-        self.arena.place()
+        self.arena.place(beside.arena if beside else None)
         place_barriers(self.records, lowering.n_body)
         self._held: list[object] = [kernels]  # whose addresses the records have
         self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)

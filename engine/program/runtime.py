@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
+from qrun.engine.program.adapted import AdaptedLowering, SwitchedAdapters
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence
 from qrun.engine.program.lowering import Lowering
@@ -24,6 +25,8 @@ from qrun.engine.program.pages import PagePool
 from qrun.engine.program.program import Program
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.simd.target import Target
+from qrun.formats import TensorInfo
+from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 
 # Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
@@ -60,19 +63,21 @@ class Runtime:
     embeddings a row's width.
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
+    adapters: what can be switched for each sequence (`KVSequence.adapters` has their numbers): steps with such
+    sequences run a program of their own.
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
         progress: Progress | None = None, target: Target | None = None, observe: bool = False,
-        beside: Runtime | None = None,
+        beside: Runtime | None = None, adapters: Sequence[Adapter[TensorInfo]] = (),
     ) -> None:  # fmt: skip
         if context < 1:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        target = target or default_target()
+        self.target = target = target or default_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal
         # A text whose tokens all see each other is computed in one step.
@@ -82,15 +87,23 @@ class Runtime:
         self._blocks = PagePool(self._layout.block_bytes)
         # Those who observe want to see all rows of the last block too.
         to_lower = graph if observe else select_early(graph)
-        lowering = (ObservingLowering if observe else Lowering)(
-            to_lower, self._layout, target, batch=self.batch,
-            head_rows=self.batch if graph.embeds else min(HEAD_ROWS, self.batch), context=context, threads=threads,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "batch": self.batch, "head_rows": self.batch if graph.embeds else min(HEAD_ROWS, self.batch),
+            "context": context, "threads": threads,
+        }  # fmt: skip
+        lowering = (ObservingLowering if observe else Lowering)(to_lower, self._layout, target, **settings)
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
-        keys = [*TEAM_KERNELS, *lowering.kernel_keys]
-        kernels = load_kernels(keys, target, progress)
+        self._switched = SwitchedAdapters(adapters, self.batch) if adapters else None
+        adapted = (
+            AdaptedLowering(to_lower, self._layout, target, adapters=self._switched, **settings)
+            if self._switched else None
+        )  # fmt: skip
+        keys = [*TEAM_KERNELS, *lowering.kernel_keys, *(adapted.kernel_keys if adapted else ())]
+        kernels = load_kernels(list(dict.fromkeys(keys)), target, progress)
         self._step = _Step(self.batch, len(self._pools))
-        self._program = Program(lowering, kernels, self._step.address)
+        # The larger one first: the other lies in its memory.
+        self._adapted = Program(adapted, kernels, self._step.address) if adapted else None
+        self._program = Program(lowering, kernels, self._step.address, self._adapted)
         # Two teams would be in each other's way: threads of the one spin for a while when the other's turn comes.
         self._team: Team | None = beside._team if beside else Team(kernels, threads)
         self._owns_team = beside is None
@@ -229,6 +242,18 @@ class Runtime:
         return self._layout.bytes_at(n) + 2 * self._layout.block_bytes
 
     @property
+    def goes_anywhere(self) -> bool:
+        """Can a sequence be cut after any position, as the model has no windows and no states?"""
+        return not self._layout.block_bytes and all(window is None for window in self._layout.windows)
+
+    def returns(self, n_past: int, n: int) -> bool:
+        """Can a sequence that was saved at a position be cut after n?"""
+        windows = (window for window in self._layout.windows if window is not None)
+        first = [(max(at - window + 1, 0) // R.PAGE_POSITIONS) for window in windows for at in (n_past, n)]
+        chunk = n_past // R.STATE_ROWS * R.STATE_ROWS if self._layout.block_bytes else 0
+        return n >= chunk and first[::2] == first[1::2]
+
+    @property
     def context_bytes(self) -> int:
         """What it holds at the end of the context."""
         return self.bytes_of(self.context)
@@ -269,6 +294,8 @@ class Runtime:
             for value in r.fields.values()
             if isinstance(value, np.ndarray)
         }
+        if self._switched is not None:
+            seen |= {id(array): array.nbytes for array in self._switched.arrays}
         cache = sum(pool.allocated * pool.page_bytes for pool in (*self._pools, self._blocks))
         return {"weights": sum(seen.values()), "arena": self._program.arena.size, "cache": cache}
 
@@ -283,6 +310,7 @@ class Runtime:
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
             self._team = None
+            self._adapted = self._switched = None
             del self._program, self._step, self.graph
 
     def _check_whole(self, sequence: KVSequence) -> None:
@@ -306,6 +334,10 @@ class Runtime:
             raise ValueError("this model is closed")
         step, program = self._step, self._program
         rows = step.fill(parts)
+        if self._adapted is not None and any(sequence.adapters for sequence, _ in parts):
+            assert self._switched is not None
+            program = self._adapted
+            self._switched.fill([(sequence.adapters, len(ids)) for sequence, ids in parts])
         for table in program.rope_tables:
             table.fill(int(step.positions[:rows].max()) + 1)
         if inputs is not None:
@@ -317,24 +349,24 @@ class Runtime:
         )
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
-            self._run_pieces(program.whole, rows, cancelled)
+            self._run_pieces(program, program.whole, rows, cancelled)
             out[0] = program.logits[0]
             hidden[:] = program.hidden[: len(hidden)]
             return out
-        self._run_pieces(program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
+        self._run_pieces(program, program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
         if program.hidden_of_all_rows:
             hidden[:] = program.hidden[:rows]
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
-            self._run_pieces(program.head, len(chosen), cancelled)
+            self._run_pieces(program, program.head, len(chosen), cancelled)
             out[start : start + len(chosen)] = program.logits[: len(chosen)]
             if not program.hidden_of_all_rows:
                 hidden[start : start + len(chosen)] = program.hidden[: len(chosen)]
         return out
 
     def _run_pieces(
-        self, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
+        self, program: Program, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
         sequence: KVSequence | None = None,
     ) -> None:  # fmt: skip
         """Run all operations, on that many rows. sequence: that whose next positions the rows are, for `progress`."""
@@ -345,7 +377,7 @@ class Runtime:
                 raise GenerationCancelled("evaluation was cancelled")
             seconds = self._seconds.get(magnitude)
             count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
-            end = self._program.piece(operations, start, count)
+            end = program.piece(operations, start, count)
             begin = time.perf_counter()
             self._team.run(operations[start:end], self._step.record)
             taken = (time.perf_counter() - begin) / (end - start)

@@ -14,7 +14,7 @@ Blocks of older chunks are kept as checkpoints: up to MAX_CHECKPOINTS, those use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +170,7 @@ class StateBlocks:
             "states": np.stack(data) if data else np.empty((0, self.pool.page_bytes), np.uint8),
         }
 
-    def check(self, state: dict[str, NDArray[np.generic]], n_past: int) -> None:
+    def check(self, state: Mapping[str, NDArray[np.generic]], n_past: int) -> None:
         """ValueError if `arrays` of this model cannot have given this."""
         numbers, data = state.get("blocks"), state.get("states")
         if numbers is None or data is None:
@@ -185,7 +185,7 @@ class StateBlocks:
         if not np.isfinite(data.view(np.float32)).all():
             raise ValueError("the saved state has values that are not finite")
 
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+    def restore(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Take the place of what `check` has found to be right."""
         self.clear()
         for number, memory in zip(state["blocks"].tolist(), state["states"], strict=True):

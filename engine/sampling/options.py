@@ -102,6 +102,11 @@ class SamplingOptions:
     """Use the draft that the model was loaded with, if there is one; without it, the text is the same."""
     max_tokens: int | None = None
     """The most tokens to generate; None goes on until the model stops or the context is full."""
+    min_tokens: int = 0
+    """The fewest tokens to generate: before, neither what ends a turn nor a stop string ends the text. A grammar still
+    does, where it allows nothing more."""
+    ignore_eos: bool = False
+    """Go on where the model would end its turn, until something else ends the text."""
     reasoning_budget: int | None = None
     """The most tokens to think with before the answer, in a chat with a model that thinks: then the thought is ended
     for it. 0 has it answer at once; None lets it think as long as it wants."""
@@ -122,6 +127,8 @@ class SamplingOptions:
         for name, check in _CHECKS.items():
             # Written back in the one type that the rest relies on: an int given as np.int64, a str as 1-tuple, ...
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}, and max_tokens {self.max_tokens}: no text can be both")
 
     def replace(self, **changes: Any) -> "SamplingOptions":
         """A copy with the given fields changed; a change to None leaves the field as it is.
@@ -187,6 +194,8 @@ class SamplingArguments(TypedDict, total=False):
     lookup: bool | None
     draft: bool | None
     max_tokens: int | None
+    min_tokens: int | None
+    ignore_eos: bool | None
     reasoning_budget: int | None
     diffusion_steps: int | None
     diffusion_block: int | None
@@ -334,6 +343,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "draft": _boolean,
     "seed": _optional(_integer(0)),
     "max_tokens": _optional(_integer(0)),
+    "min_tokens": _integer(0),
+    "ignore_eos": _boolean,
     "reasoning_budget": _optional(_integer(0)),
     "diffusion_steps": _optional(_integer(1)),
     "diffusion_block": _optional(_integer(0)),

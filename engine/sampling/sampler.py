@@ -9,7 +9,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -226,11 +226,13 @@ class Sampler:
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
 
-    def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> tuple[int, float | None]:
+    def sample(
+        self, logits: np.ndarray, allowed: np.ndarray | None = None, banned: Collection[int] = ()
+    ) -> tuple[int, float | None]:
         """The next token for logits float32 [n_vocab], which are left as they are.
 
         allowed: uint32 [n], a bit for each token that may be chosen, the lowest of the first word for token 0; None
-        for all.
+        for all. banned: tokens that may not be.
 
         With it its log probability (natural) by the logits as they came, before bias, truncation and temperature;
         None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number, or no
@@ -245,6 +247,11 @@ class Sampler:
             row[list(self.options.logit_bias)] += np.array(list(self.options.logit_bias.values()), np.float32)
             if row.max() == -math.inf:
                 raise ValueError("logit_bias bans every token")
+        if banned:
+            row = self._own(row)
+            row[[token for token in banned if token < len(row)]] = -np.inf
+            if row.max() == -math.inf:
+                raise ValueError("no token is left that does not end the text")
         candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
         for step in self._steps:
             candidates = step(*candidates)

@@ -15,6 +15,9 @@ Split = list[tuple[Channel, str]]
 
 _MAX_HEADER = 200  # characters
 _ADDRESS = re.compile(r"\bto=([^\s<]+)")
+# Texts within arguments, as far as they have come: what stands in them is no mark.
+_TEXT = r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)'
+_TEXTS = {"json": _TEXT, "name-json": _TEXT, "json-by-name": _TEXT, "python": rf"{_TEXT}|'(?:[^'\\]|\\.)*(?:'|\\?\Z)"}
 
 
 class ResponseParser:
@@ -51,6 +54,8 @@ class ResponseParser:
         self._around: Channel = "content"  # what a call stands in
         self._name = ""  # of the function that a message is addressed to
         self._held = ""  # text that may be, or begin with, a mark
+        self._begun = 0  # characters of that which the reader of the answer has
+        self._literal = False  # a mark ends a call wherever it stands
         self._space = ""  # white space that is left out unless something follows it
         self._stripping = thinking or thought
         self._fresh = True
@@ -116,9 +121,22 @@ class ResponseParser:
             pass
         return split
 
+    def begin(self, text: str) -> None:
+        """The answer begins with a text that its reader has."""
+        self.push(text)
+        self.calls.clear()
+        self._begun = len(self._held) if self.channel != "tool_call" else 0
+        self._space = ""
+        if text and self.channel == "content":
+            self._stripping = False
+
     def finish(self) -> Split:
         """What was held back, when no more will come. A call that has not been closed counts if it can be read."""
         split: Split = []
+        if self.channel == "tool_call" and not self._readable(self._held):
+            self._literal = True  # with a text that never ends, say
+            while self._step(split):
+                pass
         held, self._held = self._held, ""
         if self._heading:
             self._heading = False
@@ -181,9 +199,30 @@ class ResponseParser:
         return calls.open != "{" or self._fresh
 
     def _place(self, mark: str) -> int:
-        """Where a mark stands, -1 for nowhere; of those that count only at the start of something, there."""
+        """Where a mark stands, -1 for nowhere; of those that count only at the start of something, there. Within the
+        texts of a call's arguments it is none."""
         at = self._held.find(mark)
+        if at >= 0 and self.channel == "tool_call" and not self._literal:
+            return self._outside_texts(mark)
         return at if not self._only_at_start(mark) or not self._held[: max(at, 0)].strip() else -1
+
+    def _outside_texts(self, mark: str) -> int:
+        calls = self._calls
+        assert calls is not None
+        texts = _TEXTS.get(calls.body)
+        if calls.quote:
+            quote = re.escape(calls.quote)
+            texts = f"{quote}.*?(?:{quote}|\\Z)"
+        if texts is None:
+            return self._held.find(mark)
+        for found in re.finditer(f"(?P<mark>{re.escape(mark)})|{texts}", self._held, re.DOTALL):
+            if found["mark"]:
+                return found.start()
+        return -1
+
+    def _readable(self, body: str) -> bool:
+        assert self._calls is not None
+        return bool(read_calls(self._calls, body, self._name, self._texts))
 
     def _only_at_start(self, mark: str) -> bool:
         if self.channel != "content" or self._header is not None:
@@ -206,6 +245,7 @@ class ResponseParser:
 
     def _pass(self, mark: str) -> None:
         """Goes over a mark in a thought or an answer."""
+        self._begun = 0
         thoughts, calls = self._thoughts, self._calls
         if calls is not None and mark == calls.open:
             self._around, self.channel = self.channel, "tool_call"
@@ -224,6 +264,8 @@ class ResponseParser:
         self._heading = thoughts.header is not None
 
     def _emit(self, text: str, split: Split) -> None:
+        begun = min(self._begun, len(text))
+        text, self._begun = text[begun:], self._begun - begun
         if self._stripping:
             text = text.lstrip()
             if not text:

@@ -77,7 +77,8 @@ class FakeTokenizer:
 class FakeSequence:
     """Tokens stand for their keys and values. With a window, what was given back cannot be returned to."""
 
-    keeps_state = False
+    keeps_state = has_windows = False
+    adapters: tuple[tuple[int, float], ...] = ()
 
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime
@@ -96,11 +97,14 @@ class FakeSequence:
     def mark(self) -> None:
         pass
 
+    def returns_to(self, n: int) -> int:
+        if self.runtime.window is not None and n < len(self.held) - self.runtime.window:
+            return 0
+        return min(n, len(self.held))
+
     def truncate(self, n: int) -> int:
         assert not self.closed
-        if self.runtime.window is not None and n < len(self.held) - self.runtime.window:
-            n = 0
-        del self.held[n:]
+        del self.held[self.returns_to(n) :]
         return len(self.held)
 
     def fork(self) -> FakeSequence:

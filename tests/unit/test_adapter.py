@@ -401,7 +401,11 @@ def test_files_and_scales(tmp_path: Path) -> None:
         f"{strange}=1e-1": Lora(strange, 0.1),
     }.items():
         assert LoraFile().convert(text, None, None) == expected
-    for text in ("a.gguf=x", "a.gguf=nan"):
+    file = tmp_path / "poet.gguf"
+    file.touch()
+    assert LoraFile().convert(f"poet={file}", None, None) == Lora(file, 1.0, "poet")
+    assert LoraFile().convert(f"a poet={file}=-0.5", None, None) == Lora(file, -0.5, "a poet")
+    for text in ("a.gguf=x", "a.gguf=nan", f"{file}=poet", f"poet={tmp_path}/none.gguf"):
         with pytest.raises(click.BadParameter, match="is no scale of an adapter"):
             LoraFile().convert(text, None, None)
 

@@ -531,3 +531,12 @@ def test_ctrl_c_during_a_download_is_clean_and_the_next_pull_goes_on(site: Site)
     assert process.returncode in (0, 130)  # 0 where all had come before the signal
     assert "Traceback" not in errors
     assert download.pull(f"{site.address}/m.gguf").read_bytes() == big
+
+
+def test_authorities_are_read_once_for_all_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from qrun.models import web
+
+    first = web._trust()
+    assert web._trust() is first
+    monkeypatch.setenv("PIP_CERT", str(tmp_path / "nothing.pem"))
+    assert web._trust() is not first

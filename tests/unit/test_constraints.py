@@ -387,3 +387,11 @@ def test_without_the_package_a_line_says_what_to_install(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"pip install 'qrun-gguf\[grammar\]'"):
         text_rules(TOKENIZER, regex="a")
     assert not constraints.available()
+
+
+@pytest.mark.parametrize("options", [{"min_tokens": 30}, {"ignore_eos": True, "max_tokens": 40}])
+def test_a_grammar_ends_the_text_though_it_was_to_be_longer(options: dict[str, Any]) -> None:
+    generation = generate(regex="(yes|no), [0-9]{3}", **options)
+    assert generation.text[-3:].isdigit() and generation.stop_reason == "stop"
+    longer = generate(regex="(yes|no)(, [0-9]){1,40}", **options)
+    assert len(longer.tokens) >= 30

@@ -97,6 +97,23 @@ class TestThoughts:
         generation = answer(saying("<think>Hm."), HERMES, tools=TOOLS, tool_choice="required")
         assert generation.reasoning == "Hm." and generation.tool_calls
 
+    @pytest.mark.parametrize("begun", ["", "{", '{"ans', '{"answer":"y', '{"answer":"no"}'])
+    def test_an_answer_that_has_begun_goes_on_in_the_grammar(self, begun: str) -> None:
+        script = saying("Hm.")
+        generation = answer(script, thought=True, schema=SCHEMA, options={"begun": begun})
+        assert json.loads(begun + generation.text)["answer"] in ("yes", "no")
+        assert generation.stop_reason == "stop"
+        if '"y' in begun:
+            assert generation.text == 'es"}'
+        with pytest.raises(ValueError, match="does not begin as the schema"):
+            answer(script, thought=True, schema=SCHEMA, options={"begun": begun + "}}"})
+
+    def test_a_call_that_has_begun_goes_on_in_its_grammar(self) -> None:
+        begun = '<tool_call>\n{"name": "look_up", "arguments": {"word": "d'
+        generation = answer(saying("Hm."), HERMES, thought=True, tools=TOOLS, options={"begun": begun})
+        (call,) = generation.tool_calls
+        assert call.name == "look_up" and call.arguments["word"] == "dog" and set(call.arguments) == {"word", "n"}
+
     def test_a_budget_ends_them(self) -> None:
         generation = answer(
             saying("<think>" + "so and " * 50), schema=SCHEMA, options={"reasoning_budget": 6, "max_tokens": 60}

@@ -212,6 +212,13 @@ def test_a_generation_that_was_dropped_frees_its_session() -> None:
     assert len(model._pool) == 1
 
 
+def test_a_generation_that_has_ended_frees_its_session_at_once() -> None:
+    model = make_model()
+    generation = model.generate("a>")
+    assert "".join(generation) == "hello there"
+    assert model._pool == []
+
+
 def test_completing_from_two_threads() -> None:
     model = make_model()
     results: list[str] = []

@@ -360,6 +360,58 @@ def test_a_call_is_addressed_by_a_header() -> None:
     assert parser.calls == ONE
 
 
+QUOTING = {
+    "<tool_call>": '<tool_call>{"name": "f", "arguments": {"k": "a </tool_call> \\" b", "n": 3}}</tool_call>',
+    "[TOOL_CALLS] [ARGS]": '[TOOL_CALLS]f[ARGS]{"k": "a [TOOL_CALLS]g[ARGS] \\" b", "n": 3}',
+    "<|tool_call_start|>": """<|tool_call_start|>[f(k='a <|tool_call_end|> " b', n=3)]<|tool_call_end|>""",
+    "<|tool_call> <tool_call|>": '<|tool_call>call:f{k:<|"|>a <tool_call|> " b<|"|>,n:3}<tool_call|>',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("signs", QUOTING)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_mark_in_the_text_of_an_argument_is_text(signs: str, size: int) -> None:
+    format = find_format(signs)
+    assert format.calls is not None
+    parser = ResponseParser(format, with_calls=True)
+    assert split(parser, QUOTING[signs] + ("Done." if format.calls.close else ""), size)["tool_call"] == QUOTING[signs]
+    (found,) = parser.calls
+    mark = "[TOOL_CALLS]g[ARGS]" if "ARGS" in signs else format.calls.close
+    assert found.name == "f" and found.arguments == {"k": f'a {mark} " b', "n": 3}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_mark_that_ends_a_thought_is_text_there_too(size: int) -> None:
+    parser = ResponseParser(HARMONY, with_calls=True)
+    head = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    split(parser, head + '{"k": "a <|end|> <|call|> b"}<|call|>', size)
+    assert parser.calls == [ToolCall("f", {"k": "a <|end|> <|call|> b"})]
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_text_that_never_ends_holds_back_no_more_than_its_call(size: int) -> None:
+    parser = ResponseParser(find_format("<tool_call>"), with_calls=True)
+    bad = '<tool_call>{"name": "f", "arguments": {"k": "v}}</tool_call>'
+    good = f"<tool_call>{JSON_CALL}</tool_call>"
+    assert split(parser, f"{bad} And: {good} Done.", size) == {
+        "content": f"{bad} And: Done.", "tool_call": good
+    }  # fmt: skip
+    assert parser.calls == ONE
+
+
+def test_what_the_reader_has_is_not_told_again() -> None:
+    parser = ResponseParser(find_format("<think></think><tool_call>"), with_calls=True, thought=True)
+    parser.begin("Yes <")
+    assert split(parser, " 3 is true.") == {"content": " 3 is true."}
+    parser = ResponseParser(find_format("<think></think><tool_call>"), with_calls=True)
+    parser.begin(f"I look. <tool_call>{JSON_CALL[:9]}")
+    assert split(parser, f"{JSON_CALL[9:]}</tool_call>") == {"tool_call": f"<tool_call>{JSON_CALL}</tool_call>"}
+    assert parser.calls == ONE
+    parser = ResponseParser(find_format("<think></think>"))
+    parser.begin("<think>\nI was")
+    assert split(parser, " here.</think>\n\nSo.") == {"reasoning": " here.", "content": "So."}
+
+
 def test_several_calls_and_their_ids() -> None:
     parser = ResponseParser(find_format("[TOOL_CALLS] [CALL_ID]"), with_calls=True)
     split(parser, '[TOOL_CALLS]f[CALL_ID]abc123def[ARGS]{"k": "v", "n": 3}[TOOL_CALLS]g[ARGS]{}')

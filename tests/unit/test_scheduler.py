@@ -263,7 +263,7 @@ def test_what_ended_is_forgotten_when_there_is_no_room(rng: np.random.Generator)
 def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Generator) -> None:
     first, second = (model.generate(prompt, max_tokens=10, temperature=0) for prompt in prompts(rng, model, 2))
 
-    def fail(logits: np.ndarray) -> Any:
+    def fail(logits: np.ndarray, **_: Any) -> Any:
         raise ValueError("the model's logits are not finite numbers")
 
     first._sampler.sample = fail  # type: ignore[method-assign]
@@ -273,6 +273,23 @@ def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Gene
     assert collector.ended.acquire(timeout=20) and collector.ended.acquire(timeout=20)
     assert [str(error) for error in collector.errors] == ["the model's logits are not finite numbers"]
     assert second.stop_reason == "length"
+
+
+@pytest.mark.parametrize("method", ["_next_rows", "begin"])
+def test_an_error_before_the_step_is_that_of_one_too(model: Model, rng: np.random.Generator, method: str) -> None:
+    first, second, third = (model.generate(prompt, max_tokens=10, temperature=0) for prompt in prompts(rng, model, 3))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no plan")
+
+    setattr(second if method == "_next_rows" else second._cache, method, fail)
+    collector = Collector()
+    for generation in (first, second, third):
+        generation.start(collector)
+    for _ in range(3):
+        assert collector.ended.acquire(timeout=20)
+    assert [str(error) for error in collector.errors] == ["no plan"]
+    assert (first.stop_reason, third.stop_reason) == ("length", "length")
 
 
 def test_a_cache_that_a_fork_left_half_changed_fails_its_own_generation_alone(

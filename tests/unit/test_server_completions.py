@@ -12,10 +12,10 @@ import pytest
 from asgi_client import Answer, call, request
 from engine_fakes import ids_of
 from server_fakes import make_model
-from tiny_model import write_tiny_model
+from tiny_model import TEXT, write_tiny_model
 
 from qrun.engine import Model
-from qrun.engine.judging.scoring import negative_log_likelihoods
+from qrun.engine.judging.scoring import Chunks, Score, negative_log_likelihoods, scored_logits
 from qrun.server import app
 
 PATH = "/v1/completions"
@@ -114,6 +114,55 @@ def test_prompts_are_scored_as_perplexity_is_measured(tiny: Model, max_tokens: i
     for i, top in enumerate(told["top_logprobs"][1:n]):
         ((token, value),) = top.items()
         assert token == tiny.detokenize([int(likeliest[i])]) and value >= told["token_logprobs"][i + 1]
+
+
+def test_a_text_scored_over_http_has_the_perplexity_that_is_measured_here(tiny: Model) -> None:
+    """As lm-evaluation-harness asks: ids, echo, no or one new token, greedy."""
+    assert tiny.tokenizer is not None
+    chunks = Chunks.of(TEXT, tiny.tokenizer, 64, 4)
+    score = Score()
+    for chunk in chunks:
+        for logits, targets in scored_logits(tiny._runtime, chunk, chunks.bos):
+            score.add(logits, targets)
+    for max_tokens in (0, 1):
+        prompts = [[chunks.bos, *chunk[1:]] if chunks.bos is not None else chunk for chunk in chunks]
+        body = {"prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0, "seed": 1}
+        told = call(app(tiny), "POST", PATH, body).json()["choices"]
+        found = [value for one in told for value in one["logprobs"]["token_logprobs"][33:64]]
+        assert len(found) == score.count == 4 * 31
+        assert np.exp(-np.mean(found)) == pytest.approx(score.perplexity.value, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions"])
+def test_prompts_in_vllms_table(tiny: Model, path: str) -> None:
+    tokens = tiny.tokenize("the bright cold day")
+    if path != PATH:
+        tokens = tiny.template_tokens(tiny.chat_prompt("the bright cold day"))
+    logits = tiny.logits(tokens[:-1])
+    expected = -negative_log_likelihoods(logits, tokens[1:])
+    body = {"prompt": [tokens], "messages": [{"role": "user", "content": "the bright cold day"}], "prompt_logprobs": 2,
+            "max_tokens": 2}  # fmt: skip
+    told = call(app(tiny), "POST", path, body).json()
+    first, *table = (told if path != PATH else told["choices"][0])["prompt_logprobs"]
+    assert first is None and len(table) == len(tokens) - 1
+    for place, id, value, row in zip(table, tokens[1:], expected, logits, strict=True):
+        assert place[str(id)]["logprob"] == pytest.approx(value)
+        assert place[str(id)]["rank"] == 1 + int((row > row[id]).sum())
+        assert sorted(one["rank"] for one in place.values())[:2] == [1, 2] and len(place) in (2, 3)
+        assert place[str(int(row.argmax()))]["rank"] == 1
+    for wrong in ({"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": 1, "stream": True}):
+        assert call(app(tiny), "POST", path, body | wrong).status == 400
+
+
+def test_answers_that_may_not_end_too_early() -> None:
+    model = make_model(lambda before: "ab")
+    told = choice(ask(model, prompt="~", min_tokens=5, max_tokens=9))
+    assert told["text"].startswith("ab") and told["finish_reason"] == "stop" and len(told["text"]) >= 5
+    told = choice(ask(model, prompt="~", ignore_eos=True, max_tokens=9))
+    assert len(told["text"].encode()) >= 9 and told["finish_reason"] == "length"
+    told = choice(ask(make_model("xxxx"), prompt="~", min_tokens=3, stop=["x"]))
+    assert (told["text"], told["finish_reason"]) == ("xx", "stop")
+    assert ask(model, prompt="~", min_tokens=9, max_tokens=8).status == 400
 
 
 @pytest.mark.parametrize(

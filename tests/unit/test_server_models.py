@@ -186,6 +186,38 @@ def test_a_checkpoint_s_folder_stays_a_deleted_file_does_not(tmp_path: Path) -> 
     assert [one["id"] for one in call(served, "GET", "/v1/models").json()["data"]] == ["checkpoint"]
 
 
+def test_a_model_of_the_store_is_found_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qrun.models import store
+    from qrun.models.catalog import HubEntry, catalog_entry
+
+    monkeypatch.setenv("QRUN_HOME", str(tmp_path))
+    entry = catalog_entry("llama3.1:8b")
+    assert isinstance(entry, HubEntry)
+    for file in (f"{entry.repository}/model-{entry.quant}.gguf", "other.gguf"):
+        path = store.models_folder() / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"GGUF")
+    served = app(load=Loader(), with_store=True)
+    ids = [one["id"] for one in call(served, "GET", "/v1/models").json()["data"]]
+    assert sorted(ids) == sorted([entry.name, "other"])
+    for name in (entry.name, "llama3.1:8b", "LLAMA3.1:8b", entry.spec, f"{entry.repository}/model-{entry.quant}"):
+        told = call(served, "GET", f"/v1/models/{name}")
+        assert told.status == 200 and told.json()["id"] == entry.name, name
+    for name in ("llama3.1:70b", "llama3.1:8b-nope", "hf:a/b:c", "::"):
+        assert call(served, "GET", f"/v1/models/{name}").status == 404, name
+
+
+def test_the_event_loop_does_not_wait_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qrun.server import hub
+
+    served = app(load=Loader(), models_dir=tmp_path)
+    seen, look = [], hub.models_in
+    monkeypatch.setattr(hub, "models_in", lambda path: (seen.append(threading.current_thread()), look(path))[1])
+    assert call(served, "GET", "/v1/models").status == 200
+    assert call(served, "GET", "/v1/models/a").status == 404
+    assert len(seen) == 2 and threading.main_thread() not in seen
+
+
 def test_how_long_a_model_stays_can_be_asked_for() -> None:
     served, _ = serve("a")
 
