@@ -66,6 +66,7 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/infill", native.infill),
     ("POST", "/v1/tokenize", native.tokenize),
     ("POST", "/v1/detokenize", native.detokenize),
+    ("GET", "/tokenizer_info", native.tokenizer_info),
     ("POST", "/apply-template", native.apply_template),
     ("GET", "/props", native.props),
 )
