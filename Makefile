@@ -29,6 +29,12 @@ BENCH_MIXES ?= q4_k_m
 BENCH_PEERS ?=
 BENCH_OPTIONS ?= --depths 0 4096 --seqs 8 --threads 1 2
 
+# What `make bench-serve` measures: models, the path of a llama-server to compare with (or nothing), and options of
+# tests/bench/serve_load.py.
+SERVE_MODELS ?= smollm2:135m
+SERVE_PEER ?=
+SERVE_BENCH_OPTIONS ?=
+
 # What `make bench-convert` measures: a model in F16, BF16 or F32, an importance matrix for it, and llama-quantize to
 # compare with. All but the model may be left out.
 CONVERT_MODEL ?=
@@ -38,7 +44,7 @@ CONVERT_PEER ?=
 # What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
 REPORT_PEER ?=
 
-.PHONY: help chat serve test test-forms test-clients test-lowest report soak bench bench-convert docs clean
+.PHONY: help chat serve test test-forms test-clients test-lowest report soak bench bench-serve bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -50,6 +56,7 @@ help:
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
+	@echo "make bench-serve SERVE_MODELS=... SERVE_PEER=llama-server  the table of the server under load"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
 	@echo "make docs   write the generated parts of the documentation anew"
 	@echo "make clean  delete what these made, but no models"
@@ -89,6 +96,9 @@ test-lowest:
 bench: $(RUNTIME)
 	@$(BIN)/python tests/bench/table.py $(BENCH_MODELS) --random $(BENCH_MIXES) \
 		$(addprefix --peer ,$(BENCH_PEERS)) $(BENCH_OPTIONS)
+
+bench-serve: $(SERVING)
+	@$(BIN)/python tests/bench/serve_load.py $(SERVE_MODELS) $(addprefix --peer ,$(SERVE_PEER)) $(SERVE_BENCH_OPTIONS)
 
 bench-convert: $(RUNTIME)
 	@$(BIN)/python tests/bench/quantize_table.py $(CONVERT_MODEL) \

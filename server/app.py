@@ -19,6 +19,7 @@ from qrun.server.errors import APIError, shape_of
 from qrun.server.exchange import Endpoint, Exchange
 from qrun.server.guard import Guard
 from qrun.server.hub import Hub, Load, Source
+from qrun.server.openapi import document
 from qrun.server.settings import Settings
 from qrun.server.state import State
 
@@ -69,6 +70,7 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/embedding", embeddings.llama_server),
     ("POST", "/v1/tokenize", native.tokenize),
     ("POST", "/v1/detokenize", native.detokenize),
+    ("GET", "/tokenizer_info", native.tokenizer_info),
     ("POST", "/apply-template", native.apply_template),
     ("GET", "/props", native.props),
 )
@@ -138,7 +140,7 @@ class _PageFiles(StaticFiles):
 
 def _routes(state: State) -> list[BaseRoute]:
     routes: list[BaseRoute] = []
-    for method, path, handler in _ROUTES:
+    for method, path, handler in (*_ROUTES, ("GET", "/openapi.json", _describe)):
         endpoint = Endpoint(
             functools.partial(handler, state), state.settings.max_body, state.texts, with_body=method != "GET"
         )
@@ -147,6 +149,11 @@ def _routes(state: State) -> list[BaseRoute]:
     # Where the package is installed as links to its sources, these files are links too.
     routes.append(Mount("/static", _PageFiles(directory=models_api.STATIC, check_dir=False, follow_symlink=True)))
     return routes
+
+
+async def _describe(state: State, exchange: Exchange) -> None:
+    """This description."""
+    await exchange.json(document(_ROUTES))
 
 
 def _said(request: Request, error: APIError) -> Response:

@@ -39,7 +39,7 @@ def capabilities(entry: Entry) -> list[str]:
             return found
         if template is not None and not template.is_fallback:
             found += ["chat"]
-            if "tools" in template.source or template.format.calls is not None:
+            if template.knows_tools:
                 found.append("tools")
             if template.format.thoughts is not None:
                 found.append("thinking")

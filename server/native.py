@@ -1,4 +1,5 @@
-"""llama-server's own paths: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
+"""llama-server's own paths: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`; and
+vLLM's `/tokenizer_info`."""
 
 from __future__ import annotations
 
@@ -97,6 +98,24 @@ async def props(state: State, exchange: Exchange) -> None:
         "build_info": f"qrun {__version__}",
         "is_sleeping": False,
     })  # fmt: skip
+
+
+async def tokenizer_info(state: State, exchange: Exchange) -> None:
+    """What vLLM says of a tokenizer: lm-evaluation-harness needs no other one then."""
+    async with state.hub.use(exchange.request.query_params.get("model")) as entry:
+        model = entry.loaded
+        if model.tokenizer is None:
+            raise APIError("the model has no tokenizer that can be used", 501, "not_supported_error")
+        template = await state.in_thread(lambda: model.chat_template)
+        has_own = template is not None and not template.is_fallback
+        await exchange.json({
+            "tokenizer_class": type(model.tokenizer).__name__,
+            "bos_token": _spelling(model, "bos_id") or None,
+            "eos_token": _spelling(model, "eos_id") or None,
+            "model_max_length": model.context,
+            "vocab_size": model.tokenizer.n_vocab,
+            "chat_template": template.source if template is not None and has_own else None,
+        })  # fmt: skip
 
 
 def _spelling(model: Model, name: str) -> str:

@@ -1,16 +1,20 @@
 """From the messages of a conversation to the text that a model continues."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from functools import cached_property
 from itertools import chain
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.text.derived_formats import checked_format
+from qrun.engine.text.generic_calls import GENERIC, with_calls_as_text, with_tools_told
 from qrun.engine.text.messages import REASONING, ChatTemplateError, Message, read_messages, read_tools
 from qrun.engine.text.prompt import Spellings, texts_in, unused_mark, with_mark
-from qrun.engine.text.response_formats import SWITCHES, ResponseFormat, Switch, find_format
+from qrun.engine.text.response_formats import SWITCHES, Calls, ResponseFormat, Switch, find_format
 from qrun.engine.text.response_parser import ResponseParser
 from qrun.engine.text.template_fitting import PROBE_TOOLS, Fitting, Unanswered
 from qrun.engine.text.tokenizer import Tokenizer
@@ -84,6 +88,7 @@ class ChatTemplate:
         self._fittings: dict[tuple[str, int], Fitting] = {}
         self._guards: dict[str, tuple[Spellings, Spellings]] = {}
         self._switches: dict[str, Switch | None] = {}
+        self._names: dict[str, set[str]] = {}
         self._probe_seconds = 0.0
         self._lock = ForkAwareLock()
 
@@ -140,8 +145,12 @@ class ChatTemplate:
             raise ChatTemplateError("the model does not think: its chat template knows no thoughts")
         read = read_messages(messages)
         tools = read_tools(tools)
+        tells = bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in read)
+        calls = self.format.calls if tells else None
         with self._lock:
             self._probe_seconds = _PROBE_SECONDS
+            if tells:
+                read, tools = self._with_calls_told(read, tools, calls)
             fitting, tools = self._fitting(tools, variables)
             switch = None
             if think is not None:
@@ -169,9 +178,47 @@ class ChatTemplate:
 
     @cached_property
     def format(self) -> ResponseFormat:
-        """How the model's answers are built, by the marks in its template."""
+        """How the model's answers are built: by the marks in its template, or by what the template shows."""
         sources = dict.fromkeys((self.source, self._tool_source))
-        return find_format("\n".join(sources), self._tokenizer.has_piece)
+        found = find_format("\n".join(sources), self._tokenizer.has_piece)
+        if self.is_fallback:
+            return ResponseFormat(found.thoughts, found.calls or GENERIC)
+        with self._lock:
+            self._probe_seconds = _PROBE_SECONDS
+            format = checked_format(found, self._fitting(None, {})[0], self._asking(PROBE_TOOLS, {}))
+            if format.calls is None and not self._shows[0]:
+                format = ResponseFormat(format.thoughts, GENERIC)
+        return format
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template itself has a place for descriptions of functions, or for calls."""
+        calls = self.format.calls
+        return "tools" in self.source or (calls is not None and calls is not GENERIC)
+
+    @cached_property
+    def _shows(self) -> tuple[bool, bool, bool]:
+        """Whether the template tells of tools, shows calls, and takes results of calls that it does not show. With the
+        lock held."""
+        fitting = self._asking(PROBE_TOOLS, {})
+        try:
+            if fitting.renders:
+                return fitting.shows_tools, fitting.shows_calls, fitting.takes_results
+        except Unanswered:
+            pass
+        return True, True, True
+
+    def _with_calls_told(
+        self, messages: list[Message], tools: list[Any] | None, calls: Calls | None
+    ) -> tuple[list[Message], list[Any] | None]:
+        """With what the template leaves out: descriptions of functions, and calls."""
+        shows_tools, shows_calls, takes_results = self._shows
+        if not shows_calls:
+            messages = with_calls_as_text(messages, calls, takes_results=takes_results)
+        if tools and not shows_tools and calls is not None:
+            messages = with_tools_told(messages, tools, calls)
+            tools = None if calls is GENERIC else tools
+        return messages, tools
 
     def response(self, prompt: str, tools: Iterable[Any] | None = None) -> ResponseParser | None:
         """What splits the answer to this prompt into thoughts and answer, and calls of functions if there are tools;
@@ -257,7 +304,23 @@ class ChatTemplate:
         }
         source = self._tool_source if variables["tools"] else self.source
         self._environment = self._environment or Limited()
-        return self._environment.render(source, {**special, "messages": messages, **variables}, seconds)
+        given = {**special, **self._unusual(source, variables["tools"]), "messages": messages, **variables}
+        return self._environment.render(source, given, seconds)
+
+    def _unusual(self, source: str, tools: Any) -> dict[str, Any]:
+        """What few templates read: functions as a text where others have tools, and the time."""
+        if "functions" not in source and "datetime" not in source:
+            return {}
+        if source not in self._names:
+            assert self._environment is not None
+            self._names[source] = self._environment.names(source)
+        names = self._names[source]
+        found: dict[str, Any] = {}
+        if "functions" in names and "tools" not in names:
+            found["functions"] = json.dumps([tool.get("function", tool) for tool in tools or ()], ensure_ascii=False)
+        if "datetime" in names:
+            found["datetime"] = datetime.now().strftime("%B %d %Y %H:%M:%S")
+        return found
 
     def _with_thought(self, text: str, messages: list[Message], variables: dict[str, Any]) -> str:
         """A prompt that goes on after these messages, with the last one's thought as the template writes it there."""

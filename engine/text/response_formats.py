@@ -214,9 +214,10 @@ CALLS = (
     Calls(("<tool_call>",), "<tool_call>", "</tool_call>", "json"),
     # MiniCPM 5
     Calls(("<function name=",), "<function ", "</function>", "invoke-tags"),
-    # LFM 2
+    # LFM 2, 2.5
     Calls(("<|tool_call_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", "python"),
     Calls(("<|tool_list_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", "python"),
+    Calls(("List of tools: [", "<|im_start|>"), "<|tool_call_start|>", "<|tool_call_end|>", "python"),
     # Mistral: Small 3.2; Ministral 3, Devstral; Nemo
     Calls(("[TOOL_CALLS]", "[CALL_ID]"), "[TOOL_CALLS]", "", "name-json",
           r"(?P<name>[^\[{]*?)(?:\[CALL_ID\](?P<id>[^\[{]*))?\[ARGS\]"),
@@ -231,8 +232,12 @@ CALLS = (
     # Phi 4 mini; Granite 3
     Calls(("<|/tool_call|>",), "<|tool_call|>", "<|/tool_call|>", "json"),
     Calls(("<|tool_call|>",), "<|tool_call|>", "", "json"),
-    # GigaChat 3.1
+    # GigaChat 3.1, 3
     Calls(("<|function_call|>",), "<|function_call|>", "", "json"),
+    Calls(("function call", "<|role_sep|>", "<|message_sep|>"), "<|message_sep|>\n\nfunction call<|role_sep|>\n", "",
+          "json"),
+    # Firefunction 2
+    Calls(("functools[",), "functools", "", "json"),
     # Functionary 3.1
     Calls(("<function=", "</function>"), "<function=", "</function>", "name-json", r"(?P<name>[^>{]*)>"),
     # Llama 3: the whole message is a call

@@ -65,7 +65,10 @@ def _to_json(
     separators: Sequence[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As Hugging Face does, and unlike Jinja, nothing is escaped for HTML."""
+    """As Hugging Face does, and unlike Jinja, nothing is escaped for HTML. What other filters make item by item, as
+    `map` does, is a list."""
+    if isinstance(value, Iterator):
+        value = list(islice(value, MAX_ITEMS + 1))
     check_json(value, indent, separators)
     if separators is not None:
         item, key = separators

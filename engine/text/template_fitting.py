@@ -367,6 +367,48 @@ class Fitting:
         between, answer, _ = rest.partition(_ANSWER)
         return (before, between) if thought and answer else None
 
+    @property
+    def shows_calls(self) -> bool:
+        """Whether the template writes calls of functions."""
+        return bool(self._calls[1])
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template, which has been given `PROBE_TOOLS`, tells the model of them."""
+        return _FUNCTION in (self._render([self.question], True) or "")
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether the results of calls may follow an answer that is a text."""
+        return self._carries("UAT")
+
+    def shown_calls(self, calls: list[tuple[str, dict[str, Any]]]) -> str | None:
+        """What the template writes for a message that makes these calls of functions (name, arguments), without what
+        begins and ends any answer; None if it shows no calls."""
+        as_text, forms = self._calls
+        if not forms:
+            return None
+        message: Message = {"role": "assistant", "tool_calls": []}
+        _set_content(message, forms[0])
+        results: list[Message] = []
+        for i, (name, arguments) in enumerate(calls):
+            function = {"name": name, "arguments": json.dumps(arguments) if as_text else arguments}
+            id = f"{_ID[:-1]}{i}"
+            message["tool_calls"].append({"id": id, "type": "function", "function": function})
+            results.append({"role": "tool", "tool_call_id": id, "name": name, "content": _RESULT})
+        answer = self._said("assistant", _ANSWER)
+        plain = self._render([self.question, answer], False)
+        for more in ([], results):
+            text = self._render([self.question, message, *more], False)
+            if text is None or plain is None or not all(name in text for name, _ in calls):
+                continue
+            shown, said = (one.rpartition(_QUESTION)[2] for one in (text, plain))
+            begin, end = _common(shown, said.partition(_ANSWER)[0]), said.partition(_ANSWER)[2]
+            shown = shown[begin:].partition(_RESULT)[0]
+            end, last = end.strip(), shown.rfind(calls[-1][0])
+            return shown[: shown.find(end, last)] if end and end in shown[last:] else shown
+        return None
+
     def hidden_thoughts(self, messages: list[Message]) -> list[int]:
         """Which messages call functions for the last question, after a thought that the template shows only while
         nothing follows the call: what the model goes by when it reads the results."""
@@ -395,6 +437,14 @@ class Fitting:
         result = {"role": "tool", "tool_call_id": _ID, "name": _FUNCTION, "content": _RESULT}
         both = self._calling() | {name: _THOUGHT, "content": _ANSWER}
         return self._render([self._said("user", _QUESTION), both, result], True) is None
+
+
+def _common(text: str, other: str) -> int:
+    """How many characters both begin with, but for a mark that differs."""
+    pairs = enumerate(zip(text, other, strict=False))
+    at = next((i for i, (one, two) in pairs if one != two), min(len(text), len(other)))
+    begun = re.search(r"(<[^<>\s]*|\[[^\[\]\s]*|\sto=)\Z", text[:at])
+    return begun.start() if begun else at
 
 
 def _short_id(id: Any) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
@@ -30,6 +31,7 @@ from markupsafe import Markup
 
 from qrun.engine.text.template_bounds import (
     MAX_BITS,
+    MAX_ITEMS,
     MAX_SOURCE,
     MAX_TEXT,
     MAX_WIDTH,
@@ -60,6 +62,7 @@ class Limited(ImmutableSandboxedEnvironment):
         self._templates: dict[str, Template] = {}
         self._seconds = self._deadline = 0.0
         self._text_left = 0
+        self._has_grown = False  # a list: whatever holds it may be larger than when it was measured
         self.filters = {name: self._measured(function) for name, function in filters().items()}
         woven = (self._each, self._spread, self._emit, self._made, self._concat)
         self.filters |= {function.__name__: function for function in woven}
@@ -78,19 +81,30 @@ class Limited(ImmutableSandboxedEnvironment):
             self._templates[source] = self.from_string(_Weaver().visit(self.parse(source)))
         self._seconds = MAX_SECONDS if seconds is None else seconds
         self._deadline, self._text_left = monotonic() + self._seconds, MAX_TEXT
+        self._has_grown = False
         return "".join(self._templates[source].generate(variables))
+
+    def names(self, source: str) -> set[str]:
+        """The variables that a template reads and does not set. Raises TemplateError where it cannot be read."""
+        check(len(source), MAX_SOURCE, "characters")
+        return find_undeclared_variables(self.parse(source))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._tick()
         owner = getattr(function, "__self__", None)
+        self._measure(owner, *args, *kwargs.values())
         if isinstance(owner, str | bytes):
             args = check_method(owner, function.__name__, args, kwargs)
+        elif isinstance(owner, _OwnList) and function.__name__ == "append":
+            self._has_grown = True
+            owner.check_growth(*args)  # which Jinja calls with more by name, in loops
         elif isinstance(owner, int):  # to_bytes
             check(sum(arg for arg in (*args, *kwargs.values()) if isinstance(arg, int)), MAX_WIDTH, "bytes")
         return check_value(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context | None, operator: str, left: Any, right: Any) -> Any:
         self._tick()
+        self._measure(left, right)
         if operator == "*":
             check_product(left, right)
             check_product(right, left)
@@ -115,14 +129,25 @@ class Limited(ImmutableSandboxedEnvironment):
             return lambda values: format((), values)
         return lambda *args, **values: format(args, values)
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Besides what Jinja allows, a template may add to lists of its own, as those of some families do."""
+        return (isinstance(obj, _OwnList) and attr == "append") or super().is_safe_attribute(obj, attr, value)
+
     def _tick(self) -> None:
         if monotonic() > self._deadline:
             raise TooSlow(f"the template runs for more than {self._seconds:g} seconds")
+
+    def _measure(self, *values: Any) -> None:
+        """Of what was measured when it was made, once more if that may have changed."""
+        if self._has_grown:
+            for value in values:
+                check_value(value)
 
     def _measured(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # with the marks by which Jinja knows what a filter wants to be passed
         def filter(*args: Any, **kwargs: Any) -> Any:
             self._tick()
+            self._measure(*args, *kwargs.values())
             return check_value(function(*args, **kwargs))
 
         return filter
@@ -144,6 +169,7 @@ class Limited(ImmutableSandboxedEnvironment):
     @pass_context
     def _emit(self, context: Context, value: Any) -> str:
         self._tick()
+        self._measure(value)
         text = str(value)
         self._text_left -= len(text)
         if self._text_left < 0:
@@ -152,11 +178,13 @@ class Limited(ImmutableSandboxedEnvironment):
 
     @pass_context
     def _made(self, context: Context, container: Any) -> Any:
-        return check_value(container)
+        check_value(container)
+        return _OwnList(container) if isinstance(container, list) else container
 
     @pass_context
     def _concat(self, context: Context, values: list[Any]) -> Any:
         self._tick()
+        self._measure(*values)
         texts = [str(value) for value in values]
         check(sum(map(len, texts)), MAX_TEXT, "characters")
         return "".join(texts)
@@ -233,6 +261,21 @@ class _Formatter(SandboxedFormatter):
 
 class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
     """The same of marked-up text."""
+
+
+class _OwnList(list[Any]):
+    """A list that a template has made, and may add to: texts and numbers, since a container could hold the list."""
+
+    _text = 0
+
+    def check_growth(self, *values: Any) -> None:
+        """Before these are added."""
+        check(len(self) + 1, MAX_ITEMS, "items")
+        for value in values:
+            if isinstance(value, str):
+                self._text = check(self._text + len(value), MAX_TEXT, "characters")
+            elif not isinstance(value, int | float | None):
+                raise TemplateError("a template may add texts and numbers to a list, and nothing else")
 
 
 class _Namespace(Namespace):

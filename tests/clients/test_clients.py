@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from qrun.engine import Model
-from qrun.models.catalog import CATALOG, DEFAULT_MODEL
-from qrun.models.download import pull_entry
-from qrun.models.store import PullError
-from qrun.server import Server
-
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
 TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    try:
-        path = pull_entry(CATALOG[DEFAULT_MODEL])
-    except PullError as error:
-        pytest.skip(str(error))
-    with Model.load(path) as model, Server(model) as server:
-        yield server.url
 
 
 # OpenAI

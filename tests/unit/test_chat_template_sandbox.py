@@ -102,6 +102,13 @@ HARM = {
     "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "the globals of a function": "{{ namespace.__init__.__globals__ }}",
     "a change to the messages": "{{ messages.append(1) }}",
+    "a list that is added to itself": "{% set a = [] %}{{ a.append(a) }}",
+    "a list that holds another twice": "{% set a = [1] %}{% set b = [] %}{{ b.append(a) }}{{ b.append(a) }}",
+    "a list that grows in what holds it": LONG
+    + "{% set a = [] %}{% set b = [a] * 999 %}{{ a.append(text) }}{{ b | tojson }}",
+    "a list that grows in what is printed": LONG + "{% set a = [] %}{% set b = [a] * 999 %}{{ a.append(text) }}{{ b }}",
+    "a list that grows without end": LONG
+    + "{% set a = [] %}{% for i in range(99999) %}{% set _ = a.append(text) %}{% endfor %}{{ a | join }}",
 }  # fmt: skip
 
 
@@ -117,6 +124,16 @@ def test_harm_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.process_time() - start < 10  # tracing memory makes it several times slower
     finally:
         tracemalloc.stop()
+
+
+def test_a_template_may_add_to_a_list_of_its_own() -> None:
+    source = "{% set n = namespace(a=[]) %}{% for m in messages %}{% set _ = n.a.append(m) %}{% endfor %}{{ n.a }}"
+    assert Limited().render(source, {"messages": ["a", "b", 3]}) == "['a', 'b', 3]"
+
+
+def test_what_a_filter_makes_item_by_item_is_a_list_in_json() -> None:
+    source = "{{ messages | map(attribute='role') | tojson }}"
+    assert Limited().render(source, {"messages": [{"role": "user"}, {"role": "tool"}]}) == '["user", "tool"]'
 
 
 def test_a_namespace_does_not_show_what_it_holds() -> None:

@@ -101,8 +101,9 @@ class TestContents:
     def test_a_result_may_be_a_mapping(self) -> None:
         results = [*calling({})[:2], {"role": "tool", "content": {"a": [1, "é"]}}]
         as_json = each("{{ m.content | tojson if m.content is mapping else m.content }}")
-        assert render(as_json, results) == 'Time?{"a": [1, "é"]}'
-        assert render(ADDED, results) == 'user:Time?;assistant:;tool:{"a": [1, "é"]};'
+        call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'  # which this template does not show
+        assert render(as_json, results) == f'Time?{call}{{"a": [1, "é"]}}'
+        assert render(ADDED, results) == f'user:Time?;assistant:{call};tool:{{"a": [1, "é"]}};'
 
 
 CALLS = "{% for c in m.tool_calls %}[{{ c.function.name }}{{ ARGUMENTS }}]{% endfor %}"

@@ -91,7 +91,9 @@ def test_conversations_in_blocks() -> None:
             {"type": "tool_result", "tool_use_id": "1", "is_error": True, "content": [{"type": "text", "text": "c"}]},
             {"type": "text", "text": "d"}, {"type": "tool_reference", "tool_name": "x"}]},
     ]  # fmt: skip
-    assert prompt(messages=messages, system=[{"type": "text", "text": "S"}]) == "(s)S(u)a(a)b(t)Error: c(u)d"
+    call = '<tool_call>\n{"name": "weather", "arguments": {"x": 1}}\n</tool_call>'
+    text = prompt(messages=messages, system=[{"type": "text", "text": "S"}])
+    assert text == f"(s)S(u)a(a)b\n{call}(t)Error: c(u)d"
 
 
 def test_what_changes_in_each_request_is_left_out_of_the_prompt() -> None:

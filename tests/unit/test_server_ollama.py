@@ -64,7 +64,8 @@ def test_conversations_of_theirs() -> None:
         {"role": "tool", "tool_name": "weather", "content": "rain"}, {"role": "user", "content": "b"},
     ]  # fmt: skip
     told = ask(make_model(lambda before: before), messages=messages, stream=False).json()
-    assert told["message"]["content"] == "(s)S(u)a(a)(t)rain(u)b"
+    call = '<tool_call>\n{"name": "weather", "arguments": {"x": 1}}\n</tool_call>'
+    assert told["message"]["content"] == f"(s)S(u)a(a){call}(t)rain(u)b"
 
 
 def test_generate() -> None:

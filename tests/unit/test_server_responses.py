@@ -96,7 +96,11 @@ def test_conversations_in_items() -> None:
         {"type": "item_reference", "id": "x"}, {"type": "web_search_call", "id": "y"}, {"type": "what_comes_next"},
         {"role": "user", "content": "e"},
     ]  # fmt: skip
-    assert prompt(items, instructions="S").endswith("D(u)a(a)b(t)c(a)(t)d(u)e")
+    one, two = (
+        f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+        for name, arguments in (("weather", "{}"), ("apply_patch", '{"input": "p"}'))
+    )
+    assert prompt(items, instructions="S").endswith(f"D(u)a(a)b\n{one}(t)c(a){two}(t)d(u)e")
 
 
 def test_counting() -> None:
