@@ -129,7 +129,7 @@ class Window(QMainWindow):
         self.button = QPushButton("Send")
         self.button.setFixedHeight(64)
         self.bar = QProgressBar(maximum=1000, textVisible=False)
-        self.bar.setFixedWidth(160)
+        self.bar.setFixedSize(160, 12)
         self.status = QLabel(textFormat=Qt.TextFormat.PlainText)
         self.status.setMinimumWidth(0)
         right = _column(
@@ -283,6 +283,7 @@ class Window(QMainWindow):
             self.transcript.answer.add(channel, text)
 
     def _answered(self, new: list[dict[str, str]], note: str) -> None:
+        self._clock.stop()
         path, messages = self._asked
         shown = self.transcript.answer  # None where another talk was opened meanwhile
         if shown is not None:

@@ -81,19 +81,30 @@ class Markdown(QTextBrowser):
         event.ignore()  # the transcript is what scrolls
 
 
+class Bubble(QLabel):
+    """As wide as its lines, if there is room: a label that wraps asks for less."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.setObjectName("question")
+
+    def sizeHint(self) -> QSize:
+        width = max(self.fontMetrics().horizontalAdvance(line) for line in self.text().split("\n")) + 28
+        width = min(width, 560)
+        return QSize(width, self.heightForWidth(width))
+
+    def minimumSizeHint(self) -> QSize:
+        return QSize(60, 0)
+
+
 class Question(QWidget):
     def __init__(self, text: str) -> None:
         super().__init__()
-        label = QLabel(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True)
-        label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        label.setObjectName("question")
-        label.setMaximumWidth(560)
         row = QHBoxLayout(self)
         row.setContentsMargins(60, 0, 0, 0)
         row.addStretch(1)
-        # A label that wraps asks for little width: one line is as wide as it is.
-        label.setMinimumWidth(min(label.fontMetrics().horizontalAdvance(max(text.splitlines(), key=len)) + 28, 560))
-        row.addWidget(label)
+        row.addWidget(Bubble(text))
 
 
 class Answer(QWidget):
@@ -163,6 +174,7 @@ class Transcript(QScrollArea):
         self._column.setSpacing(16)
         self._column.addStretch(1)
         self.setWidget(self._inside)
+        self._inside.setMinimumWidth(1)
         self._inside.setBackgroundRole(QPalette.ColorRole.Base)
         self.answer: Answer | None = None
         """The newest."""
