@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qrun.server import Application
     from qrun.server.hub import Source
 
-_PATIENCE = 2.5
+_PATIENCE = 2.0
 """Seconds in which the process ends once standard input has."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

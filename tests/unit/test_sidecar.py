@@ -148,6 +148,6 @@ def test_however_the_program_ends_nothing_is_left(
     assert left
     process.send_signal(how)
     process.wait(10)
-    until(lambda: not any(map(alive, left)), 5)
+    until(lambda: not any(map(alive, left)), 10)
     process.stdout.close()
     process.stderr.close()
