@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 # A strict editable install links the files that there are: a new file needs a new install.
-DIGEST := $(shell (find engine formats models cli server -name '*.py' -o -name py.typed | sort; cat setup.cfg pyproject.toml) | cksum | tr ' ' -)
+DIGEST := $(shell (find engine formats models cli server -name '*.py' -o -name py.typed | sort; cat setup.cfg setup.py pyproject.toml) | cksum | tr ' ' -)
 RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
 SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)

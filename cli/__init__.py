@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # `main` imports commands by name: those who pack apps see he
         imatrix,
         info,
         list,
+        pack,
         perplexity,
         pull,
         rm,

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
@@ -135,6 +135,28 @@ def rewritable(stream: TextIO) -> bool:
     return stream.isatty() and kind not in ("", "dumb", "unknown")
 
 
+@contextmanager
+def terminal_modes(terminal: int, on: Sequence[str] = (), off: Sequence[str] = ()) -> Iterator[None]:
+    """A terminal with local modes, by their names in `termios`, on and off; then as it was before. Nothing changes for
+    what is no terminal, nor on Windows."""
+    if os.name != "posix" or not os.isatty(terminal):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    changed = termios.tcgetattr(terminal)
+    for name in on:
+        changed[3] |= getattr(termios, name)
+    for name in off:
+        changed[3] &= ~getattr(termios, name)
+    termios.tcsetattr(terminal, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
 def status_line(text: str) -> None:
     """Rewrites the line that standard error stands at, which is `rewritable`; "" clears it."""
     width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
@@ -227,17 +249,18 @@ class CompileProgress:
     On a terminal one line that is rewritten and goes at the end; elsewhere one plain line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, for_what: str = "this CPU") -> None:
         self._announced = False
+        self._for = for_what
 
     def __call__(self, done: int, total: int) -> None:
         if total <= 0:
             return
         if not rewritable(sys.stderr):
             if not self._announced:
-                notice(f"compiling {total} kernel{'s' * (total > 1)} for this CPU (once)")
+                notice(f"compiling {total} kernel{'s' * (total > 1)} for {self._for} (once)")
         elif done < total:
-            status_line(f"compiling kernels for this CPU  {done}/{total}")
+            status_line(f"compiling kernels for {self._for}  {done}/{total}")
         else:
             status_line("")
         self._announced = True

@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "Show what a model file holds and needs.",
     "tokenize": "Show the tokens of a text.",
     "warmup": "Compile kernels ahead of the first run.",
+    "pack": "Compile kernels to ship with an app.",
     "bench": "Measure tokens per second.",
     "perplexity": "Measure how well a model predicts a text.",
     "convert": "Convert a model file to another type.",

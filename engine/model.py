@@ -148,6 +148,7 @@ class Model:
         loras: "Sequence[LoraLike]" = (),
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
+        kernels: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         converting: Callable[[int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
@@ -168,6 +169,7 @@ class Model:
         type: of a folder: what it is quantised to, as `qrun convert --type` takes it; by default Q8_0.
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
+        kernels: a folder that `qrun pack` made: machine code that is searched first, so that nothing is compiled.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine; ten times
             a second, or as each is done where they are compiled in this process. What it raises ends the loading.
         converting: called with (done, total), in bytes, while a folder is quantised.
@@ -175,13 +177,38 @@ class Model:
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
-        tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`.
+        tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`. CompileError (a
+        RuntimeError) if a kernel is in no pack, and there is no Numba to compile it with.
         """
         for name, value in (
             ("threads", threads), ("context", context), ("batch", batch), ("cache_bytes", cache_bytes),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        from qrun.engine.native.packs import using
+
+        with using(kernels):
+            return cls._load(
+                source, threads, context, cache_type, batch, cache_bytes, loras, type, draft, progress, converting,
+                notice,
+            )  # fmt: skip
+
+    @classmethod
+    def _load(
+        cls,
+        source: str | os.PathLike[str],
+        threads: int | None,
+        context: int | None,
+        cache_type: str,
+        batch: int,
+        cache_bytes: int | None,
+        loras: "Iterable[LoraLike]",
+        type: str | None,
+        draft: str | os.PathLike[str] | None,
+        progress: Callable[[int, int], None] | None,
+        converting: Callable[[int, int], None] | None,
+        notice: Callable[[str], None] | None,
+    ) -> Self:
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.program.runtime import Runtime
@@ -429,7 +456,7 @@ class Model:
         a few rows are held at a time.
         """
         from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
-        from qrun.engine.sampling.sampler import largest
+        from qrun.engine.sampling.sampler import likeliest
 
         self._check_open()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
@@ -445,8 +472,7 @@ class Model:
                 logprobs = (-negative_log_likelihoods(logits, targets)).tolist()
                 for row, target, logprob in zip(logits, targets, logprobs, strict=True):
                     total = float(row[target]) - logprob
-                    likeliest = [(id, float(row[id]) - total) for id in largest(row, top).tolist()] if top else []
-                    found.append(TokenLogprob(target, logprob, likeliest))
+                    found.append(TokenLogprob(target, logprob, likeliest(row, top, total) if top else []))
         except GenerationCancelled:
             self._check_open()
             raise

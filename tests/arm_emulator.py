@@ -1,4 +1,4 @@
-"""Running the machine code of Arm kernels on any CPU: a small loader of object files, and QEMU's emulation (Unicorn).
+"""Running the machine code of Arm kernels on any CPU: their images, and QEMU's emulation (Unicorn).
 
 The emulated CPU sees this process's memory at its own addresses: records and arrays are passed as to a native kernel.
 """
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qrun.engine.native.compiler import load_objects, symbol
+from qrun.engine.native.compiler import load_images
+from qrun.engine.native.linker import Image
 from qrun.engine.simd.target import Target
-from tests.elf_loader import link
 
 unicorn: Any = pytest.importorskip("unicorn")  # there are no wheels for some platforms
 arm64: Any = pytest.importorskip("unicorn.arm64_const")
@@ -35,12 +35,12 @@ class EmulatedKernels:
         self._cpu.ctl_set_cpu_model(arm64.UC_CPU_ARM64_A72 if old else arm64.UC_CPU_ARM64_MAX)
         self._addresses: dict[str, int] = {}
         place = CODE
-        for key, code in load_objects(keys, target).items():
-            image, symbols = link(code, place)
-            size = -(-len(image) // PAGE) * PAGE
+        for key, content in load_images(keys, target).items():
+            image = Image.from_bytes(content)
+            size = -(-len(image.code) // PAGE) * PAGE
             self._cpu.mem_map(place, size, unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC)
-            self._cpu.mem_write(place, image)
-            self._addresses[key] = symbols[symbol(key)]
+            self._cpu.mem_write(place, image.code)
+            self._addresses[key] = place + image.entry
             place += size
         self._cpu.mem_map(RETURN, 0x1000)
         self._cpu.mem_map(STACK, STACK_BYTES)

@@ -1,6 +1,8 @@
-"""One kernel from Python to an object file: Numba makes LLVM's IR of it, LLVM the machine code.
+"""One kernel from Python to an image of machine code: Numba makes LLVM's IR of it, LLVM an object file, and the linker
+the image.
 
-Nothing here is imported by a process that only runs models: importing Numba takes longer than loading what is compiled.
+Neither Numba nor llvmlite is imported by a process that only runs models: that takes longer than loading what is
+compiled, and they need not be there.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import pkgutil
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from qrun.engine.native.linker import link
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.native.sources import sources_digest
 from qrun.engine.simd.target import Target, compiling_for
 from qrun.formats.errors import QrunError
 
@@ -40,31 +43,25 @@ def symbol(key: str) -> str:
     return "qrun_" + "".join(c if c.isalnum() else "_" for c in key)
 
 
+def symbol_for_windows(key: str) -> str:
+    return "windows_" + symbol(key)
+
+
 @functools.cache
-def initialize_llvm(triple: str | None = None) -> None:
-    """Have LLVM ready for this machine's code, or for that of any other that `triple` names."""
+def _initialize_llvm() -> None:
+    """Have LLVM ready for the code of any machine."""
     import llvmlite.binding as llvm
 
-    if triple is None or triple == llvm.get_process_triple():
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-    else:
-        llvm.initialize_all_targets()
-        llvm.initialize_all_asmprinters()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
 
 
 @functools.cache
 def code_digest(target: Target) -> str:
     """A name for all that the machine code of kernels depends on: their sources, the compilers, and the target."""
-    digest = hashlib.sha256(repr(target).encode())
+    digest = hashlib.sha256(f"{target!r} {sources_digest()} {sys.version}".encode())
     for package, oldest in OLDEST.items():
         digest.update(_compiler_version(package, oldest).encode())
-    digest.update(sys.version.encode())
-    # The quantisers' kernels are built from what `formats.blocks` says of the types.
-    for package in ("qrun.engine.simd", "qrun.engine.kernels", "qrun.formats.blocks"):
-        for name in (package, *_modules_of(package)):
-            digest.update(name.encode() + _source(name))
-    digest.update(_source(__name__))
     return digest.hexdigest()[:24]
 
 
@@ -77,10 +74,7 @@ def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
         try:
             version = importlib.import_module(package).__version__
         except ImportError as error:
-            raise ImportError(
-                f"{wanted} is needed to compile kernels, and cannot be imported ({error}). Where pip finds no wheel of "
-                "it, this version of Python or this system is not among those that Numba supports"
-            ) from error
+            raise _not_there(package, oldest, str(error)) from error
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
         raise ImportError(
@@ -89,32 +83,28 @@ def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
     return version
 
 
-def _modules_of(package: str) -> list[str]:
-    paths = importlib.import_module(package).__path__
-    return sorted(f"{package}.{module.name}" for module in pkgutil.iter_modules(paths))
+def _not_there(package: str, oldest: tuple[int, int], why: str) -> ImportError:
+    wanted = f"{package} {'.'.join(map(str, oldest))} or newer"
+    return ImportError(
+        f"{wanted} is needed to compile kernels, and cannot be imported ({why}). Where pip finds no wheel of it, this "
+        "version of Python or this system is not among those that Numba supports"
+    )
 
 
-def _source(name: str) -> bytes:
-    """A module's source, or where an app was packed without sources, its bytecode."""
-    loader: Any = getattr(importlib.util.find_spec(name), "loader", None)
-    if loader is None:
-        return b""
-    source = loader.get_source(name)
-    return source.encode() if source is not None else _bytecode(loader.get_code(name))
+def compiler_place(package: str) -> Path | None:
+    """Where Numba or llvmlite lies, without importing it; None if it is not there."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
-def _bytecode(code: types.CodeType | None) -> bytes:
-    """All that a code object does. Its marshalled form will not do: that depends on what else the process holds."""
-    if code is None:
-        return b""
-    parts: list[object] = [code.co_name, code.co_flags, code.co_argcount, code.co_names, code.co_varnames]
-    parts += [code.co_freevars, code.co_cellvars, code.co_code, code.co_exceptiontable]
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            parts.append(_bytecode(constant))
-        else:  # sets have no order
-            parts.append(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
-    return repr(parts).encode()
+def require_compiler() -> None:
+    """ImportError if nothing can be compiled here."""
+    for package, oldest in OLDEST.items():
+        if compiler_place(package) is None:
+            raise _not_there(package, oldest, f"No module named '{package}'")
 
 
 def last_words(error: BaseException) -> str:
@@ -127,15 +117,21 @@ _one_at_a_time = ForkAwareLock()  # importing Numba is not safe in two threads a
 
 
 def compile_kernel(key: str, target: Target) -> bytes:
-    """The object file of one kernel. Raises CompileError; threads that call at once wait for each other."""
+    """The image of one kernel (see `linker`). Raises CompileError; threads that call at once wait for each other."""
     try:
-        with _one_at_a_time:
-            module, machine = _optimized_module(key, target)
-            return bytes(machine.emit_object(module))
+        for_windows = symbol_for_windows(key) if target.is_x86 else None
+        return link(object_file(key, target), symbol(key), for_windows).to_bytes()
     except (ImportError, MemoryError):
         raise
     except Exception as error:
         raise CompileError(f"the kernel {key} did not compile: {last_words(error)}") from error
+
+
+def object_file(key: str, target: Target) -> bytes:
+    """What LLVM makes of one kernel."""
+    with _one_at_a_time:
+        module, machine = _optimized_module(key, target)
+        return bytes(machine.emit_object(module))
 
 
 def assembly(key: str, target: Target) -> str:
@@ -183,6 +179,10 @@ def _set_options() -> None:
     llvm.set_option("qrun", "--disable-lsr")
 
 
+# The head of a function in LLVM's text, where attributes can be put in. See `linker` for why they are needed.
+_DEFINITION = re.compile(r"^(define [^\n]*\))( comdat)? (?=\{$)", re.M)
+
+
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
     from numba.core import compiler, config, registry, types
@@ -203,26 +203,41 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
         result = compiler.compile_extra(
             cpu.typing_context, cpu.target_context, function, (types.intp,) * 3, types.none, flags, {}
         )
-    ir = str(result.library._final_module)
+    ir, count = _DEFINITION.subn(r"\1 #900\2 ", str(result.library._final_module))
     inner = result.fndesc.llvm_func_name
     # Numba's convention is (result*, exception**, arguments...) -> status; kernels return nothing and raise nothing.
     ir += f"""
-define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) {{
+define void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) #900 {{
   %result = alloca ptr
   %exception = alloca ptr
   %status = call i32 @"{inner}"(ptr %result, ptr %exception, i64 %op, i64 %step, i64 %thread)
   ret void
 }}
+attributes #900 = {{ noredzone "probe-stack"="inline-asm" }}
 """
-    initialize_llvm(target.triple)
+    entries = {symbol(key)}
+    if target.is_x86:
+        entries.add(symbol_for_windows(key))
+        ir += f"""
+define win64cc void @{symbol_for_windows(key)}(i64 %op, i64 %step, i64 %thread) #900 {{
+  call void @{symbol(key)}(i64 %op, i64 %step, i64 %thread) noinline
+  ret void
+}}
+"""
+    _initialize_llvm()
     _set_options()
     module = llvm.parse_assembly(ir)
     module.triple = target.triple
-    for definition in module.functions:
-        if not definition.is_declaration and definition.name != symbol(key):
+    definitions = [function for function in module.functions if not function.is_declaration]
+    if len(definitions) != count + len(entries):
+        raise CompileError("the form of LLVM's text is not as it was")  # some function would lack its attributes
+    for definition in definitions:
+        if definition.name not in entries:
             definition.linkage = "internal"
+    # What no system has for itself: macOS and Windows take x18.
+    features = f"{target.features},+reserve-x18" if target.is_arm else target.features
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="default"
+        cpu=target.cpu, features=features, opt=3, reloc="pic", codemodel="default"
     )
     module.data_layout = str(machine.target_data)
     # Kernels are written in vectors: LLVM's own vectorisers would only slow the compilation.

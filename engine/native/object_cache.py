@@ -1,6 +1,6 @@
-"""Where object files are kept between runs: by kernel, in a folder for all that their code depends on.
+"""Where images of machine code are kept between runs: by kernel, in a folder for all that their code depends on.
 
-An object file is code that this process will run. So what others could have written is passed over, and where nothing
+An image is code that this process will run. So what others could have written is passed over, and where nothing
 can be kept, kernels are compiled all the same and held in memory. A file is written to a temporary name and renamed,
 so that processes which compile at the same time do not harm each other.
 """
@@ -40,7 +40,7 @@ class NotPrivate(PermissionError):
 
 
 class ObjectCache:
-    """The object files of one digest (see `codegen.code_digest`).
+    """The images of one digest (see `codegen.code_digest`).
 
     must_keep: what cannot be kept is an OSError, not a warning.
     """
@@ -60,15 +60,15 @@ class ObjectCache:
             self._problem = error
 
     def read(self, key: str) -> bytes | None:
-        """The object file of a kernel, or None if it is not there, or not as it was written."""
+        """The image of a kernel, or None if it is not there, or not as it was written."""
         if (self._digest, key) in _in_memory:
             return _in_memory[self._digest, key]
         if self._folder is None:
             return None
         try:
-            whole = _read_private(self._folder / f"{key}.o")
+            whole = _read_private(self._folder / f"{key}.code")
         except NotPrivate as error:
-            _warn_once(f"compiled kernels in {self._folder} are not used, and compiled anew: {error.strerror}")
+            warn_once(f"compiled kernels in {self._folder} are not used, and compiled anew: {error.strerror}")
             return None
         except OSError:  # mostly because it is not there
             return None
@@ -88,10 +88,10 @@ class ObjectCache:
             self._not_kept(self._problem)
 
     def write(self, key: str, code: bytes) -> None:
-        """Keep an object file; in memory where that fails."""
+        """Keep an image; in memory where that fails."""
         if self._folder is not None:
             try:
-                _write_whole(self._folder / f"{key}.o", hashlib.sha256(code).digest() + code)
+                _write_whole(self._folder / f"{key}.code", hashlib.sha256(code).digest() + code)
                 return
             except OSError as error:
                 self._folder = None  # the rest would fail, too
@@ -112,17 +112,18 @@ class ObjectCache:
 
 def warn_not_kept(what: str, error: OSError) -> None:
     """A `CacheWarning`, once for each reason, that something cannot be kept and will be made again."""
-    _warn_once(f"{what} not kept: {_with_hint(error)}")
+    warn_once(f"{what} not kept: {_with_hint(error)}")
 
 
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """A `CacheWarning`, once."""
     if text not in _said:
         _said.add(text)
         warnings.warn(text, CacheWarning, stacklevel=2 + _frames_of_ours())
 
 
 def _frames_of_ours() -> int:
-    """How many callers of `_warn_once` are qrun's own: the next one's line is what a warning should show."""
+    """How many callers of `warn_once` are qrun's own: the next one's line is what a warning should show."""
     depth = 2
     with contextlib.suppress(ValueError):  # there are no more frames
         while sys._getframe(depth).f_globals.get("__name__", "").startswith("qrun."):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 import threading
 import time
@@ -19,6 +20,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from qrun.engine.cpu.code_memory import CodeMemory
+from qrun.engine.cpu.features import architecture
 from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Kernels
 
@@ -28,13 +31,20 @@ TEAM_KERNELS = ("lead", "serve")
 MANY_ROWS, PARTS_A_THREAD = 64, 4
 
 
-def _yield_address() -> int:
-    """The C function by which a thread offers its core to others."""
+def _yield_function() -> int | CodeMemory:
+    """The C function by which a thread offers its core to others: its address, or a piece of code that calls it."""
     if sys.platform == "win32":
-        function = ctypes.windll.kernel32.SwitchToThread
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+        address = ctypes.cast(ctypes.windll.kernel32.SwitchToThread, ctypes.c_void_p).value or 0
+        return CodeMemory(called_as_on_windows(address)) if architecture() == "x86_64" else address
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+
+
+def called_as_on_windows(address: int) -> bytes:
+    """The x86-64 code of a function without arguments for kernels to call, which call by the convention of System V
+    everywhere (see `linker`). It calls another, that is Windows's own: above what that returns to, it may write 32
+    bytes."""
+    return bytes.fromhex("4883ec28 48b8") + struct.pack("<Q", address) + bytes.fromhex("ffd0 4883c428 c3")
+    # sub rsp, 40; mov rax, address; call rax; add rsp, 40; ret
 
 
 def _clock() -> tuple[int, int]:
@@ -53,7 +63,8 @@ class _Crew:
         start = -memory.ctypes.data % 64
         self.shared = memory[start : start + R.SHARED_BYTES].view(np.int64)
         self.address = int(self.shared.ctypes.data)
-        self.shared[R.YIELD // 8] = _yield_address()
+        self._yield = _yield_function()
+        self.shared[R.YIELD // 8] = self._yield.address if isinstance(self._yield, CodeMemory) else self._yield
         self.shared[R.CLOCK // 8], self.shared[R.CLOCK_ID // 8] = _clock()
         # A function holds its kernels.
         self.lead, self.serve = (kernels.function(key) for key in TEAM_KERNELS)

@@ -1,6 +1,6 @@
 """Compiling several kernels at once, in processes of their own, so that this one never imports Numba.
 
-A worker gets keys on its standard input and answers with object files on its standard output: it writes nothing to the
+A worker gets keys on its standard input and answers with images on its standard output: it writes nothing to the
 disk, so one that is killed leaves nothing there. Where there is no Python to start, or it does not start, kernels are
 compiled one after another in this process.
 """
@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from qrun.engine.native.codegen import CompileError, compile_kernel
+from qrun.engine.native.codegen import OLDEST, CompileError, compile_kernel, compiler_place
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.simd.target import Target
 from qrun.models.interpreter import clean_environment, in_background, interpreter
@@ -45,8 +45,8 @@ serve(begin["target"], begin["parent"])
 
 
 def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, bytes] | None, None, None]:
-    """Each of `keys` with its object file, as they are done. CompileError if one does not compile. None where nothing
-    was done for a tenth of a second, so that whoever waits can end it.
+    """Each of `keys` with its image, as they are done. CompileError if one does not compile. None where nothing was
+    done for a tenth of a second, so that whoever waits can end it.
 
     Once it is exhausted or closed, no process is left.
     """
@@ -100,7 +100,7 @@ class _Worker:
             raise _Died
 
     def compile(self, key: str) -> bytes:
-        """The object file of a kernel. Raises CompileError, or _Died if the process ends meanwhile."""
+        """The image of a kernel. Raises CompileError, or _Died if the process ends meanwhile."""
         self._send(key)
         word, _, length = self._answer().partition(b" ")
         content = self._out.read(int(length or 0))
@@ -248,11 +248,10 @@ class _Pool:
 def import_path() -> list[str]:
     """Where this process finds modules, without the working directory: that holds whatever the user works at.
 
-    It stays if qrun or llvmlite was imported from there.
+    It stays if qrun, Numba or llvmlite is imported from there.
     """
-    import llvmlite
-
-    ours = [str(Path(__file__).parents[3]), str(Path(llvmlite.__file__).parents[1])]
+    ours = [str(Path(__file__).parents[3])]
+    ours += [str(place.parents[1]) for name in OLDEST if (place := compiler_place(name)) is not None]
     path = []
     for entry in filter(None, sys.path):
         here = os.path.abspath(entry) if os.path.exists(entry) else entry  # what does not exist may mean a hook
@@ -281,7 +280,7 @@ def _temporary_file() -> IO[bytes] | None:
 
 
 def serve(target: Sequence[object], parent: int) -> None:
-    """A worker: keys on standard input; on standard output a line and an object file for each one."""
+    """A worker: keys on standard input; on standard output a line and an image for each one."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     if os.name == "posix":

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from qrun.engine.kernels.records import PAGE_POSITIONS
-from qrun.engine.native.compiler import Progress, compile_kernels
+from collections.abc import Iterable
+
+from qrun.engine.kernels.records import MAX_THREADS, PAGE_POSITIONS
+from qrun.engine.native.compiler import Progress, compile_kernels, default_target
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.native.team import TEAM_KERNELS
+from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
 from qrun.engine.program.state_blocks import state_sizes
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target
 from qrun.models import graph as G
 
 
-def kernels_of(graph: G.Graph, cache_type: str = "f16", target: Target | None = None) -> list[str]:
-    """The keys of the kernels that a model needs, with as many threads as there are cores, or fewer."""
+def kernels_of(
+    graph: G.Graph, cache_type: str = "f16", target: Target | None = None, threads: int | None = None
+) -> list[str]:
+    """The keys of the kernels that a model needs, with that many threads (one for each core) or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    program = Lowering(graph, layout, target or host_target(), batch=1, head_rows=1, context=1, threads=1)
-    counts = range(1, available_cores() + 1)
+    target = target or default_target()
+    lowered = [
+        Lowering(to_lower, layout, target, batch=1, head_rows=1, context=1, threads=1)
+        for to_lower in (graph, select_early(graph))
+    ]
+    counts = range(1, (threads or available_cores()) + 1)
     kinds = [(layer, place.kind) for layer, place in zip(graph.cache_layers, layout.places, strict=True)]
-    attention = {attention_key(layer, kind, threads) for layer, kind in kinds for threads in counts}
-    return [*TEAM_KERNELS, *dict.fromkeys([*program.kernel_keys, *sorted(attention)])]
+    attention = {attention_key(layer, kind, count) for layer, kind in kinds for count in counts}
+    keys = [key for program in lowered for key in program.kernel_keys]
+    return [*TEAM_KERNELS, *dict.fromkeys([*keys, *sorted(attention)])]
+
+
+def kernels_on_any_machine(graphs: Iterable[G.Graph], cache_types: Iterable[str], target: Target) -> list[str]:
+    """What models need on machines of a kind, however many cores they have."""
+    types = list(cache_types)
+    found = [kernels_of(graph, type, target, MAX_THREADS) for graph in graphs for type in types]
+    return list(dict.fromkeys(key for keys in found for key in keys))
 
 
 def warm_up(
@@ -33,7 +50,7 @@ def warm_up(
     from qrun.engine.kernels import all_keys
 
     keys = kernels_of(graph, cache_type) if graph is not None else all_keys()
-    compiled = compile_kernels(keys, host_target(), progress)
+    compiled = compile_kernels(keys, default_target(), progress)
     return compiled, len(set(keys)) - compiled
 
 

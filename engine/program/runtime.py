@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qrun.engine.errors import ContextOverflow, GenerationCancelled
 from qrun.engine.kernels import records as R
-from qrun.engine.native.compiler import Progress, load_kernels
+from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.early_selection import select_early
@@ -23,7 +23,7 @@ from qrun.engine.program.observing import ObservingLowering
 from qrun.engine.program.pages import PagePool
 from qrun.engine.program.program import Program
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target
 from qrun.models.graph import Graph
 
 # Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
@@ -69,7 +69,7 @@ class Runtime:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        target = target or host_target()
+        target = target or default_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.n_vocab = graph.n_vocab
         self.batch = min(batch, context)

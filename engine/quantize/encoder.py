@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.kernels import records as R
-from qrun.engine.native.compiler import Progress, load_kernels
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.native.compiler import Progress, default_target, load_kernels
+from qrun.engine.simd.target import Target
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
 from qrun.formats.blocks.fitting import Groups
 from qrun.formats.blocks.floats import DTYPES, Floats
@@ -50,7 +50,7 @@ class Encoder:
         if searched:
             kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
             self._functions = {type: kernels.function(f"quantize-{type.name}") for type in searched}
-        self._lanes = (target or host_target()).lanes
+        self._lanes = (target or default_target()).lanes
 
     def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
         """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive."""

@@ -7,9 +7,11 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from qrun.engine.cpu.features import architecture, host_features
+from qrun.engine.errors import QrunError
 
 FORMS = ("best", "avx512", "avx2", "plain")
 
@@ -101,63 +103,61 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
     return Target(triple, cpu, text, lanes, dot, columns)
 
 
-@functools.cache
-def host_target(form: str | None = None) -> Target:
-    """The machine that runs this process. `form` (or QRUN_SIMD) forces a lesser one: see `choose_target`."""
-    import llvmlite.binding as llvm
-
-    triple, features = llvm.get_process_triple(), {}
-    with contextlib.suppress(RuntimeError):  # LLVM cannot tell on every system
-        features = dict(llvm.get_host_cpu_features())
-    if _is_arm(triple):
-        features |= dict.fromkeys(_arm_features(), True)
-    return choose_target(triple, llvm.get_host_cpu_name(), features, form or os.environ.get("QRUN_SIMD") or "best")
-
-
-def _arm_features() -> Iterable[str]:
-    """What the system says of an Arm CPU, in LLVM's names: LLVM itself does not ask on all systems."""
-    if sys.platform == "darwin":  # the first of Apple's own CPUs for macOS, the M1, has it (FEAT_DotProd)
-        return ("neon", "dotprod")
-    if sys.platform == "win32":
-        import ctypes
-
-        has_dot_product = ctypes.windll.kernel32.IsProcessorFeaturePresent(43)  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
-        return ("neon", "dotprod") if has_dot_product else ("neon",)
-    with contextlib.suppress(OSError):
-        return linux_arm_features(Path("/proc/cpuinfo").read_text())
-    return ()
-
-
-def linux_arm_features(cpuinfo: str) -> set[str]:
-    """LLVM's names for what /proc/cpuinfo says of an Arm CPU. With cores of several kinds: what all of them have."""
-    names = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "asimdhp": "fullfp16"}
-    lines = [line for line in cpuinfo.splitlines() if line.startswith("Features")]
-    cores = [{names[word] for word in line.split() if word in names} for line in lines]
-    return set.intersection(*cores) if cores else set()
-
-
-# Kinds of machines by name: triple, LLVM's name of a CPU, and its features as far as they matter here.
+# Kinds of machines by name, of each family from the one that has most: triple, LLVM's name of a CPU that has no more
+# than that, and its features as far as LLVM or the kernels make use of them. Code for a triple runs on all systems: the
+# format and the convention of calls are the loader's matter (see `engine.native.linker`).
 _X86, _ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
-_AVX2 = ("sse4.1", "sse4.2", "ssse3", "avx", "avx2", "fma", "f16c", "bmi", "bmi2")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_V2 = ("sse2", "cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2")
+_AVX2 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512vl", "avx512dq")
+_V8_2 = ("neon", "dotprod", "fullfp16", "lse", "rdm", "rcpc")
 MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "avx2": (_X86, "haswell", _AVX2),
-    "avx512": (_X86, "skylake-avx512", _AVX512),
-    "avx512-vnni": (_X86, "icelake-server", (*_AVX512, "avx512vnni")),
-    "avx512-vbmi": (_X86, "icelake-server", (*_AVX512, "avx512vnni", "avx512vbmi")),
-    "avx-vnni": (_X86, "alderlake", (*_AVX2, "avxvnni")),
-    "neon": (_ARM, "cortex-a72", ("neon",)),
-    "neon-dotprod": (_ARM, "neoverse-n1", ("neon", "dotprod")),
-    "neon-i8mm": (_ARM, "neoverse-v1", ("neon", "dotprod", "i8mm")),
-    "apple": ("arm64-apple-darwin", "apple-m1", ("neon", "dotprod")),
+    "avx512-vbmi": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi")),
+    "avx512-vnni": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni")),
+    "avx512": (_X86, "x86-64-v4", _AVX512),
+    "avx-vnni": (_X86, "x86-64-v3", (*_AVX2, "avxvnni")),
+    "avx2": (_X86, "x86-64-v3", _AVX2),
     "x86-64": (_X86, "x86-64", ("sse2",)),
+    "apple": (_ARM, "apple-m1", _V8_2),
+    "neon-dotprod": (_ARM, "neoverse-n1", _V8_2),
+    "neon": (_ARM, "cortex-a72", ("neon",)),
 }
 
 
 def machine_target(name: str) -> Target:
-    """A kind of machine that is common, by its name in MACHINES: to compile for it elsewhere and look at the result."""
+    """A kind of machine that is common, by its name in MACHINES."""
     triple, cpu, features = MACHINES[name]
     return choose_target(triple, cpu, dict.fromkeys(features, True))
+
+
+def machine_name(target: Target) -> str | None:
+    """The name of a target in MACHINES."""
+    return next((name for name in MACHINES if machine_target(name) == target), None)
+
+
+def usable_machines() -> list[str]:
+    """The kinds of machines whose code runs here, the best one first. Which instructions kernels may use hangs on
+    nothing else, so that machine code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
+    present, family = host_features(), architecture()
+    usable = [
+        name for name, (triple, _, features) in MACHINES.items()
+        if triple.startswith(family) and present >= set(features) and (name != "apple" or sys.platform == "darwin")
+    ]  # fmt: skip
+    if not usable:
+        raise QrunError(f"there are no kernels for this CPU: it is {family}, and x86-64 or 64-bit Arm is needed")
+    return usable
+
+
+@functools.cache
+def host_target(form: str | None = None) -> Target:
+    """The machine that runs this process. `form` (or QRUN_SIMD) forces a lesser one: see `choose_target`."""
+    form = form or os.environ.get("QRUN_SIMD") or "best"
+    for name in usable_machines():
+        triple, cpu, features = MACHINES[name]
+        target = choose_target(triple, cpu, dict.fromkeys(features, True), form)
+        if form == "plain" or target == machine_target(name):
+            return target
+    raise AssertionError("every form is that of some machine")
 
 
 _compiled_for: Target | None = None

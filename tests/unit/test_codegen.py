@@ -2,13 +2,14 @@
 
 import configparser
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qrun.cli.main import main
-from qrun.engine.native import codegen
+from qrun.engine.native import codegen, sources
 from qrun.engine.simd.target import host_target
 
 ROOT = Path(__file__).parents[2]
@@ -73,12 +74,11 @@ def test_an_app_without_records_of_what_was_installed_compiles(installed: dict[s
 
 
 def test_an_app_without_sources_names_code_by_its_bytecode(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with_sources = codegen.code_digest(host_target())
-    codegen.code_digest.cache_clear()
+    monkeypatch.setitem(sys.modules, "qrun.engine.native.built", None)
+    with_sources = sources.sources_digest.__wrapped__()
     monkeypatch.setattr("importlib.machinery.SourceFileLoader.get_source", lambda loader, name: None)
-    without = codegen.code_digest(host_target())
-    codegen.code_digest.cache_clear()
+    without = sources.sources_digest.__wrapped__()
     assert without != with_sources
-    assert codegen.code_digest(host_target()) == without
+    assert sources.sources_digest.__wrapped__() == without

@@ -25,7 +25,7 @@ def test_kernels_are_compiled_once_with_progress(empty_cache: Path) -> None:
     seen: list[tuple[int, int]] = []
     load_kernels(KEYS, progress=lambda done, total: seen.append((done, total)))
     assert list(dict.fromkeys(seen)) == [(0, 2), (1, 2), (2, 2)]  # again and again, so that it can be ended
-    assert sorted(path.name for path in cache_folder(host_target()).iterdir()) == ["pack-f32.o", "scale-.o"]
+    assert sorted(path.name for path in cache_folder(host_target()).iterdir()) == ["pack-f32.code", "scale-.code"]
     seen.clear()
     load_kernels(KEYS, progress=lambda done, total: seen.append((done, total)))
     assert seen == []
@@ -37,7 +37,7 @@ def test_kernels_that_nobody_has_used_for_long_are_removed(empty_cache: Path) ->
     others = [ours.with_name(name) for name in ("old", "recent")]
     for folder in others:
         folder.mkdir()
-        (folder / "scale-.o").write_bytes(b"code")
+        (folder / "scale-.code").write_bytes(b"code")
     for folder in (ours, others[0]):
         os.utime(folder, (long_ago, long_ago))
     load_kernels(KEYS)
@@ -58,12 +58,12 @@ def test_two_processes_at_once_do_not_harm_each_other(empty_cache: Path) -> None
     code = f"from qrun.engine.native.compiler import load_kernels; k = load_kernels({KEYS}); assert k['scale-']"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert not [path for path in cache_folder(host_target()).iterdir() if path.suffix != ".o"]
+    assert not [path for path in cache_folder(host_target()).iterdir() if path.suffix != ".code"]
 
 
 def test_a_damaged_object_is_compiled_again(empty_cache: Path) -> None:
     load_kernels(KEYS)
-    path = cache_folder(host_target()) / "scale-.o"
+    path = cache_folder(host_target()) / "scale-.code"
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", bytes(len(whole)), whole[:-9] + b"\xff" * 9):
         path.write_bytes(damaged)

@@ -17,7 +17,8 @@ from tiny_model import write_tiny_model
 from qrun.cli import options
 from qrun.cli.main import COMMANDS
 from qrun.engine import kernels
-from qrun.engine.native import codegen
+from qrun.engine.native import codegen, packs, sources
+from qrun.engine.native.linker import Image
 from qrun.engine.pyinstaller import hook_folders
 from qrun.engine.simd.target import host_target
 
@@ -71,7 +72,7 @@ def outer(x, *, y=1):
 
 def digest_in_a_process(before: str) -> str:
     program = (
-        f"{before}\nimport hashlib, qrun.engine.native.codegen as c\n"
+        f"{before}\nimport hashlib, qrun.engine.native.sources as c\n"
         f"print(hashlib.sha256(c._bytecode(compile({CODE!r}, 'x', 'exec'))).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
@@ -89,9 +90,9 @@ def test_the_name_of_bytecode_is_the_same_in_every_process() -> None:
 def test_other_code_has_another_name(old: str, new: str) -> None:
     assert old in CODE
     codes = [compile(text, "x", "exec") for text in (CODE, CODE.replace(old, new), CODE)]
-    names = [codegen._bytecode(code) for code in codes]
+    names = [sources._bytecode(code) for code in codes]
     assert names[0] == names[2] != names[1]
-    assert names[0] == codegen._bytecode(codes[0].replace(co_filename="elsewhere", co_firstlineno=7))
+    assert names[0] == sources._bytecode(codes[0].replace(co_filename="elsewhere", co_firstlineno=7))
 
 
 def test_pyinstaller_finds_the_hooks() -> None:
@@ -104,7 +105,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     }  # fmt: skip
 
 
-def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With stand-ins for PyInstaller's own helpers."""
     helpers = types.ModuleType("PyInstaller.utils.hooks")
     helpers.collect_submodules = lambda package, filter=None: [package]  # type: ignore[attr-defined]
@@ -113,9 +114,11 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PyInstaller", "PyInstaller.utils"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", helpers)
+    monkeypatch.delenv("QRUN_KERNELS", raising=False)
     (folder,) = map(Path, hook_folders())
     engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
     assert engine["hiddenimports"] == ["qrun.engine", "qrun.formats", "qrun.models"]
+    assert engine["datas"] == [("numba", "info"), ("llvmlite", "info")] and "excludedimports" not in engine
     # whatever names compiled code
     named = ("qrun.engine.simd", "qrun.engine.kernels", "qrun.formats.blocks", codegen.__name__.rpartition(".")[0])
     for package in named:
@@ -124,6 +127,15 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
     assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
+    # with a pack the app has the pack, and no compiler
+    pack = tmp_path / "kernels"
+    monkeypatch.setenv("QRUN_KERNELS", str(pack))
+    with pytest.raises(SystemExit, match=f"QRUN_KERNELS names {pack}, where there is no pack"):
+        runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    packs.write(pack, "1", {"avx2": {"a": Image(62, 0, None, b"code").to_bytes()}})
+    engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
+    assert engine["excludedimports"] == ["numba", "llvmlite"]
 
 
 APP = """

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 HOUSE = ["cli", "server", "engine", "models", "formats"]
 ENGINE = [
     "face", "pyinstaller", "quantize", "judging", "generation", "text", "sampling", "program", "native", "kernels",
-    "simd", "errors",
+    "simd", "cpu", "errors",
 ]  # fmt: skip
 FACE = ("__init__", "model", "conversation", "chat_template", "tokenizer")
 

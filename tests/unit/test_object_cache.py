@@ -11,7 +11,7 @@ import pytest
 
 from qrun.engine import CacheWarning
 from qrun.engine.native import compiler, object_cache
-from qrun.engine.native.compiler import cache_folder, compile_kernels, load_objects
+from qrun.engine.native.compiler import cache_folder, compile_kernels, load_images
 from qrun.engine.simd.target import host_target
 from qrun.models import store
 
@@ -36,7 +36,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def load(*keys: str) -> dict[str, bytes]:
-    objects = load_objects(keys, host_target())
+    objects = load_images(keys, host_target())
     assert objects == {key: key.encode() for key in keys}
     return objects
 
@@ -93,10 +93,10 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fill_up)
-    with pytest.warns(CacheWarning, match=r"b\.o: No space left on device") as said:
+    with pytest.warns(CacheWarning, match=r"b\.code: No space left on device") as said:
         load("a", "b", "c")
     assert len(said) == 1
-    assert files(tmp_path / "cache") == ["a.o"]
+    assert files(tmp_path / "cache") == ["a.code"]
     load("a", "b", "c")
     assert compiled == ["a", "b", "c"]
 
@@ -114,7 +114,7 @@ def test_a_folder_that_others_can_write_to_is_passed_over(
     with pytest.warns(CacheWarning, match=rf"not kept: {folder}: other users may write to it \(chmod go-w"):
         load("a", "b")
     assert compiled == ["a", "a", "b"]
-    assert files(cache_folder(host_target())) == ["a.o"]
+    assert files(cache_folder(host_target())) == ["a.code"]
     folder.chmod(0o755)
     monkeypatch.setattr(object_cache, "_in_memory", {})
     load("a")
@@ -156,18 +156,19 @@ def test_what_belongs_to_another_user_is_passed_over(tmp_path: Path) -> None:
 def test_an_object_that_others_can_write_to_is_compiled_anew(compiled: list[str]) -> None:
     load("a", "b", "c")
     folder = cache_folder(host_target())
-    (folder / "a.o").chmod(0o666)
-    (folder / "b.o").rename(folder.parent / "moved")
-    (folder / "b.o").symlink_to(folder.parent / "moved")
-    (folder / "c.o").unlink()
-    os.mkfifo(folder / "c.o")
+    (folder / "a.code").chmod(0o666)
+    (folder / "b.code").rename(folder.parent / "moved")
+    (folder / "b.code").symlink_to(folder.parent / "moved")
+    (folder / "c.code").unlink()
+    os.mkfifo(folder / "c.code")
     with pytest.warns(CacheWarning) as said:
         load("a", "b", "c")
     texts = [str(warning.message) for warning in said]
     assert len(texts) == 2 and all(str(folder) in text for text in texts)
     assert "are not used, and compiled anew: other users may write to it" in texts[0]
     assert compiled == ["a", "b", "c"] * 2
-    assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in ("a.o", "b.o", "c.o"))
+    paths = [folder / name for name in ("a.code", "b.code", "c.code")]
+    assert all(path.is_file() and not path.is_symlink() for path in paths)
     load("a", "b", "c")
     assert len(compiled) == 6
 
@@ -180,7 +181,7 @@ def test_what_is_made_is_private_whatever_the_umask_says(compiled: list[str]) ->
     finally:
         os.umask(before)
     folder = cache_folder(host_target())
-    made = [folder / "a.o", folder, folder.parent, folder.parent.parent]
+    made = [folder / "a.code", folder, folder.parent, folder.parent.parent]
     assert [path.stat().st_mode & 0o777 for path in made] == [0o644, 0o755, 0o755, 0o755]
     load("a")
     assert compiled == ["a"]
@@ -190,8 +191,8 @@ def test_what_a_killed_process_left_is_removed(compiled: list[str]) -> None:
     load("a")
     folder = cache_folder(host_target())
     for name, age in [("old", 7200), ("new", 60)]:
-        path = folder / f".b.o.{name}.tmp"
+        path = folder / f".b.code.{name}.tmp"
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age,) * 2)
     load("b")
-    assert files(folder) == [".b.o.new.tmp", "a.o", "b.o"]
+    assert files(folder) == [".b.code.new.tmp", "a.code", "b.code"]

@@ -17,7 +17,7 @@ import pytest
 
 from qrun.engine.native import workers
 from qrun.engine.native.codegen import CompileError
-from qrun.engine.native.compiler import load_objects
+from qrun.engine.native.compiler import load_images
 from qrun.engine.simd.target import host_target
 
 KEYS = ["pack-f32", "scale-"]
@@ -133,7 +133,7 @@ def test_a_worker_that_is_killed_is_replaced(
         return compile_key(worker, key)
 
     monkeypatch.setattr(workers._Worker, "compile", compile_once)
-    assert sorted(load_objects(KEYS, host_target())) == sorted(KEYS)
+    assert sorted(load_images(KEYS, host_target())) == sorted(KEYS)
     assert killed and all_ended(started)
 
 
@@ -146,7 +146,7 @@ def test_a_kernel_that_kills_its_worker_is_named(
 
     monkeypatch.setattr(workers._Worker, "compile", compile_never)
     with pytest.raises(CompileError, match="the kernel scale- did not compile: its process was ended by signal 9"):
-        load_objects(["scale-"], host_target())
+        load_images(["scale-"], host_target())
     assert all_ended(started)
     assert not list(cache.rglob("*.*"))
 
@@ -160,9 +160,9 @@ def test_what_progress_raises_ends_the_compilation(
             raise error
 
     with pytest.raises(error):
-        load_objects(KEYS, host_target(), progress)
+        load_images(KEYS, host_target(), progress)
     assert all_ended(started)
-    assert [path.suffix for path in cache.rglob("*.*")] == [".o"]
+    assert [path.suffix for path in cache.rglob("*.*")] == [".code"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
@@ -188,7 +188,7 @@ def test_a_signal_ends_the_workers_too(tmp_path: Path, number: signal.Signals) -
     process.wait(timeout=10)
     process.stdout.close()
     assert eventually(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in theirs))
-    assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".o"] == []
+    assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".code"] == []
 
 
 def children(pid: int) -> list[int]:
@@ -223,11 +223,11 @@ def test_without_workers_kernels_are_compiled_here(
     else:
         monkeypatch.setattr(workers, "_BOOTSTRAP", workers._BOOTSTRAP.replace("sys.version !=", "'3.9' !="))
     seen: list[tuple[int, int]] = []
-    objects = load_objects(["scale-"], host_target(), lambda *counts: seen.append(counts))
+    objects = load_images(["scale-"], host_target(), lambda *counts: seen.append(counts))
     assert len(objects["scale-"]) > 500
     assert seen == [(0, 1), (1, 1)]
     with pytest.raises(CompileError, match=r"the kernel matmul-Q9_9 did not compile: KeyError: 'Q9_9'"):
-        load_objects(["matmul-Q9_9"], host_target())
+        load_images(["matmul-Q9_9"], host_target())
 
 
 def test_threads_of_a_packed_app_may_load_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""`qrun pack`: the machine code of models' kernels in a folder, for apps that shall compile nothing."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrun.cli.console import CompileProgress, echo, human_bytes
+from qrun.cli.options import CACHE_TYPES, ModelName, lora_option, type_option
+
+if TYPE_CHECKING:
+    from qrun.models import Graph
+    from qrun.models.adapter import Lora
+
+
+class Targets(click.ParamType):
+    """Kinds of machines, by name."""
+
+    name = "host|all|NAME,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        from qrun.engine.simd.target import MACHINES, usable_machines
+
+        if isinstance(value, list):
+            return value
+        names: list[str] = []
+        for name in value.split(","):
+            name = name.strip()
+            if name in ("host", "all"):
+                names += usable_machines()[:1] if name == "host" else MACHINES
+            elif name in MACHINES:
+                names.append(name)
+            else:
+                self.fail(f"{name!r} is no kind of machine; there are host, all, {', '.join(MACHINES)}", param, ctx)
+        return list(dict.fromkeys(names))
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=ModelName(), metavar="MODEL...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where the pack is written; one that is there is replaced.")  # fmt: skip
+@click.option("--targets", type=Targets(), default="all", show_default=True,
+              help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "
+                   "apple, neon-dotprod, neon; host for the kind that this one is. The same code runs on Linux, macOS "
+                   "and Windows.")  # fmt: skip
+@click.option("--cache-type", "cache_types", type=click.Choice(CACHE_TYPES), multiple=True, default=["f16"],
+              show_default=True, help="How the app keeps keys and values. May be given several times.")  # fmt: skip
+@lora_option()
+@type_option()
+def command(
+    models: tuple[str, ...], out: Path, targets: list[str], cache_types: tuple[str, ...], loras: tuple[Lora, ...],
+    type_name: str | None,
+) -> None:  # fmt: skip
+    """Compile what models need, for any machines, into a folder that an app brings along.
+
+    With it an app compiles nothing where it runs, and needs neither Numba nor llvmlite. MODELs are all that it loads
+    with this version of qrun, drafts too. It finds the pack by Model.load(..., kernels=FOLDER), by the variable
+    QRUN_KERNELS, or, once it is packed, in a folder "kernels" beside its program.
+
+    \b
+    Examples:
+      qrun pack model.gguf --out app/kernels
+      qrun pack model.gguf draft.gguf --out app/kernels --targets avx2,avx512-vnni,x86-64
+    """
+    from qrun.cli.loading import find_model
+    from qrun.engine import __version__
+    from qrun.engine.model import is_checkpoint
+    from qrun.engine.native.compiler import load_images
+    from qrun.engine.native.packs import check_writable, write
+    from qrun.engine.program.needs import kernels_on_any_machine
+    from qrun.engine.simd.target import machine_target
+    from qrun.formats import GGUFReader
+    from qrun.formats.blocks import SEARCHES
+    from qrun.models.adapter import open_adapters
+
+    out = Path(out).absolute()
+    check_writable(out)
+    with ExitStack() as stack:
+        graphs, quantisers = [], set()
+        adapters = stack.enter_context(open_adapters(loras))
+        for model in models:
+            folder = is_checkpoint(model)
+            reader = stack.enter_context(GGUFReader(find_model(model, type_name if folder else None)))
+            graphs += _graphs(reader, adapters)
+            if folder:  # the app may quantise it when it first loads it
+                types = {tensor.type for tensor in reader.tensors.values()}
+                quantisers |= {f"quantize-{type.name}" for type in types if type in SEARCHES}
+        images = {}
+        for number, name in enumerate(targets, 1):
+            target = machine_target(name)
+            keys = [*kernels_on_any_machine(graphs, cache_types, target), *sorted(quantisers)]
+            counted = f" ({number} of {len(targets)})" if len(targets) > 1 else ""
+            images[name] = load_images(keys, target, CompileProgress(name + counted))
+    size = write(out, __version__, images)
+    kernels = {key for of_target in images.values() for key in of_target}
+    echo(f"{out}: {len(kernels)} kernels for {', '.join(targets)}, {human_bytes(size)}")
+
+
+def _graphs(reader: Any, adapters: Any) -> list[Graph]:
+    """What may be run of a model: itself, with adapters, and its draft layers."""
+    from qrun.formats import FormatError
+    from qrun.models import build_drafts, build_graph
+
+    graph = build_graph(reader)
+    graphs = [graph, build_graph(reader, adapters=adapters)] if adapters else [graph]
+    try:
+        with_hidden, layers = build_drafts(reader, graph)
+    except FormatError:  # it has none
+        return graphs
+    return [*graphs, with_hidden, *layers]
