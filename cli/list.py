@@ -90,11 +90,10 @@ def list_catalog(as_json: bool) -> None:
 def catalog_rows(room: int | None) -> list[dict[str, Any]]:
     """The catalog, ready for JSON. room: bytes of memory, if that is known; of what fits there, see `list_catalog`."""
     from qrun.engine.native.machine import MemoryNeed
-    from qrun.models.catalog import CATALOG, CatalogEntry, HubEntry, hub_catalog
+    from qrun.models.catalog import HubEntry, known_models
 
-    entries: list[CatalogEntry | HubEntry] = [*CATALOG.values(), *hub_catalog()]
     rows = []
-    for entry in entries:
+    for entry in known_models():
         path = entry.stored()
         rows.append({
             "name": entry.name,

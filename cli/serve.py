@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from qrun.server import Application
     from qrun.server.hub import Source
 
+_PATIENCE = 2.0
+"""Seconds in which the process ends once standard input has."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -137,6 +140,8 @@ def _serve(
     import asyncio
     import json
     import threading
+    import time
+    from contextlib import suppress
 
     from qrun.cli.console import notice
     from qrun.server.listening import bind, serve
@@ -154,12 +159,16 @@ def _serve(
     async def main() -> int | None:
         end = asyncio.Event()
         if exit_with_stdin:
-            loop = asyncio.get_running_loop()
+            loop, standard_input = asyncio.get_running_loop(), sys.stdin.fileno()
 
             def watch() -> None:
-                while sys.stdin.buffer.read(4096):
+                # Not by sys.stdin, whose lock this thread would hold when the process ends: Python aborts for that.
+                while os.read(standard_input, 4096):
                     pass
-                loop.call_soon_threadsafe(end.set)
+                with suppress(RuntimeError):  # it has ended by itself
+                    loop.call_soon_threadsafe(end.set)
+                time.sleep(_PATIENCE)
+                os._exit(0)  # a model is being loaded or compiled for, which nobody waits for any more
 
             threading.Thread(target=watch, name="qrun parent", daemon=True).start()
         return await serve(application, sock, certificate=certificate, end=end, on_ready=ready)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from qrun.engine.text.tokenizer import Tokenizer
     from qrun.engine.text.tool_calls import ToolCall
     from qrun.formats import FormatError, QrunError
+    from qrun.models.catalog import known_models
     from qrun.models.download import pull
-    from qrun.models.store import NotPulled, PullError
+    from qrun.models.store import NotPulled, PullError, StoredModel, stored_models
 
 __version__ = "0.1.0"  # and in setup.cfg
 
@@ -50,10 +51,13 @@ __all__ = [
     "QrunError",
     "SamplingOptions",
     "Session",
+    "StoredModel",
     "Tokenizer",
     "ToolCall",
     "keep_newest",
+    "known_models",
     "pull",
+    "stored_models",
 ]
 
 # Imported when first asked for, so that nobody waits for what they do not use.
@@ -78,10 +82,13 @@ _MODULES = {
     "QrunError": "formats",
     "SamplingOptions": "engine.sampling.options",
     "Session": "engine.generation.session",
+    "StoredModel": "models.store",
     "Tokenizer": "engine.text.tokenizer",
     "ToolCall": "engine.text.tool_calls",
     "keep_newest": "engine.generation.options",
+    "known_models": "models.catalog",
     "pull": "models.download",
+    "stored_models": "models.store",
 }
 
 

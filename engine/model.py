@@ -194,7 +194,8 @@ class Model:
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         kernels: a folder that `qrun pack` made: machine code that is searched first, so that nothing is compiled.
-        progress: called with (done, total) while kernels are compiled, which happens once on each machine.
+        progress: called with (done, total) while kernels are compiled, which happens once on each machine; ten times
+            a second, or as each is done where they are compiled in this process. What it raises ends the loading.
         converting: called with (done, total), in bytes, while a folder is quantised.
         notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised, and about
             what is wrong with `cache_disk`; without it, that is a CacheWarning.

@@ -25,7 +25,7 @@ from qrun.models.store import NotPulled, StoredModel, find_stored, models_folder
 from qrun.models.support import architecture_problem
 
 __all__ = ["CATALOG", "DEFAULT_MODEL", "CatalogEntry", "HubEntry", "NotPulled", "WheelMember", "catalog_entry",
-           "catalog_names", "closest_names", "entry_of_file", "hub_catalog", "named_files", "resolve",
+           "catalog_names", "closest_names", "entry_of_file", "hub_catalog", "known_models", "named_files", "resolve",
            "stored_model"]  # fmt: skip
 
 
@@ -176,6 +176,16 @@ def hub_catalog() -> tuple[HubEntry, ...]:
     return tuple(_hub_entry(row) for row in rows)
 
 
+def known_models() -> tuple[CatalogEntry | HubEntry, ...]:
+    """The catalog: every model that `pull` fetches by a name of its own, in the catalog's order.
+
+    Of each, `name`, `description`, `licence`, `size` and `download_bytes` (bytes of the file and of the download, None
+    where that is not known), `parameters`, and `problem`, why it does not run here, or None. `stored()` is the path of
+    its file, or None while it is not in the store.
+    """
+    return (*CATALOG.values(), *hub_catalog())
+
+
 def _hub_entry(row: dict[str, Any]) -> HubEntry:
     return HubEntry(**row | {"tags": tuple(row.get("tags", ()))})
 
@@ -217,9 +227,8 @@ def closest_names(name: str) -> list[str]:
 
 def named_files() -> dict[Path, str]:
     """What files of the store are called in the catalog, by their paths."""
-    entries: list[CatalogEntry | HubEntry] = [*CATALOG.values(), *hub_catalog()]
     try:
-        return {path: entry.name for entry in entries if (path := entry.stored()) is not None}
+        return {path: entry.name for entry in known_models() if (path := entry.stored()) is not None}
     except OSError:  # no home, and so no store
         return {}
 

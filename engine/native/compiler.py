@@ -40,8 +40,8 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     """Machine code for `keys` (see `engine.kernels`), compiled first where packs and the cache lack it. While somebody
     holds it, others that need the same share it.
 
-    progress: called with (compiled so far, to be compiled), only if anything has to be compiled. What it raises ends
-    the compilation.
+    progress: called with (compiled so far, to be compiled), only if anything has to be compiled; again and again, so
+    that what it raises ends the compilation soon.
     """
     target = target or default_target()
     name = (target, frozenset(keys))
@@ -156,9 +156,11 @@ def _compile(missing: list[str], target: Target, cache: ObjectCache, progress: P
         require(key)
     progress(0, len(missing))
     with closing(compile_all(missing, target)) as results:
-        for key, code in results:
-            cache.write(key, code)
-            images[key] = code
+        for result in results:
+            if result is not None:
+                key, code = result
+                cache.write(key, code)
+                images[key] = code
             progress(len(images), len(missing))
     return images
 

@@ -29,6 +29,9 @@ from qrun.models.interpreter import clean_environment, in_background, interprete
 TRIES = 2
 """So often a kernel is begun whose worker dies, as one does that the system ends for want of memory."""
 
+TICK = 0.1
+"""Seconds."""
+
 # What a worker begins with. Its path is this process's: what an app has put there for itself counts, too.
 _BOOTSTRAP = """\
 import json, sys
@@ -41,8 +44,9 @@ serve(begin["target"], begin["parent"])
 """
 
 
-def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, bytes], None, None]:
-    """Each of `keys` with its image, as they are done. CompileError if one does not compile.
+def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, bytes] | None, None, None]:
+    """Each of `keys` with its image, as they are done. CompileError if one does not compile. None where nothing was
+    done for a tenth of a second, so that whoever waits can end it.
 
     Once it is exhausted or closed, no process is left.
     """
@@ -172,13 +176,14 @@ class _Pool:
         for thread in self._threads:
             thread.start()
 
-    def results(self) -> Iterator[tuple[str, bytes]]:
-        """What the workers have made. If none of them starts, keys stay in `waiting`."""
+    def results(self) -> Iterator[tuple[str, bytes] | None]:
+        """What the workers have made, as `compile_all` gives it. If none of them starts, keys stay in `waiting`."""
         feeding = len(self._threads)
         while feeding:
             try:
-                result = self._results.get(timeout=1)  # not for ever: on Windows Ctrl-C would wait as long
+                result = self._results.get(timeout=TICK)
             except queue.Empty:
+                yield None
                 continue
             if result is None:
                 feeding -= 1

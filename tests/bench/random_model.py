@@ -368,7 +368,15 @@ def constants(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np
     return (shape[-1] ** -0.5 * rng.standard_normal(shape)).astype(np.float32)
 
 
-def write(path: Path, mix: str, model: Description, seed: int = 1) -> None:
+def without_tokenizer(writer: GGUFWriter) -> None:
+    """Say that there is none."""
+    writer.set_metadata("tokenizer.ggml.model", "no_vocab", ValueType.STRING)
+
+
+def write(
+    path: Path, mix: str, model: Description, seed: int = 1,
+    set_tokenizer: Callable[[GGUFWriter], None] = without_tokenizer,
+) -> None:  # fmt: skip
     """Write the model. mix: "Q4_K_M", or the name of a TensorType."""
     rng = np.random.default_rng(seed)
     types = model.types(mix)
@@ -383,7 +391,7 @@ def write(path: Path, mix: str, model: Description, seed: int = 1) -> None:
                 writer.set_metadata(name, value, ValueType.BOOL)
             else:
                 writer.set_metadata(name, value, ValueType.FLOAT32 if isinstance(value, float) else ValueType.UINT32)
-        writer.set_metadata("tokenizer.ggml.model", "no_vocab", ValueType.STRING)
+        set_tokenizer(writer)
         for name, shape in model.tensors.items():
             writer.add_tensor(name, types[name], shape)
         for name, shape in model.tensors.items():

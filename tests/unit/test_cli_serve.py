@@ -81,8 +81,10 @@ def test_signals_end_it_in_the_middle_of_an_answer(tiny: Path) -> None:
 def test_models_that_are_wrong_end_it(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     for name in ("bad.gguf", "missing.gguf"):
-        with start(tmp_path / name, "--port", 0) as process:
-            out, err = process.communicate(timeout=20)
+        with start(tmp_path / name, "--port", 0, "--exit-with-stdin") as process:
+            assert process.stdout is not None and process.stderr is not None  # standard input stays open
+            out, err = process.stdout.read(), process.stderr.read()
+            process.wait(20)
             assert process.returncode == 1 and out == ""
             assert name in err and len(err.splitlines()) == 1
 

@@ -1,0 +1,218 @@
+"""What has been said: a bubble for each message, answers as the Markdown that they are, thoughts folded away."""
+
+from PySide6.QtCore import QEvent, QSize, Qt, QTimer, QUrl
+from PySide6.QtGui import (
+    QDesktopServices,
+    QFontDatabase,
+    QPalette,
+    QTextCursor,
+    QTextDocument,
+    QTextFormat,
+    QWheelEvent,
+)
+from PySide6.QtWidgets import (
+    QFrame,
+    QHBoxLayout,
+    QLabel,
+    QScrollArea,
+    QSizePolicy,
+    QTextBrowser,
+    QToolButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+REDRAWN_MS = 60
+"""An answer that grows is laid out anew so often, and not with every token."""
+
+
+class Markdown(QTextBrowser):
+    """A text as high as it is. What a model writes is not trusted: no HTML, and nothing is fetched or read for it."""
+
+    def __init__(self) -> None:
+        super().__init__(openLinks=False, frameShape=QFrame.Shape.NoFrame)
+        self._text = ""
+        self.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.viewport().setAutoFillBackground(False)
+        self.document().setDocumentMargin(0)
+        layout = self.document().documentLayout()
+        layout.documentSizeChanged.connect(lambda size: self.setFixedHeight(int(size.height()) + 2))
+        self.anchorClicked.connect(self._follow)
+
+    def show_text(self, text: str) -> None:
+        self._text = text
+        document = self.document()
+        document.setMarkdown(
+            text, QTextDocument.MarkdownFeature.MarkdownDialectGitHub | QTextDocument.MarkdownFeature.MarkdownNoHTML
+        )
+        self._shade_code(document)
+
+    def _shade_code(self, document: QTextDocument) -> None:
+        """Code stands on a ground of its own, in a font of fixed width."""
+        ground = self.palette().color(QPalette.ColorRole.AlternateBase)
+        family = QFontDatabase.systemFont(QFontDatabase.SystemFont.FixedFont).families()
+        block = document.begin()
+        while block.isValid():
+            if block.blockFormat().hasProperty(QTextFormat.Property.BlockCodeFence):
+                cursor = QTextCursor(block)
+                block_format, font = block.blockFormat(), block.charFormat()
+                block_format.setBackground(ground)
+                block_format.setNonBreakableLines(False)
+                cursor.setBlockFormat(block_format)
+                cursor.select(QTextCursor.SelectionType.BlockUnderCursor)
+                font.setFontFamilies(family)
+                cursor.mergeCharFormat(font)
+            block = block.next()
+
+    def loadResource(self, kind: int, name: QUrl) -> None:
+        """Pictures that an answer names stay out: they could be any file of this computer."""
+
+    def _follow(self, link: QUrl) -> None:
+        if link.scheme() in ("http", "https"):
+            QDesktopServices.openUrl(link)
+
+    def changeEvent(self, event: QEvent) -> None:
+        super().changeEvent(event)
+        if event.type() == QEvent.Type.PaletteChange and self._text:
+            self.show_text(self._text)
+
+    def wheelEvent(self, event: QWheelEvent) -> None:
+        event.ignore()  # the transcript is what scrolls
+
+
+class Bubble(QLabel):
+    """As wide as its lines, if there is room: a label that wraps asks for less."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.setObjectName("question")
+
+    def sizeHint(self) -> QSize:
+        width = max(self.fontMetrics().horizontalAdvance(line) for line in self.text().split("\n")) + 28
+        width = min(width, 560)
+        return QSize(width, self.heightForWidth(width))
+
+    def minimumSizeHint(self) -> QSize:
+        return QSize(60, 0)
+
+
+class Question(QWidget):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        row = QHBoxLayout(self)
+        row.setContentsMargins(60, 0, 0, 0)
+        row.addStretch(1)
+        row.addWidget(Bubble(text))
+
+
+class Answer(QWidget):
+    def __init__(self, text: str = "", thoughts: str = "", under_way: bool = False) -> None:
+        super().__init__()
+        self.text, self.thoughts = text, thoughts
+        self.fold = QToolButton(checkable=True, autoRaise=True, visible=False)
+        self.fold.setToolButtonStyle(Qt.ToolButtonStyle.ToolButtonTextBesideIcon)
+        self.fold.setArrowType(Qt.ArrowType.RightArrow)
+        self.fold.setIconSize(QSize(8, 8))
+        self.thought = QLabel(textFormat=Qt.TextFormat.PlainText, wordWrap=True, visible=False)
+        self.thought.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.thought.setObjectName("thought")
+        self.body = Markdown()
+        self.note = QLabel(visible=False)
+        self.note.setObjectName("note")
+        column = QVBoxLayout(self)
+        column.setContentsMargins(0, 0, 0, 0)
+        column.setSpacing(4)
+        for widget in (self.fold, self.thought, self.body, self.note):
+            column.addWidget(widget)
+        self.fold.toggled.connect(self._toggle)
+        self._under_way = under_way
+        self._timer = QTimer(self, singleShot=True, interval=REDRAWN_MS)
+        self._timer.timeout.connect(self._draw)
+        self._draw()
+
+    def add(self, channel: str, text: str) -> None:
+        if channel == "reasoning":
+            self.thoughts += text
+        elif channel == "content":
+            self.text += text
+        if not self._timer.isActive():
+            self._timer.start()
+
+    def finish(self, note: str) -> None:
+        self._under_way = False
+        self.note.setText(note)
+        self.note.setVisible(bool(note))
+        self._draw()
+
+    def _draw(self) -> None:
+        if thoughts := self.thoughts.strip():
+            self.fold.setText("Thinking …" if self._under_way and not self.text else "Thoughts")
+            self.fold.setVisible(True)
+            if self.fold.isChecked() or not self._under_way:
+                self.thought.setText(thoughts)
+        self.body.setVisible(bool(self.text))
+        if self.text:
+            self.body.show_text(self.text)
+
+    def _toggle(self, shown: bool) -> None:
+        self.fold.setArrowType(Qt.ArrowType.DownArrow if shown else Qt.ArrowType.RightArrow)
+        self.thought.setText(self.thoughts.strip())
+        self.thought.setVisible(shown)
+
+
+class Transcript(QScrollArea):
+    """All messages. It follows what is new, unless somebody has scrolled back to read."""
+
+    def __init__(self) -> None:
+        super().__init__(widgetResizable=True, frameShape=QFrame.Shape.NoFrame)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self._inside = QWidget()
+        self._column = QVBoxLayout(self._inside)
+        self._column.setContentsMargins(24, 20, 24, 12)
+        self._column.setSpacing(16)
+        self._column.addStretch(1)
+        self.setWidget(self._inside)
+        self._inside.setMinimumWidth(1)
+        self._inside.setBackgroundRole(QPalette.ColorRole.Base)
+        self.answer: Answer | None = None
+        """The newest."""
+        self._following = True
+        bar = self.verticalScrollBar()
+        bar.rangeChanged.connect(lambda low, high: bar.setValue(high) if self._following else None)
+        bar.valueChanged.connect(self._scrolled)
+
+    def show_messages(self, messages: list[dict[str, str]]) -> None:
+        """These, in the place of what is shown."""
+        while self._column.count() > 1:
+            widget = self._column.takeAt(0).widget()
+            if widget is not None:
+                widget.deleteLater()
+        self.answer = None
+        self._following = True
+        for message in messages:
+            if message["role"] == "user":
+                self._add(Question(message["content"]))
+            elif message["role"] == "assistant":
+                self._add(Answer(message["content"], message.get("reasoning_content", "")))
+
+    def begin(self, question: str) -> None:
+        """A question, and an answer that has yet to come."""
+        self._following = True
+        self._add(Question(question))
+        self.answer = Answer(under_way=True)
+        self._add(self.answer)
+
+    def take_back(self) -> None:
+        """The newest question and its answer go."""
+        for _ in range(2):
+            item = self._column.takeAt(self._column.count() - 2)
+            item.widget().deleteLater()
+        self.answer = None
+
+    def _add(self, widget: QWidget) -> None:
+        self._column.insertWidget(self._column.count() - 1, widget)
+
+    def _scrolled(self, value: int) -> None:
+        self._following = value >= self.verticalScrollBar().maximum() - 4
