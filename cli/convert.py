@@ -5,33 +5,19 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from qrun.cli.console import notice
-from qrun.cli.conversion import default_out, metadata_value, show_plan, show_result, write
+from qrun.cli.conversion import Size, default_out, metadata_value, show_plan, show_result, tensor_type, write
+from qrun.cli.convert_calibrated import Wishes, calibration_options, convert_calibrated
 from qrun.cli.options import LoraFile, ModelName, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType
     from qrun.models.adapter import Lora
-
-
-class Size(click.ParamType):
-    """A number of bytes: 500M, 2G."""
-
-    name = "SIZE"
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # noqa: RUF012 - never changed
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", value.strip().upper())
-        if not match or not (size := int(float(match[1]) * self.units[match[2]])):
-            self.fail(f"{value!r} is no size such as 500M or 2G", param, ctx)
-        return size
 
 
 @click.command()
@@ -50,6 +36,7 @@ class Size(click.ParamType):
 @click.option("--embedding-type", metavar="TYPE", help="The type of the token embedding.")
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
+@calibration_options
 @click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")
 @click.option("--merge-lora", "merged", type=LoraFile(), multiple=True,
               help="Merge a LoRA adapter into the weights before they are quantised; SCALE says how strongly (1: as it "
@@ -66,7 +53,8 @@ class Size(click.ParamType):
 @threads_option()
 def command(
     source: str, out: Path | None, type_name: str | None, pure: bool, overrides: tuple[str, ...],
-    output_type: str | None, embedding_type: str | None, imatrix: Path | None, allow_requantize: bool,
+    output_type: str | None, embedding_type: str | None, imatrix: Path | None, calibration: Wishes,
+    allow_requantize: bool,
     merged: tuple[Lora, ...], lora: bool, base: str | None, dry_run: bool, split_max_size: int | None,
     metadata: tuple[str, ...], threads: int | None,
 ) -> None:  # fmt: skip
@@ -79,12 +67,21 @@ def command(
     lost: the relative root mean square error of each tensor type, and with an importance matrix also that error with
     every weight counted by its importance, which is what is made as small as can be.
 
+    With --calibrate the importance of inputs is found first, from texts like those that the model will meet; some of
+    them are held out, and at the end stands what is lost on those. --bpw, --size and --fit choose the type of each
+    tensor: how much its errors matter is measured, and the types are those that lose least in so many bytes. What was
+    found lies in a folder beside OUT meanwhile, and a run that was broken off goes on from there.
+
     \b
     Examples:
       qrun convert model-f16.gguf --type q4_k_m
       qrun convert Qwen2.5-0.5B-Instruct --type q4_k_m
       qrun convert gpt-oss-20b
       qrun convert model-f16.gguf small.gguf --type iq2_m --imatrix imatrix.gguf
+      qrun convert model-f16.gguf --type q4_k_m --calibrate texts.txt --calibrate chats.jsonl
+      qrun convert model-f16.gguf --bpw 4.25 --calibrate texts.txt
+      qrun convert model-f16.gguf --size 4.5GB --calibrate texts.txt --dry-run
+      qrun convert model-f16.gguf --fit 8192 --calibrate texts.txt
       qrun convert model-f16.gguf --type q4_k_m --dry-run
       qrun convert model-f16.gguf --type q5_k_m --tensor-type "ffn_down=q6_k" --output-type q8_0
       qrun convert model-q8_0.gguf --type q4_k_m --allow-requantize
@@ -101,6 +98,7 @@ def command(
 
     if lora or is_peft(Path(source)):
         for given, name in ((merged, "--merge-lora"), (imatrix, "--imatrix"), (overrides, "--tensor-type"),
+                            (calibration.texts, "--calibrate"),
                             (output_type, "--output-type"), (embedding_type, "--embedding-type")):  # fmt: skip
             if given:
                 raise click.UsageError(f"{name} is for models, and SOURCE is an adapter.")
@@ -108,9 +106,10 @@ def command(
         return
     if base:
         raise click.UsageError("--base needs --lora.")
+    calibration.check(type_name, imatrix, split_max_size, (pure, overrides, output_type, embedding_type))
     path = locate(source)
-    keep = type_name is None and path.is_dir()
-    if type_name is None and not keep:
+    keep = type_name is None and path.is_dir() and not calibration.texts
+    if type_name is None and not keep and not calibration.sized:
         raise click.UsageError("Missing option '--type'.")
     choice = Choice(
         file_type_name(type_name or COPY), pure, tensor_type(output_type), tensor_type(embedding_type),
@@ -125,13 +124,19 @@ def command(
         for text in original.notices:
             notice(text)
         values = [metadata_value(text, opened) for text in metadata]
+        beside = path if Path(source).exists() else Path(path.name)  # not in the store
+        if calibration.texts:
+            convert_calibrated(
+                opened, path, out or beside, calibration, choice, values, allow_requantize=allow_requantize,
+                dry_run=dry_run, threads=threads, named=out is not None, merged=bool(merged),
+            )  # fmt: skip
+            return
         planned = plan(
             opened, choice, imatrix=importance, allow_requantize=allow_requantize, split_max_bytes=split_max_size
         )
         if dry_run:
             show_plan(planned)
         else:
-            beside = path if Path(source).exists() else Path(path.name)  # not in the store
             out = out or default_out(beside, kept_name(original) if keep else choice.file_type)
             show_result(planned, write(planned, out, threads, values))
 
@@ -141,20 +146,6 @@ def kept_name(source: Source) -> str:
     from qrun.engine.quantize.source import KEPT_TYPES
 
     return next(type.name for type in KEPT_TYPES if any(tensor.type == type for tensor in source.tensors.values()))
-
-
-def tensor_type(name: str | None) -> TensorType | None:
-    """A type of tensors by its name in any case. Raises ValueError if it cannot be written."""
-    from qrun.formats import TensorType
-    from qrun.formats.blocks import BLOCK_FORMATS
-
-    if name is None:
-        return None
-    found = TensorType.__members__.get(name.upper())
-    if found is None or found not in BLOCK_FORMATS or BLOCK_FORMATS[found].quantize is None:
-        known = ", ".join(type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize)
-        raise ValueError(f"{name!r} is no type of a tensor: it can be {known}")
-    return found
 
 
 def override(text: str) -> tuple[re.Pattern[str], TensorType]:

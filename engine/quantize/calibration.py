@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,3 +55,17 @@ def collect(runtime: Runtime, chunks: Chunks, progress: Progress | None = None) 
         if progress:
             progress(done, len(chunks), score)
     return collector.sums, score
+
+
+def observe(
+    runtime: Runtime, chunks: Chunks, progress: Callable[[int, int], None] | None = None
+) -> dict[str, InputSums]:
+    """The same without the score, which takes the head's time."""
+    collector = Collector(runtime)
+    for done, chunk in enumerate(chunks, 1):
+        with closing(runtime.sequence()) as sequence:
+            runtime.evaluate(sequence, chunk, logits="none")
+        collector.take()
+        if progress:
+            progress(done, len(chunks))
+    return collector.sums

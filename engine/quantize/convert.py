@@ -228,6 +228,12 @@ def convert(
     return result
 
 
+def file_bytes(plan: Plan, metadata: Metadata = ()) -> int:
+    """What the file of a plan that is not split will have, header and all."""
+    (writer,) = _writers(plan, [plan.source.path.with_name("never-written")], metadata)
+    return writer.n_bytes
+
+
 def _complete(writers: Sequence[GGUFWriter]) -> None:
     """Give all files their names, or none of them."""
     complete: list[Path] = []

@@ -150,7 +150,8 @@ class Facts:
 class Choice:
     """What the user asked for. overrides: patterns (regular expressions, found anywhere in a name) with their types.
 
-    keep: tensors of these types stay as they are.
+    keep: tensors of these types stay as they are. types: the type of every tensor by its name, chosen one by one; then
+    file_type is only what the file says of itself, and the rest does not matter.
     """
 
     file_type: str
@@ -159,6 +160,7 @@ class Choice:
     embedding: T | None = None
     overrides: Sequence[tuple[re.Pattern[str], T]] = ()
     keep: Collection[T] = ()
+    types: Mapping[str, T] | None = None
 
 
 def file_type_name(name: str) -> str:
@@ -203,6 +205,8 @@ def layer_of(name: str) -> int:
 
 def choose_types(tensors: Mapping[str, tuple[T, tuple[int, ...]]], facts: Facts, choice: Choice) -> dict[str, T]:
     """The type of each tensor. tensors: name -> (type it has, shape in NumPy's order)."""
+    if choice.types is not None:
+        return {name: choice.types[name] for name in tensors}
     if choice.file_type == COPY:
         return {name: type for name, (type, _) in tensors.items()}
     mix = _Mix(facts, choice, tensors)

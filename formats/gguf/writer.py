@@ -104,6 +104,13 @@ class GGUFWriter:
         n_bytes = prod(shape) // block_size * block_bytes
         self._tensors[name] = _Tensor(name, type, tuple(shape), n_bytes, offset)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the whole file, as far as it is described."""
+        last = next(reversed(self._tensors.values()), None)
+        data = align(last.offset + last.n_bytes, self.alignment) if last else 0
+        return align(len(self._header()), self.alignment) + data
+
     def write_tensor(self, name: str, data: Any) -> None:
         """Append bytes to a tensor: a contiguous array or anything else with a buffer, all of the tensor or a part.
 

@@ -1,0 +1,275 @@
+"""The part of `qrun convert` that calibrates: importance from one's own texts, and a mix for a size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
+from qrun.cli.conversion import Size, default_out, show_plan, show_result, tensor_type, write
+from qrun.cli.options import Names
+
+if TYPE_CHECKING:
+    from qrun.engine.judging.divergence import Divergence
+    from qrun.engine.judging.scoring import Chunks
+    from qrun.engine.quantize.calibrated import Calibration
+    from qrun.engine.quantize.convert import Metadata, Plan
+    from qrun.engine.quantize.imatrix import Imatrix
+    from qrun.engine.quantize.mixes import Choice
+    from qrun.engine.quantize.samples import Samples
+    from qrun.engine.quantize.source import Source
+    from qrun.formats import TensorType
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for: texts, how they are cut, and a size in one of three ways."""
+
+    texts: tuple[Path, ...]
+    samples: int
+    length: int
+    seed: int
+    bits_per_weight: float | None
+    size: int | None
+    fit: int | None
+    candidates: tuple[str, ...] | None
+    keep: Path | None
+
+    @property
+    def sized(self) -> bool:
+        """Is a size given, instead of a type?"""
+        return any(value is not None for value in (self.bits_per_weight, self.size, self.fit))
+
+    def check(
+        self, type_name: str | None, imatrix: Path | None, split: int | None, recipe: Sequence[object]
+    ) -> None:
+        """Raises click.UsageError for what does not go together."""
+        sizes = {"--bpw": self.bits_per_weight, "--size": self.size, "--fit": self.fit}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise click.UsageError(f"{' and '.join(given)} do not go together.")
+        if given and not self.texts:
+            raise click.UsageError(f"{given[0]} needs --calibrate: a text by which tensors are measured.")
+        if given and (type_name or split or any(recipe)):
+            raise click.UsageError(f"{given[0]} chooses the types itself, of a file that is not split.")
+        if self.texts and imatrix:
+            raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
+        if self.candidates is not None and not given:
+            raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
+        if self.keep and not self.texts:
+            raise click.UsageError("--measures goes with --calibrate.")
+
+
+def calibration_options(function: Command) -> Command:
+    """Adds --calibrate and what goes with it; the command gets all of it as `calibration`."""
+
+    @functools.wraps(function)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        names = ("texts", "samples", "length", "seed", "bits_per_weight", "size", "fit", "candidates", "keep")
+        return function(*args, calibration=Wishes(**{name: kwargs.pop(name) for name in names}), **kwargs)
+
+    command: Any = gather
+    for option in reversed((
+        click.option("--calibrate", "texts", type=click.Path(path_type=Path), multiple=True, metavar="TEXT",
+                     help="Find the importance of inputs from this text: plain, or JSON lines with \"text\" or "
+                          "\"messages\" (.jsonl). May be given several times."),
+        click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True, metavar="N",
+                     help="Samples of the texts to calibrate by; an eighth as many are held out, to judge by."),
+        click.option("--length", type=click.IntRange(min=16), default=512, show_default=True, metavar="TOKENS",
+                     help="Tokens in a sample."),
+        click.option("--seed", type=int, default=1, show_default=True, help="Which samples are taken."),
+        click.option("--bpw", "bits_per_weight", type=click.FloatRange(min=0, min_open=True), metavar="BITS",
+                     help="Choose the type of each tensor: what loses least with so many bits for a weight, on "
+                          "average."),
+        click.option("--size", type=Size(), help="The same for a file of this size at most."),
+        click.option("--fit", type=click.IntRange(min=1), metavar="TOKENS",
+                     help="The same for the memory that this machine has free, with a context of so many tokens."),
+        click.option("--candidates", type=Names(), show_default="K types, legacy types, IQ4_NL and IQ4_XS; those of "
+                     "less than four bits too where the size asks for them",
+                     help="The types of tensors to choose from."),
+        click.option("--measures", "keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+                     help="Keep what was found of the model in this folder, for other sizes and types.",
+                     show_default="a folder beside OUT, until that is complete"),
+    )):  # fmt: skip
+        command = option(command)
+    result: Command = command
+    return result
+
+
+def convert_calibrated(
+    source: Source, path: Path, out: Path, wishes: Wishes, choice: Choice, values: Metadata, *,
+    allow_requantize: bool, dry_run: bool, threads: int | None, named: bool, merged: bool,
+) -> None:  # fmt: skip
+    """Calibrates, converts, and judges. path: of the source. out: the result, or if it was not `named` the source,
+    beside which it is to lie. merged: whether the source is more than what lies at `path`."""
+    from qrun.engine.quantize.calibrated import Calibration, check_not_quantised, nearest_mix
+    from qrun.engine.quantize.convert import plan
+
+    check_not_quantised(source, allow_requantize)
+    if not named:
+        out = default_out(out, f"{label(wishes)}" if wishes.sized else choice.file_type)
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
+    samples = read(path, source, wishes, threads)
+    say_samples(samples)
+    with ExitStack() as bars:
+        calibration = Calibration(
+            source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
+            stage=lambda name: stage_bar(bars, name), compiling=CompileProgress(), notice=notice,
+        )  # fmt: skip
+        calibration.prepare()
+        imatrix = calibration.imatrix()
+        if wishes.sized:
+            budget = budget_of(wishes, source, calibration, imatrix, values)
+            types = candidates(wishes, 8 * budget / max(1, weights(source)))
+            choice = calibration.mix(imatrix, budget, types, values)
+    planned = plan(source, choice, imatrix=imatrix, allow_requantize=allow_requantize)
+    if dry_run:
+        show_plan(planned)
+        return
+    result = write(planned, out, threads, values, label(wishes) if wishes.sized else None)
+    other = nearest_mix(source, imatrix, planned.n_bytes, allow_requantize) if wishes.sized else None
+    judged = judge(path, out, samples.held_out, planned, other, calibration, threads, merged)
+    if not wishes.keep:
+        calibration.clean()
+    show_result(planned, result)
+    for line in judged:
+        echo(line)
+
+
+def label(wishes: Wishes) -> str:
+    """What a result is called by its size."""
+    if wishes.bits_per_weight is not None:
+        return f"{wishes.bits_per_weight:g}bpw"
+    return f"{human_bytes(wishes.size).replace(' ', '')}" if wishes.size is not None else f"fit{wishes.fit}"
+
+
+def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Samples:
+    """The samples, by the model's own tokenizer and template."""
+    from qrun.cli.loading import find_original
+    from qrun.engine import Tokenizer
+    from qrun.engine.quantize.samples import read_samples
+    from qrun.engine.text.chat_template import ChatTemplate
+    from qrun.formats import GGUFReader
+
+    with GGUFReader(find_original(str(path))) as reader:
+        tokenizer = Tokenizer.load(reader)
+        template = ChatTemplate.from_reader(reader, tokenizer, tokenizer.special_spellings)
+        return read_samples(
+            wishes.texts, tokenizer, template, length=wishes.length, limit=wishes.samples, seed=wishes.seed
+        )
+
+
+def say_samples(samples: Samples) -> None:
+    """How much text there is, and what of it is not used."""
+    taken, held_out = samples.taken, samples.held_out
+    notice(f"calibrating by {len(taken)} samples of {taken.size} tokens; {len(held_out)} are held out to judge by")
+    if samples.repeated:
+        notice(f"{samples.repeated} samples repeat others, and were left out")
+
+
+def stage_bar(bars: ExitStack, name: str) -> Callable[[int, int], None]:
+    """A bar for a stage, which takes the place of the one before."""
+    bars.close()
+    update = bars.enter_context(step_bar(name))
+    return lambda done, total: update(done, total)
+
+
+def weights(source: Source) -> int:
+    """How many weights a model has."""
+    from math import prod
+
+    return sum(prod(tensor.shape) for tensor in source.tensors.values())
+
+
+def budget_of(wishes: Wishes, source: Source, calibration: Calibration, imatrix: Imatrix, values: Metadata) -> int:
+    """Bytes of the whole file. Bits are those of the tensors alone: the header comes on top."""
+    from qrun.engine.quantize.convert import file_bytes, plan
+    from qrun.engine.quantize.mixes import Choice
+
+    if wishes.size is not None:
+        return wishes.size
+    if wishes.fit is not None:
+        return room_for_file(calibration, wishes.fit)
+    assert wishes.bits_per_weight is not None
+    planned = plan(source, Choice("Q8_0", pure=True), imatrix=imatrix, allow_requantize=True)
+    header = file_bytes(planned, values) - planned.n_bytes
+    return int(wishes.bits_per_weight * planned.n_weights / 8) + header
+
+
+def room_for_file(calibration: Calibration, context: int) -> int:
+    """What is left of this machine's free memory for a file, beside keys, values and all else. ValueError if nothing
+    is."""
+    from qrun.engine.native.machine import MemoryNeed, memory
+    from qrun.engine.program.kv_cache import context_bytes
+    from qrun.formats import GGUFReader
+    from qrun.models import build_graph
+
+    with GGUFReader(calibration.working) as reader:
+        graph = build_graph(reader, context)
+        cache = context_bytes(graph, "f16", context)
+    room = memory().room
+    if room is None:
+        raise ValueError("this system does not say how much memory is free: give --size instead of --fit")
+    left = room - MemoryNeed(0, cache).total
+    if left <= 0:
+        raise ValueError(
+            f"{human_bytes(room)} of memory are free, and a context of {context} tokens takes {human_bytes(cache)}"
+        )
+    notice(f"{human_bytes(left)} for the file: {human_bytes(room)} of memory are free, the cache takes "
+           f"{human_bytes(cache)}")  # fmt: skip
+    return left
+
+
+def candidates(wishes: Wishes, bits_per_weight: float) -> list[TensorType]:
+    """The types to choose from; those of few bits, which take longer to run, where they are needed."""
+    from qrun.engine.quantize.sensitivity import CANDIDATES, LOW_BITS, LOW_CANDIDATES
+
+    if wishes.candidates is not None:
+        found = [tensor_type(name) for name in wishes.candidates]
+        return [type for type in found if type is not None]
+    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+
+
+def judge(
+    path: Path, out: Path, text: Chunks, planned: Plan, other: Plan | None, calibration: Calibration,
+    threads: int | None, merged: bool,
+) -> list[str]:  # fmt: skip
+    """Lines on what is lost on the samples that were held out, and what the named mix of that size would have lost."""
+    from qrun.cli.compare import score_against, write_logits
+    from qrun.cli.loading import find_original
+
+    reference = calibration.working if merged else find_original(str(path))
+    with open(calibration.folder / "logits", "w+b") as logits:
+        score = write_logits(reference, text, logits, threads, "f16")
+        rows: list[tuple[str, int, Divergence]] = []
+        rows.append((out.name, planned.n_bytes, score_against(out, text, logits, out.name, threads, "f16")))
+        if other is not None:
+            name = other.choice.file_type
+            beside = calibration.folder / "named.gguf"
+            write(other, beside, threads, (), name)
+            rows.append((name, other.n_bytes, score_against(beside, text, logits, name, threads, "f16")))
+    return table(rows, score.perplexity.value, score.count)
+
+
+def table(rows: Sequence[tuple[str, int, Divergence]], source_perplexity: float, n_tokens: int) -> list[str]:
+    """A line for each model, and one for what was measured."""
+    from qrun.cli.perplexity import percent, plus_minus
+
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':{width}}  {'size':>8}  {'KL divergence':>19}  {'same top token':>15}  {'perplexity':>18}"]
+    for name, n_bytes, divergence in rows:
+        lines.append(
+            f"{name:{width}}  {human_bytes(n_bytes):>8}  {plus_minus(divergence.mean_kl, 5):>19}  "
+            f"{percent(divergence.agreement, 2):>15}  {plus_minus(divergence.model.perplexity, 3):>18}"
+        )
+    lines.append(f"on {n_tokens} tokens that were held out; perplexity of the source {source_perplexity:.3f}")
+    return lines

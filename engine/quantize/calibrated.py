@@ -1,0 +1,242 @@
+"""Converting a model by what texts show of it: importance, and a mix whose types lose least at a size.
+
+What is found on the way is kept in a folder beside the result until that is complete: the model in Q8_0, by which all
+is measured, the importance matrix, and what each tensor's errors do. A run that was broken off goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qrun.engine.native.compiler import Progress as Compiling
+from qrun.engine.native.cpu_count import available_cores
+from qrun.engine.program.runtime import Runtime
+from qrun.engine.quantize import sensitivity
+from qrun.engine.quantize.allocation import Option, TooSmall, allocate
+from qrun.engine.quantize.calibration import observe
+from qrun.engine.quantize.convert import Metadata, Plan, convert, file_bytes, plan
+from qrun.engine.quantize.encoder import Encoder
+from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
+from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts
+from qrun.engine.quantize.samples import Samples
+from qrun.engine.quantize.source import Source
+from qrun.formats import GGUFReader, TensorType
+from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
+from qrun.formats.samples import samples as file_samples
+from qrun.models import build_graph
+
+# Samples by which slopes are measured, at most: each of some seventy probes reads them all.
+PROBE_SAMPLES = 4
+WORKING_TYPE = "Q8_0"
+# All that lies in the folder.
+FILES = ("key", "working.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
+
+Stage = Callable[[str], "Reporter"]
+Reporter = Callable[[int, int], None]
+
+
+def silent(stage: str) -> Reporter:
+    """Reports nothing."""
+    return lambda done, total: None
+
+
+def check_not_quantised(source: Source, allow_requantize: bool) -> None:
+    """Raises ValueError, naming a tensor, if the source is quantised already and that is not allowed."""
+    for name in sensitivity.quantised_names(source):
+        type = source.tensors[name].type
+        if type not in FLOATS and not allow_requantize:
+            raise ValueError(
+                f"{source.path}: {name} is quantised already ({type.name}), and quantising again loses more; "
+                "calibrate the original, or allow it with --allow-requantize"
+            )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where it is done, and with what. stage(name) gives a function that is told how far that stage is."""
+
+    source: Source
+    samples: Samples
+    folder: Path
+    threads: int | None = None
+    allow_requantize: bool = False
+    stage: Stage = silent
+    compiling: Compiling | None = None
+    notice: Callable[[str], None] = lambda text: None
+
+    @classmethod
+    def folder_for(cls, out: Path) -> Path:
+        """Where the work on a result lies until that is complete."""
+        return out.with_name(f".{out.name}.calibration")
+
+    @property
+    def key(self) -> str:
+        """Of all that is measured: the source and the texts."""
+        digest = hashlib.sha256(self.samples.digest.encode())
+        for file in self.source.files:
+            for part in file_samples(file):
+                digest.update(part)
+        return digest.hexdigest()[:16]
+
+    def prepare(self) -> None:
+        """The folder, with what an earlier run on the same left there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = self.folder / "key"
+        if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            mark.write_text(self.key)
+
+    def clean(self) -> None:
+        """Once the result is complete."""
+        for name in FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something of somebody else's is there
+            self.folder.rmdir()
+
+    @property
+    def working(self) -> Path:
+        """The model in Q8_0, made if it is not there."""
+        path = self.folder / "working.gguf"
+        if not path.is_file():
+            planned = plan(self.source, Choice(WORKING_TYPE, pure=True), allow_requantize=True)
+            report = self.stage("preparing")
+            convert(planned, path, threads=self.threads, progress=report, compiling=self.compiling)
+        return path
+
+    @contextmanager
+    def runtime(self, path: Path, *, observing: bool = False) -> Iterator[tuple[Runtime, GGUFReader]]:
+        """A model at work, on samples."""
+        with GGUFReader(path) as reader:
+            graph = build_graph(reader, self.samples.taken.size)
+            runtime = Runtime(
+                graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
+                observe=observing,
+            )  # fmt: skip
+            try:
+                yield runtime, reader
+            finally:
+                runtime.close()
+
+    def imatrix(self) -> Imatrix:
+        """The importance of inputs on the samples that were taken. ValueError if inputs are not finite numbers."""
+        path = self.folder / "imatrix.gguf"
+        if not path.is_file():
+            taken = self.samples.taken
+            with self.runtime(self.working, observing=True) as (runtime, _):
+                sums = observe(runtime, taken, self.stage("importance"))
+            write_imatrix(path, sums, dataset=", ".join(self.samples.names), chunks=len(taken), chunk_size=taken.size)
+            if unused := unused_experts(sums):
+                self.notice(f"{unused} of the experts' matrices were never used: rounded as if all inputs were alike")
+        return read_imatrix(path)
+
+    def slopes(self, imatrix: Imatrix) -> dict[str, float]:
+        """What errors of each tensor do: KL for each unit (see `sensitivity`)."""
+        journal = sensitivity.Journal(self.folder / "slopes", self.key)
+        groups = sensitivity.groups(self.source, Facts.of(self.source.metadata, True).n_layers)
+        if all(name in journal.found for names in groups for name in names):
+            return journal.found
+        taken = self.samples.taken
+        few = type(taken)(taken.tokens, taken.size, min(PROBE_SAMPLES, len(taken)), taken.bos)
+        report = self.stage("sensitivity")
+        # A run that was killed may have left a tensor rounded.
+        with self._fresh_working(), self.runtime(self.working) as (runtime, reader):
+            predictions = sensitivity.Predictions(runtime, few)
+            rows = {self.source.tensors[name].row for names in groups for name in names}
+            types = {sensitivity.probe_type(row) for row in rows} | {info.type for info in reader.tensors.values()}
+            encoder = Encoder(types, progress=self.compiling)
+            prober = sensitivity.Prober(self.source, imatrix, self.working, reader, predictions, encoder)
+            for done, names in enumerate(groups):
+                report(done, len(groups))
+                if not all(name in journal.found for name in names):
+                    slope = prober.slope(names)
+                    for name in names:
+                        journal.add(name, slope)
+            report(len(groups), len(groups))
+        return journal.found
+
+    @contextmanager
+    def _fresh_working(self) -> Iterator[None]:
+        mark = self.folder / "probing"
+        if mark.exists():
+            (self.folder / "working.gguf").unlink(missing_ok=True)
+        _ = self.working
+        mark.touch()
+        yield
+        mark.unlink()
+
+    def mix(
+        self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
+    ) -> Choice:
+        """The types that lose least in a file of so many bytes. Raises ValueError if no file is as small."""
+        errors = self._errors(imatrix, types)
+        kept = {name: tensor.type for name, tensor in self.source.tensors.items() if name not in errors}
+        # The header says the types, in as many bytes whichever they are.
+        first = {name: options[0] for name, options in errors.items()}
+        rest = self._bytes_of(kept, first, imatrix, metadata)
+        rest -= sum(option.n_bytes for option in first.values())
+        try:
+            allocate(errors, n_bytes - rest)
+        except TooSmall as error:
+            raise ValueError(
+                f"{self.source.path}: with these types the smallest file has {error.least + rest} bytes, "
+                f"and {n_bytes} are asked for"
+            ) from None
+        slopes = self.slopes(imatrix)
+        losses = {
+            name: [replace(option, loss=slopes[name] * option.loss) for option in options]
+            for name, options in errors.items()
+        }
+        return _as_choice(kept, allocate(losses, n_bytes - rest))
+
+    def _errors(self, imatrix: Imatrix, types: Sequence[TensorType]) -> dict[str, list[Option]]:
+        """What each tensor can be, with its error in the place of the loss. Tensors begin at multiples of the file's
+        alignment, so that their bytes are counted up to there."""
+        alignment = self.source.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+        encoder = Encoder(types, progress=self.compiling)
+        names = sensitivity.quantised_names(self.source)
+        report = self.stage("types")
+        result: dict[str, list[Option]] = {}
+        for done, name in enumerate(names):
+            report(done, len(names))
+            tensor = self.source.tensors[name]
+            importance = imatrix.importance(name, tensor.shape)
+            found = sensitivity.options(tensor, importance, sensitivity.allowed(name, types), encoder)
+            if not found:
+                found = [Option(TensorType.F16, 2 * tensor.n_rows * tensor.row, 0.0)]
+            result[name] = [replace(option, n_bytes=align(option.n_bytes, alignment)) for option in found]
+        report(len(names), len(names))
+        return result
+
+    def _bytes_of(
+        self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
+    ) -> int:
+        return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
+
+
+def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:
+    """The file says that it is of the type that most of its bytes are of."""
+    types = dict(kept) | {name: option.type for name, option in chosen.items()}
+    sizes: dict[TensorType, int] = {}
+    for option in chosen.values():
+        sizes[option.type] = sizes.get(option.type, 0) + option.n_bytes
+    most = max(sizes, key=lambda type: (sizes[type], type)) if sizes else TensorType.F16
+    names = [name for name, (base, _) in FILE_TYPES.items() if base == most]
+    return Choice(names[0] if names else "F16", types=types)
+
+
+def nearest_mix(source: Source, imatrix: Imatrix, n_bytes: int, allow_requantize: bool) -> Plan | None:
+    """The plan of the largest named mix that takes no more bytes: what a result is measured against."""
+    best: Plan | None = None
+    for name in FILE_TYPES:
+        try:
+            planned = plan(source, Choice(name), imatrix=imatrix, allow_requantize=allow_requantize)
+        except ValueError:  # it needs importance where there is none
+            continue
+        if planned.n_bytes <= n_bytes and (best is None or planned.n_bytes > best.n_bytes):
+            best = planned
+    return best

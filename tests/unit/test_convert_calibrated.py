@@ -1,0 +1,258 @@
+"""`qrun convert --calibrate`: importance and mixes from one's own texts, on small models of random weights."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import write_tiny_model
+
+from qrun.cli import main
+from qrun.engine import Tokenizer
+from qrun.engine.quantize.convert import convert, plan
+from qrun.engine.quantize.mixes import Choice
+from qrun.engine.quantize.samples import read_samples
+from qrun.engine.quantize.source import open_source
+from qrun.engine.text.chat_template import ChatTemplate
+from qrun.formats import GGUFReader, GGUFWriter, TensorType
+
+LENGTH = 32
+WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
+
+
+def prose(n_words: int, seed: int = 3) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, n_words))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    write_tiny_model(folder / "model.gguf")
+    write_tiny_model(folder / "experts.gguf", architecture="qwen3moe-moe", experts=5)
+    (folder / "text.txt").write_text(prose(120))
+    return folder
+
+
+def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main.main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+SIZED = ("--candidates", "q4_0,q5_0,q8_0")  # few kernels to compile
+
+
+def calibrating(folder: Path, model: str, out: Path, *more: object) -> tuple[object, ...]:
+    return ("convert", folder / f"{model}.gguf", out, "--calibrate", folder / "text.txt", "--samples", 4, "--length",
+            LENGTH, "-t", 2, *more)  # fmt: skip
+
+
+# A type that is named
+
+
+@pytest.mark.parametrize("model", ["model", "experts"])
+def test_a_calibrated_file_is_what_an_importance_matrix_of_the_samples_gives(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    status, text, errors = run(*calibrating(folder, model, out, "--type", "q4_0"), capsys=capsys)
+    assert status == 0, errors
+    assert "4 samples of 32 tokens; 2 are held out" in errors
+    assert "by importance" in text and "that were held out" in text
+    assert not list(tmp_path.glob(".*"))
+    with GGUFReader(out) as reader:
+        assert reader.metadata["quantize.imatrix.dataset"] == "text.txt"
+        assert TensorType.Q4_0 in {tensor.type for tensor in reader.tensors.values()}
+
+
+def test_the_same_on_any_number_of_threads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for threads in (1, 2):
+        out = tmp_path / f"{threads}" / "out.gguf"
+        out.parent.mkdir()
+        arguments = calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "-t", threads)
+        assert run(*arguments, capsys=capsys)[0] == 0
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
+# A size
+
+
+@pytest.mark.parametrize("model", ["model", "experts"])
+def test_a_file_has_no_more_bytes_than_are_asked_for(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {}
+    for name in ("q4_0", "q8_0"):
+        with closing(open_source(folder / f"{model}.gguf")) as source:
+            convert(plan(source, Choice(name.upper())), tmp_path / f"{name}.gguf")
+        sizes[name] = (tmp_path / f"{name}.gguf").stat().st_size
+    size = (sizes["q4_0"] + sizes["q8_0"]) // 2
+    out = tmp_path / "out.gguf"
+    status, text, errors = run(*calibrating(folder, model, out, "--size", size, *SIZED), capsys=capsys)
+    assert status == 0, errors
+    assert 0.9 * size < out.stat().st_size <= size
+    assert "KL divergence" in text
+    with GGUFReader(out) as reader:
+        types = {tensor.type for tensor in reader.tensors.values() if len(tensor.shape) > 1}
+    assert len(types) > 1  # a mix
+
+
+def test_bits_of_a_weight_are_those_of_the_tensors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    with GGUFReader(out) as reader:
+        n_bytes = sum(tensor.n_bytes for tensor in reader.tensors.values())
+        n_weights = sum(int(np.prod(tensor.shape)) for tensor in reader.tensors.values())
+    assert 5.0 < 8 * n_bytes / n_weights <= 5.5
+
+
+def test_a_dry_run_shows_the_choice_and_leaves_what_was_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    status, text, _ = run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "--dry-run"), capsys=capsys)
+    assert status == 0 and "blk.0.ffn_down.weight" in text
+    assert not out.exists() and (tmp_path / ".out.gguf.calibration" / "slopes").is_file()
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    assert run(*calibrating(folder, "model", whole, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "--dry-run"), capsys=capsys)
+    work = tmp_path / ".out.gguf.calibration"
+    slopes = (work / "slopes").read_text().splitlines(keepends=True)
+    # It stopped within a line, with a tensor rounded.
+    (work / "slopes").write_text("".join(slopes[:5]) + slopes[5][:20])
+    (work / "probing").touch()
+    working = bytearray((work / "working.gguf").read_bytes())
+    working[-5000:-4000] = bytes(1000)
+    (work / "working.gguf").write_bytes(working)
+    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bpw", "4", "--size", "1M"), "--bpw and --size do not go together"),
+        (("--bpw", "4", "--type", "q4_0"), "chooses the types itself"),
+        (("--type", "q4_0", "--imatrix", "x.gguf"), "does not go with --imatrix"),
+        (("--type", "q4_0", "--candidates", "q4_0"), "--candidates goes with"),
+        (("--size", "1k", *SIZED), "the smallest file has"),
+        (("--bpw", "5", "--candidates", "q9_9"), "is no type of a tensor"),
+        (("--fit", "100000000000", *SIZED), "a context of 100000000000 tokens"),
+    ],
+)
+def test_what_does_not_go_together_is_said_at_once(
+    arguments: tuple[str, ...], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, errors = run(*calibrating(folder, "model", tmp_path / "out.gguf", *arguments), capsys=capsys)
+    assert status != 0 and message in " ".join(errors.split())
+    assert not (tmp_path / "out.gguf").exists()
+    assert not list(tmp_path.glob(".*/slopes"))
+
+
+def test_a_size_needs_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, errors = run("convert", folder / "model.gguf", "--bpw", "4", capsys=capsys)
+    assert status != 0 and "--bpw needs --calibrate" in errors
+
+
+def test_a_source_that_is_quantised_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", folder / "model.gguf", tmp_path / "q.gguf", "--type", "q8_0", capsys=capsys)[0] == 0
+    arguments = ("convert", tmp_path / "q.gguf", tmp_path / "out.gguf", "--type", "q4_0", "--calibrate",
+                 folder / "text.txt", "--length", LENGTH)  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status != 0 and "is quantised already" in errors and "--allow-requantize" in errors
+    assert run(*arguments, "--allow-requantize", capsys=capsys)[0] == 0
+
+
+def test_inputs_that_are_no_numbers_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(broken, reader) as writer:
+        arrays = {name: tensor.dequantize() for name, tensor in reader.tensors.items()}
+        arrays["blk.1.attn_norm.weight"] = arrays["blk.1.attn_norm.weight"] * np.float32(np.nan)
+        for name, array in arrays.items():
+            writer.add_tensor(name, TensorType.F32, array.shape)
+        for name, array in arrays.items():
+            writer.write_tensor(name, array)
+    arguments = ("convert", broken, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--length", LENGTH, "--samples", 4)  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status != 0 and "blk.1.attn" in errors and "not finite" in errors
+    assert not (tmp_path / "out.gguf").exists()
+
+
+# Texts
+
+
+def read(folder: Path, *paths: Path, length: int = LENGTH, limit: int = 100, seed: int = 1):  # type: ignore[no-untyped-def]
+    with GGUFReader(folder / "model.gguf") as reader:
+        tokenizer = Tokenizer.load(reader)
+        template = ChatTemplate.from_reader(reader, tokenizer)
+        return tokenizer, read_samples(paths, tokenizer, template, length=length, limit=limit, seed=seed)
+
+
+def test_no_sample_is_both_calibrated_and_judged_by(folder: Path) -> None:
+    tokenizer, samples = read(folder, folder / "text.txt")
+    taken, held_out = {tuple(chunk) for chunk in samples.taken}, {tuple(chunk) for chunk in samples.held_out}
+    assert len(held_out) >= 2 and not taken & held_out and samples.repeated == 0
+    assert len(taken) + len(held_out) == len(tokenizer.encode(prose(120), add_special=False)) // LENGTH
+
+
+def test_samples_that_repeat_count_once(folder: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.txt"
+    twice.write_text((folder / "text.txt").read_text())
+    _, once = read(folder, folder / "text.txt")
+    _, samples = read(folder, folder / "text.txt", twice)
+    assert samples.repeated == len(once.taken) + len(once.held_out)
+    assert samples.taken.tokens == once.taken.tokens
+
+
+def test_lines_of_json_have_texts_or_messages(folder: Path, tmp_path: Path) -> None:
+    lines = [{"text": prose(40)}, {"messages": [{"role": "user", "content": prose(40, 4)},
+                                                {"role": "assistant", "content": prose(40, 5)}]}]  # fmt: skip
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    tokenizer, samples = read(folder, path)
+    joined = [tokenizer.decode(chunk) for chunk in (*samples.taken, *samples.held_out)]
+    assert any("User:" in text for text in joined) and any("Assistant:" in text for text in joined)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.txt", b"too little", "different samples of 32"),
+        ("same.txt", b"abcdefgh" * 400, "that repeat them"),
+        ("bytes.txt", b"\xff\xfe\x00", "no UTF-8 text"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2: it is no JSON"),
+        ("other.jsonl", b'{"prompt": "a"}', 'line 1: it has neither a "text" nor "messages"'),
+        ("chat.jsonl", b'{"messages": [{"role": 7}]}', "line 1: "),
+        ("list.jsonl", b"[1]", "line 1: it has neither"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_named(
+    name: str, content: bytes, message: str, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(folder, path)
+    assert str(path) in str(caught.value)
