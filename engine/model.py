@@ -211,95 +211,73 @@ class Model:
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        from qrun.engine.native.packs import using
-
-        with using(kernels):
-            return cls._load(
-                source, threads, context, cache_type, batch, cache_bytes, loras, type, draft, progress, converting,
-                notice,
-            )  # fmt: skip
-
-    @classmethod
-    def _load(
-        cls,
-        source: str | os.PathLike[str],
-        threads: int | None,
-        context: int | None,
-        cache_type: str,
-        batch: int,
-        cache_bytes: int | None,
-        loras: "Iterable[LoraLike]",
-        type: str | None,
-        draft: str | os.PathLike[str] | None,
-        progress: Callable[[int, int], None] | None,
-        converting: Callable[[int, int], None] | None,
-        notice: Callable[[str], None] | None,
-    ) -> Self:
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
+        from qrun.engine.native.packs import using
         from qrun.engine.program.runtime import Runtime
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
         from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, check_switchable, open_adapters
 
-        path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
-        wanted = [Lora.of(lora) for lora in loras]
-        switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
-        reader = GGUFReader(path)
-        try:
-            with open_adapters(wanted) as opened:
-                graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
-            if draft is not None and not graph.causal:
-                raise ValueError(f"{path}: a draft is for models that write one token after the other")
-            layers: list[Graph] = []
-            if draft == DRAFT_LAYERS:
-                graph, layers = build_drafts(reader, graph)
-            tokenizer: Tokenizer | None = None
-            problem = None
+        with using(kernels):
+            path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
+            wanted = [Lora.of(lora) for lora in loras]
+            switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
+            reader = GGUFReader(path)
             try:
-                tokenizer = Tokenizer.load(reader)
-            except FormatError as error:
-                problem = str(error)
-            with open_adapters(switched.values()) as opened_by_name:
-                for adapter in opened_by_name:
-                    check_switchable(graph, adapter)
-                    if adapter.notice and notice:
-                        notice(adapter.notice)
-                runtime = Runtime(
-                    graph,
-                    threads=threads or available_cores(),
-                    context=graph.context,
-                    cache_type=cache_type,
-                    batch=batch,
-                    progress=progress,
-                    adapters=opened_by_name,
-                )
-        except BaseException:
-            reader.close()
-            raise
-        try:
-            drafting = None
-            if layers:
-                drafting = load_draft_layers(layers, runtime, progress)
-            elif draft is not None:
-                find = functools.partial(
-                    find_model, threads=threads, progress=converting, compiling=progress, notice=notice
-                )
-                drafting = load_draft(draft, reader, runtime, find, progress)
-        except BaseException:
-            runtime.close()
-            reader.close()
-            raise
-        named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
-        model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
-        if cache_disk is not None:
-            try:
-                model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
+                with open_adapters(wanted) as opened:
+                    graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
+                if draft is not None and not graph.causal:
+                    raise ValueError(f"{path}: a draft is for models that write one token after the other")
+                layers: list[Graph] = []
+                if draft == DRAFT_LAYERS:
+                    graph, layers = build_drafts(reader, graph)
+                tokenizer: Tokenizer | None = None
+                problem = None
+                try:
+                    tokenizer = Tokenizer.load(reader)
+                except FormatError as error:
+                    problem = str(error)
+                with open_adapters(switched.values()) as opened_by_name:
+                    for adapter in opened_by_name:
+                        check_switchable(graph, adapter)
+                        if adapter.notice and notice:
+                            notice(adapter.notice)
+                    runtime = Runtime(
+                        graph,
+                        threads=threads or available_cores(),
+                        context=graph.context,
+                        cache_type=cache_type,
+                        batch=batch,
+                        progress=progress,
+                        adapters=opened_by_name,
+                    )
             except BaseException:
-                model.close()
+                reader.close()
                 raise
-        return model
+            try:
+                drafting = None
+                if layers:
+                    drafting = load_draft_layers(layers, runtime, progress)
+                elif draft is not None:
+                    find = functools.partial(
+                        find_model, threads=threads, progress=converting, compiling=progress, notice=notice
+                    )
+                    drafting = load_draft(draft, reader, runtime, find, progress)
+            except BaseException:
+                runtime.close()
+                reader.close()
+                raise
+            named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
+            model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
+            if cache_disk is not None:
+                try:
+                    model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
+                except BaseException:
+                    model.close()
+                    raise
+            return model
 
     def _keep_on_disk(self, folder: Path, limit: int | None, notice: Callable[[str], None] | None) -> None:
         from qrun.engine.generation.disk_prefixes import DiskPrefixes
