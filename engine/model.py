@@ -495,7 +495,7 @@ class Model:
         `logits`; unlike there, a few rows are held at a time.
         """
         from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
-        from qrun.engine.sampling.sampler import largest
+        from qrun.engine.sampling.sampler import likeliest
 
         self._check_open()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
@@ -513,8 +513,7 @@ class Model:
                 for row, target, logprob in zip(logits, targets, logprobs, strict=True):
                     rank = 1 + int(np.count_nonzero(row > row[target]))
                     total = float(row[target]) - logprob
-                    likeliest = [(id, float(row[id]) - total) for id in largest(row, top).tolist()] if top else []
-                    found.append(TokenLogprob(target, logprob, likeliest, rank))
+                    found.append(TokenLogprob(target, logprob, likeliest(row, top, total) if top else [], rank))
         except GenerationCancelled:
             self._check_open()
             raise
