@@ -67,7 +67,7 @@ def test_the_options_with_types_are_those_that_there_are() -> None:
     for name, kind in fields.items():
         texts = typing.get_origin(kind) is tuple
         assert arguments[name] == (str | Iterable[str] | None if texts else kind | None), name
-    assert set(typing.get_type_hints(GenerationArguments)) == set(fields) | {"on_full"}
+    assert set(typing.get_type_hints(GenerationArguments)) == set(fields) | {"on_full", "lora"}
 
 
 @pytest.mark.parametrize("method", [Model.chat, Model.generate, Model.complete, Session.generate])
