@@ -13,6 +13,7 @@ RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
 SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
+CLIENTS := .venv-clients
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -52,7 +53,7 @@ help:
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make test-forms  kernels of all types in all instruction sets, of which make test leaves some out"
 	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
-	@echo "make test-clients  the server against the official clients of OpenAI, Anthropic and Ollama"
+	@echo "make test-clients  the server against the clients of OpenAI, Anthropic and Ollama, and libraries over them"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
@@ -78,9 +79,9 @@ test-forms: $(TESTING)
 report: $(TESTING)
 	@$(BIN)/python -m tests.report $(addprefix --peer ,$(REPORT_PEER))
 
-test-clients: $(TESTING)
-	$(PIP_INSTALL) --editable '.[test,clients]' </dev/null
-	$(BIN)/python -m pytest tests/clients
+# In an environment of its own: these libraries bring some two hundred others.
+test-clients: $(CLIENTS)/installed-$(DIGEST)
+	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
@@ -108,7 +109,7 @@ docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \
@@ -136,3 +137,9 @@ $(TESTING): | $(VENV)/made
 	@rm -rf $(VENV)/installed-* build
 	@$(PIP_INSTALL) --editable '.[test]' </dev/null
 	@touch $@ $(RUNTIME) $(SERVING)
+
+$(CLIENTS)/installed-$(DIGEST):
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) </dev/null
+	@rm -rf $(CLIENTS)/installed-* build
+	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
+	@touch $@
