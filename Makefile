@@ -140,6 +140,6 @@ $(TESTING): | $(VENV)/made
 
 $(CLIENTS)/installed-$(DIGEST):
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) </dev/null
-	@rm -rf $(CLIENTS)/installed-* build
+	@rm -rf $(CLIENTS)/installed-*
 	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
 	@touch $@
