@@ -45,7 +45,11 @@ CONVERT_PEER ?=
 # What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
 REPORT_PEER ?=
 
-.PHONY: help chat serve test test-forms test-clients test-lowest report soak bench bench-serve bench-convert docs clean
+# How long `make soak-serve` goes on, and with what; the default model where none is named.
+SOAK_MINUTES ?= 20
+SOAK_MODEL ?=
+
+.PHONY: help chat serve test test-forms test-clients test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -55,6 +59,7 @@ help:
 	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
 	@echo "make test-clients  the server against the clients of OpenAI, Anthropic and Ollama, and libraries over them"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
+	@echo "make soak-serve  the server under clients of all manners, SOAK_MINUTES=20 of them"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-serve SERVE_MODELS=... SERVE_PEER=llama-server  the table of the server under load"
@@ -85,6 +90,9 @@ test-clients: $(CLIENTS)/installed-$(DIGEST)
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
+
+soak-serve: $(SERVING)
+	$(BIN)/python -m tests.soak_serve $(SOAK_MODEL) --minutes $(SOAK_MINUTES)
 
 test-lowest:
 	@rm -rf $(LOWEST)
