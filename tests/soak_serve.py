@@ -3,9 +3,9 @@
     python -m tests.soak_serve MODEL [--minutes 20] [--clients 16] [--seed 0]
 
 They ask and read to the end, hang up in the queue, in the prompt and in the answer, close one half of a connection,
-send rubbish and bodies that are too large, write a byte at a time and read as slowly. At the end: no answer was an error of
-the server's own, memory has not grown after the first tenth, no connection or thread is left, and every page of the
-cache has been given back. `make soak-serve` runs this; it reads /proc, and so runs on Linux alone.
+send rubbish and bodies that are too large, write a byte at a time and read as slowly. At the end: no answer was an
+error of the server's own, memory has not grown after the first tenth, no connection or thread is left, and every page
+of the cache has been given back. `make soak-serve` runs this; it reads /proc, and so runs on Linux alone.
 """
 
 from __future__ import annotations
