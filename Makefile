@@ -14,6 +14,7 @@ SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 CLIENTS := .venv-clients
+RAY := .venv-ray
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -49,7 +50,7 @@ REPORT_PEER ?=
 SOAK_MINUTES ?= 20
 SOAK_MODEL ?=
 
-.PHONY: help chat serve test test-forms test-clients test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
+.PHONY: help chat serve test test-forms test-clients test-ray test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -58,6 +59,7 @@ help:
 	@echo "make test-forms  kernels of all types in all instruction sets, of which make test leaves some out"
 	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
 	@echo "make test-clients  the server against the clients of OpenAI, Anthropic and Ollama, and libraries over them"
+	@echo "make test-ray  two replicas on Ray Serve (some minutes)"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make soak-serve  the server under clients of all manners, SOAK_MINUTES=20 of them"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
@@ -83,6 +85,10 @@ test-forms: $(TESTING)
 
 report: $(TESTING)
 	@$(BIN)/python -m tests.report $(addprefix --peer ,$(REPORT_PEER))
+
+# Some minutes: Ray alone takes half a one to start.
+test-ray: $(RAY)/installed-$(DIGEST)
+	$(RAY)/bin/python -m pytest tests/ray
 
 # In an environment of its own: these libraries bring some two hundred others.
 test-clients: $(CLIENTS)/installed-$(DIGEST)
@@ -117,7 +123,7 @@ docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \
@@ -150,4 +156,10 @@ $(CLIENTS)/installed-$(DIGEST):
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) </dev/null
 	@rm -rf $(CLIENTS)/installed-*
 	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
+	@touch $@
+
+$(RAY)/installed-$(DIGEST):
+	@test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY) </dev/null
+	@rm -rf $(RAY)/installed-*
+	@$(PIP_INSTALL:$(BIN)/%=$(RAY)/bin/%) --editable '.[test,ray]' </dev/null
 	@touch $@

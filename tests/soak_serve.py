@@ -121,7 +121,7 @@ class Soak:
         connection = await self.opened()
         try:
             text = await connection.body()
-            if b'"error"' in text and connection.status == 200:
+            if b'"error":{' in text.replace(b" ", b"") and connection.status == 200:
                 self.faults.append(f"an error in a stream: {text[-300:]!r}")
         finally:
             connection.close()
@@ -283,7 +283,8 @@ def judge(soak: Soak, before: Sample, after: Sample, held: dict[str, int]) -> li
     n = max(len(soak.samples) // 10, 1)
     early = statistics.median(one.rss for one in soak.samples[n : 3 * n] or soak.samples)
     late = statistics.median(one.rss for one in soak.samples[-2 * n :])
-    print(f"memory {early:.0f} MB after the first tenth, {late:.0f} MB in the last fifth, {after.rss:.0f} at the end")
+    tenths = [statistics.median(one.rss for one in soak.samples[i : i + n]) for i in range(0, len(soak.samples), n)]
+    print(f"memory in MB, by tenths: {', '.join(f'{rss:.0f}' for rss in tenths)}; {after.rss:.0f} at the end")
     print(f"threads {before.threads} before, {after.threads} after; files {before.files} before, {after.files} after")
     print(f"held at the end: {held}")
     if late > early * SLACK:
