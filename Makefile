@@ -88,7 +88,7 @@ report: $(TESTING)
 
 # Some minutes: Ray alone takes half a one to start.
 test-ray: $(RAY)/installed-$(DIGEST)
-	$(RAY)/bin/python -m pytest tests/ray
+	$(RAY)/bin/python -m pytest tests/ray_serve
 
 # In an environment of its own: these libraries bring some two hundred others.
 test-clients: $(CLIENTS)/installed-$(DIGEST)

@@ -73,18 +73,13 @@ class Replica:
                 await asyncio.wait_for(task, 5)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
-@serve.ingress()
-class Front:
-    """Where clients come to."""
+class Forward:
+    """An ASGI application that hands requests to replicas, through a handle's method."""
 
-    def __init__(self, replicas: Any) -> None:
-        self._answer = replicas.options(stream=True).answer
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
 
-    def __serve_build_asgi_app__(self) -> Any:
-        return self.app
-
-    async def app(self, scope: Scope, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             for _ in range(2):
                 message = await receive()
@@ -116,6 +111,18 @@ class Front:
             finally:
                 answers.cancel()
             await asyncio.sleep(0.2)
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+@serve.ingress()
+class Front:
+    """Where clients come to."""
+
+    def __init__(self, replicas: Any) -> None:
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> Forward:
+        return Forward(self._replicas.options(stream=True).answer)
 
 
 async def _body(receive: Any) -> bytes | None:
