@@ -13,6 +13,8 @@ RUNTIME := $(VENV)/installed-runtime-$(DIGEST)
 SERVING := $(VENV)/installed-serving-$(DIGEST)
 TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
+CLIENTS := .venv-clients
+RAY := .venv-ray
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -44,7 +46,11 @@ CONVERT_PEER ?=
 # What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
 REPORT_PEER ?=
 
-.PHONY: help chat serve test test-forms test-clients test-lowest report soak bench bench-serve bench-convert docs clean
+# How long `make soak-serve` goes on, and with what; the default model where none is named.
+SOAK_MINUTES ?= 20
+SOAK_MODEL ?=
+
+.PHONY: help chat serve test test-forms test-clients test-ray test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -52,8 +58,10 @@ help:
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make test-forms  kernels of all types in all instruction sets, of which make test leaves some out"
 	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
-	@echo "make test-clients  the server against the official clients of OpenAI, Anthropic and Ollama"
+	@echo "make test-clients  the server against the clients of OpenAI, Anthropic and Ollama, and libraries over them"
+	@echo "make test-ray  two replicas on Ray Serve (some minutes)"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
+	@echo "make soak-serve  the server under clients of all manners, SOAK_MINUTES=20 of them"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-serve SERVE_MODELS=... SERVE_PEER=llama-server  the table of the server under load"
@@ -78,12 +86,19 @@ test-forms: $(TESTING)
 report: $(TESTING)
 	@$(BIN)/python -m tests.report $(addprefix --peer ,$(REPORT_PEER))
 
-test-clients: $(TESTING)
-	$(PIP_INSTALL) --editable '.[test,clients]' </dev/null
-	$(BIN)/python -m pytest tests/clients
+# Some minutes: Ray alone takes half a one to start.
+test-ray: $(RAY)/installed-$(DIGEST)
+	$(RAY)/bin/python -m pytest tests/ray_serve
+
+# In an environment of its own: these libraries bring some two hundred others.
+test-clients: $(CLIENTS)/installed-$(DIGEST)
+	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
+
+soak-serve: $(SERVING)
+	$(BIN)/python -m tests.soak_serve $(SOAK_MODEL) --minutes $(SOAK_MINUTES)
 
 test-lowest:
 	@rm -rf $(LOWEST)
@@ -108,7 +123,7 @@ docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \
@@ -136,3 +151,15 @@ $(TESTING): | $(VENV)/made
 	@rm -rf $(VENV)/installed-* build
 	@$(PIP_INSTALL) --editable '.[test]' </dev/null
 	@touch $@ $(RUNTIME) $(SERVING)
+
+$(CLIENTS)/installed-$(DIGEST):
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) </dev/null
+	@rm -rf $(CLIENTS)/installed-*
+	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
+	@touch $@
+
+$(RAY)/installed-$(DIGEST):
+	@test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY) </dev/null
+	@rm -rf $(RAY)/installed-*
+	@$(PIP_INSTALL:$(BIN)/%=$(RAY)/bin/%) --editable '.[test,ray]' </dev/null
+	@touch $@

@@ -83,6 +83,10 @@ class Connection:
         while size := int((await self._reader.readline()).split(b";")[0] or b"0", 16):
             yield (await self._reader.readexactly(size + 2))[:-2]
 
+    async def take(self, most: int) -> bytes:
+        """So many bytes at most, as they are on the wire; none at the end."""
+        return await self._reader.read(most)
+
     async def body(self) -> bytes:
         return b"".join([part async for part in self.parts()])
 
