@@ -113,7 +113,7 @@ def command(
         with load_model(str(path), loading | {"context": TEXT_ROOM + gen}) as loaded:
             drafted = measure_draft(loaded, gen, reps)
 
-    context = depth + max(prompt, gen) + 8
+    context = depth + max(prompt, gen)
     with open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime:
         if not runtime.causal:  # a text is computed as a whole there
             if depth:

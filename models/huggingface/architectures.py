@@ -8,6 +8,7 @@ of families/.
 from qrun.models.huggingface.families import (
     classic,
     deepseek,
+    encoders,
     gemma,
     glm,
     granite,
@@ -22,5 +23,6 @@ from qrun.models.huggingface.layout import Architecture
 ARCHITECTURES: dict[str, Architecture] = {
     **llama.CLASSES, **qwen.CLASSES, **gemma.CLASSES, **granite.CLASSES, **glm.CLASSES, **deepseek.CLASSES,
     **recurrent.CLASSES, **mixtures.CLASSES, **classic.CLASSES, **various.CLASSES,
+    **encoders.CLASSES,
 }  # fmt: skip
 """By the class's name."""

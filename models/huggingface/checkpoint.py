@@ -20,6 +20,7 @@ from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.huggingface.general import general_entries, size_entry
 from qrun.models.huggingface.hyperparameters import hyperparameter_entries
 from qrun.models.huggingface.layout import Architecture
+from qrun.models.huggingface.pooling import dense_folders, pooling_entries
 from qrun.models.huggingface.quantization import FILES as QUANTIZATION_FILES
 from qrun.models.huggingface.quantization import read_quantization
 from qrun.models.huggingface.rope import rope_factors
@@ -30,10 +31,12 @@ from qrun.models.huggingface.tensors import (
     dimensions,
     map_tensors,
     scale_tensors,
+    whole_tensor,
 )
 from qrun.models.huggingface.tokenizer import tokenizer_entries
 
 CONFIG_NAME = "config.json"
+DENSE_NAMES = ("dense_2", "dense_3")
 # Other files that belong to a checkpoint, and must not be written over.
 OTHER_FILES = (
     CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -65,9 +68,11 @@ class CheckpointSource:
         entries = Entries()
         general_entries(entries, self.path, self.architecture.name)
         self._checkpoint = SafetensorsFolder(self.path)
+        self._dense: list[SafetensorsFolder] = []
         try:
             sizes["drafts"] = count_drafts(self._checkpoint.tensors, self.architecture, sizes, config)
             hyperparameter_entries(entries, self.architecture, config, sizes)
+            pooling_entries(Facts(entries, self.architecture.name, config, sizes), self.path)
             notices: list[str] = []
             tokenizer_entries(entries, self.path, config, sizes["vocab"])
             weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append, keep=keep)
@@ -78,8 +83,10 @@ class CheckpointSource:
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
             tensors |= scale_tensors(tensors, config)
+            if self.architecture.embeds:
+                tensors |= self._dense_tensors(entries, sizes)
         except BaseException:
-            self._checkpoint.close()
+            self._close_files()
             raise
         size_entry(entries, tensors.values(), sizes["experts"])
         types = {tensor.type for tensor in tensors.values()}
@@ -97,12 +104,37 @@ class CheckpointSource:
     @property
     def files(self) -> Sequence[Path]:
         others = [self.path / name for name in OTHER_FILES]
-        return [*self._checkpoint.files, *(path for path in others if path.is_file())]
+        dense = [file for folder in self._dense for file in folder.files]
+        return [*self._checkpoint.files, *dense, *(path for path in others if path.is_file())]
 
     def close(self) -> None:
         """Unmap the files. The tensors cannot be read any more."""
         self.tensors = {}
-        self._checkpoint.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for files in (self._checkpoint, *self._dense):
+            files.close()
+
+    def _dense_tensors(self, entries: Entries, sizes: Mapping[str, int]) -> dict[str, SourceTensor]:
+        """The layers that a vector goes through, which lie in folders of their own."""
+        found: dict[str, SourceTensor] = {}
+        width, folders = sizes["embd"], dense_folders(self.path)
+        if len(folders) > len(DENSE_NAMES):
+            raise FormatError(self.path, f"vectors go through {len(folders)} layers: {len(DENSE_NAMES)} are supported")
+        for folder, name in zip(folders, DENSE_NAMES, strict=False):
+            self._dense.append(SafetensorsFolder(folder))
+            weights = decode_tensors(self._dense[-1].tensors, None, folder)
+            weight = weights.get("linear.weight")
+            if weight is None or len(weight.shape) != 2 or weight.shape[1] != width:
+                raise FormatError(folder, f"there is no matrix linear.weight with {width} columns")
+            width = weight.shape[0]
+            found[f"{name}.weight"] = whole_tensor(f"{name}.weight", weight)
+            if "linear.bias" in weights:
+                found[f"{name}.bias"] = whole_tensor(f"{name}.bias", weights["linear.bias"])
+            entries.count(f"{self.architecture.name}.{name}_feat_in", weight.shape[1])
+            entries.count(f"{self.architecture.name}.{name}_feat_out", width)
+        return found
 
 
 def read_config(folder: Path) -> tuple[Architecture, Config]:

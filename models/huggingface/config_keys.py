@@ -52,9 +52,15 @@ HARMLESS = (
         gating gating_types enable_moe_fp32_combine first_k_dense_replace
         summary_type summary_use_proj summary_proj_to_labels summary_activation moe_shared_expert_overlap
         num_logits_to_keep qk_head_dim auto_adjust_ff_dim
+        classifier_activation classifier_bias decoder_bias pooler_fc_size
+        pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality
+        sparse_pred_ignore_index sparse_prediction deterministic_flash_attn repad_logits_with_grad reference_compile
+        fused_bias_fc fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
+        reorder_and_upcast_attn output_past
     """)
     # Of training.
     | _words("""
+        initializer_cutoff_factor embedding_dropout mlp_dropout
         residual_dropout embedding_initializer_range ffn_dropout activation_dropout
         time_step_init_scheme time_step_scale time_step_max time_step_min time_step_floor rescale_prenorm_residual
         initializer_range initializer_factor initializer_std gradient_checkpointing use_gradient_checkpointing

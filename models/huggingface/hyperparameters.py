@@ -14,7 +14,7 @@ from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS
 from qrun.models.smollm3 import NOPE_PERIOD
 
 # Layers of which the last sees everything and the others a window: what engines take where a file says nothing.
-WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gemma-embedding": 6}
 # Those of which the models divide queries by the share of the embedding that a head has, by the count of layers.
 LARGEST = {"gemma2": 46, "gemma3": 62}
 # Of which engines know no other rope than one of the whole head, stretched in the usual ways.
@@ -181,10 +181,12 @@ def _check(architecture: Architecture, config: Config, sizes: Mapping[str, int])
         raise config.error(key, f"is {activation!r}, which models of the architecture {name} cannot have in GGUF")
     if sizes["kv_heads"] and sizes["heads"] % sizes["kv_heads"]:
         raise config.error("num_key_value_heads", f"is {sizes['kv_heads']}, which does not divide {sizes['heads']}")
-    if config.flag("use_bidirectional_attention"):
+    if config.flag("use_bidirectional_attention") and not architecture.embeds:
         raise config.error("use_bidirectional_attention", "is true, which is not supported")
     if name in LARGEST:
         _check_query_scale(config, sizes, largest=sizes["layers"] == LARGEST[name])
+    if name == "gemma-embedding":
+        _check_query_scale(config, sizes, largest=False)
     if name == "qwen3moe":
         if not config.flag("norm_topk_prob"):
             raise config.error("norm_topk_prob", "is not true: GGUF cannot say so, and engines would normalise")

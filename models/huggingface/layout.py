@@ -138,6 +138,8 @@ class Architecture:
     draft: tuple[Part, ...] = ()
     dropped_layers: bool = False
     of_weights: Callable[[Facts, Mapping[str, SourceTensor]], None] | None = None
+    embeds: bool = False
+    """Whether embeddings are all that models make: they have no head."""
     ffn: bool = True
     """Whether a model has a width of feed-forward layers."""
     variant: Callable[[Config], Architecture | None] | None = None

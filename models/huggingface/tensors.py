@@ -239,7 +239,7 @@ def map_tensors(
             mapper.add(part, f"{architecture.layers}.{layer}.", f"blk.{layer}.")
     for part in architecture.outer:
         mapper.add(part)
-    if not tied:
+    if not tied and not architecture.embeds:
         mapper.add(mapper.head)
     mapper.check_rest()
     return mapper.tensors
@@ -255,6 +255,12 @@ def scale_tensors(tensors: Mapping[str, SourceTensor], config: Config) -> dict[s
                 name = f"{tensor.name.removesuffix('.weight')}.scale"
                 scales[name] = ConstantTensor.of(name, factors, config)
     return scales
+
+
+def whole_tensor(name: str, tensor: SourceTensor) -> SourceTensor:
+    """A tensor under the name that it has in the file."""
+    type = TensorType.F32 if len(tensor.shape) == 1 else tensor.type
+    return MappedTensor(name, type, tensor.shape, (Segment(tensor, 0, tensor.n_rows),))
 
 
 def short_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,16 @@ _SCHEMES = {"always": "unless_there", "first": "start", "never": "never"}  # Met
 class TextRules:
     """normalizer: as tokenizer.json has it. space_prefix: where a space is put before a text that it has normalised:
     "never", "always", "unless_there", "start" (see the engine's SpacePrefix). adds_space: whether one of both puts one
-    there. charsmap, remove_extra_whitespaces: what SentencePiece itself does to a text."""
+    there. charsmap, remove_extra_whitespaces: what SentencePiece itself does to a text. lowercase, strip_accents: what
+    BERT's own normalizer does."""
 
     normalizer: Any = None
     space_prefix: str = "never"
     adds_space: bool = False
     charsmap: bytes = b""
     remove_extra_whitespaces: bool = False
+    lowercase: bool | None = None
+    strip_accents: bool | None = None
 
     def with_prefix(self, wanted: Any) -> TextRules:
         """With or without a space in front, where tokenizer_config.json says so."""
@@ -100,3 +104,45 @@ def _check(path: Path, description: Any) -> None:
         Normalizer(description)
     except NormalizerError as error:
         raise FormatError(path, str(error)) from None
+
+
+def word_piece_rules(path: Path, tokenizer: Mapping[str, Any]) -> TextRules:
+    """Of BERT's normalizer and pre-tokenizer. Raises FormatError where there are others."""
+    normalizer, cutting = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    if step_type(normalizer) != "BertNormalizer" or step_type(cutting) != "BertPreTokenizer":
+        raise FormatError(path, "word pieces with another normalizer or pre_tokenizer than BERT's are not supported")
+    assert isinstance(normalizer, dict)
+    if normalizer.get("clean_text", True) is not True or normalizer.get("handle_chinese_chars", True) is not True:
+        raise FormatError(path, "its normalizer leaves control characters, or ideographs within words: not supported")
+    lowercase = normalizer.get("lowercase", True) is not False
+    strips = normalizer.get("strip_accents")
+    return TextRules(lowercase=lowercase, strip_accents=lowercase if strips is None else bool(strips))
+
+
+def unigram_rules(path: Path, tokenizer: Mapping[str, Any]) -> TextRules:
+    """Of a model of SentencePiece's kind. Raises FormatError where something else is done to a text first."""
+    charsmap, removes = b"", False
+    for step in flat_steps(tokenizer.get("normalizer")):
+        match step_type(step):
+            case "Precompiled":
+                try:
+                    charsmap = b64decode(str(step.get("precompiled_charsmap") or ""), validate=True)
+                except ValueError:
+                    raise FormatError(path, "precompiled_charsmap is not in base64") from None
+            case "Strip":
+                removes = True
+            case "Replace" if step.get("pattern") == {"Regex": " {2,}"}:
+                removes = True
+            case kind:
+                raise FormatError(path, f"the normalizer {quote(str(kind))} of such a tokenizer is not supported")
+    prefix = False
+    for step in flat_pre_tokenizers(tokenizer.get("pre_tokenizer")):
+        match step_type(step):
+            case "WhitespaceSplit":
+                removes = True
+            case "Metaspace":
+                scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+                prefix = scheme != "never"
+            case kind:
+                raise FormatError(path, f"the pre_tokenizer {quote(str(kind))} of such a tokenizer is not supported")
+    return TextRules(adds_space=prefix, charsmap=charsmap, remove_extra_whitespaces=removes)

@@ -66,12 +66,18 @@ def _files(folder: Path, config: Config) -> TokenizerFiles:
 def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     """How a text is turned into words, and special tokens are found in it."""
     rules = vocabulary.rules
-    if vocabulary.model in ("llama", "gemma4"):
+    if vocabulary.model == "bert":
+        entries.flag("tokenizer.ggml.normalizer.lowercase", rules.lowercase is not False)
+        entries.flag("tokenizer.ggml.normalizer.strip_accents", rules.strip_accents is not False)
+        return
+    if vocabulary.model in ("llama", "gemma4", "t5"):
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)
     if rules.remove_extra_whitespaces:
         entries.flag("tokenizer.ggml.remove_extra_whitespaces", True)
     if rules.charsmap:
         entries.array("tokenizer.ggml.precompiled_charsmap", list(rules.charsmap), ValueType.UINT8)
+    if vocabulary.model == "t5":
+        return
     kinds = {step_type(step) for step in flat_steps(rules.normalizer)}
     if "Lowercase" in kinds:  # the one step of which GGUF has a key for such models
         entries.flag("tokenizer.ggml.normalizer.lowercase", True)
@@ -116,6 +122,8 @@ def _special_entries(entries: Entries, files: TokenizerFiles, vocabulary: Vocabu
     _end_entries(entries, vocabulary, list(dict.fromkeys(ends)), "eos" in ids)
     for part, added in around.items():
         entries.flag(f"tokenizer.ggml.add_{part}_token", added)
+    if "sep" in ids and vocabulary.model in ("t5", "gpt2") and _separated(files):
+        entries.flag("tokenizer.ggml.add_sep_token", True)
 
 
 def _ends(files: TokenizerFiles, config: Config) -> Iterator[Any]:
@@ -176,6 +184,19 @@ def _added_around(files: TokenizerFiles, vocabulary: Vocabulary) -> tuple[dict[s
     if vocabulary.model == "gpt2" or files.is_general:
         added.setdefault("bos", False)
     return added, put
+
+
+def _separated(files: TokenizerFiles) -> bool:
+    """Do two tokens stand between two texts, one that ends the first and a separator?"""
+    for step in _post_processors(files.path, files.tokenizer.get("post_processor")):
+        if step.get("type") == "RobertaProcessing":
+            return True
+        pair = step.get("pair")
+        if step.get("type") == "TemplateProcessing" and isinstance(pair, list):
+            places = [place for place, part in enumerate(pair) if isinstance(part, dict) and "Sequence" in part]
+            if len(places) == 2 and places[1] - places[0] == 3:
+                return True
+    return False
 
 
 def _post_processors(path: Path, step: Any) -> Iterator[dict[str, Any]]:

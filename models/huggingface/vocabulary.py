@@ -12,7 +12,15 @@ from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
 from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
-from qrun.models.huggingface.text_rules import SPACE, TextRules, byte_level_rules, metaspace_rules, sentencepiece_rules
+from qrun.models.huggingface.text_rules import (
+    SPACE,
+    TextRules,
+    byte_level_rules,
+    metaspace_rules,
+    sentencepiece_rules,
+    unigram_rules,
+    word_piece_rules,
+)
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
 
 # tokenizer.ggml.token_type
@@ -76,6 +84,10 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
         if merged:
             return _merged_pieces(files, model, pieces, rules, n_vocab)
         return _sentencepiece(files, read_sentencepiece(path) if path.is_file() else pieces, rules, n_vocab)
+    if isinstance(model, dict) and model.get("type") == "WordPiece":
+        return _word_pieces(files, model, n_vocab)
+    if isinstance(model, dict) and model.get("type") == "Unigram":
+        return _unigram(files, model, n_vocab)
     if path.is_file():
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
@@ -204,6 +216,40 @@ def _pieces_of_merges(path: Path, model: Mapping[str, Any]) -> SentencePieceMode
     if isinstance(unknown, str) and unknown in vocab and unknown not in merged and len(unknown) > 1:
         pieces.types[vocab[unknown]] = UNKNOWN
     return pieces
+
+
+def _word_pieces(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+    """Words are cut greedily: BERT's way. A piece that begins a word is spelt with the mark of a space before it."""
+    if model.get("continuing_subword_prefix", "##") != "##":
+        raise FormatError(files.path, "a tokenizer that spells what goes on within a word without ## is not supported")
+    vocabulary = _empty("bert", "default", n_vocab, False)
+    for token, id in _vocab(files.path, model).items():
+        if id >= n_vocab:
+            raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
+        vocabulary.put(id, token.removeprefix("##") if token.startswith("##") else SPACE + token, NORMAL)
+        vocabulary.ids[token] = id
+    _put_added(vocabulary, files, len(vocabulary.ids))
+    vocabulary.rules = word_piece_rules(files.path, files.tokenizer)
+    return vocabulary
+
+
+def _unigram(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+    """The likeliest sequence of pieces: XLM-RoBERTa's way, and T5's."""
+    pieces = model.get("vocab")
+    if not isinstance(pieces, list) or not pieces:
+        raise FormatError(files.path, "the vocabulary is not a list of tokens and scores")
+    vocabulary = _empty("t5", "default", n_vocab, True)
+    for id, pair in enumerate(pieces):
+        scored = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not scored or type(pair[1]) not in (int, float) or not abs(pair[1]) < 1e30:
+            raise FormatError(files.path, f"token {id} is not a text and a score")
+        vocabulary.put(id, pair[0], NORMAL, float(pair[1]))
+    unknown = model.get("unk_id")
+    _put_added(vocabulary, files, len(pieces))
+    if type(unknown) is int and 0 <= unknown < n_vocab:
+        vocabulary.types[unknown] = UNKNOWN
+    vocabulary.rules = unigram_rules(files.path, files.tokenizer)
+    return vocabulary
 
 
 def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:

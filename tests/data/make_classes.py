@@ -242,6 +242,14 @@ TRANSFORMERS: dict[str, Case] = {
         "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}, {}),
     "LagunaForCausalLM": ("LagunaConfig", DENSE | HEAD | MIXTURE | {
         "shared_expert_intermediate_size": 40, "layer_types": KINDS[::-1]}, {}),
+    "BertModel": ("BertConfig", DENSE | {"num_key_value_heads": 4}, {}),
+    "ModernBertModel": ("ModernBertConfig", DENSE | {"num_key_value_heads": 4, "num_hidden_layers": 4,
+                                                     "local_attention": 16, "pad_token_id": 0,
+                                                     "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
+                                                     "eos_token_id": 2}, {}),
+    "Gemma3TextModel": ("Gemma3TextConfig", DENSE | HEAD | {
+        "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 16,
+        "use_bidirectional_attention": True}, {}),
     "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 
@@ -321,6 +329,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
              "lm_head.weight": [N_VOCAB, 32]}),
         **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
         **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED | {"mlp.gate.expert_bias": [4]}).items()}}),
+    "NomicBertModel": ({
+        "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 8192,
+        "max_trained_positions": 2048, "activation_function": "swiglu", "causal": False, "qkv_proj_bias": False,
+        "mlp_fc1_bias": False, "mlp_fc2_bias": False, "prenorm": False, "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False, "rotary_emb_scale_base": None, "rotary_emb_base": 1000,
+        "layer_norm_epsilon": 1e-12, "type_vocab_size": 2}, named("encoder.layers", 2, {
+            "attn.Wqkv.weight": [96, 32], "attn.out_proj.weight": [32, 32], "norm1.weight": [32], "norm1.bias": [32],
+            "mlp.fc11.weight": [48, 32], "mlp.fc12.weight": [48, 32], "mlp.fc2.weight": [32, 48],
+            "norm2.weight": [32], "norm2.bias": [32]}, {
+            "embeddings.word_embeddings.weight": [N_VOCAB, 32], "embeddings.token_type_embeddings.weight": [2, 32],
+            "emb_ln.weight": [32], "emb_ln.bias": [32]})),
     "ChatGLMModel": ({"padded_vocab_size": N_VOCAB, "vocab_size": N_VOCAB, "hidden_size": 32, "ffn_hidden_size": 48,
         "num_layers": 2, "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
         "seq_length": 128, "layernorm_epsilon": 1.5e-7, "rope_ratio": 500, "tie_word_embeddings": False}, named(
@@ -399,6 +418,8 @@ def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dic
         hparams = ModelBase.load_hparams(folder, False)
         kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
         without_vocabulary(TextModel)
+        if kind.__name__ == "NomicBertModel":
+            kind._is_tokenizer_xlmroberta = lambda self: False  # it looks for a tokenizer of its own
         if kind.__name__ == "BaichuanModel":  # calls itself without end for all tensors but one
             unpack = kind.modify_tensors
             kind.modify_tensors = lambda *given: (unpack if "W_pack" in given[2] else TextModel.modify_tensors)(*given)

@@ -38,7 +38,8 @@ OTHERWISE = {
 # What is said here beside what the converter says: what engines take where a file says nothing, or would take anyway.
 BESIDE = (
     "attention.key_length", "attention.value_length", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "expert_gating_func", "expert_weights_norm",
+    "rope.freq_base", "expert_gating_func", "expert_weights_norm", "attention.layer_norm_epsilon",
+    "attention.sliding_window_pattern",
 )  # fmt: skip
 
 

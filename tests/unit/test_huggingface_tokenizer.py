@@ -349,7 +349,7 @@ def test_chat_templates(files: dict[str, Any], expected: dict[str, str], tmp_pat
     ("changes", "message"),
     [
         ({"pre_tokenizer": split("x+")}, "how this tokenizer cuts text into words"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "kind 'Unigram' is not supported"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "the vocabulary is not a list of tokens and scores"),
         ({"model": {"type": "BPE", "vocab": [1], "merges": []}}, "not an object of tokens and ids"),
         ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "not an object of tokens and ids"),
         ({"model": {"type": "BPE", "vocab": {"a": 7}, "merges": []}}, "'a' has the id 7, and there are 3 embeddings"),

@@ -37,7 +37,7 @@ _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "m
 _GEMMA3 = _GEMMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208, "sliding_window": 4096,
                     "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "rope_theta": 1_000_000.0,
                     "rope_local_base_freq": 10000.0}  # fmt: skip
-_GEMMA3_TEXT = Architecture(
+GEMMA3_TEXT = Architecture(
     "gemma3", (*FOUR_NORMS, *QK_NORMS, *attention(), *FEED_FORWARD), GELU, 1.0, _GEMMA3, "gemma"
 )  # fmt: skip
 
@@ -242,8 +242,8 @@ CLASSES = {
                   "query_pre_attn_scalar": 256},
         "gemma",
     ),
-    "Gemma3ForCausalLM": _GEMMA3_TEXT,
-    "Gemma3ForConditionalGeneration": _GEMMA3_TEXT,
+    "Gemma3ForCausalLM": GEMMA3_TEXT,
+    "Gemma3ForConditionalGeneration": GEMMA3_TEXT,
     "Gemma3nForCausalLM": _GEMMA3N,
     "Gemma3nForConditionalGeneration": _GEMMA3N,
     "Gemma4ForCausalLM": _GEMMA4,

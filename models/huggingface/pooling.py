@@ -1,0 +1,66 @@
+"""What Sentence Transformers writes beside a checkpoint: how its rows become one vector, and what that goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qrun.formats import FormatError
+from qrun.formats.json_file import read_json
+from qrun.formats.mapping import read_file
+from qrun.models.huggingface.entries import Facts
+
+MODULES = "modules.json"
+MEAN, CLS, LAST = 1, 2, 3  # pooling_type
+# Keys of a pooling's config.json, of which one is true; and the values of the one that newer files have.
+_MODES = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS, "pooling_mode_lasttoken": LAST}
+_NAMES = {"mean": MEAN, "cls": CLS, "lasttoken": LAST}
+_OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+MAX_BYTES = 1 << 20
+
+
+def pooling_entries(facts: Facts, folder: Path) -> None:
+    """The key `pooling_type`. Raises FormatError for a pooling that GGUF has no number for."""
+    for module in modules(folder, "Pooling"):
+        path = module / "config.json"
+        values = read_json(path)
+        found = [number for key, number in _MODES.items() if values.get(key) is True]
+        if isinstance(values.get("pooling_mode"), str) and values["pooling_mode"] in _NAMES:
+            found = [_NAMES[values["pooling_mode"]]]
+        if len(found) != 1 or any(values.get(key) is True for key in _OTHER_MODES):
+            raise FormatError(path, "it asks for another pooling than one of mean, cls and last token")
+        facts.count("pooling_type", found[0])
+
+
+def dense_folders(folder: Path) -> list[Path]:
+    """Where the layers lie that a vector goes through, in their order."""
+    found = list(modules(folder, "Dense"))
+    for path in found:
+        activation = read_json(path / "config.json").get("activation_function", "torch.nn.modules.linear.Identity")
+        if not str(activation).endswith("Identity"):
+            raise FormatError(path / "config.json", f"activation_function is {activation}, which is not supported")
+    return found
+
+
+def modules(folder: Path, kind: str) -> Iterator[Path]:
+    """The folders of the modules of a kind."""
+    path = folder / MODULES
+    if not path.is_file():
+        return
+    import json
+
+    try:
+        listed: Any = json.loads(read_file(path, MAX_BYTES))
+    except ValueError as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(path, "this is not JSON") from None
+    if not isinstance(listed, list):
+        raise FormatError(path, "this is not a list of modules")
+    for module in listed:
+        if isinstance(module, dict) and str(module.get("type", "")).rsplit(".", 1)[-1] == kind:
+            name = module.get("path")
+            if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise FormatError(path, "a module has no path within the folder")
+            yield folder / name
