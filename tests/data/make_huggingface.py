@@ -28,6 +28,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 HERE = Path(__file__).parent
 DEFAULT_SEED = 20240
 N_TOKENS = 18
+LEAST_MARGIN = 0.02
+"""By so much a router prefers each of the experts that it chooses to any other: more than rounding the cache to float16
+changes."""
 
 CORPUS = [part.strip() for part in (HERE / "tokenizer" / "llama-bpe.inp").read_text().split("__ggml_vocab_test__")]
 TEXTS = [
@@ -217,7 +220,7 @@ def make(name: str, folder: Path) -> None:
             parameter.copy_(values.to(getattr(torch, dtype)))
     model.eval()
     # The logits come before the model is cast: that would round its tables for rope too, which no file holds.
-    tokens = torch.randint(0, settings["vocab_size"], (1, N_TOKENS))
+    tokens = random_tokens(model, settings["vocab_size"])
     with torch.no_grad():
         reference = {"tokens": tokens[0].numpy().astype(np.int32), "logits": model(tokens).logits[0].numpy()}
         if name == "phi-longrope":
@@ -253,6 +256,24 @@ def random_values(name: str, parameter: torch.Tensor, *, shifted: bool) -> torch
         return 0.7 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     norm = "norm" in name and not shifted
     return torch.randn_like(parameter) * 0.2 + (1.0 if norm else 0.0)
+
+
+def random_tokens(model: torch.nn.Module, n_vocab: int) -> torch.Tensor:
+    """Some that no router is undecided about: else an error of a thousandth would choose another expert."""
+    while True:
+        tokens = torch.randint(0, n_vocab, (1, N_TOKENS))
+        if router_margin(model, tokens) >= LEAST_MARGIN:
+            return tokens
+
+
+def router_margin(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """By how much the last expert that is chosen is ahead of the first that is not, at least."""
+    n_used = getattr(model.config, "num_experts_per_tok", None)
+    if n_used is None:
+        return float("inf")
+    with torch.no_grad():
+        best = torch.cat(model(tokens, output_router_logits=True).router_logits).topk(n_used + 1).values
+    return float((best[:, -2] - best[:, -1]).min())
 
 
 def make_windows(folders: Path, out: Path) -> None:
