@@ -51,7 +51,7 @@ help:
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
-	@echo "make docs   write the generated parts of the documentation anew"
+	@echo "make docs   write the generated parts of the documentation anew, and the library's reference to docs/html"
 	@echo "make clean  delete what these made, but no models"
 
 chat: $(RUNTIME)
@@ -96,9 +96,11 @@ bench-convert: $(RUNTIME)
 
 docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
+	@$(PIP_INSTALL) --editable '.[docs]' </dev/null
+	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \

@@ -109,6 +109,7 @@ class Generation(Iterator[Piece]):
         self.reasoning = ""
         self.tokens: list[int] = []
         self.seed = sampler.seed
+        """The seed that the tokens are chosen with: the one that was given, or a new one."""
         self._cache = cache
         self._prompt = prompt
         self._max_tokens = sampler.options.max_tokens
