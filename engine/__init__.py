@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qrun.engine.generation.session import Session
     from qrun.engine.model import MemoryUse, Model
     from qrun.engine.native.codegen import CompileError
+    from qrun.engine.native.packs import PackError
     from qrun.engine.sampling.options import SamplingOptions
     from qrun.engine.text.chat_template import ChatTemplate, ChatTemplateError
     from qrun.engine.text.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ __all__ = [
     "MemoryUse",
     "Model",
     "NotPulled",
+    "PackError",
     "Piece",
     "PullError",
     "QrunError",
@@ -77,6 +79,7 @@ _MODULES = {
     "MemoryUse": "engine.model",
     "Model": "engine.model",
     "NotPulled": "models.store",
+    "PackError": "engine.native.packs",
     "Piece": "engine.generation.piece",
     "PullError": "models.store",
     "QrunError": "formats",

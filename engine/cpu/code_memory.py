@@ -8,12 +8,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import sys
 import weakref
 from typing import Any
 
-_IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
+_IS_ARM = os.name == "posix" and os.uname().machine in ("aarch64", "arm64")
 
 
 class CodeMemory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import platform
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +18,12 @@ from qrun.engine.cpu.code_memory import CodeMemory
 
 def architecture() -> str:
     """What kind of CPU this process has been made for: "x86_64", "aarch64", or the system's name of another."""
-    name = platform.machine().lower()
+    if os.name == "posix":
+        name = os.uname().machine.lower()
+    else:
+        import sysconfig
+
+        name = sysconfig.get_platform().rpartition("-")[2].lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -28,11 +28,21 @@ from qrun.formats.errors import QrunError
 OLDEST = {"numba": (0, 66), "llvmlite": (0, 48)}
 """The first versions that compile all kernels: before them LLVM lacks the products of AVX-512 as they are written."""
 
+
+def _version_of_numba() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("numba")
+
+
+def _version_of_llvmlite() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("llvmlite")
+
+
 # Each name is written out: by that those who pack apps know whose records to take along.
-_VERSIONS: dict[str, Callable[[], str]] = {
-    "numba": lambda: importlib.metadata.version("numba"),
-    "llvmlite": lambda: importlib.metadata.version("llvmlite"),
-}
+_VERSIONS: dict[str, Callable[[], str]] = {"numba": _version_of_numba, "llvmlite": _version_of_llvmlite}
 
 
 class CompileError(QrunError, RuntimeError):
@@ -68,11 +78,10 @@ def code_digest(target: Target) -> str:
 def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
     """The version of Numba or llvmlite that is installed. ImportError if there is none, or one that is too old."""
     wanted = f"{package} {'.'.join(map(str, oldest))} or newer"
-    try:
-        version = _VERSIONS[package]()
-    except importlib.metadata.PackageNotFoundError:  # a packed app may have left such records out
+    version = _recorded_version(package)
+    if version is None:  # a packed app may have left such records out
         try:
-            version = importlib.import_module(package).__version__
+            version = str(importlib.import_module(package).__version__)
         except ImportError as error:
             raise _not_there(package, oldest, str(error)) from error
     numbers = re.match(r"(\d+)\.(\d+)", version)
@@ -81,6 +90,24 @@ def _compiler_version(package: str, oldest: tuple[int, int]) -> str:
             f"{wanted} is needed to compile kernels, and {version} is installed (pip install --upgrade numba)"
         )
     return version
+
+
+def _recorded_version(package: str) -> str | None:
+    """What the installation's records say, as a rule the name of a folder: reading them would take longer than loading
+    what is compiled."""
+    place = compiler_place(package)
+    if place is not None:
+        with contextlib.suppress(OSError):
+            names = [name for name in os.listdir(place.parents[1]) if name.startswith(f"{package}-")]
+            versions = [name[len(package) + 1 : -len(".dist-info")] for name in names if name.endswith(".dist-info")]
+            if len(versions) == 1:
+                return versions[0]
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return _VERSIONS[package]()
+    except PackageNotFoundError:
+        return None
 
 
 def _not_there(package: str, oldest: tuple[int, int], why: str) -> ImportError:

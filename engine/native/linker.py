@@ -22,6 +22,8 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qrun.formats.errors import QrunError
+
 MAGIC = b"qrunimg1"
 HEADER = struct.Struct("<8sIIII")  # MAGIC, machine, entry, entry of Windows, size; then the code
 X86_64, AARCH64 = 62, 183  # EM_X86_64, EM_AARCH64
@@ -39,7 +41,7 @@ _PREL32, _PAGE, _PAGE_UNCHECKED, _ADD, _JUMP, _CALL = 261, 275, 276, 277, 282, 2
 _LOADS = {278: 1, 284: 2, 285: 4, 286: 8, 299: 16}  # R_AARCH64_LDST<bits>_ABS_LO12_NC: bytes that are loaded
 
 
-class LinkError(ValueError):
+class LinkError(QrunError, ValueError):
     """An object file, or an image, is not one that can be run."""
 
 

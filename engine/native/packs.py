@@ -68,9 +68,11 @@ class Pack:
         place = places.get(key)
         if place is None:
             return None
+        content = b""
         with open(self.folder / name, "rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
+            if place.offset + place.size <= os.fstat(file.fileno()).st_size:
+                file.seek(place.offset)
+                content = file.read(place.size)
         if hashlib.sha256(content).hexdigest() != place.sha256:
             raise PackError(f"{self.folder / name}: the kernel {key} is damaged")
         return content
@@ -96,8 +98,12 @@ def _read_target(entry: dict[str, Any]) -> tuple[str, dict[str, _Place]]:
     name = str(entry["file"])
     if name != os.path.basename(name):
         raise ValueError(name)
-    kernels = entry["kernels"].items()
-    return name, {key: _Place(int(at["offset"]), int(at["bytes"]), str(at["sha256"])) for key, at in kernels}
+    places = {
+        key: _Place(int(at["offset"]), int(at["bytes"]), str(at["sha256"])) for key, at in entry["kernels"].items()
+    }
+    if any(place.offset < 0 or place.size < 0 for place in places.values()):
+        raise ValueError(name)
+    return name, places
 
 
 _named: ContextVar[tuple[Pack, ...]] = ContextVar("_named", default=())

@@ -20,12 +20,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Versions that are said to be installed."""
     versions = {"numba": "0.66.0", "llvmlite": "0.48.0"}
 
-    def version(package: str) -> str:
-        if package not in versions:
-            raise importlib.metadata.PackageNotFoundError(package)
-        return versions[package]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(codegen, "_recorded_version", versions.get)
     codegen.code_digest.cache_clear()
     yield versions
     codegen.code_digest.cache_clear()
@@ -71,6 +66,25 @@ def test_an_app_without_records_of_what_was_installed_compiles(installed: dict[s
     codegen.code_digest.cache_clear()
     del installed["llvmlite"]
     assert codegen.code_digest(host_target()) != before  # the version is that of the package itself
+
+
+def test_a_version_is_that_of_the_installation_s_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package in codegen.OLDEST:
+        assert codegen._recorded_version(package) == importlib.metadata.version(package)
+    place = tmp_path / "numba" / "__init__.py"
+    monkeypatch.setattr(codegen, "compiler_place", lambda package: place)
+    assert codegen._recorded_version("numba") == importlib.metadata.version("numba"), "the folder is not there"
+    for version in ("0.71.2", "0.72"):
+        (tmp_path / f"numba-{version}.dist-info").mkdir()
+        (tmp_path / f"numba_extra-{version}.dist-info").mkdir()
+        one = codegen._recorded_version("numba")
+        assert one == ("0.71.2" if version == "0.71.2" else importlib.metadata.version("numba")), "of one record"
+
+    def none(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    assert codegen._recorded_version("numba") is None
 
 
 def test_an_app_without_sources_names_code_by_its_bytecode(

@@ -3,9 +3,12 @@
 import ast
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from click.testing import CliRunner
 from tiny_model import write_tiny_model
 
 from qrun.cli import options
-from qrun.cli.main import COMMANDS
+from qrun.cli.main import COMMANDS, cli
 from qrun.engine import kernels
 from qrun.engine.native import codegen, packs, sources
 from qrun.engine.native.linker import Image
@@ -163,18 +166,47 @@ if __name__ == "__main__":
 @pytest.mark.slow  # packing takes a minute, and so does compiling in the process on one core
 @pytest.mark.skipif(os.name != "posix", reason="paths of the app")
 def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model.gguf")
+    with packed_app(tmp_path) as (folder, run):
+        assert run(str(model)) == "2 1 True\n"  # two threads at once, with an empty cache
+        assert run(str(model)) == "2 1 False\n"
+        assert [path.name for path in (tmp_path / "cache" / "kernels").iterdir()] == [
+            codegen.code_digest(host_target())
+        ]
+        assert "temperature" in run("qrun", "run", "--help")
+        assert "qwen3" in run("qrun", "list", "--remote")
+        assert list(folder.rglob("libllvmlite*"))
+
+
+@pytest.mark.slow  # packing takes a minute
+@pytest.mark.skipif(os.name != "posix", reason="paths of the app")
+def test_an_app_with_a_pack_has_no_compiler_and_writes_nothing(tmp_path: Path) -> None:
+    model, kernels = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "packed kernels"
+    made = CliRunner().invoke(cli, ["pack", str(model), "--out", str(kernels), "--targets", "host"])
+    assert made.exit_code == 0, made.output
+    with packed_app(tmp_path, QRUN_KERNELS=str(kernels)) as (folder, run):
+        shutil.rmtree(kernels)
+        assert not [path for path in folder.rglob("*") if "llvmlite" in path.name and path.suffix == ".so"]
+        assert not list(folder.rglob("numba/*"))
+        assert run(str(model)) == "2 1 False\n"
+        assert not (tmp_path / "cache").exists()
+
+
+@contextmanager
+def packed_app(tmp_path: Path, **environment: str) -> Iterator[tuple[Path, Callable[..., str]]]:
+    """The folder of the app as PyInstaller makes it without options, and a function that runs it."""
     pytest.importorskip("PyInstaller")
     script = tmp_path / "app.py"
     script.write_text(APP)
     wanted = ["--noconfirm", "--onedir", "--log-level", "ERROR", "--distpath", str(tmp_path / "Äpp mit Leerzeichen")]
     paths = ["--workpath", str(tmp_path / "work"), "--specpath", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "PyInstaller", *wanted, *paths, str(script)], check=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "PyInstaller", *wanted, *paths, str(script)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | environment)
     folder = tmp_path / "Äpp mit Leerzeichen" / "app"
     for path in (*folder.rglob("*"), folder):
         path.chmod(path.stat().st_mode & ~0o222)  # as an app is installed
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "numba.py").write_text("raise SystemExit('not that one')")
-    model = write_tiny_model(tmp_path / "model.gguf")
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
@@ -185,13 +217,7 @@ def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
         return done.stdout
 
     try:
-        assert run(str(model)) == "2 1 True\n"  # two threads at once, with an empty cache
-        assert run(str(model)) == "2 1 False\n"
-        assert [path.name for path in (tmp_path / "cache" / "kernels").iterdir()] == [
-            codegen.code_digest(host_target())
-        ]
-        assert "temperature" in run("qrun", "run", "--help")
-        assert "qwen3" in run("qrun", "list", "--remote")
+        yield folder, run
     finally:
         for path in (folder, *folder.rglob("*")):
             path.chmod(path.stat().st_mode | 0o200)

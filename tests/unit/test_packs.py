@@ -175,11 +175,17 @@ def test_a_folder_that_is_named_must_be_a_pack(
             Pack.open(folder)
 
 
-def test_a_file_elsewhere_is_not_read(tmp_path: Path) -> None:
+def test_nothing_outside_of_the_pack_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "kernels", ["a"])
-    change(folder, targets={HOST: {"file": "../secret", "kernels": {}}})
-    with pytest.raises(PackError):
-        Pack.open(folder)
+    place = json.loads((folder / MANIFEST).read_text())["targets"][HOST]["kernels"]["a"]
+    for name, change_of_place in (("../secret", {}), (f"{HOST}.code", {"offset": -4}), (f"{HOST}.code", {"bytes": -1})):
+        change(folder, targets={HOST: {"file": name, "kernels": {"a": place | change_of_place}}})
+        with pytest.raises(PackError):
+            Pack.open(folder)
+    for change_of_place in ({"offset": 10**30}, {"bytes": 10**18}, {"bytes": 0}, {"sha256": ""}):
+        change(folder, targets={HOST: {"file": f"{HOST}.code", "kernels": {"a": place | change_of_place}}})
+        with pytest.raises(PackError, match="the kernel a is damaged"):
+            Pack.open(folder).read(HOST, "a")
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut off", "gone"])
