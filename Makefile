@@ -66,7 +66,7 @@ help:
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-serve SERVE_MODELS=... SERVE_PEER=llama-server  the table of the server under load"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
-	@echo "make docs   write the generated parts of the documentation anew"
+	@echo "make docs   write the generated parts of the documentation anew, and the library's reference to docs/html"
 	@echo "make clean  delete what these made, but no models"
 
 chat: $(RUNTIME)
@@ -121,9 +121,11 @@ bench-convert: $(RUNTIME)
 
 docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
+	@$(PIP_INSTALL) --editable '.[docs]' </dev/null
+	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \

@@ -20,10 +20,18 @@ SAVED_FORMAT = "qrun conversation 1"
 
 
 class Conversation:
-    """Turns between a user and a model, of which the model's session computes only what is new.
+    """Turns between a user and a model, of which the model's session computes only what is new. For one thread at a
+    time, but for `stop` and `close`.
 
-    `sampling` are options of SamplingOptions. `on_forget(n)` is called when n messages have been dropped because the
-    context was full. For `special_tokens_in_messages` see ChatTemplate.render.
+    model: a model with a tokenizer. system: the system prompt; `chat_system` of the model is not used by itself.
+    sampling: options of SamplingOptions for all answers; it may be changed between them.
+    on_forget: called with n when the n oldest messages have been dropped because the context was full.
+    special_tokens_in_messages: see `ChatTemplate.render`.
+    messages: the turns so far, dictionaries with "role", "content" and, of a thought, "reasoning_content"; they may be
+        changed between answers. The first is the system prompt, if there is one.
+    session: what holds the keys and values. last_stats, stop_reason: of the newest answer; None before the first.
+
+    Raises Closed once the model is closed.
     """
 
     def __init__(

@@ -102,8 +102,11 @@ class Model:
         adapters: Sequence[NamedAdapter] = (),
     ) -> None:
         self.path = path
+        """The model's file."""
         self.reader = reader
+        """The open file: its metadata and tensors. Its mapping goes with the model."""
         self.graph = graph
+        """What is computed: the architecture, its sizes (`n_vocab`, `n_embd`, `context_length`) and operations."""
         self.tokenizer = tokenizer
         """None if the file has none that can be used; then prompts are token ids, and pieces have no text.
         None also once the model is closed."""
@@ -116,6 +119,7 @@ class Model:
         self.context = runtime.context
         """The most tokens of one session."""
         self.threads = runtime.threads
+        """How many threads compute."""
         self.defaults = SamplingOptions.from_metadata(reader.metadata)
         """What is not given to `chat` (see `chat_sampling`), `generate` and `complete`: the file's own wishes, or the
         usual values."""

@@ -11,6 +11,7 @@ class QrunError(Exception):
 class FormatError(QrunError, ValueError):
     """A file that is missing, damaged, hostile, or of a kind that is not supported.
 
+    path: the file. reason: what is wrong. offset: where, in bytes from its start; None where that does not apply.
     `str()` is one line: the file, the byte offset where it applies, and what is wrong there.
     """
 

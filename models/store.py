@@ -38,7 +38,8 @@ class PullError(QrunError, RuntimeError):
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in the store. `path` is its file, or the first file of a split model."""
+    """A model in the store. name: as `Model.load` takes it. path: its file, or the first file of a split model.
+    files: all of them."""
 
     name: str
     path: Path

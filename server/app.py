@@ -81,6 +81,7 @@ class Application:
 
     def __init__(self, state: State) -> None:
         self.state = state
+        """What its requests share: models, settings, counts."""
         self._guarded = Guard(Starlette(routes=_routes(state), exception_handlers=_HANDLERS), state.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

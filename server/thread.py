@@ -22,6 +22,7 @@ class Server:
         self, models: Iterable[Source | Model] | Mapping[str, Source | Model] | Source | Model, **settings: Any
     ) -> None:
         self.application = app(models, **settings)
+        """What is served."""
         self.url = ""
         """Where it listens, once it does."""
         self._thread: threading.Thread | None = None

@@ -115,6 +115,7 @@ class Generation(Iterator[Piece]):
         self.reasoning = ""
         self.tokens: list[int] = []
         self.seed = sampler.seed
+        """The seed that the tokens are chosen with: the one that was given, or a new one."""
         self._cache = cache
         self._adapters = adapters
         self._prompt = prompt

@@ -13,7 +13,8 @@ from qrun.engine.text.response_formats import Body, Calls
 
 @dataclass
 class ToolCall:
-    """A call of a function. id: what the model named it, or ""."""
+    """A call of a function. name: of the function. arguments: by their names. id: what the model named the call, or
+    ""."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -31,15 +31,20 @@ MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset: th
 
 @dataclass(frozen=True, eq=False)
 class TensorInfo:
-    """A tensor in a file. `raw` is a view of the mapped file: nothing is read before it is touched."""
+    """A tensor in a file.
+
+    name: as the file has it. type: how its weights are encoded. shape: in NumPy's order: a matrix of 1536 rows of 576
+    weights each is (1536, 576). n_bytes: its size. offset: of its first byte in `file`. raw: uint8 [n_bytes], a view of
+    the mapped file, read-only: nothing is read before it is touched.
+    """
 
     name: str
     type: TensorType
-    shape: tuple[int, ...]  # NumPy's order: a matrix of 1536 rows of 576 weights each is (1536, 576)
+    shape: tuple[int, ...]
     n_bytes: int
-    offset: int  # of the first byte, in its file
+    offset: int
     file: Path
-    raw: U8Array  # uint8 [n_bytes], read-only
+    raw: U8Array
 
     def dequantize(self) -> F32Array:
         """The weights, float32 [*shape]. Raises FormatError if they are of a type that cannot be decoded."""

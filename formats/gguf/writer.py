@@ -39,6 +39,8 @@ class GGUFWriter:
             writer.add_tensor("output.weight", TensorType.F16, (32000, 576))
             writer.write_tensor("output.weight", rows)
 
+    path: where it is written. version: 2 or 3, of the format.
+
     The file grows under a temporary name beside its target, takes its name when it is complete, and is removed if an
     exception leaves the `with`. Misuse raises ValueError; a disk that is full, OSError with the target's name.
     """

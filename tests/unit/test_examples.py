@@ -1,11 +1,9 @@
 """The programs in `examples`, run as their first lines say, where the packages that they need are there."""
 
 import builtins
-import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,68 +58,6 @@ def test_web_chat(web_chat: Any) -> None:
     assert long.status_code == 422 and "the context holds" in long.json()["detail"]
 
 
-@pytest.fixture
-def chat_window(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
-    widgets = pytest.importorskip("PySide6.QtWidgets", exc_type=ImportError)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    app = widgets.QApplication.instance() or widgets.QApplication([])
-    import chat_window
-
-    chat_window.app = app
-    yield chat_window
-
-
-def wait(module: Any, until: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < deadline
-        module.app.processEvents()
-        time.sleep(0.005)
-
-
-def test_chat_window(chat_window: Any, model: Path) -> None:
-    window = chat_window.Window(str(model))
-    window.show()
-    wait(chat_window, window.line.isEnabled)
-    assert window.windowTitle() == "model.gguf"
-    for stopped in (True, False):
-        before = len(window.text.toPlainText())
-        window.line.setText("Hi")
-        window.line.returnPressed.emit()
-        assert not window.line.isEnabled() and window.button.isEnabled()
-        wait(chat_window, lambda before=before: len(window.text.toPlainText()) > before + len("> Hi\n"))
-        if stopped:
-            window.button.click()
-            wait(chat_window, window.line.isEnabled, 2)
-    start = time.monotonic()
-    window.close()  # in the midst of an answer
-    assert time.monotonic() - start < 1
-    assert not window.talk._thread.is_alive()
-
-
-def test_chat_window_with_a_file_that_is_none(chat_window: Any, tmp_path: Path) -> None:
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
-    window = chat_window.Window(str(tmp_path / "bad.gguf"))
-    wait(chat_window, lambda: "bad.gguf" in window.windowTitle())
-    assert not window.line.isEnabled()
-    window.close()
-
-
-def test_chat_window_as_a_program(chat_window: Any, model: Path) -> None:
-    code = (
-        "import runpy, sys; from PySide6.QtCore import QTimer; from PySide6.QtWidgets import QApplication\n"
-        "QTimer.singleShot(0, lambda: None)\n"
-        "real = QApplication.exec\n"
-        "def run(): QTimer.singleShot(300, QApplication.closeAllWindows); return real()\n"
-        "QApplication.exec = staticmethod(run)\n"
-        f"sys.argv = ['chat_window.py', {str(model)!r}]; runpy.run_path('examples/chat_window.py', run_name='__main__')"
-    )
-    done = run("-c", code)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "QThread" not in done.stderr and "Traceback" not in done.stderr
-
-
 def test_what_the_page_for_makers_of_apps_begins_with(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,4 +84,5 @@ def test_every_error_of_that_page_is_what_it_says() -> None:
 def test_every_example_is_run() -> None:
     text = Path(__file__).read_text("utf-8")
     assert [path.name for path in EXAMPLES.glob("*.py") if path.stem not in text] == []
-    assert os.listdir(EXAMPLES)
+    others = {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert [name for name in others if not Path(__file__).with_name(f"test_{name}.py").exists()] == []

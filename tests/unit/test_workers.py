@@ -225,7 +225,7 @@ def test_without_workers_kernels_are_compiled_here(
     seen: list[tuple[int, int]] = []
     objects = load_images(["scale-"], host_target(), lambda *counts: seen.append(counts))
     assert len(objects["scale-"]) > 500
-    assert seen == [(0, 1), (1, 1)]
+    assert list(dict.fromkeys(seen)) == [(0, 1), (1, 1)]
     with pytest.raises(CompileError, match=r"the kernel matmul-Q9_9 did not compile: KeyError: 'Q9_9'"):
         load_images(["matmul-Q9_9"], host_target())
 
