@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         read,
         rows,
         selective_scan,
+        spread,
         team,
         wkv,
     )
@@ -53,6 +54,7 @@ _MODULES = {
     "wkv": "wkv",
     "quantize": "quantize",
     "observe": "observe",
+    "spread": "spread",
     "read": "read",
     **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
 }
@@ -92,7 +94,7 @@ def all_keys() -> list[str]:
         *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
           for layout in ("", "-rows")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
-        *(f"observe-{variant}" for variant in ("rows", "experts")),
+        *(f"observe-{variant}" for variant in ("rows", "experts", "keep")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),

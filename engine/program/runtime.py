@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +56,15 @@ class Runtime:
 
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
-    observe: collect in `observations` what matmuls take (see program.observing).
+    observe: collect in `observations` what matmuls take (see program.observing); of the tensors for which `keep` is
+    true the rows themselves, if it is given.
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
         progress: Progress | None = None, target: Target | None = None, observe: bool = False,
+        keep: Callable[[str], bool] | None = None,
         beside: Runtime | None = None,
     ) -> None:  # fmt: skip
         if context < 1:
@@ -78,9 +80,12 @@ class Runtime:
         self._blocks = PagePool(self._layout.block_bytes)
         # Those who observe want to see all rows of the last block too.
         to_lower = graph if observe else select_early(graph)
-        lowering = (ObservingLowering if observe else Lowering)(
-            to_lower, self._layout, target, batch=self.batch, head_rows=min(HEAD_ROWS, self.batch), context=context,
-            threads=threads,
+        settings: dict[str, Any] = {
+            "batch": self.batch, "head_rows": min(HEAD_ROWS, self.batch), "context": context, "threads": threads,
+        }  # fmt: skip
+        lowering = (
+            ObservingLowering(to_lower, self._layout, target, keep=keep, **settings) if observe
+            else Lowering(to_lower, self._layout, target, **settings)
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         keys = [*TEAM_KERNELS, *lowering.kernel_keys]
