@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qrun.engine.quantize.samples import Samples
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType
+    from qrun.models.adapter import Lora
 
 METHODS = ("auto", "gptq", "imatrix")
 
@@ -116,10 +117,10 @@ def calibration_options(function: Command) -> Command:
 
 def convert_calibrated(
     source: Source, path: Path, out: Path, wishes: Wishes, choice: Choice, values: Metadata, *,
-    allow_requantize: bool, dry_run: bool, threads: int | None, named: bool, merged: bool,
+    allow_requantize: bool, dry_run: bool, threads: int | None, named: bool, merged: Sequence[Lora],
 ) -> None:  # fmt: skip
     """Calibrates, converts, and judges. path: of the source. out: the result, or if it was not `named` the source,
-    beside which it is to lie. merged: whether the source is more than what lies at `path`."""
+    beside which it is to lie. merged: adapters, by which the source is more than what lies at `path`."""
     from qrun.engine.quantize.calibrated import Calibration, check_not_quantised, nearest_mix
     from qrun.engine.quantize.convert import plan
 
@@ -134,6 +135,7 @@ def convert_calibrated(
         calibration = Calibration(
             source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
             stage=lambda name: stage_bar(bars, name), compiling=CompileProgress(), notice=notice,
+            variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
         )  # fmt: skip
         calibration.prepare()
         imatrix = calibration.imatrix()
@@ -155,7 +157,7 @@ def convert_calibrated(
         others = [("rounded plainly", plain)] if wishes.method != "imatrix" else []
         if wishes.sized and (mix := nearest_mix(source, imatrix, planned.n_bytes, allow_requantize)):
             others.append((f"{mix.choice.file_type}, rounded plainly", mix))
-        rows, perplexity = judge(path, out, samples.held_out, planned, others, calibration, threads, merged)
+        rows, perplexity = judge(path, out, samples.held_out, planned, others, calibration, threads, bool(merged))
         if wishes.method == "auto" and rows[1].loss < rows[0].loss:
             notice("column by column more is lost here: weights are rounded each by itself")
             planned, result = plain, write(plain, out, threads, values, label(wishes) if wishes.sized else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -69,7 +70,11 @@ def check_not_quantised(source: Source, allow_requantize: bool) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where it is done, and with what. stage(name) gives a function that is told how far that stage is."""
+    """Where it is done, and with what.
+
+    stage(name) gives a function that is told how far that stage is. variant: what else the source is than its files,
+    the scales of adapters that are merged into it, say.
+    """
 
     source: Source
     samples: Samples
@@ -79,6 +84,7 @@ class Calibration:
     stage: Stage = silent
     compiling: Compiling | None = None
     notice: Callable[[str], None] = lambda text: None
+    variant: str = ""
 
     @classmethod
     def folder_for(cls, out: Path) -> Path:
@@ -88,7 +94,7 @@ class Calibration:
     @property
     def key(self) -> str:
         """Of all that is measured: the source and the texts."""
-        digest = hashlib.sha256(self.samples.digest.encode())
+        digest = hashlib.sha256((self.samples.digest + self.variant).encode())
         for file in self.source.files:
             for part in file_samples(file):
                 digest.update(part)
@@ -261,6 +267,8 @@ class Calibration:
                         for observation, sums in zip(runtime.observations, moments, strict=True):
                             sums.add(observation.sums[: int(observation.counts[0])])
             observed = [observation.names for observation in runtime.observations]
+        # A matrix that takes several inputs is left to plain rounding.
+        uses = Counter(name for sharing in observed for name in sharing)
         for i, sharing in enumerate(observed):
             matrix = moments[i].matrix
             if not np.isfinite(matrix).all():
@@ -270,7 +278,8 @@ class Calibration:
                 self.notice(f"{sharing[0]}: {counts}: more text would help")
             factors = factor(matrix)
             for name in sharing:
-                yield name, matrix, factors
+                if uses[name] == 1:
+                    yield name, matrix, factors
 
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
