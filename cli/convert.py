@@ -128,7 +128,7 @@ def command(
         if calibration.texts:
             convert_calibrated(
                 opened, path, out or beside, calibration, choice, values, allow_requantize=allow_requantize,
-                dry_run=dry_run, threads=threads, named=out is not None, merged=bool(merged),
+                dry_run=dry_run, threads=threads, named=out is not None, merged=merged,
             )  # fmt: skip
             return
         planned = plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from qrun.engine.quantize.samples import Samples
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType
+    from qrun.models.adapter import Lora
+
+METHODS = ("auto", "gptq", "imatrix")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,6 +45,8 @@ class Wishes:
     fit: int | None
     candidates: tuple[str, ...] | None
     keep: Path | None
+    method: str
+    judge: bool
 
     @property
     def sized(self) -> bool:
@@ -64,8 +69,8 @@ class Wishes:
             raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
         if self.candidates is not None and not given:
             raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
-        if self.keep and not self.texts:
-            raise click.UsageError("--measures goes with --calibrate.")
+        if not self.texts and (self.keep or self.method != "auto"):
+            raise click.UsageError(f"{'--measures' if self.keep else '--method'} goes with --calibrate.")
 
 
 def calibration_options(function: Command) -> Command:
@@ -73,7 +78,7 @@ def calibration_options(function: Command) -> Command:
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
-        names = ("texts", "samples", "length", "seed", "bits_per_weight", "size", "fit", "candidates", "keep")
+        names = [field.name for field in fields(Wishes)]
         return function(*args, calibration=Wishes(**{name: kwargs.pop(name) for name in names}), **kwargs)
 
     command: Any = gather
@@ -86,6 +91,10 @@ def calibration_options(function: Command) -> Command:
         click.option("--length", type=click.IntRange(min=16), default=512, show_default=True, metavar="TOKENS",
                      help="Tokens in a sample."),
         click.option("--seed", type=int, default=1, show_default=True, help="Which samples are taken."),
+        click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
+                     help="With --calibrate, how weights are rounded: each by itself, its error weighed by the inputs' "
+                          "mean squares (imatrix), or column by column, each error made good by the columns after it "
+                          "(gptq); auto is gptq, unless more is lost by it on what is held out."),
         click.option("--bpw", "bits_per_weight", type=click.FloatRange(min=0, min_open=True), metavar="BITS",
                      help="Choose the type of each tensor: what loses least with so many bits for a weight, on "
                           "average."),
@@ -98,6 +107,8 @@ def calibration_options(function: Command) -> Command:
         click.option("--measures", "keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
                      help="Keep what was found of the model in this folder, for other sizes and types.",
                      show_default="a folder beside OUT, until that is complete"),
+        click.option("--judge/--no-judge", default=True, show_default=True,
+                     help="With --calibrate, measure at the end what is lost on the samples that were held out."),
     )):  # fmt: skip
         command = option(command)
     result: Command = command
@@ -106,10 +117,10 @@ def calibration_options(function: Command) -> Command:
 
 def convert_calibrated(
     source: Source, path: Path, out: Path, wishes: Wishes, choice: Choice, values: Metadata, *,
-    allow_requantize: bool, dry_run: bool, threads: int | None, named: bool, merged: bool,
+    allow_requantize: bool, dry_run: bool, threads: int | None, named: bool, merged: Sequence[Lora],
 ) -> None:  # fmt: skip
     """Calibrates, converts, and judges. path: of the source. out: the result, or if it was not `named` the source,
-    beside which it is to lie. merged: whether the source is more than what lies at `path`."""
+    beside which it is to lie. merged: adapters, by which the source is more than what lies at `path`."""
     from qrun.engine.quantize.calibrated import Calibration, check_not_quantised, nearest_mix
     from qrun.engine.quantize.convert import plan
 
@@ -124,6 +135,7 @@ def convert_calibrated(
         calibration = Calibration(
             source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
             stage=lambda name: stage_bar(bars, name), compiling=CompileProgress(), notice=notice,
+            variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
         )  # fmt: skip
         calibration.prepare()
         imatrix = calibration.imatrix()
@@ -135,9 +147,22 @@ def convert_calibrated(
     if dry_run:
         show_plan(planned)
         return
+    plain = planned
+    if wishes.method != "imatrix":
+        with ExitStack() as bars:
+            planned = replace(calibration, stage=lambda name: stage_bar(bars, name)).rounded(planned)
     result = write(planned, out, threads, values, label(wishes) if wishes.sized else None)
-    other = nearest_mix(source, imatrix, planned.n_bytes, allow_requantize) if wishes.sized else None
-    judged = judge(path, out, samples.held_out, planned, other, calibration, threads, merged)
+    judged: list[str] = []
+    if wishes.judge:
+        others = [("rounded plainly", plain)] if wishes.method != "imatrix" else []
+        if wishes.sized and (mix := nearest_mix(source, imatrix, planned.n_bytes, allow_requantize)):
+            others.append((f"{mix.choice.file_type}, rounded plainly", mix))
+        rows, perplexity = judge(path, out, samples.held_out, planned, others, calibration, threads, bool(merged))
+        if wishes.method == "auto" and rows[1].loss < rows[0].loss:
+            notice("column by column more is lost here: weights are rounded each by itself")
+            planned, result = plain, write(plain, out, threads, values, label(wishes) if wishes.sized else None)
+            rows[:2] = [replace(rows[1], name=out.name), replace(rows[0], name="column by column")]
+        judged = table(rows, perplexity)
     if not wishes.keep:
         calibration.clean()
     show_result(planned, result)
@@ -240,36 +265,51 @@ def candidates(wishes: Wishes, bits_per_weight: float) -> list[TensorType]:
 
 
 def judge(
-    path: Path, out: Path, text: Chunks, planned: Plan, other: Plan | None, calibration: Calibration,
+    path: Path, out: Path, text: Chunks, planned: Plan, others: Sequence[tuple[str, Plan]], calibration: Calibration,
     threads: int | None, merged: bool,
-) -> list[str]:  # fmt: skip
-    """Lines on what is lost on the samples that were held out, and what the named mix of that size would have lost."""
+) -> tuple[list[Judged], float]:  # fmt: skip
+    """What is lost on the samples that were held out, and what would have been lost otherwise; and the perplexity of
+    the source."""
     from qrun.cli.compare import score_against, write_logits
     from qrun.cli.loading import find_original
 
     reference = calibration.working if merged else find_original(str(path))
     with open(calibration.folder / "logits", "w+b") as logits:
         score = write_logits(reference, text, logits, threads, "f16")
-        rows: list[tuple[str, int, Divergence]] = []
-        rows.append((out.name, planned.n_bytes, score_against(out, text, logits, out.name, threads, "f16")))
-        if other is not None:
-            name = other.choice.file_type
+        rows = [Judged(out.name, planned.n_bytes, score_against(out, text, logits, out.name, threads, "f16"))]
+        for name, other in others:
             beside = calibration.folder / "named.gguf"
             write(other, beside, threads, (), name)
-            rows.append((name, other.n_bytes, score_against(beside, text, logits, name, threads, "f16")))
-    return table(rows, score.perplexity.value, score.count)
+            rows.append(Judged(name, other.n_bytes, score_against(beside, text, logits, name, threads, "f16")))
+    return rows, score.perplexity.value
 
 
-def table(rows: Sequence[tuple[str, int, Divergence]], source_perplexity: float, n_tokens: int) -> list[str]:
+@dataclass(frozen=True)
+class Judged:
+    """A file, what it is called in the table, and how far it is from the source."""
+
+    name: str
+    n_bytes: int
+    divergence: Divergence
+
+    @property
+    def loss(self) -> float:
+        """KL in nats."""
+        return self.divergence.mean_kl.value
+
+
+def table(rows: Sequence[Judged], source_perplexity: float) -> list[str]:
     """A line for each model, and one for what was measured."""
     from qrun.cli.perplexity import percent, plus_minus
 
-    width = max(len(name) for name, _, _ in rows)
+    width = max(len(row.name) for row in rows)
     lines = [f"{'':{width}}  {'size':>8}  {'KL divergence':>19}  {'same top token':>15}  {'perplexity':>18}"]
-    for name, n_bytes, divergence in rows:
+    for row in rows:
+        divergence = row.divergence
         lines.append(
-            f"{name:{width}}  {human_bytes(n_bytes):>8}  {plus_minus(divergence.mean_kl, 5):>19}  "
+            f"{row.name:{width}}  {human_bytes(row.n_bytes):>8}  {plus_minus(divergence.mean_kl, 5):>19}  "
             f"{percent(divergence.agreement, 2):>15}  {plus_minus(divergence.model.perplexity, 3):>18}"
         )
+    n_tokens = len(rows[0].divergence.kl)
     lines.append(f"on {n_tokens} tokens that were held out; perplexity of the source {source_perplexity:.3f}")
     return lines

@@ -25,6 +25,7 @@ from qrun.cli.options import (
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
     from qrun.engine.judging.scoring import Chunks, Estimate, Score
+    from qrun.engine.judging.tasks import Answers, Task
     from qrun.models.adapter import Lora
 
 
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
 @click.option("--against", type=ModelName(), metavar="REFERENCE",
               help="Another model with the same vocabulary, the original of this one, say: also measure how far MODEL "
                    "is from it.")  # fmt: skip
+@click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
+              help="Also ask the questions in FILE, JSON lines with \"question\", \"right\" and \"wrong\" answers: how "
+                   "often is a right one the likeliest?")  # fmt: skip
 @threads_option()
 @cache_type_option()
 @lora_option()
 @type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: perplexity, error, tokens, chunks, ...")
 def command(
-    model: str, file: Path, ctx: int, chunks: int | None, against: str | None, threads: int | None, cache_type: str,
-    loras: tuple[Lora, ...], type_name: str | None, as_json: bool,
+    model: str, file: Path, ctx: int, chunks: int | None, against: str | None, tasks: Path | None,
+    threads: int | None, cache_type: str, loras: tuple[Lora, ...], type_name: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well a model predicts the text in FILE: its perplexity, with the standard error.
 
@@ -56,30 +60,37 @@ def command(
       qrun perplexity model.gguf text.txt --ctx 2048 --chunks 8 --json
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf
       qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
+      qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf --tasks questions.jsonl
     """
     from qrun.cli.loading import find_model, find_original, load_tokenizer, text_chunks
+    from qrun.engine.judging.tasks import read_tasks
 
     path = find_model(model, type_name)
     tokenizer = load_tokenizer(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
-    counts = {"chunks": len(text), "ctx": ctx}
+    questions = read_tasks(tasks) if tasks else []
+    counts: dict[str, Any] = {"chunks": len(text), "ctx": ctx}
     if against is None:
         score = measure(path, text, threads, cache_type, loras)
         estimate = score.perplexity
+        asked = ask(path, None, questions, tokenizer, threads, cache_type, loras) if questions else {}
         if as_json:
             result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
-            echo(json.dumps(finite(result | counts)))
+            echo(json.dumps(finite(result | counts | asked)))
         else:
             echo(f"perplexity {plus_minus(estimate, 4)}")
+            show_answers(asked)
             echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
     divergence = measure_against(path, reference, text, threads, cache_type, loras)
+    asked = ask(path, reference, questions, tokenizer, threads, cache_type, loras) if questions else {}
     if as_json:
-        echo(json.dumps(finite(summary(divergence) | counts)))
+        echo(json.dumps(finite(summary(divergence) | counts | asked)))
     else:
         echo(report(divergence))
+        show_answers(asked)
         echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
 
 
@@ -132,6 +143,49 @@ def measure_against(
                 divergence.add(expected, logits, targets)
             progress(done, len(text), so_far(divergence.model))
     return divergence
+
+
+def ask(
+    path: Path, reference: Path | None, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
+    loras: Sequence[Lora] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """How many questions the model answers, and if there is one its reference: {"tasks": ...}, or nothing."""
+    from qrun.cli.console import step_bar
+    from qrun.cli.loading import open_runtime
+    from qrun.engine.judging.tasks import answer, context_needed
+
+    settings: dict[str, Any] = {
+        "threads": threads, "cache_type": cache_type, "context": context_needed(tokenizer, questions)
+    }  # fmt: skip
+
+    def answers(model: Path, adapters: Sequence[Lora]) -> Answers:
+        with open_runtime(model, loras=adapters, **settings) as runtime, step_bar("tasks") as progress:
+            return answer(runtime, tokenizer, questions, progress)
+
+    mine = answers(path, loras)
+    found: dict[str, Any] = {"count": len(questions), "answered": mine.accuracy.value, "error": mine.accuracy.error}
+    if reference is not None:
+        theirs = answers(reference, ())
+        same = mine.agreement(theirs)
+        found |= {"reference": {"answered": theirs.accuracy.value, "error": theirs.accuracy.error},
+                  "same_answer": {"value": same.value, "error": same.error}}  # fmt: skip
+    return {"tasks": found}
+
+
+def show_answers(asked: dict[str, Any]) -> None:
+    """A line on the questions, if some were asked."""
+    if not asked:
+        return
+    found = asked["tasks"]
+
+    def share(value: float, error: float) -> str:
+        return f"{100 * value:.1f}%" + (f" ± {100 * error:.1f}%" if math.isfinite(error) else "")
+
+    text = f"{share(found['answered'], found['error'])} of {found['count']} questions answered"
+    if "reference" in found:
+        text += f", by the reference {share(found['reference']['answered'], found['reference']['error'])}"
+        text += f"; the same answer to {share(found['same_answer']['value'], found['same_answer']['error'])}"
+    echo(text)
 
 
 def check_vocabulary(reference: Path, tokenizer: Any) -> None:

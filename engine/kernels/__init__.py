@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         read,
         rows,
         selective_scan,
+        spread,
         team,
         wkv,
     )
@@ -57,6 +58,7 @@ _MODULES = {
     "quantize": "quantize",
     "observe": "observe",
     "pool": "pool",
+    "spread": "spread",
     "read": "read",
     **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
 }
@@ -96,7 +98,7 @@ def all_keys() -> list[str]:
         *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
           for layout in ("", "-rows", "-rows-entries")),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
-        *(f"observe-{variant}" for variant in ("rows", "experts")),
+        *(f"observe-{variant}" for variant in ("rows", "experts", "keep")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),

@@ -1,4 +1,5 @@
-"""Watching what matmuls take: for each column of their input, the sum of squares over the rows, and how many rows.
+"""Watching what matmuls take: for each column of their input, the sum of squares over the rows, and how many rows; or
+the rows themselves.
 
 A part is some of the columns and takes the rows in their order, so that sums are the same on any number of
 threads. Sums are added to in float32; whoever reads them begins anew from time to time (see `program.observing`).
@@ -18,9 +19,10 @@ SHARE = 16
 
 
 def observe(variant: str) -> Kernel:
-    """"rows": every row counts once. "experts": every row counts for each expert that it goes to."""
+    """"rows": every row counts once. "experts": every row counts for each expert that it goes to. "keep": SUMS takes
+    the rows of the step, and COUNTS how many they are."""
     lanes = v.target().lanes
-    by_expert = variant == "experts"
+    by_expert, keeps = variant == "experts", variant == "keep"
 
     @v.helper
     def add_squares(x, sums, begin, end):  # type: ignore[no-untyped-def]
@@ -53,7 +55,13 @@ def observe(variant: str) -> Kernel:
         stride = v.load_i64(op + R.OBS_X_STRIDE)
         sums = v.load_i64(op + R.OBS_SUMS)
         counts = v.load_i64(op + R.OBS_COUNTS)
-        if by_expert:
+        if keeps:
+            for row in range(n_rows):
+                for i in range(4 * begin, 4 * end, 4):
+                    v.store_f32(sums + row * width * 4 + i, v.load_f32(x + row * stride + i))
+            if part == 0:
+                v.store_i64(counts, n_rows)
+        elif by_expert:
             n_used = v.load_i64(op + R.OBS_USED)
             for i in range(n_rows * n_used):
                 slot = v.load_i64(v.load_i64(op + R.OBS_SLOTS) + 8 * i)

@@ -133,6 +133,9 @@ LORA_ADAPTER_BYTES = 40
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
  Q_ROUNDS, Q_LEVELS, Q_CANDIDATES) = _fields(13)  # fmt: skip
 
+# Rounding columns one by one: see kernels.spread.
+(SPREAD_X, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(6)
+
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024
 READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)

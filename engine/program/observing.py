@@ -6,6 +6,7 @@ outlive the step. The head is not watched: importance matrices leave the output 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ class Observation:
     """What one input, or one that experts share, has been so far.
 
     names: tensors that take it. sums: float32 [experts, width], sums of squares; 1 expert for a dense matrix.
-    counts: int64 [experts], how many rows were added.
+    counts: int64 [experts], how many rows were added. If rows are kept, sums are those of the last step, [batch,
+    width], and counts [1] how many it had.
     """
 
     names: list[str]
@@ -34,9 +36,13 @@ class Observation:
 
 
 class ObservingLowering(Lowering):
-    """A lowering that also records the inputs of matmuls in `observations`."""
+    """A lowering that also records the inputs of matmuls in `observations`.
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    keep: of which tensors the input's rows are to be kept, after each step; then nothing else is recorded.
+    """
+
+    def __init__(self, *args: Any, keep: Callable[[str], bool] | None = None, **settings: Any) -> None:
+        self._keep = keep
         self.observations: list[Observation] = []
         self._of_value: dict[int, Observation] = {}
         super().__init__(*args, **settings)
@@ -44,17 +50,21 @@ class ObservingLowering(Lowering):
     def taken(self, weight: G.Weight, value: G.Value) -> None:
         if self._in_head or weight.name.endswith(SUFFIXES):  # an adapter is not quantised
             return
+        if self._keep is not None and not self._keep(weight.name):
+            return
         if value.id in self._of_value:  # queries, keys and values take the same
             self._of_value[value.id].names.append(weight.name)
             return
         self._of_value[value.id] = self._observe([weight], self.places[value.id], value.width)
 
     def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
-        self._observe(weights, x, weights[0].shape[-1], routing)
+        if self._keep is None:
+            self._observe(weights, x, weights[0].shape[-1], routing)
 
     def _observe(self, weights: list[G.Weight], x: Place, width: int, routing: Routing | None = None) -> Observation:
         experts = weights[0].shape[0] if routing else 1
-        sums, counts = np.zeros((experts, width), np.float32), np.zeros(experts, np.int64)
+        rows = experts if self._keep is None else self.batch
+        sums, counts = np.zeros((rows, width), np.float32), np.zeros(experts, np.int64)
         observation = Observation([weight.name for weight in weights], sums, counts)
         self.observations.append(observation)
         fields: dict[int, Any] = {
@@ -67,5 +77,6 @@ class ObservingLowering(Lowering):
                 R.OBS_BY_SLOT: int(routing.by_slot),
             }  # fmt: skip
             reads += [routing.slots, routing.ranges]
-        self.emit("observe-experts" if routing else "observe-rows", fields, reads, [], False)
+        kernel = "observe-experts" if routing else "observe-rows" if self._keep is None else "observe-keep"
+        self.emit(kernel, fields, reads, [], False)
         return observation

@@ -62,7 +62,8 @@ class Runtime:
     causal: does a token see those before it only? width: of what is computed: the vocabulary, or of a model that makes
     embeddings a row's width.
     progress(done, total): called while kernels are compiled, if any have to be.
-    observe: collect in `observations` what matmuls take (see program.observing).
+    observe: collect in `observations` what matmuls take (see program.observing); of the tensors for which `keep` is
+    true the rows themselves, if it is given.
     adapters: what can be switched for each sequence (`KVSequence.adapters` has their numbers): steps with such
     sequences run a program of their own.
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
@@ -71,6 +72,7 @@ class Runtime:
     def __init__(
         self, graph: Graph, *, threads: int, context: int, cache_type: str = "f16", batch: int = R.MAX_COLUMNS,
         progress: Progress | None = None, target: Target | None = None, observe: bool = False,
+        keep: Callable[[str], bool] | None = None,
         beside: Runtime | None = None, adapters: Sequence[Adapter[TensorInfo]] = (),
     ) -> None:  # fmt: skip
         if context < 1:
@@ -91,7 +93,10 @@ class Runtime:
             "batch": self.batch, "head_rows": self.batch if graph.embeds else min(HEAD_ROWS, self.batch),
             "context": context, "threads": threads,
         }  # fmt: skip
-        lowering = (ObservingLowering if observe else Lowering)(to_lower, self._layout, target, **settings)
+        lowering = (
+            ObservingLowering(to_lower, self._layout, target, keep=keep, **settings) if observe
+            else Lowering(to_lower, self._layout, target, **settings)
+        )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         self._switched = SwitchedAdapters(adapters, self.batch) if adapters else None
         adapted = (

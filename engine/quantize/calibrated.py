@@ -7,10 +7,16 @@ is measured, the importance matrix, and what each tensor's errors do. A run that
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qrun.engine.native.compiler import Progress as Compiling
 from qrun.engine.native.cpu_count import available_cores
@@ -18,22 +24,29 @@ from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, TooSmall, allocate
 from qrun.engine.quantize.calibration import observe
-from qrun.engine.quantize.convert import Metadata, Plan, convert, file_bytes, plan
+from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
+from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
-from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts
+from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
 from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
 from qrun.formats import GGUFReader, TensorType
+from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
 from qrun.formats.samples import samples as file_samples
+from qrun.formats.whole_file import write_whole
 from qrun.models import build_graph
+
+F32Array = NDArray[np.float32]
 
 # Samples by which slopes are measured, at most: each of some seventy probes reads them all.
 PROBE_SAMPLES = 4
 WORKING_TYPE = "Q8_0"
+# Of the second moments that are held at a time.
+MOMENT_BYTES = 1 << 30
 # All that lies in the folder.
-FILES = ("key", "working.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
+FILES = ("key", "working.gguf", "rounded.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
@@ -57,7 +70,11 @@ def check_not_quantised(source: Source, allow_requantize: bool) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where it is done, and with what. stage(name) gives a function that is told how far that stage is."""
+    """Where it is done, and with what.
+
+    stage(name) gives a function that is told how far that stage is. variant: what else the source is than its files,
+    the scales of adapters that are merged into it, say.
+    """
 
     source: Source
     samples: Samples
@@ -67,6 +84,7 @@ class Calibration:
     stage: Stage = silent
     compiling: Compiling | None = None
     notice: Callable[[str], None] = lambda text: None
+    variant: str = ""
 
     @classmethod
     def folder_for(cls, out: Path) -> Path:
@@ -76,7 +94,7 @@ class Calibration:
     @property
     def key(self) -> str:
         """Of all that is measured: the source and the texts."""
-        digest = hashlib.sha256(self.samples.digest.encode())
+        digest = hashlib.sha256((self.samples.digest + self.variant).encode())
         for file in self.source.files:
             for part in file_samples(file):
                 digest.update(part)
@@ -87,16 +105,18 @@ class Calibration:
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "key"
         if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
+            self._remove()
             mark.write_text(self.key)
 
     def clean(self) -> None:
         """Once the result is complete."""
-        for name in FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        self._remove()
         with suppress(OSError):  # something of somebody else's is there
             self.folder.rmdir()
+
+    def _remove(self) -> None:
+        for path in (*(self.folder / name for name in FILES), *self.folder.glob("rounded-*")):
+            path.unlink(missing_ok=True)
 
     @property
     def working(self) -> Path:
@@ -109,13 +129,15 @@ class Calibration:
         return path
 
     @contextmanager
-    def runtime(self, path: Path, *, observing: bool = False) -> Iterator[tuple[Runtime, GGUFReader]]:
-        """A model at work, on samples."""
+    def runtime(
+        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[Runtime, GGUFReader]]:
+        """A model at work, on samples. observing, keep: see `Runtime`."""
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             runtime = Runtime(
                 graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
-                observe=observing,
+                observe=observing or keep is not None, keep=keep,
             )  # fmt: skip
             try:
                 yield runtime, reader
@@ -168,6 +190,96 @@ class Calibration:
         mark.touch()
         yield
         mark.unlink()
+
+    def rounded(self, planned: Plan) -> Plan:
+        """The plan with matrices of layers rounded by GPTQ, where their types and the memory allow that.
+
+        Layers are taken in bands, as many at a time as there is memory for the second moments of their inputs; inputs
+        are those that the model has with all bands before rounded. Experts are left to plain rounding.
+        """
+        todo = {
+            tensor.source.name: tensor for tensor in planned.tensors
+            if tensor.changes and tensor.type in GPTQ_TYPES and len(tensor.source.shape) == 2
+            and layer_of(tensor.source.name) >= 0
+        }  # fmt: skip
+        digest = hashlib.sha256(repr([(name, tensor.type) for name, tensor in todo.items()]).encode()).hexdigest()[:8]
+        files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
+        copy = self.folder / "rounded.gguf"
+        shutil.copyfile(self.working, copy)
+        gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
+        writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
+        report, done = self.stage("rounding"), 0
+        kept: set[str] = set()
+        for band in self._bands(todo):
+            missing = [name for name in band if not files[name].is_file()]
+            if missing:
+                for name, moments, factors in self._band_moments(copy, missing):
+                    report(done, len(todo))
+                    tensor = todo[name]
+                    if factors is None:
+                        self.notice(f"{name}: nothing is known of its inputs, and weights are rounded one by one")
+                        continue
+                    with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
+                        rows = tensor.source.rows
+                        raw = gptq.round(rows, tensor.source.n_rows, tensor.type, moments, factors, pool)
+                    write_whole(files[name], raw.tobytes())
+                    done += 1
+            for name in band:
+                if files[name].is_file():
+                    kept.add(name)
+                    writer.write(name, files[name], todo[name].type)
+        report(len(todo), len(todo))
+        copy.unlink()
+
+        def as_made(tensor: PlannedTensor) -> PlannedTensor:
+            name = tensor.source.name
+            return replace(tensor, made=files[name]) if name in kept else tensor
+
+        return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
+
+    def _bands(self, todo: Mapping[str, PlannedTensor]) -> Iterator[list[str]]:
+        """Names of tensors, layer by layer, in bands whose moments fit into MOMENT_BYTES; one layer at least."""
+        layers: dict[int, list[str]] = {}
+        for name in todo:
+            layers.setdefault(layer_of(name), []).append(name)
+        band: list[str] = []
+        size = 0
+        for _, names in sorted(layers.items()):
+            # Most inputs are those of several matrices: this counts some twice.
+            needed = sum(8 * todo[name].source.row ** 2 for name in names)
+            if band and size + needed > MOMENT_BYTES:
+                yield band
+                band, size = [], 0
+            band += names
+            size += needed
+        if band:
+            yield band
+
+    def _band_moments(self, path: Path, names: list[str]) -> Iterator[tuple[str, F32Array, F32Array | None]]:
+        """The second moments of some tensors' inputs, and their factors. Raises ValueError if they are not finite."""
+        wanted, taken = set(names), self.samples.taken
+        with self.runtime(path, keep=wanted.__contains__) as (runtime, _):
+            moments = [Moments(observation.sums.shape[1]) for observation in runtime.observations]
+            for chunk in taken:
+                with closing(runtime.sequence()) as sequence:
+                    for start in range(0, len(chunk), runtime.batch):
+                        runtime.evaluate(sequence, chunk[start : start + runtime.batch], logits="none")
+                        for observation, sums in zip(runtime.observations, moments, strict=True):
+                            sums.add(observation.sums[: int(observation.counts[0])])
+            observed = [observation.names for observation in runtime.observations]
+        # A matrix that takes several inputs is left to plain rounding.
+        uses = Counter(name for sharing in observed for name in sharing)
+        for i, sharing in enumerate(observed):
+            matrix = moments[i].matrix
+            if not np.isfinite(matrix).all():
+                raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
+            if moments[i].count < len(matrix):
+                counts = f"{moments[i].count} tokens are few for {len(matrix)} inputs"
+                self.notice(f"{sharing[0]}: {counts}: more text would help")
+            factors = factor(matrix)
+            for name in sharing:
+                if uses[name] == 1:
+                    yield name, matrix, factors
 
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
@@ -227,6 +339,23 @@ def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> 
     most = max(sizes, key=lambda type: (sizes[type], type)) if sizes else TensorType.F16
     names = [name for name, (base, _) in FILE_TYPES.items() if base == most]
     return Choice(names[0] if names else "F16", types=types)
+
+
+class RowWriter:
+    """Puts rounded tensors into a working file."""
+
+    def __init__(self, path: Path, encoder: Encoder) -> None:
+        self._path, self._encoder = path, encoder
+        with GGUFReader(path) as reader:
+            self._places = {name: (info.offset, info.type, info.shape) for name, info in reader.tensors.items()}
+
+    def write(self, name: str, rounded: Path, type: TensorType) -> None:
+        """rounded: a file of the tensor's bytes in `type`."""
+        offset, working_type, shape = self._places[name]
+        rows = dequantize(np.fromfile(rounded, np.uint8), type, shape)
+        with open(self._path, "r+b") as file:
+            file.seek(offset)
+            file.write(self._encoder.encode(rows, working_type).raw.data)
 
 
 def nearest_mix(source: Source, imatrix: Imatrix, n_bytes: int, allow_requantize: bool) -> Plan | None:

@@ -26,7 +26,7 @@ from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.mixes import COPY, FILE_TYPES, FLOATS, Choice, Facts, choose_types, needs_importance
 from qrun.engine.quantize.source import Source, SourceTensor
 from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
-from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
 
@@ -44,11 +44,12 @@ Metadata = Sequence[tuple[str, Any, ValueType]]  # key, value, type
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor and what becomes of it. importance: float32 [experts, row], or None."""
+    """A tensor and what becomes of it. importance: float32 [experts, row], or None. made: a file that has its bytes."""
 
     source: SourceTensor
     type: TensorType
     importance: NDArray[np.float32] | None = None
+    made: Path | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -306,6 +307,8 @@ def _encode(
         if not tensor.changes:
             return n_bytes, Encoded(source.raw(start, end))
         importance = None if tensor.importance is None else tensor.importance[expert]
+        if tensor.made is not None:
+            return n_bytes, _made(tensor, tensor.made, importance, start, end)
         return n_bytes, encoder.encode(source.floats(start, end), tensor.type, importance)
 
     waiting: deque[Future[tuple[int, Encoded]]] = deque()
@@ -317,6 +320,19 @@ def _encode(
                 yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _made(
+    tensor: PlannedTensor, path: Path, importance: NDArray[np.float32] | None, start: int, end: int
+) -> Encoded:
+    """Rows that were rounded before, and what that has cost."""
+    row_bytes = tensor.n_bytes // tensor.source.n_rows
+    raw = np.fromfile(path, np.uint8, (end - start) * row_bytes, offset=start * row_bytes)
+    weights = tensor.source.rows(start, end)
+    error, energy = np.square(weights - dequantize(raw, tensor.type, weights.shape)), np.square(weights)
+    matters = np.float32(1) if importance is None else importance
+    sums = [part.sum(dtype=np.float64) for part in (error, energy, error * matters, energy * matters)]
+    return Encoded(raw, *map(float, sums))
 
 
 def _count(result: Result, tensor: PlannedTensor, encoded: Encoded) -> None:

@@ -2,12 +2,12 @@
 
     python tests/bench/calibrate_table.py MODEL --calibrate TEXT --judge TEXT [--types q4_k_m ...] [--peer FOLDER]
 
-MODEL is a GGUF file in F16, BF16 or F32. Each type is made by qrun without importance, by qrun with the importance
-matrix of the calibration text, and by llama-quantize with the same matrix (--peer: the folder with llama.cpp's
-programs; with llama-imatrix there, also with its own). With --mixes comes the mix that `qrun convert --size` chooses
-for as many bytes as the smallest of these files. All are judged by the same tokens: the mean KL divergence from MODEL
-with its standard error, how often both hold the same token to be the likeliest, and the perplexity. The table is
-Markdown; --plot draws bits a weight against KL.
+MODEL is a GGUF file in F16, BF16 or F32. Each type is made by qrun without importance, with the importance matrix of
+the calibration text, and column by column; and by llama-quantize with the same matrix (--peer: the folder with
+llama.cpp's programs; with llama-imatrix there, also with its own). With --mixes come the mixes that `qrun convert
+--size` chooses for as many bytes as the smallest of these files. All are judged by the same tokens: the mean KL
+divergence from MODEL with its standard error, how often both hold the same token to be the likeliest, and the
+perplexity. The table is Markdown; --plot draws bits a weight against KL.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Bench:
         theirs = folder / "theirs.gguf"
         run(options.peer / "llama-imatrix", "-m", options.model, "-f", options.calibrate, "-o", theirs, "--no-ppl",
             "-c", options.ctx, "--chunks", options.samples, "-t", options.threads)  # fmt: skip
+    common = ["--calibrate", options.calibrate, "--samples", options.samples, "--length", options.ctx, "--measures",
+              options.work, "--no-judge"]  # fmt: skip
     for type in options.types:
         before = len(bench.rows)
         if options.peer:
@@ -114,12 +116,13 @@ def measure(options: argparse.Namespace, folder: Path) -> Bench:
             bench.add("llama-quantize, qrun imatrix", type, partial(quantise, options, type, imatrix))
         bench.add("qrun, plain", type, partial(convert, options, "--type", type))
         bench.add("qrun, importance", type, partial(convert, options, "--type", type, "--imatrix", imatrix))
+        bench.add("qrun, column by column", type, partial(convert, options, "--type", type, *common))
         if options.mixes:
             size = min(row.n_bytes for row in bench.rows[before:])
-            words = ["--size", size, "--calibrate", options.calibrate, "--samples", options.samples, "--length",
-                     options.ctx, "--measures", options.work]  # fmt: skip
-            words += ["--candidates", options.candidates] if options.candidates else []
-            bench.add("qrun, mix by sensitivity", f"size of {type}", partial(convert, options, *words))
+            words = ["--size", size, *common, *(["--candidates", options.candidates] if options.candidates else [])]
+            for group, method in (("qrun, mix, importance", "imatrix"), ("qrun, mix, column by column", "gptq")):
+                make = partial(convert, options, *words, "--method", method)
+                bench.add(group, f"size of {type}", make)
     return bench
 
 

@@ -12,6 +12,7 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import main
 from qrun.engine import Tokenizer
+from qrun.engine.quantize import calibrated
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
@@ -58,7 +59,8 @@ def test_a_calibrated_file_is_what_an_importance_matrix_of_the_samples_gives(
     model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.gguf"
-    status, text, errors = run(*calibrating(folder, model, out, "--type", "q4_0"), capsys=capsys)
+    arguments = calibrating(folder, model, out, "--type", "q4_0", "--method", "imatrix")
+    status, text, errors = run(*arguments, capsys=capsys)
     assert status == 0, errors
     assert "4 samples of 32 tokens; 2 are held out" in errors
     assert "by importance" in text and "that were held out" in text
@@ -79,6 +81,44 @@ def test_the_same_on_any_number_of_threads(
         assert run(*arguments, capsys=capsys)[0] == 0
         files.append(out.read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("model", ["model", "experts"])
+def test_columns_are_rounded_one_by_one_and_the_loss_is_shown_beside_plain_rounding(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {}
+    for method in ("imatrix", "gptq"):
+        out = tmp_path / f"{method}.gguf"
+        status, text, errors = run(
+            *calibrating(folder, model, out, "--type", "q4_0", "--method", method), capsys=capsys
+        )
+        assert status == 0, errors
+        assert ("rounded plainly" in text) == (method == "gptq")
+        with GGUFReader(out) as reader:
+            files[method] = {name: (tensor.type, bytes(tensor.raw)) for name, tensor in reader.tensors.items()}
+    differing = {name for name, raw in files["gptq"].items() if raw != files["imatrix"][name]}
+    assert "blk.0.attn_q.weight" in differing and "blk.1.attn_output.weight" in differing
+    assert all(type == files["imatrix"][name][0] for name, (type, _) in files["gptq"].items())
+    assert not any("exps" in name or "embd" in name for name in differing)
+
+
+def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrated, "MOMENT_BYTES", 1)  # a layer at a time
+    results = []
+    for _ in range(2):
+        out = tmp_path / "out.gguf"
+        arguments = calibrating(folder, "model", out, "--type", "q4_0", "--measures", tmp_path / "work")
+        status, _, errors = run(*arguments, capsys=capsys)
+        assert status == 0, errors
+        results.append(out.read_bytes())
+        rounded = sorted((tmp_path / "work").glob("rounded-*"))
+        assert len(rounded) > 8
+        for path in rounded[3:]:
+            path.unlink()
+    assert results[0] == results[1]
 
 
 # A size

@@ -21,7 +21,7 @@ FILES = sorted(ARCHITECTURES.glob("*.gguf"))
 
 @pytest.fixture(scope="module", params=["best", "plain"])
 def harness(request: pytest.FixtureRequest) -> Harness:
-    return Harness(host_target(request.param), ["observe-rows", "observe-experts"])
+    return Harness(host_target(request.param), ["observe-rows", "observe-experts", "observe-keep"])
 
 
 @pytest.mark.parametrize("width", [1, 16, 33, 96, 101])
@@ -32,6 +32,14 @@ def test_rows_are_squared_and_summed(harness: Harness, rng: np.random.Generator,
     harness.run("observe-rows", fields(x, sums, counts, width), 7)
     np.testing.assert_allclose(sums, before + (x[:, :width].astype(np.float64) ** 2).sum(0), rtol=1e-6)
     assert counts[0] == 12
+
+
+def test_rows_are_kept_as_they_are(harness: Harness, rng: np.random.Generator) -> None:
+    x = rng.normal(size=(7, 40)).astype(np.float32)
+    rows, counts = np.zeros((9, 37), np.float32), np.array([5], np.int64)
+    harness.run("observe-keep", fields(x, rows, counts, 37), 7)
+    np.testing.assert_array_equal(rows[:7], x[:, :37])
+    assert counts[0] == 7 and not rows[7:].any()
 
 
 @pytest.mark.parametrize("by_slot", [False, True])
