@@ -57,6 +57,7 @@ class Runtime:
     context: positions that one sequence can have. batch: rows of one step at most (up to 512).
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing).
+    simd: the form of the kernels, as QRUN_SIMD names it.
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
@@ -71,6 +72,7 @@ class Runtime:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
         target = target or host_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
+        self.simd = target.form
         self.n_vocab = graph.n_vocab
         self.batch = min(batch, context)
         self._layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))

@@ -44,6 +44,17 @@ class Target:
     tiles: bool = False
 
     @property
+    def form(self) -> str:
+        """The name of its form: what QRUN_SIMD calls it, or what a kind of machine in MACHINES is called."""
+        if self.tiles:
+            return "amx"
+        if self.dot == "vnni":
+            return "avx512-vnni" if self.lanes == 16 else "avx-vnni"
+        if self.dot == "avx2":
+            return "avx512" if self.lanes == 16 else "avx2"
+        return {"dotprod": "neon-dotprod"}.get(self.dot, self.dot)
+
+    @property
     def is_x86(self) -> bool:
         return _is_x86(self.triple)
 
