@@ -120,12 +120,12 @@ def command(
                 raise ValueError(f"{path}: nothing can be read behind a text whose tokens all see each other (--depth)")
             gen = 0
         best = measure(runtime, prompt, gen, reps, depth, seqs)
-        n_threads = runtime.threads
+        n_threads, form = runtime.threads, runtime.simd
         if bandwidth and gen:
             best |= memory_share(runtime, best[f"tg{gen}"], depth + gen / 2)
     best |= drafted
     if as_json:
-        echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type}))
+        echo(json.dumps(best | {"threads": n_threads, "depth": depth, "cache_type": cache_type, "simd": form}))
         return
     for name, speed in best.items():
         if name not in ("memory", "share", "guessed", "accepted"):
@@ -134,7 +134,7 @@ def command(
         echo(f"guesses   {best['guessed']:>10} tokens, of which {best['accepted']} were right")
     if "share" in best:
         echo(f"memory    {best['memory']:>10.2f} GB/s, of which tg{gen} uses {best['share']:.0%}")
-    echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}")
+    echo(f"{n_threads} threads, after {depth} tokens, cache {cache_type}, {form}")
 
 
 def memory_share(runtime: Runtime, speed: float, position: float) -> dict[str, float]:

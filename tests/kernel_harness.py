@@ -12,7 +12,7 @@ from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.native.compiler import load_kernels
 from qrun.engine.program.record_writer import FLOAT_TYPES, blocks_and_tail
-from qrun.engine.simd.target import Target
+from qrun.engine.simd.target import Target, host_target
 from qrun.formats import TensorType, dequantize
 from qrun.formats.blocks import BLOCK_FORMATS
 
@@ -35,6 +35,14 @@ def record(size: int, fields: dict[int, int | float]) -> np.ndarray:
         else:
             words[offset // 8] = value
     return words
+
+
+def has_tiles() -> bool:
+    """Whether this machine has AMX, and its system lets this process use it."""
+    try:
+        return host_target("amx").tiles
+    except ValueError:
+        return False
 
 
 class Functions(Protocol):
@@ -87,7 +95,8 @@ class Harness:
         type_ = TensorType[type_name]
         rows, width = x.shape
         blocks, tail = blocks_and_tail(type_, width)
-        packing, column_bytes = ("f32", width * 4) if type_ in FLOAT_TYPES else ("q8", width // 32 * R.PACKED_BYTES)
+        block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
+        packing, column_bytes = ("f32", width * 4) if type_ in FLOAT_TYPES else ("q8", width // 32 * block_bytes)
         row_bytes = len(weights) // n_rows
         packed = self.packed(np.ascontiguousarray(x, np.float32), packing)
         out = np.full((rows, n_rows), np.nan, np.float32)

@@ -1,10 +1,13 @@
 """Columns: the activations that a matrix is multiplied by, how they are packed, and their products with weights.
 
 Columns are quantised to int8, 16 values of them with one scale = max |x| / 127, or kept as float32 for float weights.
+Where matrices are tiles they are rounded to bfloat16 in the place of int8.
 A panel holds as many columns as are computed together.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from llvmlite import ir
 
@@ -12,7 +15,7 @@ from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import Group, Quantised
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F32, I8, I32, I64, Emitter, Vector
+from qrun.engine.simd.vector import F32, I8, I16, I32, I64, Emitter, Vector
 
 # How 32 activations of each column lie in a panel of `width` columns: eight int8 of each column, four times; then for
 # each column the fields below. 16 activations share a scale: that halves the error that 32 would give (measured as
@@ -64,7 +67,36 @@ def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-d
         v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
 
 
-PACKERS = {"q8": pack_quantised, "f32": pack_float}
+# The order of four neighbouring activations where matrices are tiles: in pairs, as `tiles.fold` makes pairs of weights.
+PAIRED = (0, 2, 1, 3)
+
+
+@operation(lambda *_: v.types.void)
+def round_block(e: Emitter, x: ir.Value, out: ir.Value) -> None:
+    """32 floats at `x`, rounded to bfloat16, ties to even."""
+    order = [4 * four + i for four in range(4) for i in PAIRED]
+    for half in range(2):
+        values = e.load(x, 64 * half, F32, 16).permute(order)
+        bits = values.bits_as(I32)
+        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        finite_or_infinite = (bits & 0x7FFFFFFF).less(0x7F800001)
+        rounded = finite_or_infinite.choose(rounded, rounded.constant(0x7FC0))
+        e.store(rounded.narrow(I16).value, out, 32 * half)
+
+
+@v.helper
+def pack_rounded(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+    """As `pack_quantised`, for tiles: 32 activations of a column, then those of the next."""
+    panel = packed + (place // columns) * width * 2 * columns + 64 * (place % columns)
+    for block in range(width // 32):
+        round_block(row + 128 * block, panel + block * 64 * columns)
+
+
+def packer_of(packing: str) -> Any:
+    """How rows are packed for matrices of quantised weights ("q8") or of floats ("f32")."""
+    if packing == "f32":
+        return pack_float
+    return pack_rounded if v.target().tiles else pack_quantised
 
 
 def dot_quantised(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import PACKERS
+from qrun.engine.kernels.columns import packer_of
 from qrun.engine.kernels.rows import GATES
 from qrun.engine.simd import operations as v
 
@@ -160,7 +160,7 @@ def route(_: str) -> Kernel:
 
 def to_experts(packing: str) -> Kernel:
     """Pack each row of x into the slots of its experts."""
-    packer = PACKERS[packing]
+    packer = packer_of(packing)
     panel_columns = v.target().columns
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]

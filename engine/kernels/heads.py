@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import PACKERS
+from qrun.engine.kernels.columns import packer_of
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -17,7 +17,7 @@ Kernel = Callable[[int, int, int], None]
 
 def to_heads(packing: str) -> Kernel:
     """Pack a part of each head of each row, and write the ranges."""
-    packer = PACKERS[packing]
+    packer = packer_of(packing)
     panel_columns = v.target().columns
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]

@@ -19,7 +19,7 @@ range; experts have one each. A range begins on a panel's first column.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -27,17 +27,21 @@ from numba.core import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised
-from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.products import (
+    AHEAD_BYTES,
+    few_columns_of,
+    groups_of,
+    kernel_of,
+    lines_of_runs,
+    neighbouring_lines,
+    turns_of,
+    writers,
+)
+from qrun.engine.kernels.tiles import tile_matmul
 from qrun.engine.kernels.unpack import LINE_WORDS, TYPES, Float, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
-
-# With few columns each lane has a run of rows, and this much of it is asked for ahead. Of what a plain loop over memory
-# reads with two threads (Zen 4), a column of Q8_0, Q4_K and Q6_K gets 0.84, 0.85 and 0.83 with neighbouring rows, the
-# next of which are asked for; with runs and 512 bytes 0.96, 0.93 and 0.90, with 1024 bytes 1.02, 1.00 and 0.91, with
-# 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
-AHEAD_BYTES = 1536
 
 
 def _group_vectors(spec: Quantised) -> int:
@@ -56,41 +60,15 @@ def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
-def _neighbouring_lines(e: Emitter, ahead: ir.Value, block_bytes: int) -> list[ir.Value]:
-    """The cache lines from `ahead` on that are as much as a block of each row."""
-    return [e.offset(ahead, offset) for offset in range(0, e.lanes * block_bytes, 64)]
-
-
-def _lines_of_runs(e: Emitter, ahead: ir.Value, stride: ir.Value, block_bytes: int) -> list[ir.Value]:
-    """The cache lines of a block of each lane's row; of `1 / _turns` of the lanes where blocks are short."""
-    rows = Rows(e, ahead, stride).addresses[: e.lanes // _turns(block_bytes)]
-    return [e.offset(row, offset) for offset in range(0, block_bytes, 64) for row in rows]
-
-
-def _turns(block_bytes: int) -> int:
-    """Lanes ask for memory by turns, so that none skips a line and few ask twice for one."""
-    return 4 if block_bytes <= 16 else 2 if block_bytes <= 32 else 1
-
-
 def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
     block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read: of
     neighbouring rows, or of runs."""
 
-    def groups(e: Emitter, address: ir.Value, stride: ir.Value, lines: list[ir.Value]) -> Iterator[Group]:
-        # Asked for at once, a block of 256 weights of each row is more lines than a core can wait for: loads that miss
-        # the first level would queue behind them.
-        share = -(-len(lines) * 32 // spec.block_size)
-        for index, group in enumerate(spec.groups(Rows(e, address, stride))):
-            for line in lines[share * index : share * (index + 1)]:
-                e.prefetch(line)
-            e.fence()
-            yield group
-
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        lines = _neighbouring_lines(e, ahead, spec.block_bytes)
-        for index, group in enumerate(groups(e, address, stride, lines)):
+        lines = neighbouring_lines(e, ahead, spec.block_bytes)
+        for index, group in enumerate(groups_of(e, spec, address, stride, lines)):
             for i, vector in enumerate([*group.weights, *group.scales, *group.minimums]):
                 e.store(vector.value, out, 4 * e.lanes * (index * _group_vectors(spec) + i))
 
@@ -102,8 +80,8 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, block: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        lines = _lines_of_runs(e, ahead, stride, spec.block_bytes)
-        for index, group in enumerate(groups(e, address, stride, lines)):
+        lines = lines_of_runs(e, ahead, stride, spec.block_bytes)
+        for index, group in enumerate(groups_of(e, spec, address, stride, lines)):
             total = dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
         return total
 
@@ -126,7 +104,7 @@ def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any,
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        for i, vector in enumerate(weights(e, address, stride, _neighbouring_lines(e, ahead, block_bytes))):
+        for i, vector in enumerate(weights(e, address, stride, neighbouring_lines(e, ahead, block_bytes))):
             e.store(vector.value, out, 4 * e.lanes * i)
 
     @operation(_tile_of)
@@ -139,7 +117,7 @@ def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any,
     def dot_block(
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
-        for i, weight in enumerate(weights(e, address, stride, _lines_of_runs(e, ahead, stride, block_bytes))):
+        for i, weight in enumerate(weights(e, address, stride, lines_of_runs(e, ahead, stride, block_bytes))):
             total = add(e, total, weight, x, i)
         return total
 
@@ -178,6 +156,8 @@ def _tail_operation(spec: Quantised | Float) -> Any:
 def matmul(type_name: str) -> Callable[[int, int, int], None]:
     """The kernel for weights of one tensor type."""
     spec = TYPES[type_name]
+    if v.target().tiles and isinstance(spec, Quantised):
+        return tile_matmul(spec)
     lanes, columns = v.target().lanes, v.target().columns
     if isinstance(spec, Quantised):
         operations = functools.partial(quantised_operations, spec)
@@ -203,42 +183,11 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
     block_out, slice_bytes = groups * group_bytes, slice_blocks * groups * group_bytes
     totals_bytes = 4 * lanes * R.MAX_COLUMNS
-    turns = _turns(block_bytes)
+    turns = turns_of(block_bytes)
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
 
-    @v.helper
-    def load_neighbours(address, _):  # type: ignore[no-untyped-def]
-        return v.load(address)
-
-    @v.helper
-    def store_neighbours(address, value, _):  # type: ignore[no-untyped-def]
-        v.store(address, value)
-
-    def writer(load: Any, store: Any) -> Any:
-        @v.helper
-        def write(op, totals, column, row, apart):  # type: ignore[no-untyped-def]
-            """One column of a row group to its place: times the factor, with bias and residual. A lane's row is `apart`
-            rows from the lane's before; 0 where all lanes have the same."""
-            value = v.load(totals) * v.splat(v.load_f32(op + R.MM_SCALE))
-            bias = v.load_i64(op + R.MM_BIAS)
-            residual = v.load_i64(op + R.MM_RESIDUAL)
-            if bias != 0:
-                value = value + load(bias + 4 * row, 4 * apart)
-            if residual != 0:
-                place = residual + column * v.load_i64(op + R.MM_RESIDUAL_STRIDE) + 4 * row
-                value = value + load(place, 4 * apart)
-            out = v.load_i64(op + R.MM_OUT) + column * v.load_i64(op + R.MM_OUT_STRIDE) + 4 * row
-            store(out, value, 4 * apart)
-
-        return write
-
-    write_apart, write_neighbours = writer(v.load_apart, v.store_apart), writer(load_neighbours, store_neighbours)
-
-    @v.helper
-    def matrix_of(op, chosen):  # type: ignore[no-untyped-def]
-        """The address of a range's matrix."""
-        return v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
+    write_apart, write_neighbours = writers()
 
     def through_registers(width: int, panel: int) -> Any:
         """A row of each lane's run, `stride` bytes apart, times the first `width` columns of one panel. Totals go to
@@ -282,37 +231,6 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             dot_one_panel(weights, stride, n_blocks, tail, x, run_end, jump, totals)
 
     @v.helper
-    def few_columns(op, matrix, begin, end, first_column, n_columns, narrow, after, totals):  # type: ignore[no-untyped-def]
-        """Rows `begin` to `end` times a panel at most, or a column that is packed for itself (`narrow`).
-
-        after: where the chunk begins that follows, or 0.
-        """
-        row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
-        n_rows = v.load_i64(op + R.MM_ROWS)
-        n_blocks = v.load_i64(op + R.MM_BLOCKS)
-        tail = v.load_i64(op + R.MM_TAIL)
-        x = v.load_i64(op + R.MM_INPUT) + first_column * v.load_i64(op + R.MM_COLUMN_BYTES)
-        first = matrix + begin * row_bytes
-        # With fewer rows than lanes, one row is in all lanes.
-        whole = n_rows >= lanes
-        run_rows = (end - begin) // lanes if whole else end - begin
-        apart = run_rows if whole else 0
-        run = apart * row_bytes
-        run_end = first + run
-        jump = after - run_end if whole and after != 0 else -AHEAD_BYTES
-        for row in range(begin, begin + run_rows):
-            dot_few(first, run, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow)
-            for column in range(n_columns):
-                write_apart(op, totals + column * (4 * lanes), first_column + column, row, apart)
-            first += row_bytes
-        if whole and begin + run_rows * lanes < end:
-            # Fewer rows are left than lanes: the last ones of all, and some before them once more, to the same bits.
-            last = matrix + (n_rows - lanes) * row_bytes
-            dot_few(last, row_bytes, n_blocks, tail, x, last, -AHEAD_BYTES, totals, n_columns, narrow)
-            for column in range(n_columns):
-                write_apart(op, totals + column * (4 * lanes), first_column + column, n_rows - lanes, 1)
-
-    @v.helper
     def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
         """A row group (or `begin` to `end`, if the matrix has fewer rows) times many columns. What lies from `after` on
         is asked for meanwhile."""
@@ -328,87 +246,47 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
             row = min(wanted, n_rows - lanes) if whole else wanted
             weights = matrix + row * row_bytes
             ahead = after
-            for pass_first in range(0, n_columns, R.MAX_COLUMNS):
-                pass_columns = min(n_columns - pass_first, R.MAX_COLUMNS)
-                panels = (pass_columns + columns - 1) // columns
-                x0 = v.load_i64(op + R.MM_INPUT) + (first_column + pass_first) * column_bytes
-                for first in range(0, n_blocks, slice_blocks):
-                    blocks = min(slice_blocks, n_blocks - first)
-                    lines = blocks // line_blocks if by_lines else 0
-                    for i in range(0, lines * line_blocks, line_blocks):
-                        address = weights + (first + i) * block_bytes
-                        unpack_line(address, stride, unpacked + i * block_out, ahead)
-                        ahead += lanes * block_bytes * line_blocks
-                    for i in range(lines * line_blocks, blocks):
-                        address = weights + (first + i) * block_bytes
-                        unpack_block(address, stride, unpacked + i * block_out, ahead)
-                        ahead += lanes * block_bytes
-                    for panel in range(panels):
-                        place = totals + panel * (4 * lanes * columns)
-                        total = v.zero_tile(columns)
-                        if first > 0:
-                            total = v.load_tile(columns, place, 4 * lanes)
-                        x = x0 + panel * columns * column_bytes + first * wide_block
-                        group = unpacked
-                        for _ in range(blocks * groups):
-                            total = dot_group(total, group, x)
-                            group += group_bytes
-                            x += wide_x
-                        v.store_tile(total, place, 4 * lanes)
+            panels = (n_columns + columns - 1) // columns
+            x0 = v.load_i64(op + R.MM_INPUT) + first_column * column_bytes
+            for first in range(0, n_blocks, slice_blocks):
+                blocks = min(slice_blocks, n_blocks - first)
+                lines = blocks // line_blocks if by_lines else 0
+                for i in range(0, lines * line_blocks, line_blocks):
+                    address = weights + (first + i) * block_bytes
+                    unpack_line(address, stride, unpacked + i * block_out, ahead)
+                    ahead += lanes * block_bytes * line_blocks
+                for i in range(lines * line_blocks, blocks):
+                    address = weights + (first + i) * block_bytes
+                    unpack_block(address, stride, unpacked + i * block_out, ahead)
+                    ahead += lanes * block_bytes
                 for panel in range(panels):
                     place = totals + panel * (4 * lanes * columns)
-                    if tail > 0:
-                        total = v.zero_tile(columns)
-                        if n_blocks > 0:
-                            total = v.load_tile(columns, place, 4 * lanes)
-                        x = x0 + panel * columns * column_bytes + n_blocks * wide_block
-                        for i in range(tail):
-                            total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                            x += tail_x
-                        v.store_tile(total, place, 4 * lanes)
-                for column in range(pass_columns):
-                    place = totals + column * (4 * lanes)
-                    if whole:
-                        write_neighbours(op, place, first_column + pass_first + column, row, 1)
-                    else:
-                        write_apart(op, place, first_column + pass_first + column, row, 0)
+                    total = v.zero_tile(columns)
+                    if first > 0:
+                        total = v.load_tile(columns, place, 4 * lanes)
+                    x = x0 + panel * columns * column_bytes + first * wide_block
+                    group = unpacked
+                    for _ in range(blocks * groups):
+                        total = dot_group(total, group, x)
+                        group += group_bytes
+                        x += wide_x
+                    v.store_tile(total, place, 4 * lanes)
+            for panel in range(panels):
+                place = totals + panel * (4 * lanes * columns)
+                if tail > 0:
+                    total = v.zero_tile(columns)
+                    if n_blocks > 0:
+                        total = v.load_tile(columns, place, 4 * lanes)
+                    x = x0 + panel * columns * column_bytes + n_blocks * wide_block
+                    for i in range(tail):
+                        total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
+                        x += tail_x
+                    v.store_tile(total, place, 4 * lanes)
+            for column in range(n_columns):
+                place = totals + column * (4 * lanes)
+                if whole:
+                    write_neighbours(op, place, first_column + column, row, 1)
+                else:
+                    write_apart(op, place, first_column + column, row, 0)
 
-    def kernel(op, step, thread):  # type: ignore[no-untyped-def]
-        n_rows = v.load_i64(op + R.MM_ROWS)
-        ranges = v.load_i64(op + R.MM_RANGES)
-        all_columns = v.load_i64(step + R.N_ROWS)
-        # With many columns even one row group is long, and shares the work most evenly.
-        chunk_rows = v.load_i64(op + R.MM_CHUNK) if all_columns <= columns else lanes
-        chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
-        chunks = (n_rows + chunk_rows - 1) // chunk_rows
-        n_chunks = chunks * v.load_i64(ranges)
-        next_bytes = v.load_i64(op + R.MM_NEXT_BYTES)
-        after_all = v.load_i64(op + R.MM_NEXT) + thread * next_bytes
-        unpacked = v.scratch(slice_bytes)
-        totals = v.scratch(totals_bytes)
-        chunk = v.atomic_add(op + R.OP_COUNTER, 1)
-        while chunk < n_chunks:
-            # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
-            following = v.atomic_add(op + R.OP_COUNTER, 1) if more_wanted(step, thread) else n_chunks
-            after = 0
-            if following < n_chunks:
-                after = matrix_of(op, ranges + 8 + 24 * (following // chunks)) + following % chunks * chunk_bytes
-            chosen = ranges + 8 + 24 * (chunk // chunks)
-            matrix = matrix_of(op, chosen)
-            begin = chunk % chunks * chunk_rows
-            end = min(begin + chunk_rows, n_rows)
-            first, count = v.load_i64(chosen + 8), v.load_i64(chosen + 16)
-            if count <= columns:
-                few_columns(op, matrix, begin, end, first, count, all_columns == 1, after, totals)
-            else:
-                after = after if after != 0 else after_all
-                many_columns(op, matrix, begin, end, first, count, after, unpacked, totals)
-            chunk = following
-        # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
-        if all_columns <= columns:
-            run = next_bytes // lanes
-            for lane in range(lanes):
-                for offset in range(0, min(run, AHEAD_BYTES), 256):
-                    v.prefetch(after_all + lane * run + offset, 256)
-
-    return kernel
+    return kernel_of(few_columns_of(dot_few), many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS)

@@ -46,8 +46,8 @@ TILE_SIZE, MAX_HEAD_DIM = 8, 576
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
 
-# What 32 quantised activations of one column take: see kernels.matmul.
-PACKED_BYTES = 52
+# What 32 quantised activations of one column take, and what they take in bfloat16: see kernels.columns.
+PACKED_BYTES, ROUNDED_BYTES = 52, 64
 
 
 def _fields(count: int) -> range:

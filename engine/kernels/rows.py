@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import PACKERS, pack_float
+from qrun.engine.kernels.columns import packer_of
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -18,8 +18,7 @@ Kernel = Callable[[int, int, int], None]
 
 def _row_kernel(compute: Any, packing: str) -> Kernel:
     """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
-    packer = PACKERS.get(packing, pack_float)
-    packs = packing in PACKERS
+    packer, packs = packer_of(packing or "f32"), packing != ""
     panel_columns = v.target().columns
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]

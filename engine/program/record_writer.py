@@ -108,7 +108,8 @@ class RecordWriter:
     def packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
         """Where value's packed columns go. They live as long as the value."""
         columns = -(-(rows or self.rows) // self.target.columns) * self.target.columns
-        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * R.PACKED_BYTES
+        block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
+        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * block_bytes
         last = self._last_use(value) if last is None else last
         return Place(self.arena.buffer(columns * column_bytes, self.index, last), 0, column_bytes)
 

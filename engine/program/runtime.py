@@ -66,6 +66,7 @@ class Runtime:
     true the rows themselves, if it is given.
     adapters: what can be switched for each sequence (`KVSequence.adapters` has their numbers): steps with such
     sequences run a program of their own.
+    simd: the form of the kernels, as QRUN_SIMD names it.
     beside: another runtime, with whose threads this one works, in turns; it has to be closed after this one.
     """
 
@@ -81,6 +82,7 @@ class Runtime:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
         self.target = target = target or default_target()
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
+        self.simd = target.form
         self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal
         # A text whose tokens all see each other is computed in one step.
         self.batch = min(batch, context) if graph.causal else context

@@ -417,6 +417,43 @@ def store_rows(e: Emitter, tile: list[Vector], parts: int, address: ir.Value, st
         e.store(vector.value, _nth(e, address, stride, i // parts), 4 * e.lanes * (i % parts))
 
 
+# --- tiles of AMX -----------------------------------------------------------------------------------------------------
+
+
+@operation(_void)
+def configure_tiles(e: Emitter, columns: int) -> None:
+    """All that follow take literals for the numbers of tiles: see `Emitter.configure_tiles`."""
+    e.configure_tiles(columns)
+
+
+@operation(_void)
+def release_tiles(e: Emitter) -> None:
+    e.release_tiles()
+
+
+@operation(_void)
+def zero_matrix(e: Emitter, tile: int) -> None:
+    e.zero_matrix(tile)
+
+
+@operation(_void)
+def load_matrix(e: Emitter, tile: int, address: ir.Value) -> None:
+    e.load_matrix(tile, address)
+
+
+@operation(_void)
+def store_matrix(e: Emitter, tile: int, address: ir.Value) -> None:
+    e.store_matrix(tile, address)
+
+
+@operation(_void)
+def multiply_matrices(e: Emitter, sums: int, activations: int, weights: int) -> None:
+    e.multiply_matrices(sums, activations, weights)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
 def _nth(e: Emitter, address: ir.Value, stride: Any, index: int) -> ir.Value:
     if isinstance(stride, int):
         return e.offset(address, stride * index)

@@ -14,6 +14,7 @@ from qrun.cli import bench, bench_compare
 from qrun.cli.main import cli
 from qrun.engine.native.bandwidth import read_bandwidth
 from qrun.engine.program.needs import bytes_per_token
+from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 
@@ -139,4 +140,5 @@ def test_bench_says_how_much_of_the_memory_s_speed_is_used(monkeypatch: pytest.M
     arguments = ["bench", str(MODEL), "-p", "4", "-n", "2", "-r", "1", "-t", "1"]
     assert "memory         20.00 GB/s, of which tg2 uses 90%" in CliRunner().invoke(cli, arguments).stdout
     answer = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
-    assert set(answer) == {"pp4", "tg2", "memory", "share", "threads", "depth", "cache_type"}
+    assert set(answer) == {"pp4", "tg2", "memory", "share", "threads", "depth", "cache_type", "simd"}
+    assert answer["simd"] == host_target().form

@@ -6,11 +6,13 @@ import pytest
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.simd.target import host_target
-from tests.kernel_harness import Harness, random_tensor, types_of
+from tests.kernel_harness import Harness, has_tiles, random_tensor, types_of
 
-FORMS = sorted(
+EXACT_FORMS = sorted(
     {form for form in ("best", "avx512", "avx2", "plain") if host_target(form) != host_target("best")} | {"best"}
 )
+# Tiles have roundings of their own.
+FORMS = [*EXACT_FORMS, *(["amx"] if has_tiles() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,14 @@ def test_matmul_is_the_product(
         width -= size * int(rng.integers(0, 256 // size))
     raw, weights = random_tensor(rng, name, rows, width)
     x = rng.normal(size=(columns, width)).astype(np.float32)
-    seen = as_quantised(x) if isinstance(TYPES[name], Quantised) else x
+    tiles = harness.target.tiles and isinstance(TYPES[name], Quantised)
+    seen = as_quantised(x) if isinstance(TYPES[name], Quantised) and not tiles else x
     expected = seen.astype(np.float64) @ weights.T.astype(np.float64)
     # Every product's rounding counts, also where a sum is small because its terms cancel.
     size = np.abs(seen).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
     result = harness.matmul(name, raw, rows, x)
-    assert np.all(np.abs(result - expected) <= 3e-6 * size + 1e-30)
+    # In tiles activations and weights have 8 bits each: neither is off by more than a 256th.
+    assert np.all(np.abs(result - expected) <= (2.1 / 256 if tiles else 3e-6) * size + 1e-30)
 
 
 @EACH
@@ -60,9 +64,9 @@ def test_a_column_has_the_same_bits_alone_and_among_others(
     rng: np.random.Generator, harness: Harness, name: str
 ) -> None:
     raw, _ = random_tensor(rng, name, 37, 512)
-    x = rng.normal(size=(11, 512)).astype(np.float32)
+    x = rng.normal(size=(35, 512)).astype(np.float32)
     together = harness.matmul(name, raw, 37, x)
-    for count in (1, 3, 6):  # through registers: a column, half a panel, a panel
+    for count in (1, 3, 6, 14, 19):  # through registers: a column, half a panel, a panel; two panels
         parts = [harness.matmul(name, raw, 37, x[i : i + count]) for i in range(0, len(x), count)]
         assert np.array_equal(together.view(np.int32), np.concatenate(parts).view(np.int32))
 
@@ -70,7 +74,8 @@ def test_a_column_has_the_same_bits_alone_and_among_others(
 def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> None:
     raw, _ = random_tensor(rng, "Q4_K", 32, 512)
     x = rng.normal(size=(3, 512)).astype(np.float32)
-    results = [Harness(host_target(form), ["matmul-Q4_K", "pack-q8"]).matmul("Q4_K", raw, 32, x) for form in FORMS]
+    harnesses = [Harness(host_target(form), ["matmul-Q4_K", "pack-q8"]) for form in EXACT_FORMS]
+    results = [harness.matmul("Q4_K", raw, 32, x) for harness in harnesses]
     assert all(np.array_equal(results[0].view(np.int32), result.view(np.int32)) for result in results)
 
 

@@ -19,11 +19,15 @@ AVX512 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
     ("name", "lanes", "dot"),
     [("avx2", 8, "avx2"), ("avx512", 16, "avx2"), ("avx512-vnni", 16, "vnni"), ("avx-vnni", 8, "vnni"),
      ("neon", 4, "neon"), ("neon-dotprod", 4, "dotprod"), ("apple", 4, "dotprod"),
-     ("x86-64", 4, "plain")],
+     ("x86-64", 4, "plain"), ("amx", 16, "vnni")],
 )  # fmt: skip
 def test_every_kind_of_machine_gets_its_form(name: str, lanes: int, dot: str) -> None:
     target = machine_target(name)
     assert (target.lanes, target.dot) == (lanes, dot)
+    assert target.tiles == (name == "amx")
+    # Forms that differ in nothing but instructions for tables, or in none, have one name.
+    same = {"avx512-vbmi": "avx512-vnni", "apple": "neon-dotprod", "x86-64": "plain"}
+    assert target.form == same.get(name, name)
 
 
 def test_part_of_avx512_is_not_avx512() -> None:
@@ -46,8 +50,18 @@ def test_a_lesser_form_can_be_asked_for() -> None:
     assert not chosen["avx512"].has("avx512vnni") and not chosen["avx512"].has("avx512vbmi")
     assert chosen["best"].has("avx512vbmi") and not chosen["avx2"].has("avxvnni")
     assert not chosen["plain"].has("avx512f")
-    with pytest.raises(ValueError, match="QRUN_SIMD is 'mmx': it can be best, avx512, avx2 or plain"):
+    with pytest.raises(ValueError, match="QRUN_SIMD is 'mmx': it can be best, amx, avx512-vnni, avx512, avx2 or plain"):
         choose_target(X86, "cpu", features, "mmx")
+
+
+def test_tiles_are_used_where_they_are_asked_for_and_there() -> None:
+    triple, cpu, names = MACHINES["amx"]
+    features = dict.fromkeys(names, True)
+    assert not choose_target(triple, cpu, features, "avx512-vnni").has("amx-tile")
+    assert choose_target(triple, cpu, features, "avx512-vnni").dot == "vnni"
+    assert not choose_target(triple, cpu, features).tiles
+    with pytest.raises(ValueError, match=r"QRUN_SIMD is 'amx', and this machine \(or its system\) lacks amx-tile$"):
+        choose_target(triple, cpu, features | {"amx-tile": False}, "amx")
 
 
 def test_a_cpu_of_another_kind_gets_the_plain_form() -> None:
@@ -91,6 +105,20 @@ def test_the_machine_code_has_the_instructions_of_its_target(name: str, kernel: 
         assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
     assert not re.search(rf"^\s.*({unwanted})", code, re.M)
     assert calls_to_elsewhere(code) == set()
+
+
+@pytest.mark.parametrize("kernel", ["matmul-Q4_K", "matmul-Q8_0", "matmul-IQ3_S"])
+def test_matrices_are_tiles_in_the_machine_code_for_amx(kernel: str) -> None:
+    code = assembly(kernel, machine_target("amx"))
+    for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease", "vfmadd[0-9]*ph.*%zmm"):
+        assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
+    assert not re.search(r"^\s.*(vpdpbusd|vcvtdq2ps.*%xmm)", code, re.M)
+    assert calls_to_elsewhere(code) == set()
+    # The loop over unpacked weights: two by two tiles, and nothing but addresses beside them.
+    blocks = re.split(r"^\.?[A-Za-z_]\w*:.*$", code, flags=re.M)
+    loop = max(blocks, key=lambda block: block.count("tdpbf16ps") / (block.count("\n") + 1))
+    products, loads = loop.count("tdpbf16ps"), loop.count("tileloadd")
+    assert products % 4 == 0 and loads == products and loop.count("\n") < 6 * products
 
 
 @pytest.mark.parametrize("kernel", ["matmul-IQ3_S", "matmul-IQ2_XXS", "embed-IQ1_M"])
