@@ -166,9 +166,9 @@ def machine_name(target: Target) -> str | None:
 
 
 def usable_machines() -> list[str]:
-    """The kinds of machines whose code runs here, the best one first. Which instructions kernels may use hangs on
-    nothing else, so that machine code can be made elsewhere. Those with tiles are for who asks for them. QrunError for a
-    CPU that there are no kernels for."""
+    """The kinds of machines whose code runs here, the best one first, but for those with tiles, which are for who asks
+    for them. Which instructions kernels may use hangs on nothing else, so that machine code can be made elsewhere.
+    QrunError for a CPU that there are no kernels for."""
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
