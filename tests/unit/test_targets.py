@@ -176,7 +176,7 @@ def test_float16_is_written_without_instructions_for_it(rng: np.random.Generator
     fields = {
         R.KV_K: x.ctypes.data, R.KV_K_STRIDE: 128, R.KV_V: x.ctypes.data, R.KV_V_STRIDE: 128, R.KV_HEADS: 1,
         R.KV_DIM_K: 32, R.KV_DIM_V: 32, R.KV_V_OFFSET: page[0].nbytes, R.KV_K_HEAD_BYTES: page[0].nbytes,
-        R.KV_V_HEAD_BYTES: page[0].nbytes,
+        R.KV_V_HEAD_BYTES: page[0].nbytes, R.KV_EVERY: 1,
     }  # fmt: skip
     step = {R.POSITIONS: positions.ctypes.data, R.PAGE_TABLES: tables.ctypes.data}
     oldest.run("append-f16", fields, 64, step)
