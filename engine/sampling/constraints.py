@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from weakref import WeakKeyDictionary
@@ -94,6 +95,9 @@ class Constraint:
             raise ValueError(f"the grammar cannot be followed: {_reason(self._matcher.get_error())}")
 
 
+_KEPT = 16  # grammars
+
+
 class Compiler:
     """Makes constraints for one vocabulary. Get it from `compiler`: for a large vocabulary it takes seconds to make."""
 
@@ -105,10 +109,19 @@ class Compiler:
             wrapper, n_vocab=tokenizer.n_vocab, eos_token=sorted(tokenizer.stop_ids) or None
         )
         wrapper.tokens = []  # read; from now on only its encoder is asked
+        self._known: OrderedDict[str, Constraint] = OrderedDict()  # those asked for last are last
 
     def compile(self, source: str, what: str = "grammar") -> Constraint:
         """Of what `schema_source` or one of its sisters returned. ValueError, of one line that begins with `what`, for
-        one that is wrong, not supported, or too large."""
+        one that is wrong, not supported, or too large. Those asked for last are kept: requests mostly come with the
+        same, and with what of it has been worked out."""
+        known = self._known.pop(source, None) or self._compile(source, what)
+        self._known[source] = known
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return known.copy()
+
+    def _compile(self, source: str, what: str) -> Constraint:
         limits = self._llguidance.LLParserLimits(verbose_errors=False)
         matcher = self._llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():

@@ -23,9 +23,7 @@ _LOG_LARGEST_FLOAT = 88.7
 
 
 class _Tokenizer(Protocol):
-    n_vocab: int
-
-    def token_bytes(self, id: int) -> bytes: ...
+    def all_bytes(self) -> list[bytes]: ...
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
 
 
@@ -89,7 +87,7 @@ def find_breakers(tokenizer: _Tokenizer, texts: tuple[str, ...]) -> Breakers:
     """The ways in which tokens spell the given breaker texts.
 
     A token that contains a text breaks by itself. A token that ends with a text's beginning breaks together with the
-    tokens of the text's rest. Goes through the whole vocabulary (about a second for 262,144 tokens), once for each
+    tokens of the text's rest. Goes through the whole vocabulary (0.3 s for 262,144 tokens), once for each
     tokenizer and tuple of texts.
     """
     known = _known_breakers.setdefault(tokenizer, {})
@@ -99,7 +97,7 @@ def find_breakers(tokenizer: _Tokenizer, texts: tuple[str, ...]) -> Breakers:
 
 
 def _search_vocabulary(tokenizer: _Tokenizer, texts: tuple[str, ...]) -> Breakers:
-    vocabulary = [tokenizer.token_bytes(token) for token in range(tokenizer.n_vocab)]
+    vocabulary = tokenizer.all_bytes()
     breakers: dict[int, set[tuple[int, ...]]] = {}
     for text in texts:
         wanted = text.encode("utf-8", "surrogatepass")[:_LONGEST_BREAKER_BYTES]

@@ -25,6 +25,7 @@ Step = Callable[[np.ndarray, np.ndarray], Candidates]
 _FOLDS = 64
 
 _CHOICE_BLOCK = 512
+_LOOK, _MOST_WANTED = 4, 64  # of tokens that a mask allows: so many times as many are looked at, if few are wanted
 _FEW = 16  # of so many tokens one is allowed: from there on a row with the others masked is faster
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -223,6 +224,7 @@ class Sampler:
         self._row = np.empty(n_vocab, np.float32)
         self._scratch = np.empty(n_vocab, np.float32)
         self._steps = self._make_steps()
+        self._wanted = self._wanted_first()
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
 
@@ -297,10 +299,25 @@ class Sampler:
             steps["min_p"] = lambda ids, logits: min_p(ids, logits, o.min_p)
             if o.xtc_probability > 0:
                 steps["xtc"] = self._xtc
-        return [steps[name] for name in o.samplers if name in steps]
+        names = [name for name in o.samplers if name in steps]
+        self._begins_with_top_k = names[:1] == ["top_k"]
+        return [steps[name] for name in names]
+
+    def _wanted_first(self) -> int:
+        """How many of the likeliest allowed tokens are all that the steps go on from; 0 for more than a few."""
+        if not self._steps and self.options.temperature == 0:
+            return 1
+        top_k = self.options.top_k
+        return top_k if self._begins_with_top_k and top_k <= _MOST_WANTED else 0
 
     def _among(self, allowed: np.ndarray, row: np.ndarray) -> Candidates:
-        """The tokens with a bit in `allowed`: on their own if they are few, else in a row where the others are out."""
+        """The tokens with a bit in `allowed`: on their own if they are few, else in a row where the others are out.
+        Where only a few of the likeliest are wanted, those, if they are among the likeliest of all."""
+        if self._wanted:
+            top = largest(row, _LOOK * self._wanted)
+            top = top[(allowed[top >> 5] >> (top & 31).astype(np.uint32)) & 1 == 1][: self._wanted]
+            if len(top) == self._wanted and row[top[-1]] > -math.inf:
+                return top, row[top]
         bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(row)]
         count = int(np.count_nonzero(bits))
         if count <= len(row) // _FEW:

@@ -395,3 +395,17 @@ def test_a_grammar_ends_the_text_though_it_was_to_be_longer(options: dict[str, A
     assert generation.text[-3:].isdigit() and generation.stop_reason == "stop"
     longer = generate(regex="(yes|no)(, [0-9]){1,40}", **options)
     assert len(longer.tokens) >= 30
+
+
+def test_grammars_asked_for_again_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = constraints.compiler(TOKENIZER)
+    made, make = [], compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda source, what: (made.append(source), make(source, what))[1])
+    first = compiler.compile(constraints.regex_source("a[0-9]+x?"))
+    first.accept(TOKENIZER.encode_further("a")[0])
+    again = compiler.compile(constraints.regex_source("a[0-9]+x?"))
+    assert len(made) == 1
+    assert again.valid(TOKENIZER.encode_further("a")) == 1 and first.valid(TOKENIZER.encode_further("a")) == 0
+    for i in range(40):
+        compiler.compile(constraints.regex_source(f"b{i}"))
+    assert len(compiler._known) <= 16

@@ -179,3 +179,28 @@ def test_banning_every_token_is_an_error() -> None:
 def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
     with pytest.raises(ValueError, match="token 10 is not in the vocabulary of 10"):
         Sampler(SamplingOptions(logit_bias={10: 1.0}), 10)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_k": 40, "min_p": 0.0}, {"top_k": 64}])
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.99])
+def test_looking_at_the_likeliest_first_changes_nothing(
+    rng: np.random.Generator, options: dict[str, Any], share: float
+) -> None:
+    n = 20000
+    quick, plain = (Sampler(SamplingOptions(seed=1, **options), n) for _ in range(2))
+    assert quick._wanted
+    plain._wanted = 0
+    for i in range(30):
+        logits = rng.normal(0, 3, n).astype(np.float32)
+        if i % 3 == 0:
+            logits = np.round(logits)  # many are equal
+        bits = rng.random(n) < share
+        bits[int(rng.integers(n))] = True
+        allowed = np.zeros((n + 31) // 32, np.uint32)
+        allowed.view(np.uint8)[: (n + 7) // 8] = np.packbits(bits, bitorder="little")
+        assert quick.sample(logits, allowed) == plain.sample(logits, allowed)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.1}, {"top_k": 0}, {"samplers": ("min_p", "top_k")}])
+def test_where_other_steps_come_first_all_that_is_allowed_is_looked_at(options: dict[str, Any]) -> None:
+    assert Sampler(SamplingOptions(**options), 100)._wanted == 0

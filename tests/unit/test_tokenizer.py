@@ -270,6 +270,7 @@ def test_rwkv_takes_the_longest_piece_from_the_left() -> None:
     assert small.encode("é") == [11, 12] and small.decode([11, 12]) == "é"
     assert small.decode([1, 7, 8, 9, 10, 2]) == "a\n\n\t\\'ab"
     assert small.token_bytes(13) == b"\xe4\xbd"
+    assert small.all_bytes() == [small.token_bytes(id) for id in range(small.n_vocab)]
     assert small.stop_ids == {7} and not small.add_bos
     # What is no piece is left out; a control piece is found only where it is asked for.
     assert small.encode("azb") == [1, 4]
@@ -295,3 +296,8 @@ def test_t5_takes_the_likeliest_pieces() -> None:
     scores = np.array([0, 0, 0, -1, -1, -5, -1], np.float32)
     small = tokenizer("t5", tokens, [CONTROL, CONTROL, UNKNOWN] + [NORMAL] * 4, scores=scores, add_space_prefix=True)
     assert small.encode("ab") == [3, 4, 1]
+
+
+def test_bytes_of_all_tokens_at_once_are_those_of_each() -> None:
+    for one in (byte_pair(["h e", "l l"], special={"<|end|>": 3}), sentencepiece(["\u2581a", "b"])):
+        assert one.all_bytes() == [one.token_bytes(id) for id in range(one.n_vocab)]

@@ -347,30 +347,34 @@ class Vocabulary:
 
     def text(self, id: int) -> bytes:
         """The bytes that token `id` stands for."""
-        piece, kind = self.pieces[id], self.types[id]
+        piece, kind = self.pieces[id], int(self.types[id])
         if kind == PieceType.NORMAL:
             if self.is_byte_pair and self.pre_tokenizer.alphabet == "bytes":
-                return b"".join(_BYTE_OF.get(c, c.encode(errors="replace")) for c in piece.decode(errors="replace"))
+                try:
+                    return piece.decode().translate(_BYTES_OF).encode("latin-1")
+                except ValueError:  # a character that stands for no byte
+                    characters = piece.decode(errors="replace")
+                    return b"".join(_BYTE_OF.get(c, c.encode(errors="replace")) for c in characters)
             return unescaped(piece) if self.kind == "rwkv" else piece.replace(SPACE.encode(), b" ")
         if kind == PieceType.BYTE:
             return bytes.fromhex(piece[3:5].decode())
         return b"" if kind == PieceType.UNUSED else piece
 
     def texts(self) -> list[bytes]:
-        """Those of all tokens: ten times as fast as one by one."""
+        """Those of all tokens: mostly ten times as fast as one by one."""
         kinds = self.types.tolist()
         normal, space = int(PieceType.NORMAL), SPACE.encode()
+        if self.kind == "rwkv":
+            return [self.text(id) for id in range(len(kinds))]
         if not (self.is_byte_pair and self.pre_tokenizer.alphabet == "bytes"):
             return [
                 piece.replace(space, b" ") if kind == normal else self.text(id)
                 for id, (piece, kind) in enumerate(zip(self.pieces, kinds, strict=True))
             ]
-        no_byte = dict.fromkeys(range(0x80, 0x100), "\uffff")  # but for those of the alphabet
-        bytes_of = no_byte | {ord(c): byte[0] for c, byte in _BYTE_OF.items()}
         texts: list[bytes] = []
         for id, (piece, kind) in enumerate(zip(self.pieces, kinds, strict=True)):
             try:
-                texts.append(piece.decode().translate(bytes_of).encode("latin-1") if kind == normal else self.text(id))
+                texts.append(piece.decode().translate(_BYTES_OF).encode("latin-1") if kind == normal else self.text(id))
             except ValueError:  # a character that stands for no byte
                 texts.append(self.text(id))
         return texts
@@ -394,3 +398,5 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 
 _BYTE_OF = _byte_alphabet()
+# The same for `str.translate`; the others below U+0100 stand for no byte.
+_BYTES_OF = dict.fromkeys(range(0x80, 0x100), "\uffff") | {ord(c): byte[0] for c, byte in _BYTE_OF.items()}
