@@ -80,8 +80,8 @@ PREFIXES = {8: (8, 900), 32: (16, 2000)}  # places -> requests at once, and the 
 
 @dataclass
 class Engine:
-    """name: in the table. command: of a server, for a port, so many places, and the tokens that one of them has to hold,
-    and all together."""
+    """name: in the table. command: of a server, for a port, so many places, and the tokens that one of them has to
+    hold, and all together."""
 
     name: str
     command: Callable[[int, int, int, int], list[str]]
