@@ -322,7 +322,8 @@ async def one_load(engine: Engine, places: int, table: Table, args: argparse.Nam
             await throughput(server, table, places, n, args)
         await shared_prefix(server, table, n_shared, shared)
         if places == min(args.clients):
-            await longest_gap(server, table, args)
+            if places > 7:
+                await longest_gap(server, table, args)
             for clients in (1, places):
                 await constrained(server, table, clients)
 
