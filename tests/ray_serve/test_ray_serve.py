@@ -89,7 +89,11 @@ def two(path: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "serve_models.py", str(path), "--replicas", "2", "2", "--threads", "1",
                "--port", str(port)]  # fmt: skip
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
+    environment = os.environ | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",
+        "RAY_worker_niceness": "0",
+    }
     process = subprocess.Popen(command, cwd=EXAMPLE, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said: list[str] = []
@@ -140,12 +144,12 @@ def hits(url: str, n_talks: int = 32, n_turns: int = 3) -> int:
 
     def talk(number: int) -> int:
         chance = random.Random(number)
-        system = " ".join(chance.choice(WORDS) for _ in range(150))
+        system = " ".join(chance.choice(WORDS) for _ in range(80))
         messages: list[Any] = [{"role": "system", "content": system}]
         found = 0
         for turn in range(n_turns):
             messages.append({"role": "user", "content": f"Question {turn}: " + " ".join(chance.choices(WORDS, k=12))})
-            answer = ask(url, {"messages": messages, "temperature": 0, "max_tokens": 8})
+            answer = ask(url, {"messages": messages, "temperature": 0, "max_tokens": 4})
             messages.append(answer["choices"][0]["message"] | {"content": answer["choices"][0]["message"]["content"]})
             found += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
         return found
