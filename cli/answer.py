@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from qrun.cli.console import echo, rewritable, status_line, write_terminal
+from qrun.cli.console import echo, rewritable, status_line, terminal_modes, write_terminal
 
 if TYPE_CHECKING:
     from qrun.cli.markdown import MarkdownView
@@ -123,7 +122,7 @@ class Display:
     def answer(self) -> Iterator[Answer]:
         """One answer. Whatever ends it, the terminal is left as it was."""
         answer = self._answer = Answer(_rendered_view()() if self._is_rendered else PlainView(), self._show_thoughts)
-        with _silent_keyboard() if self._is_rendered else _nothing():
+        with _silent_keyboard() if self._is_rendered else nullcontext():
             try:
                 yield answer
             finally:
@@ -143,29 +142,10 @@ def _rendered_view() -> type[MarkdownView]:
     return MarkdownView
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _silent_keyboard() -> Iterator[None]:
+def _silent_keyboard() -> AbstractContextManager[None]:
     """A terminal that does not show what is typed ahead: that would stand in the middle of the answer, and move the
     cursor. The line editor reads it afterwards all the same."""
-    if os.name != "posix" or not sys.stdin.isatty():
-        yield
-        return
-    import termios
-
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    silent = termios.tcgetattr(terminal)
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
+    return terminal_modes(sys.stdin.fileno(), off=["ECHO"]) if sys.stdin.isatty() else nullcontext()
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:

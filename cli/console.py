@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
@@ -133,6 +133,28 @@ def rewritable(stream: TextIO) -> bool:
     """Whether lines can be rewritten there: it is a terminal, and knows escape sequences."""
     kind = os.environ.get("TERM", "" if os.name == "posix" else "windows")
     return stream.isatty() and kind not in ("", "dumb", "unknown")
+
+
+@contextmanager
+def terminal_modes(terminal: int, on: Sequence[str] = (), off: Sequence[str] = ()) -> Iterator[None]:
+    """A terminal with local modes, by their names in `termios`, on and off; then as it was before. Nothing changes for
+    what is no terminal, nor on Windows."""
+    if os.name != "posix" or not os.isatty(terminal):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    changed = termios.tcgetattr(terminal)
+    for name in on:
+        changed[3] |= getattr(termios, name)
+    for name in off:
+        changed[3] &= ~getattr(termios, name)
+    termios.tcsetattr(terminal, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def status_line(text: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
@@ -14,6 +12,7 @@ from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
+from qrun.cli.console import terminal_modes
 from qrun.cli.interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -56,7 +55,8 @@ class LineEditor:
         """The keys after Enter that the terminal did not take as a line of its own."""
         input = self._session.input
         keys = get_typeahead(input)
-        with _interruptible(input.fileno()):
+        # Ctrl-C is to make a signal, and what was typed before to come out without waiting for Enter.
+        with terminal_modes(input.fileno(), on=["ISIG"], off=["ICANON"]):
             return [*keys, *input.read_keys(), *input.flush_keys()]
 
 
@@ -75,21 +75,3 @@ def _keys() -> KeyBindings:
             event.app.exit(exception=KeyboardInterrupt())
 
     return keys
-
-
-@contextmanager
-def _interruptible(terminal: int) -> Iterator[None]:
-    """A terminal that makes a signal of Ctrl-C, and hands out what was typed before without waiting for Enter."""
-    if os.name != "posix" or not os.isatty(terminal):  # Windows needs no change for that
-        yield
-        return
-    import termios
-
-    before = termios.tcgetattr(terminal)
-    changed = termios.tcgetattr(terminal)
-    changed[3] = changed[3] & ~termios.ICANON | termios.ISIG
-    termios.tcsetattr(terminal, termios.TCSANOW, changed)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)

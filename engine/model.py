@@ -428,7 +428,7 @@ class Model:
         a few rows are held at a time.
         """
         from qrun.engine.judging.scoring import negative_log_likelihoods, rows_at_a_time
-        from qrun.engine.sampling.sampler import largest
+        from qrun.engine.sampling.sampler import likeliest
 
         self._check_open()
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
@@ -444,8 +444,7 @@ class Model:
                 logprobs = (-negative_log_likelihoods(logits, targets)).tolist()
                 for row, target, logprob in zip(logits, targets, logprobs, strict=True):
                     total = float(row[target]) - logprob
-                    likeliest = [(id, float(row[id]) - total) for id in largest(row, top).tolist()] if top else []
-                    found.append(TokenLogprob(target, logprob, likeliest))
+                    found.append(TokenLogprob(target, logprob, likeliest(row, top, total) if top else []))
         except GenerationCancelled:
             self._check_open()
             raise

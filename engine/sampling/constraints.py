@@ -75,11 +75,6 @@ class Constraint:
         """The tokens that must come next, as the tokenizer would cut them."""
         return self._matcher.compute_ff_tokens()
 
-    def rollback(self, count: int) -> None:
-        """Take back the last so many tokens."""
-        if not self._matcher.rollback(count):
-            self._check()
-
     def copy(self) -> Self:
         """Another text that begins like this one."""
         return type(self)(self._matcher.deep_copy(), 32 * self.n_words)

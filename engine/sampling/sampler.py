@@ -78,6 +78,12 @@ def log_sum_exp(logits: np.ndarray, highest: float, scratch: np.ndarray) -> floa
     return highest + math.log(total)
 
 
+def likeliest(logits: np.ndarray, k: int, total: float) -> list[tuple[int, float]]:
+    """The k likeliest tokens with their log probabilities, the likeliest first, by logits float32 [n] and the log of
+    the sum of their exponentials."""
+    return [(id, float(logits[id]) - total) for id in largest(logits, k).tolist()]
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax: float32 [n] -> float32 [n]."""
     weights = np.exp(logits - logits.max())
@@ -247,8 +253,7 @@ class Sampler:
             return token, None
         total = log_sum_exp(logits, highest, self._scratch)
         if self.options.top_logprobs:
-            ids = largest(logits, self.options.top_logprobs).tolist()
-            self.top = [(id, float(logits[id]) - total) for id in ids]
+            self.top = likeliest(logits, self.options.top_logprobs, total)
         return token, float(logits[token]) - total
 
     def logprob(self, logits: np.ndarray, token: int) -> float | None:

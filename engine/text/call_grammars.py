@@ -156,16 +156,12 @@ class CallGrammar:
         self._has_headers = format.thoughts is not None and format.thoughts.header is not None
         self._functions = {function.name: function for function in functions}
         self._tokenizer = tokenizer
+        self._control = tokenizer.control_ids | tokenizer.stop_ids
         self._compiler = compiler
         self._written = written(format.calls)
         self._rules: list[str] = []
         self._arguments_of: dict[str, str] = {}
         self._n_bare = 0
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it is not known how calls are written, so that they cannot be helped."""
-        return self._written is None
 
     def whole(self, *, several: bool, schema: Any = None) -> str:
         """An answer that is a call (or several), or, with a schema, a JSON value."""
@@ -238,6 +234,7 @@ class CallGrammar:
     def _arguments(self, function: Function) -> str:
         form = self._written
         if self._calls.body == "bare-keys":
+            self._any_bare()
             return self._bare(self._object_of(function.parameters))
         if form is None or not form.pair:
             return self._json(self._checked(function.parameters, function))
@@ -328,7 +325,6 @@ class CallGrammar:
 
     def _bare(self, schema: Any, depth: int = 0) -> str:
         """A value with bare keys and texts between quotes of their own."""
-        self._any_bare()
         self._n_bare += 1
         if self._n_bare > _MOST_BARE:
             return "bare_value"
@@ -390,12 +386,11 @@ class CallGrammar:
         parts: list[str] = []
         plain: list[int] = []
         tokenizer = self._tokenizer
-        control = tokenizer.control_ids | tokenizer.stop_ids
         ids = tokenizer.encode_further(text, parse_special=True)
-        if control.isdisjoint(ids):
+        if self._control.isdisjoint(ids):
             return json.dumps(text, ensure_ascii=False)
         for id in [*ids, -1]:
-            if id in control or id == -1:
+            if id in self._control or id == -1:
                 if plain:
                     parts.append(json.dumps(tokenizer.decode(plain), ensure_ascii=False))
                     plain = []

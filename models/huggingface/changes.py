@@ -158,6 +158,33 @@ def rows(start: str, count: str) -> Change:
     return change
 
 
+@dataclass(frozen=True, eq=False)
+class _PaddedTensor(_Changed):
+    """Rows of zeros behind those of another tensor."""
+
+    def rows(self, start: int, end: int) -> F32Array:
+        there = min(max(self.base.n_rows, start), end)
+        return np.concatenate([_decoded(self.base, start, there), np.zeros((end - there, self.row), np.float32)])
+
+    def raw(self, start: int, end: int) -> U8Array:
+        if self.type != self.base.type:
+            return super().raw(start, end)
+        there = min(max(self.base.n_rows, start), end)
+        zeros = np.zeros((end - there) * (self.n_bytes // self.n_rows), np.uint8)
+        return np.concatenate([self.base.raw(start, there).reshape(-1), zeros])
+
+
+def padded_rows(count: str) -> Change:
+    """As many rows as a dimension says: those that the tensor lacks are zeros."""
+
+    def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+        if tensor.n_rows >= sizes[count]:
+            return tensor
+        return _PaddedTensor(tensor.name, _floats(tensor), (sizes[count], tensor.row), tensor)
+
+    return change
+
+
 def part(number: int, parts: int) -> Change:
     """One of several equal parts of the rows of each matrix."""
 

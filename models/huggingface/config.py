@@ -105,6 +105,12 @@ class Config:
             raise self.error(key, "has a value that is no finite number")
         return [float(value) for value in values]
 
+    def integers(self, key: str, low: int = 1, high: int = MAX_WIDTH) -> list[int]:
+        """A list of whole numbers in low..high, or one that stands for a list of it alone."""
+        values = self._required(key, None)
+        values = values if isinstance(values, list) and values else [values]
+        return [Config(self.path, {key: value}, prefix=self._prefix).integer(key, None, low, high) for value in values]
+
     def section(self, key: str) -> Config:
         """The values of an object within this one; it is empty where there is none."""
         values = self.get(key, {})

@@ -61,7 +61,7 @@ HARMLESS = (
         attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop
         embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
         output_router_logits router_aux_loss_coef router_jitter_noise router_z_loss_coef input_jitter_noise
-        aux_loss_coef z_loss_coefficient label_smoothing neftune_noise_alpha loss_type
+        aux_loss_coef z_loss_coefficient altup_coef_clip label_smoothing neftune_noise_alpha loss_type
     """)
     # What the weights say by being there.
     | _words("""

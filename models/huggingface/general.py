@@ -57,7 +57,7 @@ def size_entry(entries: Entries, tensors: Iterable[SourceTensor], n_experts: int
     """The number of weights in two digits: 1.2B. With experts, how many, and the weights of a model of one: 8x7B."""
     total = 0
     for tensor in tensors:
-        shared = n_experts if len(tensor.shape) == 3 else 1
+        shared = n_experts if len(tensor.shape) == 3 and n_experts else 1
         total += tensor.n_rows * tensor.row // shared
     unit, letter = next(((unit, letter) for unit, letter in _UNITS if total > unit), _UNITS[-1])
     scaled = total / unit

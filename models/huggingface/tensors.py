@@ -172,7 +172,8 @@ def dimensions(config: Config, architecture: Architecture) -> Sizes:
     heads = config.integer("num_attention_heads", high=MAX_HEADS)
     kv_heads = config.integer("num_key_value_heads", heads, high=MAX_HEADS)
     head = config.integer("head_dim", embd // heads or None, high=MAX_HEAD_DIM)
-    ff = config.integer("intermediate_size") if architecture.ffn else config.integer("intermediate_size", 0, low=0)
+    # Where layers differ, that of the widest.
+    ff = max(config.integers("intermediate_size")) if architecture.ffn or config.get("intermediate_size") else 0
     has_experts = architecture.has_experts
     if any(part.heads for part in architecture.parts() if isinstance(part, Mapped)) and head % 2:
         raise config.error("head_dim", f"is {head}, expected an even number")

@@ -46,6 +46,12 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 OLD = {"vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 KINDS = ["sliding_attention", "full_attention"]
 
+GEMMA3N = DENSE | HEAD | {
+    "num_hidden_layers": 4, "layer_types": KINDS * 2, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+    "intermediate_size": [48, 64, 48, 64], "vocab_size_per_layer_input": N_VOCAB - 5, "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    "sliding_window": 16, "altup_active_idx": 1}  # fmt: skip
+
 
 def draft(prefix: str, layer: dict[str, list[int]], embd: int = 32) -> dict[str, list[int]]:
     return {f"{prefix}{name}": shape for name, shape in layer.items()}
@@ -131,6 +137,7 @@ TRANSFORMERS: dict[str, Case] = {
     "GemmaForCausalLM": ("GemmaConfig", DENSE | HEAD, {}),
     "Gemma2ForCausalLM": ("Gemma2Config", DENSE | HEAD | {"query_pre_attn_scalar": 16}, {}),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", DENSE | HEAD | {"query_pre_attn_scalar": 16}, {}),
+    "Gemma3nForCausalLM": ("Gemma3nTextConfig", GEMMA3N, {}),
     "Gemma4ForCausalLM": ("Gemma4TextConfig", DENSE | HEAD | {
         "num_hidden_layers": 6, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -338,6 +345,12 @@ def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
     if name in PUBLISHED:
         config, shapes = PUBLISHED[name]
         return {"architectures": [name], **config}, shapes
+    if name == "Gemma3nForConditionalGeneration":  # Transformers' own needs torchvision
+        config, shapes = checkpoint("Gemma3nForCausalLM")
+        config = {"architectures": [name], "model_type": "gemma3n", "text_config": config | {"architectures": None}}
+        shapes = {key.replace("model.", "model.language_model.", 1): shape for key, shape in shapes.items()}
+        return config, shapes | {"model.vision_tower.timm_model.conv_stem.conv.weight": [2],
+                                 "model.embed_audio.embedding.weight": [2]}  # fmt: skip
     import torch
     import transformers
     from safetensors import safe_open
@@ -415,7 +428,7 @@ def main() -> None:
     sys.path[1:1] = [str(source), str(source / "gguf-py")]
     logging.disable(logging.WARNING)
     made = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    for name in sys.argv[2:] or [*TRANSFORMERS, *PUBLISHED]:
+    for name in sys.argv[2:] or [*TRANSFORMERS, *PUBLISHED, "Gemma3nForConditionalGeneration"]:
         try:
             config, shapes = checkpoint(name)
             metadata, tensors = converted(config, shapes)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
+from statistics import NormalDist
+
+import numpy as np
+
+from qrun.formats import ValueType
+from qrun.models.huggingface.changes import padded_rows
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.layout import (
@@ -11,6 +18,7 @@ from qrun.models.huggingface.layout import (
     NORMS,
     QK_NORMS,
     Architecture,
+    Experts,
     Made,
     Sizes,
     attention,
@@ -21,6 +29,7 @@ from qrun.models.huggingface.layout import (
     optional,
     tensor,
 )
+from qrun.models.hyper_connections import MAX_STREAMS
 from qrun.models.hyperparameters import MAX_HEAD_DIM
 
 _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 8192,
@@ -30,6 +39,83 @@ _GEMMA3 = _GEMMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_s
                     "rope_local_base_freq": 10000.0}  # fmt: skip
 _GEMMA3_TEXT = Architecture(
     "gemma3", (*FOUR_NORMS, *QK_NORMS, *attention(), *FEED_FORWARD), GELU, 1.0, _GEMMA3, "gemma"
+)  # fmt: skip
+
+# Gemma 3n: four streams side by side (AltUp), a narrow path beside attention (LAuReL), gates of which only the largest
+# values count, and something of each token for each layer.
+
+
+def _gemma3n_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    per_layer = config.integer("hidden_size_per_layer_input", 256)
+    streams = config.integer("altup_num_inputs", 4, low=2, high=MAX_STREAMS)
+    return {
+        "per_layer": per_layer, "all_per_layer": per_layer * sizes["layers"],
+        "laurel": config.integer("laurel_rank", 64),
+        "per_layer_vocab": config.integer("vocab_size_per_layer_input", sizes["vocab"], high=sizes["vocab"]),
+        "streams": streams, "other_streams": streams - 1, "streams_squared": streams * streams,
+    }  # fmt: skip
+
+
+def _deviations(share: float) -> float:
+    """By how many standard deviations the largest values exceed the mean, where such a share of all is smaller."""
+    return float(np.float32(NormalDist().inv_cdf(share))) if share > 0 else -inf
+
+
+def _gemma3n_entries(facts: Facts) -> None:
+    config, sizes = facts.config, facts.sizes
+    if cap := config.real("final_logit_softcapping", 0.0):
+        facts.real("final_logit_softcapping", cap)
+    facts.count("attention.sliding_window", config.integer("sliding_window"))
+    facts.flags("attention.sliding_window_pattern", _kinds(config, sizes["layers"]))
+    facts.count("attention.shared_kv_layers", config.integer("num_kv_shared_layers", 0, low=0, high=sizes["layers"]))
+    facts.count("embedding_length_per_layer_input", sizes["per_layer"])
+    facts.count("altup.active_idx", config.integer("altup_active_idx", 0, low=0, high=sizes["other_streams"]))
+    facts.count("altup.num_inputs", sizes["streams"])
+    shares = config.reals("activation_sparsity_pattern", sizes["layers"])
+    if not all(0 <= share < 1 for share in shares):
+        raise config.error("activation_sparsity_pattern", "has a share that is not from 0 to 1")
+    facts.array("activation_sparsity_scale", [_deviations(share) for share in shares], ValueType.FLOAT32)
+    widths = config.integers("intermediate_size")
+    if len(widths) not in (1, sizes["layers"]):
+        raise config.error("intermediate_size", f"is not a list of {sizes['layers']} widths")
+    if isinstance(config.get("intermediate_size"), list):
+        facts.array("feed_forward_length", widths)
+
+
+_GEMMA3N = Architecture(
+    "gemma3n",
+    (
+        *FOUR_NORMS, *gated(width="*"), QK_NORMS[0],
+        *linear("self_attn.q_proj", "attn_q", "q", "embd"), *linear("self_attn.o_proj", "attn_output", "embd", "q"),
+        *optional(  # layers that use another one's keys and values may have none
+            QK_NORMS[1],
+            tensor("self_attn.k_proj.weight", "attn_k.weight", "kv embd"),
+            tensor("self_attn.v_proj.weight", "attn_v.weight", "kv embd"),
+        ),
+        *(tensor(f"laurel.linear_{side}.weight", f"laurel_{side[0]}.weight", shape)
+          for side, shape in (("left", "laurel embd"), ("right", "embd laurel"))),
+        norm("laurel.post_laurel_norm", "laurel_post_norm"),
+        tensor("altup.correct_output_scale", "altup_correct_scale.weight", "embd"),
+        tensor("altup.correction_coefs.weight", "altup_correct_coef.weight", "streams streams"),
+        tensor("altup.prediction_coefs.weight", "altup_predict_coef.weight", "streams_squared streams"),
+        tensor("altup.modality_router.weight", "altup_router.weight", "streams embd"),
+        norm("altup.router_norm", "altup_router_norm"),
+        tensor("per_layer_input_gate.weight", "inp_gate.weight", "per_layer embd"),
+        tensor("per_layer_projection.weight", "proj.weight", "embd per_layer"),
+        norm("post_per_layer_input_norm", "post_norm"),
+    ),
+    GELU, 0.0, {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 32768},
+    outer=(
+        norm("norm", "output_norm"),
+        tensor("embed_tokens_per_layer.weight", "per_layer_token_embd.weight", "per_layer_vocab all_per_layer",
+               padded_rows("vocab")),
+        tensor("per_layer_model_projection.weight", "per_layer_model_proj.weight", "all_per_layer embd"),
+        norm("per_layer_projection_norm", "per_layer_proj_norm", "per_layer"),
+        Experts("altup_projections.{}.weight", "altup_proj.weight", ("embd", "embd"), count="other_streams"),
+        Experts("altup_unembed_projections.{}.weight", "altup_unembd_proj.weight", ("embd", "embd"),
+                count="other_streams"),
+    ),
+    sizes=_gemma3n_sizes, entries=_gemma3n_entries, fixed={"altup_correct_scale": True},
 )  # fmt: skip
 
 # Gemma 4: layers that see everything have wider heads, and may have fewer of them for keys; some models have a mixture
@@ -158,6 +244,8 @@ CLASSES = {
     ),
     "Gemma3ForCausalLM": _GEMMA3_TEXT,
     "Gemma3ForConditionalGeneration": _GEMMA3_TEXT,
+    "Gemma3nForCausalLM": _GEMMA3N,
+    "Gemma3nForConditionalGeneration": _GEMMA3N,
     "Gemma4ForCausalLM": _GEMMA4,
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": _GEMMA4,
