@@ -4,7 +4,7 @@
 of the reference engine. With weights from a seed it is a model again, and a few of its logits, as the plain forward
 pass gave them then, show in any clone that an architecture has stayed what it was.
 
-    python -m tests.sketches    writes the file anew
+    python -m tests.sketches    adds those of the models at hand, or makes them anew
 """
 
 import json
@@ -103,8 +103,8 @@ def sketch_of(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the file."""
-    sketches = {path.stem: sketch_of(path) for path in OWN_FILES + more_files()}
+    """Write the file; what it has of models that are not at hand stays."""
+    sketches = load() | {path.stem: sketch_of(path) for path in OWN_FILES + more_files()}
     lines = (f"{json.dumps(name)}: {json.dumps(sketch)}" for name, sketch in sorted(sketches.items()))
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

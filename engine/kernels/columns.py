@@ -104,6 +104,9 @@ def dot_quantised(
 ) -> list[Vector]:
     """total + group times the first columns of one packed block, as many as there are totals."""
     zero = e.signed_bias if spec.limit is None else spec.zero
+    alone = bool(group.signs) and len(total) == 1
+    if alone:  # the column gets the weights' signs, and weights are what is left: their sizes, without a zero
+        zero = 0
     result = []
     for column, value in enumerate(total):
 
@@ -119,7 +122,12 @@ def dot_quantised(
             # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
             sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
             weights = group.weights[4 * half : 4 * half + 4]
-            if spec.limit is None:
+            if alone and spec.limit is not None:
+                signs = group.signs[4 * half : 4 * half + 4]
+                signed = [e.with_signs(word, sign) for word, sign in zip(words, signs, strict=True)]
+                magnitudes = group.magnitudes[4 * half : 4 * half + 4]
+                sums = e.dot4_unsigned(sums, magnitudes, signed, spec.limit - spec.zero)
+            elif spec.limit is None:
                 sums = e.dot4_signed(sums, weights, words)
             else:
                 sums = e.dot4_unsigned(sums, weights, words, spec.limit)

@@ -1,7 +1,7 @@
 """Looking up the groups of weights of the IQ formats (`formats.blocks.grids`), for all rows of a vector at once.
 
-There are two ways. Everywhere, a row's index is read as a number, and its group goes from a table in memory to the
-row's place in another one, from where vectors are read. With AVX-512 VBMI, which permutes bytes of two registers, no
+There are two ways. Everywhere, a row's index is a number, and its group goes from a table in memory to the row's place
+in another one, from where vectors are read. With AVX-512 VBMI, which permutes bytes of two registers, no
 memory is needed: a group packs into 16 bits (eight magnitudes of 2 bits, or four of 4), the table into two planes of
 bytes, and an instruction looks up 128 bytes of a plane for 64 indices. That is 0.5 (IQ2_XXS) to 4 (IQ1) lookups for 64
 weights, where 8 or 16 groups would be loaded and stored.
@@ -10,47 +10,21 @@ weights, where 8 or 16 groups would be loaded and stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from llvmlite import ir
 
-from qrun.engine.simd.vector import I8, I32, I64, Emitter, Vector
+from qrun.engine.simd.vector import I8, I16, I32, I64, Emitter, Vector
 from qrun.formats.blocks.grids import grid
 
 # Indices that one lookup of bytes tells apart.
 CHUNK = 128
 # Sub-blocks of 32 weights in a block.
 SUB_BLOCKS = 8
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where an index of each sub-block lies: its low eight bits in byte `low`, and `bits` more from bit `shift` on of a
-    number of `size` bytes at byte `high`. Both move on by a step from one sub-block to the next."""
-
-    low: int
-    low_step: int
-    high: int = 0
-    high_step: int = 0
-    size: int = 1
-    shift: int = 0
-    bits: int = 0
-
-    def read(self, e: Emitter, address: ir.Value, sub_block: ir.Value) -> ir.Value:
-        """The index in a row, as an int64."""
-        b = e.builder
-
-        def number(place: int, step: int, size: int) -> ir.Value:
-            moved = b.add(address, b.mul(sub_block, ir.Constant(I64, step)))
-            return b.zext(e.load_scalar(moved, place, ir.IntType(8 * size)), I64)
-
-        low = number(self.low, self.low_step, 1)
-        if not self.bits:
-            return low
-        whole = b.lshr(number(self.high, self.high_step, self.size), ir.Constant(I64, self.shift))
-        high = b.and_(whole, ir.Constant(I64, (1 << self.bits) - 1))
-        return b.or_(low, b.shl(high, ir.Constant(I64, 8)))
+# Groups that are loaded one after the other before they are stored: a load that comes behind a store to another page
+# with the same place in it waits. With AVX2, 4 are faster than 1 and than 8.
+TOGETHER = 4
 
 
 class Lookup:
@@ -58,7 +32,7 @@ class Lookup:
     times * magnitude + zero."""
 
     def __init__(self, e: Emitter, name: str, *, zero: int, times: int = 1) -> None:
-        self.e, self.name = e, name
+        self.e, self.name, self.zero = e, name, zero
         self.groups = (grid(name) * times + zero).astype(np.uint8)
 
     @property
@@ -73,19 +47,43 @@ class Lookup:
 
     # --- by loads and stores ------------------------------------------------------------------------------------------
 
-    def load(self, address: ir.Value, stride: ir.Value, indices: Sequence[Index]) -> Stored:
-        """The words of a block of each row, the rows `stride` bytes apart. indices: of the groups of a sub-block."""
+    def load(self, indices: Sequence[Sequence[Vector]], order: Sequence[int] = (0, 2, 1, 3)) -> Stored:
+        """The words of a block of each row. indices: of each sub-block, four in the bytes of int32 or, where they have
+        more than eight bits, in the halves of two such vectors: those of the groups `order`, and of four more in the
+        next two. (Of groups 0 and 2 in one vector they come out of one number by a mask and a shift.)
+
+        Indices are worked out for all rows at once, and go through memory: that leaves three instructions for a group.
+        A store that was long ago is read faster than one that is still under way, so a block is looked up as a whole.
+        """
         e, b = self.e, self.e.builder
-        table = e.table(f"groups of {self.name}", self.groups.tobytes())
-        size = 4 * self.words
+        table = e.table(f"groups of {self.name} from {self.zero}", self.groups.tobytes())
+        size, vector_bytes = 4 * self.words, 4 * e.lanes
+        n_vectors = len(indices[0])
+        of_indices = e.scratch(SUB_BLOCKS * n_vectors * vector_bytes)
+        for number, vector in enumerate(vector for sub_block in indices for vector in sub_block):
+            e.store(vector.value, of_indices, number * vector_bytes)
         stored = Stored(e, self.words, e.scratch(SUB_BLOCKS * 32 * e.lanes))
-        with e.loop(e.lanes) as row, e.loop(SUB_BLOCKS) as sub_block:
-            block = b.add(address, b.mul(row, stride))
-            place = b.add(stored.place_of(row), b.mul(sub_block, ir.Constant(I64, 32 * e.lanes)))
-            for g, index in enumerate(indices):
-                group = b.add(table, b.mul(index.read(e, block, sub_block), ir.Constant(I64, size)))
-                e.store(e.load_scalar(group, 0, ir.IntType(8 * size)), place, g * size * e.lanes)
+        with e.loop(SUB_BLOCKS) as sub_block:
+            source = b.add(of_indices, b.mul(sub_block, ir.Constant(I64, n_vectors * vector_bytes)))
+            out = b.add(stored.address, b.mul(sub_block, ir.Constant(I64, 32 * e.lanes)))
+            for g, first in product(range(8 // self.words), range(0, e.lanes, TOGETHER)):
+                at, element = self._index_at(g, n_vectors, order)
+                values = []
+                for row in range(first, min(first + TOGETHER, e.lanes)):
+                    index = b.zext(e.load_scalar(source, at + 4 * row, element), I64)
+                    group = b.add(table, b.mul(index, ir.Constant(I64, size)))
+                    values.append(e.load_scalar(group, 0, ir.IntType(8 * size)))
+                for row, value in enumerate(values, first):
+                    e.store(value, out, size * (g * e.lanes + stored.place_of(row)))
         return stored
+
+    def _index_at(self, g: int, n_vectors: int, order: Sequence[int]) -> tuple[int, ir.IntType]:
+        """Where the first row's index of a group lies, and as what."""
+        vector_bytes, four = 4 * self.e.lanes, g // 4
+        if 4 * n_vectors * self.words == 8:
+            return four * vector_bytes + g % 4, I8
+        place = list(order).index(g % 4)
+        return (2 * four + place // 2) * vector_bytes + 2 * (place % 2), I16
 
     # --- by permutations ----------------------------------------------------------------------------------------------
 
@@ -136,20 +134,11 @@ class Stored:
     def __init__(self, e: Emitter, words: int, address: ir.Value) -> None:
         self.e, self.size, self.address = e, words, address
 
-    def place_of(self, row: ir.Value) -> ir.Value:
-        """The address of a row's first group. Groups of two words lie so that a shuffle of two vectors that does not
-        cross 128 bits gives the first words of all rows in their order, and another one the second words."""
-        b = self.e.builder
-
-        def bits(first: int, count: int, weight: int) -> ir.Value:
-            """A few bits of the row's number, times a weight."""
-            some = b.and_(b.lshr(row, ir.Constant(I64, first)), ir.Constant(I64, (1 << count) - 1))
-            return b.mul(some, ir.Constant(I64, weight))
-
-        number = row
-        if self.size == 2:  # of four rows, the first two in one vector and the others in the next
-            number = b.add(b.add(bits(0, 1, 1), bits(1, 1, self.e.lanes // 2)), bits(2, 2, 2))
-        return b.add(self.address, b.mul(number, ir.Constant(I64, 4 * self.size)))
+    def place_of(self, row: int) -> int:
+        """At which place the group of a row lies. Of groups of two words, a shuffle of two vectors that does not cross
+        128 bits gives the first words of all rows in their order, and another one the second words: of four rows, the
+        first two are in one vector and the others in the next."""
+        return row if self.size == 1 else row % 2 + row // 2 % 2 * (self.e.lanes // 2) + row // 4 * 2
 
     def words(self, sub_block: int) -> list[Vector]:
         """The eight words of a sub-block."""

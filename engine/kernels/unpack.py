@@ -10,11 +10,12 @@ The generators run while a kernel is compiled. Layouts are drawn in `formats/blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 from llvmlite import ir
 
-from qrun.engine.kernels.grids import Index, Lookup, Stored
+from qrun.engine.kernels.grids import Lookup
 from qrun.engine.simd.vector import F16, F32, I8, I16, I32, I64, Emitter, Vector
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -68,10 +69,6 @@ class Rows:
             vectors.append([_parts_of(a, b, i, i + 2) for a, b in halves for i in range(2)])
         return [vectors[i % 4][i // 4] for i in range(LINE_WORDS)]
 
-    def look_up(self, lookup: Lookup, indices: Sequence[Index]) -> Stored:
-        """The groups of weights of a block, by loads and stores."""
-        return lookup.load(self.addresses[0], self.stride, indices)
-
     def word(self, offset: int, element: ir.Type = I32) -> Vector:
         """One element of each row."""
         vector: ir.Value = ir.Constant(ir.VectorType(element, self.e.lanes), ir.Undefined)
@@ -116,11 +113,17 @@ def _transpose(rows: list[Vector]) -> list[Vector]:
 
 @dataclass
 class Group:
-    """32 weights of each row. One scale (and minimum) for all, or two: for the first and the second 16."""
+    """32 weights of each row. One scale (and minimum) for all, or two: for the first and the second 16.
+
+    magnitudes, signs: the same weights less `zero`, as sizes and bytes of 1 or -1, where the CPU has instructions by
+    which that is less work for a single column.
+    """
 
     weights: list[Vector]
     scales: list[Vector]
     minimums: list[Vector]
+    magnitudes: list[Vector] = field(default_factory=list)
+    signs: list[Vector] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -393,19 +396,43 @@ def _ternary_digits(word: Vector, count: int) -> list[Vector]:
 _SIGNS = tuple(range(32))
 
 
-def _negate(bits: Vector, words: list[Vector], zero: int, places: Sequence[int] = _SIGNS) -> list[Vector]:
-    """Bytes zero + x of `words`, and zero - x where the bit of `bits` is set that belongs to the weight."""
-    result = []
-    for i, word in enumerate(words):
-        flat = word.bits_as(I8)
-        clear = _one_bit_each(bits, places[4 * i : 4 * i + 4]).bits_as(I8).is_zero()
-        result.append(clear.choose(flat, flat.constant(2 * zero) - flat).bits_as(I32))
-    return result
+def _grid(rows: Rows, name: str, zero: int) -> Lookup:
+    """Magnitudes, with `zero` added where `_signed_group` wants them so."""
+    return Lookup(rows.e, name, zero=0 if rows.e.multiplies_signs else zero)
 
 
-def _even(sevens: Vector) -> Vector:
+def _signed_group(
+    rows: Rows, bits: Vector, words: list[Vector], zero: int, scales: list[Vector], places: Sequence[int] = _SIGNS
+) -> Group:
+    """Weights zero + x of magnitudes x in the bytes of `words`, or zero - x where the weight's bit of `bits` is set."""
+    masks = [_one_bit_each(bits, places[4 * i : 4 * i + 4]).bits_as(I8) for i in range(len(words))]
+    flat = [word.bits_as(I8) for word in words]
+    if not rows.e.multiplies_signs:
+        both = zip(masks, flat, strict=True)
+        return Group([m.is_zero().choose(x, x.constant(2 * zero) - x).bits_as(I32) for m, x in both], scales, [])
+    # -1 and 0: x ^ -1 - -1 is -x. (To choose between two vectors takes three instructions in the place of one.)
+    negative = [
+        (_pattern(bits, places[4 * i : 4 * i + 4]) ^ mask.bits_as(I32)).bits_as(I8).is_zero().widen_signed(I8)
+        for i, mask in enumerate(masks)
+    ]
+    weights = [(((x ^ n) - n) + zero).bits_as(I32) for x, n in zip(flat, negative, strict=True)]
+    return Group(weights, scales, [], words, [(n | 1).bits_as(I32) for n in negative])
+
+
+def _pattern(bits: Vector, places: Sequence[int]) -> Vector:
+    """What `_one_bit_each` gives where all bits are set."""
+    return bits.constant(sum(1 << (place % 8 + 8 * b) for b, place in enumerate(places)))
+
+
+# Of a number of four bits: its highest bit in a byte where an odd number of them is set.
+_ODD = tuple(128 * (bin(nibble).count("1") % 2) for nibble in range(16))
+
+
+def _even(rows: Rows, sevens: Vector) -> Vector:
     """Seven bits in each byte, and an eighth that makes the number of set bits even."""
     y = sevens ^ (sevens >> 4)
+    if rows.e.multiplies_signs:
+        return sevens | rows.e.lookup16(_ODD, y & 0x0F0F0F0F)
     y = y ^ (y >> 2)
     return sevens | (((y ^ (y >> 1)) & 0x01010101) << 7)
 
@@ -421,94 +448,128 @@ def _clear(bits: Vector, places: Sequence[int]) -> Vector:
     return _one_bit_each(bits, places).bits_as(I8).is_zero()
 
 
-# Each of the following has two ways to its magnitudes: see `grids`.
+# Each of the following has two ways to its magnitudes: see `grids`. Where a block is looked up as a whole, what is read
+# for that serves its groups, too.
+
+_HALVES = 0x00FF00FF
 
 
 def _iq2_xxs(rows: Rows) -> Iterator[Group]:
-    lookup, d = Lookup(rows.e, "IQ2_XXS", zero=GRID_ZERO), rows.half(0)
-    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(4)])
-    for pair in range(4):
-        words = rows.words(2 + 16 * pair, 4)
-        for i, low, last in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
-            magnitudes = stored.words(i) if stored else lookup.permute(low, [])
-            scale = d * (((last >> 28) * 2 + 1).to_float() * 0.125)
-            yield Group(_negate(_even(_four_sevens(last)), magnitudes, GRID_ZERO), [scale], [])
+    lookup, d = _grid(rows, "IQ2_XXS", GRID_ZERO), rows.half(0) * 0.125
+    words = cache(lambda pair: rows.words(2 + 16 * pair, 4))
+    stored = None if lookup.permutes else lookup.load([[words(i // 2)[2 * (i % 2)]] for i in range(8)])
+    for i in range(8):
+        low, last = words(i // 2)[2 * (i % 2) :][:2]
+        magnitudes = stored.words(i) if stored else lookup.permute(low, [])
+        scale = d * ((last >> 28) * 2 + 1).to_float()
+        yield _signed_group(rows, _even(rows, _four_sevens(last)), magnitudes, GRID_ZERO, [scale])
 
 
 def _pair_of_scales(d: Vector, words: list[Vector], i: int) -> list[Vector]:
-    """IQ2_XS, IQ2_S: d * (s + 0.5) / 4 of the two 4-bit scales s in byte i."""
+    """IQ2_XS, IQ2_S: d * (2 s + 1) of the two 4-bit scales s in byte i."""
     byte = _byte(words, i)
-    return [d * (((s << 1) + 1).to_float() * 0.125) for s in (byte & 15, byte >> 4)]
+    return [d * ((s << 1) + 1).to_float() for s in (byte & 15, byte >> 4)]
 
 
 def _iq2_xs(rows: Rows) -> Iterator[Group]:
-    lookup, d, scales = Lookup(rows.e, "IQ2_XS", zero=GRID_ZERO), rows.half(0), rows.words(58, 4)[2:]
-    indices = [Index(2 + 2 * g, 8, 3 + 2 * g, 8, bits=1) for g in range(4)]
-    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    lookup, d, scales = _grid(rows, "IQ2_XS", GRID_ZERO), rows.half(0) * 0.125, rows.words(58, 4)[2:]
+    pairs = cache(lambda pair: rows.words(2 + 16 * pair, 4))
+
+    def words(i: int) -> tuple[Vector, Vector]:
+        """Groups 0 and 1, groups 2 and 3: nine bits of an index and seven signs each."""
+        first, second = pairs(i // 2)[2 * (i % 2) :][:2]
+        return first, second
+
+    stored = None
+    if not lookup.permutes:
+        stored = lookup.load([[word & 0x01FF01FF for word in words(i)] for i in range(8)], (0, 1, 2, 3))
     order = (0, 2, 1, 3)
-    for pair in range(4):
-        words = rows.words(2 + 16 * pair, 4)
-        for i, first, second in ((2 * pair, words[0], words[1]), (2 * pair + 1, words[2], words[3])):
-            # Of groups 0, 2, 1 and 3, the ninth bit of the index and seven signs.
-            high = ((first >> 8) & 0x00FF00FF) | (second & -0x00FF0100)
-            if stored:
-                magnitudes = stored.words(i)
-            else:
-                low = (first & 0x00FF00FF) | ((second & 0x00FF00FF) << 8)
-                magnitudes = lookup.permute(low, [_clear(high, (0, 8, 16, 24))], order)
-            signs = [8 * order[g] + j for g in range(4) for j in range(8)]
-            weights = _negate(_even((high >> 1) & 0x7F7F7F7F), magnitudes, GRID_ZERO, signs)
-            yield Group(weights, _pair_of_scales(d, scales, i), [])
+    for i in range(8):
+        first, second = words(i)
+        # Of groups 0, 2, 1 and 3, the ninth bit of the index and seven signs.
+        high = ((first >> 8) & _HALVES) | (second & -0x00FF0100)
+        if stored:
+            magnitudes = stored.words(i)
+        else:
+            low = (first & _HALVES) | ((second & _HALVES) << 8)
+            magnitudes = lookup.permute(low, [_clear(high, (0, 8, 16, 24))], order)
+        places = [8 * order[g] + j for g in range(4) for j in range(8)]
+        signs = _even(rows, (high >> 1) & 0x7F7F7F7F)
+        yield _signed_group(rows, signs, magnitudes, GRID_ZERO, _pair_of_scales(d, scales, i), places)
+
+
+def _indices(low: Vector, high: Vector, shifts: tuple[int, int, int, int], mask: int) -> list[Vector]:
+    """Those of four groups, as `Lookup.load` takes them: eight bits each in the bytes of `low`, and in `high` more of
+    them, those of group g from bit shifts[g] on, as many as `mask` has."""
+
+    def moved(g: int, place: int) -> Vector:
+        bits = high << (place - shifts[g]) if place >= shifts[g] else high >> (shifts[g] - place)
+        return bits & (mask << place)
+
+    return [(low >> (8 * g)) & _HALVES | moved(g, 8) | moved(g + 2, 24) for g in range(2)]
 
 
 def _iq2_s(rows: Rows) -> Iterator[Group]:
-    lookup, d, rest = Lookup(rows.e, "IQ2_S", zero=GRID_ZERO), rows.half(0), rows.words(66, 4)
-    indices = [Index(2 + g, 4, 66, 1, shift=2 * g, bits=2) for g in range(4)]
-    stored = None if lookup.permutes else rows.look_up(lookup, indices)
-    for half in range(2):
-        lows, signs = rows.words(2 + 16 * half, 4), rows.words(34 + 16 * half, 4)
-        for i in range(4 * half, 4 * half + 4):
-            if stored:
-                magnitudes = stored.words(i)
-            else:
-                first = 8 * (i % 4)
-                high = [_clear(rest[half], [first + 2 * g + bit for g in range(4)]) for bit in range(2)]
-                magnitudes = lookup.permute(lows[i % 4], high)
-            yield Group(_negate(signs[i % 4], magnitudes, GRID_ZERO), _pair_of_scales(d, rest[2:], i), [])
+    lookup, d, rest = _grid(rows, "IQ2_S", GRID_ZERO), rows.half(0) * 0.125, rows.words(66, 4)
+    lows = cache(lambda half: rows.words(2 + 16 * half, 4))
+    signs = cache(lambda half: rows.words(34 + 16 * half, 4))
+
+    def indices(i: int) -> list[Vector]:
+        first = 8 * (i % 4)
+        return _indices(lows(i // 4)[i % 4], rest[i // 4], (first, first + 2, first + 4, first + 6), 3)
+
+    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
+    for i in range(8):
+        half = i // 4
+        if stored:
+            magnitudes = stored.words(i)
+        else:
+            first = 8 * (i % 4)
+            high = [_clear(rest[half], [first + 2 * g + bit for g in range(4)]) for bit in range(2)]
+            magnitudes = lookup.permute(lows(half)[i % 4], high)
+        yield _signed_group(rows, signs(half)[i % 4], magnitudes, GRID_ZERO, _pair_of_scales(d, rest[2:], i))
+
+
+def _eight_lows(rows: Rows) -> Callable[[int], list[Vector]]:
+    """IQ3: the two words of low bits of a sub-block's eight indices."""
+    pairs = cache(lambda pair: rows.words(2 + 16 * pair, 4))
+    return lambda i: pairs(i // 2)[2 * (i % 2) :][:2]
 
 
 def _iq3_xxs(rows: Rows) -> Iterator[Group]:
-    lookup, d = Lookup(rows.e, "IQ3_XXS", zero=GRID_ZERO), rows.half(0)
-    stored = None if lookup.permutes else rows.look_up(lookup, [Index(2 + g, 8) for g in range(8)])
-    for half in range(2):
-        last = rows.words(66 + 16 * half, 4)
-        for i in range(4):
-            lows = rows.words(2 + 32 * half + 8 * (i & 2), 4)[2 * (i % 2) :][:2]
-            if stored:
-                magnitudes = stored.words(4 * half + i)
-            else:
-                magnitudes = [word for low in lows for word in lookup.permute(low, [])]
-            scale = d * (((last[i] >> 28) * 2 + 1).to_float() * 0.25)
-            yield Group(_negate(_even(_four_sevens(last[i])), magnitudes, GRID_ZERO), [scale], [])
+    lookup, d, lows = _grid(rows, "IQ3_XXS", GRID_ZERO), rows.half(0) * 0.25, _eight_lows(rows)
+    lasts = cache(lambda half: rows.words(66 + 16 * half, 4))
+    stored = None if lookup.permutes else lookup.load([lows(i) for i in range(8)])
+    for i in range(8):
+        last = lasts(i // 4)[i % 4]
+        magnitudes = stored.words(i) if stored else [w for low in lows(i) for w in lookup.permute(low, [])]
+        scale = d * ((last >> 28) * 2 + 1).to_float()
+        yield _signed_group(rows, _even(rows, _four_sevens(last)), magnitudes, GRID_ZERO, [scale])
 
 
 def _iq3_s(rows: Rows) -> Iterator[Group]:
-    lookup, d = Lookup(rows.e, "IQ3_S", zero=IQ3_S_ZERO), rows.half(0)
+    lookup, d, lows = _grid(rows, "IQ3_S", IQ3_S_ZERO), rows.half(0), _eight_lows(rows)
     ninths, scales = rows.words(66, 4), rows.word(106)
-    indices = [Index(2 + g, 8, 66, 1, shift=g, bits=1) for g in range(8)]
-    stored = None if lookup.permutes else rows.look_up(lookup, indices)
-    for half in range(2):
-        signs = rows.words(74 + 16 * half, 4)
-        for i in range(4):
-            lows = rows.words(2 + 32 * half + 8 * (i & 2), 4)[2 * (i % 2) :][:2]
-            if stored:
-                magnitudes = stored.words(4 * half + i)
-            else:
-                magnitudes = []
-                for first, low in zip((8 * i, 8 * i + 4), lows, strict=True):
-                    magnitudes += lookup.permute(low, [_clear(ninths[half], range(first, first + 4))])
-            scale = d * ((((scales >> (16 * half + 4 * i)) & 15) << 1) + 1).to_float()
-            yield Group(_negate(signs[i], magnitudes, IQ3_S_ZERO), [scale], [])
+    signs = cache(lambda half: rows.words(74 + 16 * half, 4))
+
+    def indices(i: int) -> list[Vector]:
+        starts = (8 * (i % 4), 8 * (i % 4) + 4)
+        both = zip(lows(i), starts, strict=True)
+        return [
+            vector for low, first in both
+            for vector in _indices(low, ninths[i // 4], (first, first + 1, first + 2, first + 3), 1)
+        ]  # fmt: skip
+
+    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
+    for i in range(8):
+        if stored:
+            magnitudes = stored.words(i)
+        else:
+            magnitudes, first = [], 8 * (i % 4)
+            for place, low in zip((first, first + 4), lows(i), strict=True):
+                magnitudes += lookup.permute(low, [_clear(ninths[i // 4], range(place, place + 4))])
+        scale = d * ((((scales >> (4 * i)) & 15) << 1) + 1).to_float()
+        yield _signed_group(rows, signs(i // 4)[i % 4], magnitudes, IQ3_S_ZERO, [scale])
 
 
 # Eight times a level of IQ1, and `zero`, which leaves room for the shift.
@@ -523,44 +584,49 @@ def _shifted(levels: list[Vector], shifts: Vector) -> list[Vector]:
 
 def _iq1_s(rows: Rows) -> Iterator[Group]:
     lookup, d = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.half(0) * 0.125
-    indices = [Index(2 + g, 4, 34, 2, size=2, shift=3 * g, bits=3) for g in range(4)]
-    stored = None if lookup.permutes else rows.look_up(lookup, indices)
-    highs = rows.words(34, 4)
-    for half in range(2):
-        lows = rows.words(2 + 16 * half, 4)
-        for i in range(4 * half, 4 * half + 4):
-            high, first = highs[i // 2], 16 * (i % 2)
-            if stored:
-                levels = stored.words(i)
-            else:
-                bits = [_clear(high, [first + 3 * g + bit for g in range(4)]) for bit in range(3)]
-                levels = lookup.permute(lows[i % 4], bits)
-            scale = d * ((((high >> (first + 12)) & 7) << 1) + 1).to_float()
-            yield Group(_shifted(levels, (high >> (first + 15)) & 1), [scale], [])
+    highs, lows = rows.words(34, 4), cache(lambda half: rows.words(2 + 16 * half, 4))
+
+    def indices(i: int) -> list[Vector]:
+        first = 16 * (i % 2)
+        return _indices(lows(i // 4)[i % 4], highs[i // 2], (first, first + 3, first + 6, first + 9), 7)
+
+    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
+    for i in range(8):
+        high, first = highs[i // 2], 16 * (i % 2)
+        if stored:
+            levels = stored.words(i)
+        else:
+            bits = [_clear(high, [first + 3 * g + bit for g in range(4)]) for bit in range(3)]
+            levels = lookup.permute(lows(i // 4)[i % 4], bits)
+        scale = d * ((((high >> (first + 12)) & 7) << 1) + 1).to_float()
+        yield Group(_shifted(levels, (high >> (first + 15)) & 1), [scale], [])
 
 
 def _iq1_m(rows: Rows) -> Iterator[Group]:
     lookup, highs, packed = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.words(32, 4), rows.words(40, 4)[2:]
-    indices = [Index(g, 4, 32 + g // 2, 2, shift=4 * (g % 2), bits=3) for g in range(4)]
-    stored = None if lookup.permutes else rows.look_up(lookup, indices)
+    lows = cache(lambda half: rows.words(16 * half, 4))
+
+    def indices(i: int) -> list[Vector]:
+        first = 16 * (i % 2)
+        return _indices(lows(i // 4)[i % 4], highs[i // 2], (first, first + 4, first + 8, first + 12), 7)
+
+    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
     # The top four bits of four uint16 are a float16, the first one's the lowest.
     quarters = [((packed[i // 2] >> (12 + 16 * (i % 2))) & 15) << (4 * i) for i in range(4)]
     d = (quarters[0] | quarters[1] | quarters[2] | quarters[3]).narrow(I16).bits_as(F16).to_float() * 0.125
-    for half in range(2):
-        lows = rows.words(16 * half, 4)
-        for i in range(4 * half, 4 * half + 4):
-            high, first = highs[i // 2], 16 * (i % 2)
-            if stored:
-                levels = stored.words(i)
-            else:
-                bits = [_clear(high, [first + 4 * g + bit for g in range(4)]) for bit in range(3)]
-                levels = lookup.permute(lows[i % 4], bits)
-            weights = []
-            for g in range(4):
-                weights += _shifted(levels[2 * g : 2 * g + 2], (high >> (first + 4 * g + 3)) & 1)
-            word = packed[half] >> (16 * (i // 2 % 2) + 6 * (i % 2))
-            scales = [d * ((((word >> (3 * k)) & 7) << 1) + 1).to_float() for k in range(2)]
-            yield Group(weights, scales, [])
+    for i in range(8):
+        high, first = highs[i // 2], 16 * (i % 2)
+        if stored:
+            levels = stored.words(i)
+        else:
+            bits = [_clear(high, [first + 4 * g + bit for g in range(4)]) for bit in range(3)]
+            levels = lookup.permute(lows(i // 4)[i % 4], bits)
+        weights = []
+        for g in range(4):
+            weights += _shifted(levels[2 * g : 2 * g + 2], (high >> (first + 4 * g + 3)) & 1)
+        word = packed[i // 4] >> (16 * (i // 2 % 2) + 6 * (i % 2))
+        scales = [d * ((((word >> (3 * k)) & 7) << 1) + 1).to_float() for k in range(2)]
+        yield Group(weights, scales, [])
 
 
 def _words(rows: Rows, count: int) -> list[Vector]:

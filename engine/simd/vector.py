@@ -297,6 +297,15 @@ class Emitter:
         return sums
 
     @property
+    def multiplies_signs(self) -> bool:
+        """Whether one instruction gives numbers the signs of others (`with_signs`), and makes products cheaper."""
+        return self.target.dot == "avx2" and self.lanes == 8
+
+    def with_signs(self, numbers: Vector, signs: Vector) -> Vector:
+        """The bytes of int32 vectors, negated where those of `signs` are negative; these are not 0."""
+        return self._sign(numbers, signs)
+
+    @property
     def unsigned_limit(self) -> int:
         """How large bytes of weights can be in `dot4_unsigned`, where their products are not added in int16."""
         return 255 if self.target.dot == "vnni" and not self.target.tiles else 127

@@ -253,10 +253,6 @@ _DOTS1 = Architecture(
 )  # fmt: skip
 
 
-def _qwen1_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    return {"ff": config.integer("intermediate_size") // 2, "three_q": 3 * sizes["q"]}
-
-
 CLASSES = {
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen2AudioForConditionalGeneration": _QWEN2,
