@@ -22,7 +22,7 @@ class Targets(click.ParamType):
     name = "host|all|NAME,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        from qrun.engine.simd.target import MACHINES, usable_machines
+        from qrun.engine.simd.target import MACHINES, host_target, machine_name
 
         if isinstance(value, list):
             return value
@@ -30,7 +30,7 @@ class Targets(click.ParamType):
         for name in value.split(","):
             name = name.strip()
             if name in ("host", "all"):
-                names += usable_machines()[:1] if name == "host" else MACHINES
+                names += [machine_name(host_target("best")) or name] if name == "host" else MACHINES
             elif name in MACHINES:
                 names.append(name)
             else:

@@ -54,7 +54,9 @@ X86_BITS: dict[tuple[int, int, int], dict[str, tuple[int, int]]] = {
         "avx512cd": (28, ZMM), "avx512bw": (30, ZMM), "avx512vl": (31, ZMM),
     },
     (7, 0, ECX): {"avx512vbmi": (1, ZMM), "avx512vnni": (11, ZMM)},
-    (7, 0, EDX): {"amx-bf16": (22, TILES), "amx-tile": (24, TILES), "amx-int8": (25, TILES)},
+    (7, 0, EDX): {
+        "amx-bf16": (22, TILES), "avx512fp16": (23, ZMM), "amx-tile": (24, TILES), "amx-int8": (25, TILES),
+    },
     (7, 1, EAX): {"avxvnni": (4, YMM), "avx512bf16": (5, ZMM)},
     (0x80000001, 0, ECX): {"sahf": (0, 0), "lzcnt": (5, 0)},
 }  # fmt: skip
