@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import queue
@@ -57,9 +58,28 @@ def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, byt
             yield from pool.results()
         finally:
             pool.close()
-    while waiting:  # no worker could be started
-        key = waiting.pop()
-        yield key, compile_kernel(key, target)
+    with little_to_collect():
+        while waiting:  # no worker could be started
+            key = waiting.pop()
+            code = compile_kernel(key, target)
+            gc.freeze()
+            yield key, code
+
+
+@contextlib.contextmanager
+def little_to_collect() -> Iterator[None]:
+    """Have the collector of garbage pass over what there is already. Numba makes so many objects that looking through
+    all of them would hold up other threads, as that of a window, for a tenth of a second at a time."""
+    if gc.get_freeze_count():  # a program that has its own reasons
+        yield
+        return
+    with contextlib.suppress(ImportError):  # `compile_kernel` says what is missing
+        import numba  # noqa: F401
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _cost(key: str) -> int:

@@ -1,5 +1,6 @@
 """Compiling in processes of its own: what they import, and that none of them stays."""
 
+import gc
 import os
 import shutil
 import signal
@@ -226,6 +227,7 @@ def test_without_workers_kernels_are_compiled_here(
     objects = load_images(["scale-"], host_target(), lambda *counts: seen.append(counts))
     assert len(objects["scale-"]) > 500
     assert list(dict.fromkeys(seen)) == [(0, 1), (1, 1)]
+    assert gc.get_freeze_count() == 0  # the collector of garbage sees everything again
     with pytest.raises(CompileError, match=r"the kernel matmul-Q9_9 did not compile: KeyError: 'Q9_9'"):
         load_images(["matmul-Q9_9"], host_target())
 
