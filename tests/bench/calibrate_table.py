@@ -88,7 +88,7 @@ def line(row: Row) -> str:
     kl, top = row.divergence.mean_kl, row.divergence.agreement
     return (
         f"| {row.group} | {row.type.upper()} | {row.n_bytes / 1e6:.1f} | {row.bits_per_weight:.3f} | "
-        f"{kl.value:.4f} ± {kl.error:.4f} | {100 * top.value:.1f} % | {row.divergence.model.perplexity.value:.2f} |"
+        f"{kl.value:.5f} ± {kl.error:.5f} | {100 * top.value:.1f} % | {row.divergence.model.perplexity.value:.2f} |"
     )
 
 
