@@ -55,7 +55,7 @@ def window(app: Any, model: Path) -> Iterator[Any]:
     assert window.worker.close(5)
 
 
-def until(app: Any, reached: Callable[[], object], seconds: float = 60) -> None:
+def until(app: Any, reached: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline
@@ -263,7 +263,7 @@ def close_at(moment: str, model: Path, folder: Path) -> tuple[float, list[str]]:
         [sys.executable, "-c", PROGRAM, str(FOLDER), moment, str(model)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     ended = time.time()
     assert process.returncode == 0 and "Traceback" not in errors, errors
     closed, *rest = output.splitlines()
