@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # `main` imports commands by name: those who pack apps see he
         compare,
         completion,
         convert,
+        embed,
         imatrix,
         info,
         list,

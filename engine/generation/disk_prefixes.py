@@ -246,4 +246,4 @@ def yield_to_others() -> None:
     """This thread is to run when nobody else wants the core, where the system knows such threads."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

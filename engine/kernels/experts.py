@@ -21,8 +21,6 @@ OUT, CHOSEN = -1e30, -2e30
 # What weights are divided by at least: the least that float16 holds in full precision.
 LEAST_TOTAL = 6.103515625e-5
 # How logits become probabilities, by the numbers that records have for it.
-GATINGS = ("softmax", "sigmoid", "sqrt_softplus")
-SOFTMAX, SIGMOID, SQRT_SOFTPLUS = range(3)
 # Of what a root is taken at least, so that it has one.
 LEAST_SOFTPLUS = 1e-30
 
@@ -41,17 +39,17 @@ def route(_: str) -> Kernel:
         total = v.float32(0.0)
         for i in range(n_experts):
             value = v.load_f32(logits + 4 * i)
-            if gating == SIGMOID:
+            if gating == R.SIGMOID:
                 one = v.float32(1.0)
                 v.store_f32(chances + 4 * i, one / (one + v.first_lane(v.exp(v.splat(-value)))))
-            elif gating == SQRT_SOFTPLUS:
+            elif gating == R.SQRT_SOFTPLUS:
                 chance = max(v.first_lane(softplus(v.splat(value))), v.float32(LEAST_SOFTPLUS))
                 v.store_f32(chances + 4 * i, chance * v.inverse_sqrt(chance))
             else:
                 chance = v.first_lane(v.exp(v.splat(value - largest)))
                 v.store_f32(chances + 4 * i, chance)
                 total += chance
-        if gating == SOFTMAX:
+        if gating == R.SOFTMAX:
             for i in range(n_experts):
                 v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
 

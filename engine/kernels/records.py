@@ -88,12 +88,14 @@ MAX_STREAMS = 512
 (POOL_Y, POOL_Y_STRIDE, POOL_WIDTH, POOL_EVERY, POOL_OVERLAP, POOL_PLACES, POOL_X_OFFSET, POOL_SCORES_OFFSET,
  POOL_ROW_BYTES, POOL_GROUP) = _fields(10)  # fmt: skip
 
-# CHANCES takes two float32 for each expert. GATING is a place in `GATINGS` of kernels.experts. BY_TOKEN is 0 or int32
+# CHANCES takes two float32 for each expert. GATING is a place in `GATINGS`. BY_TOKEN is 0 or int32
 # [vocabulary, used]. SELECTION is 0 or a float32 for each; SCALES and BIASES are 0, or a float32
 # and a float32 row for each.
 (MOE_LOGITS, MOE_LOGITS_STRIDE, MOE_EXPERTS, MOE_USED, MOE_NORMALIZE, MOE_GATING, MOE_SCALE, MOE_SLOTS, MOE_WEIGHTS,
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
  MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES, MOE_TOGETHER, MOE_BY_TOKEN) = _fields(25)  # fmt: skip
+GATINGS = ("softmax", "sigmoid", "sqrt_softplus")
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS = range(3)
 
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,

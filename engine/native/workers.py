@@ -58,6 +58,8 @@ def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, byt
             yield from pool.results()
         finally:
             pool.close()
+    if not waiting:
+        return
     with little_to_collect():
         while waiting:  # no worker could be started
             key = waiting.pop()

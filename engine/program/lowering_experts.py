@@ -13,7 +13,6 @@ from functools import cache
 import numpy as np
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.experts import GATINGS
 from qrun.engine.program.arena import Place
 from qrun.engine.program.record import InRecord, Routing
 from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, limits
@@ -128,7 +127,7 @@ class _ExpertsLowering:
             {
                 R.MOE_LOGITS: logits, R.MOE_LOGITS_STRIDE: logits.stride, R.MOE_EXPERTS: n_choices,
                 R.MOE_USED: moe.n_used, R.MOE_NORMALIZE: int(moe.normalize),
-                R.MOE_GATING: GATINGS.index(moe.gating), R.MOE_SCALE: float(moe.scale), R.MOE_SLOTS: self.chosen,
+                R.MOE_GATING: R.GATINGS.index(moe.gating), R.MOE_SCALE: float(moe.scale), R.MOE_SLOTS: self.chosen,
                 R.MOE_WEIGHTS: self.weights, R.MOE_CHANCES: chances, R.MOE_COUNTS: counts, R.MOE_RANGES: self.ranges,
                 R.MOE_SELECTION: selection, R.MOE_GROUPS: moe.n_groups, R.MOE_GROUPS_USED: moe.n_groups_used,
                 R.MOE_TOGETHER: moe.together, R.MOE_BY_TOKEN: 0 if moe.by_token is None else moe.by_token,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qrun.engine.errors import QrunError
 from qrun.formats import TensorType
 
 HALVINGS = 200
@@ -25,7 +26,7 @@ class Option:
     loss: float
 
 
-class TooSmall(ValueError):
+class TooSmall(QrunError, ValueError):
     """No choice is as small as that. least: the bytes of the smallest."""
 
     def __init__(self, least: int) -> None:

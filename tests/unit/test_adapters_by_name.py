@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_merged_model(stem: str, rng: np.random.Generato
             with Model.load(merged_model(path, tmp_path / "merged.gguf", files), threads=1, context=64) as merged:
                 expected = merged.logits(tokens)
             assert error_of(model.logits(tokens, lora=chosen), expected) <= 1e-6
-            assert error_of(plain, expected) > 1e-3
+            assert error_of(plain, expected) > 1e-4
         with Model.load(path, threads=1, context=64) as alone:
             assert np.array_equal(alone.logits(tokens), plain)
 
@@ -110,14 +110,15 @@ def test_what_was_computed_with_others_is_not_gone_on_from(model: Model, rng: np
 def test_a_session_changes_its_adapters(model: Model, rng: np.random.Generator, tmp_path: Path) -> None:
     prompt = random_tokens(rng, 50)
 
-    def tokens(choice: Any) -> list[int]:
+    def tokens(choice: Any, session: Any) -> list[int]:
         generation = session.generate(prompt, lora=choice, max_tokens=5, temperature=0, lookup=True)
         list(generation)
         return generation.tokens
 
+    choices = (None, "poet", "clerk", None, "poet")
     with model.session() as session:
-        first = [tokens(choice) for choice in (None, "poet", "clerk", None, "poet")]
-        assert first[0] == first[3] and first[1] == first[4] and len({*map(tuple, first)}) == 3
+        first = [tokens(choice, session) for choice in choices]
+        assert first == [tokens(choice, model) for choice in choices]
         session.save(tmp_path / "saved")
     with model.session() as session:
         session.load(tmp_path / "saved")
