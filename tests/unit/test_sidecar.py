@@ -147,7 +147,7 @@ def test_however_the_program_ends_nothing_is_left(
     left = children(process.pid)
     assert left
     process.send_signal(how)
-    process.wait(10)
-    until(lambda: not any(map(alive, left)), 10)
+    process.wait(60)
+    until(lambda: not any(map(alive, left)), 60)
     process.stdout.close()
     process.stderr.close()
