@@ -498,7 +498,7 @@ def _iq2_xs(rows: Rows) -> Iterator[Group]:
         yield _signed_group(rows, signs, magnitudes, GRID_ZERO, _pair_of_scales(d, scales, i), places)
 
 
-def _indices(low: Vector, high: Vector, shifts: tuple[int, int, int, int], mask: int) -> list[Vector]:
+def _indices(low: Vector, high: Vector, shifts: Sequence[int], mask: int) -> list[Vector]:
     """Those of four groups, as `Lookup.load` takes them: eight bits each in the bytes of `low`, and in `high` more of
     them, those of group g from bit shifts[g] on, as many as `mask` has."""
 
@@ -582,48 +582,42 @@ def _shifted(levels: list[Vector], shifts: Vector) -> list[Vector]:
     return [level + one for level in levels]
 
 
+def _iq1_levels(rows: Rows, highs: list[Vector], lows_at: int, step: int) -> Callable[[int], list[Vector]]:
+    """What group i of a block has of the grid: of each index the low byte lies from `lows_at` on, and the three bits
+    above it in `highs`, where those of the next index are `step` bits further up."""
+    lookup = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO)
+    lows = cache(lambda half: rows.words(lows_at + 16 * half, 4))
+
+    def places(i: int) -> range:
+        return range(16 * (i % 2), 16 * (i % 2) + 4 * step, step)
+
+    if lookup.permutes:
+        return lambda i: lookup.permute(
+            lows(i // 4)[i % 4], [_clear(highs[i // 2], [place + bit for place in places(i)]) for bit in range(3)]
+        )
+    return lookup.load([_indices(lows(i // 4)[i % 4], highs[i // 2], places(i), 7) for i in range(8)]).words
+
+
 def _iq1_s(rows: Rows) -> Iterator[Group]:
-    lookup, d = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.half(0) * 0.125
-    highs, lows = rows.words(34, 4), cache(lambda half: rows.words(2 + 16 * half, 4))
-
-    def indices(i: int) -> list[Vector]:
-        first = 16 * (i % 2)
-        return _indices(lows(i // 4)[i % 4], highs[i // 2], (first, first + 3, first + 6, first + 9), 7)
-
-    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
+    d, highs = rows.half(0) * 0.125, rows.words(34, 4)
+    levels = _iq1_levels(rows, highs, 2, step=3)
     for i in range(8):
         high, first = highs[i // 2], 16 * (i % 2)
-        if stored:
-            levels = stored.words(i)
-        else:
-            bits = [_clear(high, [first + 3 * g + bit for g in range(4)]) for bit in range(3)]
-            levels = lookup.permute(lows(i // 4)[i % 4], bits)
         scale = d * ((((high >> (first + 12)) & 7) << 1) + 1).to_float()
-        yield Group(_shifted(levels, (high >> (first + 15)) & 1), [scale], [])
+        yield Group(_shifted(levels(i), (high >> (first + 15)) & 1), [scale], [])
 
 
 def _iq1_m(rows: Rows) -> Iterator[Group]:
-    lookup, highs, packed = Lookup(rows.e, "IQ1_S", times=8, zero=IQ1_ZERO), rows.words(32, 4), rows.words(40, 4)[2:]
-    lows = cache(lambda half: rows.words(16 * half, 4))
-
-    def indices(i: int) -> list[Vector]:
-        first = 16 * (i % 2)
-        return _indices(lows(i // 4)[i % 4], highs[i // 2], (first, first + 4, first + 8, first + 12), 7)
-
-    stored = None if lookup.permutes else lookup.load([indices(i) for i in range(8)])
+    highs, packed = rows.words(32, 4), rows.words(40, 4)[2:]
+    levels = _iq1_levels(rows, highs, 0, step=4)
     # The top four bits of four uint16 are a float16, the first one's the lowest.
     quarters = [((packed[i // 2] >> (12 + 16 * (i % 2))) & 15) << (4 * i) for i in range(4)]
     d = (quarters[0] | quarters[1] | quarters[2] | quarters[3]).narrow(I16).bits_as(F16).to_float() * 0.125
     for i in range(8):
-        high, first = highs[i // 2], 16 * (i % 2)
-        if stored:
-            levels = stored.words(i)
-        else:
-            bits = [_clear(high, [first + 4 * g + bit for g in range(4)]) for bit in range(3)]
-            levels = lookup.permute(lows(i // 4)[i % 4], bits)
+        high, first, words = highs[i // 2], 16 * (i % 2), levels(i)
         weights = []
         for g in range(4):
-            weights += _shifted(levels[2 * g : 2 * g + 2], (high >> (first + 4 * g + 3)) & 1)
+            weights += _shifted(words[2 * g : 2 * g + 2], (high >> (first + 4 * g + 3)) & 1)
         word = packed[i // 4] >> (16 * (i // 2 % 2) + 6 * (i % 2))
         scales = [d * ((((word >> (3 * k)) & 7) << 1) + 1).to_float() for k in range(2)]
         yield Group(weights, scales, [])

@@ -41,6 +41,13 @@ GEMMA3_TEXT = Architecture(
     "gemma3", (*FOUR_NORMS, *QK_NORMS, *attention(), *FEED_FORWARD), GELU, 1.0, _GEMMA3, "gemma"
 )  # fmt: skip
 
+# Of layers that take something of each token for themselves.
+_PER_LAYER = (
+    tensor("per_layer_input_gate.weight", "inp_gate.weight", "per_layer embd"),
+    tensor("per_layer_projection.weight", "proj.weight", "embd per_layer"),
+    norm("post_per_layer_input_norm", "post_norm"),
+)
+
 # Gemma 3n: four streams side by side (AltUp), a narrow path beside attention (LAuReL), gates of which only the largest
 # values count, and something of each token for each layer.
 
@@ -100,9 +107,7 @@ _GEMMA3N = Architecture(
         tensor("altup.prediction_coefs.weight", "altup_predict_coef.weight", "streams_squared streams"),
         tensor("altup.modality_router.weight", "altup_router.weight", "streams embd"),
         norm("altup.router_norm", "altup_router_norm"),
-        tensor("per_layer_input_gate.weight", "inp_gate.weight", "per_layer embd"),
-        tensor("per_layer_projection.weight", "proj.weight", "embd per_layer"),
-        norm("post_per_layer_input_norm", "post_norm"),
+        *_PER_LAYER,
     ),
     GELU, 0.0, {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 32768},
     outer=(
@@ -215,11 +220,7 @@ _GEMMA4 = Architecture(
             norm("post_feedforward_layernorm_1", "post_ffw_norm_1"),
             norm("post_feedforward_layernorm_2", "post_ffw_norm_2"),
         ),
-        maybe(
-            tensor("per_layer_input_gate.weight", "inp_gate.weight", "per_layer embd"),
-            tensor("per_layer_projection.weight", "proj.weight", "embd per_layer"),
-            norm("post_per_layer_input_norm", "post_norm"),
-        ),
+        maybe(*_PER_LAYER),
     ),
     GELU, 0.0, {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 131072},
     outer=(
