@@ -70,6 +70,7 @@ def command(
     from qrun.engine.model import is_checkpoint
     from qrun.engine.native.compiler import load_images
     from qrun.engine.native.packs import check_writable, write
+    from qrun.engine.program.adapted import ADAPTER_KERNELS
     from qrun.engine.program.needs import kernels_on_any_machine
     from qrun.engine.simd.target import machine_target
     from qrun.formats import GGUFReader
@@ -91,7 +92,8 @@ def command(
         images = {}
         for number, name in enumerate(targets, 1):
             target = machine_target(name)
-            keys = [*kernels_on_any_machine(graphs, cache_types, target), *sorted(quantisers)]
+            of_adapters = ADAPTER_KERNELS if adapters else ()  # the app may switch them
+            keys = [*kernels_on_any_machine(graphs, cache_types, target), *of_adapters, *sorted(quantisers)]
             counted = f" ({number} of {len(targets)})" if len(targets) > 1 else ""
             images[name] = load_images(keys, target, CompileProgress(name + counted))
     size = write(out, __version__, images)

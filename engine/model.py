@@ -1,5 +1,6 @@
 """A loaded model: the engine's public face."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -143,14 +144,15 @@ class Model:
         room = cache_limit(runtime, cache_bytes)
         self._host = Host(
             runtime, tokenizer, self.defaults, self._fingerprint, make_draft, room,
-            None if graph.causal else _diffusion(reader, graph), graph.causal, Adapters(adapters),
+            None if graph.causal else _diffusion(reader, graph), Adapters(adapters),
         )  # fmt: skip
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
         # Sessions of chat, generate and complete whose generations may be under way.
-        self._pool: list[Session] = []
+        self._pool: set[Session] = set()  # changed without the lock by those that end
         self._made_embedder: Embedder | None = None
+        self._embedding = ForkAwareLock()  # guards that; held while kernels are compiled
 
     @classmethod
     def load(
@@ -224,71 +226,71 @@ class Model:
         from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, check_switchable, open_adapters
 
-        with using(kernels):
-            path = find_model(source, type, threads=threads, progress=converting, compiling=progress, notice=notice)
+        with using(kernels), contextlib.ExitStack() as undo:
+            find = functools.partial(
+                find_model, threads=threads, progress=converting, compiling=progress, notice=notice
+            )
+            path = find(source, type)
             wanted = [Lora.of(lora) for lora in loras]
             switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
             reader = GGUFReader(path)
+            undo.callback(reader.close)
+            with open_adapters(wanted) as opened:
+                graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
+            if draft is not None and not graph.causal:
+                raise ValueError(f"{path}: a draft is for models that write one token after the other")
+            layers: list[Graph] = []
+            if draft == DRAFT_LAYERS:
+                graph, layers = build_drafts(reader, graph)
+            tokenizer: Tokenizer | None = None
+            problem = None
             try:
-                with open_adapters(wanted) as opened:
-                    graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
-                if draft is not None and not graph.causal:
-                    raise ValueError(f"{path}: a draft is for models that write one token after the other")
-                layers: list[Graph] = []
-                if draft == DRAFT_LAYERS:
-                    graph, layers = build_drafts(reader, graph)
-                tokenizer: Tokenizer | None = None
-                problem = None
-                try:
-                    tokenizer = Tokenizer.load(reader)
-                except FormatError as error:
-                    problem = str(error)
-                with open_adapters(switched.values()) as opened_by_name:
-                    for adapter in opened_by_name:
-                        check_switchable(graph, adapter)
-                        if adapter.notice and notice:
-                            notice(adapter.notice)
-                    runtime = Runtime(
-                        graph,
-                        threads=threads or available_cores(),
-                        context=graph.context,
-                        cache_type=cache_type,
-                        batch=batch,
-                        progress=progress,
-                        adapters=opened_by_name,
-                    )
-            except BaseException:
-                reader.close()
-                raise
-            try:
-                drafting = None
-                if layers:
-                    drafting = load_draft_layers(layers, runtime, progress)
-                elif draft is not None:
-                    find = functools.partial(
-                        find_model, threads=threads, progress=converting, compiling=progress, notice=notice
-                    )
-                    drafting = load_draft(draft, reader, runtime, find, progress)
-            except BaseException:
-                runtime.close()
-                reader.close()
-                raise
+                tokenizer = Tokenizer.load(reader)
+            except FormatError as error:
+                problem = str(error)
+            with open_adapters(switched.values()) as opened_by_name:
+                for adapter in opened_by_name:
+                    check_switchable(graph, adapter)
+                    if adapter.notice and notice:
+                        notice(adapter.notice)
+                runtime = Runtime(
+                    graph,
+                    threads=threads or available_cores(),
+                    context=graph.context,
+                    cache_type=cache_type,
+                    batch=batch,
+                    progress=progress,
+                    adapters=opened_by_name,
+                )
+            undo.callback(runtime.close)
+            drafting = None
+            if layers:
+                drafting = load_draft_layers(layers, runtime, progress)
+            elif draft is not None:
+                drafting = load_draft(draft, reader, runtime, find, progress)
+            if drafting is not None:
+                undo.callback(drafting.close)
             named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
             model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
+            undo.pop_all()  # they are the model's now
+            undo.callback(model.close)
             if cache_disk is not None:
-                try:
-                    model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
-                except BaseException:
-                    model.close()
-                    raise
+                model._keep_on_disk(Path(cache_disk), cache_disk_bytes, notice)
+            undo.pop_all()
             return model
 
     def _keep_on_disk(self, folder: Path, limit: int | None, notice: Callable[[str], None] | None) -> None:
-        from qrun.engine.generation.disk_prefixes import DiskPrefixes
+        import hashlib
 
+        from qrun.engine.generation.disk_prefixes import DiskPrefixes
+        from qrun.engine.native.object_cache import warn_once
+
+        # All files are read now: they may be replaced later, or go.
+        model = hashlib.sha256(f"{self._fingerprint()} {bits_of(self.graph, self._runtime)}".encode()).hexdigest()
+        self._host.adapters.digest(tuple((number, 1.0) for number in range(len(self.adapters))))
         # Not bound to this object, which may go while its sessions stay.
-        key = functools.partial(prefix_key, self._fingerprint, self._host.adapters, bits_of(self.graph, self._runtime))
-        self._host.prefixes.disk = DiskPrefixes(folder, limit, self._runtime, key, notice or warn_of_cache)
+        key = functools.partial(prefix_key, model, self._host.adapters)
+        self._host.prefixes.disk = DiskPrefixes(folder, limit, self._runtime, key, notice or warn_once)
 
     @functools.cached_property
     def chat_template(self) -> "ChatTemplate | None":
@@ -365,12 +367,7 @@ class Model:
         if isinstance(tools, Iterator):
             tools = list(tools)
         prompt, begun = self._chat_prompt(
-            messages,
-            tools=tools,
-            template_variables=template_variables,
-            special_tokens_in_messages=special_tokens_in_messages,
-            think=think,
-            continue_last=continue_last,
+            messages, tools, template_variables, special_tokens_in_messages, think, continue_last
         )
         template = self.chat_template
         assert template is not None
@@ -400,19 +397,13 @@ class Model:
     ) -> str:
         """The text from which `chat` goes on, for `template_tokens`. Arguments and errors are those of `chat`."""
         prompt, begun = self._chat_prompt(
-            messages,
-            tools=tools,
-            template_variables=template_variables,
-            special_tokens_in_messages=special_tokens_in_messages,
-            think=think,
-            continue_last=continue_last,
+            messages, tools, template_variables, special_tokens_in_messages, think, continue_last
         )
         return prompt + begun
 
     def _chat_prompt(
         self,
         messages: str | Iterable[Any],
-        *,
         tools: Iterable[Any] | None,
         template_variables: Mapping[str, Any] | None,
         special_tokens_in_messages: bool,
@@ -533,13 +524,13 @@ class Model:
         embedder = self._embedder
         kind = pooling or embedder.kind
         self._check_pooling(kind, dimensions)
+        width = embedder.width(kind)
+        if dimensions is not None and dimensions > width:
+            raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
         tokens = [self._text_to_embed(text, instruction, truncate) for text in chosen]
         vectors = self._vectors(embedder, tokens, kind)
         if kind == "none":
             vectors = [row for rows in vectors for row in rows]
-        width = embedder.width(kind)
-        if dimensions is not None and dimensions > width:
-            raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
         vectors = [vector[:dimensions] for vector in vectors]
         if normalize and kind != "rank":
             vectors = [normalized(vector) for vector in vectors]
@@ -552,10 +543,9 @@ class Model:
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
-        embedder = self._embedder
         self._check_pooling("rank", None)
         pairs = [self.pair_tokens(query, document, truncate=truncate) for document in documents]
-        return np.array([vector[0] for vector in self._vectors(embedder, pairs, "rank")], np.float32)
+        return self.embed(pairs, pooling="rank")[:, 0].copy()
 
     @property
     def embeds(self) -> bool:
@@ -623,7 +613,7 @@ class Model:
 
     @property
     def _embedder(self) -> "Embedder":
-        with self._lock:
+        with self._embedding:
             self._check_open()
             if self._made_embedder is None:
                 self._made_embedder = self._make_embedder()
@@ -631,17 +621,13 @@ class Model:
 
     def _make_embedder(self) -> "Embedder":
         from qrun.engine.embedding.embedder import Embedder
-        from qrun.engine.program.runtime import Runtime
+        from qrun.engine.generation.draft_loading import beside
         from qrun.models.pooling import read_pooling, rows_graph
 
         pooling = read_pooling(self.reader)
         if self.graph.embeds:
             return Embedder(self._runtime, pooling, owned=False)
-        runtime = Runtime(
-            rows_graph(self.graph, self.reader), threads=self.threads, context=self.context,
-            cache_type=self._runtime.cache_type, batch=self._runtime.batch, beside=self._runtime,
-        )  # fmt: skip
-        return Embedder(runtime, pooling, owned=True)
+        return Embedder(beside(self._runtime, rows_graph(self.graph, self.reader)), pooling, owned=True)
 
     def prompt_logprobs(
         self, tokens: Iterable[int], top: int = 0, lora: LoraChoice | None = None
@@ -782,8 +768,9 @@ class Model:
         self._host.prefixes.clear()
         if self._draft is not None:
             self._draft.close()
-        if self._made_embedder is not None:
-            self._made_embedder.close()
+        with self._embedding:  # one that is being made has been made then
+            if self._made_embedder is not None:
+                self._made_embedder.close()
         self._runtime.close()
         # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
         # which the operations keep mapped. The graph's figures stay.
@@ -809,8 +796,8 @@ class Model:
     def _generate(self, tokens: Iterable[int], options: dict[str, Any]) -> "Generation":
         with self._lock:
             self._check_open()
-            for session in [one for one in self._pool if not one.busy]:
-                self._pool.remove(session)
+            for session in [one for one in list(self._pool) if not one.busy]:
+                self._pool.discard(session)
                 session.leave()
             session = self.session()
             try:
@@ -818,16 +805,14 @@ class Model:
             except BaseException:
                 session.close()
                 raise
-            pool, lock = self._pool, self._lock  # and not this object: a generation may outlive its model
+            pool = self._pool  # and not this object: a generation may outlive its model
 
             def leave() -> None:
                 session.leave()
-                with lock:
-                    if session in pool:
-                        pool.remove(session)
+                pool.discard(session)
 
             generation.when_over = leave
-            self._pool.append(session)
+            self._pool.add(session)
             return generation
 
     def _check_open(self) -> None:
@@ -865,15 +850,6 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
     return max((available or 0) // 4, runtime.context_bytes)
 
 
-def warn_of_cache(text: str) -> None:
-    """A CacheWarning."""
-    import warnings
-
-    from qrun.engine.errors import CacheWarning
-
-    warnings.warn(text, CacheWarning, stacklevel=2)
-
-
 def bits_of(graph: "Graph", runtime: "Runtime") -> str:
     """A digest of what decides the bits of a cache beside the model's file: the kernels, the type of the cache, and how
     the graph was built."""
@@ -894,11 +870,10 @@ def bits_of(graph: "Graph", runtime: "Runtime") -> str:
     return digest.hexdigest()
 
 
-def prefix_key(fingerprint: Callable[[], str], adapters: Adapters, bits: str, chosen: Chosen) -> str:
-    """The key of `DiskPrefixes`."""
+def prefix_key(model: str, adapters: Adapters, chosen: Chosen) -> str:
+    """The key of `DiskPrefixes`. model: a digest of the model and of what else decides its bits."""
     import hashlib
 
-    model = hashlib.sha256(f"{fingerprint()} {bits}".encode()).hexdigest()
     return model[:12] + hashlib.sha256(f"{model} {adapters.digest(chosen)}".encode()).hexdigest()[12:]
 
 

@@ -21,9 +21,23 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return parse_json(path, text)
 
 
+def read_list(path: Path, what: str, max_bytes: int = MAX_BYTES) -> list[Any]:
+    """The list in a file, of what the message calls it. Raises FormatError likewise."""
+    parsed = _parsed(path, read_file(path, max_bytes))
+    if not isinstance(parsed, list):
+        raise FormatError(path, f"this is not a list of {what}")
+    return parsed
+
+
 def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bool = False) -> dict[str, Any]:
     """The object that bytes of a file spell. offset: where they begin, for messages. unique: refuse two equal keys."""
+    parsed = _parsed(path, text, offset, unique)
+    if not isinstance(parsed, dict):
+        raise FormatError(path, "the JSON is not an object", offset)
+    return parsed
 
+
+def _parsed(path: Path, text: bytes, offset: int | None = None, unique: bool = False) -> Any:
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in pairs:
@@ -33,7 +47,7 @@ def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bo
         return values
 
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
     except UnicodeDecodeError:
         raise FormatError(path, "this is not JSON: it is not UTF-8", offset) from None
     except RecursionError:
@@ -42,7 +56,4 @@ def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bo
         raise
     except ValueError as error:
         raise FormatError(path, f"this is not JSON: {error}", offset) from None
-    if not isinstance(parsed, dict):
-        raise FormatError(path, "the JSON is not an object", offset)
-    return parsed
 

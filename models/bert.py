@@ -69,11 +69,10 @@ def build_jina_v2(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters,
 def embed(builder: GraphBuilder, h: Hyperparameters) -> Value:
     """Rows of tokens, with that of the first kind of sentence, if the model knows kinds."""
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    n_kinds = builder.count("token_types.weight") // h.n_embd
     if not builder.has("token_types.weight"):
         return x
-    kinds = builder.flat_constant("token_types.weight", n_kinds * h.n_embd).reshape(n_kinds, h.n_embd)
-    if not n_kinds:
+    kinds = builder.rows_constant("token_types.weight", h.n_embd)
+    if not len(kinds):
         raise builder.error("tensor token_types.weight has no rows")
     return builder.affine(x, None, kinds[0])
 

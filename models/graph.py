@@ -739,6 +739,11 @@ class GraphBuilder:
         shape = (size,) if info is None or prod(info.shape) != size else info.shape
         return self.constant(name, *shape).reshape(-1)
 
+    def rows_constant(self, name: str, width: int) -> Constant:
+        """The same as rows of that width, as many as there are."""
+        n_rows = self.count(name) // width
+        return self.flat_constant(name, n_rows * width).reshape(n_rows, width)
+
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
         return self.constant(name, *shape) if self.has(name) else None

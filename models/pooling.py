@@ -118,16 +118,16 @@ def _classifier(builder: GraphBuilder, h: Hyperparameters) -> tuple[Step, ...]:
     """What makes numbers of the vector that stands for two texts."""
     steps, width = [], h.n_embd
     if builder.has("cls.weight"):
-        rows = builder.count("cls.weight") // width
-        weight = builder.flat_constant("cls.weight", rows * width).reshape(rows, width)
+        weight = builder.rows_constant("cls.weight", width)
+        rows = len(weight)
         is_modern = h.metadata.architecture == "modern-bert"
         norm = builder.optional_constant("cls.norm.weight", rows)
         steps.append(Step(weight, builder.optional_constant("cls.bias", rows), "gelu" if is_modern else "tanh", norm,
                           0.0 if norm is None else h.norm_eps))  # fmt: skip
         width = rows
     if builder.has("cls.output.weight"):
-        rows = builder.count("cls.output.weight") // width
-        weight = builder.flat_constant("cls.output.weight", rows * width).reshape(rows, width)
+        weight = builder.rows_constant("cls.output.weight", width)
+        rows = len(weight)
         softmax = h.metadata.architecture in ("qwen3", "qwen3vl")
         steps.append(
             Step(weight, builder.optional_constant("cls.output.bias", rows), "softmax" if softmax else "")

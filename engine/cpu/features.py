@@ -55,7 +55,7 @@ X86_BITS: dict[tuple[int, int, int], dict[str, tuple[int, int]]] = {
     },
     (7, 0, ECX): {"avx512vbmi": (1, ZMM), "avx512vnni": (11, ZMM)},
     (7, 0, EDX): {
-        "amx-bf16": (22, TILES), "avx512fp16": (23, ZMM), "amx-tile": (24, TILES), "amx-int8": (25, TILES),
+        "amx-bf16": (22, TILES), "avx512fp16": (23, ZMM), "amx-tile": (24, TILES),
     },
     (7, 1, EAX): {"avxvnni": (4, YMM), "avx512bf16": (5, ZMM)},
     (0x80000001, 0, ECX): {"sahf": (0, 0), "lzcnt": (5, 0)},
@@ -120,16 +120,16 @@ _LINUX_ARM = {
     "asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "asimdhp": "fullfp16", "atomics": "lse", "asimdrdm": "rdm",
     "lrcpc": "rcpc",
 }  # fmt: skip
-_V8_2 = {"neon", "dotprod", "fullfp16", "lse", "rdm", "rcpc"}
+V8_2 = ("neon", "dotprod", "fullfp16", "lse", "rdm", "rcpc")
 
 
 def _arm_features() -> set[str]:
     if sys.platform == "darwin":  # the first of Apple's own CPUs for macOS, the M1, has them
-        return set(_V8_2)
+        return set(V8_2)
     if sys.platform == "win32":
         is_present = getattr(ctypes, "windll").kernel32.IsProcessorFeaturePresent  # noqa: B009
         # PF_ARM_V81_ATOMIC_, PF_ARM_V82_DP_ and PF_ARM_V83_LRCPC_INSTRUCTIONS_AVAILABLE
-        return set(_V8_2) if all(is_present(number) for number in (34, 43, 45)) else {"neon"}
+        return set(V8_2) if all(is_present(number) for number in (34, 43, 45)) else {"neon"}
     with contextlib.suppress(OSError):
         return linux_arm_features(Path("/proc/cpuinfo").read_text())
     return {"neon"}

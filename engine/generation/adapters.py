@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import operator
@@ -23,6 +24,13 @@ class NamedAdapter:
     name: str
     path: Path
     scale: float = 1.0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells its file from others. OSError if it has gone."""
+        from qrun.engine.generation.session_file import model_fingerprint
+
+        return model_fingerprint([self.path], "")
 
 
 class Adapters:
@@ -65,9 +73,7 @@ class Adapters:
 
     def digest(self, chosen: Chosen) -> str:
         """What tells what was computed with these from what was computed with others. OSError if a file has gone."""
-        from qrun.engine.generation.session_file import model_fingerprint
-
-        parts = [(model_fingerprint([self.all[number].path], ""), scale) for number, scale in chosen]
+        parts = [(self.all[number].fingerprint, scale) for number, scale in chosen]
         return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else ""
 
 

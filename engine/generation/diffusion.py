@@ -116,7 +116,7 @@ class DiffusionGeneration(Generation):
         )  # counted from the end of the prompt
         places = self._n_prompt + masked
         rows = np.maximum(places - 1, 0) if self._diffusion.shifted else places
-        logits = self._runtime.infill(self._ids, rows.tolist(), lambda: self._cancelled)
+        logits = self._runtime.infill(self._ids, rows.tolist(), lambda: self._cancelled, self._adapters)
         logits = logits[:, : self._sampler.n_vocab]
         logits[:, self._diffusion.mask : self._diffusion.mask + 1] = -np.inf  # which settles nothing
         options = self._sampler.options

@@ -76,8 +76,8 @@ def load_draft(
     return LoadedDraft(lambda: ModelDrafter(drafting), n_vocab, [drafting, draft_reader])
 
 
-def beside(runtime: Runtime, graph: Graph, progress: Progress | None) -> Runtime:
-    """A runtime for a draft, with the model's threads and settings."""
+def beside(runtime: Runtime, graph: Graph, progress: Progress | None = None) -> Runtime:
+    """A runtime for another graph, with the model's threads and settings."""
     from qrun.engine.program.runtime import Runtime
 
     return Runtime(

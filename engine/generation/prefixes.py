@@ -142,7 +142,7 @@ class Prefixes:
             self._unwritten.clear()
         for cache in reversed(kept):
             if cache in worth and time.monotonic() < deadline:
-                self._write(cache)
+                self.write(cache)
             _close(cache)
         if self.disk is not None:
             self.disk.finish()
@@ -176,19 +176,16 @@ class Prefixes:
                     return alike
 
     def write(self, cache: TokenCache) -> None:
-        """Have a cache on disk that its owner is about to close."""
-        if self.disk is not None and cache.tap is None and not cache.lock.abandoned:
-            self._write(cache)
-
-    def _write(self, cache: TokenCache) -> None:
+        """Have a cache on disk, if it is worth it."""
         disk = self.disk
-        if disk is None or cache.lock.abandoned:
+        if disk is None or cache.tap is not None or cache.lock.abandoned:
+            return
+        with cache.lock:
+            tokens, adapters = list(cache.tokens), cache.adapters
+        if not disk.worth_writing(tokens, adapters):  # it may read the folder
             return
         with cache.lock:  # for a moment: what is written is a fork, and so nobody waits
-            tokens, adapters = list(cache.tokens), cache.adapters
-            if not disk.worth_writing(tokens, adapters):
-                return
-            sequence = cache.sequence.fork()
+            tokens, adapters, sequence = list(cache.tokens), cache.adapters, cache.sequence.fork()
         try:
             disk.write(sequence, tokens, adapters)
         finally:
@@ -211,14 +208,17 @@ class Prefixes:
                     return rest
                 self._unwritten.discard(cache)
                 leaves = False
-        self._write(cache)
-        if leaves:
-            with self._lock:
-                if cache not in self._leaving:  # the model was closed
-                    return 0.0
-                self._leaving.remove(cache)
-                self._leaving_bytes -= self._runtime.bytes_of(len(cache.tokens))
-            _close(cache)
+        try:
+            self.write(cache)
+        finally:
+            if leaves:
+                with self._lock:
+                    still_there = cache in self._leaving  # else the model was closed
+                    if still_there:
+                        self._leaving.remove(cache)
+                        self._leaving_bytes -= self._runtime.bytes_of(len(cache.tokens))
+                if still_there:
+                    _close(cache)
         return 0.0
 
     def _wake_writer(self) -> None:

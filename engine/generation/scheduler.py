@@ -304,6 +304,7 @@ class Scheduler:
                 if pieces or over:
                     task.ready.notify_all()
             if over:
+                task._held = None  # or task and generation would hold each other
                 generation._end()
             if task.sink is not None and (pieces or over):
                 for piece in pieces:

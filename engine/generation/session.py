@@ -53,7 +53,6 @@ class Host:
     """What the sessions of one model share. `fingerprint` tells the model from others; it is asked for when needed.
 
     draft: makes the draft of a new session, for models that have one. diffusion: of models that fill in masks.
-    writes_forwards: False of models whose tokens see those behind them.
     """
 
     def __init__(
@@ -65,11 +64,10 @@ class Host:
         draft: Callable[[], Draft] | None = None,
         cache_bytes: int = 0,
         diffusion: "Diffusion | None" = None,
-        writes_forwards: bool = True,
         adapters: Adapters | None = None,
     ) -> None:
         self.runtime = runtime
-        self.diffusion, self.writes_forwards = diffusion, writes_forwards
+        self.diffusion = diffusion
         self.prefixes = Prefixes(runtime, cache_bytes)
         self.scheduler = Scheduler(runtime, self.prefixes)
         self.draft = draft
@@ -187,8 +185,8 @@ class Session:
             shorter = on_full(tokens)
             return None if shorter is None else check_tokens(shorter, self._host.runtime.n_vocab, self.context)
 
-        if not self._host.writes_forwards:
-            generation = self._diffuse(prompt, sampler, response, rules)
+        if not self._host.runtime.causal:
+            generation = self._diffuse(prompt, sampler, response, rules, begun, adapters)
             self._take_over(generation)
             return generation
         guessers: list[Guesser] = [Lookup(prompt)] if chosen.lookup else []
@@ -203,8 +201,9 @@ class Session:
         return generation
 
     def _diffuse(
-        self, prompt: list[int], sampler: Sampler, response: "ResponseParser | None", rules: "Rules | None"
-    ) -> Generation:
+        self, prompt: list[int], sampler: Sampler, response: "ResponseParser | None", rules: "Rules | None",
+        begun: str, adapters: Chosen,
+    ) -> Generation:  # fmt: skip
         """A generation of a model that fills in masks."""
         from qrun.engine.generation.diffusion import DiffusionGeneration
 
@@ -215,7 +214,7 @@ class Session:
             raise ValueError("a model that writes by diffusion follows no schema, grammar or tool_choice")
         return DiffusionGeneration(
             host.runtime, host.diffusion, self, self._cache, prompt, sampler, host.tokenizer, None, (), response,
-            host.scheduler,
+            host.scheduler, None, begun, adapters,
         )  # fmt: skip
 
     def stop(self) -> None:

@@ -20,7 +20,6 @@ Kernel = Callable[[int, int, int], None]
 OUT, CHOSEN = -1e30, -2e30
 # What weights are divided by at least: the least that float16 holds in full precision.
 LEAST_TOTAL = 6.103515625e-5
-# How logits become probabilities, by the numbers that records have for it.
 # Of what a root is taken at least, so that it has one.
 LEAST_SOFTPLUS = 1e-30
 

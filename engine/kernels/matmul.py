@@ -289,4 +289,5 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                 else:
                     write_apart(op, place, first_column + column, row, 0)
 
-    return kernel_of(few_columns_of(dot_few), many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS)
+    few_columns = few_columns_of(dot_few, write_apart)
+    return kernel_of(few_columns, many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS)

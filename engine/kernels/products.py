@@ -87,12 +87,14 @@ def _matrix_of(op, chosen):  # type: ignore[no-untyped-def]
     return v.load_i64(op + R.MM_WEIGHTS) + v.load_i64(chosen) * v.load_i64(op + R.MM_MATRIX_BYTES)
 
 
-def few_columns_of(dot_few: Any) -> Any:
+def few_columns_of(dot_few: Any, write_apart: Any) -> Any:
     """few_columns(op, matrix, begin, end, first_column, n_columns, narrow, after, totals), with
     dot_few(weights, stride, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow) for the rows of all lanes: it
-    puts totals into memory, and asks behind the first lane's `run_end` for what is `jump` bytes further on."""
+    puts totals into memory, and asks behind the first lane's `run_end` for what is `jump` bytes further on.
+
+    write_apart: one of `writers`.
+    """
     lanes = v.target().lanes
-    write_apart, _ = writers()
 
     @v.helper
     def few_columns(op, matrix, begin, end, first_column, n_columns, narrow, after, totals):  # type: ignore[no-untyped-def]

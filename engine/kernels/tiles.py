@@ -234,6 +234,6 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
                     write_apart(op, place, out_column, wanted, 0)
 
     return kernel_of(
-        few_columns_of(dot_few), many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes, PASS_COLUMNS,
-        configure, release,
+        few_columns_of(dot_few, write_apart), many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes,
+        PASS_COLUMNS, configure, release,
     )  # fmt: skip

@@ -7,7 +7,7 @@ file is refused: a wrong reference would be a crash.
 Object files are ELF on all systems, and so that one image serves them all:
 
 - On x86-64 kernels call each other by the convention of System V. Windows passes arguments in other registers and has
-  its callees keep more of them, so that an image has a second entry for callers there, `ENTRY_WINDOWS` (LLVM makes it).
+  its callees keep more of them, so that an image has a second entry for callers there, `entry_windows` (LLVM makes it).
 - No code makes use of the 128 bytes below the stack's end, which Windows does not keep, and functions with large frames
   touch each page of them in turn, as stacks that grow by a guard page want it.
 - On AArch64 the conventions are one. Register x18, which macOS and Windows have for themselves, is not used.

@@ -20,6 +20,8 @@ from qrun.formats import TensorInfo
 from qrun.models import graph as G
 from qrun.models.adapter import Adapter, target_of
 
+DOWN, UP = ADAPTER_KERNELS = ("lora_down-", "lora_up-")
+
 
 class SwitchedAdapters:
     """The matrices of adapters in float32, and which rows of a step of up to `batch` have which."""
@@ -100,12 +102,12 @@ class AdaptedLowering(Lowering):
             R.LORA_OUT_WIDTH: o.out.width, R.LORA_ADAPTERS: table, R.LORA_STARTS: self._adapters.starts,
             R.LORA_ENTRIES: self._adapters.entries, R.LORA_IN_HEAD: int(self._in_head),
         }  # fmt: skip
-        self.emit("lora_down-", fields, [x], [inner], False)
+        self.emit(DOWN, fields, [x], [inner], False)
         self._waiting.append((o.x, fields, inner, out))
 
     def _add_changes(self) -> None:
         """Before anything reads what they change."""
         for _, fields, inner, out in self._waiting:
             inner.buffer.last = self.index
-            self.emit("lora_up-", dict(fields), [inner, out], [out], False)
+            self.emit(UP, dict(fields), [inner, out], [out], False)
         self._waiting.clear()

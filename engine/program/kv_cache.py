@@ -78,9 +78,15 @@ class CacheLayout:
             self.block_bytes += -(-4 * size // 64) * 64
 
     @property
-    def windows(self) -> list[int | None]:
-        """That of each group."""
-        return [window for window, _ in self.groups]
+    def has_windows(self) -> bool:
+        """Are there layers whose pages are given back when a window has passed?"""
+        return any(window is not None for window, _ in self.groups)
+
+    def needed(self, group: int, n: int) -> range:
+        """The pages of a group without which n positions cannot be gone on from."""
+        window, size = self.groups[group][0], self.positions_of_page(group)
+        lowest = 0 if window is None else max(n - window + 1, 0) // size
+        return range(lowest, -(-n // size))
 
     def positions_of_page(self, group: int) -> int:
         """Of how many positions a page has the entries."""
@@ -173,9 +179,8 @@ class KVSequence:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
         self.states.advance()
-        for group, (window, _) in enumerate(self.layout.groups):
-            if window is not None:
-                lowest = (self.n_past - window + 1) // PAGE_POSITIONS
+        for group in range(len(self.pools)):
+            if lowest := self.layout.needed(group, self.n_past).start:
                 for index in [i for i in self._pages[group] if i < lowest]:
                     self._drop(group, index)
 
@@ -201,7 +206,7 @@ class KVSequence:
     @property
     def has_windows(self) -> bool:
         """Are there layers whose pages are given back when a window has passed?"""
-        return any(window is not None for window in self.layout.windows)
+        return self.layout.has_windows
 
     @_locked
     def mark(self) -> None:
@@ -214,9 +219,8 @@ class KVSequence:
         if n >= self.n_past:
             return self.n_past
         n = self.states.reachable(max(n, 0))
-        if any(index not in self._pages[group] for group in range(len(self.pools)) for index in self._needed(group, n)):
-            return 0
-        return n
+        whole = all(index in pages for group, pages in enumerate(self._pages) for index in self.layout.needed(group, n))
+        return n if whole else 0
 
     @_locked
     def truncate(self, n: int) -> int:
@@ -278,7 +282,7 @@ class KVSequence:
             raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
         for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
-            needed = set(self._needed(group, n_past))
+            needed = set(self.layout.needed(group, n_past))
             shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
             if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
@@ -305,12 +309,6 @@ class KVSequence:
         self._clear()
         self.n_past = 0
         self._closed = True
-
-    def _needed(self, group: int, n: int) -> range:
-        """The pages of a group without which n positions cannot be gone on from."""
-        window, size = self.layout.groups[group][0], self.layout.positions_of_page(group)
-        lowest = 0 if window is None else max(n - window + 1, 0) // size
-        return range(lowest, -(-n // size))
 
     def _clear(self) -> None:
         for group in range(len(self.pools)):

@@ -190,19 +190,17 @@ class Lowering(RecordWriter):
         cache = f"cache of layer {o.layer}"
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
             raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
-        if o.k is not None:
-            k, v = self.places[o.k.id], None if o.v is None else self.places[o.v.id]
-            dims = (layer.head_dim_k, layer.head_dim_v)
-            v_offset, v_head_bytes = place.v_offset, place.v_head_bytes
-            if v is None:  # keys are kept as if they were values, and nothing else
-                v, dims, v_offset, v_head_bytes = k, (0, layer.head_dim_k), place.k_offset, place.k_head_bytes
+        if o.k is not None and o.v is None:  # keys are kept as if they were values, and nothing else
+            self._append_rows(self.places[o.k.id], layer, place, place.k_offset, cache, layer.n_kv_heads)
+        elif o.k is not None and o.v is not None:
+            k, v = self.places[o.k.id], self.places[o.v.id]
             self.emit(
                 f"append-{place.kind}",
                 {
                     R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
-                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: dims[0], R.KV_DIM_V: dims[1],
-                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: v_offset,
-                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: v_head_bytes,
+                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
+                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
+                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
                     R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
                 },
                 [k, v], [cache], True,
@@ -235,14 +233,17 @@ class Lowering(RecordWriter):
             [q, *caches], [out], False,
         )  # fmt: skip
 
-    def _append_rows(self, x: Place, layer: G.CacheLayer, place: LayerPlace, offset: int, cache: str) -> None:
-        """Rows of one head to a cache that keeps them as they come."""
+    def _append_rows(
+        self, x: Place, layer: G.CacheLayer, place: LayerPlace, offset: int, cache: str, heads: int = 1
+    ) -> None:
+        """Rows of some heads to a cache that keeps them as they come."""
         self.emit(
             f"append-{place.kind}",
             {
-                R.KV_K: x, R.KV_K_STRIDE: x.stride, R.KV_V: x, R.KV_V_STRIDE: x.stride, R.KV_HEADS: 1,
+                R.KV_K: x, R.KV_K_STRIDE: x.stride, R.KV_V: x, R.KV_V_STRIDE: x.stride, R.KV_HEADS: heads,
                 R.KV_DIM_K: 0, R.KV_DIM_V: layer.head_dim_k, R.KV_K_OFFSET: offset, R.KV_V_OFFSET: offset,
-                R.KV_K_HEAD_BYTES: 0, R.KV_V_HEAD_BYTES: 0, R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
+                R.KV_K_HEAD_BYTES: 0, R.KV_V_HEAD_BYTES: place.k_head_bytes, R.KV_GROUP: place.group,
+                R.KV_EVERY: layer.every,
             },
             [x], [cache], True,
         )  # fmt: skip

@@ -46,10 +46,12 @@ class RecordWriter:
         head_rows: int,
         context: int,
         threads: int,
+        rope_tables: list[RopeTable] | None = None,
     ) -> None:
+        """rope_tables: of another program of the same model, to be used by this one, too."""
         self.graph, self.layout, self.target = graph, layout, target
         self.batch, self.head_rows, self.context, self.threads = batch, head_rows, context, threads
-        self.rope_tables: list[RopeTable] = []
+        self.rope_tables: list[RopeTable] = [] if rope_tables is None else rope_tables
         self.arena = Arena()
         self.records: list[Record] = []
         self.n_body = 0

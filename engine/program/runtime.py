@@ -102,7 +102,9 @@ class Runtime:
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         self._switched = SwitchedAdapters(adapters, self.batch) if adapters else None
         adapted = (
-            AdaptedLowering(to_lower, self._layout, target, adapters=self._switched, **settings)
+            AdaptedLowering(
+                to_lower, self._layout, target, adapters=self._switched, rope_tables=lowering.rope_tables, **settings
+            )
             if self._switched else None
         )  # fmt: skip
         keys = [*TEAM_KERNELS, *lowering.kernel_keys, *(adapted.kernel_keys if adapted else ())]
@@ -226,14 +228,16 @@ class Runtime:
         return [out[a:b] for a, b in itertools.pairwise(ends)]
 
     def infill(
-        self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None
-    ) -> NDArray[np.float32]:
+        self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None,
+        adapters: tuple[tuple[int, float], ...] = (),
+    ) -> NDArray[np.float32]:  # fmt: skip
         """Logits [len(rows), n_vocab] of some rows of a text that is computed as a whole and then forgotten. Errors are
         those of `evaluate`."""
         ids = self._checked(tokens)
         if len(ids) > self.batch:
             raise ContextOverflow(f"{len(ids)} tokens do not fit into the context of {self.context} tokens")
         sequence = self.sequence()
+        sequence.adapters = adapters
         try:
             with self._lock:
                 sequence.reserve(len(ids))
@@ -251,14 +255,14 @@ class Runtime:
     @property
     def goes_anywhere(self) -> bool:
         """Can a sequence be cut after any position, as the model has no windows and no states?"""
-        return not self._layout.block_bytes and all(window is None for window in self._layout.windows)
+        return not self._layout.block_bytes and not self._layout.has_windows
 
     def returns(self, n_past: int, n: int) -> bool:
         """Can a sequence that was saved at a position be cut after n?"""
-        windows = (window for window in self._layout.windows if window is not None)
-        first = [(max(at - window + 1, 0) // R.PAGE_POSITIONS) for window in windows for at in (n_past, n)]
-        chunk = n_past // R.STATE_ROWS * R.STATE_ROWS if self._layout.block_bytes else 0
-        return n >= chunk and first[::2] == first[1::2]
+        layout = self._layout
+        chunk = n_past // R.STATE_ROWS * R.STATE_ROWS if layout.block_bytes else 0
+        groups = range(len(layout.groups))
+        return n >= chunk and all(layout.needed(i, n_past).start == layout.needed(i, n).start for i in groups)
 
     @property
     def context_bytes(self) -> int:
@@ -304,7 +308,8 @@ class Runtime:
         if self._switched is not None:
             seen |= {id(array): array.nbytes for array in self._switched.arrays}
         cache = sum(pool.allocated * pool.page_bytes for pool in (*self._pools, self._blocks))
-        return {"weights": sum(seen.values()), "arena": self._program.arena.size, "cache": cache}
+        arena = (self._adapted or self._program).arena.size  # the other one lies in its memory
+        return {"weights": sum(seen.values()), "arena": arena, "cache": cache}
 
     def close(self) -> None:
         """End the threads and let the memory go. Safe to call twice."""

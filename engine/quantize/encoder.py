@@ -40,6 +40,7 @@ class Encoder:
         self, types: Iterable[TensorType], target: Target | None = None, progress: Progress | None = None
     ) -> None:
         """progress(done, total): called while kernels are compiled. ValueError if a type cannot be encoded."""
+        target = target or default_target()
         wanted = set(types)
         for type in wanted:
             block_format = BLOCK_FORMATS.get(type)
@@ -50,7 +51,7 @@ class Encoder:
         if searched:
             kernels = load_kernels([f"quantize-{type.name}" for type in searched], target, progress)
             self._functions = {type: kernels.function(f"quantize-{type.name}") for type in searched}
-        self._lanes = (target or default_target()).lanes
+        self._lanes = target.lanes
 
     def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
         """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive."""

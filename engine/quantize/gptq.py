@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.kernels import records as R
-from qrun.engine.native.compiler import Progress, load_kernels
+from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.imatrix import FLOOR
-from qrun.engine.simd.target import Target, host_target
+from qrun.engine.simd.target import Target
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType
 from qrun.formats.blocks.codes import CODES
 
@@ -72,11 +72,12 @@ class Gptq:
         self, types: Iterable[TensorType], target: Target | None = None, progress: Progress | None = None
     ) -> None:
         """progress: called while kernels are compiled."""
+        target = target or default_target()
         wanted = sorted(set(types))
         self._encoder = Encoder(wanted, target, progress)
         kernels = load_kernels([f"spread-{type.name}" for type in wanted], target, progress)
         self._functions = {type: kernels.function(f"spread-{type.name}") for type in wanted}
-        self._lanes = (target or host_target()).lanes
+        self._lanes = target.lanes
 
     def round(
         self, rows: Callable[[int, int], F32Array], n_rows: int, type: TensorType, moments: F32Array,

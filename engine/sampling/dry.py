@@ -80,6 +80,7 @@ def penalties(
     }
 
 
+_MOST_KNOWN = 16  # of one tokenizer
 _known_breakers: WeakKeyDictionary[_Tokenizer, dict[tuple[str, ...], Breakers]] = WeakKeyDictionary()
 
 
@@ -91,9 +92,13 @@ def find_breakers(tokenizer: _Tokenizer, texts: tuple[str, ...]) -> Breakers:
     tokenizer and tuple of texts.
     """
     known = _known_breakers.setdefault(tokenizer, {})
-    if texts not in known:
-        known[texts] = _search_vocabulary(tokenizer, texts)
-    return known[texts]
+    breakers = known.get(texts)
+    if breakers is None:
+        breakers = _search_vocabulary(tokenizer, texts)
+        if len(known) >= _MOST_KNOWN:
+            known.pop(next(iter(known)), None)
+        known[texts] = breakers
+    return breakers
 
 
 def _search_vocabulary(tokenizer: _Tokenizer, texts: tuple[str, ...]) -> Breakers:

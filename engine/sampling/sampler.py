@@ -19,7 +19,7 @@ from qrun.engine.sampling.options import SamplingOptions
 Candidates = tuple[np.ndarray, np.ndarray]
 """Token ids, int64 [n], and their logits, float32 [n]."""
 
-Step = Callable[[np.ndarray, np.ndarray], Candidates]
+Step = Callable[["Sampler", np.ndarray, np.ndarray], Candidates]
 
 # Rows into which `largest` folds the values; as many as keep the folding a plain vector maximum.
 _FOLDS = 64
@@ -256,7 +256,7 @@ class Sampler:
                 raise ValueError("no token is left that does not end the text")
         candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
         for step in self._steps:
-            candidates = step(*candidates)
+            candidates = step(self, *candidates)
         token = self._choose(*candidates)
         if not self.options.logprobs:
             return token, None
@@ -287,18 +287,18 @@ class Sampler:
         o = self.options
         steps: dict[str, Step] = {}
         if o.repetition_penalty != 1 or o.presence_penalty != 0 or o.frequency_penalty != 0:
-            steps["penalties"] = self._penalties
+            steps["penalties"] = Sampler._penalties
         if o.dry_multiplier > 0:
-            steps["dry"] = self._dry
+            steps["dry"] = Sampler._dry
         if o.temperature > 0:
-            steps["temperature"] = lambda ids, logits: (ids, temperature(logits, o.temperature))
+            steps["temperature"] = lambda _, ids, logits: (ids, temperature(logits, o.temperature))
         if o.temperature > 0 and not o.mirostat:
-            steps["top_k"] = lambda ids, logits: top_k(ids, logits, o.top_k)
-            steps["typical_p"] = lambda ids, logits: typical_p(ids, logits, o.typical_p)
-            steps["top_p"] = lambda ids, logits: top_p(ids, logits, o.top_p)
-            steps["min_p"] = lambda ids, logits: min_p(ids, logits, o.min_p)
+            steps["top_k"] = lambda _, ids, logits: top_k(ids, logits, o.top_k)
+            steps["typical_p"] = lambda _, ids, logits: typical_p(ids, logits, o.typical_p)
+            steps["top_p"] = lambda _, ids, logits: top_p(ids, logits, o.top_p)
+            steps["min_p"] = lambda _, ids, logits: min_p(ids, logits, o.min_p)
             if o.xtc_probability > 0:
-                steps["xtc"] = self._xtc
+                steps["xtc"] = Sampler._xtc
         names = [name for name in o.samplers if name in steps]
         self._begins_with_top_k = names[:1] == ["top_k"]
         return [steps[name] for name in names]

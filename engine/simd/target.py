@@ -11,15 +11,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qrun.engine.cpu.features import architecture, host_features
+from qrun.engine.cpu.features import V8_2, architecture, host_features
 from qrun.engine.errors import QrunError
 
 FORMS = ("best", "amx", "avx512-vnni", "avx512", "avx2", "plain")
-# What tiles are made with: all CPUs with AMX have it. And the forms that use them.
+# What tiles are made with: all CPUs with AMX have it.
 AMX = frozenset(
     {"amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512fp16"}
 )
-BY_TILES = ("amx",)
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,12 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
         raise ValueError(f"QRUN_SIMD is {form!r}: it can be {', '.join(FORMS[:-1])} or {FORMS[-1]}")
     features = dict(sorted(features.items()))
     has = {name for name, present in features.items() if present}
-    tiles = form in BY_TILES and has >= AMX
-    if form == "amx" and not tiles:
+    tiles = form == "amx"
+    if tiles and not has >= AMX:
         raise ValueError(f"QRUN_SIMD is 'amx', and this machine (or its system) lacks {', '.join(sorted(AMX - has))}")
     if not tiles:
         features = {name: present and not name.startswith("amx") for name, present in features.items()}
-    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in (*FORMS[:3], "avx512")
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in FORMS[:4]
     if not wide:
         # AVX10 names imply AVX-512.
         features = {name: present and not name.startswith(("avx512", "avx10")) for name, present in features.items()}
@@ -138,7 +137,6 @@ _X86, _ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 _V2 = ("sse2", "cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2")
 _AVX2 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512vl", "avx512dq")
-_V8_2 = ("neon", "dotprod", "fullfp16", "lse", "rdm", "rcpc")
 MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "amx": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi", "avx512bf16", "avx512fp16", "amx-tile",
                                 "amx-bf16")),
@@ -148,8 +146,8 @@ MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "avx-vnni": (_X86, "x86-64-v3", (*_AVX2, "avxvnni")),
     "avx2": (_X86, "x86-64-v3", _AVX2),
     "x86-64": (_X86, "x86-64", ("sse2",)),
-    "apple": (_ARM, "apple-m1", _V8_2),
-    "neon-dotprod": (_ARM, "neoverse-n1", _V8_2),
+    "apple": (_ARM, "apple-m1", V8_2),
+    "neon-dotprod": (_ARM, "neoverse-n1", V8_2),
     "neon": (_ARM, "cortex-a72", ("neon",)),
 }
 
@@ -172,7 +170,7 @@ def usable_machines() -> list[str]:
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
-        if triple.startswith(family) and present >= set(features) and name not in BY_TILES
+        if triple.startswith(family) and present >= set(features) and name != "amx"
         and (name != "apple" or sys.platform == "darwin")
     ]  # fmt: skip
     if not usable:
@@ -184,7 +182,7 @@ def usable_machines() -> list[str]:
 def host_target(form: str | None = None) -> Target:
     """The machine that runs this process. `form` (or QRUN_SIMD) forces another form: see `choose_target`."""
     form = form or os.environ.get("QRUN_SIMD") or "best"
-    if form in BY_TILES:
+    if form == "amx":
         triple, cpu, features = MACHINES[form]
         present = host_features()
         if not _may_use_tiles():

@@ -141,7 +141,9 @@ class ChatTemplate:
         Raises TypeError for messages of a wrong type, ChatTemplateError if the template refuses, or is to have a model
         think and knows no thoughts.
         """
-        if think and self.format.thoughts is None:
+        # Before the lock is taken: `format` takes it too, and whoever computes it holds one more (Python 3.11).
+        thoughts = None if think is None else self.format.thoughts
+        if think and thoughts is None:
             raise ChatTemplateError("the model does not think: its chat template knows no thoughts")
         read = read_messages(messages)
         tools = read_tools(tools)

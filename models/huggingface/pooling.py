@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qrun.formats import FormatError
-from qrun.formats.json_file import read_json
-from qrun.formats.mapping import read_file
+from qrun.formats.json_file import read_json, read_list
 from qrun.models.huggingface.entries import Facts
 
 MODULES = "modules.json"
@@ -48,17 +46,7 @@ def modules(folder: Path, kind: str) -> Iterator[Path]:
     path = folder / MODULES
     if not path.is_file():
         return
-    import json
-
-    try:
-        listed: Any = json.loads(read_file(path, MAX_BYTES))
-    except ValueError as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(path, "this is not JSON") from None
-    if not isinstance(listed, list):
-        raise FormatError(path, "this is not a list of modules")
-    for module in listed:
+    for module in read_list(path, "modules", MAX_BYTES):
         if isinstance(module, dict) and str(module.get("type", "")).rsplit(".", 1)[-1] == kind:
             name = module.get("path")
             if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:

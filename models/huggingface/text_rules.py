@@ -71,16 +71,21 @@ def metaspace_rules(path: Path, tokenizer: Mapping[str, Any], pieces: Sequence[b
             raise FormatError(path, "it is not known how this tokenizer cuts text into words (its pre_tokenizer)")
         if step.get("split", True) and any(SPACE.encode() in piece[1:] for piece in pieces):
             raise FormatError(path, "its pre_tokenizer cuts text at spaces, and tokens of its vocabulary have some")
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        if not isinstance(scheme, str) or scheme not in _SCHEMES:
-            raise FormatError(path, f"its pre_tokenizer has the prepend_scheme {quote(str(scheme))}")
-        prefix = _SCHEMES[scheme]
+        prefix = _prefix_of(path, step)
         spelt = True
     if prefix == "start" and any(step_type(step) == "Strip" for step in steps):
         raise FormatError(path, "a normalizer that strips, with a space before the start of a text, is not supported")
     if not spelt:
         raise FormatError(path, f"neither its normalizer nor its pre_tokenizer spells spaces as {SPACE}")
     return TextRules(description, prefix, puts_space or prefix != "never")
+
+
+def _prefix_of(path: Path, step: Mapping[str, Any]) -> str:
+    """Where a Metaspace puts a space, as `TextRules.space_prefix` says it."""
+    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
+        raise FormatError(path, f"its pre_tokenizer has the prepend_scheme {quote(str(scheme))}")
+    return _SCHEMES[scheme]
 
 
 def sentencepiece_rules(model: SentencePieceModel) -> TextRules:
@@ -140,9 +145,8 @@ def unigram_rules(path: Path, tokenizer: Mapping[str, Any]) -> TextRules:
         match step_type(step):
             case "WhitespaceSplit":
                 removes = True
-            case "Metaspace":
-                scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-                prefix = scheme != "never"
+            case "Metaspace" if step.get("replacement") == SPACE:
+                prefix = _prefix_of(path, step) != "never"
             case kind:
                 raise FormatError(path, f"the pre_tokenizer {quote(str(kind))} of such a tokenizer is not supported")
     return TextRules(adds_space=prefix, charsmap=charsmap, remove_extra_whitespaces=removes)

@@ -1,5 +1,7 @@
 """Conversations as text: what templates may use, what a model without one gets, what is refused."""
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,3 +159,27 @@ def test_errors_are_one_line(source: str, reason: str) -> None:
     with pytest.raises(ChatTemplateError, match=reason) as caught:
         render(source)
     assert "\n" not in str(caught.value)
+
+
+def test_two_that_ask_at_first_at_the_same_time_do_not_wait_for_each_other() -> None:
+    asked: Any = template("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    inside, switch = threading.Event(), asked._switch
+
+    def slow_switch(fitting: Any) -> Any:
+        inside.set()
+        time.sleep(0.2)  # for the other one to come as far as it can
+        return switch(fitting)
+
+    def look() -> None:
+        inside.wait()
+        assert asked.format.thoughts is None
+
+    asked._switch = slow_switch
+    threads = [
+        threading.Thread(target=work, daemon=True) for work in (lambda: asked.render(HELLO, think=False), look)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()

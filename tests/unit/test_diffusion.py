@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from asgi_client import call
 from click.testing import CliRunner
+from test_adapter import random_adapter
+from test_adapters_by_name import dense
 from tiny_embedder import write_embedder
 
 from qrun.cli.main import cli
@@ -177,3 +179,17 @@ def test_what_such_a_model_cannot_is_said(folder: Path, llada: Model) -> None:
     with pytest.raises(ValueError, match="a draft is for models that write one token after the other"):
         Model.load(llada.path, draft="mtp")
     assert llada.embed("the cat").shape == (1, llada.graph.n_embd)
+
+
+def test_adapters_change_what_is_filled_in(rng: np.random.Generator, folder: Path, tmp_path: Path) -> None:
+    told = {"tokenizer.ggml.mask_token_id": MASK, "diffusion.shift_logits": False}
+    path = write_embedder(tmp_path / "model.gguf", "llada-dense", told)
+    adapter = random_adapter(rng, path, tmp_path / "a.gguf", names=dense(path))
+    with (
+        Model.load(path, threads=1, adapters={"a": adapter}) as model,
+        Model.load(path, threads=1, loras=[adapter]) as same,
+    ):
+        for chosen, expected in (({"lora": "a"}, same), ({}, model)):
+            generation = model.generate([5, 6, 7], max_tokens=8, diffusion_block=4, **GREEDY, **chosen)
+            list(generation)
+            assert generation.tokens == filled(expected, [5, 6, 7], 8, 4, 8, shifted=False)

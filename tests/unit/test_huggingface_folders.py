@@ -21,6 +21,7 @@ from qrun.models.huggingface import CheckpointSource
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.huggingface.general import model_name, size_entry
+from qrun.models.huggingface.pooling import modules
 from qrun.models.huggingface.rope import rope_entries, rope_factors
 from qrun.models.huggingface.sentencepiece import read_sentencepiece
 from qrun.models.huggingface.tensors import MappedTensor
@@ -467,3 +468,13 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, capsys: pytest.Ca
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"tensor '{name}' has weights that are not finite" in error and "model.safetensors" in error
     assert not list(folder.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[" * 100_000, "nested too deeply"), ("{}", "not a list of modules"), ("[", "not JSON"), (b"\xff", "not UTF-8")],
+)
+def test_wrong_lists_of_modules_are_told(text: str | bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FormatError, match=f"modules.json: .*{said}"):
+        list(modules(tmp_path, "Dense"))

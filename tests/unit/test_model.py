@@ -216,7 +216,7 @@ def test_a_generation_that_has_ended_frees_its_session_at_once() -> None:
     model = make_model()
     generation = model.generate("a>")
     assert "".join(generation) == "hello there"
-    assert model._pool == []
+    assert model._pool == set()
 
 
 def test_completing_from_two_threads() -> None:

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_adapter import random_adapter
 from tiny_model import write_tiny_model
 
 from qrun.cli.main import cli
@@ -19,6 +21,7 @@ from qrun.engine.native.compiler import CompileError, default_target, load_image
 from qrun.engine.native.linker import AARCH64, X86_64, Image
 from qrun.engine.native.packs import FORMAT, MANIFEST, Pack, PackError
 from qrun.engine.native.sources import sources_digest
+from qrun.engine.program.adapted import ADAPTER_KERNELS
 from qrun.engine.simd.target import MACHINES, host_target, machine_target, usable_machines
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +100,16 @@ def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: li
     with GGUFReader(model) as reader:
         graph = build_graph(reader)
         assert all(set(kernels_of(graph, threads=threads)) <= packed for threads in (1, 2, 3, 8, 64))
+
+
+def test_a_pack_for_adapters_serves_those_that_are_switched(
+    compiled: list[str], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = write_tiny_model(tmp_path / "model.gguf")
+    adapter = random_adapter(rng, model, tmp_path / "adapter.gguf")
+    arguments = ["pack", str(model), "--out", str(tmp_path / "kernels"), "--targets", "avx2", "--lora", str(adapter)]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert set(ADAPTER_KERNELS) <= set(Pack.open(tmp_path / "kernels").targets["avx2"][1])
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

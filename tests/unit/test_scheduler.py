@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,34 @@ def test_pieces_of_a_step_come_together(model: Model, rng: np.random.Generator) 
     assert [len(collector.pieces[id(generation)]) for generation in generations] == [25] * 4
     assert collector.flushes < 60
     assert all(generation.stop_reason == "length" for generation in generations)
+
+
+def test_what_was_pushed_goes_without_the_collector_of_garbage(model: Model, rng: np.random.Generator) -> None:
+    over = threading.Event()
+
+    class Sink:
+        def put(self, generation: Any, pieces: Any, error: Any) -> None:
+            if generation.stop_reason is not None:
+                over.set()
+
+        def flush(self) -> None: ...
+
+    gc.collect()
+    gc.disable()
+    try:
+        generation = model.generate(
+            prompts(rng, model, 1)[0], max_tokens=5, frequency_penalty=0.5, dry_multiplier=0.8, xtc_probability=0.5
+        )
+        generation.start(Sink())
+        assert over.wait(60)
+        sampler, gone = weakref.ref(generation._sampler), weakref.ref(generation)
+        del generation
+        deadline = time.monotonic() + 60
+        while (sampler() or gone()) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread that has computed it lets go of it last
+        assert gone() is None and sampler() is None
+    finally:
+        gc.enable()
 
 
 def test_in_asyncio(model: Model, rng: np.random.Generator) -> None:

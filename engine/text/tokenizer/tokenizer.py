@@ -115,11 +115,10 @@ class Tokenizer:
         """The token ids of two texts as a model takes them that says how well they go together: each with the tokens
         that it wants around a text."""
         end = self.end_id
-        between = self._vocabulary.between_ids
         begun = [self.bos_id] if self.add_bos and self.bos_id is not None else []
         ended = [end] if end is not None else []
         return [
-            *begun, *self.encode(first, add_special=False), *(between or ended),
+            *begun, *self.encode(first, add_special=False), *self._vocabulary.between_ids,
             *self.encode(second, add_special=False), *ended,
         ]  # fmt: skip
 

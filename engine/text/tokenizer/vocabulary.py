@@ -125,9 +125,9 @@ class Vocabulary:
         self.add_bos: bool = self._value("tokenizer.ggml.add_bos_token", bool, add_bos)
         add_eos = self._value("tokenizer.ggml.add_eos_token", bool, self.kind == "t5")
         self.end_id = self.eos_id if add_eos else None
-        self.between_ids = self._between(add_eos)
         if self.kind == "bert":
             self.end_id = self._token_id("seperator", 102)  # spelt so in the format
+        self.between_ids = self._between()
         self.add_space_prefix: bool = self._value("tokenizer.ggml.add_space_prefix", bool, sentencepiece)
 
         stops = self._mark_known_spellings()
@@ -185,12 +185,12 @@ class Vocabulary:
         value: bool = self._value(f"tokenizer.ggml.{name}", bool, default)
         return value
 
-    def _between(self, add_eos: bool) -> list[int]:
+    def _between(self) -> list[int]:
         """What stands between two texts that are compared: as after each, and in RoBERTa's family a separator more."""
-        separator = self._token_id("seperator", 102 if self.kind == "bert" else None)
+        ended = [] if self.end_id is None else [self.end_id]
         if self.kind == "bert":
-            return [] if separator is None else [separator]
-        ended = [self.eos_id] if add_eos and self.eos_id is not None else []
+            return ended
+        separator = self._token_id("seperator")
         adds = self._value("tokenizer.ggml.add_sep_token", bool, self.pre in _SEPARATED)
         # BERT's spelling: a text that ends with [SEP] has had it.
         if separator is None or not adds or (separator in ended and self.pieces[separator] == b"[SEP]"):

@@ -52,6 +52,19 @@ _PER_LAYER = (
 # values count, and something of each token for each layer.
 
 
+def _common_entries(facts: Facts) -> list[bool]:
+    """What files of Gemma 3n and 4 both say. Returns which layers see a window."""
+    config, n_layers = facts.config, facts.sizes["layers"]
+    if cap := config.real("final_logit_softcapping", 0.0):
+        facts.real("final_logit_softcapping", cap)
+    facts.count("attention.sliding_window", config.integer("sliding_window"))
+    facts.count("attention.shared_kv_layers", config.integer("num_kv_shared_layers", 0, low=0, high=n_layers))
+    facts.count("embedding_length_per_layer_input", facts.sizes["per_layer"])
+    sliding = _kinds(config, n_layers)
+    facts.flags("attention.sliding_window_pattern", sliding)
+    return sliding
+
+
 def _gemma3n_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     per_layer = config.integer("hidden_size_per_layer_input", 256)
     streams = config.integer("altup_num_inputs", 4, low=2, high=MAX_STREAMS)
@@ -70,12 +83,7 @@ def _deviations(share: float) -> float:
 
 def _gemma3n_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
-    if cap := config.real("final_logit_softcapping", 0.0):
-        facts.real("final_logit_softcapping", cap)
-    facts.count("attention.sliding_window", config.integer("sliding_window"))
-    facts.flags("attention.sliding_window_pattern", _kinds(config, sizes["layers"]))
-    facts.count("attention.shared_kv_layers", config.integer("num_kv_shared_layers", 0, low=0, high=sizes["layers"]))
-    facts.count("embedding_length_per_layer_input", sizes["per_layer"])
+    _common_entries(facts)
     facts.count("altup.active_idx", config.integer("altup_active_idx", 0, low=0, high=sizes["other_streams"]))
     facts.count("altup.num_inputs", sizes["streams"])
     shares = config.reals("activation_sparsity_pattern", sizes["layers"])
@@ -172,21 +180,14 @@ def _unrotated(config: Config, sizes: Sizes) -> list[float]:
 
 def _gemma4_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
-    shared = config.integer("num_kv_shared_layers", 0, low=0, high=sizes["layers"])
-    if cap := config.real("final_logit_softcapping", 0.0):
-        facts.real("final_logit_softcapping", cap)
-    facts.count("attention.sliding_window", config.integer("sliding_window"))
-    facts.count("attention.shared_kv_layers", shared)
-    facts.count("embedding_length_per_layer_input", sizes["per_layer"])
-    sliding = _kinds(config, sizes["layers"])
-    facts.flags("attention.sliding_window_pattern", sliding)
+    sliding = _common_entries(facts)
     for kind in ("key", "value"):
         facts.count(f"attention.{kind}_length", sizes["full_head"])
         facts.count(f"attention.{kind}_length_swa", sizes["head"])
     if config.get("moe_intermediate_size") is not None:
         facts.count("expert_feed_forward_length", config.integer("moe_intermediate_size"))
     if config.flag("use_double_wide_mlp"):
-        first = sizes["layers"] - shared
+        first = sizes["layers"] - config.integer("num_kv_shared_layers", 0, low=0, high=sizes["layers"])
         facts.array("feed_forward_length", [sizes["ff"] * (1 + (il >= first)) for il in range(sizes["layers"])])
     full = _full_value(config, "num_global_key_value_heads", "num_key_value_heads")
     if full is not None:
