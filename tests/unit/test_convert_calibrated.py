@@ -174,12 +174,33 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(
     slopes = (work / "slopes").read_text().splitlines(keepends=True)
     # It stopped within a line, with a tensor rounded.
     (work / "slopes").write_text("".join(slopes[:5]) + slopes[5][:20])
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def leave_a_tensor_rounded(work: Path) -> None:
+    """What a run leaves that is killed while it measures."""
     (work / "probing").touch()
     working = bytearray((work / "working.gguf").read_bytes())
     working[-5000:-4000] = bytes(1000)
     (work / "working.gguf").write_bytes(working)
-    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
-    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("wish", [("--type", "q4_0"), ("--bpw", 5.5, *SIZED)], ids=["type", "all slopes known"])
+def test_a_damaged_working_file_is_used_for_nothing_else(
+    wish: tuple[object, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, after, work = tmp_path / "whole.gguf", tmp_path / "after.gguf", tmp_path / "work"
+    measures = ("--measures", work, "--no-judge")
+    run(*calibrating(folder, "model", whole, "--bpw", 5.5, *SIZED, *measures, "--dry-run"), capsys=capsys)
+    assert run(*calibrating(folder, "model", whole, *wish, *measures), capsys=capsys)[0] == 0
+    for rounded in work.glob("rounded-*"):
+        rounded.unlink()
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", after, *wish, *measures), capsys=capsys)[0] == 0
+    assert after.read_bytes() == whole.read_bytes()
+    assert not (work / "probing").exists()
 
 
 # What cannot be
