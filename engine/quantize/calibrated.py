@@ -22,7 +22,7 @@ from qrun.engine.native.compiler import Progress as Compiling
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
-from qrun.engine.quantize.allocation import Option, TooSmall, allocate
+from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.calibration import observe
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
@@ -292,13 +292,10 @@ class Calibration:
         first = {name: options[0] for name, options in errors.items()}
         rest = self._bytes_of(kept, first, imatrix, metadata)
         rest -= sum(option.n_bytes for option in first.values())
-        try:
-            allocate(errors, n_bytes - rest)
-        except TooSmall as error:
+        if (least := least_bytes(errors) + rest) > n_bytes:
             raise ValueError(
-                f"{self.source.path}: with these types the smallest file has {error.least + rest} bytes, "
-                f"and {n_bytes} are asked for"
-            ) from None
+                f"{self.source.path}: with these types the smallest file has {least} bytes, and {n_bytes} are asked for"
+            )
         slopes = self.slopes(imatrix)
         losses = {
             name: [replace(option, loss=slopes[name] * option.loss) for option in options]
