@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
-from qrun.cli.conversion import Size, default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names
+from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
+from qrun.cli.options import Names, Size
 
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
