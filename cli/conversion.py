@@ -7,29 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qrun.cli.console import echo
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
-
-
-class Size(click.ParamType):
-    """A number of bytes: 500M, 2G."""
-
-    name = "SIZE"
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # noqa: RUF012 - never changed
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", value.strip().upper())
-        if not match or not (size := int(float(match[1]) * self.units[match[2]])):
-            self.fail(f"{value!r} is no size such as 500M or 2G", param, ctx)
-        return size
 
 
 def write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
               help="Print one line of JSON with the address once the first model is loaded.")  # fmt: skip
 @click.option("--exit-with-stdin", is_flag=True, help="End when standard input ends, as when the parent process goes.")
 @click.option("--quiet", is_flag=True, help="Write no line about each request.")
-@loading_options
+@partial(loading_options, named_loras=True)
 def command(
     models: tuple[str, ...], host: str, port: int, unix_socket: Path | None, api_keys: tuple[str, ...],
     api_key_file: Path | None, tls_cert: Path | None, tls_key: Path | None, ready_json: bool, exit_with_stdin: bool,

@@ -13,19 +13,21 @@ perplexity. The table is Markdown; --plot draws bits a weight against KL.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
+
+from quantize_table import run
 
 from qrun.cli.compare import score_against, write_logits
 from qrun.cli.loading import load_tokenizer, text_chunks
+from qrun.cli.perplexity import plus_minus
 from qrun.engine.judging.divergence import Divergence
 from qrun.formats import GGUFReader
+from qrun.formats.tensors import n_weights
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,6 @@ class Row:
     divergence: Divergence
 
 
-def run(*command: object) -> None:
-    """Raises RuntimeError, with its last words, if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed: {' '.join(last)}")
-
-
 def qrun(*words: object) -> None:
     """A command of qrun, as a process of its own."""
     run(sys.executable, "-m", "qrun.cli.main", *words)
@@ -56,8 +50,7 @@ def bits_per_weight(path: Path) -> float:
     """Of the tensors of a file."""
     with GGUFReader(path) as reader:
         tensors = reader.tensors.values()
-        n_weights = sum(prod(tensor.shape) for tensor in tensors)
-        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
+        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights(tensors)
 
 
 class Bench:
@@ -88,7 +81,7 @@ def line(row: Row) -> str:
     kl, top = row.divergence.mean_kl, row.divergence.agreement
     return (
         f"| {row.group} | {row.type.upper()} | {row.n_bytes / 1e6:.1f} | {row.bits_per_weight:.3f} | "
-        f"{kl.value:.5f} ± {kl.error:.5f} | {100 * top.value:.1f} % | {row.divergence.model.perplexity.value:.2f} |"
+        f"{plus_minus(kl, 5)} | {100 * top.value:.1f} % | {row.divergence.model.perplexity.value:.2f} |"
     )
 
 

@@ -90,7 +90,7 @@ def test_a_pack_is_one_file_a_machine_and_a_manifest_that_says_what_is_where(
 def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: list[str], tmp_path: Path) -> None:
     model, out = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "kernels"
     CliRunner().invoke(cli, ["pack", str(model), "--out", str(out), "--targets", "all"])
-    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES)
+    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - {"amx"}
     packed = set(Pack.open(out).targets[HOST][1])
     compiled.clear()
     from qrun.engine.program.needs import kernels_of
