@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qrun.formats import TensorType
     from qrun.models.adapter import Lora
 
-METHODS = ("auto", "gptq", "imatrix")
+METHODS = ("auto", "gptq", "awq", "both", "imatrix")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,8 +93,9 @@ def calibration_options(function: Command) -> Command:
         click.option("--seed", type=int, default=1, show_default=True, help="Which samples are taken."),
         click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
                      help="With --calibrate, how weights are rounded: each by itself, its error weighed by the inputs' "
-                          "mean squares (imatrix), or column by column, each error made good by the columns after it "
-                          "(gptq); auto is gptq, unless more is lost by it on what is held out."),
+                          "mean squares (imatrix); column by column, each error made good by the columns after it "
+                          "(gptq); each by itself, the inputs that matter most with finer steps (awq); or the last two "
+                          "together (both). auto is gptq, unless more is lost by it on what is held out."),
         click.option("--bpw", "bits_per_weight", type=click.FloatRange(min=0, min_open=True), metavar="BITS",
                      help="Choose the type of each tensor: what loses least with so many bits for a weight, on "
                           "average."),
@@ -148,9 +149,17 @@ def convert_calibrated(
         show_plan(planned)
         return
     plain = planned
-    if wishes.method != "imatrix":
-        with ExitStack() as bars:
-            planned = replace(calibration, stage=lambda name: stage_bar(bars, name)).rounded(planned)
+    with ExitStack() as bars:
+        calibration = replace(calibration, stage=lambda name: stage_bar(bars, name))
+        rounding = calibration
+        if wishes.method in ("awq", "both"):
+            scaled = calibration.scaled(planned)
+            importance = scaled.importance(imatrix)
+            planned = plan(scaled, choice, imatrix=importance, allow_requantize=allow_requantize)
+            if wishes.method == "both":
+                rounding = calibration.of_scaled(scaled)
+        if wishes.method not in ("awq", "imatrix"):
+            planned = rounding.rounded(planned)
     result = write(planned, out, threads, values, label(wishes) if wishes.sized else None)
     judged: list[str] = []
     if wishes.judge:

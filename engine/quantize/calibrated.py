@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, TooSmall, allocate
+from qrun.engine.quantize.awq import ScaledSource, Search, foldings
 from qrun.engine.quantize.calibration import observe
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
@@ -47,6 +48,8 @@ WORKING_TYPE = "Q8_0"
 MOMENT_BYTES = 1 << 30
 # All that lies in the folder.
 FILES = ("key", "working.gguf", "rounded.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
+# A folder in it, of the model with scales.
+SCALED = "scaled"
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
@@ -115,8 +118,10 @@ class Calibration:
             self.folder.rmdir()
 
     def _remove(self) -> None:
-        for path in (*(self.folder / name for name in FILES), *self.folder.glob("rounded-*")):
+        many = (*self.folder.glob("rounded-*"), *self.folder.glob("scales-*"))
+        for path in (*(self.folder / name for name in FILES), *many):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / SCALED, ignore_errors=True)
 
     @property
     def working(self) -> Path:
@@ -213,17 +218,21 @@ class Calibration:
         for band in self._bands(todo):
             missing = [name for name in band if not files[name].is_file()]
             if missing:
-                for name, moments, factors in self._band_moments(copy, missing):
-                    report(done, len(todo))
-                    tensor = todo[name]
+                for sharing, moments in self._moments(copy, missing):
+                    self._say_rank(sharing[0], moments)
+                    factors = factor(moments.matrix)
                     if factors is None:
-                        self.notice(f"{name}: nothing is known of its inputs, and weights are rounded one by one")
+                        self.notice(f"{sharing[0]}: nothing is known of its inputs: weights are rounded one by one")
                         continue
-                    with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
-                        rows = tensor.source.rows
-                        raw = gptq.round(rows, tensor.source.n_rows, tensor.type, moments, factors, pool)
-                    write_whole(files[name], raw.tobytes())
-                    done += 1
+                    for name in sharing:
+                        report(done, len(todo))
+                        tensor = todo[name]
+                        with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
+                            rows, n_rows = tensor.source.rows, tensor.source.n_rows
+                            raw = gptq.round(rows, n_rows, tensor.type, moments.matrix, factors, pool)
+                        write_whole(files[name], raw.tobytes())
+                        tensor.source.forget()
+                        done += 1
             for name in band:
                 if files[name].is_file():
                     kept.add(name)
@@ -255,8 +264,9 @@ class Calibration:
         if band:
             yield band
 
-    def _band_moments(self, path: Path, names: list[str]) -> Iterator[tuple[str, F32Array, F32Array | None]]:
-        """The second moments of some tensors' inputs, and their factors. Raises ValueError if they are not finite."""
+    def _moments(self, path: Path, names: Collection[str]) -> Iterator[tuple[list[str], Moments]]:
+        """The second moments of some tensors' inputs, each with those that share it. ValueError if they are not finite.
+        """
         wanted, taken = set(names), self.samples.taken
         with self.runtime(path, keep=wanted.__contains__) as (runtime, _):
             moments = [Moments(observation.sums.shape[1]) for observation in runtime.observations]
@@ -269,17 +279,54 @@ class Calibration:
             observed = [observation.names for observation in runtime.observations]
         # A matrix that takes several inputs is left to plain rounding.
         uses = Counter(name for sharing in observed for name in sharing)
-        for i, sharing in enumerate(observed):
-            matrix = moments[i].matrix
-            if not np.isfinite(matrix).all():
+        for sharing, sums in zip(observed, moments, strict=True):
+            if not np.isfinite(sums.matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
-            if moments[i].count < len(matrix):
-                counts = f"{moments[i].count} tokens are few for {len(matrix)} inputs"
-                self.notice(f"{sharing[0]}: {counts}: more text would help")
-            factors = factor(matrix)
-            for name in sharing:
-                if uses[name] == 1:
-                    yield name, matrix, factors
+            if alone := [name for name in sharing if uses[name] == 1]:
+                yield alone, sums
+
+    def _say_rank(self, name: str, moments: Moments) -> None:
+        """Says so if there were fewer tokens than a matrix has inputs."""
+        if moments.count < (width := len(moments.matrix)):
+            self.notice(f"{name}: {moments.count} tokens are few for {width} inputs: more text would help")
+
+    def scaled(self, planned: Plan) -> ScaledSource:
+        """The source with scales for the inputs of matrices, each where the graph allows it (see `awq`).
+
+        Inputs are those of the model as it is. Bands are those of `rounded`.
+        """
+        types = {
+            tensor.source.name: tensor.type for tensor in planned.tensors
+            if tensor.changes and tensor.type not in FLOATS and len(tensor.source.shape) == 2
+            and layer_of(tensor.source.name) >= 0
+        }  # fmt: skip
+        with GGUFReader(self.working) as reader:
+            graph = build_graph(reader, self.samples.taken.size)
+            places = [place for place in foldings(graph, self.source.tensors) if types.keys() & set(place.columns)]
+        digest = hashlib.sha256(repr(sorted(types.items())).encode()).hexdigest()[:8]
+        files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
+        firsts = {next(name for name in place.columns if name in types): place for place in places}
+        search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
+        report, done = self.stage("scales"), 0
+        for band in self._bands({name: planned_tensor for name, planned_tensor in _by_name(planned) if name in firsts}):
+            missing = [name for name in band if not files[firsts[name]].is_file()]
+            for sharing, moments in self._moments(self.working, missing) if missing else ():
+                for name in sharing:
+                    report(done, len(firsts))
+                    place = firsts[name]
+                    found = search.scales(place, moments.matrix)
+                    write_whole(files[place], b"" if found is None else found.tobytes())
+                    done += 1
+        report(len(firsts), len(firsts))
+        kept = [(place, np.fromfile(path, np.float32)) for place, path in files.items() if path.is_file()]
+        return ScaledSource(self.source, [(place, scales) for place, scales in kept if len(scales)])
+
+    def of_scaled(self, source: ScaledSource) -> Calibration:
+        """Where the model with these scales is rounded column by column."""
+        digest = hashlib.sha256(b"".join(name.encode() + source.columns[name].tobytes() for name in source.columns))
+        result = replace(self, source=source, folder=self.folder / SCALED, variant=self.variant + digest.hexdigest())
+        result.prepare()
+        return result
 
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
@@ -328,6 +375,10 @@ class Calibration:
         self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
     ) -> int:
         return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
+
+
+def _by_name(planned: Plan) -> Iterator[tuple[str, PlannedTensor]]:
+    return ((tensor.source.name, tensor) for tensor in planned.tensors)
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -119,6 +122,55 @@ def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
         for path in rounded[3:]:
             path.unlink()
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("method", ["awq", "both"])
+def test_scales_go_into_an_ordinary_file(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = calibrating(folder, "model", out, "--type", "q4_0", "--method", method)
+    status, text, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "rounded plainly" in text and not list(tmp_path.glob(".*"))
+    with GGUFReader(folder / "model.gguf") as reader:
+        before = {name: tensor.dequantize() for name, tensor in reader.tensors.items()}
+    with GGUFReader(out) as reader:
+        after = {name: (tensor.type, tensor.dequantize()) for name, tensor in reader.tensors.items()}
+    assert after.keys() == before.keys()
+    scaled = {name for name, (type, values) in after.items() if type is TensorType.F32
+              and not np.array_equal(values, before[name])}  # fmt: skip
+    assert scaled and all(name.endswith(("_norm.weight", ".bias")) for name in scaled)
+    if method == "both":  # columns are far from what they were, and their outputs near
+        return
+    # With the norm's scale taken back, the matrix after it is what it was, but for rounding.
+    name = next(name for name in scaled if name.startswith("blk.0.attn_norm"))
+    scale = before[name] / after[name][1]
+    found = after["blk.0.attn_q.weight"][1] / scale
+    assert np.square(found - before["blk.0.attn_q.weight"]).mean() < 0.02 * np.square(found).mean()
+
+
+def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    settings = ("--bpw", 5.5, *SIZED, "--method", "both")
+    assert run(*calibrating(folder, "model", whole, *settings), capsys=capsys)[0] == 0
+    work, statuses = tmp_path / ".out.gguf.calibration", []
+    for stage in ("slopes", "scales-*", "scaled/rounded-*"):
+        command = [sys.executable, "-m", "qrun.cli.main", *map(str, calibrating(folder, "model", out, *settings))]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not list(work.glob(stage)):
+                time.sleep(0.002)
+            process.kill()
+        statuses.append(process.returncode)
+        if out.exists():  # it was done before the kill came
+            assert out.read_bytes() == whole.read_bytes()
+            out.unlink()
+    assert any(status != 0 for status in statuses)
+    assert run(*calibrating(folder, "model", out, *settings), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not work.exists()
 
 
 # A size
