@@ -130,7 +130,7 @@ def convert_calibrated(
         out = default_out(out, f"{label(wishes)}" if wishes.sized else choice.file_type)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
-    samples = read(path, source, wishes, threads)
+    samples = read(path, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)
     with ExitStack() as bars:
         calibration = Calibration(
@@ -186,7 +186,7 @@ def label(wishes: Wishes) -> str:
     return f"{human_bytes(wishes.size).replace(' ', '')}" if wishes.size is not None else f"fit{wishes.fit}"
 
 
-def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Samples:
+def read(path: Path, texts: Sequence[Path], *, length: int, samples: int, seed: int) -> Samples:
     """The samples, by the model's own tokenizer and template."""
     from qrun.cli.loading import find_original
     from qrun.engine import Tokenizer
@@ -197,9 +197,7 @@ def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Sam
     with GGUFReader(find_original(str(path))) as reader:
         tokenizer = Tokenizer.load(reader)
         template = ChatTemplate.from_reader(reader, tokenizer, tokenizer.special_spellings)
-        return read_samples(
-            wishes.texts, tokenizer, template, length=wishes.length, limit=wishes.samples, seed=wishes.seed
-        )
+        return read_samples(texts, tokenizer, template, length=length, limit=samples, seed=seed)
 
 
 def say_samples(samples: Samples) -> None:
@@ -264,13 +262,13 @@ def room_for_file(calibration: Calibration, context: int) -> int:
 
 
 def candidates(wishes: Wishes, bits_per_weight: float) -> list[TensorType]:
-    """The types to choose from; those of few bits, which take longer to run, where they are needed."""
-    from qrun.engine.quantize.sensitivity import CANDIDATES, LOW_BITS, LOW_CANDIDATES
+    """The types to choose from."""
+    from qrun.engine.quantize.sensitivity import candidates_for
 
     if wishes.candidates is not None:
         found = [tensor_type(name) for name in wishes.candidates]
         return [type for type in found if type is not None]
-    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+    return candidates_for(bits_per_weight)
 
 
 def judge(

@@ -150,26 +150,31 @@ def ask(
     loras: Sequence[Lora] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """How many questions the model answers, and if there is one its reference: {"tasks": ...}, or nothing."""
-    from qrun.cli.console import step_bar
-    from qrun.cli.loading import open_runtime
-    from qrun.engine.judging.tasks import answer, context_needed
-
-    settings: dict[str, Any] = {
-        "threads": threads, "cache_type": cache_type, "context": context_needed(tokenizer, questions)
-    }  # fmt: skip
-
-    def answers(model: Path, adapters: Sequence[Lora]) -> Answers:
-        with open_runtime(model, loras=adapters, **settings) as runtime, step_bar("tasks") as progress:
-            return answer(runtime, tokenizer, questions, progress)
-
-    mine = answers(path, loras)
+    mine = answers_of(path, questions, tokenizer, threads, cache_type, loras)
     found: dict[str, Any] = {"count": len(questions), "answered": mine.accuracy.value, "error": mine.accuracy.error}
     if reference is not None:
-        theirs = answers(reference, ())
+        theirs = answers_of(reference, questions, tokenizer, threads, cache_type)
         same = mine.agreement(theirs)
         found |= {"reference": {"answered": theirs.accuracy.value, "error": theirs.accuracy.error},
                   "same_answer": {"value": same.value, "error": same.error}}  # fmt: skip
     return {"tasks": found}
+
+
+def answers_of(
+    path: Path, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
+    loras: Sequence[Lora] = (),
+) -> Answers:  # fmt: skip
+    """What a model answers to the questions."""
+    from qrun.cli.console import step_bar
+    from qrun.cli.loading import open_runtime
+    from qrun.engine.judging.tasks import answer, context_needed
+
+    context = context_needed(tokenizer, questions)
+    with (
+        open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime,
+        step_bar("tasks") as progress,
+    ):
+        return answer(runtime, tokenizer, questions, progress)
 
 
 def show_answers(asked: dict[str, Any]) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from tiny_model import PIECES, TEXT, write_tiny_model
 
-from qrun.cli import compare, compare_plot, main, plot_labels
+from qrun.cli import compare, compare_plot, main, plot, plot_labels
 from qrun.cli.comparison import Comparison, Measured
 from qrun.engine import Tokenizer
 from qrun.engine.judging.divergence import Divergence
 from qrun.engine.judging.scoring import Score
+from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.imatrix import read_imatrix
-from qrun.formats import GGUFReader
+from qrun.formats import GGUFReader, TensorType
 from qrun.models import build_graph
 from tests import reference
 
@@ -183,6 +184,38 @@ def test_types_are_compared(
     }
 
 
+def test_mixes_of_measured_sensitivity_are_as_large_as_the_types_beside_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sensitivity, "CANDIDATES", (TensorType.Q4_0, TensorType.Q8_0))
+    pictures: list[Comparison] = []
+    monkeypatch.setattr(compare_plot, "draw", lambda comparison, path: pictures.append(comparison))
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    words = ("--types", "q8_0,q5_0", "--calibrate", folder / "text.txt", "--samples", 4, "--length", CHUNK, "--plot",
+             "x.svg")  # fmt: skip
+    status, text, errors = compared(folder, *words, "--json", capsys=capsys)
+    assert status == 0, errors
+    assert "calibrating by 4 samples" in errors
+    types = {each["type"]: each for each in json.loads(text)["types"]}
+    (mix,) = types.keys() - {"Q5_0", "Q8_0"}  # of more bits than Q8_0 has there is none
+    assert mix.startswith("mix ") and 0.9 * types["Q5_0"]["bytes"] < types[mix]["bytes"] <= types["Q5_0"]["bytes"]
+    assert [each.type for each in pictures[0].types if each.measured] == [mix]
+
+
+def test_types_are_asked_questions(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": f"How many are {i}?", "right": " few", "wrong": [" many", " none"]} for i in range(3)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    status, text, _ = compared(folder, "--types", "q8_0", "--tasks", questions, "--json", capsys=capsys)
+    assert status == 0
+    found = json.loads(text)
+    assert found["tasks"]["count"] == found["types"][0]["tasks"]["count"] == 3
+    assert 0 <= found["types"][0]["tasks"]["same_answer"]["value"] <= 1
+    table = compared(folder, "--types", "q8_0", "--tasks", questions, capsys=capsys)[1].splitlines()
+    assert table[0].endswith("answered") and table[1].endswith("%") and table[2].endswith("%")
+    assert "3 questions asked" in table[3]
+
+
 def test_the_table_has_a_line_for_each_type_and_models_can_be_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +250,7 @@ def test_nothing_is_left_of_a_comparison_that_was_stopped(
         (("compare", "model.gguf", "--text", "none.txt"), "none.txt: No such file"),
         (("compare", "model.gguf", "--text", "text.txt", "--types", "q9"), "'q9' is no type"),
         (("compare", "model.gguf", "--text", "text.txt", "--types", "copy"), "COPY is no type to compare"),
+        (("compare", "model.gguf", "--text", "text.txt", "--tasks", "text.txt"), "text.txt, line 1: it is no JSON"),
         (("compare", "model.gguf", "--text", "text.txt", "--imatrix", "model.gguf"), "not of an importance matrix"),
     ],
 )
