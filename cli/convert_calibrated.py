@@ -14,6 +14,7 @@ import click
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import Size, default_out, show_plan, show_result, tensor_type, write
 from qrun.cli.options import Names
+from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
@@ -138,6 +139,8 @@ def convert_calibrated(
             stage=lambda name: stage_bar(bars, name), compiling=CompileProgress(), notice=notice,
             variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
         )  # fmt: skip
+        if calibration.folder.is_dir():  # left by a run that was killed, perhaps while it wrote the result
+            remove_unfinished(out)
         calibration.prepare()
         imatrix = calibration.imatrix()
         if wishes.sized:

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,6 +54,13 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, private: 
 def temporary_name(target: Path) -> Path:
     """What a file that will be `target` is called while it grows: beside it, so that it can be renamed."""
     return target.with_name(f".{target.name[:60]}.{os.urandom(4).hex()}.part")
+
+
+def remove_unfinished(target: Path) -> None:
+    """Removes what a process that was killed left of a file. Nobody may be writing it now."""
+    for path in target.parent.glob(f".{escape(target.name[:60])}.*.part"):
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, TooSmall, allocate
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
-from qrun.engine.quantize.calibration import observe
+from qrun.engine.quantize.calibration import body_up_to, observe, shared_inputs
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
@@ -110,6 +110,8 @@ class Calibration:
         if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
             self._remove()
             mark.write_text(self.key)
+        for path in self.folder.glob(".*.part"):  # files that a run that was killed had not completed
+            path.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Once the result is complete."""
@@ -135,11 +137,15 @@ class Calibration:
 
     @contextmanager
     def runtime(
-        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None
-    ) -> Iterator[tuple[Runtime, GGUFReader]]:
-        """A model at work, on samples. observing, keep: see `Runtime`."""
+        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None,
+        last: Collection[str] | None = None,
+    ) -> Iterator[tuple[Runtime, GGUFReader]]:  # fmt: skip
+        """A model at work, on samples. observing, keep: see `Runtime`. last: nothing after these matrices is computed.
+        """
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
+            if last is not None:
+                graph = body_up_to(graph, last)
             runtime = Runtime(
                 graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
                 observe=observing or keep is not None, keep=keep,
@@ -219,8 +225,7 @@ class Calibration:
             missing = [name for name in band if not files[name].is_file()]
             if missing:
                 for sharing, moments in self._moments(copy, missing):
-                    self._say_rank(sharing[0], moments)
-                    factors = factor(moments.matrix)
+                    factors = factor(moments)
                     if factors is None:
                         self.notice(f"{sharing[0]}: nothing is known of its inputs: weights are rounded one by one")
                         continue
@@ -229,7 +234,7 @@ class Calibration:
                         tensor = todo[name]
                         with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
                             rows, n_rows = tensor.source.rows, tensor.source.n_rows
-                            raw = gptq.round(rows, n_rows, tensor.type, moments.matrix, factors, pool)
+                            raw = gptq.round(rows, n_rows, tensor.type, moments, factors, pool)
                         write_whole(files[name], raw.tobytes())
                         tensor.source.forget()
                         done += 1
@@ -246,16 +251,18 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _bands(self, todo: Mapping[str, PlannedTensor]) -> Iterator[list[str]]:
+    def _bands(self, names: Collection[str]) -> Iterator[list[str]]:
         """Names of tensors, layer by layer, in bands whose moments fit into MOMENT_BYTES; one layer at least."""
+        with GGUFReader(self.working) as reader:
+            inputs = shared_inputs(build_graph(reader, self.samples.taken.size))
         layers: dict[int, list[str]] = {}
-        for name in todo:
+        for name in names:
             layers.setdefault(layer_of(name), []).append(name)
         band: list[str] = []
         size = 0
         for _, names in sorted(layers.items()):
-            # Most inputs are those of several matrices: this counts some twice.
-            needed = sum(8 * todo[name].source.row ** 2 for name in names)
+            widths = {inputs.get(name): self.source.tensors[name].row for name in names}
+            needed = sum(map(Moments.bytes_for, widths.values()))
             if band and size + needed > MOMENT_BYTES:
                 yield band
                 band, size = [], 0
@@ -264,11 +271,11 @@ class Calibration:
         if band:
             yield band
 
-    def _moments(self, path: Path, names: Collection[str]) -> Iterator[tuple[list[str], Moments]]:
+    def _moments(self, path: Path, names: Collection[str]) -> Iterator[tuple[list[str], F32Array]]:
         """The second moments of some tensors' inputs, each with those that share it. ValueError if they are not finite.
         """
         wanted, taken = set(names), self.samples.taken
-        with self.runtime(path, keep=wanted.__contains__) as (runtime, _):
+        with self.runtime(path, keep=wanted.__contains__, last=wanted) as (runtime, _):
             moments = [Moments(observation.sums.shape[1]) for observation in runtime.observations]
             for chunk in taken:
                 with closing(runtime.sequence()) as sequence:
@@ -279,16 +286,16 @@ class Calibration:
             observed = [observation.names for observation in runtime.observations]
         # A matrix that takes several inputs is left to plain rounding.
         uses = Counter(name for sharing in observed for name in sharing)
-        for sharing, sums in zip(observed, moments, strict=True):
-            if not np.isfinite(sums.matrix).all():
+        for sharing in observed:
+            sums = moments.pop(0)  # and its memory goes with it
+            matrix, count = sums.matrix, sums.count
+            del sums
+            if not np.isfinite(matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
+            if count < len(matrix):
+                self.notice(f"{sharing[0]}: {count} tokens are few for {len(matrix)} inputs: more text would help")
             if alone := [name for name in sharing if uses[name] == 1]:
-                yield alone, sums
-
-    def _say_rank(self, name: str, moments: Moments) -> None:
-        """Says so if there were fewer tokens than a matrix has inputs."""
-        if moments.count < (width := len(moments.matrix)):
-            self.notice(f"{name}: {moments.count} tokens are few for {width} inputs: more text would help")
+                yield alone, matrix
 
     def scaled(self, planned: Plan) -> ScaledSource:
         """The source with scales for the inputs of matrices, each where the graph allows it (see `awq`).
@@ -308,13 +315,13 @@ class Calibration:
         firsts = {next(name for name in place.columns if name in types): place for place in places}
         search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
         report, done = self.stage("scales"), 0
-        for band in self._bands({name: planned_tensor for name, planned_tensor in _by_name(planned) if name in firsts}):
+        for band in self._bands(firsts):
             missing = [name for name in band if not files[firsts[name]].is_file()]
             for sharing, moments in self._moments(self.working, missing) if missing else ():
                 for name in sharing:
                     report(done, len(firsts))
                     place = firsts[name]
-                    found = search.scales(place, moments.matrix)
+                    found = search.scales(place, moments)
                     write_whole(files[place], b"" if found is None else found.tobytes())
                     done += 1
         report(len(firsts), len(firsts))
@@ -375,10 +382,6 @@ class Calibration:
         self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
     ) -> int:
         return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
-
-
-def _by_name(planned: Plan) -> Iterator[tuple[str, PlannedTensor]]:
-    return ((tensor.source.name, tensor) for tensor in planned.tensors)
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

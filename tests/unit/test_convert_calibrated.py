@@ -15,13 +15,16 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import main
 from qrun.engine import Tokenizer
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
+from qrun.engine.quantize.calibration import body_up_to
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
 from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.formats import GGUFReader, GGUFWriter, TensorType
+from qrun.models import build_graph
 
 LENGTH = 32
 WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
@@ -168,9 +171,29 @@ def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
             assert out.read_bytes() == whole.read_bytes()
             out.unlink()
     assert any(status != 0 for status in statuses)
+    (tmp_path / ".out.gguf.12345678.part").write_bytes(b"GGUF")
+    (work / ".working.gguf.12345678.part").write_bytes(b"GGUF")
     assert run(*calibrating(folder, "model", out, *settings), capsys=capsys)[0] == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert not work.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
+    with GGUFReader(folder / "model.gguf") as reader:
+        graph = build_graph(reader, LENGTH)
+        wanted = {"blk.0.ffn_gate.weight", "blk.0.attn_output.weight"}
+        found = []
+        for each in (graph, body_up_to(graph, wanted)):
+            with closing(Runtime(each, threads=1, context=LENGTH, observe=True, keep=wanted.__contains__)) as runtime:
+                with closing(runtime.sequence()) as sequence:
+                    runtime.evaluate(sequence, list(range(20)), logits="none")
+                found.append([(seen.names, seen.sums.copy()) for seen in runtime.observations])
+        shorter = body_up_to(graph, wanted).operations
+        assert len(shorter) < 0.7 * len(graph.operations)
+        assert [names for names, _ in found[0]] == [names for names, _ in found[1]]
+        for (_, whole), (_, part) in zip(*found, strict=True):
+            np.testing.assert_array_equal(whole, part)
+        assert body_up_to(graph, {"output.weight"}) is graph
 
 
 # A size
