@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,20 +22,19 @@ def calibrated_plans(
 ) -> list[tuple[str, Plan]]:  # fmt: skip
     """Named mixes with the importance that the texts show, and for each one of the same size whose types are measured;
     all with their names for the table. What is found of the model lies in `folder`."""
-    from qrun.cli.convert_calibrated import read, say_samples, stage_bar
+    from qrun.cli.convert_calibrated import read, say_samples, stage_bars
     from qrun.engine.quantize.calibrated import Calibration, check_not_quantised
     from qrun.engine.quantize.convert import file_bytes, plan
     from qrun.engine.quantize.mixes import Choice
     from qrun.engine.quantize.sensitivity import candidates_for
 
     check_not_quantised(source, allow_requantize)
-    found = read(path, texts, length=length, samples=samples, seed=1)
+    found = read(path, source, texts, length=length, samples=samples, seed=1)
     say_samples(found)
-    with ExitStack() as bars:
+    with stage_bars() as stage:
         calibration = Calibration(
-            source, found, folder, threads, allow_requantize, stage=lambda name: stage_bar(bars, name),
-            compiling=CompileProgress(), notice=notice,
-        )  # fmt: skip
+            source, found, folder, threads, allow_requantize, stage=stage, compiling=CompileProgress(), notice=notice
+        )
         calibration.prepare()
         imatrix = calibration.imatrix()
 

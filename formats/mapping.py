@@ -93,6 +93,18 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
 
 
+def read_text(path: Path) -> str:
+    """All of a text file, without the mark that it may begin with. Raises OSError, naming it, if it cannot be read, and
+    FormatError for what is no UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "a text in UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else lookalike(raw[:256])
+        reason = "it is no UTF-8 text" + (f": it is {kind}" if kind else "")
+        raise FormatError(path, reason, error.start) from None
+
+
 def describe_start(start: bytes) -> str:
     """What a file that should begin otherwise is, as far as its first bytes tell."""
     if start[8:9] == b"{":  # after the length of its header

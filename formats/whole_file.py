@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and those that are for their owner alone."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EXDEV
 from glob import escape
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +51,19 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, private: 
     """Writes a file by `whole_file`; a text as UTF-8."""
     with whole_file(path, private=private) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def move_whole(source: Path, target: Path) -> None:
+    """Gives a file that is complete the place of `target`. On another file system it is copied there, by
+    `whole_file`."""
+    try:
+        os.replace(source, os.path.realpath(target))
+    except OSError as error:
+        if error.errno != EXDEV:
+            raise
+        with open(source, "rb") as complete, whole_file(target) as file:
+            shutil.copyfileobj(complete, file, 1 << 22)
+        os.unlink(source)
 
 
 def temporary_name(target: Path) -> Path:

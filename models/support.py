@@ -56,6 +56,14 @@ def purpose(file: TensorFile[Described]) -> str | None:
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
 
 
+def predicts(file: TensorFile[Described]) -> bool:
+    """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture in EMBEDDERS or architecture in DIFFUSION:
+        return False
+    return file.metadata.get(f"{architecture}.attention.causal") is not False
+
+
 _POOLED = {1: "the mean of a text's rows", 2: "the first row of a text", 3: "the last row of a text"}
 RANKS = 4
 """The pooling of models that compare texts, as files number it."""

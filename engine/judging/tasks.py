@@ -8,7 +8,6 @@ byte. A question counts as answered if the best right answer has a better score 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from qrun.engine.judging.scoring import Estimate, F64Array, negative_log_likelihoods, rows_at_a_time
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats.json_file import json_lines
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,13 @@ class Task:
 
 def read_tasks(path: Path) -> list[Task]:
     """Raises ValueError, naming file and line, for what is no task, or if there is none."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no UTF-8 text (byte {error.start})") from None
-    tasks = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            tasks.append(_task(line, f"{path}, line {number}"))
+    tasks = [_task(entry, where) for where, entry in json_lines(path)]
     if not tasks:
         raise ValueError(f"{path}: it has no questions")
     return tasks
 
 
-def _task(line: str, where: str) -> Task:
-    try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: it is no JSON") from None
+def _task(entry: Any, where: str) -> Task:
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str) or not entry["question"]:
         raise ValueError(f'{where}: it has no "question"')
     found = {}

@@ -22,7 +22,7 @@ from qrun.engine.native.compiler import Progress as Compiling
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
-from qrun.engine.quantize.allocation import Option, TooSmall, allocate
+from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
 from qrun.engine.quantize.calibration import body_up_to, observe, shared_inputs
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
@@ -104,7 +104,7 @@ class Calibration:
         return digest.hexdigest()[:16]
 
     def prepare(self) -> None:
-        """The folder, with what an earlier run on the same left there."""
+        """The folder, with what an earlier run on the same left there, and is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "key"
         if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
@@ -112,6 +112,10 @@ class Calibration:
             mark.write_text(self.key)
         for path in self.folder.glob(".*.part"):  # files that a run that was killed had not completed
             path.unlink(missing_ok=True)
+        probing = self.folder / "probing"
+        if probing.exists():  # a run that was killed may have left a tensor rounded
+            (self.folder / "working.gguf").unlink(missing_ok=True)
+            probing.unlink()
 
     def clean(self) -> None:
         """Once the result is complete."""
@@ -176,8 +180,7 @@ class Calibration:
         taken = self.samples.taken
         few = type(taken)(taken.tokens, taken.size, min(PROBE_SAMPLES, len(taken)), taken.bos)
         report = self.stage("sensitivity")
-        # A run that was killed may have left a tensor rounded.
-        with self._fresh_working(), self.runtime(self.working) as (runtime, reader):
+        with self.runtime(self.working) as (runtime, reader), self._probing():
             predictions = sensitivity.Predictions(runtime, few)
             rows = {self.source.tensors[name].row for names in groups for name in names}
             types = {sensitivity.probe_type(row) for row in rows} | {info.type for info in reader.tensors.values()}
@@ -193,11 +196,9 @@ class Calibration:
         return journal.found
 
     @contextmanager
-    def _fresh_working(self) -> Iterator[None]:
+    def _probing(self) -> Iterator[None]:
+        """Within it the working file changes: a mark says so, and stays where that was broken off."""
         mark = self.folder / "probing"
-        if mark.exists():
-            (self.folder / "working.gguf").unlink(missing_ok=True)
-        _ = self.working
         mark.touch()
         yield
         mark.unlink()
@@ -345,13 +346,10 @@ class Calibration:
         first = {name: options[0] for name, options in errors.items()}
         rest = self._bytes_of(kept, first, imatrix, metadata)
         rest -= sum(option.n_bytes for option in first.values())
-        try:
-            allocate(errors, n_bytes - rest)
-        except TooSmall as error:
+        if (least := least_bytes(errors) + rest) > n_bytes:
             raise ValueError(
-                f"{self.source.path}: with these types the smallest file has {error.least + rest} bytes, "
-                f"and {n_bytes} are asked for"
-            ) from None
+                f"{self.source.path}: with these types the smallest file has {least} bytes, and {n_bytes} are asked for"
+            )
         slopes = self.slopes(imatrix)
         losses = {
             name: [replace(option, loss=slopes[name] * option.loss) for option in options]

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import IO
 
-from qrun.cli.compare import score_against, write_logits
+from quantize_table import run
+
+from qrun.cli.against import score_against, write_logits
 from qrun.cli.loading import load_tokenizer, text_chunks
 from qrun.formats import GGUFReader
+from qrun.formats.tensors import n_weights
 
 METHODS = {"plain": "plain", "imatrix": "importance", "gptq": "column by column", "awq": "scales",
            "both": "scales, column by column"}  # fmt: skip
@@ -48,14 +49,6 @@ class Row:
     perplexity: float
 
 
-def run(*command: object) -> None:
-    """Raises RuntimeError, with its last words, if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed: {' '.join(last)}")
-
-
 def qrun(*words: object) -> None:
     """A command of qrun, as a process of its own."""
     run(sys.executable, "-m", "qrun.cli.main", *words)
@@ -65,8 +58,7 @@ def bits_per_weight(path: Path) -> float:
     """Of the tensors of a file."""
     with GGUFReader(path) as reader:
         tensors = reader.tensors.values()
-        n_weights = sum(prod(tensor.shape) for tensor in tensors)
-        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
+        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights(tensors)
 
 
 class Bench:

@@ -29,6 +29,7 @@ from typing import Any
 
 from http_streams import Stream, get, post, stream
 
+from qrun.engine.native.cpu_count import available_cores
 from qrun.models.catalog import resolve
 
 # Each is one token, or two, of most vocabularies.
@@ -353,7 +354,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, help="llama-server")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--answers", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if os.name == "posix" else 2)
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--long", type=int, default=3900, help="tokens of the prompt that comes while others go on")
     parser.add_argument("--context", type=int, default=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -270,7 +271,7 @@ def test_a_disk_without_room_for_the_logits_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(compare.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     status, _, err = compared(folder, "--types", "q8_0", capsys=capsys)
     assert status == 1 and "2 chunks take 31.7 kB of logits, and 1.0 kB are free" in err
 

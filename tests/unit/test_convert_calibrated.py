@@ -8,22 +8,23 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from qrun.cli import main
+from qrun.cli import convert_calibrated, main
 from qrun.engine import Tokenizer
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
 from qrun.engine.quantize.calibration import body_up_to
-from qrun.engine.quantize.convert import convert, plan
+from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
 from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
-from qrun.formats import GGUFReader, GGUFWriter, TensorType
+from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.models import build_graph
 
 LENGTH = 32
@@ -107,6 +108,31 @@ def test_columns_are_rounded_one_by_one_and_the_loss_is_shown_beside_plain_round
     assert "blk.0.attn_q.weight" in differing and "blk.1.attn_output.weight" in differing
     assert all(type == files["imatrix"][name][0] for name, (type, _) in files["gptq"].items())
     assert not any("exps" in name or "embd" in name for name in differing)
+
+
+def test_where_more_is_lost_column_by_column_the_file_is_the_one_that_is_rounded_plainly(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, out = tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    settings = ("--type", "q4_0", "--override", "general.name=str:new")
+    assert run(*calibrating(folder, "model", plain, *settings, "--method", "imatrix"), capsys=capsys)[0] == 0
+    losses = {"out.gguf": 2.0, "rounded plainly": 1.0}
+    monkeypatch.setattr(convert_calibrated.Judged, "loss", property(lambda row: losses[row.name]))
+    written: list[Path] = []
+    write = convert_calibrated.write
+
+    def counted(planned: Plan, to: Path, *more: Any) -> Result:
+        written.append(to)
+        return write(planned, to, *more)
+
+    monkeypatch.setattr(convert_calibrated, "write", counted)
+    arguments = calibrating(folder, "model", out, *settings, "--measures", tmp_path / "work")
+    status, text, errors = run(*arguments, capsys=capsys)
+    assert status == 0 and "weights are rounded each by itself" in errors
+    assert out.read_bytes() == plain.read_bytes()
+    assert str(out) in text.splitlines() and "column by column" in text
+    assert len(written) == 2  # each way once
+    assert not (tmp_path / "work" / "named.gguf").exists()
 
 
 def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
@@ -249,12 +275,33 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(
     slopes = (work / "slopes").read_text().splitlines(keepends=True)
     # It stopped within a line, with a tensor rounded.
     (work / "slopes").write_text("".join(slopes[:5]) + slopes[5][:20])
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def leave_a_tensor_rounded(work: Path) -> None:
+    """What a run leaves that is killed while it measures."""
     (work / "probing").touch()
     working = bytearray((work / "working.gguf").read_bytes())
     working[-5000:-4000] = bytes(1000)
     (work / "working.gguf").write_bytes(working)
-    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
-    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("wish", [("--type", "q4_0"), ("--bpw", 5.5, *SIZED)], ids=["type", "all slopes known"])
+def test_a_damaged_working_file_is_used_for_nothing_else(
+    wish: tuple[object, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, after, work = tmp_path / "whole.gguf", tmp_path / "after.gguf", tmp_path / "work"
+    measures = ("--measures", work, "--no-judge")
+    run(*calibrating(folder, "model", whole, "--bpw", 5.5, *SIZED, *measures, "--dry-run"), capsys=capsys)
+    assert run(*calibrating(folder, "model", whole, *wish, *measures), capsys=capsys)[0] == 0
+    for rounded in work.glob("rounded-*"):
+        rounded.unlink()
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", after, *wish, *measures), capsys=capsys)[0] == 0
+    assert after.read_bytes() == whole.read_bytes()
+    assert not (work / "probing").exists()
 
 
 # What cannot be
@@ -267,6 +314,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(
         (("--bpw", "4", "--type", "q4_0"), "chooses the types itself"),
         (("--type", "q4_0", "--imatrix", "x.gguf"), "does not go with --imatrix"),
         (("--type", "q4_0", "--candidates", "q4_0"), "--candidates goes with"),
+        (("--type", "q4_0", "--split-max-size", "1M"), "does not go with --split-max-size"),
         (("--size", "1k", *SIZED), "the smallest file has"),
         (("--bpw", "5", "--candidates", "q9_9"), "is no type of a tensor"),
         (("--fit", "100000000000", *SIZED), "a context of 100000000000 tokens"),
@@ -279,6 +327,36 @@ def test_what_does_not_go_together_is_said_at_once(
     assert status != 0 and message in " ".join(errors.split())
     assert not (tmp_path / "out.gguf").exists()
     assert not list(tmp_path.glob(".*/slopes"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "purpose"),
+    [
+        ({"general.architecture": "bert"}, " (embeddings)"),
+        ({"general.architecture": "llada"}, " (text by diffusion: it fills in what is masked)"),
+        ({"llama.attention.causal": False}, ""),
+    ],
+    ids=["encoder", "diffusion", "both ways"],
+)
+def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_made(
+    metadata: dict[str, object], purpose: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(source, reader) as writer:
+        for key, value in metadata.items():
+            writer.set_metadata(key, value, ValueType.STRING if isinstance(value, str) else ValueType.BOOL)
+        for name, tensor in reader.tensors.items():
+            writer.add_tensor(name, tensor.type, tensor.shape)
+        for name, tensor in reader.tensors.items():
+            writer.write_tensor(name, tensor.raw)
+    arguments = ("convert", source, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt")
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert errors == (
+        f"qrun: {source}: --calibrate measures how a model predicts the next token, and this one does not{purpose}: "
+        "convert it with --type alone\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf"]
 
 
 def test_a_size_needs_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
