@@ -203,10 +203,9 @@ def label(wishes: Wishes) -> str:
     return f"{human_bytes(wishes.size).replace(' ', '')}" if wishes.size is not None else f"fit{wishes.fit}"
 
 
-def read(
-    path: Path, source: Source, texts: Sequence[Path], *, length: int, samples: int, seed: int
-) -> Samples:
-    """The samples, by the model's own tokenizer and template. Raises ValueError for a model that predicts nothing."""
+def read(path: Path, source: Source, texts: Sequence[Path], *, length: int, samples: int, seed: int) -> Samples:
+    """The samples, by the model's own tokenizer and template, none longer than what the model was trained for. Raises
+    ValueError for a model that predicts nothing."""
     from qrun.cli.loading import find_original
     from qrun.engine import Tokenizer
     from qrun.engine.quantize.samples import read_samples
@@ -220,6 +219,10 @@ def read(
             f"{path}: --calibrate measures how a model predicts the next token, and this one does not{what}: "
             "convert it with --type alone"
         )
+    trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
+    if isinstance(trained, int) and 1 < trained < length:
+        notice(f"samples have {trained} tokens: the model was not trained for {length}")
+        length = trained
     with GGUFReader(find_original(str(path))) as reader:
         tokenizer = Tokenizer.load(reader)
         template = ChatTemplate.from_reader(reader, tokenizer, tokenizer.special_spellings)

@@ -214,6 +214,12 @@ class Calibration:
             if tensor.changes and tensor.type in GPTQ_TYPES and len(tensor.source.shape) == 2
             and layer_of(tensor.source.name) >= 0
         }  # fmt: skip
+        widest = max((tensor.source.row for tensor in todo.values()), default=0)
+        if (n_tokens := len(self.samples.taken) * self.samples.taken.size) < widest:
+            self.notice(
+                f"{n_tokens} tokens of text are few for matrices of {widest} inputs: of what it does not show, inputs "
+                "count as independent of each other; more text would help"
+            )
         digest = hashlib.sha256(repr([(name, tensor.type) for name, tensor in todo.items()]).encode()).hexdigest()[:8]
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
@@ -289,12 +295,10 @@ class Calibration:
         uses = Counter(name for sharing in observed for name in sharing)
         for sharing in observed:
             sums = moments.pop(0)  # and its memory goes with it
-            matrix, count = sums.matrix, sums.count
+            matrix = sums.matrix
             del sums
             if not np.isfinite(matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
-            if count < len(matrix):
-                self.notice(f"{sharing[0]}: {count} tokens are few for {len(matrix)} inputs: more text would help")
             if alone := [name for name in sharing if uses[name] == 1]:
                 yield alone, matrix
 

@@ -177,12 +177,10 @@ class Moments:
 
     def __init__(self, width: int) -> None:
         self._sum = np.zeros((width, width), np.float64 if width <= WIDE else np.float32)
-        self.count = 0
 
     def add(self, rows: F32Array) -> None:
         """rows: float32 [n, width]."""
         self._sum += rows.T @ rows
-        self.count += len(rows)
 
     @staticmethod
     def bytes_for(width: int) -> int:

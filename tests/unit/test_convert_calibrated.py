@@ -393,6 +393,38 @@ def test_inputs_that_are_no_numbers_are_named(
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_too_little_text_for_a_matrix_and_experts_that_none_of_it_reached_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_model(tmp_path / "experts.gguf", architecture="qwen3moe-moe", experts=64)
+    out = tmp_path / "out.gguf"
+    arguments = ("convert", tmp_path / "experts.gguf", out, "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 2, "--length", 16, "--method", "both")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert errors.count("32 tokens of text are few for matrices of ") == 1
+    assert "of the experts' matrices were never used: rounded as if all inputs were alike" in errors
+    with GGUFReader(out) as reader:
+        assert all(np.isfinite(tensor.dequantize()).all() for tensor in reader.tensors.values())
+
+
+def test_samples_are_no_longer_than_what_the_model_was_trained_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(short, reader) as writer:
+        writer.set_metadata("llama.context_length", 24, ValueType.UINT32)
+        for name, tensor in reader.tensors.items():
+            writer.add_tensor(name, tensor.type, tensor.shape)
+        for name, tensor in reader.tensors.items():
+            writer.write_tensor(name, tensor.raw)
+    arguments = ("convert", short, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 4, "--method", "imatrix")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "samples have 24 tokens: the model was not trained for 512" in errors
+
+
 # Texts
 
 
