@@ -295,7 +295,7 @@ class Calibration:
         uses = Counter(name for sharing in observed for name in sharing)
         for sharing in observed:
             sums = moments.pop(0)  # and its memory goes with it
-            matrix = sums.matrix
+            matrix = sums.matrix()
             del sums
             if not np.isfinite(matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")

@@ -173,24 +173,42 @@ class Gptq:
 
 
 class Moments:
-    """The sum of x x^T over the rows of an input, in float32 for each step and float64 for their sum."""
+    """The sum of x x^T over the rows of an input, in float32 for each product and float64 for their sum.
+
+    Rows wait until there are GATHERED of them: to fill both halves of a wide matrix and to add it takes longer than the
+    product of a few rows.
+    """
 
     def __init__(self, width: int) -> None:
         self._sum = np.zeros((width, width), np.float64 if width <= WIDE else np.float32)
+        self._waiting = np.empty((GATHERED, width), np.float32)
+        self._count = 0
 
     def add(self, rows: F32Array) -> None:
         """rows: float32 [n, width]."""
+        while len(rows):
+            taken = rows[: GATHERED - self._count]
+            self._waiting[self._count : self._count + len(taken)] = taken
+            self._count += len(taken)
+            rows = rows[len(taken) :]
+            if self._count == GATHERED:
+                self._flush()
+
+    def _flush(self) -> None:
+        rows = self._waiting[: self._count]
         self._sum += rows.T @ rows
+        self._count = 0
 
     @staticmethod
     def bytes_for(width: int) -> int:
         """What they take while they are added up."""
-        return (8 if width <= WIDE else 4) * width**2
+        return (8 if width <= WIDE else 4) * width**2 + 4 * GATHERED * width
 
-    @property
     def matrix(self) -> F32Array:
         """float32 [width, width]"""
+        self._flush()
         return self._sum.astype(np.float32, copy=False)
 
 
+GATHERED = 2048
 WIDE = 4096  # above it, sums of float64 would take too much memory

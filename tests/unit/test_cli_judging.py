@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,7 @@ def test_the_best_are_those_that_no_other_beats() -> None:
 def test_a_comparison_is_drawn(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     types = [point("Q4_0", 400, 0.2), point("Q8_0", 800, 0.001), point("F16", 1600, 0.0)]
+    types += [replace(point("mix 4.20", 390, 0.1), measured=True), replace(point("mix 6", 600, 0.01), measured=True)]
     path = tmp_path / f"loss.{ending}"
     compare_plot.draw(Comparison("m", "t", 1600, 16.0, Score([np.array([2.0, 2.1])]), types), str(path))
     content = path.read_bytes()
