@@ -5,7 +5,9 @@ operations, and the tests interpret them with NumPy (`tests/reference.py`), whic
 Every `Value` is a float32 array [rows, width]; the rows are the tokens of one step.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -102,7 +104,7 @@ class RMSNorm:
     """out = x / sqrt(mean(x * x) + eps) * weight + bias, over x seen as [rows, groups, width / groups].
 
     `weight` and `bias` are [width / groups], or [groups, width / groups]; a norm of each head's query or key has a
-    group per head.
+    group per head. `name` is that of their tensors, without its ending, where they are taken as the file has them.
     """
 
     out: Value
@@ -111,11 +113,12 @@ class RMSNorm:
     eps: float
     groups: int
     bias: Constant | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`."""
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`, with its `name`."""
 
     out: Value
     x: Value
@@ -123,6 +126,7 @@ class LayerNorm:
     bias: Constant | None
     eps: float
     groups: int = 1
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -682,6 +686,8 @@ class Graph:
     """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
+    uses: Mapping[str, int] = field(default_factory=dict)
+    """How many times the builder asked for each tensor: what was asked for once has one use."""
 
     @property
     def causal(self) -> bool:
@@ -704,6 +710,7 @@ class GraphBuilder:
         self.max_context: int | None = None
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
+        self._uses: Counter[str] = Counter()
 
     # Tensors
 
@@ -768,6 +775,7 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
             raise self.error(type_problem(info, self.reader.tensors.values()))
+        self._uses[name] += 1
         return info
 
     def error(self, problem: str) -> FormatError:
@@ -806,7 +814,7 @@ class GraphBuilder:
         """
         weight = self.constant(f"{name}.weight", x.width // groups)
         b = self.optional_constant(f"{name}.bias", x.width // groups) if bias else None
-        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b))
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b, name))
 
     def rms_norm_with(self, x: Value, weight: Constant | None, eps: float, groups: int = 1) -> Value:
         """A norm whose weight has been looked up already, or that has none."""
@@ -816,7 +824,7 @@ class GraphBuilder:
     def layer_norm(self, x: Value, name: str, eps: float) -> Value:
         """Layer norm of the row, with a bias if the file has one."""
         weight, bias = self.constant(f"{name}.weight", x.width), self.optional_constant(f"{name}.bias", x.width)
-        return self.layer_norm_with(x, weight, bias, eps)
+        return self._append(LayerNorm(self._value(x.width), x, weight, bias, eps, name=name))
 
     def layer_norm_with(
         self, x: Value, weight: Constant | None, bias: Constant | None, eps: float, groups: int = 1
@@ -1124,7 +1132,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, embeds_tokens or logits.width, n_embd, context_length, size,
-            context, self._n_states, self.max_context, embeds_tokens is not None,
+            context, self._n_states, self.max_context, embeds_tokens is not None, uses=self._uses,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
