@@ -265,6 +265,11 @@ class Sampler:
             self.top = likeliest(logits, self.options.top_logprobs, total)
         return token, float(logits[token]) - total
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the likeliest of those allowed, and so the same whichever unlikelier ones are."""
+        return self.options.temperature == 0
+
     def logprob(self, logits: np.ndarray, token: int) -> float | None:
         """The log probability of a token that was not chosen but is known; None if the options have them off."""
         if not self.options.logprobs:
