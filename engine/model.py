@@ -775,9 +775,10 @@ class Model:
             return
         self.stop()  # all of them, before waiting for any
         for session in self._host.sessions():
-            session.close()
+            session.leave()
+            session.stop()  # what began in the meantime
         self._pool.clear()
-        self._host.prefixes.clear()
+        self._host.prefixes.clear()  # of what all of them held, as much is written as there is time for
         if self._draft is not None:
             self._draft.close()
         with self._embedding:  # one that is being made has been made then

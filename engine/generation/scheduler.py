@@ -2,8 +2,9 @@
 
 A generation that is alone computes for itself, in the thread that asks for its pieces. As soon as there are several, a
 thread of the scheduler's takes over. Each of its steps has a row (or guesses) of every generation that has read its
-prompt, and then rows of prompts, as many as the time allows that the others can wait. A row's bits do not depend on the
-rows beside it, so no text depends on who else generates.
+prompt, and then rows of prompts, as many as the time allows that the others can wait. That is longer for short prompts,
+which are soon over: what is read sooner is generated together. A row's bits do not depend on the rows beside it, so no
+text depends on who else generates.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.program.runtime import Part, Runtime
 
-# While others generate, a step takes no longer than this, and than so many steps without rows of prompts.
-LONGEST_STEP, ORDINARY_STEPS = 0.1, 2.0
-FEWEST_ROWS = 16  # of prompts, in a step with others; they cost hardly more than one
+# Seconds of a step that rows of prompts may take while others generate; and where at least as many wait as generate.
+LONGEST_STEP, LONGEST_BURST = 0.1, 0.3
+# A prompt of which more rows than this are to be read takes no longer than so many steps without rows of prompts.
+LONG_PROMPT, ORDINARY_STEPS = 1024, 1.5
+FEWEST_ROWS = 8  # of prompts, in a step with others: what attention takes at once
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
@@ -106,8 +109,8 @@ class Task:
         self.prompt = generation._prompt
         self.adapters = generation._adapters
         self.marks: deque[int] = deque()
-        self.begun = self.fetching = False
-        """fetching: whether what the disk has of its prompt is being read."""
+        self.begun = self.fetching = self.long = False
+        """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
         self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
@@ -342,10 +345,13 @@ class Scheduler:
                 plan(task, generation, tokens, guesser)
                 room -= len(tokens)
         n_decode = sum(len(part.tokens) for part in parts)
-        if n_decode:
-            room = min(room, self._rows_beside())
+        prompts = self._prompts(going)
+        room_for_long = room
+        if parts:
+            room_for_long = min(room, self._rows_in(ORDINARY_STEPS * self._decode_seconds or LONGEST_STEP))
+            room = min(room, self._rows_in(LONGEST_BURST if len(prompts) >= len(parts) else LONGEST_STEP))
         planned = 0  # bytes of those that begin now
-        for task, generation in self._prompts(going):
+        for task, generation in prompts:
             if room <= 0:
                 break
             if not task.begun:
@@ -358,10 +364,13 @@ class Scheduler:
                 except Exception as error:
                     _fail(task, generation, error)
                     continue
+            count = min(room, room_for_long) if task.long else room
+            if count <= 0:
+                continue
             start = len(task.cache.tokens)
-            end = min(task.marks[0] if task.marks else len(task.prompt), start + room)
+            end = min(task.marks[0] if task.marks else len(task.prompt), start + count)
             plan(task, generation, task.prompt[start:end])
-            room -= end - start
+            room, room_for_long = room - (end - start), room_for_long - (end - start)
         if not parts:
             return
         begin = time.perf_counter()
@@ -421,15 +430,15 @@ class Scheduler:
         task.cache.use(task.adapters)
         alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
         task.n_cached = task.cache.begin(task.prompt)
+        task.long = task.left > LONG_PROMPT
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
-    def _rows_beside(self) -> int:
-        """How many rows of prompts there may be beside those of others."""
+    def _rows_in(self, seconds: float) -> int:
+        """How many rows of prompts a step has time for, beside those of others."""
         if not self._row_seconds:
             return FEWEST_ROWS
-        seconds = min(LONGEST_STEP, ORDINARY_STEPS * self._decode_seconds) if self._decode_seconds else LONGEST_STEP
-        return max(int(seconds / self._row_seconds), FEWEST_ROWS)
+        return max(int(seconds / self._row_seconds) // FEWEST_ROWS, 1) * FEWEST_ROWS
 
     def _learn(self, n_decode: int, n_prompt: int, seconds: float) -> None:
         """A step with so many rows took so long."""

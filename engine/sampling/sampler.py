@@ -225,6 +225,7 @@ class Sampler:
         self._scratch = np.empty(n_vocab, np.float32)
         self._steps = self._make_steps()
         self._wanted = self._wanted_first()
+        self._takes_first = self.greedy and not self._steps and not options.logit_bias
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
 
@@ -240,10 +241,23 @@ class Sampler:
         None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number, or no
         token is left.
         """
-        row = logits
-        highest = float(row[row.argmax()])  # a NaN, if there is one
+        first = int(logits.argmax())
+        highest = float(logits[first])  # a NaN, if there is one
         if not math.isfinite(highest):
             raise ValueError("the model's logits are not finite numbers")
+        if self._takes_first and allowed is None and first not in banned:
+            token = first
+        else:
+            token = self._choose(*self._candidates(logits, allowed, banned))
+        if not self.options.logprobs:
+            return token, None
+        total = log_sum_exp(logits, highest, self._scratch)
+        if self.options.top_logprobs:
+            self.top = likeliest(logits, self.options.top_logprobs, total)
+        return token, float(logits[token]) - total
+
+    def _candidates(self, row: np.ndarray, allowed: np.ndarray | None, banned: Collection[int]) -> Candidates:
+        """What is left to choose from after all steps."""
         if self.options.logit_bias:
             row = self._own(row)
             row[list(self.options.logit_bias)] += np.array(list(self.options.logit_bias.values()), np.float32)
@@ -257,13 +271,12 @@ class Sampler:
         candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
         for step in self._steps:
             candidates = step(self, *candidates)
-        token = self._choose(*candidates)
-        if not self.options.logprobs:
-            return token, None
-        total = log_sum_exp(logits, highest, self._scratch)
-        if self.options.top_logprobs:
-            self.top = likeliest(logits, self.options.top_logprobs, total)
-        return token, float(logits[token]) - total
+        return candidates
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the likeliest of those allowed, and so the same whichever unlikelier ones are."""
+        return self.options.temperature == 0
 
     def logprob(self, logits: np.ndarray, token: int) -> float | None:
         """The log probability of a token that was not chosen but is known; None if the options have them off."""
