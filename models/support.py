@@ -11,7 +11,7 @@ from qrun.formats.tensors import Described, TensorFile
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
-    "gemma-embedding", "llama-embed",
+    "gemma-embedding", "llama-embed", "t5encoder",
 )  # fmt: skip
 """Architectures without an output matrix, of whose rows embeddings are made. Tokens see those behind them, too, unless
 the file says that they do not."""
@@ -21,9 +21,7 @@ DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
-    "an encoder, which makes embeddings": ("t5encoder",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
-    "an encoder and a decoder": ("t5",),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",

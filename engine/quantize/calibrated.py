@@ -36,7 +36,7 @@ from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
 from qrun.formats.samples import samples as file_samples
 from qrun.formats.whole_file import write_whole
-from qrun.models import build_graph
+from qrun.models import build_graph, check_goes_on
 
 F32Array = NDArray[np.float32]
 
@@ -135,6 +135,7 @@ class Calibration:
         """A model at work, on samples. observing, keep: see `Runtime`."""
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
+            check_goes_on(graph, path)
             runtime = Runtime(
                 graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
                 observe=observing or keep is not None, keep=keep,
