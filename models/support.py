@@ -51,6 +51,8 @@ def purpose(file: TensorFile[Described]) -> str | None:
     pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
+    if architecture == "t5":
+        return "answers: it reads a prompt as a whole, and writes another text"
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
 
 
