@@ -21,6 +21,9 @@ DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
+    "a model that chooses among options, and writes no text": ("clef",),
+    "a model that writes images as well as text": ("chameleon",),
+    "a model that changes its adapters from token to token": ("graniteswitch",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (

@@ -16,14 +16,14 @@ FARTHEST = 128
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids of an answer, from the token with which answers begin on, to logits; with the graph of the encoder."""
-    n_layer = metadata.integer("decoder_block_count", h.n_layer, high=MAX_LAYERS)
+    n_layer = metadata.integer("decoder_block_count", 0, low=0, high=MAX_LAYERS) or h.n_layer
     blocks = [min(layer, h.n_layer - 1) for layer in range(n_layer)]  # whose sizes a layer has
     text = [replace(h.cache_layer(block), precise=True) for block in blocks]
     encoder = builder.beside()
     rows = encoder.rms_norm(encode(encoder, h, "encoder"), "enc.output_norm", h.rms_eps)
     of_source = [keep(encoder, rows, layer, source_layer(h, blocks[layer], "source")) for layer in range(n_layer)]
     builder.encoder = encoder.finish(metadata.architecture, rows, h.n_embd, h.context_length, context)
-    builder.start = metadata.integer("decoder_start_token_id", 0, low=0, high=h.n_vocab - 1)
+    builder.start = max(metadata.integer("decoder_start_token_id", 0, low=-1, high=h.n_vocab - 1), 0)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(n_layer):
