@@ -1,6 +1,7 @@
 """What can be run: architectures described as graphs. Executes nothing."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.models import (
@@ -13,6 +14,7 @@ from qrun.models import (
     bailingmoe2,
     bailingmoe3,
     bert,
+    bitnet,
     chatglm,
     cogvlm,
     cohere2moe,
@@ -97,6 +99,7 @@ from qrun.models import (
     spark2_5,
     stablelm,
     step35,
+    t5,
     talkie,
 )
 from qrun.models.adapter import Adapter, adapt
@@ -105,7 +108,7 @@ from qrun.models.graph import Graph, GraphBuilder
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.support import architecture_problem, other_kind
 
-__all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph"]
+__all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph", "check_goes_on"]
 
 ARCHITECTURES = {
     "llama": llama.build,
@@ -144,6 +147,7 @@ ARCHITECTURES = {
     "olmoe": olmoe.build,
     "deepseek": deepseek.build,
     "deepseek2": deepseek2.build,
+    "deepseek2-ocr": deepseek.build_ocr,
     "deepseek4": deepseek4.build,
     "mistral4": deepseek2.build,
     "chatglm": chatglm.build,
@@ -172,6 +176,7 @@ ARCHITECTURES = {
     "mellum": mellum.build,
     "afmoe": afmoe.build,
     "arcee": arcee.build,
+    "bitnet": bitnet.build,
     "laguna": laguna.build,
     "minimax-01": minimax_01.build,
     "minimax-m2": minimax_m2.build,
@@ -248,6 +253,8 @@ ARCHITECTURES = {
     "eurobert": qwen2.build,
     "gemma-embedding": gemma3.build,
     "llama-embed": llama.build,
+    "t5": t5.build,
+    "t5encoder": t5.build_encoder,
 }
 """By the name that a file gives under `general.architecture`."""
 
@@ -309,6 +316,12 @@ def build_graph(
     if not h.causal and (graph.n_states or graph.causal):
         raise metadata.error("attention.causal", "is False, which is not supported for this architecture")
     return adapt(graph, adapters)
+
+
+def check_goes_on(graph: Graph, path: Path) -> None:
+    """Raises FormatError for a model that does not simply go on from a text, but answers one."""
+    if graph.encoder is not None:
+        raise FormatError(path, "the model has an encoder and a decoder, for which this is not supported")
 
 
 def build_drafts(reader: GGUFReader, graph: Graph) -> tuple[Graph, list[Graph]]:

@@ -11,7 +11,7 @@ from qrun.formats.tensors import Described, TensorFile
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
-    "gemma-embedding", "llama-embed",
+    "gemma-embedding", "llama-embed", "t5encoder",
 )  # fmt: skip
 """Architectures without an output matrix, of whose rows embeddings are made. Tokens see those behind them, too, unless
 the file says that they do not."""
@@ -21,9 +21,10 @@ DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
-    "an encoder, which makes embeddings": ("t5encoder",),
+    "a model that chooses among options, and writes no text": ("clef",),
+    "a model that writes images as well as text": ("chameleon",),
+    "a model that changes its adapters from token to token": ("graniteswitch",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
-    "an encoder and a decoder": ("t5",),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",
@@ -53,6 +54,8 @@ def purpose(file: TensorFile[Described]) -> str | None:
     pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
+    if architecture == "t5":
+        return "answers: it reads a prompt as a whole, and writes another text"
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
 
 

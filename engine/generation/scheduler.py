@@ -49,6 +49,7 @@ class Sharing(Protocol):
     _cache: TokenCache
     _prompt: list[int]
     _adapters: Chosen
+    _source: tuple[int, ...]
     _sampled: deque[Sampled]
     _stop_ids: frozenset[int]
     _started: bool
@@ -107,7 +108,7 @@ class Task:
         self.arrived = time.perf_counter()
         self.cache = generation._cache
         self.prompt = generation._prompt
-        self.adapters = generation._adapters
+        self.adapters, self.source = generation._adapters, generation._source
         self.marks: deque[int] = deque()
         self.begun = self.fetching = self.long = False
         """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
@@ -355,7 +356,7 @@ class Scheduler:
             if room <= 0:
                 break
             if not task.begun:
-                wanted = planned + self._runtime.bytes_of(len(task.prompt) + _RESERVE)
+                wanted = planned + self._runtime.bytes_of(len(task.prompt) + _RESERVE, len(task.source))
                 if any(other.begun for other, _ in going) and not self.prefixes.trim(wanted):
                     continue
                 planned = wanted
@@ -427,9 +428,9 @@ class Scheduler:
             task.begun = False
 
     def _begin_prompt(self, task: Task, generation: Sharing) -> None:
-        task.cache.use(task.adapters)
+        task.cache.use(task.adapters, task.source)
         alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
-        task.n_cached = task.cache.begin(task.prompt)
+        task.n_cached = task.cache.begin(task.prompt) + task.cache.n_source_read
         task.long = task.left > LONG_PROMPT
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
@@ -457,7 +458,7 @@ def _fail(task: Task, generation: Sharing, error: BaseException) -> None:
 
 def _ahead_of(task: Task, other: Task) -> bool:
     """Is another task reading what this one's prompt begins with, and has more of it to come?"""
-    if task.adapters != other.adapters:
+    if task.adapters != other.adapters or task.source != other.source:
         return False
     wanted = task.prompt[:-1]
     alike = common_prefix(wanted, other.prompt)

@@ -22,8 +22,8 @@ from qrun.models import graph as G
 FLOAT_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16)
 # Activations that multiply nothing: max(x, 0)^2 is max(x, 0) * x.
 ALONE_KERNELS: dict[str, str] = {
-    "gelu": "gelu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone", "sigmoid": "sigmoid",
-    "softplus": "softplus", "signed_root": "signed_root", "exp": "exp",
+    "gelu": "gelu_alone", "relu": "relu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone",
+    "sigmoid": "sigmoid", "softplus": "softplus", "signed_root": "signed_root", "exp": "exp",
 }  # fmt: skip
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024

@@ -79,6 +79,7 @@ HARMLESS = (
     | _words("""
         return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
         chunk_size_feed_forward is_encoder_decoder is_decoder decoder_start_token_id prefix problem_type
+        is_gated_act dense_act_fn
         finetuning_task id2label label2id num_labels task_specific_params remove_invalid_values
         max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
         temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size

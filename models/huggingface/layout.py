@@ -91,6 +91,17 @@ Part = Mapped | Experts | Choice | Made
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Layers beside those of `Architecture.layer`, of models with two halves. hf, gguf: what their names begin with
+    before a layer's number. count: the dimension that says how many there are."""
+
+    hf: str
+    gguf: str
+    layer: tuple[Part, ...]
+    count: str
+
+
+@dataclass(frozen=True)
 class Key:
     """gguf: the key of a GGUF file, without the architecture's name; hf: that of config.json, or several, of which the
     first that is there counts. One that is not there is left out."""
@@ -126,6 +137,9 @@ class Architecture:
     outer: tuple[Part, ...] = (Mapped("norm.weight", "output_norm.weight", ("embd",)),)
     layers: str = "layers"
     embedding: str = "embed_tokens"
+    embedding_aliases: tuple[str, ...] = ()
+    """Other names under which files have the same matrix, or have it alone."""
+    stacks: tuple[Stack, ...] = ()
     head: str = "lm_head"
     embedding_change: Change | None = None
     head_change: Change | None = None

@@ -233,10 +233,14 @@ def map_tensors(
     """
     mapper = _Mapper(_text_part(weights, architecture, sizes, notice), architecture, sizes, config)
     tied = mapper.add_embedding(notice)
-    for layer in range(sizes["layers"] + sizes["drafts"]):
+    for layer in range(sizes["layers"] + sizes["drafts"] if architecture.layer else 0):
         extra = architecture.draft if layer >= sizes["layers"] else ()
         for part in (*architecture.layer, *extra):
             mapper.add(part, f"{architecture.layers}.{layer}.", f"blk.{layer}.")
+    for stack in architecture.stacks:
+        for layer in range(sizes[stack.count]):
+            for part in stack.layer:
+                mapper.add(part, f"{stack.hf}.{layer}.", f"{stack.gguf}.{layer}.")
     for part in architecture.outer:
         mapper.add(part)
     if not tied and not architecture.embeds:
@@ -304,6 +308,9 @@ def _text_part(
         if short in text:
             raise tensor.error(f"and {quote(text[short].name)} are the same tensor")
         text[short] = tensor
+    for alias in architecture.embedding_aliases:
+        if (same := text.pop(f"{alias}.weight", None)) is not None:
+            text.setdefault(f"{architecture.embedding}.weight", same)
     if cache_scales:
         first = cache_scales[0].error("and its like are scales of a quantised cache, which are not used here")
         notice(str(first))

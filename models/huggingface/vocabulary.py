@@ -11,7 +11,7 @@ from typing import Any
 from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
-from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
+from qrun.models.huggingface.sentencepiece import UNIGRAM, SentencePieceModel, read_sentencepiece
 from qrun.models.huggingface.text_rules import (
     SPACE,
     TextRules,
@@ -91,6 +91,9 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
     if path.is_file():
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
+    unigram = files.folder / "spiece.model"
+    if unigram.is_file() and not files.tokenizer:
+        return _unigram_pieces(files, read_sentencepiece(unigram, UNIGRAM), n_vocab)
     if files.tokenizer:
         kind = model.get("type") if isinstance(model, dict) else None
         raise FormatError(files.path, f"a tokenizer of the kind {quote(str(kind))} is not supported")
@@ -249,6 +252,17 @@ def _unigram(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> V
     if type(unknown) is int and 0 <= unknown < n_vocab:
         vocabulary.types[unknown] = UNKNOWN
     vocabulary.rules = unigram_rules(files.path, files.tokenizer)
+    return vocabulary
+
+
+def _unigram_pieces(files: TokenizerFiles, model: SentencePieceModel, n_vocab: int) -> Vocabulary:
+    """The same, of a file of SentencePiece's own."""
+    vocabulary = _sentencepiece(files, model, sentencepiece_rules(model), n_vocab, "t5")
+    vocabulary.pre = "default"
+    assert vocabulary.scores is not None
+    for id, (score, type) in enumerate(zip(model.scores[:n_vocab], model.types, strict=False)):
+        if type != NORMAL:  # whatever the configuration calls them
+            vocabulary.types[id], vocabulary.scores[id] = type, score
     return vocabulary
 
 

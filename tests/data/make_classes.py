@@ -43,6 +43,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+T5 = {"vocab_size": N_VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+      "relative_attention_num_buckets": 16, "decoder_start_token_id": 3, "pad_token_id": 0,
+      "eos_token_id": 1}  # fmt: skip
+GATED_T5 = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 OLD = {"vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -250,6 +254,10 @@ TRANSFORMERS: dict[str, Case] = {
     "Gemma3TextModel": ("Gemma3TextConfig", DENSE | HEAD | {
         "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 16,
         "use_bidirectional_attention": True}, {}),
+    "T5ForConditionalGeneration": ("T5Config", T5, {}),
+    "MT5ForConditionalGeneration": ("MT5Config", GATED_T5 | {"num_decoder_layers": 1}, {}),
+    "UMT5ForConditionalGeneration": ("UMT5Config", GATED_T5, {}),
+    "T5EncoderModel": ("T5Config", GATED_T5, {}),
     "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 
