@@ -68,7 +68,7 @@ def test_a_run_imports_neither_what_compiles_nor_what_it_does_not_use(tmp_path: 
     heavy = {"numba", "llvmlite", "jinja2", "rich", "sentencepiece", "logging", "concurrent.futures", "tomllib",
              "difflib"}  # fmt: skip
     assert imported & heavy == set()
-    assert {name for name in imported if name.endswith((".workers", ".constraints", ".download"))} == set()
+    assert {name for name in imported if name.endswith((".workers", ".download"))} == set()
 
 
 def test_the_default_model_needs_few_kernels(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_default_model_needs_few_kernels(tmp_path: Path) -> None:
         assert len(kernels_of(build_graph(reader), threads=2)) <= 13
 
 
-@pytest.mark.parametrize("key", ["scale-", "append-f16", "matmul-Q8_0"])
+@pytest.mark.parametrize("key", ["rms_norm-q8", "append-q4_0"])
 def test_a_kernel_is_compiled_by_what_kernels_need_of_numba_alone(key: str) -> None:
     """Numba's own way of typing and lowering, which knows arrays and all else, takes twice the time."""
     code = f"""
