@@ -206,12 +206,13 @@ def test_an_app_without_a_pack_compiles_once(tmp_path: Path) -> None:
 
 
 def has_shared_library() -> bool:
-    from PyInstaller.depend import bindepend
+    """Whether this Python can be put into an app: Debian's, for one, has its library in a package of its own."""
+    from PyInstaller.depend.bindepend import get_python_library_path
+    from PyInstaller.exceptions import PythonLibraryNotFoundError
 
-    find = getattr(bindepend, "get_python_library_path", None)
     try:
-        return find is None or bool(find())
-    except Exception:  # its own, which older versions do not have
+        return bool(get_python_library_path())
+    except PythonLibraryNotFoundError:
         return False
 
 
