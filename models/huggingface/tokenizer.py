@@ -69,6 +69,8 @@ def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     if vocabulary.model == "bert":
         entries.flag("tokenizer.ggml.normalizer.lowercase", rules.lowercase is not False)
         entries.flag("tokenizer.ggml.normalizer.strip_accents", rules.strip_accents is not False)
+        if vocabulary.max_word_length is not None:
+            entries.count("qrun.tokenizer.max_word_length", vocabulary.max_word_length)
         return
     if vocabulary.model in ("llama", "gemma4", "t5"):
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)
