@@ -9,6 +9,7 @@ from qrun.formats.gguf.cursor import quote
 from qrun.formats.mapping import lookalike, read_file
 
 MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
+MAX_DEPTH = 64  # so that whoever walks over values need not fear for the stack
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -37,6 +38,19 @@ def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bo
     return parsed
 
 
+def depth(value: Any) -> int:
+    """How many lists and objects lie within each other: 0 of a number, 1 of a list of numbers."""
+    kinds = (dict, list, tuple)
+    level, found = [value] if isinstance(value, kinds) else [], 0
+    while level:
+        found += 1
+        level = [
+            inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, kinds)
+        ]  # fmt: skip
+    return found
+
+
 def _parsed(path: Path, text: bytes, offset: int | None = None, unique: bool = False) -> Any:
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -47,7 +61,10 @@ def _parsed(path: Path, text: bytes, offset: int | None = None, unique: bool = F
         return values
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+        if depth(parsed) > MAX_DEPTH:
+            raise RecursionError
+        return parsed
     except UnicodeDecodeError:
         raise FormatError(path, "this is not JSON: it is not UTF-8", offset) from None
     except RecursionError:

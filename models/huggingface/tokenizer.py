@@ -50,8 +50,7 @@ def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: i
     _special_entries(entries, files, vocabulary, config)
     _text_entries(entries, vocabulary)
     for name, template in _chat_templates(files):
-        text = template.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
-        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", text)
+        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", template)
 
 
 def _files(folder: Path, config: Config) -> TokenizerFiles:

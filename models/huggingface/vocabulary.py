@@ -91,7 +91,7 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
         return _word_pieces(files, model, n_vocab)
     if isinstance(model, dict) and model.get("type") == "Unigram":
         return _unigram(files, model, n_vocab)
-    if path.is_file():
+    if path.is_file() and not isinstance(model, dict):
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
     if files.tokenizer:
