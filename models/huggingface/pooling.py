@@ -9,12 +9,15 @@ from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json, read_list
 from qrun.models.huggingface.entries import Facts
+from qrun.models.support import PoolingType
 
 MODULES = "modules.json"
-MEAN, CLS, LAST = 1, 2, 3  # pooling_type
 # Keys of a pooling's config.json, of which one is true; and the values of the one that newer files have.
-_MODES = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS, "pooling_mode_lasttoken": LAST}
-_NAMES = {"mean": MEAN, "cls": CLS, "lasttoken": LAST}
+_MODES = {
+    "pooling_mode_mean_tokens": PoolingType.MEAN, "pooling_mode_cls_token": PoolingType.CLS,
+    "pooling_mode_lasttoken": PoolingType.LAST,
+}  # fmt: skip
+_NAMES = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "lasttoken": PoolingType.LAST}
 _OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 MAX_BYTES = 1 << 20
 
