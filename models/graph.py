@@ -764,16 +764,16 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has values that are not finite")
         return values
 
-    def flat_constant(self, name: str, size: int) -> Constant:
-        """The same as one row, whatever shape the file gives it."""
+    def loose_constant(self, name: str, *shape: int) -> Constant:
+        """The same where files have it in that shape, with dimensions of one anywhere between, or all in one row."""
         info = self.reader.tensors.get(name)
-        shape = (size,) if info is None or prod(info.shape) != size else info.shape
-        return self.constant(name, *shape).reshape(-1)
+        found = None if info is None else _without_ones(info.shape)
+        fits = found in (_without_ones(shape), _without_ones((prod(shape),)))
+        return self.constant(name, *(info.shape if info is not None and fits else shape)).reshape(shape)
 
     def rows_constant(self, name: str, width: int) -> Constant:
         """The same as rows of that width, as many as there are."""
-        n_rows = self.count(name) // width
-        return self.flat_constant(name, n_rows * width).reshape(n_rows, width)
+        return self.loose_constant(name, self.count(name) // width, width)
 
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
@@ -988,7 +988,7 @@ class GraphBuilder:
 
         apart: how many tokens lie between those that taps are for.
         """
-        taps_only = self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T
+        taps_only = self.loose_constant(f"{name}.weight", x.width, taps).T
         weight = np.zeros(((taps - 1) * apart + 1, x.width), np.float32)
         weight[::apart] = taps_only
         bias = self.optional_constant(f"{name}.bias", x.width)
@@ -1196,3 +1196,7 @@ def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without dimensions of one before all others, of which files have any number: a row is a vector too."""
     first = next((place for place, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return shape[first:]
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

@@ -8,13 +8,13 @@ from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base, read_n_rot, rope_factors
 from qrun.models.transformer import (
-    QKNorm,
     Shares,
     attend,
     experts,
     feed_forward,
     head,
     limited,
+    qk_norm_of,
     read_limits,
     required_flags,
 )
@@ -39,7 +39,7 @@ def build_block(
     block = f"blk.{layer}"
     window, rotation = read_turn(builder, metadata, h, context, layer)
     cache = h.cache_layer(layer, window)
-    qk_norm: QKNorm | None = "heads" if builder.has(f"{block}.attn_q_norm.weight") else None
+    qk_norm = qk_norm_of(builder, block)
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
     z = attend(builder, h, y, block, cache, rotation, qk_norm=qk_norm)
     if builder.has(f"{block}.attn_gate.weight"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.tensors import Described, TensorFile
@@ -32,6 +33,17 @@ NO_LANGUAGE_MODELS = {
 }  # fmt: skip
 
 
+class PoolingType(IntEnum):
+    """What one vector is made of, of all rows of a text: the values of `pooling_type`."""
+
+    NONE = 0
+    MEAN = 1
+    CLS = 2
+    LAST = 3
+    RANK = 4
+    """Numbers that say how well two texts go together."""
+
+
 @dataclass(frozen=True)
 class Support:
     """Whether a file can be run here. kind: "model", or what it is instead. problem: why not, or None."""
@@ -49,7 +61,7 @@ def purpose(file: TensorFile[Described]) -> str | None:
     """What a model is for that does not just write: for `qrun info`."""
     architecture = file.metadata.get("general.architecture")
     pooling = file.metadata.get(f"{architecture}.pooling_type")
-    if pooling == RANKS:
+    if pooling == PoolingType.RANK:
         return "reranking: it says how well texts answer a query"
     pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
     if architecture in EMBEDDERS or pooled:
@@ -62,14 +74,16 @@ def purpose(file: TensorFile[Described]) -> str | None:
 def predicts(file: TensorFile[Described]) -> bool:
     """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
     architecture = file.metadata.get("general.architecture")
-    if architecture in EMBEDDERS or architecture in DIFFUSION:
+    if architecture in (*EMBEDDERS, *DIFFUSION, "t5"):
         return False
     return file.metadata.get(f"{architecture}.attention.causal") is not False
 
 
-_POOLED = {1: "the mean of a text's rows", 2: "the first row of a text", 3: "the last row of a text"}
-RANKS = 4
-"""The pooling of models that compare texts, as files number it."""
+_POOLED = {
+    int(PoolingType.MEAN): "the mean of a text's rows",
+    int(PoolingType.CLS): "the first row of a text",
+    int(PoolingType.LAST): "the last row of a text",
+}
 
 
 def other_kind(file: TensorFile[Described]) -> Support | None:

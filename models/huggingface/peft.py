@@ -63,7 +63,6 @@ _PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>
 # what is open, are matched in little time; others are refused.
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?|\\d\+?|\((?:[\w|-]|\\\.)+\))+\$?")
 _MAX_OPEN = 3
-_NORM = re.compile(r".*norm(\.\w+)*\.weight")
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class PeftSource:
             if match is None:
                 if name.endswith(".base_layer.weight"):  # the embedding as it was, saved because it has a pair
                     continue
-                if _NORM.fullmatch(name) and len(stored.shape) == 1:
+                if _is_of_norm(name) and len(stored.shape) == 1:
                     self._norms.append(name)
                     continue
                 raise stored.error(_why_not(name))
@@ -387,6 +386,10 @@ def find_base(folder: Path) -> Base:
         return Base.of_folder(Path(name))
     says = f": its config says {quote(name)}" if name else ""
     raise FormatError(folder, f"the model that it was trained for has to be named with --base{says}")
+
+
+def _is_of_norm(name: str) -> bool:
+    return name.endswith(".weight") and any(part.endswith("norm") for part in name.split("."))
 
 
 def _why_not(name: str) -> str:

@@ -472,8 +472,13 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[" * 100_000, "nested too deeply"), ("{}", "not a list of modules"), ("[", "not JSON"), (b"\xff", "not UTF-8")],
-)
+    [
+        ("[" * 100_000, "nested too deeply"), ("[" * 70 + "]" * 70, "nested too deeply"), ("[", "not JSON"),
+        ("{}", "not a list of modules"), (b"\xff", "not UTF-8"),
+        *((f'[{{"type": "Dense", "path": "{path}"}}]', "no path within the folder")
+          for path in ("", "/tmp", "../x", "a\\nb", "a\\u0000")),
+    ],
+)  # fmt: skip
 def test_wrong_lists_of_modules_are_told(text: str | bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FormatError, match=f"modules.json: .*{said}"):

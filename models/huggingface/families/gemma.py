@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import inf
 from statistics import NormalDist
 
@@ -150,9 +151,9 @@ def _full_value(config: Config, key: str, inner: str) -> int | None:
     kinds = config.get("layer_types")
     both = isinstance(single, dict) and isinstance(kinds, list)
     for layer, values in single.items() if both else ():
-        there = layer.isdecimal() and int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"
-        if there and isinstance(values, dict) and type(values.get(inner)) is int:
-            return int(values[inner])
+        number = int(layer) if re.fullmatch(r"\d{1,9}", layer) else len(kinds)
+        if number < len(kinds) and kinds[number] == "full_attention" and isinstance(values, dict) and inner in values:
+            return Config(config.path, values, prefix=f"per_layer_config.{layer}.").integer(inner)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -176,7 +177,7 @@ def draft_layers(name: str, sizes: Sizes) -> str:
     if not name.startswith("mtp."):
         return name
     parts = name.split(".")
-    if parts[1] == "layers" and len(parts) > 3 and parts[2].isdecimal():
+    if parts[1] == "layers" and len(parts) > 3 and re.fullmatch(r"\d{1,9}", parts[2]):
         return f"layers.{sizes['layers'] + int(parts[2])}.{'.'.join(parts[3:])}"
     return f"layers.{sizes['layers']}.{_DRAFT_NAMES.get(parts[1], parts[1])}.{'.'.join(parts[2:])}"
 
