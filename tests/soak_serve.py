@@ -44,7 +44,7 @@ def serve(path: str) -> None:
     from qrun.server import Server
 
     with (
-        Model.load(path, cache_bytes=CACHE, context=2048) as model,
+        Model.load(path, cache_bytes=CACHE, context=1024) as model,
         Server(model, max_body=MAX_BODY, max_queue=8, parallel=12) as server,
     ):
         print(json.dumps({"url": server.url}), flush=True)

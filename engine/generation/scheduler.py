@@ -349,8 +349,8 @@ class Scheduler:
         prompts = self._prompts(going)
         room_for_long = room
         if parts:
-            room_for_long = min(room, self._rows_in(ORDINARY_STEPS * self._decode_seconds or LONGEST_STEP))
-            room = min(room, self._rows_in(LONGEST_BURST if len(prompts) >= len(parts) else LONGEST_STEP))
+            short, long = self._bearable(len(parts), len(prompts))
+            room, room_for_long = min(room, self._rows_in(short)), min(room, self._rows_in(long))
         planned = 0  # bytes of those that begin now
         for task, generation in prompts:
             if room <= 0:
@@ -435,8 +435,13 @@ class Scheduler:
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
+    def _bearable(self, n_generating: int, n_waiting: int) -> tuple[float, float]:
+        """How many seconds of a step those who generate bear with prompts; and with those of them that are long."""
+        short = LONGEST_BURST if n_waiting >= n_generating else LONGEST_STEP
+        return short, min(ORDINARY_STEPS * self._decode_seconds or LONGEST_STEP, LONGEST_STEP)
+
     def _rows_in(self, seconds: float) -> int:
-        """How many rows of prompts a step has time for, beside those of others."""
+        """How many rows of prompts take so long."""
         if not self._row_seconds:
             return FEWEST_ROWS
         return max(int(seconds / self._row_seconds) // FEWEST_ROWS, 1) * FEWEST_ROWS

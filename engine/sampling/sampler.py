@@ -10,6 +10,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -198,6 +199,14 @@ def _pick(weights: np.ndarray, uniform: float) -> tuple[int, float]:
     return position, min(float((target - before) / (cumulative[position] - before)), _BELOW_ONE)
 
 
+@lru_cache(maxsize=4)
+def all_ids(n_vocab: int) -> np.ndarray:
+    """The tokens of a vocabulary, the same array for all who have one of this size."""
+    ids = np.arange(n_vocab)
+    ids.setflags(write=False)
+    return ids
+
+
 class Sampler:
     """Chooses tokens by one set of options, and remembers what penalties, DRY and mirostat look back on.
 
@@ -220,14 +229,23 @@ class Sampler:
         self._history = array("i", history)
         self._counts = Counter(_last(self._history, options.repetition_window))
         self._surprise_limit = 2 * options.mirostat_tau  # where Mirostat's authors start
-        self._all_ids = np.arange(n_vocab)
-        self._row = np.empty(n_vocab, np.float32)
-        self._scratch = np.empty(n_vocab, np.float32)
+        self._all_ids = all_ids(n_vocab)
         self._steps = self._make_steps()
         self._wanted = self._wanted_first()
         self._takes_first = self.greedy and not self._steps and not options.logit_bias
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
+
+    # Of a row's size each, and so not there before they are needed.
+
+    @cached_property
+    def _row(self) -> np.ndarray:
+        """Logits that may be written to."""
+        return np.empty(self.n_vocab, np.float32)
+
+    @cached_property
+    def _scratch(self) -> np.ndarray:
+        return np.empty(self.n_vocab, np.float32)
 
     def sample(
         self, logits: np.ndarray, allowed: np.ndarray | None = None, banned: Collection[int] = ()
@@ -347,7 +365,7 @@ class Sampler:
         """The same logits where they may be written to. The one buffer spares a step two allocations of a row."""
         if logits is self._row:
             return logits
-        if len(logits) < len(self._row):
+        if len(logits) < self.n_vocab:
             return logits.copy()
         np.copyto(self._row, logits)
         return self._row

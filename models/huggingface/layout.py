@@ -69,6 +69,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Several tensors of one shape, as one: [how many there are, *shape]."""
+
+    hf: tuple[str, ...]
+    gguf: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """Some layers have the tensors of one alternative, others those of another one: the first whose first is there.
 
@@ -87,7 +96,7 @@ class Made:
     values: Callable[[Config, Sizes], Any]
 
 
-Part = Mapped | Experts | Choice | Made
+Part = Mapped | Experts | Stacked | Choice | Made
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ def _flat(parts: tuple[Part, ...]) -> Iterator[Mapped | Experts]:
         if isinstance(part, Choice):
             for alternative in part.alternatives:
                 yield from _flat(alternative)
-        elif not isinstance(part, Made):
+        elif isinstance(part, Mapped | Experts):
             yield part
 
 

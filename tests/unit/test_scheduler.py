@@ -291,6 +291,10 @@ class TestPromptsBesideOthers:
         # There is time for fifteen; attention takes eight at once.
         assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
 
+    def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        model._host.scheduler._decode_seconds = 1.0
+        assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
+
     def test_a_short_one_takes_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.read(model, monkeypatch, 3, [500]) == [[96]] * 5 + [[20]]
 
