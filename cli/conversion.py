@@ -54,6 +54,7 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
 
 def tensor_type(name: str | None) -> TensorType | None:
     """A type of tensors by its name in any case. Raises ValueError if it cannot be written."""
+    from qrun.engine.quantize.mixes import perhaps
     from qrun.formats import TensorType
     from qrun.formats.blocks import BLOCK_FORMATS
 
@@ -61,8 +62,8 @@ def tensor_type(name: str | None) -> TensorType | None:
         return None
     found = TensorType.__members__.get(name.upper())
     if found is None or found not in BLOCK_FORMATS or BLOCK_FORMATS[found].quantize is None:
-        known = ", ".join(type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize)
-        raise ValueError(f"{name!r} is no type of a tensor: it can be {known}")
+        known = [type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize]
+        raise ValueError(f"{name!r} is no type of a tensor{perhaps(name, known)}: it can be {', '.join(known)}")
     return found
 
 
