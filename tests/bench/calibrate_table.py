@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO
 
@@ -133,29 +133,40 @@ def measure(options: argparse.Namespace, folder: Path) -> Bench:
     """All of it, in the order of the types."""
     bench = Bench(options, folder)
     print(HEAD, flush=True)
-    cut = ("--ctx", options.ctx, "-t", options.threads)
-    imatrix = folder / "imatrix.gguf"
-    qrun("imatrix", options.model, options.calibrate, "-o", imatrix, "--chunks", options.samples, *cut)
-    theirs: Path | None = None
-    if options.peer and (options.peer / "llama-imatrix").is_file():
-        theirs = folder / "theirs.gguf"
-        run(options.peer / "llama-imatrix", "-m", options.model, "-f", options.calibrate, "-o", theirs, "--no-ppl",
+
+    @cache
+    def imatrix() -> Path:
+        found = folder / "imatrix.gguf"
+        qrun("imatrix", options.model, options.calibrate, "-o", found, "--chunks", options.samples, "--ctx",
+             options.ctx, "-t", options.threads)  # fmt: skip
+        return found
+
+    @cache
+    def theirs() -> Path:
+        found = folder / "theirs.gguf"
+        run(options.peer / "llama-imatrix", "-m", options.model, "-f", options.calibrate, "-o", found, "--no-ppl",
             "-c", options.ctx, "--chunks", options.samples, "-t", options.threads)  # fmt: skip
+        return found
+
+    def plainly(type: str, weighed: bool, out: Path) -> None:
+        importance = ("--imatrix", imatrix()) if weighed else ()
+        convert(options, "--type", type, *importance, *requantize, out)
+
     requantize = ("--allow-requantize",) if options.allow_requantize else ()
     common = ("--calibrate", options.calibrate, "--samples", options.samples, "--length", options.ctx, "--measures",
               options.work, "--no-judge", *requantize)  # fmt: skip
     for type in options.types:
         before = len(bench.rows)
         if options.peer:
-            if theirs:
+            if (options.peer / "llama-imatrix").is_file():
                 bench.add("llama-quantize, llama-imatrix", type, partial(quantise, options, type, theirs))
             bench.add("llama-quantize, qrun imatrix", type, partial(quantise, options, type, imatrix))
         for method in options.methods:
-            how: tuple[object, ...] = (*common, "--method", method)
             if method in ("plain", "imatrix"):
-                how = ("--imatrix", imatrix) if method == "imatrix" else ()
-                how += requantize
-            bench.add(f"qrun, {METHODS[method]}", type, partial(convert, options, "--type", type, *how))
+                make = partial(plainly, type, method == "imatrix")
+            else:
+                make = partial(convert, options, "--type", type, *common, "--method", method)
+            bench.add(f"qrun, {METHODS[method]}", type, make)
         if options.mixes:
             size = min(row.n_bytes for row in bench.rows[before:])
             words = ["--size", size, *common, *(["--candidates", options.candidates] if options.candidates else [])]
@@ -171,9 +182,9 @@ def convert(options: argparse.Namespace, *words: object) -> None:
     qrun("convert", options.model, out, *settings, "-t", options.threads)
 
 
-def quantise(options: argparse.Namespace, type: str, imatrix: Path, out: Path) -> None:
+def quantise(options: argparse.Namespace, type: str, imatrix: Callable[[], Path], out: Path) -> None:
     """By llama-quantize."""
-    run(options.peer / "llama-quantize", "--imatrix", imatrix, options.model, out, type.upper(), options.threads)
+    run(options.peer / "llama-quantize", "--imatrix", imatrix(), options.model, out, type.upper(), options.threads)
 
 
 def draw(bench: Bench, path: str) -> None:
