@@ -97,9 +97,9 @@ def test_columns_are_rounded_as_the_paper_says_and_outputs_are_nearer(
             raws.append(gptq.round(lambda a, b: weights[a:b], 300, type, moments, upper, pool))
     np.testing.assert_array_equal(*raws)
     found = dequantize(raws[0], type, weights.shape)
-    expected = by_hand(weights[:20], type, moments, upper)
+    expected = by_hand(weights, type, moments, upper)
     # Sums in another order turn a few roundings, and all that follows in that row.
-    assert np.mean(np.isclose(found[:20], expected, atol=1e-5)) > 0.9
+    assert np.mean(np.isclose(found, expected, atol=1e-5)) > 0.9
     importance = np.diag(moments) / np.diag(moments).mean()
     plain = dequantize(Encoder([type]).encode(weights, type, importance).raw, type, weights.shape)
 
