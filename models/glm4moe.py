@@ -4,15 +4,12 @@ first."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, dense_or_experts, head, qk_norm_of
+from qrun.models.transformer import Shares, attention, blocks, dense_or_experts, qk_norm_of
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(

@@ -10,9 +10,9 @@ from qrun.models.rope import RopeScaling, read_base, read_n_rot, rope_factors
 from qrun.models.transformer import (
     Shares,
     attend,
+    blocks,
     experts,
     feed_forward,
-    head,
     limited,
     qk_norm_of,
     read_limits,
@@ -22,10 +22,7 @@ from qrun.models.transformer import (
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(

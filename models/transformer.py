@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from qrun.models.drafts import Block
 from qrun.models.graph import (
     Activation,
     Alone,
@@ -270,6 +271,16 @@ def read_gating(metadata: Metadata, default: Gating) -> Gating:
     if number and number not in GATINGS:
         raise metadata.error("expert_gating_func", f"is {number}, which is not supported")
     return GATINGS.get(number, default)
+
+
+def blocks(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, block: Block
+) -> Value:
+    """Token ids to logits of a model that has blocks of one kind between its embedding and its head."""
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        x = block(builder, metadata, h, context, x, layer)
+    return head(builder, x, h)
 
 
 def head(

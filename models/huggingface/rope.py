@@ -30,7 +30,7 @@ YARN_KEYS = {
 
 def rope_section(config: Config) -> tuple[Config, float | None]:
     """What holds for layers that see everything, and the base of those that see a window only, if it is another."""
-    section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
+    section = config.rope()
     if section.get("full_attention") is not None:
         local, key = section.section("sliding_attention"), "rope_theta"
         if _kind(local) not in (*WITHOUT_EFFECT, "proportional"):

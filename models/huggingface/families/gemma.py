@@ -137,10 +137,7 @@ _GEMMA3N = Architecture(
 
 
 def _kinds(config: Config, n_layers: int) -> list[bool]:
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise config.error("layer_types", f"is not a list of {n_layers} kinds")
-    return [kind == "sliding_attention" for kind in kinds]
+    return [kind == "sliding_attention" for kind in config.required_layer_kinds(n_layers)]
 
 
 def _full_value(config: Config, key: str, inner: str) -> int | None:

@@ -189,12 +189,9 @@ def _delta_entries(facts: Facts) -> None:
     facts.count("ssm.group_count", sizes["key_heads"])
     facts.count("ssm.time_step_rank", sizes["value_heads"])
     facts.count("ssm.inner_size", sizes["inner"])
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != sizes["layers"]:
-            raise config.error("layer_types", f"is not a list of {sizes['layers']} kinds")
-        facts.flags("attention.recurrent_layers", [kind == "linear_attention" for kind in kinds]
-                    + [False] * sizes["drafts"])  # fmt: skip
+    if config.get("layer_types") is not None:
+        recurrent = [kind == "linear_attention" for kind in config.required_layer_kinds(sizes["layers"])]
+        facts.flags("attention.recurrent_layers", recurrent + [False] * sizes["drafts"])
     facts.count("full_attention_interval", config.integer("full_attention_interval", 4))
 
 
