@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.program.runtime import Part, Runtime
 
-# Seconds of a step that rows of prompts may take while others generate; and where at least as many wait as generate.
-LONGEST_STEP, LONGEST_BURST = 0.1, 0.3
-# A prompt of which more rows than this are to be read takes no longer than so many steps without rows of prompts.
-LONG_PROMPT, ORDINARY_STEPS = 1024, 1.5
+# How many seconds of a step rows of prompts may take while others generate: the second where at least as many wait as
+# generate, and always as long as so many steps without prompts take. Those of a prompt of which more than LONG_PROMPT
+# rows are to be read take the shortest of these.
+BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
+LONG_PROMPT = 1024
 FEWEST_ROWS = 8  # of prompts, in a step with others: what attention takes at once
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
@@ -437,8 +438,9 @@ class Scheduler:
 
     def _bearable(self, n_generating: int, n_waiting: int) -> tuple[float, float]:
         """How many seconds of a step those who generate bear with prompts; and with those of them that are long."""
-        short = LONGEST_BURST if n_waiting >= n_generating else LONGEST_STEP
-        return short, min(ORDINARY_STEPS * self._decode_seconds or LONGEST_STEP, LONGEST_STEP)
+        ordinary = ORDINARY_STEPS * self._decode_seconds
+        short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
+        return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
 
     def _rows_in(self, seconds: float) -> int:
         """How many rows of prompts take so long."""

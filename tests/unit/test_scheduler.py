@@ -298,6 +298,10 @@ class TestPromptsBesideOthers:
     def test_a_short_one_takes_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.read(model, monkeypatch, 3, [500]) == [[96]] * 5 + [[20]]
 
+    def test_and_as_long_as_others_take_without_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        model._host.scheduler._decode_seconds = 0.2
+        assert self.read(model, monkeypatch, 3, [500]) == [[296], [204]]
+
     def test_they_take_longer_while_as_many_wait_as_generate(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
