@@ -149,6 +149,8 @@ class Repl:
         echo(f"Loaded {plural(turns, 'turn')} from {path}.{how}")
 
     def _saved_path(self, argument: str) -> Path:
+        if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":  # as in a shell
+            argument = argument[1:-1]
         path = Path(argument).expanduser()
         if path.name in ("", ".."):
             raise ValueError("name a file, as in /save talk.json")

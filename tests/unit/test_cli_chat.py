@@ -107,6 +107,8 @@ def test_save_and_load(chat: Callable[..., str], tmp_path: Path) -> None:
     assert f"Saved to {tmp_path}/talk.json and {tmp_path}/talk.npz." in printed
     conversation = Conversation(make_model())
     assert chat(f"/load {tmp_path}/talk.json", conversation=conversation).startswith("Loaded 1 turn from ")
+    assert "Saved to " in chat(f'/save "{tmp_path}/two words"', conversation=conversation)
+    assert (tmp_path / "two words.json").is_file()
     (tmp_path / "talk.npz").unlink()
     assert "reads it all again" in chat(f"/load {tmp_path}/talk", conversation=conversation)
 
