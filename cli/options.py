@@ -254,6 +254,8 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
         }
+        if loading["cache_disk_bytes"] is not None and loading["cache_disk"] is None:
+            raise click.UsageError("--cache-disk-bytes needs --cache-disk.")
         return function(*args, loading=loading, **kwargs)
 
     command: Command = gather

@@ -127,7 +127,9 @@ def command(
 
 
 def _keys_in(path: Path) -> list[str]:
-    keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    from qrun.formats.mapping import read_text
+
+    keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{path}: there is no key in it")
     return keys
