@@ -225,14 +225,13 @@ def _read_grammar(name: str, value: str) -> str:
     if name == "regex":
         check(value)
         return value
-    try:
-        text = Path(value).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{value}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+    from qrun.formats.mapping import read_text
+
+    text = read_text(Path(value))
     try:
         check(text)
     except ValueError as error:
-        raise click.ClickException(f"{value}: {error}") from None
+        raise ValueError(f"{value}: {error}") from None
     return text
 
 
@@ -268,6 +267,8 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
         }
+        if loading["cache_disk_bytes"] is not None and loading["cache_disk"] is None:
+            raise click.UsageError("--cache-disk-bytes needs --cache-disk.")
         return function(*args, loading=loading, **kwargs)
 
     command: Command = gather

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.console import CompileProgress, echo, human_bytes
+from qrun.cli.console import CompileProgress, echo, human_bytes, plural
 from qrun.cli.options import CACHE_TYPES, ModelName, lora_option, type_option
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def command(
             images[name] = load_images(keys, target, CompileProgress(name + counted))
     size = write(out, __version__, images)
     kernels = {key for of_target in images.values() for key in of_target}
-    echo(f"{out}: {len(kernels)} kernels for {', '.join(targets)}, {human_bytes(size)}")
+    echo(f"{out}: {plural(len(kernels), 'kernel')} for {', '.join(targets)}, {human_bytes(size)}")
 
 
 def _graphs(reader: Any, adapters: Any) -> list[Graph]:
