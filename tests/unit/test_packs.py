@@ -22,7 +22,7 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image
 from qrun.engine.native.packs import FORMAT, MANIFEST, Pack, PackError
 from qrun.engine.native.sources import sources_digest
 from qrun.engine.program.adapted import ADAPTER_KERNELS
-from qrun.engine.simd.target import MACHINES, host_target, machine_target, usable_machines
+from qrun.engine.simd.target import MACHINES, host_target, machine_target, reading_target, usable_machines
 
 ROOT = Path(__file__).parents[2]
 HOST = usable_machines()[0]
@@ -254,7 +254,11 @@ def test_without_a_compiler_code_for_a_lesser_machine_does(
         assert default_target() == machine_target(lesser)
     write(folder, ["a"])
     with packs.using(folder):
-        assert default_target() == host_target()
+        assert default_target() == default_target(reads_only=True) == host_target()
+    write(folder, ["a"], "amx")
+    with packs.using(folder):
+        assert default_target(reads_only=True) == reading_target()
+    assert default_target(reads_only=True) == reading_target()
 
 
 HIDDEN = """
