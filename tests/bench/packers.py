@@ -74,8 +74,9 @@ def size(path: Path) -> int:
 
 def hidden(command: Sequence[str]) -> list[str]:
     """The command in a mount namespace without the sources, this environment and its Python."""
-    gone = {str(ROOT), sys.prefix, *([] if sys.base_prefix == "/usr" else [sys.base_prefix])}
-    mounts = "".join(f"mount -t tmpfs none {shlex.quote(folder)} && " for folder in sorted(gone))
+    gone = {ROOT, Path(sys.prefix), Path(sys.base_prefix)} - {Path("/usr")}
+    outermost = [str(folder) for folder in gone if gone.isdisjoint(folder.parents)]
+    mounts = "".join(f"mount -t tmpfs none {shlex.quote(folder)} && " for folder in outermost)
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mounts}exec "$@"', "sh", *command]
 
 
@@ -148,7 +149,7 @@ def main() -> None:
     with Model.load(model) as loaded:
         expected = loaded.complete(PROMPT, max_tokens=5, temperature=0) + "\n"
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.keep or Path(temporary)
+        folder = (args.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         kernels = folder / "kernels"
         command = ["qrun.cli.main", "pack", str(model), "--out", str(kernels), "--targets", "host,x86-64"]
@@ -156,7 +157,7 @@ def main() -> None:
         print("Sources and environment are", "hidden." if hide else "NOT hidden: `unshare` cannot do it here.")
         print("| packer | size | packing | processor time of a start with an answer |\n|---|--:|--:|--:|")
         for packer in args.packers:
-            print(measure(packer, model, kernels, folder.resolve(), hide, expected), flush=True)
+            print(measure(packer, model, kernels, folder, hide, expected), flush=True)
 
 
 if __name__ == "__main__":
