@@ -79,6 +79,8 @@ class FakeSequence:
 
     keeps_state = has_windows = False
     adapters: tuple[tuple[int, float], ...] = ()
+    source: tuple[int, ...] = ()
+    source_read = False
 
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime
@@ -131,6 +133,7 @@ class FakeRuntime:
     cache_type = "f16"
     threads = 1
     causal = True
+    start: int | None = None
 
     def __init__(
         self,
@@ -189,7 +192,7 @@ class FakeRuntime:
         sequence.row[:] = self.logits_after(sequence.held)
         return sequence.row
 
-    def bytes_of(self, n: int) -> int:
+    def bytes_of(self, n: int, source: int | None = None) -> int:
         return 0
 
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None) -> list[np.ndarray]:
