@@ -21,6 +21,10 @@ from qrun.formats import FormatError, GGUFReader
 from qrun.models import build_graph
 from qrun.models.t5 import buckets
 from qrun.server import app
+from tests.reference import forward
+from tests.sketches import load
+from tests.sketches import model as sketched
+from tests.toys import error
 
 PROMPT = "translate this: a cat sat"
 CHOSEN = {"max_tokens": 12, "temperature": 1.0, "seed": 5}
@@ -69,6 +73,19 @@ def test_an_answer_is_the_same_in_any_steps_from_a_fork_and_from_a_saved_state(p
     encoder, *_ = (group for group, side in enumerate(sequence.layout.sides) if side == "encoder")
     assert runtime._pools[encoder].used_bytes == 0
     runtime.close()
+
+
+@pytest.mark.parametrize("name", ["t5-dense", "t5-gated"])
+def test_long_texts_have_the_logits_of_the_plain_forward_pass(name: str, rng: np.random.Generator) -> None:
+    """Of distances that have a bias each, that share one, and that are farther than all of these."""
+    graph = build_graph(sketched(load()[name]), 320)
+    source, answer = (rng.integers(3, 120, n).tolist() for n in (300, 200))
+    runtime = Runtime(graph, threads=1, context=320)
+    sequence = runtime.sequence()
+    sequence.answer(tuple(source))
+    result = runtime.evaluate(sequence, answer, "all")
+    runtime.close()
+    assert result is not None and error(result, forward(graph, answer, source)) <= 1e-8
 
 
 def test_a_sequence_without_a_source_answers_nothing(path: Path) -> None:
