@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_files import matrices, merged_model, random_pair, write_adapter
 from asgi_client import call
 from click.testing import CliRunner
 from tiny_model import write_tiny_model
@@ -195,6 +196,21 @@ def test_what_such_a_model_cannot_do_is_said_in_one_line(model: Model, path: Pat
     for command in (["perplexity", path, text], ["imatrix", path, text, "-o", tmp_path / "i.gguf"], ["bench", path]):
         done = CliRunner().invoke(cli, list(map(str, command)))
         assert isinstance(done.exception, FormatError) and "has an encoder and a decoder" in str(done.exception)
+
+
+def test_adapters_change_both_halves(path: Path, rng: np.random.Generator, tmp_path: Path) -> None:
+    source, answer = [9, 8, 7, 1], [0, 5, 6]
+    chosen = ("enc.blk.0.attn_q.weight", "enc.blk.1.ffn_up.weight", "dec.blk.1.cross_attn_k.weight",
+              "dec.blk.0.cross_attn_q.weight", "dec.blk.1.ffn_down.weight")  # fmt: skip
+    for name in chosen:
+        pair = random_pair(rng, name, matrices(path)[name], 4)
+        adapter = write_adapter(tmp_path / "a.gguf", {name: pair}, architecture="t5")
+        merged = merged_model(path, tmp_path / "merged.gguf", [(adapter, 1.0)])
+        with Model.load(path, threads=1, loras=[adapter]) as one, Model.load(merged, threads=1) as other:
+            result, expected = (loaded.logits(answer, source=source) for loaded in (one, other))
+        assert error(result, expected) <= 1e-7
+    with pytest.raises(FormatError, match="adapters by name are not supported"):
+        Model.load(path, threads=1, adapters={"a": adapter})
 
 
 def test_logits_are_scaled_where_the_file_says_so(path: Path, tmp_path: Path) -> None:
