@@ -764,9 +764,8 @@ class Model:
         tokens = encode_prompt(tokenizer, text)
         if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
-        end = tokenizer.end_id
-        if self.graph.encoder is not None and end is not None and tokens[-1:] != [end]:
-            tokens.append(end)  # which encoders see behind a text
+        if self.graph.encoder is not None and (end := tokenizer.end_id) is not None and tokens[-1:] != [end]:
+            return [*tokens, end]  # which encoders see behind a text
         return tokens
 
     def prepare_constraints(self) -> None:
@@ -864,7 +863,7 @@ class Model:
         return self.tokenizer
 
 
-_UNREAD = "the model answers a text that it has read (it has an encoder), and goes on from none"
+_UNREAD = "the model has an encoder: it answers a text, and goes on from none"
 
 
 def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":

@@ -315,8 +315,8 @@ def attention(
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
     q = q.reshape(n, cache.n_heads, cache.head_dim_k)
-    k = k.reshape(n, cache.n_kv_heads, cache.head_dim_k)
-    v = v.reshape(n, cache.n_kv_heads, cache.head_dim_v)
+    k = k.reshape(len(k), cache.n_kv_heads, cache.head_dim_k)
+    v = v.reshape(len(v), cache.n_kv_heads, cache.head_dim_v)
     distance = np.arange(n)[:, None] - np.arange(len(k))
     visible = (distance >= 0) & (distance < (cache.window or n))
     if not cache.causal:

@@ -81,6 +81,8 @@ class FakeSequence:
     keeps_state = has_windows = source_read = False
     source: tuple[int, ...] = ()
     adapters: tuple[tuple[int, float], ...] = ()
+    source: tuple[int, ...] = ()
+    source_read = False
 
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime

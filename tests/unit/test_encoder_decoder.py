@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_files import matrices, merged_model, random_pair, write_adapter
 from asgi_client import call
 from click.testing import CliRunner
 from tiny_model import write_tiny_model
@@ -21,6 +22,10 @@ from qrun.formats import FormatError, GGUFReader
 from qrun.models import build_graph
 from qrun.models.t5 import buckets
 from qrun.server import app
+from tests.reference import forward
+from tests.sketches import load
+from tests.sketches import model as sketched
+from tests.toys import error
 
 PROMPT = "translate this: a cat sat"
 CHOSEN = {"max_tokens": 12, "temperature": 1.0, "seed": 5}
@@ -69,6 +74,19 @@ def test_an_answer_is_the_same_in_any_steps_from_a_fork_and_from_a_saved_state(p
     encoder, *_ = (group for group, side in enumerate(sequence.layout.sides) if side == "encoder")
     assert runtime._pools[encoder].used_bytes == 0
     runtime.close()
+
+
+@pytest.mark.parametrize("name", ["t5-dense", "t5-gated"])
+def test_long_texts_have_the_logits_of_the_plain_forward_pass(name: str, rng: np.random.Generator) -> None:
+    """Of distances that have a bias each, that share one, and that are farther than all of these."""
+    graph = build_graph(sketched(load()[name]), 320)
+    source, answer = (rng.integers(3, 120, n).tolist() for n in (300, 200))
+    runtime = Runtime(graph, threads=1, context=320)
+    sequence = runtime.sequence()
+    sequence.answer(tuple(source))
+    result = runtime.evaluate(sequence, answer, "all")
+    runtime.close()
+    assert result is not None and error(result, forward(graph, answer, source)) <= 1e-8
 
 
 def test_a_sequence_without_a_source_answers_nothing(path: Path) -> None:
@@ -178,6 +196,21 @@ def test_what_such_a_model_cannot_do_is_said_in_one_line(model: Model, path: Pat
     for command in (["perplexity", path, text], ["imatrix", path, text, "-o", tmp_path / "i.gguf"], ["bench", path]):
         done = CliRunner().invoke(cli, list(map(str, command)))
         assert isinstance(done.exception, FormatError) and "has an encoder and a decoder" in str(done.exception)
+
+
+def test_adapters_change_both_halves(path: Path, rng: np.random.Generator, tmp_path: Path) -> None:
+    source, answer = [9, 8, 7, 1], [0, 5, 6]
+    chosen = ("enc.blk.0.attn_q.weight", "enc.blk.1.ffn_up.weight", "dec.blk.1.cross_attn_k.weight",
+              "dec.blk.0.cross_attn_q.weight", "dec.blk.1.ffn_down.weight")  # fmt: skip
+    for name in chosen:
+        pair = random_pair(rng, name, matrices(path)[name], 4)
+        adapter = write_adapter(tmp_path / "a.gguf", {name: pair}, architecture="t5")
+        merged = merged_model(path, tmp_path / "merged.gguf", [(adapter, 1.0)])
+        with Model.load(path, threads=1, loras=[adapter]) as one, Model.load(merged, threads=1) as other:
+            result, expected = (loaded.logits(answer, source=source) for loaded in (one, other))
+        assert error(result, expected) <= 1e-7
+    with pytest.raises(FormatError, match="adapters by name are not supported"):
+        Model.load(path, threads=1, adapters={"a": adapter})
 
 
 def test_logits_are_scaled_where_the_file_says_so(path: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class FakeGraph:
     operations: list[Any] = field(default_factory=lambda: ["one"])
     embeds: bool = False
     causal: bool = True
+    encoder: None = None
 
 
 def make_model(
