@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
@@ -59,11 +59,12 @@ class Support:
 
 def purpose(file: TensorFile[Described]) -> str | None:
     """What a model is for that does not just write: for `qrun info`."""
-    architecture = file.metadata.get("general.architecture")
+    architecture = text_of(file, "general.architecture")
     pooling = file.metadata.get(f"{architecture}.pooling_type")
+    pooling = pooling if isinstance(pooling, int) else None
     if pooling == PoolingType.RANK:
         return "reranking: it says how well texts answer a query"
-    pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
+    pooled = _POOLED.get(pooling)
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
     if architecture == "t5":
@@ -73,23 +74,23 @@ def purpose(file: TensorFile[Described]) -> str | None:
 
 def predicts(file: TensorFile[Described]) -> bool:
     """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
-    architecture = file.metadata.get("general.architecture")
+    architecture = text_of(file, "general.architecture")
     if architecture in (*EMBEDDERS, *DIFFUSION, "t5"):
         return False
     return file.metadata.get(f"{architecture}.attention.causal") is not False
 
 
-_POOLED = {
-    int(PoolingType.MEAN): "the mean of a text's rows",
-    int(PoolingType.CLS): "the first row of a text",
-    int(PoolingType.LAST): "the last row of a text",
+_POOLED: dict[int | None, str] = {
+    PoolingType.MEAN: "the mean of a text's rows",
+    PoolingType.CLS: "the first row of a text",
+    PoolingType.LAST: "the last row of a text",
 }
 
 
 def other_kind(file: TensorFile[Described]) -> Support | None:
     """What a file is that is no model; None of a model, even one that cannot be run."""
     metadata = file.metadata
-    kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
+    kind, architecture = text_of(file, "general.type"), text_of(file, "general.architecture")
     if kind == "adapter":
         return Support("adapter", "this is an adapter, not a model: name it after --lora, beside its model")
     if kind == "imatrix":

@@ -318,6 +318,7 @@ def moved(key: str, value: Any) -> Edit:
         ("llama", moved("rope_parameters", [1]), "rope_parameters is not an object"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}), "only 32 is"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "mscale": 1}), "mscale is given"),
+        ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "attention_factor": np.nan}), "nan"),
         ("qwen3moe", moved("norm_topk_prob", False), "norm_topk_prob is not true"),
         ("qwen3moe", moved("mlp_only_layers", [0]), "mlp_only_layers names layers without experts"),
         ("qwen3moe", moved("num_experts_per_tok", 5), "num_experts_per_tok is 5, expected 1 to 4"),
