@@ -22,7 +22,6 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image, LinkError, placed
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.object_cache import ObjectCache, warn_once
 from qrun.engine.native.packs import Pack, PackError, packs
-from qrun.engine.native.workers import compile_all
 from qrun.engine.simd.target import Target, host_target, machine_name, machine_target, reading_target, usable_machines
 
 __all__ = [
@@ -157,6 +156,8 @@ def _missing_in_packs(key: str, target: Target, searched: Sequence[Pack], proble
 
 def _compile(missing: list[str], target: Target, cache: ObjectCache, progress: Progress) -> dict[str, bytes]:
     """The images of `missing`, which are put into the cache as they are done."""
+    from qrun.engine.native.workers import compile_all
+
     images: dict[str, bytes] = {}
     for key in missing:
         require(key)
