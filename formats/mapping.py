@@ -96,6 +96,23 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
 
 
+def read_text(path: Path, *, lenient: bool = False) -> str:
+    """All of a text file, without the mark that it may begin with. Raises OSError, naming it, if it cannot be read, and
+    FormatError for what is no UTF-8. lenient: single bytes that are none become U+FFFD; a file that is plainly no text
+    is still an error."""
+    with open(path, "rb") as file:
+        raw = file.read(1 << 16)
+        if (place := raw.find(b"\0")) < 0:  # a zero is in no text, and soon in all else
+            try:
+                return (raw + file.read()).decode("utf-8-sig", "replace" if lenient else "strict")
+            except UnicodeDecodeError as error:
+                place = error.start
+    kind = "a text in UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else lookalike(raw[:256])
+    if kind:
+        raise FormatError(path, f"it is no UTF-8 text: it is {kind}")
+    raise FormatError(path, "it is no UTF-8 text", place)
+
+
 def describe_start(start: bytes) -> str:
     """What a file that should begin otherwise is, as far as its first bytes tell."""
     if start[8:9] == b"{":  # after the length of its header
