@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
-from qrun.cli.conversion import Size, default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names
+from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
+from qrun.cli.options import Names, Size
 from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from qrun.models.adapter import Lora
 
 METHODS = ("auto", "gptq", "awq", "both", "imatrix")
+
+# Options that say nothing where there is no text.
+CALIBRATING = {"keep": "--measures", "method": "--method", "samples": "--samples", "length": "--length",
+               "seed": "--seed", "judge": "--judge"}  # fmt: skip
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -72,8 +76,15 @@ class Wishes:
             raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
         if self.candidates is not None and not given:
             raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
-        if not self.texts and (self.keep or self.method != "auto"):
-            raise click.UsageError(f"{'--measures' if self.keep else '--method'} goes with --calibrate.")
+        if not self.texts and (said := said_options(CALIBRATING)):
+            raise click.UsageError(f"{said[0]} goes with --calibrate.")
+
+
+def said_options(options: Mapping[str, str]) -> list[str]:
+    """Those of some options that were given, even as what they are by default: names by parameters."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return [name for parameter, name in options.items() if context.get_parameter_source(parameter) != default]
 
 
 def calibration_options(function: Command) -> Command:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.console import echo
+from qrun.cli.console import echo, plural
 from qrun.cli.options import (
     ModelName,
     cache_type_option,
@@ -81,7 +81,7 @@ def command(
         else:
             echo(f"perplexity {plus_minus(estimate, 4)}")
             show_answers(asked)
-            echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
+            echo(f"{plural(score.count, 'token')} scored, {plural(len(text), 'chunk')} of {ctx}")
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
@@ -92,7 +92,7 @@ def command(
     else:
         echo(report(divergence))
         show_answers(asked)
-        echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
+        echo(f"{plural(divergence.model.count, 'token')} scored, {plural(len(text), 'chunk')} of {ctx}")
 
 
 def measure(
@@ -200,7 +200,7 @@ def show_answers(asked: Asked | None) -> None:
     """A line on the questions, if some were asked."""
     if asked is None:
         return
-    text = f"{percent(asked.answered, 1)} of {asked.count} questions answered"
+    text = f"{percent(asked.answered, 1)} of {plural(asked.count, 'question')} answered"
     if asked.by_reference and asked.same_answer:
         text += f", by the reference {percent(asked.by_reference, 1)}; the same answer to "
         text += percent(asked.same_answer, 1)

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qrun.engine import ContextOverflow
+from qrun.engine.embedding.embedder import names_of
 from qrun.server import fields
 from qrun.server.chat_requests import bias_option, choices
 from qrun.server.errors import APIError
@@ -60,11 +62,15 @@ class CompletionRequest:
             self.best_of = self.n
         seed = options.get("seed")
         generations = []
-        for tokens in self.tokens:
+        for tokens, name in zip(self.tokens, names_of(len(self.tokens), "prompt"), strict=True):
             for number in range(self.best_of):
                 if seed is not None:
                     options["seed"] = seed + number
-                generations.append(model.generate(tokens, **options))
+                try:
+                    generations.append(model.generate(tokens, **options))
+                except ContextOverflow as error:
+                    error.what = name
+                    raise
         return generations
 
     async def score(self, model: Model) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qrun.engine.judging.scoring import Estimate, F64Array, negative_log_likelihoods, rows_at_a_time
+from qrun.engine.program.kv_cache import KVSequence
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats.json_file import json_lines
@@ -80,8 +81,7 @@ def answer(
     """Let a model choose. Raises ValueError, with the question's beginning, if one does not fit into the context."""
     result = Answers()
     for done, task in enumerate(tasks, 1):
-        scores = [_score(runtime, tokenizer, task.question, each) for each in task.answers]
-        best = int(np.argmax(scores))
+        best = int(np.argmax(scores(runtime, tokenizer, task)))
         result.chosen.append(best)
         result.answered.append(best < len(task.right))
         if progress:
@@ -94,11 +94,20 @@ def context_needed(tokenizer: Tokenizer, tasks: Sequence[Task]) -> int:
     return max(len(tokenizer.encode(task.question + each, add_special=True)) for task in tasks for each in task.answers)
 
 
-def _score(runtime: Runtime, tokenizer: Tokenizer, question: str, given: str) -> float:
-    """The log probability of an answer after the question, for each of its bytes."""
-    tokens = tokenizer.encode(question + given, add_special=True)
-    before = _common(tokens, tokenizer.encode(question, add_special=True))
-    return -float(_losses(runtime, tokens, before).sum()) / len(given.encode())
+def scores(runtime: Runtime, tokenizer: Tokenizer, task: Task) -> list[float]:
+    """The log probability of each answer after the question, for each of its bytes. The question is read once."""
+    question = tokenizer.encode(task.question, add_special=True)
+    texts = [tokenizer.encode(task.question + each, add_special=True) for each in task.answers]
+    firsts = [_common(text, question) for text in texts]
+    found = []
+    with closing(runtime.sequence()) as asked:
+        if shared := min(firsts) - 1:
+            runtime.evaluate(asked, question[:shared], logits="none")
+        for text, first, given in zip(texts, firsts, task.answers, strict=True):
+            with closing(asked.fork()) as sequence:
+                losses = list(_losses(runtime, sequence, text, first))
+            found.append(-float(np.concatenate(losses or [np.zeros(1)]).sum()) / len(given.encode()))
+    return found
 
 
 def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
@@ -110,18 +119,13 @@ def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
     return max(1, min(count, len(tokens) - 1))
 
 
-def _losses(runtime: Runtime, tokens: Sequence[int], first: int) -> F64Array:
-    parts = list(_parts(runtime, tokens, first))
-    return np.concatenate(parts) if parts else np.zeros(1)
-
-
-def _parts(runtime: Runtime, tokens: Sequence[int], first: int) -> Iterator[F64Array]:
+def _losses(runtime: Runtime, sequence: KVSequence, text: Sequence[int], first: int) -> Iterator[F64Array]:
+    """What the tokens from `first` on lose, some at a time. sequence: has the beginning of the text."""
     rows = rows_at_a_time(runtime.n_vocab)
-    with closing(runtime.sequence()) as sequence:
-        if first > 1:
-            runtime.evaluate(sequence, tokens[: first - 1], logits="none")
-        for start in range(first - 1, len(tokens) - 1, rows):
-            end = min(start + rows, len(tokens) - 1)
-            logits = runtime.evaluate(sequence, tokens[start:end], logits="all")
-            assert logits is not None
-            yield negative_log_likelihoods(logits, tokens[start + 1 : end + 1])
+    if sequence.n_past < first - 1:
+        runtime.evaluate(sequence, text[sequence.n_past : first - 1], logits="none")
+    for start in range(first - 1, len(text) - 1, rows):
+        end = min(start + rows, len(text) - 1)
+        logits = runtime.evaluate(sequence, text[start:end], logits="all")
+        assert logits is not None
+        yield negative_log_likelihoods(logits, text[start + 1 : end + 1])

@@ -37,7 +37,7 @@ from qrun.formats.blocks import dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
 from qrun.formats.samples import samples as file_samples
 from qrun.formats.whole_file import write_whole
-from qrun.models import build_graph
+from qrun.models import build_graph, check_goes_on
 
 F32Array = NDArray[np.float32]
 
@@ -148,6 +148,7 @@ class Calibration:
         """
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
+            check_goes_on(graph, path)
             if last is not None:
                 graph = body_up_to(graph, last)
             runtime = Runtime(

@@ -52,8 +52,8 @@ def test_a_line_that_is_none_is_named(line: str, problem: str, tmp_path: Path) -
     ("content", "problem"),
     [
         ("Grüße".encode("latin-1"), "at byte 2: it is no UTF-8 text"),
-        ("Grüße".encode("utf-16"), "at byte 0: it is no UTF-8 text: it is a text in UTF-16"),
-        (b"\x1f\x8b\x08", "at byte 1: it is no UTF-8 text: it is a gzip archive: unpack it"),
+        ("Grüße".encode("utf-16"), "it is no UTF-8 text: it is a text in UTF-16"),
+        (b"\x1f\x8b\x08", "it is no UTF-8 text: it is a gzip archive: unpack it"),
     ],
 )
 def test_a_file_that_is_no_text_says_what_it_is(content: bytes, problem: str, tmp_path: Path) -> None:
@@ -63,3 +63,13 @@ def test_a_file_that_is_no_text_says_what_it_is(content: bytes, problem: str, tm
         with pytest.raises(FormatError) as caught:
             read(path)
         assert str(caught.value) == f"{path}: {problem}"
+
+
+def test_single_bytes_can_be_passed_over_but_not_what_is_plainly_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfGr\xfc\xdfe")
+    assert read_text(path, lenient=True) == "Gr\ufffd\ufffde"
+    for content, problem in ((b"GGUF\x03\0\0\0", "it is a GGUF file"), ("a".encode("utf-16"), "a text in UTF-16")):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match=problem):
+            read_text(path, lenient=True)
