@@ -214,7 +214,7 @@ def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) 
 
 def show(facts: dict[str, Any]) -> None:
     """Prints the facts for a reader."""
-    from qrun.cli.console import human_bytes, human_count
+    from qrun.cli.console import human_bytes, human_count, plural
 
     def line(label: str, *parts: Any) -> None:
         known = [str(part) for part in parts if part not in (None, "")]
@@ -260,7 +260,7 @@ def show(facts: dict[str, Any]) -> None:
         template = facts["chat_template"]
         line("chat template", f"{len(template)} characters" if template else "none in the file")
     for name, held in facts["tensor_types"].items():
-        line("  " + name, f"{held['tensors']} tensors", human_bytes(held["bytes"]))
+        line("  " + name, plural(held["tensors"], "tensor"), human_bytes(held["bytes"]))
     if "memory" in facts:
         show_memory(facts["memory"])
     for tensor in facts.get("tensors", ()):

@@ -110,11 +110,12 @@ def open_runtime(
     from qrun.engine.native.cpu_count import available_cores
     from qrun.engine.program.runtime import Runtime
     from qrun.formats import GGUFReader
-    from qrun.models import build_graph
+    from qrun.models import build_graph, check_goes_on
     from qrun.models.adapter import open_adapters
 
     with GGUFReader(path) as reader, open_adapters(loras) as adapters:
         graph = build_graph(reader, context, adapters)
+        check_goes_on(graph, path)
         show_notices(adapters)
         show_context_notice(graph, context)
         runtime = Runtime(
@@ -134,9 +135,10 @@ def open_runtime(
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
     """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
     from qrun.engine.judging.scoring import Chunks, TextTooShort
+    from qrun.formats.mapping import read_text
 
     try:
-        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+        return Chunks.of(read_text(file, lenient=True), tokenizer, size, limit)
     except TextTooShort as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -1,14 +1,17 @@
 """JSON files that come from strangers."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
-from qrun.formats.mapping import lookalike, read_file
+from qrun.formats.mapping import lookalike, read_file, read_text
 
 MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
+JSON_LINES = (".jsonl", ".ndjson")
+"""How files are called, in any case, that have a value in each line."""
 MAX_DEPTH = 64  # so that whoever walks over values need not fear for the stack
 
 
@@ -36,6 +39,26 @@ def parse_json(path: Path, text: bytes, *, offset: int | None = None, unique: bo
     if not isinstance(parsed, dict):
         raise FormatError(path, "the JSON is not an object", offset)
     return parsed
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file that has one in each line, each with where it stands ("FILE, line 3"). Lines that are empty
+    have none.
+
+    Lines end at newlines alone: texts may hold what else ends a line elsewhere. Raises ValueError, naming file and
+    line, for what is no JSON, and what `read_text` raises.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: it is no JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError):  # a number of too many digits, too deep a nesting
+            raise ValueError(f"{where}: it is no JSON that can be read") from None
+        yield where, value
 
 
 def depth(value: Any) -> int:

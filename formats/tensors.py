@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +31,11 @@ class Described(Protocol):
 
 
 T_co = TypeVar("T_co", bound=Described, covariant=True)
+
+
+def n_weights(tensors: Iterable[Described]) -> int:
+    """How many weights they have together."""
+    return sum(prod(tensor.shape) for tensor in tensors)
 
 
 class TensorFile(Protocol[T_co]):

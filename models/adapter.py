@@ -212,13 +212,18 @@ def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
     """
     for adapter in adapters:
         _check(graph, adapter)
-    transform = _Transform(graph, [adapter for adapter in adapters if adapter.scale != 0])
-    return replace(graph, operations=transform.operations) if transform.adapters else graph
+    acting = [adapter for adapter in adapters if adapter.scale != 0]
+    if not acting:
+        return graph
+    encoder = graph.encoder and replace(graph.encoder, operations=_Transform(graph.encoder, acting).operations)
+    return replace(graph, operations=_Transform(graph, acting).operations, encoder=encoder)
 
 
 def check_switchable(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
     """Raises FormatError, naming the adapter, if it is of another model, or changes what can only be changed for all
     texts alike: embeddings and experts."""
+    if graph.encoder is not None:
+        raise FormatError(adapter.path, "adapters by name are not supported for models with an encoder and a decoder")
     _check(graph, adapter)
     dense = {_target(operation) for operation in graph.operations if isinstance(operation, G.Linear)}
     for name in adapter.changes.keys() - dense:
@@ -244,7 +249,8 @@ def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:
 
 def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
-    for operation in graph.operations:
+    of_encoder = [] if graph.encoder is None else graph.encoder.operations
+    for operation in (*of_encoder, *graph.operations):
         name = _target(operation)
         if name is not None and isinstance(operation, G.Linear | G.Embed):
             shapes[name] = operation.weight.shape

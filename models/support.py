@@ -12,7 +12,7 @@ from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
-    "gemma-embedding", "llama-embed",
+    "gemma-embedding", "llama-embed", "t5encoder",
 )  # fmt: skip
 """Architectures without an output matrix, of whose rows embeddings are made. Tokens see those behind them, too, unless
 the file says that they do not."""
@@ -22,9 +22,10 @@ DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
-    "an encoder, which makes embeddings": ("t5encoder",),
+    "a model that chooses among options, and writes no text": ("clef",),
+    "a model that writes images as well as text": ("chameleon",),
+    "a model that changes its adapters from token to token": ("graniteswitch",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
-    "an encoder and a decoder": ("t5",),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",
@@ -66,7 +67,17 @@ def purpose(file: TensorFile[Described]) -> str | None:
     pooled = _POOLED.get(pooling)
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
+    if architecture == "t5":
+        return "answers: it reads a prompt as a whole, and writes another text"
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
+
+
+def predicts(file: TensorFile[Described]) -> bool:
+    """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
+    architecture = text_of(file, "general.architecture")
+    if architecture in (*EMBEDDERS, *DIFFUSION, "t5"):
+        return False
+    return file.metadata.get(f"{architecture}.attention.causal") is not False
 
 
 _POOLED: dict[int | None, str] = {

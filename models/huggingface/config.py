@@ -16,9 +16,9 @@ DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 SYNONYMS = {
     "hidden_size": ("n_embd", "d_model", "dim", "n_embed"),
     "num_hidden_layers": ("n_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
-    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim"),
+    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim", "d_ff"),
     "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
                                 "max_seq_len"),
     "vocab_size": ("padded_vocab_size",),
@@ -29,7 +29,7 @@ SYNONYMS = {
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts"),
     "partial_rotary_factor": ("rotary_pct", "rope_pct", "rope_percent"),
     "hidden_act": ("activation_function", "mlp_hidden_act", "activation"),
-    "head_dim": ("attention_head_dim",),
+    "head_dim": ("attention_head_dim", "d_kv"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 
 from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import read_file
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
-from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
+from qrun.models.huggingface.sentencepiece import UNIGRAM, SentencePieceModel, read_sentencepiece
 from qrun.models.huggingface.text_rules import (
     SPACE,
     TextRules,
@@ -22,6 +24,9 @@ from qrun.models.huggingface.text_rules import (
     word_piece_rules,
 )
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
+
+RWKV = "rwkv_vocab_v20230424.txt"
+MAX_RWKV_BYTES = 1 << 24
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -94,6 +99,11 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
     if path.is_file() and not isinstance(model, dict):
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
+    if (files.folder / RWKV).is_file():
+        return _rwkv(files.folder / RWKV, n_vocab)
+    unigram = files.folder / "spiece.model"
+    if unigram.is_file() and not files.tokenizer:
+        return _unigram_pieces(files, read_sentencepiece(unigram, UNIGRAM), n_vocab)
     if files.tokenizer:
         kind = model.get("type") if isinstance(model, dict) else None
         raise FormatError(files.path, f"a tokenizer of the kind {quote(str(kind))} is not supported")
@@ -256,6 +266,38 @@ def _unigram(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> V
     if type(unknown) is int and 0 <= unknown < n_vocab:
         vocabulary.types[unknown] = UNKNOWN
     vocabulary.rules = unigram_rules(files.path, files.tokenizer)
+    return vocabulary
+
+
+def _unigram_pieces(files: TokenizerFiles, model: SentencePieceModel, n_vocab: int) -> Vocabulary:
+    """The same, of a file of SentencePiece's own."""
+    vocabulary = _sentencepiece(files, model, sentencepiece_rules(model), n_vocab, "t5")
+    vocabulary.pre = "default"
+    assert vocabulary.scores is not None
+    for id, (score, type) in enumerate(zip(model.scores[:n_vocab], model.types, strict=False)):
+        if type != NORMAL:  # whatever the configuration calls them
+            vocabulary.types[id], vocabulary.scores[id] = type, score
+    return vocabulary
+
+
+def _rwkv(path: Path, n_vocab: int) -> Vocabulary:
+    """A line for each token but the first: its id, its bytes as Python writes them, and how many those are."""
+    vocabulary = _empty("rwkv", "", n_vocab, False)
+    vocabulary.put(0, "<s>", CONTROL)
+    for number, line in enumerate(read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace").splitlines(), 1):
+        id, _, rest = line.partition(" ")
+        spelt, _, length = rest.rpartition(" ")
+        try:
+            if spelt.lstrip("b")[:1] not in ("'", '"'):
+                raise ValueError
+            token = ast.literal_eval(spelt)
+            token = token.encode() if isinstance(token, str) else token
+            if not isinstance(token, bytes) or len(token) != int(length) or not 0 < int(id) < n_vocab:
+                raise ValueError
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise FormatError(path, f"line {number} is no token: {quote(line[:40])}") from None
+        vocabulary.put(int(id), repr(token)[2:-1], NORMAL)
+    vocabulary.ids = {"<s>": 0}
     return vocabulary
 
 

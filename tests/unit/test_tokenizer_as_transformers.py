@@ -318,6 +318,30 @@ def test_a_sentencepiece_model_normalises_as_the_library_does(
         assert ours.encode(text, add_special=False) == reference.encode(text), text
 
 
+def test_a_unigram_model_takes_the_pieces_that_the_library_takes(rng: np.random.Generator, tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    words = ["hello", "world", "café", "\ufb01ne", "①", "the", "x²", "\u3000", "日本語", "Å"]
+    lines = iter([" ".join(rng.choice(words, 8)) for _ in range(300)])
+    model = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, model_type="unigram", vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=5,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    config = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "tokenizer_class": "T5Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    entries = Entries()
+    tokenizer_entries(entries, tmp_path, Config(tmp_path / "config.json", {}), 70)
+    assert entries.values["tokenizer.ggml.model"] == "t5"
+    assert list(entries.values["tokenizer.ggml.token_type"][:3]) == [3, 3, 2]
+    assert entries.values["tokenizer.ggml.tokens"][69] == "[PAD69]"
+    ours, reference = load(entries, tmp_path / "made.gguf"), SentencePieceProcessor(model_proto=model.getvalue())
+    for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
+        assert ours.encode(text, add_special=False) == reference.encode(text), text
+    assert ours.encode("hello")[-1] == 1 and ours.decode(reference.encode("hello world")) == "hello world"
+
+
 # Word pieces
 
 

@@ -180,7 +180,7 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[bytes, int]:
         """The id of every piece; of those with one spelling, the last."""
-        return {piece: id for id, piece in enumerate(self.pieces)}
+        return dict(zip(self.pieces, range(len(self.pieces)), strict=True))
 
     def merges(self) -> list[bytes]:
         """Byte-pair merges, first the one that was learnt first: b"left right"."""
