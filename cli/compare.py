@@ -57,7 +57,7 @@ def command(
       qrun compare model-f16.gguf --text wiki.test.raw --types q4_k_m,iq4_xs,q4_0 --imatrix imatrix.gguf --plot loss.svg
       qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
     """
-    from qrun.cli.loading import find_original, load_tokenizer, text_chunks
+    from qrun.cli.loading import check_predicts, find_original, load_tokenizer, text_chunks
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
@@ -71,6 +71,7 @@ def command(
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")
     path = find_original(source)
+    check_predicts(path)
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     importance = read_imatrix(imatrix) if imatrix else None
     with closing(open_source(path)) as opened:
