@@ -14,6 +14,7 @@ import click
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
 from qrun.cli.options import Names, Size
+from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from qrun.formats import TensorType
     from qrun.models.adapter import Lora
 
-METHODS = ("auto", "gptq", "imatrix")
+METHODS = ("auto", "gptq", "awq", "both", "imatrix")
 
 # Options that say nothing where there is no text.
 CALIBRATING = {"keep": "--measures", "method": "--method", "samples": "--samples", "length": "--length",
@@ -106,8 +107,9 @@ def calibration_options(function: Command) -> Command:
         click.option("--seed", type=int, default=1, show_default=True, help="Which samples are taken."),
         click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
                      help="With --calibrate, how weights are rounded: each by itself, its error weighed by the inputs' "
-                          "mean squares (imatrix), or column by column, each error made good by the columns after it "
-                          "(gptq); auto is gptq, unless more is lost by it on what is held out."),
+                          "mean squares (imatrix); column by column, each error made good by the columns after it "
+                          "(gptq); each by itself, the inputs that matter most with finer steps (awq); or the last two "
+                          "together (both). auto is gptq, unless more is lost by it on what is held out."),
         click.option("--bpw", "bits_per_weight", type=click.FloatRange(min=0, min_open=True), metavar="BITS",
                      help="Choose the type of each tensor: what loses least with so many bits for a weight, on "
                           "average."),
@@ -145,7 +147,7 @@ def convert_calibrated(
         out = default_out(out, f"{label(wishes)}" if wishes.sized else choice.file_type)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
-    samples = read(path, source, wishes, threads)
+    samples = read(path, source, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)
     with stage_bars() as stage:
         calibration = Calibration(
@@ -153,6 +155,8 @@ def convert_calibrated(
             stage=stage, compiling=CompileProgress(), notice=notice,
             variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
         )  # fmt: skip
+        if calibration.folder.is_dir():  # left by a run that was killed, perhaps while it wrote the result
+            remove_unfinished(out)
         calibration.prepare()
         imatrix = calibration.imatrix()
         if wishes.sized:
@@ -164,9 +168,17 @@ def convert_calibrated(
         show_plan(planned)
         return
     plain = planned
-    if wishes.method != "imatrix":
-        with stage_bars() as stage:
-            planned = replace(calibration, stage=stage).rounded(planned)
+    with stage_bars() as stage:
+        calibration = replace(calibration, stage=stage)
+        rounding = calibration
+        if wishes.method in ("awq", "both"):
+            scaled = calibration.scaled(planned)
+            importance = scaled.importance(imatrix)
+            planned = plan(scaled, choice, imatrix=importance, allow_requantize=allow_requantize)
+            if wishes.method == "both":
+                rounding = calibration.of_scaled(scaled)
+        if wishes.method not in ("awq", "imatrix"):
+            planned = rounding.rounded(planned)
     name = label(wishes) if wishes.sized else None
     result = write(planned, out, threads, values, name)
     judged: list[str] = []
@@ -202,8 +214,9 @@ def label(wishes: Wishes) -> str:
     return f"{human_bytes(wishes.size).replace(' ', '')}" if wishes.size is not None else f"fit{wishes.fit}"
 
 
-def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Samples:
-    """The samples, by the model's own tokenizer and template. Raises ValueError for a model that predicts nothing."""
+def read(path: Path, source: Source, texts: Sequence[Path], *, length: int, samples: int, seed: int) -> Samples:
+    """The samples, by the model's own tokenizer and template, none longer than what the model was trained for. Raises
+    ValueError for a model that predicts nothing."""
     from qrun.cli.loading import find_original
     from qrun.engine import Tokenizer
     from qrun.engine.quantize.samples import read_samples
@@ -217,12 +230,14 @@ def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Sam
             f"{path}: --calibrate measures how a model predicts the next token, and this one does not{what}: "
             "convert it with --type alone"
         )
+    trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
+    if isinstance(trained, int) and 1 < trained < length:
+        notice(f"samples have {trained} tokens: the model was not trained for {length}")
+        length = trained
     with GGUFReader(find_original(str(path))) as reader:
         tokenizer = Tokenizer.load(reader)
         template = ChatTemplate.from_reader(reader, tokenizer, tokenizer.special_spellings)
-        return read_samples(
-            wishes.texts, tokenizer, template, length=wishes.length, limit=wishes.samples, seed=wishes.seed
-        )
+        return read_samples(texts, tokenizer, template, length=length, limit=samples, seed=seed)
 
 
 def say_samples(samples: Samples) -> None:
@@ -286,13 +301,13 @@ def room_for_file(calibration: Calibration, context: int) -> int:
 
 
 def candidates(wishes: Wishes, bits_per_weight: float) -> list[TensorType]:
-    """The types to choose from; those of few bits, which take longer to run, where they are needed."""
-    from qrun.engine.quantize.sensitivity import CANDIDATES, LOW_BITS, LOW_CANDIDATES
+    """The types to choose from."""
+    from qrun.engine.quantize.sensitivity import candidates_for
 
     if wishes.candidates is not None:
         found = [tensor_type(name) for name in wishes.candidates]
         return [type for type in found if type is not None]
-    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+    return candidates_for(bits_per_weight)
 
 
 class Judge:
@@ -300,14 +315,14 @@ class Judge:
     reference predicts. perplexity: of the reference."""
 
     def __init__(self, reference: Path, text: Chunks, logits: IO[bytes], threads: int | None) -> None:
-        from qrun.cli.compare import write_logits
+        from qrun.cli.against import write_logits
 
         self._text, self._logits, self._threads = text, logits, threads
         self.perplexity = write_logits(reference, text, logits, threads, "f16").perplexity.value
 
     def row(self, name: str, plan: Plan, file: Path) -> Judged:
         """Of the file of a plan."""
-        from qrun.cli.compare import score_against
+        from qrun.cli.against import score_against
 
         return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._threads, "f16"))
 

@@ -115,6 +115,8 @@ def opened(path: Path) -> Iterator[tuple[GGUFReader, Support | None]]:
 
 def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
     """All that the file says about itself, ready for JSON."""
+    from qrun.formats.tensors import text_of
+
     metadata = reader.metadata
     architecture = str(metadata.get("general.architecture", "unknown"))
     sizes: Counter[str] = Counter()
@@ -131,8 +133,8 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
         return value.tolist() if hasattr(value, "tolist") else value  # an array, with a number for each layer
 
     facts: dict[str, Any] = {
-        "name": metadata.get("general.name"),
-        "licence": metadata.get("general.license"),
+        "name": text_of(reader, "general.name"),
+        "licence": text_of(reader, "general.license"),
         "files": [str(path) for path in reader.files],
         "file_bytes": sum(path.stat().st_size for path in reader.files),
         "gguf_version": reader.version,
@@ -150,11 +152,11 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
         "kv_heads": of_architecture("attention.head_count_kv"),
         "experts": of_architecture("expert_count"),
         "tokenizer": {
-            "model": metadata.get("tokenizer.ggml.model"),
-            "pre": metadata.get("tokenizer.ggml.pre"),
+            "model": text_of(reader, "tokenizer.ggml.model"),
+            "pre": text_of(reader, "tokenizer.ggml.pre"),
             "tokens": vocabulary_size(reader),
         },
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": text_of(reader, "tokenizer.chat_template"),
     }  # fmt: skip
     if with_tensors:
         facts["tensors"] = [

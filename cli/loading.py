@@ -110,11 +110,12 @@ def open_runtime(
     from qrun.engine.native.cpu_count import available_cores
     from qrun.engine.program.runtime import Runtime
     from qrun.formats import GGUFReader
-    from qrun.models import build_graph
+    from qrun.models import build_graph, check_goes_on
     from qrun.models.adapter import open_adapters
 
     with GGUFReader(path) as reader, open_adapters(loras) as adapters:
         graph = build_graph(reader, context, adapters)
+        check_goes_on(graph, path)
         show_notices(adapters)
         show_context_notice(graph, context)
         runtime = Runtime(

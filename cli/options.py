@@ -6,7 +6,6 @@ line and the API cannot drift apart.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
@@ -104,9 +103,12 @@ def model_argument(**settings: Any) -> Callable[[Command], Command]:
 _LEFT_OUT = {"logprobs", "top_logprobs", "draft"}
 
 
+@functools.cache
 def _field_docs() -> dict[str, str]:
     """The texts below the fields of SamplingOptions: Python keeps them in the source alone, which a packed app may have
     left out. There are none then."""
+    import ast
+
     docs: dict[str, str] = {}
     try:
         (definition,) = ast.parse(inspect.getsource(SamplingOptions)).body
@@ -123,11 +125,23 @@ def _field_docs() -> dict[str, str]:
     return docs
 
 
-def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Callable[[Command], Command]:
+class _FieldOption(click.Option):
+    """The option of a field of SamplingOptions. Its help is looked for when somebody asks for it."""
+
+    @property
+    def help(self) -> str | None:
+        return _field_docs().get(self.name or "", "")
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        """`click` has none to give."""
+
+
+def _sampling_option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
     """The click option of one field. Unset options stay None: their defaults are the model's or the API's."""
     flag = "--" + field.name.replace("_", "-")
     default = None if field.default is dataclasses.MISSING or field.default in (None, ()) else field.default
-    settings: dict[str, Any] = {"help": doc, "default": None}
+    settings: dict[str, Any] = {"cls": _FieldOption, "default": None}
     if isinstance(default, int | float):
         settings["show_default"] = f"{default:g}"
     if field.name == "samplers":
@@ -157,7 +171,6 @@ def sampling_options(function: Command) -> Command:
     """
     fields = _sampling_fields()
     hints = typing.get_type_hints(SamplingOptions)
-    docs = _field_docs()
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -170,7 +183,7 @@ def sampling_options(function: Command) -> Command:
 
     command: Command = gather
     for field in reversed(fields):
-        command = _sampling_option(field, hints[field.name], docs.get(field.name, ""))(command)
+        command = _sampling_option(field, hints[field.name])(command)
     return command
 
 

@@ -173,23 +173,28 @@ def ask(
     """How many questions the model answers, and if there is one its reference. None if there are no questions."""
     if not questions:
         return None
+    mine = answers_of(path, questions, tokenizer, threads, cache_type, loras)
+    if reference is None:
+        return Asked(len(questions), mine.accuracy)
+    theirs = answers_of(reference, questions, tokenizer, threads, cache_type)
+    return Asked(len(questions), mine.accuracy, theirs.accuracy, mine.agreement(theirs))
+
+
+def answers_of(
+    path: Path, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
+    loras: Sequence[Lora] = (),
+) -> Answers:  # fmt: skip
+    """What a model answers to the questions."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
     from qrun.engine.judging.tasks import answer, context_needed
 
-    settings: dict[str, Any] = {
-        "threads": threads, "cache_type": cache_type, "context": context_needed(tokenizer, questions)
-    }  # fmt: skip
-
-    def answers(model: Path, adapters: Sequence[Lora]) -> Answers:
-        with open_runtime(model, loras=adapters, **settings) as runtime, step_bar("tasks") as progress:
-            return answer(runtime, tokenizer, questions, progress)
-
-    mine = answers(path, loras)
-    if reference is None:
-        return Asked(len(questions), mine.accuracy)
-    theirs = answers(reference, ())
-    return Asked(len(questions), mine.accuracy, theirs.accuracy, mine.agreement(theirs))
+    context = context_needed(tokenizer, questions)
+    with (
+        open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime,
+        step_bar("tasks") as progress,
+    ):
+        return answer(runtime, tokenizer, questions, progress)
 
 
 def show_answers(asked: Asked | None) -> None:

@@ -128,8 +128,10 @@ class Conversation:
 
             assert self.model.chat_template is not None
             response = self.model.chat_template.response(prompt_text)
+            # An encoder's model has read the whole conversation before it answers: no room is made there.
+            on_full = forget if self.model.graph.encoder is None else None
             generation = self._generation = self.session.generate(
-                prompt, on_full=forget, response=response, **self.sampling
+                prompt, on_full=on_full, response=response, **self.sampling
             )
             if stopped():
                 generation.cancel()
@@ -190,7 +192,8 @@ class Conversation:
         text = marked(prompt)
         known_text, known_tokens = self._known
         tokenizer = self.model.tokenizer
-        if tokenizer and known_tokens and (following := after(prompt, known_text)):
+        goes_on = self.model.graph.encoder is None  # and does not read all of it again
+        if tokenizer and goes_on and known_tokens and (following := after(prompt, known_text)):
             rest = encode_prompt(tokenizer, following)
             # the end of the answer's turn is a token of its own, so that text can be cut there
             if rest[:1] and rest[0] in tokenizer.stop_ids:

@@ -237,6 +237,8 @@ class Model:
             undo.callback(reader.close)
             with open_adapters(wanted) as opened:
                 graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
+            if draft is not None and graph.encoder is not None:
+                raise ValueError(f"{path}: a draft for a model with an encoder is not supported")
             if draft is not None and not graph.causal:
                 raise ValueError(f"{path}: a draft is for models that write one token after the other")
             layers: list[Graph] = []
@@ -364,6 +366,8 @@ class Model:
         chosen: dict[str, Any] = {**self.chat_sampling, **given}
         if chosen.get("reasoning_budget") == 0:
             think = False
+        if continue_last and self.graph.encoder is not None:
+            raise ValueError(f"{self.path.name}: the model answers a whole text, and begins the answer itself")
         if isinstance(tools, Iterator):
             tools = list(tools)
         prompt, begun = self._chat_prompt(
@@ -460,7 +464,8 @@ class Model:
         regex: str | None = None,
         **options: Unpack[GenerationArguments],
     ) -> "Generation":
-        """The text with which the model goes on from a prompt (a text, or token ids), piece by piece.
+        """The text with which the model goes on from a prompt (a text, or token ids), piece by piece; or its answer, of
+        a model with an encoder that reads the prompt first (T5).
 
         schema, grammar, regex: what the text must be: see `chat`.
         options: those of SamplingOptions, and `on_full`, which makes room when the context is full: see
@@ -477,16 +482,26 @@ class Model:
             chosen["rules"] = text_rules(self._known_tokenizer(), schema, grammar, regex)
         return self._generate(self._text_tokens(prompt) if isinstance(prompt, str) else prompt, chosen)
 
-    def logits(self, tokens: Iterable[int], lora: LoraChoice | None = None) -> np.ndarray:
+    def logits(
+        self, tokens: Iterable[int], lora: LoraChoice | None = None, *, source: Iterable[int] | None = None
+    ) -> np.ndarray:
         """Logits after each of at least one token: float32 [n_tokens, n_vocab]. lora: as for `generate`.
 
-        Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist.
+        source: what a model with an encoder answers; the tokens are those of the answer then, from `graph.start` on.
+
+        Raises ContextOverflow (a ValueError) for more tokens than the context, ValueError for one that does not exist,
+        or a source that is missing or that the model has no encoder for.
         """
         self._check_open()
         self._check_writes()
+        if (source is None) is not (self._runtime.start is None):
+            problem = "it has no encoder to read a source" if source is not None else _UNREAD
+            raise ValueError(f"{self.path.name}: {problem}")
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         sequence = self._runtime.sequence()
         sequence.adapters = self._host.adapters.chosen(lora)
+        if source is not None:
+            sequence.answer(tuple(check_tokens(source, self._runtime.n_vocab, self.context)))
         try:
             logits = self._runtime.evaluate(sequence, tokens, "all", lambda: self._closed)
         except GenerationCancelled:
@@ -637,6 +652,8 @@ class Model:
         from qrun.models.pooling import read_pooling, rows_graph
 
         pooling = read_pooling(self.reader)
+        if self.graph.encoder is not None:
+            raise ValueError(f"{self.path.name}: embeddings of models with an encoder and a decoder are not supported")
         if self.graph.embeds:
             return Embedder(self._runtime, pooling, owned=False)
         return Embedder(beside(self._runtime, rows_graph(self.graph, self.reader)), pooling, owned=True)
@@ -654,6 +671,8 @@ class Model:
 
         self._check_open()
         self._check_writes()
+        if self.graph.encoder is not None:
+            raise ValueError(f"{self.path.name}: {_UNREAD}")
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         found: list[TokenLogprob | None] = [None]
         rows = rows_at_a_time(self._runtime.n_vocab)
@@ -745,6 +764,8 @@ class Model:
         tokens = encode_prompt(tokenizer, text)
         if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
+        if self.graph.encoder is not None and (end := tokenizer.end_id) is not None and tokens[-1:] != [end]:
+            return [*tokens, end]  # which encoders see behind a text
         return tokens
 
     def prepare_constraints(self) -> None:
@@ -775,9 +796,10 @@ class Model:
             return
         self.stop()  # all of them, before waiting for any
         for session in self._host.sessions():
-            session.close()
+            session.leave()
+            session.stop()  # what began in the meantime
         self._pool.clear()
-        self._host.prefixes.clear()
+        self._host.prefixes.clear()  # of what all of them held, as much is written as there is time for
         if self._draft is not None:
             self._draft.close()
         with self._embedding:  # one that is being made has been made then
@@ -839,6 +861,9 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(self.tokenizer_problem)
         return self.tokenizer
+
+
+_UNREAD = "the model has an encoder: it answers a text, and goes on from none"
 
 
 def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":

@@ -12,6 +12,7 @@ from qrun.formats.mapping import lookalike, read_file, read_text
 MAX_BYTES = 1 << 28  # far above the largest tokenizer.json
 JSON_LINES = (".jsonl", ".ndjson")
 """How files are called, in any case, that have a value in each line."""
+MAX_DEPTH = 64  # so that whoever walks over values need not fear for the stack
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -60,6 +61,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+def depth(value: Any) -> int:
+    """How many lists and objects lie within each other: 0 of a number, 1 of a list of numbers."""
+    kinds = (dict, list, tuple)
+    level, found = [value] if isinstance(value, kinds) else [], 0
+    while level:
+        found += 1
+        level = [
+            inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, kinds)
+        ]  # fmt: skip
+    return found
+
+
 def _parsed(path: Path, text: bytes, offset: int | None = None, unique: bool = False) -> Any:
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -70,7 +84,10 @@ def _parsed(path: Path, text: bytes, offset: int | None = None, unique: bool = F
         return values
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=check if unique else None)
+        if depth(parsed) > MAX_DEPTH:
+            raise RecursionError
+        return parsed
     except UnicodeDecodeError:
         raise FormatError(path, "this is not JSON: it is not UTF-8", offset) from None
     except RecursionError:

@@ -6,6 +6,7 @@ import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +55,10 @@ def map_file(path: Path) -> mmap.mmap:
 def _copy(path: Path, file: FileIO, n_bytes: int, refusal: OSError | ValueError) -> Copy:
     """The file in memory, page-aligned as a map is."""
     try:
-        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-        copy = Copy(-1, n_bytes, **flags)
+        options: dict[str, Any] = {}
+        if hasattr(mmap, "MAP_ANONYMOUS"):
+            options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        copy = Copy(-1, n_bytes, **options)
     except (OSError, MemoryError):
         why = getattr(refusal, "strerror", None) or refusal
         reason = f"the file cannot be mapped ({why}), and memory has no room for its {n_bytes} bytes"

@@ -59,6 +59,13 @@ class TensorFile(Protocol[T_co]):
     def close(self) -> None: ...
 
 
+def text_of(file: TensorFile[Described], key: str) -> str | None:
+    """The text that metadata have under a key. None where there is none, or another kind of value: an array cannot be
+    compared with a text."""
+    value = file.metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
 @dataclass(frozen=True, eq=False)
 class SourceTensor(ABC):
     """One tensor, whose rows can be had in any order and from several threads.

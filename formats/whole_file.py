@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EXDEV
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,6 +69,13 @@ def move_whole(source: Path, target: Path) -> None:
 def temporary_name(target: Path) -> Path:
     """What a file that will be `target` is called while it grows: beside it, so that it can be renamed."""
     return target.with_name(f".{target.name[:60]}.{os.urandom(4).hex()}.part")
+
+
+def remove_unfinished(target: Path) -> None:
+    """Removes what a process that was killed left of a file. Nobody may be writing it now."""
+    for path in target.parent.glob(f".{escape(target.name[:60])}.*.part"):
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.gguf.cursor import quote
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models import graph as G
 from qrun.models.hyperparameters import shorten
 
@@ -96,11 +96,12 @@ class Adapter(Generic[T]):
         metadata = file.metadata
         if not is_adapter(file):
             raise FormatError(self.path, "this is not an adapter: its general.type is not 'adapter'")
-        if (kind := metadata.get("adapter.type")) != "lora":
-            raise FormatError(self.path, f"adapters of type {shorten(kind)} are not supported, only 'lora'")
+        if text_of(file, "adapter.type") != "lora":
+            kind = shorten(metadata.get("adapter.type"))
+            raise FormatError(self.path, f"adapters of type {kind} are not supported, only 'lora'")
         if ACTIVATION_KEY in metadata:
             raise FormatError(self.path, "an adapter that acts from certain tokens on (aLoRA) is not supported")
-        self.architecture = metadata.get("general.architecture")
+        self.architecture = text_of(file, "general.architecture")
         alpha = metadata.get(ALPHA_KEY, 0.0)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
             raise FormatError(self.path, f"{ALPHA_KEY} is not a finite number: {shorten(alpha)}")
@@ -180,7 +181,7 @@ class Adapter(Generic[T]):
 
 def is_adapter(file: TensorFile[Described]) -> bool:
     """Does this file say that it is an adapter, and so no model?"""
-    return bool(file.metadata.get("general.type") == "adapter")
+    return text_of(file, "general.type") == "adapter"
 
 
 @contextmanager
@@ -211,13 +212,18 @@ def adapt(graph: G.Graph, adapters: Sequence[Adapter[TensorInfo]]) -> G.Graph:
     """
     for adapter in adapters:
         _check(graph, adapter)
-    transform = _Transform(graph, [adapter for adapter in adapters if adapter.scale != 0])
-    return replace(graph, operations=transform.operations) if transform.adapters else graph
+    acting = [adapter for adapter in adapters if adapter.scale != 0]
+    if not acting:
+        return graph
+    encoder = graph.encoder and replace(graph.encoder, operations=_Transform(graph.encoder, acting).operations)
+    return replace(graph, operations=_Transform(graph, acting).operations, encoder=encoder)
 
 
 def check_switchable(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
     """Raises FormatError, naming the adapter, if it is of another model, or changes what can only be changed for all
     texts alike: embeddings and experts."""
+    if graph.encoder is not None:
+        raise FormatError(adapter.path, "adapters by name are not supported for models with an encoder and a decoder")
     _check(graph, adapter)
     dense = {_target(operation) for operation in graph.operations if isinstance(operation, G.Linear)}
     for name in adapter.changes.keys() - dense:
@@ -243,7 +249,8 @@ def _matrices(operation: G.MoE) -> tuple[G.Weight, ...]:
 
 def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
-    for operation in graph.operations:
+    of_encoder = [] if graph.encoder is None else graph.encoder.operations
+    for operation in (*of_encoder, *graph.operations):
         name = _target(operation)
         if name is not None and isinstance(operation, G.Linear | G.Embed):
             shapes[name] = operation.weight.shape

@@ -1,6 +1,7 @@
-"""DeepSeekMoE (arXiv:2401.06066): many small experts, a few that all tokens share, and dense layers at the start."""
+"""DeepSeekMoE (arXiv:2401.06066): many small experts, a few that all tokens share, and dense layers at the start.
+DeepSeek-OCR (arXiv:2510.18234), for text: the same, whose heads turn in halves."""
 
-from qrun.models.graph import GraphBuilder, Value
+from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import Shares, attention, dense_or_experts, head, read_experts_scale
@@ -9,7 +10,19 @@ from qrun.models.transformer import Shares, attention, dense_or_experts, head, r
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
-    shares = Shares(normalize=False, scale=read_experts_scale(metadata))
+    return layers(builder, metadata, h, rotation, Shares(normalize=False, scale=read_experts_scale(metadata)))
+
+
+def build_ocr(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
+    """Token ids to logits."""
+    rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
+    return layers(builder, metadata, h, rotation, Shares.read(metadata, "softmax"))
+
+
+def layers(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, rotation: Rotation, shares: Shares
+) -> Value:
+    """All layers."""
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)

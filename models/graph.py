@@ -5,7 +5,9 @@ operations, and the tests interpret them with NumPy (`tests/reference.py`), whic
 Every `Value` is a float32 array [rows, width]; the rows are the tokens of one step.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -22,9 +24,12 @@ with the gate at most a limit, and up between -limit and limit; `limited_silu` h
 is gpt-oss's: gate * sigmoid(1.702 gate) * (up + 1), with the gate at most 7, and up between -7 and 7. `situ` is Kimi
 K3's: sigmoid(gate) * bent(gate) * bent(up), with bent(x) = limit * tanh(x / limit); up has a limit of its own, or none
 where that is 0."""
-Alone = Literal["gelu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root", "exp"]
+Alone = Literal["gelu", "relu", "relu_squared", "xielu", "silu", "sigmoid", "softplus", "signed_root", "exp"]
 """Activations that multiply nothing. `signed_root` is sign(x) * sqrt(max(|x|, 1e-6))."""
 GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
+Side = Literal["text", "source", "encoder"]
+"""Whose keys and values a layer has: those of the text; of the source that a text answers, which all its rows see; or
+of the source while an encoder reads it (see `Graph.encoder`)."""
 Gating = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Constant = NDArray[np.float32]
 Indices = NDArray[np.int32]
@@ -102,7 +107,7 @@ class RMSNorm:
     """out = x / sqrt(mean(x * x) + eps) * weight + bias, over x seen as [rows, groups, width / groups].
 
     `weight` and `bias` are [width / groups], or [groups, width / groups]; a norm of each head's query or key has a
-    group per head.
+    group per head. `name` is that of their tensors, without its ending, where they are taken as the file has them.
     """
 
     out: Value
@@ -111,11 +116,12 @@ class RMSNorm:
     eps: float
     groups: int
     bias: Constant | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`."""
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`, with its `name`."""
 
     out: Value
     x: Value
@@ -123,6 +129,7 @@ class LayerNorm:
     bias: Constant | None
     eps: float
     groups: int = 1
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +232,8 @@ class Attention:
     h // (n_heads / n_kv_heads).
 
     With `sinks` [n_heads], each head's softmax is over one score more, its sink, whose weight is then dropped. With
-    `slopes` [n_heads], each score gets -slope * distance (ALiBi: arXiv:2108.12409).
+    `slopes` [n_heads], each score gets -slope * distance (ALiBi: arXiv:2108.12409). With `biases` [n_heads, 2 n + 1],
+    each score gets the one of how far behind the query its key is: from -n on, and of what is farther the outermost.
 
     With `entries`, there is a second cache beside it, that of `entries_layer`, which gets a row of them at the end of
     every `CacheLayer.every` positions. Each row sees all of those up to itself, too, in the same softmax.
@@ -242,6 +250,17 @@ class Attention:
     slopes: Constant | None = None
     entries: Value | None = None
     entries_layer: int | None = None
+    biases: Constant | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Puts k and v into the cache of `layer`, for attention of another graph. out = k."""
+
+    out: Value
+    k: Value
+    v: Value
+    layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,7 +403,8 @@ class Activate:
 
 @dataclass(frozen=True, eq=False)
 class ActivateAlone:
-    """out = act(x): GELU, max(x, 0)^2, x * sigmoid(x), sigmoid(x), log(1 + exp(x)), or xIELU (arXiv:2411.13010).
+    """out = act(x): GELU, max(x, 0) and its square, x * sigmoid(x), sigmoid(x), log(1 + exp(x)), or xIELU
+    (arXiv:2411.13010).
 
     The last is p x^2 + b x above 0, and n (exp(min(x, e)) - 1 - x) + b x below, with `parameters` n, p, b, e.
     """
@@ -606,12 +626,12 @@ class SelectRows:
 
 
 Operation = (
-    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Pool
-    | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
+    Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Keep
+    | Pool | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
     | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
+STATEFUL = (Attention, Keep, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -647,6 +667,7 @@ class CacheLayer:
     every: int = 1
     """How many positions share one entry."""
     causal: bool = True
+    side: Side = "text"
 
     @property
     def behind(self) -> int | None:
@@ -682,11 +703,18 @@ class Graph:
     """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
+    uses: Mapping[str, int] = field(default_factory=dict)
+    """How many times the builder asked for each tensor: what was asked for once has one use."""
+    encoder: "Graph | None" = None
+    """What reads the source that a text answers, of models with two halves: it leaves keys and values of the source in
+    some of the cache's layers, which both share."""
+    start: int = 0
+    """The token with which an answer to a source begins."""
 
     @property
     def causal(self) -> bool:
         """Does a token see those before it only? Else a text is computed as a whole, in one step."""
-        return all(layer.causal for layer in self.cache_layers)
+        return all(layer.causal for layer in self.cache_layers if layer.side == "text")
 
 
 class GraphBuilder:
@@ -702,8 +730,11 @@ class GraphBuilder:
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
         self.max_context: int | None = None
+        self.encoder: Graph | None = None
+        self.start = 0
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
+        self._uses: Counter[str] = Counter()
 
     # Tensors
 
@@ -733,16 +764,16 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has values that are not finite")
         return values
 
-    def flat_constant(self, name: str, size: int) -> Constant:
-        """The same as one row, whatever shape the file gives it."""
+    def loose_constant(self, name: str, *shape: int) -> Constant:
+        """The same where files have it in that shape, with dimensions of one anywhere between, or all in one row."""
         info = self.reader.tensors.get(name)
-        shape = (size,) if info is None or prod(info.shape) != size else info.shape
-        return self.constant(name, *shape).reshape(-1)
+        found = None if info is None else _without_ones(info.shape)
+        fits = found in (_without_ones(shape), _without_ones((prod(shape),)))
+        return self.constant(name, *(info.shape if info is not None and fits else shape)).reshape(shape)
 
     def rows_constant(self, name: str, width: int) -> Constant:
         """The same as rows of that width, as many as there are."""
-        n_rows = self.count(name) // width
-        return self.flat_constant(name, n_rows * width).reshape(n_rows, width)
+        return self.loose_constant(name, self.count(name) // width, width)
 
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
@@ -768,6 +799,7 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
             raise self.error(type_problem(info, self.reader.tensors.values()))
+        self._uses[name] += 1
         return info
 
     def error(self, problem: str) -> FormatError:
@@ -806,7 +838,7 @@ class GraphBuilder:
         """
         weight = self.constant(f"{name}.weight", x.width // groups)
         b = self.optional_constant(f"{name}.bias", x.width // groups) if bias else None
-        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b))
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b, name))
 
     def rms_norm_with(self, x: Value, weight: Constant | None, eps: float, groups: int = 1) -> Value:
         """A norm whose weight has been looked up already, or that has none."""
@@ -816,7 +848,7 @@ class GraphBuilder:
     def layer_norm(self, x: Value, name: str, eps: float) -> Value:
         """Layer norm of the row, with a bias if the file has one."""
         weight, bias = self.constant(f"{name}.weight", x.width), self.optional_constant(f"{name}.bias", x.width)
-        return self.layer_norm_with(x, weight, bias, eps)
+        return self._append(LayerNorm(self._value(x.width), x, weight, bias, eps, name=name))
 
     def layer_norm_with(
         self, x: Value, weight: Constant | None, bias: Constant | None, eps: float, groups: int = 1
@@ -900,6 +932,7 @@ class GraphBuilder:
         slopes: Constant | None = None,
         entries: Value | None = None,
         every: int = 1,
+        biases: Constant | None = None,
     ) -> Value:
         """Causal attention of the next layer; `cache` says how its cache is laid out.
 
@@ -912,13 +945,14 @@ class GraphBuilder:
         else:
             assert not cache.values_in_keys and v.width == cache.n_kv_heads * cache.head_dim_v
         assert all(row is None or row.shape == (cache.n_heads,) for row in (sinks, slopes))
+        assert biases is None or (len(biases) == cache.n_heads and biases.shape[1] % 2 == 1)
         layer, entries_layer = self._cache(cache), None
         if entries is not None:
             assert v is None and entries.width == k.width and not cache.chunked and slopes is None
             entries_layer = self._cache(replace(cache, window=None, every=every))
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(
-            Attention(out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer)
+            Attention(out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases)
         )
 
     def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
@@ -927,6 +961,19 @@ class GraphBuilder:
         assert q.width == cache.n_heads * cache.head_dim_k
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(Attention(out, q, None, None, layer, scale, None))
+
+    def keep(self, k: Value, v: Value, cache: CacheLayer) -> int:
+        """Keys and values for the cache of a layer of another graph: its number."""
+        assert k.width == cache.n_kv_heads * cache.head_dim_k and v.width == cache.n_kv_heads * cache.head_dim_v
+        layer = self._cache(cache)
+        self._append(Keep(self._value(k.width), k, v, layer))
+        return layer
+
+    def beside(self) -> "GraphBuilder":
+        """A builder for another graph of the same file, with the same layers of the cache."""
+        other = GraphBuilder(self.reader)
+        other.cache_layers, other._weights = self.cache_layers, self._weights
+        return other
 
     def pool(self, x: Value, scores: Value, by_place: str, every: int, *, overlap: bool) -> Value:
         """The rows of every `every` positions as one, by scores; by_place: a tensor's name."""
@@ -941,7 +988,7 @@ class GraphBuilder:
 
         apart: how many tokens lie between those that taps are for.
         """
-        taps_only = self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T
+        taps_only = self.loose_constant(f"{name}.weight", x.width, taps).T
         weight = np.zeros(((taps - 1) * apart + 1, x.width), np.float32)
         weight[::apart] = taps_only
         bias = self.optional_constant(f"{name}.bias", x.width)
@@ -1124,7 +1171,8 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, embeds_tokens or logits.width, n_embd, context_length, size,
-            context, self._n_states, self.max_context, embeds_tokens is not None,
+            context, self._n_states, self.max_context, embeds_tokens is not None, uses=self._uses, encoder=self.encoder,
+            start=self.start,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:
@@ -1148,3 +1196,7 @@ def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without dimensions of one before all others, of which files have any number: a row is a vector too."""
     first = next((place for place, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return shape[first:]
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

@@ -4,7 +4,7 @@ order. LLaDA-MoE has experts, and norms of each head's query and key."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, experts, feed_forward, head, read_experts_scale
+from qrun.models.transformer import Shares, attention, experts, feed_forward, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -25,7 +25,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
 def build_experts(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits of LLaDA-MoE."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
-    shares = Shares(normalize=False, scale=read_experts_scale(metadata))
+    shares = Shares(normalize=False)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
-    "gemma-embedding", "llama-embed",
+    "gemma-embedding", "llama-embed", "t5encoder",
 )  # fmt: skip
 """Architectures without an output matrix, of whose rows embeddings are made. Tokens see those behind them, too, unless
 the file says that they do not."""
@@ -21,14 +22,26 @@ DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.
 NO_LANGUAGE_MODELS = {
-    "an encoder, which makes embeddings": ("t5encoder",),
+    "a model that chooses among options, and writes no text": ("clef",),
+    "a model that writes images as well as text": ("chameleon",),
+    "a model that changes its adapters from token to token": ("graniteswitch",),
     "a drafter, which goes beside a model": ("gemma4-assistant", "eagle3", "dflash"),
-    "an encoder and a decoder": ("t5",),
     "a model of audio": ("wavtokenizer-dec", "qwen3tts", "pockettts", "whisper", "outetts"),
     "a model of images or video": (
         "flux", "sd1", "sd3", "sdxl", "qwen_image", "wan", "ltxv", "lumina2", "hidream", "cosmos", "hyvid", "aura",
     ),
 }  # fmt: skip
+
+
+class PoolingType(IntEnum):
+    """What one vector is made of, of all rows of a text: the values of `pooling_type`."""
+
+    NONE = 0
+    MEAN = 1
+    CLS = 2
+    LAST = 3
+    RANK = 4
+    """Numbers that say how well two texts go together."""
 
 
 @dataclass(frozen=True)
@@ -46,33 +59,38 @@ class Support:
 
 def purpose(file: TensorFile[Described]) -> str | None:
     """What a model is for that does not just write: for `qrun info`."""
-    architecture = file.metadata.get("general.architecture")
+    architecture = text_of(file, "general.architecture")
     pooling = file.metadata.get(f"{architecture}.pooling_type")
-    if pooling == RANKS:
+    pooling = pooling if isinstance(pooling, int) else None
+    if pooling == PoolingType.RANK:
         return "reranking: it says how well texts answer a query"
-    pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
+    pooled = _POOLED.get(pooling)
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
+    if architecture == "t5":
+        return "answers: it reads a prompt as a whole, and writes another text"
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
 
 
 def predicts(file: TensorFile[Described]) -> bool:
     """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
-    architecture = file.metadata.get("general.architecture")
-    if architecture in EMBEDDERS or architecture in DIFFUSION:
+    architecture = text_of(file, "general.architecture")
+    if architecture in (*EMBEDDERS, *DIFFUSION, "t5"):
         return False
     return file.metadata.get(f"{architecture}.attention.causal") is not False
 
 
-_POOLED = {1: "the mean of a text's rows", 2: "the first row of a text", 3: "the last row of a text"}
-RANKS = 4
-"""The pooling of models that compare texts, as files number it."""
+_POOLED: dict[int | None, str] = {
+    PoolingType.MEAN: "the mean of a text's rows",
+    PoolingType.CLS: "the first row of a text",
+    PoolingType.LAST: "the last row of a text",
+}
 
 
 def other_kind(file: TensorFile[Described]) -> Support | None:
     """What a file is that is no model; None of a model, even one that cannot be run."""
     metadata = file.metadata
-    kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
+    kind, architecture = text_of(file, "general.type"), text_of(file, "general.architecture")
     if kind == "adapter":
         return Support("adapter", "this is an adapter, not a model: name it after --lora, beside its model")
     if kind == "imatrix":

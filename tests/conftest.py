@@ -23,9 +23,9 @@ def half_precision_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     later layers differ in the fourth digit, and now and then a token goes to another expert."""
     attention = reference.attention
 
-    def rounded(q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: Any, *rest: Any) -> np.ndarray:
+    def rounded(q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: Any, *rest: Any, **named: Any) -> np.ndarray:
         if not cache.precise:
             k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
-        return attention(q, k, v, cache, *rest)
+        return attention(q, k, v, cache, *rest, **named)
 
     monkeypatch.setattr(reference, "attention", rounded)

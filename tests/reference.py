@@ -30,6 +30,7 @@ from qrun.models.graph import (
     HeadLinear,
     Input,
     Join,
+    Keep,
     LayerNorm,
     Linear,
     LinearAttention,
@@ -51,20 +52,36 @@ from qrun.models.graph import (
 )
 
 Array = np.ndarray
+Kept = dict[int, tuple[Array, Array]]
 
 
-def forward(graph: Graph, tokens: Sequence[int]) -> Array:
-    """Logits after each of the tokens of one sequence: float32 [n_tokens, n_vocab]."""
-    return values_of(graph, tokens)[graph.logits.id]
+def forward(graph: Graph, tokens: Sequence[int], source: Sequence[int] | None = None) -> Array:
+    """Logits after each of the tokens of one sequence: float32 [n_tokens, n_vocab]. source: what it answers."""
+    assert (source is None) is (graph.encoder is None)
+    kept: Kept = {}
+    if graph.encoder is not None:
+        of_source = values_of(graph.encoder, source or ())
+        operations = [operation for operation in graph.encoder.operations if isinstance(operation, Keep)]
+        kept = {o.layer: (of_source[o.k.id], of_source[o.v.id]) for o in operations}
+    return values_of(graph, tokens, kept=kept)[graph.logits.id]
 
 
-def values_of(graph: Graph, tokens: Sequence[int], inputs: Array | None = None) -> dict[int, Array]:
-    """The results of all operations, by their ids. inputs: what comes from outside, [n_tokens, width]."""
+def values_of(
+    graph: Graph, tokens: Sequence[int], inputs: Array | None = None, kept: "Kept | None" = None
+) -> dict[int, Array]:
+    """The results of all operations, by their ids. inputs: what comes from outside, [n_tokens, width]. kept: keys and
+    values that lie in the cache already."""
     values: dict[int, Array] = {}
     for operation in graph.operations:
         if isinstance(operation, Input):
             assert inputs is not None
             values[operation.out.id] = inputs
+        elif isinstance(operation, Attention) and operation.layer in (kept or {}):
+            assert kept is not None and operation.k is None and operation.biases is None
+            cache = graph.cache_layers[operation.layer]
+            values[operation.out.id] = attention(
+                values[operation.q.id], *kept[operation.layer], cache, operation.scale, None
+            ).astype(np.float32)
         else:
             values[operation.out.id] = compute(operation, values, graph, np.asarray(tokens)).astype(np.float32)
         assert values[operation.out.id].shape == (len(tokens), operation.out.width)
@@ -136,11 +153,13 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
                 part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
             both = keys, part if v is None else values[v.id]
             if operation.entries is None:
-                return attention(values[q.id], *both, cache, scale, cap, sinks, slopes)
+                return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, biases=operation.biases)
             assert operation.entries_layer is not None and v is None
             every = graph.cache_layers[operation.entries_layer].every
             entries = values[operation.entries.id][every - 1 :: every]
             return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, entries, every)
+        case Keep(k=k):
+            return values[k.id]
         case Pool(x=x, scores=scores):
             return pool(values[x.id], values[scores.id], operation)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
@@ -289,18 +308,19 @@ def attention(
     slopes: Array | None = None,
     entries: Array | None = None,
     every: int = 1,
+    biases: Array | None = None,
 ) -> Array:
     """Every position looks at itself and those before it, as far as the window reaches; or in both directions. And at
     all entries, of which there is one for every so many positions, that are complete there."""
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
     q = q.reshape(n, cache.n_heads, cache.head_dim_k)
-    k = k.reshape(n, cache.n_kv_heads, cache.head_dim_k)
-    v = v.reshape(n, cache.n_kv_heads, cache.head_dim_v)
-    distance = np.arange(n)[:, None] - np.arange(n)
+    k = k.reshape(len(k), cache.n_kv_heads, cache.head_dim_k)
+    v = v.reshape(len(v), cache.n_kv_heads, cache.head_dim_v)
+    distance = np.arange(n)[:, None] - np.arange(len(k))
     visible = (distance >= 0) & (distance < (cache.window or n))
     if not cache.causal:
-        visible = np.abs(distance) <= (n if cache.window is None else cache.window // 2)
+        visible = np.abs(distance) <= (n + len(k) if cache.window is None else cache.window // 2)
     if cache.chunked and cache.window:
         chunk = np.arange(n) // cache.window
         visible = (distance >= 0) & (chunk[:, None] == chunk)
@@ -315,6 +335,9 @@ def attention(
             scores = softcap * np.tanh(scores / softcap)
         if slopes is not None:
             scores = scores - slopes[head] * np.abs(distance)
+        if biases is not None:
+            reach = biases.shape[1] // 2
+            scores = scores + biases[head, np.clip(-distance, -reach, reach) + reach]
         scores = np.where(visible, scores, -np.inf)
         if sinks is not None:
             scores = np.concatenate([scores, np.full((n, 1), sinks[head])], axis=1)
@@ -500,6 +523,7 @@ def sigmoid(x: Array) -> Array:
 
 ALONE = {
     "gelu": gelu,
+    "relu": lambda x: np.maximum(x, 0),
     "relu_squared": lambda x: np.maximum(x, 0) ** 2,
     "silu": lambda x: x * sigmoid(x),
     "sigmoid": sigmoid,

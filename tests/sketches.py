@@ -17,12 +17,14 @@ import numpy as np
 from qrun.formats import GGUFReader, TensorInfo, TensorType
 from qrun.models import build_graph
 from tests.reference import forward
-from tests.toys import OWN_FILES, more_files, tokens_and_logits
+from tests.toys import OWN_FILES, more_files, source_of, tokens_and_logits
 
 FILE = Path(__file__).parent / "data" / "sketches.json"
 EMBEDDERS = FILE.with_name("embedders.json")
 """Those of models that make embeddings (`tests.data.make_embedders`)."""
 TOKENS = [(37 * i + 5) % 113 for i in range(24)]
+SOURCE = TOKENS[::-1]
+"""What they answer, of models with an encoder."""
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
     "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
@@ -62,7 +64,8 @@ def model(sketch: dict[str, Any]) -> Any:
 
 def some_logits(reader: Any) -> list[float]:
     """A few numbers that every weight has a part in: of the last token, and the mean size of all."""
-    logits = forward(build_graph(reader, 64), TOKENS)
+    graph = build_graph(reader, 64)
+    logits = forward(graph, TOKENS, SOURCE if graph.encoder else None)
     return [round(float(value), 5) for value in (*logits[-1, :6], np.abs(logits).mean())]
 
 
@@ -81,7 +84,7 @@ def sketch_of(path: Path) -> dict[str, Any]:
         metadata = {
             key: value.tolist() if isinstance(value, np.ndarray) else round(value, 9) if type(value) is float else value
             for key, value in reader.metadata.items()
-            if key.startswith(read) and not any(part in key for part in UNREAD)
+            if key.startswith(read) and (architecture == "t5" or not any(part in key for part in UNREAD))
         }
         # A 0 is "not given", but an epsilon or a token may be 0; so is a bound that is infinite.
         metadata = {
@@ -97,7 +100,7 @@ def sketch_of(path: Path) -> dict[str, Any]:
         kept = model(sketch)
         kept.tensors = dict(reader.tensors)
         tokens, expected = tokens_and_logits(path)
-        error = forward(build_graph(kept, 64), tokens) - expected
+        error = forward(build_graph(kept, 64), tokens, source_of(path) or None) - expected
         assert np.mean(error**2) <= 1e-6 * np.mean(expected**2), path
     return sketch | {"logits": some_logits(model(sketch))}
 

@@ -42,6 +42,12 @@ def tokens_and_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return arrays["tokens"], arrays["logits"]
 
 
+def source_of(path: Path) -> tuple[int, ...]:
+    """What the text answers, of a model with an encoder."""
+    with np.load(path.with_suffix(".npz")) as arrays:
+        return tuple(arrays["source"].tolist()) if "source" in arrays else ()
+
+
 def error(result: np.ndarray, expected: np.ndarray) -> float:
     """The mean squared error as a part of the mean square."""
     return float(np.mean((result - expected) ** 2) / np.mean(expected**2))
@@ -56,7 +62,9 @@ def main() -> None:
         tokens, expected = tokens_and_logits(path)
         with GGUFReader(path) as reader:
             runtime = Runtime(build_graph(reader, 64), threads=1, context=64)
-            result = runtime.evaluate(runtime.sequence(), tokens, "all")
+            sequence = runtime.sequence()
+            sequence.answer(source_of(path))
+            result = runtime.evaluate(sequence, tokens, "all")
             runtime.close()
         assert result is not None
         print(f"{path.stem:28} {architecture(path):16} {error(result, expected):.1e}")

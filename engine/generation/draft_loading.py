@@ -67,6 +67,8 @@ def load_draft(
     draft_reader = GGUFReader(find(source))
     try:
         graph = build_graph(draft_reader, default_context=runtime.context)
+        if graph.encoder is not None:
+            raise FormatError(draft_reader.path, "a model with an encoder goes on from no text: it cannot be a draft")
         check_vocabulary(reader, draft_reader, runtime.n_vocab, graph.n_vocab)
         drafting = beside(runtime, graph, progress)
     except BaseException:

@@ -108,6 +108,7 @@ class Generation(Iterator[Piece]):
         rules: "Rules | None" = None,
         begun: str = "",
         adapters: "Chosen" = (),
+        source: tuple[int, ...] = (),
     ) -> None:
         self.session = session
         """Whose generation it is: a session lives as long as its generations."""
@@ -118,6 +119,7 @@ class Generation(Iterator[Piece]):
         """The seed that the tokens are chosen with: the one that was given, or a new one."""
         self._cache = cache
         self._adapters = adapters
+        self._source = source
         self._prompt = prompt
         self._max_tokens = sampler.options.max_tokens
         self._sampler = sampler
@@ -156,7 +158,7 @@ class Generation(Iterator[Piece]):
         """Whether the context has no room for the last token, so that `on_full` is to make some."""
         self._started = False
         """Whether the cache holds the prompt."""
-        self._n_prompt = len(prompt)
+        self._n_prompt = len(source) + len(prompt)
         self._n_cached = 0
         self._n_sampled = 0
         self._n_guessed = self._n_accepted = 0
@@ -263,7 +265,9 @@ class Generation(Iterator[Piece]):
     def prompt_progress(self) -> tuple[int, int]:
         """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates.
         A text that `on_full` shortened takes the prompt's place."""
-        return min(self._cache.n_computed, len(self._prompt)), len(self._prompt)
+        computed = self._cache.n_source_read + self._cache.n_computed
+        total = len(self._source) + len(self._prompt)
+        return min(computed, total), total
 
     @property
     def stats(self) -> GenerationStats:
@@ -404,11 +408,7 @@ class Generation(Iterator[Piece]):
             token, logprob = self._sampler.sample(logits, banned=self._banned())
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
-            allowed = guide.allowed()
-            banned = self._banned()
-            if banned and allowed is not None and not any_but(allowed, banned):
-                banned = frozenset()  # the grammar has come to its end
-            chosen, logprob = self._sampler.sample(logits, allowed, banned)
+            chosen, logprob = self._sample_allowed(logits, guide)
             token, *rest = guide.settled(chosen)
             if token != chosen:
                 logprob = self._sampler.logprob(logits, token)
@@ -425,6 +425,18 @@ class Generation(Iterator[Piece]):
             elif not self._forced:
                 self._forced.extend(guide.forced())
         return token
+
+    def _sample_allowed(self, logits: np.ndarray, guide: Guide) -> tuple[int, float | None]:
+        """The next token of those that the grammar allows, where it leaves a choice."""
+        banned = self._banned()
+        if self._sampler.greedy:  # to ask about the likeliest token takes far less than to ask for all that are allowed
+            token, logprob = self._sampler.sample(logits, banned=banned)
+            if guide.allows(token):
+                return token, logprob
+        allowed = guide.allowed()
+        if banned and allowed is not None and not any_but(allowed, banned):
+            banned = frozenset()  # the grammar has come to its end
+        return self._sampler.sample(logits, allowed, banned)
 
     def _banned(self) -> frozenset[int]:
         """Tokens that would end the text, where it may not end yet."""
@@ -490,10 +502,11 @@ class Generation(Iterator[Piece]):
         scheduler = self._scheduler if self._can_share else None
         start = time.perf_counter()
         alike = 0
-        self._cache.use(self._adapters)
+        self._cache.use(self._adapters, self._source)
         if scheduler is not None:
             known = scheduler.prefixes.fetch(self._cache, self._prompt, self._adapters)
             alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
+        self._n_cached += self._cache.n_source_read
         try:
             logits, n_cached = self._cache.advance_to(
                 self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids,

@@ -67,8 +67,14 @@ class Prefixes:
             return 0
         wanted = prompt[:-1]
         own = cache.sequence.returns_to(shared_beginning(cache, wanted))
+        if cache.source and not cache.n_source_read:
+            own = -1  # one that has read the source is worth more, even without a token behind it
         with self._lock:
-            known = [other for other in self._known if other is not cache and other.adapters == cache.adapters]
+            known = [
+                other for other in self._known
+                if other is not cache and other.adapters == cache.adapters and other.source == cache.source
+                and other.n_source_read == len(cache.source)
+            ]  # fmt: skip
         alike = [(shared_beginning(other, wanted), other) for other in known]
         longest = max((length for length, _ in alike), default=0)
         usable = [(other.sequence.returns_to(length), other) for length, other in alike if length > own]
@@ -78,8 +84,8 @@ class Prefixes:
             if other.tap is not None or other.lock.abandoned or not other.lock.acquire(blocking=False):
                 continue
             try:
-                if other.sequence.returns_to(shared_beginning(other, wanted)) != length:  # it went on meanwhile
-                    continue
+                if other.sequence.returns_to(shared_beginning(other, wanted)) != length or other.source != cache.source:
+                    continue  # it went on meanwhile
                 with self._lock:
                     superseded = other in self._kept and length == len(other.tokens) and not other.lasting
                     if superseded:
@@ -151,7 +157,7 @@ class Prefixes:
 
     def may_fetch(self, cache: TokenCache, prompt: list[int]) -> bool:
         """Might the disk have something of a prompt's beginning that is worth a look?"""
-        return self.disk is not None and cache.tap is None and len(prompt) > self.disk.worth
+        return self.disk is not None and cache.tap is None and not cache.source and len(prompt) > self.disk.worth
 
     def fetch(self, cache: TokenCache, prompt: list[int], adapters: "Chosen") -> int:
         """Have in memory what the disk has of a prompt's beginning, if that is much more than what is there. Returns
@@ -178,7 +184,7 @@ class Prefixes:
     def write(self, cache: TokenCache) -> None:
         """Have a cache on disk, if it is worth it."""
         disk = self.disk
-        if disk is None or cache.tap is not None or cache.lock.abandoned:
+        if disk is None or cache.tap is not None or cache.source or cache.lock.abandoned:
             return
         with cache.lock:
             tokens, adapters = list(cache.tokens), cache.adapters

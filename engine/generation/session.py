@@ -142,7 +142,8 @@ class Session:
         lora: LoraChoice | None = None,
         **options: Unpack[SamplingArguments],
     ) -> Generation:
-        """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated.
+        """Go on from a prompt: the whole text so far, of which only what the session does not hold is evaluated. A
+        model with an encoder answers the prompt, in a text of its own: that is what the session holds.
 
         `on_full` is called when the context is full before the text has ended, with all tokens of the text: prompt and
         answer, one more than the context holds. It returns those to go on from, fewer, or None to end there. What is
@@ -170,6 +171,9 @@ class Session:
         chosen = self._host.defaults.replace(**options)
         adapters = self._host.adapters.chosen(lora)
         prompt = check_tokens(prompt_tokens, n_vocab, self.context)
+        source: tuple[int, ...] = ()
+        if (start := self._host.runtime.start) is not None:
+            prompt, source = [start], tuple(prompt)
         breakers: dry.Breakers = {}
         if tokenizer is not None:
             # The head of a model may have rows of padding, for which there are no tokens.
@@ -189,13 +193,13 @@ class Session:
             generation = self._diffuse(prompt, sampler, response, rules, begun, adapters)
             self._take_over(generation)
             return generation
-        guessers: list[Guesser] = [Lookup(prompt)] if chosen.lookup else []
+        guessers: list[Guesser] = [Lookup([*source, *prompt])] if chosen.lookup else []
         if self._draft is not None and chosen.draft:
             guessers.append(DraftGuesser(self._draft, prompt))
         shorten_if_asked = shorten if on_full else None
         generation = Generation(
             self, self._cache, prompt, sampler, tokenizer, shorten_if_asked, guessers, response,
-            self._host.scheduler, rules, begun, adapters,
+            self._host.scheduler, rules, begun, adapters, source,
         )  # fmt: skip
         self._take_over(generation)
         return generation

@@ -118,11 +118,25 @@ class TokenCache:
         """What changes the model for this text: see `KVSequence.adapters`."""
         return self.sequence.adapters
 
-    def use(self, adapters: "Chosen") -> None:
-        """Change the model by these from now on; what was computed with others is forgotten."""
+    @property
+    def source(self) -> tuple[int, ...]:
+        """What the text answers: see `KVSequence.source`."""
+        return self.sequence.source
+
+    @property
+    def n_source_read(self) -> int:
+        """How many tokens of the source need not be read any more."""
+        return len(self.source) if self.sequence.source_read else 0
+
+    def use(self, adapters: "Chosen", source: tuple[int, ...] = ()) -> None:
+        """Change the model by these, and answer this, from now on; what was computed otherwise is forgotten."""
         if adapters != self.sequence.adapters:
             self.forget()
+            self.sequence.answer(())
             self.sequence.adapters = adapters
+        if source != self.source:
+            self.forget()
+            self.sequence.answer(source)
 
     def close(self) -> None:
         """Give the memory back."""

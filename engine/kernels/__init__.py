@@ -35,6 +35,7 @@ ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
     "swiglu_oai", "xielu", "silu_alone", "sigmoid", "softplus", "rms_norm", "layer_norm", "select_rows", "join", "mix",
     "match_magnitude", "gaussian_top_k", "situ", "mix_by_score", "balance", "dot", "signed_root", "exp",
+    "relu_alone",
 )  # fmt: skip
 
 GATES = ("sigmoid", "softplus", "silu", "identity")

@@ -317,7 +317,7 @@ def attention(variant: str) -> Kernel:
 
     A head may have a sink, a score that takes its part of the weights and gives nothing (Xiao et al., "Efficient
     Streaming Language Models with Attention Sinks", 2023: here learned, as in gpt-oss), and a slope, by which scores
-    fall with the distance (Press et al., "Train Short, Test Long", 2021: ALiBi).
+    fall with the distance (Press et al., "Train Short, Test Long", 2021: ALiBi), or a bias for each distance.
 
     Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
     and value head, so that those are read less often.
@@ -368,6 +368,9 @@ def attention(variant: str) -> Kernel:
             window = v.load_i64(op + R.ATT_WINDOW)
             sinks = v.load_i64(op + R.ATT_SINKS)
             slopes = v.load_i64(op + R.ATT_SLOPES)
+            biases = v.load_i64(op + R.ATT_BIASES)
+            reach = v.load_i64(op + R.ATT_REACH)
+            placed = slopes != 0 or biases != 0
             kv_head = head * v.load_i64(op + R.ATT_KV_HEADS) // v.load_i64(op + R.ATT_HEADS)
             query_stride = 4 * dim_k if of_heads else v.load_i64(op + R.ATT_Q_STRIDE)
             out_stride = 4 * dim_v if of_heads else v.load_i64(op + R.ATT_OUT_STRIDE)
@@ -421,18 +424,25 @@ def attention(variant: str) -> Kernel:
                         after = v.splat_int(highest + 1)
                         before = v.splat_int(max(own - seen, -1))
                         some_hidden = highest < POSITIONS - 1 or own >= seen
-                        slope = v.float32(0.0)
+                        this_head = head + (row if of_heads else 0)
+                        slope, bias = v.float32(0.0), 0
                         if slopes != 0:
-                            slope = v.load_f32(slopes + 4 * (head + (row if of_heads else 0)))
+                            slope = v.load_f32(slopes + 4 * this_head)
+                        if biases != 0:  # of the page's first position; the others lie behind it
+                            distance = min(max(page_position - position, -reach - POSITIONS), reach)
+                            bias = biases + 4 * (this_head * 2 * (reach + POSITIONS) + distance + reach + POSITIONS)
                         largest = v.splat(v.float32(-1e30))
                         for i in range(0, POSITIONS, lanes):
                             value = v.load(place + 4 * i) * scale
                             if cap > v.float32(0.0):
                                 value = v.splat(cap) * v.tanh(value / v.splat(cap))
-                            if slopes != 0:
-                                distance = v.splat(v.as_float(own)) - v.load(numbers + 4 * i)
-                                distance = v.maximum(distance, v.splat(v.float32(0.0)) - distance)
-                                value = v.fma(v.splat(-slope), distance, value)
+                            if placed:
+                                if biases != 0:
+                                    value = value + v.load(bias + 4 * i)
+                                else:
+                                    away = v.splat(v.as_float(own)) - v.load(numbers + 4 * i)
+                                    away = v.maximum(away, v.splat(v.float32(0.0)) - away)
+                                    value = v.fma(v.splat(-slope), away, value)
                             if some_hidden:
                                 number = v.lane_numbers() + v.splat_int(i)
                                 value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
@@ -499,7 +509,7 @@ def attention(variant: str) -> Kernel:
             first_row = v.load_i64(tile + R.TILE_FIRST_ROW)
             count = v.load_i64(tile + R.TILE_ROWS)
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
-            end = v.load_i64(tile + R.TILE_END)
+            end = v.load_i64(tile + v.load_i64(op + R.ATT_OF_TILE))
             if count > 1:
                 several(op, step, first_row, count, position, end, head)
             elif head % together == 0:

@@ -23,8 +23,9 @@ ROW_RANGES = 88
 STEP_BYTES = 120
 
 # Attention tiles: rows of one sequence at consecutive positions. END: how many positions the sequence has then.
-TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION, TILE_END = 0, 8, 16, 24
-TILE_BYTES = 32
+# SOURCE: how many the source has that it answers.
+TILE_FIRST_ROW, TILE_ROWS, TILE_FIRST_POSITION, TILE_END, TILE_SOURCE = range(0, 40, 8)
+TILE_BYTES = 40
 
 # Segments: all rows of one sequence. LOGGED: how many positions of its chunk the block IN has; the step ends in the
 # block OUT, which may be the same. See program.state_blocks.
@@ -78,10 +79,12 @@ MAX_STREAMS = 512
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP, KV_EVERY) = _fields(13)  # fmt: skip
 
+# OF_TILE: where a tile says how many positions there are. BIASES: float32 for each head, 2 REACH + 2 PAGE_POSITIONS, of
+# distances from -REACH - PAGE_POSITIONS on.
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
  ATT_SLOPES, ATT_CHUNKED, ATT_AHEAD, ATT_ENTRIES_EVERY, ATT_ENTRIES_GROUP,
- ATT_ENTRIES_OFFSET) = _fields(23)  # fmt: skip
+ ATT_ENTRIES_OFFSET, ATT_OF_TILE, ATT_BIASES, ATT_REACH) = _fields(26)  # fmt: skip
 
 # A pool: PLACES is float32, `every` rows of ROW_BYTES; X_OFFSET and SCORES_OFFSET say where in a page its rows lie, of
 # ROW_BYTES each.

@@ -172,6 +172,16 @@ def relu(packing: str) -> Kernel:
     return _row_kernel(_elementwise(function), packing)
 
 
+def relu_alone(packing: str) -> Kernel:
+    """max(x, 0)."""
+
+    @v.helper
+    def function(x, z, factor):  # type: ignore[no-untyped-def]
+        return v.maximum(x, v.splat(0.0))
+
+    return _row_kernel(_elementwise(function), packing)
+
+
 def xielu(packing: str) -> Kernel:
     """p x^2 + b x above 0, n (exp(min(x, e)) - 1 - x) + b x below (arXiv:2411.13010). ROW_WEIGHT has n, p, b and e."""
     lanes = v.target().lanes

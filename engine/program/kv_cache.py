@@ -2,7 +2,8 @@
 
 Layers with the same attention window form a group; a page of a group holds the keys and values of all its layers for
 64 positions (laid out in `kernels.attention`), or 64 entries of layers of which one stands for several positions.
-Groups with a sliding window give pages back as the window passes.
+Groups with a sliding window give pages back as the window passes. Of models with an encoder there are groups whose
+positions are those of the source that a sequence answers.
 Beside the pages lie the blocks of what is no cache: see `state_blocks`.
 """
 
@@ -21,7 +22,7 @@ from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, S
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
 from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, StateBlocks, state_sizes
-from qrun.models.graph import CacheLayer, Graph
+from qrun.models.graph import CacheLayer, Graph, Side
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,13 +59,17 @@ class CacheLayout:
             raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
         self.groups: list[tuple[int | None, int]] = []  # window, positions of an entry
+        self.sides: list[Side] = []  # whose keys and values each group has
         self.page_bytes: list[int] = []
         self.places: list[LayerPlace] = []
         for layer in layers:
-            if (layer.window, layer.every) not in self.groups:
-                self.groups.append((layer.window, layer.every))
+            described = (layer.window, layer.every), layer.side
+            known = list(zip(self.groups, self.sides, strict=True))
+            if described not in known:
+                self.groups.append(described[0])
+                self.sides.append(layer.side)
                 self.page_bytes.append(0)
-            group = self.groups.index((layer.window, layer.every))
+            group = known.index(described) if described in known else len(known)
             kind = "f32" if layer.exact or (layer.precise and cache_type == "f16") else cache_type
             k = head_bytes(layer.head_dim_k, kind)
             v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
@@ -82,6 +87,10 @@ class CacheLayout:
         """Are there layers whose pages are given back when a window has passed?"""
         return any(window is not None for window, _ in self.groups)
 
+    def groups_of(self, *sides: Side) -> list[int]:
+        """The groups of the text, or of a source that it answers."""
+        return [group for group, side in enumerate(self.sides) if side in sides]
+
     def needed(self, group: int, n: int) -> range:
         """The pages of a group without which n positions cannot be gone on from."""
         window, size = self.groups[group][0], self.positions_of_page(group)
@@ -92,12 +101,15 @@ class CacheLayout:
         """Of how many positions a page has the entries."""
         return PAGE_POSITIONS * self.groups[group][1]
 
-    def bytes_at(self, context: int) -> int:
-        """Bytes that one sequence of `context` tokens takes."""
+    def bytes_at(self, context: int, source: int | None = None) -> int:
+        """Bytes that one sequence of `context` tokens takes. source: tokens of a source, if there is one: by default as
+        many."""
+        source = context if source is None else source
         total = 0
-        for (window, every), size in zip(self.groups, self.page_bytes, strict=True):
+        for (window, every), side, size in zip(self.groups, self.sides, self.page_bytes, strict=True):
+            n = context if side == "text" else source
             # A window may begin and end inside a page, and a batch of new tokens comes on top.
-            seen = context if window is None else min(context, window + 2 * PAGE_POSITIONS)
+            seen = n if window is None else min(n, window + 2 * PAGE_POSITIONS)
             total += -(-seen // (every * PAGE_POSITIONS)) * size
         return total
 
@@ -145,7 +157,12 @@ class KVSequence:
         self.n_past = 0
         self.adapters: tuple[tuple[int, float], ...] = ()
         """What changes the model for this sequence: numbers of adapters, rising, and their scales."""
+        self.source: tuple[int, ...] = ()
+        """The tokens that it answers, of models with an encoder: see `answer`."""
+        self.source_read = False
+        """Do keys and values of the source lie in the cache?"""
         self.states = states or StateBlocks(PagePool(0))
+        self._of_text, self._of_source = layout.groups_of("text"), layout.groups_of("source", "encoder")
         self._pages: list[dict[int, Page]] = [{} for _ in pools]
         # Page addresses as kernels read them: one table a group.
         self.tables = np.zeros((len(pools), max(n_pages, 1)), np.int64)
@@ -161,25 +178,53 @@ class KVSequence:
             raise ValueError("this sequence is closed")
         if not count:
             return
-        for group, (pool, pages) in enumerate(zip(self.pools, self._pages, strict=True)):
+        for group in self._of_text:
             size = self.layout.positions_of_page(group)
-            for index in range(self.n_past // size, (self.n_past + count - 1) // size + 1):
-                page = pages.get(index)
-                if page is not None and page.references == 1:
-                    continue
-                fresh = pool.take()
-                if page is not None:
-                    fresh.memory[:] = page.memory
-                    pool.give_back(page)
-                self._put(group, index, fresh)
+            self._own(group, range(self.n_past // size, (self.n_past + count - 1) // size + 1))
         self.states.reserve(self.n_past, count)
+
+    def _own(self, group: int, numbers: range) -> None:
+        """Have pages of its own under these numbers."""
+        pool, pages = self.pools[group], self._pages[group]
+        for index in numbers:
+            page = pages.get(index)
+            if page is not None and page.references == 1:
+                continue
+            fresh = pool.take()
+            if page is not None:
+                fresh.memory[:] = page.memory
+                pool.give_back(page)
+            self._put(group, index, fresh)
+
+    @_locked
+    def answer(self, source: tuple[int, ...]) -> None:
+        """Answer this source from now on. What was computed of another one is forgotten."""
+        if source != self.source:
+            self._clear()
+            self.n_past, self.source = 0, source
+
+    @_locked
+    def reserve_source(self) -> None:
+        """Make room for the source."""
+        if self._closed:
+            raise ValueError("this sequence is closed")
+        for group in self._of_source:
+            self._own(group, range(-(-len(self.source) // PAGE_POSITIONS)))
+
+    @_locked
+    def keep_source(self) -> None:
+        """The source has been read: what only its encoder needs goes."""
+        for group in self.layout.groups_of("encoder"):
+            for index in list(self._pages[group]):
+                self._drop(group, index)
+        self.source_read = True
 
     @_locked
     def advance(self, count: int) -> None:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
         self.states.advance()
-        for group in range(len(self.pools)):
+        for group in self._of_text:
             if lowest := self.layout.needed(group, self.n_past).start:
                 for index in [i for i in self._pages[group] if i < lowest]:
                     self._drop(group, index)
@@ -219,7 +264,7 @@ class KVSequence:
         if n >= self.n_past:
             return self.n_past
         n = self.states.reachable(max(n, 0))
-        whole = all(index in pages for group, pages in enumerate(self._pages) for index in self.layout.needed(group, n))
+        whole = all(index in self._pages[group] for group in self._of_text for index in self.layout.needed(group, n))
         return n if whole else 0
 
     @_locked
@@ -229,7 +274,7 @@ class KVSequence:
         if n >= self.n_past:
             return self.n_past
         n = self.returns_to(n)
-        for group in range(len(self.pools)):
+        for group in self._of_text:
             for index in [i for i in self._pages[group] if i * self.layout.positions_of_page(group) >= n]:
                 self._drop(group, index)
         self.states.truncate(n)
@@ -241,6 +286,7 @@ class KVSequence:
         """A second sequence with the same past. Pages are shared until one of the two writes."""
         twin = KVSequence(self.layout, self.pools, self.context, self._lock, self.states.fork())
         twin.n_past, twin.adapters = self.n_past, self.adapters
+        twin.source, twin.source_read = self.source, self.source_read
         twin.tables[:] = self.tables
         for mine, its in zip(self._pages, twin._pages, strict=True):
             its.update(mine)
@@ -259,6 +305,8 @@ class KVSequence:
             arrays[f"data{group}"] = [pages[i].memory for i in numbers]
         if self.states.exist:
             arrays.update(self.states.arrays())
+        if self.source:
+            arrays["source"] = np.array(self.source if self.source_read else (), np.int64)
         return arrays
 
     def state(self) -> dict[str, NDArray[np.generic]]:
@@ -280,9 +328,13 @@ class KVSequence:
         n_past = int(state["n_past"])
         if not 0 <= n_past <= self.context:
             raise ValueError(f"the saved state has {n_past} tokens, the context {self.context}")
+        source = np.asarray(state.get("source", np.empty(0, np.int64)))
+        if source.ndim != 1 or source.dtype != np.int64 or len(source) > self.context:
+            raise ValueError("the saved state has a source that is none")
         for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
-            needed = set(self.layout.needed(group, n_past))
+            n_held = {"text": n_past, "source": len(source), "encoder": 0}[self.layout.sides[group]]
+            needed = set(self.layout.needed(group, n_held))
             shaped = data.dtype == np.uint8 and data.shape == (len(numbers), pool.page_bytes)
             if not shaped or not needed <= {int(index) for index in numbers}:
                 raise ValueError("the saved state is of another model or cache type")
@@ -302,6 +354,7 @@ class KVSequence:
             with self._lock:
                 self.states.restore(state)
         self.n_past = n_past
+        self.source, self.source_read = tuple(source.tolist()), len(source) > 0
 
     @_locked
     def close(self) -> None:
@@ -314,6 +367,7 @@ class KVSequence:
         for group in range(len(self.pools)):
             for index in list(self._pages[group]):
                 self._drop(group, index)
+        self.source_read = False
         self.states.clear()
 
     def _put(self, group: int, index: int, page: Page) -> None:

@@ -193,18 +193,7 @@ class Lowering(RecordWriter):
         if o.k is not None and o.v is None:  # keys are kept as if they were values, and nothing else
             self._append_rows(self.places[o.k.id], layer, place, place.k_offset, cache, layer.n_kv_heads)
         elif o.k is not None and o.v is not None:
-            k, v = self.places[o.k.id], self.places[o.v.id]
-            self.emit(
-                f"append-{place.kind}",
-                {
-                    R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
-                    R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
-                    R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
-                    R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
-                    R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
-                },
-                [k, v], [cache], True,
-            )  # fmt: skip
+            self._append(self.places[o.k.id], self.places[o.v.id], layer, place, cache)
         entries: dict[int, object] = {}
         caches = [cache]
         if o.entries is not None:
@@ -229,8 +218,28 @@ class Lowering(RecordWriter):
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
                 R.ATT_WINDOW: layer.behind or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
                 R.ATT_CHUNKED: int(layer.chunked), R.ATT_AHEAD: layer.ahead, **entries,
+                R.ATT_OF_TILE: R.TILE_SOURCE if layer.side == "source" else R.TILE_END, **of_distances(o.biases),
             },
             [q, *caches], [out], False,
+        )  # fmt: skip
+
+    def _lower_keep(self, o: G.Keep) -> None:
+        layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]
+        self._append(self.places[o.k.id], self.places[o.v.id], layer, place, f"cache of layer {o.layer}")
+        self.places[o.out.id] = self.places[o.k.id]
+
+    def _append(self, k: Place, v: Place, layer: G.CacheLayer, place: LayerPlace, cache: str) -> None:
+        """Keys and values to their cache."""
+        self.emit(
+            f"append-{place.kind}",
+            {
+                R.KV_K: k, R.KV_K_STRIDE: k.stride, R.KV_V: v, R.KV_V_STRIDE: v.stride,
+                R.KV_HEADS: layer.n_kv_heads, R.KV_DIM_K: layer.head_dim_k, R.KV_DIM_V: layer.head_dim_v,
+                R.KV_K_OFFSET: place.k_offset, R.KV_V_OFFSET: place.v_offset,
+                R.KV_K_HEAD_BYTES: place.k_head_bytes, R.KV_V_HEAD_BYTES: place.v_head_bytes,
+                R.KV_GROUP: place.group, R.KV_EVERY: layer.every,
+            },
+            [k, v], [cache], True,
         )  # fmt: skip
 
     def _append_rows(
@@ -412,6 +421,14 @@ class Lowering(RecordWriter):
 def floats(values: G.Constant | None) -> Any:
     """For a record's field: the values, or 0 for none."""
     return 0 if values is None else np.ascontiguousarray(values, np.float32)
+
+
+def of_distances(biases: G.Constant | None) -> dict[int, object]:
+    """The record's fields for biases by distance: the outermost on either side for a page more."""
+    if biases is None:
+        return {R.ATT_BIASES: 0, R.ATT_REACH: 0}
+    reach, page = biases.shape[1] // 2, R.PAGE_POSITIONS
+    return {R.ATT_BIASES: floats(np.pad(biases, ((0, 0), (page, page - 1)), "edge")), R.ATT_REACH: reach}
 
 
 def attention_key(graph: G.Graph, operation: G.Attention, kind: str, threads: int) -> str:

@@ -60,7 +60,8 @@ class Runtime:
     context: positions that one sequence can have. batch: rows of one step at most (up to 512); of a model whose tokens
     all see each other it is the context, as a text is one step there.
     causal: does a token see those before it only? width: of what is computed: the vocabulary, or of a model that makes
-    embeddings a row's width.
+    embeddings a row's width. start: the token with which answers begin, of models that answer a source, which a
+    sequence has to be told first (`KVSequence.answer`); None of others.
     progress(done, total): called while kernels are compiled, if any have to be.
     observe: collect in `observations` what matmuls take (see program.observing); of the tensors for which `keep` is
     true the rows themselves, if it is given.
@@ -80,10 +81,11 @@ class Runtime:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        self.target = target = target or default_target()
+        self.target = target = target or default_target(reads_only=graph.embeds)
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.simd = target.form
         self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal
+        self.start = None if graph.encoder is None else graph.start
         # A text whose tokens all see each other is computed in one step.
         self.batch = min(batch, context) if graph.causal else context
         self._layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
@@ -101,18 +103,28 @@ class Runtime:
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         self._switched = SwitchedAdapters(adapters, self.batch) if adapters else None
+        encoding = None
+        if graph.encoder is not None:
+            if observe or adapters:
+                raise ValueError("this is not possible for models with an encoder and a decoder")
+            # A source, whose tokens all see each other, is read in one step.
+            encoding = Lowering(
+                graph.encoder, self._layout, target, batch=context, head_rows=context, context=context, threads=threads
+            )
         adapted = (
             AdaptedLowering(
                 to_lower, self._layout, target, adapters=self._switched, rope_tables=lowering.rope_tables, **settings
             )
             if self._switched else None
         )  # fmt: skip
-        keys = [*TEAM_KERNELS, *lowering.kernel_keys, *(adapted.kernel_keys if adapted else ())]
+        more = [other for other in (adapted, encoding) if other is not None]
+        keys = [*TEAM_KERNELS, *lowering.kernel_keys, *(key for other in more for key in other.kernel_keys)]
         kernels = load_kernels(list(dict.fromkeys(keys)), target, progress)
-        self._step = _Step(self.batch, len(self._pools))
+        self._step = _Step(max(self.batch, context) if encoding else self.batch, len(self._pools))
         # The larger one first: the other lies in its memory.
         self._adapted = Program(adapted, kernels, self._step.address) if adapted else None
-        self._program = Program(lowering, kernels, self._step.address, self._adapted)
+        self._encoder = Program(encoding, kernels, self._step.address) if encoding else None
+        self._program = Program(lowering, kernels, self._step.address, self._adapted or self._encoder)
         # Two teams would be in each other's way: threads of the one spin for a while when the other's turn comes.
         self._team: Team | None = beside._team if beside else Team(kernels, threads)
         self._owns_team = beside is None
@@ -248,9 +260,9 @@ class Runtime:
         finally:
             sequence.close()
 
-    def bytes_of(self, n: int) -> int:
-        """What a sequence of n positions holds of the cache."""
-        return self._layout.bytes_at(n) + 2 * self._layout.block_bytes
+    def bytes_of(self, n: int, source: int | None = None) -> int:
+        """What a sequence of n positions holds of the cache. source: see `CacheLayout.bytes_at`."""
+        return self._layout.bytes_at(n, source) + 2 * self._layout.block_bytes
 
     @property
     def goes_anywhere(self) -> bool:
@@ -301,14 +313,16 @@ class Runtime:
         """Bytes in use: the weights (mapped from the file), the arena, and the pages of the cache."""
         seen = {
             id(value): value.nbytes
-            for r in self._program.records
+            for program in (self._program, self._encoder)
+            for r in (program.records if program else ())
             for value in r.fields.values()
             if isinstance(value, np.ndarray)
         }
         if self._switched is not None:
             seen |= {id(array): array.nbytes for array in self._switched.arrays}
         cache = sum(pool.allocated * pool.page_bytes for pool in (*self._pools, self._blocks))
-        arena = (self._adapted or self._program).arena.size  # the other one lies in its memory
+        larger = self._adapted or self._encoder  # the other one lies in its memory
+        arena = max(program.arena.size for program in (self._program, larger) if program)
         return {"weights": sum(seen.values()), "arena": arena, "cache": cache}
 
     def close(self) -> None:
@@ -322,12 +336,14 @@ class Runtime:
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
             self._team = None
-            self._adapted = self._switched = None
+            self._adapted = self._switched = self._encoder = None
             del self._program, self._step, self.graph
 
     def _check_whole(self, sequence: KVSequence) -> None:
         if sequence.n_past and not self.causal:
             raise ValueError("nothing can be appended to a text whose tokens all see each other")
+        if self._encoder is not None and not sequence.source:
+            raise ValueError("the model answers a text that it has read (it has an encoder): that is missing here")
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64).reshape(-1)
@@ -344,6 +360,9 @@ class Runtime:
         Leaves hidden states, if the graph has any, in `_hidden`."""
         if self._team is None:
             raise ValueError("this model is closed")
+        for sequence, _ in parts:
+            if sequence.source and not sequence.source_read:
+                self._read_source(sequence, cancelled)
         step, program = self._step, self._program
         rows = step.fill(parts)
         if self._adapted is not None and any(sequence.adapters for sequence, _ in parts):
@@ -376,6 +395,18 @@ class Runtime:
             if not program.hidden_of_all_rows:
                 hidden[start : start + len(chosen)] = program.hidden[: len(chosen)]
         return out
+
+    def _read_source(self, sequence: KVSequence, cancelled: Callable[[], bool] | None) -> None:
+        """Leave keys and values of what a sequence answers in the cache."""
+        assert self._encoder is not None and sequence.n_past == 0
+        ids = self._checked(sequence.source)
+        sequence.reserve_source()
+        rows = self._step.fill([(sequence, ids)])
+        try:
+            self._run_pieces(self._encoder, self._encoder.whole, rows, cancelled, sequence)
+        finally:
+            self._under_way = None
+        sequence.keep_source()
 
     def _run_pieces(
         self, program: Program, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
@@ -435,7 +466,8 @@ class _Step:
             addresses = sequence.tables.ctypes.data + np.arange(len(tables)) * sequence.tables.strides[0]
             tables[:, row : row + count] = addresses[:, None]
             for first in range(0, count, R.TILE_SIZE):
-                self.tiles[n_tiles] = (row + first, min(R.TILE_SIZE, count - first), past + first, past + count)
+                rows = min(R.TILE_SIZE, count - first)
+                self.tiles[n_tiles] = (row + first, rows, past + first, past + count, len(sequence.source))
                 n_tiles += 1
             row += count
         self.record[R.N_TILES // 8] = n_tiles

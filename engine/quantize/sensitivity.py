@@ -58,6 +58,11 @@ LOW_CANDIDATES = (
 LOW_BITS = 4.0  # below so many bits a weight on average
 
 
+def candidates_for(bits_per_weight: float) -> list[TensorType]:
+    """The types that a mix of a size is made of; those of few bits, which take longer to run, where they are needed."""
+    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+
+
 class Predictions:
     """What a runtime predicts for some samples: kept once, and compared with what it predicts later."""
 

@@ -56,6 +56,9 @@ PLAIN = """\
 {% if add_generation_prompt %}Assistant:{% endif %}
 """
 
+BARE = """{{ messages | map(attribute="content") | join("\n") }}"""
+"""Of models with an encoder: they know tasks, and no roles."""
+
 
 # Tokens around what a model thinks. They begin and end no message, and system prompts speak of them as tokens.
 _ABOUT_THOUGHTS = re.compile("think|reason", re.IGNORECASE)
@@ -107,7 +110,8 @@ class ChatTemplate:
         if source := source or tool_source:
             return cls(source, tokenizer, tool_source=tool_source, special_spellings=special_spellings)
         styles = {"<|im_start|>": CHATML, "<start_of_turn>": GEMMA}
-        fallback = next((style for mark, style in styles.items() if tokenizer.has_piece(mark)), PLAIN)
+        plain = BARE if reader.metadata.get("general.architecture") == "t5" else PLAIN
+        fallback = next((style for mark, style in styles.items() if tokenizer.has_piece(mark)), plain)
         return cls(fallback, tokenizer, is_fallback=True, special_spellings=special_spellings)
 
     def render(

@@ -16,6 +16,8 @@ from qrun.models.huggingface.families import (
     mixtures,
     qwen,
     recurrent,
+    rwkv,
+    t5,
     various,
 )
 from qrun.models.huggingface.layout import Architecture
@@ -23,6 +25,6 @@ from qrun.models.huggingface.layout import Architecture
 ARCHITECTURES: dict[str, Architecture] = {
     **llama.CLASSES, **qwen.CLASSES, **gemma.CLASSES, **granite.CLASSES, **glm.CLASSES, **deepseek.CLASSES,
     **recurrent.CLASSES, **mixtures.CLASSES, **classic.CLASSES, **various.CLASSES,
-    **encoders.CLASSES,
+    **encoders.CLASSES, **rwkv.CLASSES, **t5.CLASSES,
 }  # fmt: skip
 """By the class's name."""

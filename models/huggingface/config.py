@@ -16,9 +16,9 @@ DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 SYNONYMS = {
     "hidden_size": ("n_embd", "d_model", "dim", "n_embed"),
     "num_hidden_layers": ("n_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
-    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim"),
+    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim", "d_ff"),
     "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
                                 "max_seq_len"),
     "vocab_size": ("padded_vocab_size",),
@@ -29,7 +29,7 @@ SYNONYMS = {
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts"),
     "partial_rotary_factor": ("rotary_pct", "rope_pct", "rope_percent"),
     "hidden_act": ("activation_function", "mlp_hidden_act", "activation"),
-    "head_dim": ("attention_head_dim",),
+    "head_dim": ("attention_head_dim", "d_kv"),
 }
 
 
@@ -111,12 +111,28 @@ class Config:
         values = values if isinstance(values, list) and values else [values]
         return [Config(self.path, {key: value}, prefix=self._prefix).integer(key, None, low, high) for value in values]
 
+    def layer_kinds(self, n_layers: int) -> list[Any] | None:
+        """What `layer_types` says of each layer; None where it is no list of as many."""
+        kinds = self.get("layer_types")
+        return kinds if isinstance(kinds, list) and len(kinds) == n_layers else None
+
+    def required_layer_kinds(self, n_layers: int) -> list[Any]:
+        """The same, which the file has to say."""
+        kinds = self.layer_kinds(n_layers)
+        if kinds is None:
+            raise self.error("layer_types", f"is not a list of {n_layers} kinds")
+        return kinds
+
     def section(self, key: str) -> Config:
         """The values of an object within this one; it is empty where there is none."""
         values = self.get(key, {})
         if not isinstance(values, dict):
             raise self.error(key, "is not an object")
         return Config(self.path, values, prefix=f"{self._prefix}{key}.")
+
+    def rope(self) -> Config:
+        """What is said of rope, by the newer of its names or the older."""
+        return self.section("rope_parameters" if self.get("rope_parameters") else "rope_scaling")
 
     def over(self, other: Config) -> Config:
         """These values, and those of another one where there are none here."""

@@ -56,7 +56,7 @@ HARMLESS = (
         pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality
         sparse_pred_ignore_index sparse_prediction deterministic_flash_attn repad_logits_with_grad reference_compile
         fused_bias_fc fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
-        reorder_and_upcast_attn output_past
+        reorder_and_upcast_attn output_past attn_mode fuse_cross_entropy fuse_linear_cross_entropy fuse_norm
     """)
     # Of training.
     | _words("""
@@ -74,11 +74,13 @@ HARMLESS = (
         attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
         ffn_dim_multiplier multiple_of use_qkv_bias use_expert_bias attention_k_eq_v mamba_conv_bias mamba_proj_bias
         use_conv_bias conv_bias use_mamba_kernels mlp_layer_types
+        decay_low_rank_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim attention_hidden_size value_dim hidden_ratio
     """)
     # Of any model of Transformers, and of how to sample from it, which has a file of its own by now.
     | _words("""
         return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
         chunk_size_feed_forward is_encoder_decoder is_decoder decoder_start_token_id prefix problem_type
+        is_gated_act dense_act_fn
         finetuning_task id2label label2id num_labels task_specific_params remove_invalid_values
         max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
         temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size

@@ -69,6 +69,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Several tensors of one shape, as one: [how many there are, *shape]."""
+
+    hf: tuple[str, ...]
+    gguf: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """Some layers have the tensors of one alternative, others those of another one: the first whose first is there.
 
@@ -87,7 +96,18 @@ class Made:
     values: Callable[[Config, Sizes], Any]
 
 
-Part = Mapped | Experts | Choice | Made
+Part = Mapped | Experts | Stacked | Choice | Made
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers beside those of `Architecture.layer`, of models with two halves. hf, gguf: what their names begin with
+    before a layer's number. count: the dimension that says how many there are."""
+
+    hf: str
+    gguf: str
+    layer: tuple[Part, ...]
+    count: str
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,9 @@ class Architecture:
     outer: tuple[Part, ...] = (Mapped("norm.weight", "output_norm.weight", ("embd",)),)
     layers: str = "layers"
     embedding: str = "embed_tokens"
+    embedding_aliases: tuple[str, ...] = ()
+    """Other names under which files have the same matrix, or have it alone."""
+    stacks: tuple[Stack, ...] = ()
     head: str = "lm_head"
     embedding_change: Change | None = None
     head_change: Change | None = None
@@ -159,7 +182,7 @@ def _flat(parts: tuple[Part, ...]) -> Iterator[Mapped | Experts]:
         if isinstance(part, Choice):
             for alternative in part.alternatives:
                 yield from _flat(alternative)
-        elif not isinstance(part, Made):
+        elif isinstance(part, Mapped | Experts):
             yield part
 
 

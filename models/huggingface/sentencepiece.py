@@ -18,7 +18,7 @@ from pathlib import Path
 from qrun.formats import FormatError
 from qrun.formats.mapping import lookalike, read_file
 
-BPE = 2  # TrainerSpec.ModelType
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL = 1  # SentencePiece.Type
 MAX_BYTES = 1 << 28
 
@@ -39,20 +39,20 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = True
 
 
-def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Raises FormatError if the file is missing, damaged, or of another kind than byte-pair encoding."""
+def read_sentencepiece(path: Path, wanted: int = BPE) -> SentencePieceModel:
+    """Raises FormatError if the file is missing, damaged, or of another kind than is wanted."""
     data = read_file(path, MAX_BYTES)
     if kind := lookalike(data):
         raise FormatError(path, f"this is no SentencePiece model; it is {kind}")
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\n", data):
         raise FormatError(path, "this is a vocabulary of tiktoken: save the tokenizer as tokenizer.json")
     try:
-        return _parse(path, data)
+        return _parse(path, data, wanted)
     except (IndexError, struct.error):
         raise FormatError(path, "this is no SentencePiece model, or a damaged one") from None
 
 
-def _parse(path: Path, data: bytes) -> SentencePieceModel:
+def _parse(path: Path, data: bytes, wanted: int) -> SentencePieceModel:
     model = SentencePieceModel([], [], [])
     model_type: int | bytes = 1
     for number, value in _fields(data):
@@ -67,8 +67,10 @@ def _parse(path: Path, data: bytes) -> SentencePieceModel:
             _read_normalizer(path, model, dict(_fields(value)))
     if not model.pieces:
         raise FormatError(path, "this is no SentencePiece model: it has no pieces")
-    if model_type != BPE:
-        raise FormatError(path, f"the SentencePiece model is of type {model_type!r}, and only {BPE} (BPE) is supported")
+    if model_type != wanted:
+        kind = "BPE" if wanted == BPE else "unigram"
+        problem = f"the SentencePiece model is of type {model_type!r}, and only {wanted} ({kind}) is supported here"
+        raise FormatError(path, problem)
     return model
 
 

@@ -17,7 +17,7 @@ from qrun.formats.checkpoints import UnreadTensor
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Sizes
+from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Sizes, Stacked
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
 # Stored in full: few, and much depends on them. (Everything of one dimension is too.)
@@ -25,6 +25,8 @@ ALWAYS_F32 = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight",
     "ssm_conv1d.weight", "ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight", "shortconv.conv.weight",
     "altup_correct_coef.weight", "altup_predict_coef.weight", "indexer.proj.weight",
+    "time_mix_lerp_fused.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_first.weight",
+    "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
 )  # fmt: skip
 # By which other models hold a language model.
 PREFIXES = (
@@ -211,12 +213,8 @@ def count_drafts(names: Iterable[str], architecture: Architecture, sizes: Sizes,
     if not architecture.extra_layers:
         return 0
     told = config.integer(architecture.extra_layers, 1, low=0, high=MAX_LAYERS)
-    shorts = [_renamed(short_name(name), architecture, sizes) for name in names]
-    found = {
-        match[1] for short in shorts if (match := re.match(rf"{architecture.layers}\.(\d+)\.", short))
-        and int(match[1]) >= sizes["layers"]
-    }  # fmt: skip
-    return min(told, len(found))
+    layers = {_layer_number(_renamed(short_name(name), architecture, sizes), architecture) for name in names}
+    return min(told, sum(layer >= sizes["layers"] for layer in layers))
 
 
 def map_tensors(
@@ -233,10 +231,14 @@ def map_tensors(
     """
     mapper = _Mapper(_text_part(weights, architecture, sizes, notice), architecture, sizes, config)
     tied = mapper.add_embedding(notice)
-    for layer in range(sizes["layers"] + sizes["drafts"]):
+    for layer in range(sizes["layers"] + sizes["drafts"] if architecture.layer else 0):
         extra = architecture.draft if layer >= sizes["layers"] else ()
         for part in (*architecture.layer, *extra):
             mapper.add(part, f"{architecture.layers}.{layer}.", f"blk.{layer}.")
+    for stack in architecture.stacks:
+        for layer in range(sizes[stack.count]):
+            for part in stack.layer:
+                mapper.add(part, f"{stack.hf}.{layer}.", f"{stack.gguf}.{layer}.")
     for part in architecture.outer:
         mapper.add(part)
     if not tied and not architecture.embeds:
@@ -304,6 +306,9 @@ def _text_part(
         if short in text:
             raise tensor.error(f"and {quote(text[short].name)} are the same tensor")
         text[short] = tensor
+    for alias in architecture.embedding_aliases:
+        if (same := text.pop(f"{alias}.weight", None)) is not None:
+            text.setdefault(f"{architecture.embedding}.weight", same)
     if cache_scales:
         first = cache_scales[0].error("and its like are scales of a quantised cache, which are not used here")
         notice(str(first))
@@ -314,10 +319,13 @@ def _text_part(
 
 def _is_dropped(name: str, architecture: Architecture, sizes: Sizes) -> bool:
     """Is it of a layer that predicts tokens further ahead, and that files of this architecture do not have?"""
-    if not architecture.dropped_layers:
-        return False
-    match = re.match(rf"{architecture.layers}\.(\d+)\.", name)
-    return match is not None and int(match[1]) >= sizes["layers"]
+    return architecture.dropped_layers and _layer_number(name, architecture) >= sizes["layers"]
+
+
+def _layer_number(name: str, architecture: Architecture) -> int:
+    """Of the layer that a tensor belongs to; -1 for none."""
+    match = re.match(rf"{architecture.layers}\.(\d{{1,9}})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:
@@ -368,6 +376,10 @@ class _Mapper:
                 segments = self._expert_segments(part, hf_prefix)
                 shape = (self.sizes[part.count], *self._shape(part.shape, segments[0].tensor))
                 self._put(gguf_prefix + part.gguf, shape, segments)
+            case Stacked():
+                tensors = [self._take(hf_prefix + name, part.shape) for name in part.hf]
+                pieces = [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+                self._put(gguf_prefix + part.gguf, (len(part.hf), *pieces[0].tensor.shape), pieces)
             case Made():
                 values = np.asarray(part.values(self.config, self.sizes), np.float32)
                 name = gguf_prefix + part.gguf
@@ -385,6 +397,8 @@ class _Mapper:
                 )
             case Mapped():
                 return prefix + part.hf in self.weights
+            case Stacked():
+                return prefix + part.hf[0] in self.weights
         return True
 
     def _add_mapped(self, part: Mapped, hf: str, gguf: str) -> None:

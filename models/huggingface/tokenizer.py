@@ -26,6 +26,12 @@ END_OF_MESSAGE = {"<|eom_id|>": "eom"}
 # Architectures of which files have pieces of text with their merges.
 MERGED = ("gemma4",)
 MAX_TEMPLATE_BYTES = 1 << 22
+# How RWKV's models were taught to talk, and the token that ends a turn, as their vocabulary spells it.
+END_OF_TURN = r"\n\n"
+RWKV_TURNS = (
+    """{% for message in messages %}{{ message.role | capitalize + ": " + message.content | trim + "\\n\\n" }}"""
+    """{% endfor %}{{ "Assistant:" if add_generation_prompt }}"""
+)
 
 _TEMPLATE = "tokenizer.chat_template"
 _SEVERAL = "its post_processor adds several tokens at one end of a text, which is not supported"
@@ -47,11 +53,23 @@ def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: i
     entries.array("tokenizer.ggml.token_type", vocabulary.types, ValueType.INT32)
     if vocabulary.merges is not None:
         entries.array("tokenizer.ggml.merges", vocabulary.merges, ValueType.STRING)
+    if vocabulary.model == "rwkv":
+        _rwkv_entries(entries, vocabulary, files)
+        return
     _special_entries(entries, files, vocabulary, config)
     _text_entries(entries, vocabulary)
     for name, template in _chat_templates(files):
-        text = template.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
-        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", text)
+        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", template)
+
+
+def _rwkv_entries(entries: Entries, vocabulary: Vocabulary, files: TokenizerFiles) -> None:
+    """A text begins and ends with the first token, and a turn ends with an empty line."""
+    for part in ("bos", "eos"):
+        entries.count(f"tokenizer.ggml.{part}_token_id", 0)
+    if END_OF_TURN in vocabulary.tokens:
+        entries.count("tokenizer.ggml.eot_token_id", vocabulary.tokens.index(END_OF_TURN))
+    templates = dict(_chat_templates(files))
+    entries.text(_TEMPLATE, templates.get("default", RWKV_TURNS))
 
 
 def _files(folder: Path, config: Config) -> TokenizerFiles:
@@ -69,6 +87,8 @@ def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     if vocabulary.model == "bert":
         entries.flag("tokenizer.ggml.normalizer.lowercase", rules.lowercase is not False)
         entries.flag("tokenizer.ggml.normalizer.strip_accents", rules.strip_accents is not False)
+        if vocabulary.max_word_length is not None:
+            entries.count("qrun.tokenizer.max_word_length", vocabulary.max_word_length)
         return
     if vocabulary.model in ("llama", "gemma4", "t5"):
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 
 from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
+from qrun.formats.mapping import read_file
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
-from qrun.models.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
+from qrun.models.huggingface.sentencepiece import UNIGRAM, SentencePieceModel, read_sentencepiece
 from qrun.models.huggingface.text_rules import (
     SPACE,
     TextRules,
@@ -22,6 +24,9 @@ from qrun.models.huggingface.text_rules import (
     word_piece_rules,
 )
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
+
+RWKV = "rwkv_vocab_v20230424.txt"
+MAX_RWKV_BYTES = 1 << 24
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -34,6 +39,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
 # Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+USUAL_WORD_LENGTH = 100  # of BERT's word pieces
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -56,6 +62,8 @@ class Vocabulary:
     ignore_merges: bool | None = None
     unknown: int | None = None
     fuse_unknown: bool = False
+    max_word_length: int | None = None
+    """Of word pieces, where it is not the usual one."""
     ids: dict[str, int] = field(default_factory=dict)  # of the tokens that are text
 
     def put(self, id: int, token: str | bytes, type: int, score: float = 0.0) -> None:
@@ -88,9 +96,14 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
         return _word_pieces(files, model, n_vocab)
     if isinstance(model, dict) and model.get("type") == "Unigram":
         return _unigram(files, model, n_vocab)
-    if path.is_file():
+    if path.is_file() and not isinstance(model, dict):
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
+    if (files.folder / RWKV).is_file():
+        return _rwkv(files.folder / RWKV, n_vocab)
+    unigram = files.folder / "spiece.model"
+    if unigram.is_file() and not files.tokenizer:
+        return _unigram_pieces(files, read_sentencepiece(unigram, UNIGRAM), n_vocab)
     if files.tokenizer:
         kind = model.get("type") if isinstance(model, dict) else None
         raise FormatError(files.path, f"a tokenizer of the kind {quote(str(kind))} is not supported")
@@ -223,6 +236,10 @@ def _word_pieces(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) 
     if model.get("continuing_subword_prefix", "##") != "##":
         raise FormatError(files.path, "a tokenizer that spells what goes on within a word without ## is not supported")
     vocabulary = _empty("bert", "default", n_vocab, False)
+    length = model.get("max_input_chars_per_word", USUAL_WORD_LENGTH)
+    if type(length) is not int or not 0 <= length < 1 << 31:
+        raise FormatError(files.path, f"max_input_chars_per_word is {quote(str(length))}, which is no length")
+    vocabulary.max_word_length = length if length != USUAL_WORD_LENGTH else None
     for token, id in _vocab(files.path, model).items():
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")
@@ -249,6 +266,38 @@ def _unigram(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> V
     if type(unknown) is int and 0 <= unknown < n_vocab:
         vocabulary.types[unknown] = UNKNOWN
     vocabulary.rules = unigram_rules(files.path, files.tokenizer)
+    return vocabulary
+
+
+def _unigram_pieces(files: TokenizerFiles, model: SentencePieceModel, n_vocab: int) -> Vocabulary:
+    """The same, of a file of SentencePiece's own."""
+    vocabulary = _sentencepiece(files, model, sentencepiece_rules(model), n_vocab, "t5")
+    vocabulary.pre = "default"
+    assert vocabulary.scores is not None
+    for id, (score, type) in enumerate(zip(model.scores[:n_vocab], model.types, strict=False)):
+        if type != NORMAL:  # whatever the configuration calls them
+            vocabulary.types[id], vocabulary.scores[id] = type, score
+    return vocabulary
+
+
+def _rwkv(path: Path, n_vocab: int) -> Vocabulary:
+    """A line for each token but the first: its id, its bytes as Python writes them, and how many those are."""
+    vocabulary = _empty("rwkv", "", n_vocab, False)
+    vocabulary.put(0, "<s>", CONTROL)
+    for number, line in enumerate(read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace").splitlines(), 1):
+        id, _, rest = line.partition(" ")
+        spelt, _, length = rest.rpartition(" ")
+        try:
+            if spelt.lstrip("b")[:1] not in ("'", '"'):
+                raise ValueError
+            token = ast.literal_eval(spelt)
+            token = token.encode() if isinstance(token, str) else token
+            if not isinstance(token, bytes) or len(token) != int(length) or not 0 < int(id) < n_vocab:
+                raise ValueError
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise FormatError(path, f"line {number} is no token: {quote(line[:40])}") from None
+        vocabulary.put(int(id), repr(token)[2:-1], NORMAL)
+    vocabulary.ids = {"<s>": 0}
     return vocabulary
 
 

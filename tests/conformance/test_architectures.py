@@ -13,7 +13,7 @@ from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 from tests.reference import forward
-from tests.toys import OWN_FILES, error, more_files, tokens_and_logits
+from tests.toys import OWN_FILES, error, more_files, source_of, tokens_and_logits
 
 own_files = pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: path.stem)
 all_files = pytest.mark.parametrize("path", OWN_FILES + more_files(), ids=lambda path: path.stem)
@@ -27,9 +27,11 @@ def logits(path: Path, tokens: np.ndarray, cuts: Sequence[int], threads: int) ->
         graph = build_graph(reader, context)
         cuts = cuts if graph.causal else (0, len(tokens))
         runtime = Runtime(graph, threads=threads, context=context)
-        sequence = runtime.sequence()
+        sequence, other = runtime.sequence(), runtime.sequence()
+        for one in (sequence, other):
+            one.answer(source_of(path))
         parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in pairwise(cuts)]
-        last = runtime.evaluate(runtime.sequence(), tokens)
+        last = runtime.evaluate(other, tokens)
         runtime.close()
     whole = np.concatenate(parts)  # type: ignore[arg-type]
     assert np.array_equal(last, whole[-1])
@@ -63,9 +65,11 @@ def test_windows_shorter_than_the_text_and_yarn_are_as_defined(path: Path) -> No
         changed: Any = SimpleNamespace(path=path, metadata=metadata, tensors=reader.tensors)
         graph = build_graph(changed, 64)
         runtime = Runtime(graph, threads=1, context=64)
-        result = runtime.evaluate(runtime.sequence(), tokens, "all")
+        sequence, source = runtime.sequence(), source_of(path)
+        sequence.answer(source)
+        result = runtime.evaluate(sequence, tokens, "all")
         runtime.close()
-        assert error(result, forward(graph, tokens)) <= 1e-5
+        assert error(result, forward(graph, tokens, source or None)) <= 1e-5
 
 
 @own_files

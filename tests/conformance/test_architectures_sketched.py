@@ -8,7 +8,7 @@ import pytest
 from qrun.engine.program.runtime import Runtime
 from qrun.models import ARCHITECTURES, build_graph
 from tests.reference import forward
-from tests.sketches import TOKENS, load, model, some_logits
+from tests.sketches import SOURCE, TOKENS, load, model, some_logits
 from tests.toys import error
 
 SKETCHES = load()
@@ -29,6 +29,8 @@ def test_logits_are_what_they_were(name: str) -> None:
 def test_the_engine_gives_the_logits_of_the_plain_forward_pass(name: str) -> None:
     graph = build_graph(model(SKETCHES[name]), 64)
     runtime = Runtime(graph, threads=1, context=64)
-    result = runtime.evaluate(runtime.sequence(), np.array(TOKENS), "all")
+    sequence, source = runtime.sequence(), SOURCE if graph.encoder else []
+    sequence.answer(tuple(source))
+    result = runtime.evaluate(sequence, np.array(TOKENS), "all")
     runtime.close()
-    assert error(result, forward(graph, TOKENS)) <= 1e-5  # type: ignore[arg-type]
+    assert error(result, forward(graph, TOKENS, source or None)) <= 1e-5  # type: ignore[arg-type]

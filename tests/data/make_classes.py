@@ -43,6 +43,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+T5 = {"vocab_size": N_VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+      "relative_attention_num_buckets": 16, "decoder_start_token_id": 3, "pad_token_id": 0,
+      "eos_token_id": 1}  # fmt: skip
+RWKV_RANKS = {"w": 8, "a": 12, "g": 20}
+GATED_T5 = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 OLD = {"vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -55,6 +60,10 @@ GEMMA3N = DENSE | HEAD | {
 
 def draft(prefix: str, layer: dict[str, list[int]], embd: int = 32) -> dict[str, list[int]]:
     return {f"{prefix}{name}": shape for name, shape in layer.items()}
+
+
+def normed(name: str, width: int = 32) -> dict[str, list[int]]:
+    return {f"{name}.weight": [width], f"{name}.bias": [width]}
 
 
 def qwen_draft(mixture: bool) -> dict[str, list[int]]:
@@ -250,6 +259,10 @@ TRANSFORMERS: dict[str, Case] = {
     "Gemma3TextModel": ("Gemma3TextConfig", DENSE | HEAD | {
         "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 16,
         "use_bidirectional_attention": True}, {}),
+    "T5ForConditionalGeneration": ("T5Config", T5, {}),
+    "MT5ForConditionalGeneration": ("MT5Config", GATED_T5 | {"num_decoder_layers": 1}, {}),
+    "UMT5ForConditionalGeneration": ("UMT5Config", GATED_T5, {}),
+    "T5EncoderModel": ("T5Config", GATED_T5, {}),
     "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 
@@ -340,6 +353,37 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
             "norm2.weight": [32], "norm2.bias": [32]}, {
             "embeddings.word_embeddings.weight": [N_VOCAB, 32], "embeddings.token_type_embeddings.weight": [2, 32],
             "emb_ln.weight": [32], "emb_ln.bias": [32]})),
+    "RWKV7ForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "head_dim": 16, "num_heads": None, "num_hidden_layers": 2,
+        "intermediate_size": 96, "decay_low_rank_dim": 8, "a_low_rank_dim": 12, "v_low_rank_dim": 4,
+        "gate_low_rank_dim": 20, "norm_eps": 1e-5, "norm_first": True, "norm_bias": True, "hidden_act": "sqrelu",
+        "tie_word_embeddings": False, "model_type": "rwkv7"}, {**named("model.layers", 2, {
+            **normed("attn_norm"), **normed("ffn_norm"), **normed("attn.g_norm"),
+            **{f"attn.x_{part}": [1, 1, 32] for part in "rwkvag"},
+            **{f"attn.{part}_proj.weight": [32, 32] for part in "rkvo"},
+            **{f"attn.{part}_lora.lora.0.weight": [rank, 32] for part, rank in RWKV_RANKS.items()},
+            **{f"attn.{part}_lora.lora.2.weight": [32, rank] for part, rank in RWKV_RANKS.items()},
+            "attn.w_lora.lora.2.bias": [32], "attn.a_lora.lora.2.bias": [32], "attn.k_k": [32], "attn.k_a": [32],
+            "attn.r_k": [2, 16], "ffn.x_k": [32], "ffn.key.weight": [96, 32], "ffn.value.weight": [32, 96]},
+            {"model.embeddings.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32],
+             **normed("model.norm"), **normed("model.layers.0.pre_norm")}),
+        "model.layers.1.attn.v_lora.lora.0.weight": [4, 32], "model.layers.1.attn.v_lora.lora.2.weight": [32, 4],
+        "model.layers.1.attn.v_lora.lora.2.bias": [32]}),
+    "Rwkv6ForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 64, "attention_hidden_size": 64, "head_size": 16, "num_hidden_layers": 3,
+        "intermediate_size": None, "layer_norm_epsilon": 1e-5, "rescale_every": 2, "tie_word_embeddings": False,
+        "model_type": "rwkv6"}, named("rwkv.blocks", 3, {
+            **normed("ln1", 64), **normed("ln2", 64), **normed("attention.ln_x", 64),
+            **{f"attention.time_maa_{part}": [1, 1, 64] for part in "xwkvrg"},
+            "attention.time_maa_w1": [64, 160], "attention.time_maa_w2": [5, 32, 64],
+            "attention.time_decay": [1, 1, 64], "attention.time_decay_w1": [64, 64],
+            "attention.time_decay_w2": [64, 64], "attention.time_faaaa": [4, 16],
+            **{f"attention.{name}.weight": [64, 64] for name in ("receptance", "key", "value", "gate", "output")},
+            "feed_forward.time_maa_k": [1, 1, 64], "feed_forward.time_maa_r": [1, 1, 64],
+            "feed_forward.key.weight": [224, 64], "feed_forward.receptance.weight": [64, 64],
+            "feed_forward.value.weight": [64, 224]},
+            {"rwkv.embeddings.weight": [N_VOCAB, 64], "head.weight": [N_VOCAB, 64],
+             **normed("rwkv.ln_out", 64), **normed("rwkv.blocks.0.pre_ln", 64)})),
     "ChatGLMModel": ({"padded_vocab_size": N_VOCAB, "vocab_size": N_VOCAB, "hidden_size": 32, "ffn_hidden_size": 48,
         "num_layers": 2, "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
         "seq_length": 128, "layernorm_epsilon": 1.5e-7, "rope_ratio": 500, "tie_word_embeddings": False}, named(

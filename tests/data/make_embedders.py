@@ -105,6 +105,25 @@ def neo() -> Shapes:
     return found
 
 
+T5 = {"attention.relative_buckets_count": 32}
+
+
+def t5(half: str, n_layer: int, *, gated: bool = True, inner: int = N_EMBD, own: bool = False) -> Shapes:
+    """One half of a T5. own: each layer has biases of its own."""
+    found: Shapes = {"token_embd.weight": [N_VOCAB, N_EMBD], f"{half}.output_norm.weight": [N_EMBD]}
+    for layer in range(n_layer):
+        block = f"{half}.blk.{layer}"
+        for part in ("attn", *(("cross_attn",) if half == "dec" else ())):
+            found |= normed(f"{block}.{part}_norm", bias=False) | matrix(f"{block}.{part}_o", N_EMBD, inner, False)
+            for name in "qkv":
+                found |= matrix(f"{block}.{part}_{name}", inner, N_EMBD, False)
+        if own or not layer:
+            found[f"{block}.attn_rel_b.weight"] = [32, N_HEADS]
+        found |= normed(f"{block}.ffn_norm", bias=False)
+        found |= {f"{block}.{name}": shape for name, shape in plain(gate=gated, bias=False).items()}
+    return found
+
+
 def classifier(n: int = 1) -> Shapes:
     return matrix("cls", N_EMBD, N_EMBD) | matrix("cls.output", n, N_EMBD)
 
@@ -151,6 +170,9 @@ def sketches() -> dict[str, dict[str, Any]]:
                                   "dense_2_feat_out": 64, "dense_3_feat_in": 64, "dense_3_feat_out": N_EMBD},
                                   decoder(16, qk_norm=16, four=True) | {"dense_2.weight": [64, N_EMBD],
                                   "dense_3.weight": [N_EMBD, 64]}, [1]),
+        "t5encoder": ("t5encoder", RMS_NORM | T5, t5("enc", 2, gated=False), [1, 3]),
+        "t5encoder-gated": ("t5encoder", RMS_NORM | T5 | {"attention.key_length": 8, "attention.value_length": 8},
+                            t5("enc", 2, inner=24), [1]),
         "llama-embed": ("llama-embed", RMS_NORM | {"pooling_type": 1, "attention.head_count_kv": 1}, decoder(16), [1]),
         "llama-both-ways": ("llama", RMS_NORM | {"pooling_type": 1, "attention.causal": False}, decoder(N_EMBD), [1]),
         "qwen3-embedding": ("qwen3", RMS_NORM | {"pooling_type": 3}, decoder(N_EMBD, qk_norm=16), [1, 2, 3]),
@@ -186,7 +208,7 @@ def main() -> None:
     for name, (architecture, metadata, tensors, poolings) in sketches().items():
         given = {
             "context_length": 64, "embedding_length": N_EMBD, "feed_forward_length": N_FF,
-            "block_count": len({key.split(".")[1] for key in tensors if key.startswith("blk.")}),
+            "block_count": len({int(part) for key in tensors for part in key.split(".") if part.isdecimal()}),
             "attention.head_count": N_HEADS, "attention.causal": architecture == "qwen3", **metadata,
         }  # fmt: skip
         sketch: dict[str, Any] = {

@@ -49,6 +49,7 @@ class FakeTokenizer:
     eos_id = EOS
     add_bos = False
     stop_ids = frozenset({EOS})
+    end_id: int | None = None
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         start = [BOS] if add_special and self.add_bos else []
@@ -77,8 +78,11 @@ class FakeTokenizer:
 class FakeSequence:
     """Tokens stand for their keys and values. With a window, what was given back cannot be returned to."""
 
-    keeps_state = has_windows = False
+    keeps_state = has_windows = source_read = False
+    source: tuple[int, ...] = ()
     adapters: tuple[tuple[int, float], ...] = ()
+    source: tuple[int, ...] = ()
+    source_read = False
 
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime
@@ -131,6 +135,7 @@ class FakeRuntime:
     cache_type = "f16"
     threads = 1
     causal = True
+    start: int | None = None
 
     def __init__(
         self,
@@ -189,7 +194,7 @@ class FakeRuntime:
         sequence.row[:] = self.logits_after(sequence.held)
         return sequence.row
 
-    def bytes_of(self, n: int) -> int:
+    def bytes_of(self, n: int, source: int | None = None) -> int:
         return 0
 
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None) -> list[np.ndarray]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import convert_calibrated, main
 from qrun.engine import Tokenizer
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
+from qrun.engine.quantize.calibration import body_up_to
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
 from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.models import build_graph
 
 LENGTH = 32
 WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
@@ -145,6 +151,75 @@ def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
         for path in rounded[3:]:
             path.unlink()
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("method", ["awq", "both"])
+def test_scales_go_into_an_ordinary_file(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = calibrating(folder, "model", out, "--type", "q4_0", "--method", method)
+    status, text, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "rounded plainly" in text and not list(tmp_path.glob(".*"))
+    with GGUFReader(folder / "model.gguf") as reader:
+        before = {name: tensor.dequantize() for name, tensor in reader.tensors.items()}
+    with GGUFReader(out) as reader:
+        after = {name: (tensor.type, tensor.dequantize()) for name, tensor in reader.tensors.items()}
+    assert after.keys() == before.keys()
+    scaled = {name for name, (type, values) in after.items() if type is TensorType.F32
+              and not np.array_equal(values, before[name])}  # fmt: skip
+    assert scaled and all(name.endswith(("_norm.weight", ".bias")) for name in scaled)
+    if method == "both":  # columns are far from what they were, and their outputs near
+        return
+    # With the norm's scale taken back, the matrix after it is what it was, but for rounding.
+    name = next(name for name in scaled if name.startswith("blk.0.attn_norm"))
+    scale = before[name] / after[name][1]
+    found = after["blk.0.attn_q.weight"][1] / scale
+    assert np.square(found - before["blk.0.attn_q.weight"]).mean() < 0.02 * np.square(found).mean()
+
+
+def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    settings = ("--bpw", 5.5, *SIZED, "--method", "both")
+    assert run(*calibrating(folder, "model", whole, *settings), capsys=capsys)[0] == 0
+    work, statuses = tmp_path / ".out.gguf.calibration", []
+    for stage in ("slopes", "scales-*", "scaled/rounded-*"):
+        command = [sys.executable, "-m", "qrun.cli.main", *map(str, calibrating(folder, "model", out, *settings))]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not list(work.glob(stage)):
+                time.sleep(0.002)
+            process.kill()
+        statuses.append(process.returncode)
+        if out.exists():  # it was done before the kill came
+            assert out.read_bytes() == whole.read_bytes()
+            out.unlink()
+    assert any(status != 0 for status in statuses)
+    (tmp_path / ".out.gguf.12345678.part").write_bytes(b"GGUF")
+    (work / ".working.gguf.12345678.part").write_bytes(b"GGUF")
+    assert run(*calibrating(folder, "model", out, *settings), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
+    with GGUFReader(folder / "model.gguf") as reader:
+        graph = build_graph(reader, LENGTH)
+        wanted = {"blk.0.ffn_gate.weight", "blk.0.attn_output.weight"}
+        found = []
+        for each in (graph, body_up_to(graph, wanted)):
+            with closing(Runtime(each, threads=1, context=LENGTH, observe=True, keep=wanted.__contains__)) as runtime:
+                with closing(runtime.sequence()) as sequence:
+                    runtime.evaluate(sequence, list(range(20)), logits="none")
+                found.append([(seen.names, seen.sums.copy()) for seen in runtime.observations])
+        shorter = body_up_to(graph, wanted).operations
+        assert len(shorter) < 0.7 * len(graph.operations)
+        assert [names for names, _ in found[0]] == [names for names, _ in found[1]]
+        for (_, whole), (_, part) in zip(*found, strict=True):
+            np.testing.assert_array_equal(whole, part)
+        assert body_up_to(graph, {"output.weight"}) is graph
 
 
 # A size
@@ -316,6 +391,38 @@ def test_inputs_that_are_no_numbers_are_named(
     status, _, errors = run(*arguments, capsys=capsys)
     assert status != 0 and "blk.1.attn" in errors and "not finite" in errors
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_too_little_text_for_a_matrix_and_experts_that_none_of_it_reached_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_model(tmp_path / "experts.gguf", architecture="qwen3moe-moe", experts=64)
+    out = tmp_path / "out.gguf"
+    arguments = ("convert", tmp_path / "experts.gguf", out, "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 2, "--length", 16, "--method", "both")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert errors.count("32 tokens of text are few for matrices of ") == 1
+    assert "of the experts' matrices were never used: rounded as if all inputs were alike" in errors
+    with GGUFReader(out) as reader:
+        assert all(np.isfinite(tensor.dequantize()).all() for tensor in reader.tensors.values())
+
+
+def test_samples_are_no_longer_than_what_the_model_was_trained_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(short, reader) as writer:
+        writer.set_metadata("llama.context_length", 24, ValueType.UINT32)
+        for name, tensor in reader.tensors.items():
+            writer.add_tensor(name, tensor.type, tensor.shape)
+        for name, tensor in reader.tensors.items():
+            writer.write_tensor(name, tensor.raw)
+    arguments = ("convert", short, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 4, "--method", "imatrix")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "samples have 24 tokens: the model was not trained for 512" in errors
 
 
 # Texts

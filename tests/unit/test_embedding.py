@@ -20,6 +20,8 @@ from tiny_model import write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.engine import ContextOverflow, Model
+from qrun.engine.program import runtime
+from qrun.engine.simd.target import Target, host_target
 from qrun.server import app, exchange, state
 from qrun.server.exchange import dumps, in_parts
 
@@ -73,6 +75,19 @@ def test_threads_and_callers_change_no_bit(model: Model, path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(np.array_equal(one, expected) for one in found)
+
+
+def test_kernels_are_those_for_models_that_only_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def default_target(reads_only: bool = False) -> Target:
+        asked.append(reads_only)
+        return host_target()
+
+    monkeypatch.setattr(runtime, "default_target", default_target)
+    with Model.load(path, threads=1) as loaded:
+        loaded.embed("a")
+    assert asked == [True]
 
 
 def test_poolings_are_what_they_say(model: Model) -> None:

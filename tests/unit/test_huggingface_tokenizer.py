@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_tokenizers import LLAMA3, STEPS, byte_level, sequence, split, write_byte_pair, write_merging
 
+from qrun.engine.text.chat_template import ChatTemplate
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
 from qrun.formats import FormatError, GGUFReader, GGUFWriter
@@ -372,6 +373,25 @@ def test_what_is_wrong_takes_one_line(changes: dict[str, Any], message: str, tmp
         entries_of(tiny(tmp_path, **changes), 3)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "tokenizer.json"))
+
+
+def test_rwkv_lists_its_tokens_in_a_file_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "rwkv_vocab_v20230424.txt"
+    tokens = ["User", ": ", "h", "i", "\n\n", "é", b"\xff", "hi"]
+    lines = [f"{id} {token!r} {len(token if type(token) is bytes else token.encode())}\n"
+             for id, token in enumerate(tokens, 1)]  # fmt: skip
+    path.write_text("".join(lines))
+    entries = entries_of(tmp_path, 12)
+    assert [entries.values[f"tokenizer.ggml.{part}_token_id"] for part in ("bos", "eos", "eot")] == [0, 0, 5]
+    ours = tokenizer_of(entries, tmp_path / "made.gguf")
+    assert ours.encode("User: hi\n\né", add_special=False) == [1, 2, 8, 5, 6]
+    assert [ours.token_bytes(id) for id in (5, 6, 7)] == [b"\n\n", "é".encode(), b"\xff"]
+    template = ChatTemplate(entries.values["tokenizer.chat_template"], ours)
+    assert template.render([{"role": "user", "content": " hi "}]) == "User: hi\n\nAssistant:"
+    for wrong in ("1 'a' 2", "1 a 1", "99 'a' 1", "1 ('a',) 1", "1 'a", "", "1 [[] 1"):
+        path.write_text(lines[0] + wrong + "\n")
+        with pytest.raises(FormatError, match="line 2 is no token"):
+            entries_of(tmp_path, 12)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

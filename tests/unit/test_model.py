@@ -50,6 +50,7 @@ class FakeReader:
 @dataclass
 class FakeGraph:
     architecture = "fake"
+    encoder = None
     n_vocab = 266
     n_embd = 4
     cache_layers = ()
@@ -58,6 +59,7 @@ class FakeGraph:
     operations: list[Any] = field(default_factory=lambda: ["one"])
     embeds: bool = False
     causal: bool = True
+    encoder: None = None
 
 
 def make_model(

@@ -109,7 +109,7 @@ def test_gated_activations(check: Any, kind: Any) -> None:
     check(make)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu_squared", "sigmoid", "xielu", "signed_root", "exp"])
+@pytest.mark.parametrize("kind", ["gelu", "relu", "relu_squared", "sigmoid", "xielu", "signed_root", "exp"])
 def test_activations_that_multiply_nothing(check: Any, kind: Any) -> None:
     def make(maker: Maker) -> G.Value:
         x = maker.add(G.Scale(maker.value(61), maker.embed(61), 4.0))

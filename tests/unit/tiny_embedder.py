@@ -15,7 +15,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = string.ascii_lowercase + string.digits
 # As GGUF spells WordPiece: a letter that begins a word, and one within.
 PIECES = [*SPECIAL, *(f"▁{letter}" for letter in LETTERS), *LETTERS]
-_KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
 
 
 def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | None = None) -> Path:
@@ -31,7 +31,7 @@ def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | No
             if isinstance(value, np.ndarray):
                 writer.set_metadata(key, value, ValueType.ARRAY, ValueType.INT32)
             else:
-                writer.set_metadata(key, value, _KINDS[type(value)])
+                writer.set_metadata(key, value, KINDS[type(value)])
         writer.set_metadata("tokenizer.ggml.tokens", pieces, ValueType.ARRAY, ValueType.STRING)
         types = [3 if piece in SPECIAL else 1 for piece in pieces]
         writer.set_metadata("tokenizer.ggml.token_type", types, ValueType.ARRAY, ValueType.INT32)

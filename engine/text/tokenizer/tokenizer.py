@@ -156,7 +156,7 @@ class Tokenizer:
     @property
     def _prefixes_space(self) -> bool:
         """Whether decoding leaves out the space that encoding puts before a text."""
-        return self.kind == "llama" and self._vocabulary.add_space_prefix
+        return self.kind in ("llama", "t5") and self._vocabulary.add_space_prefix
 
     @property
     def _spaces(self) -> str | tuple[str, ...]:

@@ -1,0 +1,146 @@
+"""RWKV 6, as its makers publish it for Transformers, and RWKV 7, as flash-linear-attention has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.changes import computed, scaled, transposed
+from qrun.models.huggingface.config import Config
+from qrun.models.huggingface.entries import Facts
+from qrun.models.huggingface.families.recurrent import LONG_CONTEXT
+from qrun.models.huggingface.layout import (
+    Architecture,
+    Mapped,
+    Part,
+    Sizes,
+    Stacked,
+    either,
+    layer_norm,
+    tensor,
+)
+from qrun.models.hyperparameters import MAX_LAYERS, MAX_STATE
+
+_ROW = computed("embd")
+_NO_ATTENTION = {"num_attention_heads": 1, "max_position_embeddings": LONG_CONTEXT, "rms_norm_eps": None}
+
+
+def _sizes(config: Config, sizes: Sizes) -> Mapping[str, int]:
+    factor = 3.5 if "rescale_every" in config.given() else 4.0
+    ff = config.integer("intermediate_size", int(factor * sizes["embd"]) // 32 * 32)
+    return {"ff": ff, "heads": 0, "kv_heads": 0}
+
+
+def _entries(facts: Facts, head_size: str, epsilon: str) -> None:
+    config = facts.config
+    facts.real("attention.layer_norm_epsilon", config.real(epsilon, 1e-5, high=1.0))
+    facts.entries.remove(f"{facts.name}.attention.layer_norm_rms_epsilon")
+    facts.count("wkv.head_size", config.integer(head_size, 64, high=MAX_STATE))
+
+
+# RWKV 7
+
+
+def _seven_entries(facts: Facts) -> None:
+    _entries(facts, "head_dim", "norm_eps")
+
+
+def _ranks(facts: Facts, weights: Mapping[str, SourceTensor]) -> None:
+    """How narrow the rows are from which a layer makes vectors."""
+    for key, name in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"), ("gate", "g")):
+        end = f"attn.{name}_lora.lora.0.weight"
+        rank = next((tensor.shape[0] for found, tensor in weights.items() if found.endswith(end)), 0)
+        facts.count(f"attention.{key}_lora_rank", rank)
+
+
+def _narrowed(name: str, gguf: str) -> tuple[Mapped, ...]:
+    return (
+        tensor(f"attn.{name}_lora.lora.0.weight", f"time_mix_{gguf}1.weight", "* embd"),
+        tensor(f"attn.{name}_lora.lora.2.weight", f"time_mix_{gguf}2.weight", "embd *"),
+        tensor(f"attn.{name}_lora.lora.2.bias", f"time_mix_{gguf}0.weight", "embd"),
+    )
+
+
+_MATRICES = {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+_SEVEN: tuple[Part, ...] = (
+    *layer_norm("attn_norm", "attn_norm"),
+    *layer_norm("ffn_norm", "attn_norm_2"),
+    Stacked(tuple(f"attn.x_{part}" for part in "rwkvag"), "time_mix_lerp_fused.weight", ("1", "1", "embd")),
+    *(tensor(f"attn.{hf}.weight", f"time_mix_{gguf}.weight", "embd embd") for hf, gguf in _MATRICES.items()),
+    *_narrowed("w", "w"),
+    *_narrowed("a", "a"),
+    # The first layer has none of its own, and engines look for some that they do not use.
+    either(_narrowed("v", "v"), _narrowed("a", "v")),
+    *_narrowed("g", "g")[:2],
+    tensor("attn.k_k", "time_mix_k_k.weight", "embd"),
+    tensor("attn.k_a", "time_mix_k_a.weight", "embd"),
+    tensor("attn.r_k", "time_mix_r_k.weight", "* *", _ROW),
+    *layer_norm("attn.g_norm", "time_mix_ln"),
+    tensor("ffn.x_k", "channel_mix_lerp_k.weight", "embd"),
+    tensor("ffn.key.weight", "channel_mix_key.weight", "ff embd"),
+    tensor("ffn.value.weight", "channel_mix_value.weight", "embd ff"),
+)
+_RWKV7 = Architecture(
+    "rwkv7", _SEVEN, embedding="embeddings", sizes=_sizes, entries=_seven_entries, of_weights=_ranks, ffn=False,
+    activations=frozenset({"sqrelu"}), outer=(*layer_norm("layers.0.pre_norm", "token_embd_norm"),
+                                               *layer_norm("norm", "output_norm")),
+    fixed={"norm_first": True, "norm_bias": True, "attn": None}, defaults=_NO_ATTENTION,
+)  # fmt: skip
+
+# RWKV 6
+
+
+def _six_entries(facts: Facts) -> None:
+    _entries(facts, "head_size", "layer_norm_epsilon")
+    facts.count("rescale_every_n_layers", facts.config.integer("rescale_every", 0, low=0, high=MAX_LAYERS))
+
+
+def _extra(facts: Facts, weights: Mapping[str, SourceTensor]) -> None:
+    for key, end, parts in (("time_mix_extra_dim", ".time_maa_w1", 5), ("time_decay_extra_dim", ".time_decay_w1", 1)):
+        width = next((tensor.shape[-1] for name, tensor in weights.items() if name.endswith(end)), 0)
+        facts.count(key, width // parts)
+
+
+def _rescaled(source: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """Halved every few layers, as engines halve what comes from before."""
+    match = re.search(r"blocks\.(\d+)\.", source.name)
+    every = sizes.config.integer("rescale_every", 0, low=0, high=MAX_LAYERS)
+    times = int(match[1]) // every if match and every else 0
+    if not times:
+        return source
+    return scaled(lambda sizes, n_rows: np.full((1, n_rows), 0.5**times, np.float32))(source, sizes)
+
+
+_BLOCK = "attention"
+_SIX: tuple[Part, ...] = (
+    *layer_norm("ln1", "attn_norm"),
+    *layer_norm("ln2", "attn_norm_2"),
+    tensor(f"{_BLOCK}.time_maa_x", "time_mix_lerp_x.weight", "1 1 embd", _ROW),
+    Stacked(tuple(f"{_BLOCK}.time_maa_{part}" for part in "wkvrg"), "time_mix_lerp_fused.weight", ("1", "1", "embd")),
+    tensor(f"{_BLOCK}.time_maa_w1", "time_mix_w1.weight", "embd *", transposed),
+    tensor(f"{_BLOCK}.time_maa_w2", "time_mix_w2.weight", "5 * embd", transposed),
+    tensor(f"{_BLOCK}.time_decay", "time_mix_decay.weight", "1 1 embd", _ROW),
+    tensor(f"{_BLOCK}.time_decay_w1", "time_mix_decay_w1.weight", "embd *", transposed),
+    tensor(f"{_BLOCK}.time_decay_w2", "time_mix_decay_w2.weight", "* embd", transposed),
+    tensor(f"{_BLOCK}.time_faaaa", "time_mix_first.weight", "* *"),
+    *(tensor(f"{_BLOCK}.{name}.weight", f"time_mix_{name}.weight", "embd embd")
+      for name in ("receptance", "key", "value", "gate")),
+    tensor(f"{_BLOCK}.output.weight", "time_mix_output.weight", "embd embd", _rescaled),
+    *layer_norm(f"{_BLOCK}.ln_x", "time_mix_ln"),
+    tensor("feed_forward.time_maa_k", "channel_mix_lerp_k.weight", "1 1 embd", _ROW),
+    tensor("feed_forward.time_maa_r", "channel_mix_lerp_r.weight", "1 1 embd", _ROW),
+    tensor("feed_forward.key.weight", "channel_mix_key.weight", "ff embd"),
+    tensor("feed_forward.receptance.weight", "channel_mix_receptance.weight", "embd embd"),
+    tensor("feed_forward.value.weight", "channel_mix_value.weight", "embd ff", _rescaled),
+)  # fmt: skip
+_RWKV6 = Architecture(
+    "rwkv6", _SIX, layers="blocks", embedding="embeddings", head="head", sizes=_sizes, entries=_six_entries,
+    of_weights=_extra, ffn=False, rename=lambda name, sizes: name.removeprefix("rwkv."),
+    outer=(*layer_norm("blocks.0.pre_ln", "token_embd_norm"), *layer_norm("ln_out", "output_norm")),
+    fixed={"head_size_divisor": 8}, defaults=_NO_ATTENTION,
+)  # fmt: skip
+
+CLASSES = {"RWKV7ForCausalLM": _RWKV7, "Rwkv7ForCausalLM": _RWKV7, "Rwkv6ForCausalLM": _RWKV6}
