@@ -38,7 +38,7 @@ if TYPE_CHECKING:
               help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
 @calibration_options
 @click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")
-@click.option("--merge-lora", "merged", type=LoraFile(named=False), multiple=True,
+@click.option("--merge-lora", "merged", type=LoraFile(), multiple=True,
               help="Merge a LoRA adapter into the weights before they are quantised; SCALE says how strongly (1: as it "
                    "was trained). May be given several times.")  # fmt: skip
 @click.option("--lora", is_flag=True,

@@ -60,7 +60,7 @@ class LoraFile(click.ParamType):
     """FILE or FILE=SCALE, if `named` also NAME=FILE or NAME=FILE=SCALE, as a `Lora`. A file whose name ends like a
     scale, or begins like a name, can be named all the same."""
 
-    def __init__(self, named: bool = True) -> None:
+    def __init__(self, named: bool = False) -> None:
         self._named = named
         self.name = "[NAME=]FILE[=SCALE]" if named else "FILE[=SCALE]"
 

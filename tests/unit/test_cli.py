@@ -192,13 +192,13 @@ def test_only_a_server_takes_names_for_adapters(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b=c.gguf").touch()
     path = str(tmp_path / "a.gguf")
-    assert LoraFile(named=False).convert(f"{path}=0.5", None, None) == Lora(tmp_path / "a.gguf", 0.5)
-    assert LoraFile(named=False).convert(str(tmp_path / "b=c.gguf"), None, None) == Lora(tmp_path / "b=c.gguf")
-    named = LoraFile().convert(f"poet={path}=0.5", None, None)
+    assert LoraFile().convert(f"{path}=0.5", None, None) == Lora(tmp_path / "a.gguf", 0.5)
+    assert LoraFile().convert(str(tmp_path / "b=c.gguf"), None, None) == Lora(tmp_path / "b=c.gguf")
+    named = LoraFile(named=True).convert(f"poet={path}=0.5", None, None)
     assert named == Lora(tmp_path / "a.gguf", 0.5, "poet")
     for value in (f"poet={path}", f"poet={path}=0.5"):
         with pytest.raises(click.BadParameter, match=r"only qrun serve takes a name .* it is .*a\.gguf"):
-            LoraFile(named=False).convert(value, None, None)
+            LoraFile().convert(value, None, None)
 
 
 # Errors
