@@ -15,6 +15,7 @@ TESTING := $(VENV)/installed-testing-$(DIGEST)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 CLIENTS := .venv-clients
 RAY := .venv-ray
+PACKERS := .venv-packers
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -46,11 +47,15 @@ CONVERT_PEER ?=
 # What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
 REPORT_PEER ?=
 
+# The model that the apps of `make test-packers` load, and options of tests/bench/packers.py.
+PACKERS_MODEL ?= smollm2:135m
+PACKERS_OPTIONS ?=
+
 # How long `make soak-serve` goes on, and with what; the default model where none is named.
 SOAK_MINUTES ?= 20
 SOAK_MODEL ?=
 
-.PHONY: help chat serve test test-forms test-clients test-ray test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
+.PHONY: help chat serve test test-forms test-clients test-ray test-packers test-lowest report soak soak-serve bench bench-serve bench-convert docs clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -60,6 +65,7 @@ help:
 	@echo "make report  what is claimed of models: matches, bits, types, names; with REPORT_PEER=... speed"
 	@echo "make test-clients  the server against the clients of OpenAI, Anthropic and Ollama, and libraries over them"
 	@echo "make test-ray  two replicas on Ray Serve (some minutes)"
+	@echo "make test-packers  apps of PyInstaller, cx_Freeze and Nuitka, run on their own (an hour or so)"
 	@echo "make soak   load and drop models a thousand times in all ways, beside other work too (some minutes)"
 	@echo "make soak-serve  the server under clients of all manners, SOAK_MINUTES=20 of them"
 	@echo "make test-lowest  pytest with the lowest versions of everything that setup.cfg allows; LOWEST_TESTS names some"
@@ -94,6 +100,11 @@ test-ray: $(RAY)/installed-$(DIGEST)
 test-clients: $(CLIENTS)/installed-$(DIGEST)
 	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
+# In an environment with nothing that the apps do not need: packers take along what they find. Not editable, as an app's.
+test-packers: $(TESTING) $(PACKERS)/installed-$(DIGEST)
+	QRUN_TEST_PACKERS=1 $(BIN)/python -m pytest tests/unit/test_frozen.py
+	$(PACKERS)/bin/python tests/bench/packers.py $(PACKERS_MODEL) $(PACKERS_OPTIONS)
+
 soak: $(TESTING)
 	QRUN_TEST_LOADS=1000 $(BIN)/python -m pytest tests/unit/test_lifetimes.py
 
@@ -125,7 +136,7 @@ docs: $(RUNTIME)
 	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) $(PACKERS) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \
@@ -158,6 +169,13 @@ $(CLIENTS)/installed-$(DIGEST):
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS) </dev/null
 	@rm -rf $(CLIENTS)/installed-*
 	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
+	@touch $@
+
+$(PACKERS)/installed-$(DIGEST):
+	@test -x $(PACKERS)/bin/python || $(PYTHON) -m venv $(PACKERS) </dev/null
+	@rm -rf $(PACKERS)/installed-* build/lib
+	@$(PACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps . </dev/null
+	@$(PACKERS)/bin/python -m pip install --quiet --disable-pip-version-check '.[packers]' </dev/null
 	@touch $@
 
 $(RAY)/installed-$(DIGEST):

@@ -92,6 +92,8 @@ def command(
     """
     from qrun.cli.loading import find_model
 
+    if not prompt and not gen:
+        raise click.UsageError("--prompt 0 and --gen 0 leave nothing to measure.")
     path = find_model(model, type_name)
     if peers:
         for given, name in ((loras, "--lora"), (draft, "--draft")):

@@ -47,6 +47,7 @@ class Peer:
 
     def __init__(self, text: str) -> None:
         self.name: str | None = None
+        self.uses: list[str] = []  # instruction sets, where the peer tells them
         if "{model}" not in text:
             if not Path(text).is_file():
                 raise click.UsageError(f"--compare: {text!r} is no file, and no command with {{model}} in it.")
@@ -72,6 +73,7 @@ class Peer:
         answer = _last_json(_output(self.command(task, threads), self.name or "the peer"))
         if isinstance(answer, dict) and self.name is None:
             self.name = str(answer.get("peer", "peer"))
+            self.uses = [str(name) for name in answer.get("uses", [])]
         return {name: value for name, value in figures(answer).items() if name in task.metrics}
 
 
@@ -88,7 +90,7 @@ def figures(answer: Any) -> dict[str, float]:
     return {name: float(value) for name, value in answer.items() if name.startswith(("pp", "tg"))}
 
 
-def run_qrun(task: Task, threads: int) -> dict[str, float]:
+def run_qrun(task: Task, threads: int) -> dict[str, Any]:
     """This engine's figures, from a process of its own."""
     words = shlex.split(f"-t {threads} -p {task.prompt} -n {task.gen} -r {task.reps} --depth {task.depth}")
     words += ["--seqs", str(task.seqs), "--cache-type", task.cache_type, "--json"]
@@ -96,13 +98,14 @@ def run_qrun(task: Task, threads: int) -> dict[str, float]:
     if python is None:
         raise ValueError("a comparison needs a Python to start qrun with, and this program has none")
     command = [*python, "-m", "qrun.cli.main", "bench", task.model, *words]
-    answer: dict[str, float] = _last_json(_output(command, "qrun"))
+    answer: dict[str, Any] = _last_json(_output(command, "qrun"))
     return answer
 
 
 def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """A row for each number of threads and each figure: {"threads", "metric", "qrun", "peers": {name: figure},
-    "ratios": {name: qrun's figure over the peer's}}, and "share" of the memory's speed with tg, where it is known."""
+    "ratios": {name: qrun's figure over the peer's}, "uses": {name: instruction sets, where they are known}}, and
+    "share" of the memory's speed with tg, where it is known."""
     rows: list[dict[str, Any]] = []
     for count in threads:
         gigabytes = 0.0
@@ -120,21 +123,24 @@ def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROU
                 for peer, figures_of_peer in zip(peers, others, strict=True)
                 if figures_of_peer.get(metric)
             }
-            row = {"threads": count, "metric": metric, "qrun": best[metric], "peers": named}
+            row: dict[str, Any] = {"threads": count, "metric": metric, "qrun": best[metric], "peers": named}
             row["ratios"] = {name: round(best[metric] / figure, 3) for name, figure in named.items()}
+            row["uses"] = {peer.name or "peer": " ".join(peer.uses) for peer in peers if peer.uses}
+            if "simd" in found:
+                row["uses"]["qrun"] = found["simd"]
             if metric == f"tg{task.gen}" and gigabytes:
                 row |= {"memory": best["memory"], "share": round(gigabytes * best[metric] / best["memory"], 3)}
             rows.append(row)
     return rows
 
 
-def _keep_best(best: dict[str, float], found: dict[str, float]) -> None:
+def _keep_best(best: dict[str, float], found: dict[str, Any]) -> None:
     for name, value in found.items():
         if name.startswith(("pp", "tg")) or name == "memory":
             best[name] = max(best.get(name, 0.0), value)
 
 
-def _gigabytes_a_token(found: dict[str, float], metric: str) -> float:
+def _gigabytes_a_token(found: dict[str, Any], metric: str) -> float:
     """What generation reads for a token, from the share of the memory's speed that a run found for itself."""
     return found["share"] * found["memory"] / found[metric] if found.get("share") and found.get(metric) else 0.0
 
@@ -165,7 +171,9 @@ def table(task: Task, rows: list[dict[str, Any]]) -> str:
         if "share" in row:
             line += f"  {row['share']:.0%} of {row['memory']:.1f} GB/s"
         lines.append(line)
-    return "\n".join(lines)
+    # A library that was built for less than the machine has is slower than it could be there.
+    uses = rows[-1].get("uses", {}) if rows else {}
+    return "\n".join([*lines, *(f"{name} uses {words}" for name, words in uses.items())])
 
 
 def draw(task: Task, rows: list[dict[str, Any]], path: str) -> None:

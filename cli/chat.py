@@ -69,7 +69,8 @@ def command(
         def on_forget(n_messages: int) -> None:
             if sys.stderr.isatty():
                 display.make_way()
-            notice(f"the context of {loaded.context} tokens is full: the oldest {n_messages} messages are forgotten")
+            oldest = f"{n_messages} messages are" if n_messages > 1 else "message is"
+            notice(f"the context of {loaded.context} tokens is full: the oldest {oldest} forgotten")
 
         with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
             conversation.special_tokens_in_messages = special

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qrun.cli.against import score_against, write_logits
 from qrun.cli.comparison import Comparison, Measured
 from qrun.cli.console import echo
 from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
 
 if TYPE_CHECKING:
-    from qrun.engine.judging.divergence import Divergence
-    from qrun.engine.judging.scoring import Chunks, Score
+    from qrun.engine.judging.scoring import Chunks
+    from qrun.engine.judging.tasks import Answers, Task
     from qrun.engine.quantize.convert import Plan
 
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
@@ -31,6 +33,17 @@ DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
               help="The types to compare: those of `qrun convert --type`.")  # fmt: skip
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from `qrun imatrix`.")  # fmt: skip
+@click.option("--calibrate", "texts", type=click.Path(path_type=Path), multiple=True, metavar="TEXT",
+              help="Find the importance of inputs from this text, as `qrun convert` does, and compare mixes of "
+                   "measured sensitivity too: for each type one of its size. May be given several times.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True, metavar="N",
+              help="Samples of the texts to calibrate by.")  # fmt: skip
+@click.option("--length", type=click.IntRange(min=16), default=512, show_default=True, metavar="TOKENS",
+              help="Tokens in a sample.")  # fmt: skip
+@click.option("--measures", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Keep what was found of the model in this folder, for the next time.")  # fmt: skip
+@click.option("--tasks", "questions", type=click.Path(path_type=Path), metavar="FILE",
+              help="Also ask questions with right and wrong answers, as `qrun perplexity --tasks` does.")  # fmt: skip
 @click.option("--allow-requantize", is_flag=True, help="Also take a source that is quantised already.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
               help="Keep the models that are made, in this folder.")  # fmt: skip
@@ -41,23 +54,30 @@ DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 @cache_type_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    source: str, file: Path, types: tuple[str, ...], imatrix: Path | None, allow_requantize: bool, keep: Path | None,
+    source: str, file: Path, types: tuple[str, ...], imatrix: Path | None, texts: tuple[Path, ...], samples: int,
+    length: int, measures: Path | None, questions: Path | None, allow_requantize: bool, keep: Path | None,
     plot: str | None, ctx: int, chunks: int, threads: int | None, cache_type: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare what types cost and save.
 
     SOURCE, best in F16 or BF16, is converted to each type in turn. Of each are measured: its size, the error of its
     weights, its perplexity on a text, and the Kullback-Leibler divergence of its predictions from SOURCE's, which shows
-    losses long before perplexity does. The converted models, and the logits of SOURCE, lie in the folder for temporary
+    losses long before perplexity does. With --calibrate there is for each type a mix of the same size as well, whose
+    types are those that lose least by measure; in the picture these are a line of their own. With --tasks it also says
+    how many questions each answers. The converted models, and the logits of SOURCE, lie in the folder for temporary
     files meanwhile.
 
     \b
     Examples:
       qrun compare model-f16.gguf --text wiki.test.raw
       qrun compare model-f16.gguf --text wiki.test.raw --types q4_k_m,iq4_xs,q4_0 --imatrix imatrix.gguf --plot loss.svg
+      qrun compare model-f16.gguf --text wiki.test.raw --calibrate texts.txt --plot loss.svg
+      qrun compare model-f16.gguf --text wiki.test.raw --tasks questions.jsonl
       qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
     """
+    from qrun.cli.compare_mixes import calibrated_plans
     from qrun.cli.loading import find_original, load_tokenizer, text_chunks
+    from qrun.engine.judging.tasks import read_tasks
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
     from qrun.engine.quantize.mixes import COPY, Choice, file_type_name
@@ -67,16 +87,33 @@ def command(
         from qrun.cli.plot import check_plot
 
         check_plot(plot)
+    if texts and imatrix:
+        raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
+    if measures and not texts:
+        raise click.UsageError("--measures goes with --calibrate.")
     names = list(dict.fromkeys(file_type_name(name) for name in types))
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")
     path = find_original(source)
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
+    tasks = read_tasks(questions) if questions else []
     importance = read_imatrix(imatrix) if imatrix else None
-    with closing(open_source(path)) as opened:
-        plans = [plan(opened, Choice(name), imatrix=importance, allow_requantize=allow_requantize) for name in names]
-        with tempfile.TemporaryDirectory(prefix="qrun-compare-") as folder:
-            comparison = compare(path, file.name, text, plans, Path(folder), keep, threads, cache_type)
+    with (
+        closing(open_source(path)) as opened,
+        tempfile.TemporaryDirectory(prefix="qrun-compare-") as name,
+    ):
+        folder = Path(name)
+        if texts:
+            plans = calibrated_plans(
+                opened, path, names, texts, samples, length, measures or folder / "measures", threads,
+                allow_requantize,
+            )  # fmt: skip
+        else:
+            plans = [
+                (name, plan(opened, Choice(name), imatrix=importance, allow_requantize=allow_requantize))
+                for name in names
+            ]
+        comparison = compare(path, file.name, text, plans, folder, keep, threads, cache_type, tasks)
     if plot:
         from qrun.cli.compare_plot import draw
 
@@ -85,30 +122,40 @@ def command(
 
 
 def compare(
-    path: Path, text_name: str, text: Chunks, plans: list[Plan], folder: Path, keep: Path | None,
-    threads: int | None, cache_type: str,
+    path: Path, text_name: str, text: Chunks, plans: list[tuple[str, Plan]], folder: Path, keep: Path | None,
+    threads: int | None, cache_type: str, tasks: Sequence[Task] = (),
 ) -> Comparison:  # fmt: skip
     """Makes a model of each plan, and measures it against the source. One lies in the folder at a time."""
+    from qrun.cli.loading import load_tokenizer
+    from qrun.cli.perplexity import answers_of
+
+    tokenizer = load_tokenizer(path) if tasks else None
+
+    def asked(model: Path) -> Answers | None:
+        return answers_of(model, tasks, tokenizer, threads, cache_type) if tasks else None
+
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
     with open(folder / "logits", "w+b") as logits:
         score = write_logits(path, text, logits, threads, cache_type)
         measured = []
-        for plan in plans:
-            out = (keep or folder) / f"{path.stem}-{plan.choice.file_type}.gguf"
-            measured.append(measure(plan, out, text, logits, threads, cache_type))
+        for name, plan in plans:
+            out = (keep or folder) / f"{path.stem}-{name.replace(' ', '-')}.gguf"
+            found = measure(name, plan, out, text, logits, threads, cache_type)
+            measured.append(replace(found, answers=asked(out)))
             if not keep:
                 out.unlink()
     measured.sort(key=lambda each: each.n_bytes)
-    first = plans[0]
+    _, first = plans[0]
     size = sum(file.stat().st_size for file in first.source.files)
-    return Comparison(path.name, text_name, size, first.bits_per_weight(first.source_bytes), score, measured)
+    bits = first.bits_per_weight(first.source_bytes)
+    return Comparison(path.name, text_name, size, bits, score, measured, asked(path))
 
 
 def measure(
-    plan: Plan, out: Path, text: Chunks, logits: IO[bytes], threads: int | None, cache_type: str
+    name: str, plan: Plan, out: Path, text: Chunks, logits: IO[bytes], threads: int | None, cache_type: str
 ) -> Measured:
-    """Converts, and scores the result against the source's logits."""
+    """Converts, and scores the result against the source's logits. name: for the table."""
     import numpy as np
 
     from qrun.cli.conversion import write
@@ -117,65 +164,11 @@ def measure(
     error = sum(loss.error for loss in result.losses.values())
     energy = sum(loss.energy for loss in result.losses.values())
     relative_rmse = float(np.sqrt(error / energy)) if energy else 0.0
-    divergence = score_against(out, text, logits, plan.choice.file_type, threads, cache_type)
+    divergence = score_against(out, text, logits, name, threads, cache_type)
     return Measured(
-        plan.choice.file_type, out.stat().st_size, plan.bits_per_weight(plan.n_bytes), relative_rmse, divergence
-    )
-
-
-def write_logits(path: Path, text: Chunks, out: IO[bytes], threads: int | None, cache_type: str) -> Score:
-    """Keeps the logits by which a text is scored, one float32 [n_vocab] after the other: a model is run once, however
-    many are measured against it. Returns how well it predicts the text."""
-    from qrun.cli.console import human_bytes, step_bar
-    from qrun.cli.loading import open_runtime
-    from qrun.cli.perplexity import so_far
-    from qrun.engine.judging.scoring import Score, scored_logits
-
-    score = Score()
-    with ExitStack() as stack:
-        runtime = stack.enter_context(
-            open_runtime(path, threads=threads, context=text.size, cache_type=cache_type)
-        )
-        needed = len(text) * text.scored * runtime.n_vocab * 4
-        folder = Path(out.name).parent
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            sizes = f"{human_bytes(needed)} of logits, and {human_bytes(free)} are free"
-            raise OSError(f"{folder}: {len(text)} chunks take {sizes} (see --chunks, or set TMPDIR to another folder)")
-        progress = stack.enter_context(step_bar("source"))
-        progress(0, len(text))
-        for done, chunk in enumerate(text, 1):
-            for logits, targets in scored_logits(runtime, chunk, text.bos):
-                score.add(logits, targets)
-                out.write(logits.data)
-            progress(done, len(text), so_far(score))
-    return score
-
-
-def score_against(
-    path: Path, text: Chunks, expected: IO[bytes], name: str, threads: int | None, cache_type: str
-) -> Divergence:
-    """How far a model is from the one whose logits were kept, on the same text."""
-    import numpy as np
-
-    from qrun.cli.console import step_bar
-    from qrun.cli.loading import open_runtime
-    from qrun.engine.judging.divergence import Divergence
-    from qrun.engine.judging.scoring import scored_logits
-
-    divergence = Divergence()
-    expected.seek(0)
-    with (
-        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type) as runtime,
-        step_bar(name) as progress,
-    ):
-        progress(0, len(text))
-        for done, chunk in enumerate(text, 1):
-            for logits, targets in scored_logits(runtime, chunk, text.bos):
-                reference = np.frombuffer(expected.read(logits.nbytes), np.float32).reshape(logits.shape)
-                divergence.add(reference, logits, targets)
-            progress(done, len(text), f"KL {divergence.mean_kl.value:.4g} so far")
-    return divergence
+        name, out.stat().st_size, plan.bits_per_weight(plan.n_bytes), relative_rmse, divergence,
+        measured=plan.choice.types is not None,
+    )  # fmt: skip
 
 
 def as_object(comparison: Comparison) -> dict[str, Any]:
@@ -189,10 +182,23 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
     })  # fmt: skip
     found["types"] = [
         finite({"type": each.type, "bytes": each.n_bytes, "bits_per_weight": each.bits_per_weight,
-                "relative_rmse": each.relative_rmse} | summary(each.divergence))
+                "relative_rmse": each.relative_rmse} | summary(each.divergence)
+               | _answered(each.answers, comparison.answers))
         for each in comparison.types
     ]  # fmt: skip
-    return found
+    return found | finite(_answered(comparison.answers, None))
+
+
+def _answered(answers: Answers | None, reference: Answers | None) -> dict[str, Any]:
+    """The part of the questions that were answered, and answered as the reference does."""
+    if answers is None:
+        return {}
+    share = answers.accuracy
+    found: dict[str, Any] = {"count": len(answers.chosen), "answered": share.value, "error": share.error}
+    if reference is not None:
+        same = answers.agreement(reference)
+        found["same_answer"] = {"value": same.value, "error": same.error}
+    return {"tasks": found}
 
 
 def table(comparison: Comparison) -> str:
@@ -200,7 +206,7 @@ def table(comparison: Comparison) -> str:
     from qrun.cli.console import human_bytes
     from qrun.cli.perplexity import percent, plus_minus
 
-    rows = [("", "size", "bits/weight", "RMSE", "perplexity", "KL divergence", "same top token")]
+    rows: list[tuple[str, ...]] = [("", "size", "bits/weight", "RMSE", "perplexity", "KL divergence", "same top token")]
     for each in comparison.types:
         divergence = each.divergence
         rows.append((
@@ -212,11 +218,16 @@ def table(comparison: Comparison) -> str:
         "source", human_bytes(comparison.n_bytes), f"{comparison.bits_per_weight:.2f}", "",
         plus_minus(comparison.score.perplexity, 3), "", "",
     ))  # fmt: skip
+    if comparison.answers is not None:
+        answered = [each.answers.accuracy for each in comparison.types if each.answers is not None]
+        shares = ["answered", *(percent(share, 1) for share in (*answered, comparison.answers.accuracy))]
+        rows = [(*row, share) for row, share in zip(rows, shares, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
         [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
         for row in rows
     ]
     lines = ["  ".join(row) for row in aligned]
-    lines.append(f"{comparison.source}; {comparison.score.count} tokens of {comparison.text} scored")
+    questions = f", {len(comparison.answers.chosen)} questions asked" if comparison.answers is not None else ""
+    lines.append(f"{comparison.source}; {comparison.score.count} tokens of {comparison.text} scored{questions}")
     return "\n".join(line.rstrip() for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qrun.cli.plot import BLUE, GREY, new_figure, save
+from qrun.cli.plot import BLUE, GREY, ORANGE, new_figure, save
 from qrun.cli.plot_labels import label_points
 
 if TYPE_CHECKING:
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 def draw(comparison: Comparison, path: str) -> None:
     """Mean KL divergence, on a logarithmic axis, over the size of the file.
 
-    The types that no other beats in both are joined by a line. A type that loses nothing has no place on the axis.
+    The types that no other beats in both are joined by a line; mixes of measured sensitivity by one of their own,
+    without names. A type that loses nothing has no place on the axis.
     """
-    chosen = [each for each in comparison.types if each.divergence.mean_kl.value > 0]
+    shown = [each for each in comparison.types if each.divergence.mean_kl.value > 0]
+    chosen = [each for each in shown if not each.measured]
+    mixes = undominated([each for each in shown if each.measured])
     unit, divisor = ("GB", 1e9) if comparison.n_bytes >= 4e9 else ("MB", 1e6)
     sizes = [each.n_bytes / divisor for each in chosen]
     losses = [each.divergence.mean_kl for each in chosen]
@@ -33,6 +36,12 @@ def draw(comparison: Comparison, path: str) -> None:
         axes.plot(*zip(*front, strict=True), color=BLUE, alpha=0.35, linewidth=1.5, zorder=1)
         colours = [BLUE if each in best else GREY for each in chosen]
         axes.scatter(sizes, [loss.value for loss in losses], c=colours, s=36, zorder=2)
+        if mixes:
+            axes.plot(
+                [each.n_bytes / divisor for each in mixes], [each.divergence.mean_kl.value for each in mixes],
+                color=ORANGE, marker="D", markersize=4, linewidth=1.5, label="types by measured sensitivity", zorder=2,
+            )  # fmt: skip
+            axes.legend(frameon=False, fontsize=8)
         axes.margins(x=0.12, y=0.12)
     axes.grid(axis="y", which="major", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

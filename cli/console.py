@@ -180,6 +180,11 @@ def human_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def plural(count: int, thing: str) -> str:
+    """3, "tensor" -> '3 tensors', and of one '1 tensor'."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def human_parameters(count: float) -> str:
     """8030000000 -> '8.0B', as models are called."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
@@ -258,7 +263,7 @@ class CompileProgress:
             return
         if not rewritable(sys.stderr):
             if not self._announced:
-                notice(f"compiling {total} kernel{'s' * (total > 1)} for {self._for} (once)")
+                notice(f"compiling {plural(total, 'kernel')} for {self._for} (once)")
         elif done < total:
             status_line(f"compiling kernels for {self._for}  {done}/{total}")
         else:

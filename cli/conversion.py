@@ -7,29 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qrun.cli.console import echo
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.convert import Plan, Result
     from qrun.engine.quantize.source import Source
     from qrun.formats import TensorType, ValueType
-
-
-class Size(click.ParamType):
-    """A number of bytes: 500M, 2G."""
-
-    name = "SIZE"
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # noqa: RUF012 - never changed
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", value.strip().upper())
-        if not match or not (size := int(float(match[1]) * self.units[match[2]])):
-            self.fail(f"{value!r} is no size such as 500M or 2G", param, ctx)
-        return size
 
 
 def write(
@@ -71,6 +54,7 @@ def metadata_value(text: str, source: Source) -> tuple[str, Any, ValueType]:
 
 def tensor_type(name: str | None) -> TensorType | None:
     """A type of tensors by its name in any case. Raises ValueError if it cannot be written."""
+    from qrun.engine.quantize.mixes import perhaps
     from qrun.formats import TensorType
     from qrun.formats.blocks import BLOCK_FORMATS
 
@@ -78,8 +62,8 @@ def tensor_type(name: str | None) -> TensorType | None:
         return None
     found = TensorType.__members__.get(name.upper())
     if found is None or found not in BLOCK_FORMATS or BLOCK_FORMATS[found].quantize is None:
-        known = ", ".join(type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize)
-        raise ValueError(f"{name!r} is no type of a tensor: it can be {known}")
+        known = [type.name for type in sorted(BLOCK_FORMATS) if BLOCK_FORMATS[type].quantize]
+        raise ValueError(f"{name!r} is no type of a tensor{perhaps(name, known)}: it can be {', '.join(known)}")
     return found
 
 

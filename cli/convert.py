@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qrun.cli.console import notice
-from qrun.cli.conversion import Size, default_out, metadata_value, show_plan, show_result, tensor_type, write
+from qrun.cli.conversion import default_out, metadata_value, show_plan, show_result, tensor_type, write
 from qrun.cli.convert_calibrated import Wishes, calibration_options, convert_calibrated
-from qrun.cli.options import LoraFile, ModelName, threads_option
+from qrun.cli.options import LoraFile, ModelName, Size, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source

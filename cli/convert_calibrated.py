@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
-from qrun.cli.conversion import Size, default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names
+from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
+from qrun.cli.options import Names, Size
+from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from qrun.formats import TensorType
     from qrun.models.adapter import Lora
 
-METHODS = ("auto", "gptq", "imatrix")
+METHODS = ("auto", "gptq", "awq", "both", "imatrix")
+
+# Options that say nothing where there is no text.
+CALIBRATING = {"keep": "--measures", "method": "--method", "samples": "--samples", "length": "--length",
+               "seed": "--seed", "judge": "--judge"}  # fmt: skip
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -63,14 +68,23 @@ class Wishes:
             raise click.UsageError(f"{' and '.join(given)} do not go together.")
         if given and not self.texts:
             raise click.UsageError(f"{given[0]} needs --calibrate: a text by which tensors are measured.")
-        if given and (type_name or split or any(recipe)):
-            raise click.UsageError(f"{given[0]} chooses the types itself, of a file that is not split.")
+        if given and (type_name or any(recipe)):
+            raise click.UsageError(f"{given[0]} chooses the types itself.")
+        if self.texts and split:
+            raise click.UsageError("--calibrate makes one file: it does not go with --split-max-size.")
         if self.texts and imatrix:
             raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
         if self.candidates is not None and not given:
             raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
-        if not self.texts and (self.keep or self.method != "auto"):
-            raise click.UsageError(f"{'--measures' if self.keep else '--method'} goes with --calibrate.")
+        if not self.texts and (said := said_options(CALIBRATING)):
+            raise click.UsageError(f"{said[0]} goes with --calibrate.")
+
+
+def said_options(options: Mapping[str, str]) -> list[str]:
+    """Those of some options that were given, even as what they are by default: names by parameters."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return [name for parameter, name in options.items() if context.get_parameter_source(parameter) != default]
 
 
 def calibration_options(function: Command) -> Command:
@@ -93,8 +107,9 @@ def calibration_options(function: Command) -> Command:
         click.option("--seed", type=int, default=1, show_default=True, help="Which samples are taken."),
         click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
                      help="With --calibrate, how weights are rounded: each by itself, its error weighed by the inputs' "
-                          "mean squares (imatrix), or column by column, each error made good by the columns after it "
-                          "(gptq); auto is gptq, unless more is lost by it on what is held out."),
+                          "mean squares (imatrix); column by column, each error made good by the columns after it "
+                          "(gptq); each by itself, the inputs that matter most with finer steps (awq); or the last two "
+                          "together (both). auto is gptq, unless more is lost by it on what is held out."),
         click.option("--bpw", "bits_per_weight", type=click.FloatRange(min=0, min_open=True), metavar="BITS",
                      help="Choose the type of each tensor: what loses least with so many bits for a weight, on "
                           "average."),
@@ -121,48 +136,70 @@ def convert_calibrated(
 ) -> None:  # fmt: skip
     """Calibrates, converts, and judges. path: of the source. out: the result, or if it was not `named` the source,
     beside which it is to lie. merged: adapters, by which the source is more than what lies at `path`."""
+    from qrun.cli.loading import find_original
     from qrun.engine.quantize.calibrated import Calibration, check_not_quantised, nearest_mix
     from qrun.engine.quantize.convert import plan
+    from qrun.formats.tensors import n_weights
+    from qrun.formats.whole_file import move_whole
 
     check_not_quantised(source, allow_requantize)
     if not named:
         out = default_out(out, f"{label(wishes)}" if wishes.sized else choice.file_type)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
-    samples = read(path, source, wishes, threads)
+    samples = read(path, source, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)
-    with ExitStack() as bars:
+    with stage_bars() as stage:
         calibration = Calibration(
             source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
-            stage=lambda name: stage_bar(bars, name), compiling=CompileProgress(), notice=notice,
+            stage=stage, compiling=CompileProgress(), notice=notice,
             variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
         )  # fmt: skip
+        if calibration.folder.is_dir():  # left by a run that was killed, perhaps while it wrote the result
+            remove_unfinished(out)
         calibration.prepare()
         imatrix = calibration.imatrix()
         if wishes.sized:
             budget = budget_of(wishes, source, calibration, imatrix, values)
-            types = candidates(wishes, 8 * budget / max(1, weights(source)))
+            types = candidates(wishes, 8 * budget / max(1, n_weights(source.tensors.values())))
             choice = calibration.mix(imatrix, budget, types, values)
     planned = plan(source, choice, imatrix=imatrix, allow_requantize=allow_requantize)
     if dry_run:
         show_plan(planned)
         return
     plain = planned
-    if wishes.method != "imatrix":
-        with ExitStack() as bars:
-            planned = replace(calibration, stage=lambda name: stage_bar(bars, name)).rounded(planned)
-    result = write(planned, out, threads, values, label(wishes) if wishes.sized else None)
+    with stage_bars() as stage:
+        calibration = replace(calibration, stage=stage)
+        rounding = calibration
+        if wishes.method in ("awq", "both"):
+            scaled = calibration.scaled(planned)
+            importance = scaled.importance(imatrix)
+            planned = plan(scaled, choice, imatrix=importance, allow_requantize=allow_requantize)
+            if wishes.method == "both":
+                rounding = calibration.of_scaled(scaled)
+        if wishes.method not in ("awq", "imatrix"):
+            planned = rounding.rounded(planned)
+    name = label(wishes) if wishes.sized else None
+    result = write(planned, out, threads, values, name)
     judged: list[str] = []
     if wishes.judge:
-        others = [("rounded plainly", plain)] if wishes.method != "imatrix" else []
-        if wishes.sized and (mix := nearest_mix(source, imatrix, planned.n_bytes, allow_requantize)):
-            others.append((f"{mix.choice.file_type}, rounded plainly", mix))
-        rows, perplexity = judge(path, out, samples.held_out, planned, others, calibration, threads, bool(merged))
-        if wishes.method == "auto" and rows[1].loss < rows[0].loss:
-            notice("column by column more is lost here: weights are rounded each by itself")
-            planned, result = plain, write(plain, out, threads, values, label(wishes) if wishes.sized else None)
-            rows[:2] = [replace(rows[1], name=out.name), replace(rows[0], name="column by column")]
-        judged = table(rows, perplexity)
+        reference = calibration.working if merged else find_original(str(path))
+        beside = calibration.folder / "named.gguf"
+        with open(calibration.folder / "logits", "w+b") as logits:
+            judge = Judge(reference, samples.held_out, logits, threads)
+            rows = [judge.row(out.name, planned, out)]
+            if wishes.method != "imatrix":
+                plainly = write(plain, beside, threads, values, name)
+                rows.append(judge.row("rounded plainly", plain, beside))
+                if wishes.method == "auto" and rows[1].loss < rows[0].loss:
+                    notice("column by column more is lost here: weights are rounded each by itself")
+                    move_whole(beside, out)
+                    planned, result = plain, replace(plainly, paths=result.paths)
+                    rows = [replace(rows[1], name=out.name), replace(rows[0], name="column by column")]
+            if wishes.sized and (mix := nearest_mix(source, imatrix, planned.n_bytes, allow_requantize)):
+                write(mix, beside, threads, (), mix.choice.file_type)
+                rows.append(judge.row(f"{mix.choice.file_type}, rounded plainly", mix, beside))
+        judged = table(rows, judge.perplexity)
     if not wishes.keep:
         calibration.clean()
     show_result(planned, result)
@@ -177,20 +214,30 @@ def label(wishes: Wishes) -> str:
     return f"{human_bytes(wishes.size).replace(' ', '')}" if wishes.size is not None else f"fit{wishes.fit}"
 
 
-def read(path: Path, source: Source, wishes: Wishes, threads: int | None) -> Samples:
-    """The samples, by the model's own tokenizer and template."""
+def read(path: Path, source: Source, texts: Sequence[Path], *, length: int, samples: int, seed: int) -> Samples:
+    """The samples, by the model's own tokenizer and template, none longer than what the model was trained for. Raises
+    ValueError for a model that predicts nothing."""
     from qrun.cli.loading import find_original
     from qrun.engine import Tokenizer
     from qrun.engine.quantize.samples import read_samples
     from qrun.engine.text.chat_template import ChatTemplate
     from qrun.formats import GGUFReader
+    from qrun.models.support import predicts, purpose
 
+    if not predicts(source):
+        what = f" ({made})" if (made := purpose(source)) else ""
+        raise ValueError(
+            f"{path}: --calibrate measures how a model predicts the next token, and this one does not{what}: "
+            "convert it with --type alone"
+        )
+    trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
+    if isinstance(trained, int) and 1 < trained < length:
+        notice(f"samples have {trained} tokens: the model was not trained for {length}")
+        length = trained
     with GGUFReader(find_original(str(path))) as reader:
         tokenizer = Tokenizer.load(reader)
         template = ChatTemplate.from_reader(reader, tokenizer, tokenizer.special_spellings)
-        return read_samples(
-            wishes.texts, tokenizer, template, length=wishes.length, limit=wishes.samples, seed=wishes.seed
-        )
+        return read_samples(texts, tokenizer, template, length=length, limit=samples, seed=seed)
 
 
 def say_samples(samples: Samples) -> None:
@@ -201,18 +248,17 @@ def say_samples(samples: Samples) -> None:
         notice(f"{samples.repeated} samples repeat others, and were left out")
 
 
-def stage_bar(bars: ExitStack, name: str) -> Callable[[int, int], None]:
-    """A bar for a stage, which takes the place of the one before."""
-    bars.close()
-    update = bars.enter_context(step_bar(name))
-    return lambda done, total: update(done, total)
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """The bars of stages, by name: each takes the place of the one before."""
+    with ExitStack() as bars:
 
+        def stage(name: str) -> Callable[[int, int], None]:
+            bars.close()
+            update = bars.enter_context(step_bar(name))
+            return lambda done, total: update(done, total)
 
-def weights(source: Source) -> int:
-    """How many weights a model has."""
-    from math import prod
-
-    return sum(prod(tensor.shape) for tensor in source.tensors.values())
+        yield stage
 
 
 def budget_of(wishes: Wishes, source: Source, calibration: Calibration, imatrix: Imatrix, values: Metadata) -> int:
@@ -255,33 +301,30 @@ def room_for_file(calibration: Calibration, context: int) -> int:
 
 
 def candidates(wishes: Wishes, bits_per_weight: float) -> list[TensorType]:
-    """The types to choose from; those of few bits, which take longer to run, where they are needed."""
-    from qrun.engine.quantize.sensitivity import CANDIDATES, LOW_BITS, LOW_CANDIDATES
+    """The types to choose from."""
+    from qrun.engine.quantize.sensitivity import candidates_for
 
     if wishes.candidates is not None:
         found = [tensor_type(name) for name in wishes.candidates]
         return [type for type in found if type is not None]
-    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+    return candidates_for(bits_per_weight)
 
 
-def judge(
-    path: Path, out: Path, text: Chunks, planned: Plan, others: Sequence[tuple[str, Plan]], calibration: Calibration,
-    threads: int | None, merged: bool,
-) -> tuple[list[Judged], float]:  # fmt: skip
-    """What is lost on the samples that were held out, and what would have been lost otherwise; and the perplexity of
-    the source."""
-    from qrun.cli.compare import score_against, write_logits
-    from qrun.cli.loading import find_original
+class Judge:
+    """Measures what files have lost of their reference on the samples that were held out. logits: a file for what the
+    reference predicts. perplexity: of the reference."""
 
-    reference = calibration.working if merged else find_original(str(path))
-    with open(calibration.folder / "logits", "w+b") as logits:
-        score = write_logits(reference, text, logits, threads, "f16")
-        rows = [Judged(out.name, planned.n_bytes, score_against(out, text, logits, out.name, threads, "f16"))]
-        for name, other in others:
-            beside = calibration.folder / "named.gguf"
-            write(other, beside, threads, (), name)
-            rows.append(Judged(name, other.n_bytes, score_against(beside, text, logits, name, threads, "f16")))
-    return rows, score.perplexity.value
+    def __init__(self, reference: Path, text: Chunks, logits: IO[bytes], threads: int | None) -> None:
+        from qrun.cli.against import write_logits
+
+        self._text, self._logits, self._threads = text, logits, threads
+        self.perplexity = write_logits(reference, text, logits, threads, "f16").perplexity.value
+
+    def row(self, name: str, plan: Plan, file: Path) -> Judged:
+        """Of the file of a plan."""
+        from qrun.cli.against import score_against
+
+        return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._threads, "f16"))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class LineEditor:
             history=history,
             completer=WordCompleter(list(words), sentence=True),
             complete_while_typing=False,
+            prompt_continuation="  ",
             key_bindings=_keys(),
         )
 

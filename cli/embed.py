@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,41 +63,31 @@ def command(
     """
     from qrun.cli.console import step_bar
     from qrun.cli.loading import load_model, with_tokenizer
+    from qrun.engine.embedding.embedder import names_of
 
     if output is not None and output.suffix != ".npy":
         raise click.UsageError("--output is a NumPy file: its name ends in .npy.")
     if query is not None and (pooling, dimensions, instruction) != (None, None, None):
         raise click.UsageError("--query goes with no --pooling, --dimensions or --instruction.")
-    wanted = [*texts, *(lines_of(file) if file is not None else ())]
+    wanted = [*zip(names_of(len(texts)), texts, strict=True), *(lines_of(file) if file is not None else ())]
     if not wanted:
         raise click.UsageError("There are no texts: name some, or --file.")
     options: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "dimensions": dimensions,
                                "instruction": instruction, "truncate": truncate}  # fmt: skip
     loading = {"threads": threads, "context": ctx, "loras": loras, "type": type_name}
-    with load_model(model, loading) as loaded, step_bar("embedding") as progress:
+    with (
+        nullcontext(show) if output is None else written(output, len(wanted)) as take,
+        load_model(model, loading) as loaded,
+        step_bar("embedding") as progress,
+    ):
         with_tokenizer(loaded)
-        parts: list[np.ndarray] = []
         for start in range(0, len(wanted), AT_A_TIME):
             progress(start, len(wanted))
-            some = wanted[start : start + AT_A_TIME]
-            try:
-                ranked = None if query is None else loaded.rerank(query, some, truncate=truncate)
-                part = loaded.embed(some, **options) if ranked is None else ranked
-            except ValueError as error:
-                raise _counted(error, start, len(wanted)) from None
-            parts.append(part)
-            if output is None:
-                show(part)
-    if output is not None:
-        write(output, parts)
-
-
-def _counted(error: ValueError, start: int, total: int) -> ValueError:
-    """The error, whose number of a text counts from the first of all."""
-    import re
-
-    words = re.sub(r"^text (\d+) of \d+", lambda found: f"text {start + int(found[1])} of {total}", str(error))
-    return ValueError(words)
+            names, some = zip(*wanted[start : start + AT_A_TIME], strict=True)
+            if query is None:
+                take(loaded.embed(some, **options, names=names))
+            else:
+                take(loaded.rerank(query, some, truncate=truncate, names=names))
 
 
 def show(vectors: np.ndarray) -> None:
@@ -110,35 +102,51 @@ def show(vectors: np.ndarray) -> None:
         echo(json.dumps(numbers(vector)))
 
 
-def write(output: Path, parts: list[np.ndarray]) -> None:
-    """Writes a NumPy file, whole or not at all."""
-    import io
-
+@contextmanager
+def written(output: Path, expected: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that takes some vectors after the other, for a NumPy file that appears when all are there. None is
+    kept in memory. expected: how many there will be, if each text has one."""
     import numpy as np
 
-    from qrun.formats.whole_file import write_whole
+    from qrun.formats.whole_file import whole_file
 
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate(parts))
-    write_whole(output, buffer.getvalue())
+    shape: list[int] = []
+
+    with whole_file(output) as file:
+
+        def take(vectors: np.ndarray) -> None:
+            if not shape:
+                shape[:] = 0, *vectors.shape[1:]
+                file.write(npy_header((expected, *shape[1:])))
+            shape[0] += len(vectors)
+            file.write(np.ascontiguousarray(vectors, "<f4").data)
+
+        yield take
+        if shape[0] != expected:
+            file.seek(0)
+            file.write(npy_header(shape))
 
 
-def lines_of(file: Path) -> list[str]:
-    """The texts in a file, one a line; empty lines are none."""
+def npy_header(shape: Sequence[int]) -> bytes:
+    """What a NumPy file of float32 begins with: always 128 bytes, whatever the shape."""
+    described = repr({"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + described.encode().ljust(117) + b"\n"
+
+
+def lines_of(file: Path) -> Iterator[tuple[str, str]]:
+    """The texts in a file, one a line, and where they stand; empty lines are none."""
     from qrun.cli.console import read_stdin
+    from qrun.formats.json_file import JSON_LINES, json_lines
+    from qrun.formats.mapping import read_text
 
-    text = read_stdin() if str(file) == "-" else file.read_bytes().decode("utf-8", "replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if file.suffix != ".jsonl":
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{file}: line {number} is not JSON") from None
-        value = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(value, str):
-            raise ValueError(f'{file}: line {number} is neither a text nor an object with a "text"')
-        found.append(value)
-    return found
+    if file.suffix.lower() in JSON_LINES:
+        for where, value in json_lines(file):
+            text = value.get("text") if isinstance(value, dict) else value
+            if not isinstance(text, str):
+                raise ValueError(f'{where}: it is neither a text nor an object with a "text"')
+            yield where, text
+        return
+    is_stdin = str(file) == "-"
+    for number, line in enumerate((read_stdin() if is_stdin else read_text(file)).split("\n"), 1):
+        if line.strip():
+            yield f"{'standard input' if is_stdin else file}, line {number}", line.removesuffix("\r")

@@ -37,7 +37,7 @@ def command(
       qrun imatrix model-f16.gguf calibration.txt -o model.imatrix.gguf --chunks 100
       qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
     """
-    from qrun.cli.console import notice, step_bar
+    from qrun.cli.console import notice, plural, step_bar
     from qrun.cli.loading import find_original, load_tokenizer, open_runtime, text_chunks
     from qrun.cli.perplexity import plus_minus, so_far
     from qrun.engine.quantize.calibration import collect
@@ -59,4 +59,5 @@ def command(
     unused = unused_experts(sums)
     if unused:
         notice(f"{unused} of the experts' matrices were never used: a longer text would reach more")
-    echo(f"{out}: {len(sums)} tensors, {len(text)} chunks of {ctx}; perplexity {plus_minus(score.perplexity, 4)}")
+    size = f"{plural(len(sums), 'tensor')}, {plural(len(text), 'chunk')} of {ctx}"
+    echo(f"{out}: {size}; perplexity {plus_minus(score.perplexity, 4)}")

@@ -115,6 +115,8 @@ def opened(path: Path) -> Iterator[tuple[GGUFReader, Support | None]]:
 
 def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
     """All that the file says about itself, ready for JSON."""
+    from qrun.formats.tensors import text_of
+
     metadata = reader.metadata
     architecture = str(metadata.get("general.architecture", "unknown"))
     sizes: Counter[str] = Counter()
@@ -131,8 +133,8 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
         return value.tolist() if hasattr(value, "tolist") else value  # an array, with a number for each layer
 
     facts: dict[str, Any] = {
-        "name": metadata.get("general.name"),
-        "licence": metadata.get("general.license"),
+        "name": text_of(reader, "general.name"),
+        "licence": text_of(reader, "general.license"),
         "files": [str(path) for path in reader.files],
         "file_bytes": sum(path.stat().st_size for path in reader.files),
         "gguf_version": reader.version,
@@ -150,11 +152,11 @@ def describe(reader: GGUFReader, with_tensors: bool) -> dict[str, Any]:
         "kv_heads": of_architecture("attention.head_count_kv"),
         "experts": of_architecture("expert_count"),
         "tokenizer": {
-            "model": metadata.get("tokenizer.ggml.model"),
-            "pre": metadata.get("tokenizer.ggml.pre"),
+            "model": text_of(reader, "tokenizer.ggml.model"),
+            "pre": text_of(reader, "tokenizer.ggml.pre"),
             "tokens": vocabulary_size(reader),
         },
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": text_of(reader, "tokenizer.chat_template"),
     }  # fmt: skip
     if with_tensors:
         facts["tensors"] = [
@@ -212,7 +214,7 @@ def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) 
 
 def show(facts: dict[str, Any]) -> None:
     """Prints the facts for a reader."""
-    from qrun.cli.console import human_bytes, human_count
+    from qrun.cli.console import human_bytes, human_count, plural
 
     def line(label: str, *parts: Any) -> None:
         known = [str(part) for part in parts if part not in (None, "")]
@@ -258,7 +260,7 @@ def show(facts: dict[str, Any]) -> None:
         template = facts["chat_template"]
         line("chat template", f"{len(template)} characters" if template else "none in the file")
     for name, held in facts["tensor_types"].items():
-        line("  " + name, f"{held['tensors']} tensors", human_bytes(held["bytes"]))
+        line("  " + name, plural(held["tensors"], "tensor"), human_bytes(held["bytes"]))
     if "memory" in facts:
         show_memory(facts["memory"])
     for tensor in facts.get("tensors", ()):

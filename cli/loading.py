@@ -135,9 +135,10 @@ def open_runtime(
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
     """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
     from qrun.engine.judging.scoring import Chunks, TextTooShort
+    from qrun.formats.mapping import read_text
 
     try:
-        return Chunks.of(file.read_bytes().decode("utf-8", "replace"), tokenizer, size, limit)
+        return Chunks.of(read_text(file, lenient=True), tokenizer, size, limit)
     except TextTooShort as error:
         raise ValueError(f"{file}: {error}") from None
 

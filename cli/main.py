@@ -44,6 +44,15 @@ COMMANDS = {
 }
 
 
+# What others call them.
+OTHER_NAMES = {
+    "quantize": "convert", "quantise": "convert", "ls": "list", "models": "list", "download": "pull", "fetch": "pull",
+    "remove": "rm", "delete": "rm", "generate": "run", "complete": "run", "show": "info", "inspect": "info",
+    "server": "serve", "embedding": "embed", "ppl": "perplexity", "benchmark": "bench", "help": "--help",
+    "version": "--version",
+}  # fmt: skip
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported one at a time, so that `qrun --help` imports none of them."""
 
@@ -56,6 +65,19 @@ class LazyGroup(click.Group):
         command = importlib.import_module(f"qrun.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        from difflib import get_close_matches
+
+        meant = OTHER_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), COMMANDS)), None)
+        if meant is None and os.path.exists(name):
+            meant = f"chat {name}"
+        ctx.fail(f"No such command {name!r}." + (f" Did you mean 'qrun {meant}'?" if meant else ""))
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -106,7 +128,8 @@ def one_line(error: BaseException) -> str:
     elif isinstance(error, KeyError | LookupError) and error.args:
         text = str(error.args[0])  # str() of a KeyError is its repr
     elif isinstance(error, MemoryError):
-        text = f"not enough memory: {error}" if str(error) else "not enough memory"
+        # NumPy says besides for which of its arrays.
+        text = f"not enough memory: {str(error).partition(' for an array')[0]}" if str(error) else "not enough memory"
     else:
         text = str(error) or type(error).__name__
     from qrun.cli.console import printable

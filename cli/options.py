@@ -6,7 +6,6 @@ line and the API cannot drift apart.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
@@ -58,10 +57,12 @@ class LogitBias(click.ParamType):
 
 
 class LoraFile(click.ParamType):
-    """FILE, FILE=SCALE, NAME=FILE or NAME=FILE=SCALE, as a `Lora`. A file whose name ends like a scale, or begins like
-    a name, can be named all the same."""
+    """FILE or FILE=SCALE, if `named` also NAME=FILE or NAME=FILE=SCALE, as a `Lora`. A file whose name ends like a
+    scale, or begins like a name, can be named all the same."""
 
-    name = "[NAME=]FILE[=SCALE]"
+    def __init__(self, named: bool = False) -> None:
+        self._named = named
+        self.name = "[NAME=]FILE[=SCALE]" if named else "FILE[=SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
         from qrun.models.adapter import Lora
@@ -72,6 +73,9 @@ class LoraFile(click.ParamType):
             return Lora(Path(value))
         name, equals, rest = value.partition("=")
         if equals and name and (Path(rest).exists() or Path(rest.rpartition("=")[0] or ".").is_file()):
+            if not self._named:
+                self.fail(f"{value!r}: only qrun serve takes a name for an adapter, by which requests ask for it; here "
+                          f"it is {rest}", param, ctx)  # fmt: skip
             found: Lora = self.convert(rest, param, ctx)
             return Lora(found.path, found.scale, name)
         path, equals, scale = value.rpartition("=")
@@ -99,9 +103,12 @@ def model_argument(**settings: Any) -> Callable[[Command], Command]:
 _LEFT_OUT = {"logprobs", "top_logprobs", "draft"}
 
 
+@functools.cache
 def _field_docs() -> dict[str, str]:
     """The texts below the fields of SamplingOptions: Python keeps them in the source alone, which a packed app may have
     left out. There are none then."""
+    import ast
+
     docs: dict[str, str] = {}
     try:
         (definition,) = ast.parse(inspect.getsource(SamplingOptions)).body
@@ -118,11 +125,23 @@ def _field_docs() -> dict[str, str]:
     return docs
 
 
-def _sampling_option(field: dataclasses.Field[Any], hint: Any, doc: str) -> Callable[[Command], Command]:
+class _FieldOption(click.Option):
+    """The option of a field of SamplingOptions. Its help is looked for when somebody asks for it."""
+
+    @property
+    def help(self) -> str | None:
+        return _field_docs().get(self.name or "", "")
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        """`click` has none to give."""
+
+
+def _sampling_option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
     """The click option of one field. Unset options stay None: their defaults are the model's or the API's."""
     flag = "--" + field.name.replace("_", "-")
     default = None if field.default is dataclasses.MISSING or field.default in (None, ()) else field.default
-    settings: dict[str, Any] = {"help": doc, "default": None}
+    settings: dict[str, Any] = {"cls": _FieldOption, "default": None}
     if isinstance(default, int | float):
         settings["show_default"] = f"{default:g}"
     if field.name == "samplers":
@@ -152,7 +171,6 @@ def sampling_options(function: Command) -> Command:
     """
     fields = _sampling_fields()
     hints = typing.get_type_hints(SamplingOptions)
-    docs = _field_docs()
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +183,7 @@ def sampling_options(function: Command) -> Command:
 
     command: Command = gather
     for field in reversed(fields):
-        command = _sampling_option(field, hints[field.name], docs.get(field.name, ""))(command)
+        command = _sampling_option(field, hints[field.name])(command)
     return command
 
 
@@ -207,35 +225,35 @@ def _read_grammar(name: str, value: str) -> str:
     if name == "regex":
         check(value)
         return value
-    try:
-        text = Path(value).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{value}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+    from qrun.formats.mapping import read_text
+
+    text = read_text(Path(value))
     try:
         check(text)
     except ValueError as error:
-        raise click.ClickException(f"{value}: {error}") from None
+        raise ValueError(f"{value}: {error}") from None
     return text
 
 
-class ByteCount(click.ParamType):
-    """A number of bytes: 500M, 1.5G, 20GiB."""
+class Size(click.ParamType):
+    """A number of bytes: 500M, 1.5GB, in the decimal units that sizes are shown in; or 20GiB, in powers of 1024."""
 
-    name = "size"
+    name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", value.strip(), re.IGNORECASE)
-        size = int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " ")) if found else 0
+        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
+        unit = (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()) if found else 0
+        size = int(float(found[1]) * unit) if found else 0
         if size < 1:
-            self.fail(f"{value!r} is no size such as 500M or 20G", param, ctx)
+            self.fail(f"{value!r} is no size such as 500M, 1.5GB or 20GiB", param, ctx)
         return size
 
 
-def loading_options(function: Command) -> Command:
+def loading_options(function: Command, *, named_loras: bool = False) -> Command:
     """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --lora, --type and --draft; the command
-    gets them as Model.load's arguments, as `loading`."""
+    gets them as Model.load's arguments, as `loading`. named_loras: adapters can have names."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -249,6 +267,8 @@ def loading_options(function: Command) -> Command:
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
         }
+        if loading["cache_disk_bytes"] is not None and loading["cache_disk"] is None:
+            raise click.UsageError("--cache-disk-bytes needs --cache-disk.")
         return function(*args, loading=loading, **kwargs)
 
     command: Command = gather
@@ -260,10 +280,10 @@ def loading_options(function: Command) -> Command:
         click.option("--cache-disk", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
                      help="Keep the beginnings of long prompts and talks in FOLDER, so that they are read once, and "
                           "not once in each process. What people have said lies there, for its owner alone."),
-        click.option("--cache-disk-bytes", type=ByteCount(), metavar="SIZE",
+        click.option("--cache-disk-bytes", type=Size(), metavar="SIZE",
                      help="What that folder's files may take, such as 20G.",
                      show_default="10G, or a tenth of what is free"),
-        lora_option(),
+        lora_option(named_loras),
         type_option(),
         draft_option(),
     )):  # fmt: skip
@@ -278,13 +298,13 @@ def threads_option() -> Callable[[Command], Command]:
     )
 
 
-def lora_option() -> Callable[[Command], Command]:
+def lora_option(named: bool = False) -> Callable[[Command], Command]:
     """--lora, given any number of times: a tuple of `Lora` called `loras`."""
+    names = " With a NAME it changes only the answers to requests that name it, as their model or in lora."
     return click.option(
-        "--lora", "loras", type=LoraFile(), multiple=True,
+        "--lora", "loras", type=LoraFile(named), multiple=True,
         help="Change the model by a LoRA adapter, a GGUF file; SCALE says how strongly (1: as it was trained). May be "
-        "given several times. With a NAME, qrun serve changes the answers to requests alone that name it, as their "
-        "model or in lora.",
+        "given several times." + (names if named else ""),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.console import CompileProgress, echo, human_bytes
+from qrun.cli.console import CompileProgress, echo, human_bytes, plural
 from qrun.cli.options import CACHE_TYPES, ModelName, lora_option, type_option
 
 if TYPE_CHECKING:
@@ -22,15 +22,17 @@ class Targets(click.ParamType):
     name = "host|all|NAME,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        from qrun.engine.simd.target import MACHINES, host_target, machine_name
+        from qrun.engine.simd.target import MACHINES, usable_machines
 
         if isinstance(value, list):
             return value
         names: list[str] = []
         for name in value.split(","):
-            name = name.strip()
-            if name in ("host", "all"):
-                names += [machine_name(host_target("best")) or name] if name == "host" else MACHINES
+            name = name.strip().lower()
+            if name == "host":
+                names.append(usable_machines()[0])
+            elif name == "all":  # code for AMX is used by who asks for it alone
+                names += [machine for machine in MACHINES if machine != "amx"]
             elif name in MACHINES:
                 names.append(name)
             else:
@@ -44,8 +46,8 @@ class Targets(click.ParamType):
               help="Where the pack is written; one that is there is replaced.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="all", show_default=True,
               help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "
-                   "apple, neon-dotprod, neon; host for the kind that this one is. The same code runs on Linux, macOS "
-                   "and Windows.")  # fmt: skip
+                   "apple, neon-dotprod, neon; host for the kind that this one is. all leaves out amx, which is for "
+                   "apps that set QRUN_SIMD to it. The same code runs on Linux, macOS and Windows.")  # fmt: skip
 @click.option("--cache-type", "cache_types", type=click.Choice(CACHE_TYPES), multiple=True, default=["f16"],
               show_default=True, help="How the app keeps keys and values. May be given several times.")  # fmt: skip
 @lora_option()
@@ -98,7 +100,7 @@ def command(
             images[name] = load_images(keys, target, CompileProgress(name + counted))
     size = write(out, __version__, images)
     kernels = {key for of_target in images.values() for key in of_target}
-    echo(f"{out}: {len(kernels)} kernels for {', '.join(targets)}, {human_bytes(size)}")
+    echo(f"{out}: {plural(len(kernels), 'kernel')} for {', '.join(targets)}, {human_bytes(size)}")
 
 
 def _graphs(reader: Any, adapters: Any) -> list[Graph]:

@@ -4,13 +4,15 @@ Run by the Python in which the peer is installed (ik_llama_cpp, or llama_cpp), s
 
     python peer_bench.py MODEL [-t THREADS] [-p PROMPT] [-n GEN] [-r REPS] [--depth TOKENS] [--seqs SEQUENCES]
 
-Prints {"peer": name, "pp512": tokens/s, "tg64": tokens/s, ...}. It uses llama.h's functions through the packages'
-ctypes bindings, which have the same names in both.
+Prints {"peer": name, "uses": instruction sets of its library, "pp512": tokens/s, "tg64": tokens/s, ...}. It calls
+llama.h's functions through the packages' ctypes bindings, which have the same names in both.
 """
 
 import argparse
+import ctypes
 import importlib
 import json
+import re
 import sys
 import time
 from typing import Any
@@ -75,8 +77,23 @@ class Engine:
         for i, token in enumerate(tokens):
             self.decode(context, [token] * sequences, position + i, together=sequences > 1)
 
+    def uses(self) -> list[str]:
+        """What its library has been built for, of what this machine has: "AVX2", "FMA"."""
+        name = "llama_print_system_info"
+        # One of the bindings lacks the function, and has the library.
+        function = getattr(self.api, name, None) or getattr(getattr(self.api, "_lib", None), name, None)
+        if function is None:
+            return []
+        function.restype = ctypes.c_char_p
+        return switched_on((function() or b"").decode(errors="replace"))
+
     def free(self, context: Any) -> None:
         self.api.llama_free(context)
+
+
+def switched_on(text: str) -> list[str]:
+    """Of "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 |" the names with a 1, each once."""
+    return list(dict.fromkeys(re.findall(r"\b([A-Z]\w+) = 1\b", text)))
 
 
 def measure(engine: Engine, prompt: int, gen: int, reps: int, depth: int, seqs: int) -> dict[str, float]:
@@ -118,7 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     engine = Engine(args.model, args.threads)
     best = measure(engine, args.prompt, args.gen, args.reps, args.depth, args.seqs)
-    print(json.dumps({"peer": engine.name, "threads": args.threads, "depth": args.depth, **best}))
+    names = {"peer": engine.name, "uses": engine.uses()}
+    print(json.dumps(names | {"threads": args.threads, "depth": args.depth, **best}))
 
 
 if __name__ == "__main__":

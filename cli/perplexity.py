@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrun.cli.console import echo
+from qrun.cli.console import echo, plural
 from qrun.cli.options import (
     ModelName,
     cache_type_option,
@@ -73,25 +74,25 @@ def command(
     if against is None:
         score = measure(path, text, threads, cache_type, loras)
         estimate = score.perplexity
-        asked = ask(path, None, questions, tokenizer, threads, cache_type, loras) if questions else {}
+        asked = ask(path, None, questions, tokenizer, threads, cache_type, loras)
         if as_json:
             result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
-            echo(json.dumps(finite(result | counts | asked)))
+            echo(json.dumps(finite(result | counts | (asked.as_object() if asked else {}))))
         else:
             echo(f"perplexity {plus_minus(estimate, 4)}")
             show_answers(asked)
-            echo(f"{score.count} tokens scored, {len(text)} chunks of {ctx}")
+            echo(f"{plural(score.count, 'token')} scored, {plural(len(text), 'chunk')} of {ctx}")
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
     divergence = measure_against(path, reference, text, threads, cache_type, loras)
-    asked = ask(path, reference, questions, tokenizer, threads, cache_type, loras) if questions else {}
+    asked = ask(path, reference, questions, tokenizer, threads, cache_type, loras)
     if as_json:
-        echo(json.dumps(finite(summary(divergence) | counts | asked)))
+        echo(json.dumps(finite(summary(divergence) | counts | (asked.as_object() if asked else {}))))
     else:
         echo(report(divergence))
         show_answers(asked)
-        echo(f"{divergence.model.count} tokens scored, {len(text)} chunks of {ctx}")
+        echo(f"{plural(divergence.model.count, 'token')} scored, {plural(len(text), 'chunk')} of {ctx}")
 
 
 def measure(
@@ -145,46 +146,64 @@ def measure_against(
     return divergence
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How many questions there are, what part of them the model has answered, and if there is a reference what part
+    that has, and to what part both give the same answer."""
+
+    count: int
+    answered: Estimate
+    by_reference: Estimate | None = None
+    same_answer: Estimate | None = None
+
+    def as_object(self) -> dict[str, Any]:
+        """For --json."""
+        found: dict[str, Any] = {"count": self.count, "answered": self.answered.value, "error": self.answered.error}
+        if self.by_reference and self.same_answer:
+            found["reference"] = {"answered": self.by_reference.value, "error": self.by_reference.error}
+            found["same_answer"] = as_pair(self.same_answer)
+        return {"tasks": found}
+
+
 def ask(
     path: Path, reference: Path | None, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
     loras: Sequence[Lora] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """How many questions the model answers, and if there is one its reference: {"tasks": ...}, or nothing."""
+) -> Asked | None:  # fmt: skip
+    """How many questions the model answers, and if there is one its reference. None if there are no questions."""
+    if not questions:
+        return None
+    mine = answers_of(path, questions, tokenizer, threads, cache_type, loras)
+    if reference is None:
+        return Asked(len(questions), mine.accuracy)
+    theirs = answers_of(reference, questions, tokenizer, threads, cache_type)
+    return Asked(len(questions), mine.accuracy, theirs.accuracy, mine.agreement(theirs))
+
+
+def answers_of(
+    path: Path, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
+    loras: Sequence[Lora] = (),
+) -> Answers:  # fmt: skip
+    """What a model answers to the questions."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
     from qrun.engine.judging.tasks import answer, context_needed
 
-    settings: dict[str, Any] = {
-        "threads": threads, "cache_type": cache_type, "context": context_needed(tokenizer, questions)
-    }  # fmt: skip
-
-    def answers(model: Path, adapters: Sequence[Lora]) -> Answers:
-        with open_runtime(model, loras=adapters, **settings) as runtime, step_bar("tasks") as progress:
-            return answer(runtime, tokenizer, questions, progress)
-
-    mine = answers(path, loras)
-    found: dict[str, Any] = {"count": len(questions), "answered": mine.accuracy.value, "error": mine.accuracy.error}
-    if reference is not None:
-        theirs = answers(reference, ())
-        same = mine.agreement(theirs)
-        found |= {"reference": {"answered": theirs.accuracy.value, "error": theirs.accuracy.error},
-                  "same_answer": {"value": same.value, "error": same.error}}  # fmt: skip
-    return {"tasks": found}
+    context = context_needed(tokenizer, questions)
+    with (
+        open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime,
+        step_bar("tasks") as progress,
+    ):
+        return answer(runtime, tokenizer, questions, progress)
 
 
-def show_answers(asked: dict[str, Any]) -> None:
+def show_answers(asked: Asked | None) -> None:
     """A line on the questions, if some were asked."""
-    if not asked:
+    if asked is None:
         return
-    found = asked["tasks"]
-
-    def share(value: float, error: float) -> str:
-        return f"{100 * value:.1f}%" + (f" ± {100 * error:.1f}%" if math.isfinite(error) else "")
-
-    text = f"{share(found['answered'], found['error'])} of {found['count']} questions answered"
-    if "reference" in found:
-        text += f", by the reference {share(found['reference']['answered'], found['reference']['error'])}"
-        text += f"; the same answer to {share(found['same_answer']['value'], found['same_answer']['error'])}"
+    text = f"{percent(asked.answered, 1)} of {plural(asked.count, 'question')} answered"
+    if asked.by_reference and asked.same_answer:
+        text += f", by the reference {percent(asked.by_reference, 1)}; the same answer to "
+        text += percent(asked.same_answer, 1)
     echo(text)
 
 
@@ -207,11 +226,22 @@ def so_far(score: Score) -> str:
 
 def plus_minus(estimate: Estimate, digits: int) -> str:
     """A value with its standard error."""
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+    return _with_error(estimate.value, estimate.error, digits)
 
 
 def percent(estimate: Estimate, digits: int = 3) -> str:
-    return f"{100 * estimate.value:.{digits}f}% ± {100 * estimate.error:.{digits}f}%"
+    """A part with its standard error, in percent."""
+    return _with_error(100 * estimate.value, 100 * estimate.error, digits, "%")
+
+
+def _with_error(value: float, error: float, digits: int, unit: str = "") -> str:
+    """Of a single value nobody knows the error."""
+    return f"{value:.{digits}f}{unit}" + (f" ± {error:.{digits}f}{unit}" if math.isfinite(error) else "")
+
+
+def as_pair(estimate: Estimate) -> dict[str, float]:
+    """For --json."""
+    return {"value": estimate.value, "error": estimate.error}
 
 
 def summary(divergence: Divergence) -> dict[str, Any]:
@@ -228,7 +258,7 @@ def summary(divergence: Divergence) -> dict[str, Any]:
     mean = divergence.mean_kl
     return {
         "perplexity": model.value, "error": model.error,
-        **{name: {"value": estimate.value, "error": estimate.error} for name, estimate in pairs.items()},
+        **{name: as_pair(estimate) for name, estimate in pairs.items()},
         "kl_divergence": {"mean": mean.value, "error": mean.error, "median": float(median), "p99": float(p99),
                           "max": float(kl.max())},
         "tokens": divergence.model.count,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg")
 GREY = "#8a8a8a"
 BLUE = "#1f6fb4"
+ORANGE = "#d9822b"
 
 
 def check_plot(path: str) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
+import click
+
 from qrun.cli.answer import Display, check_thinking
-from qrun.cli.console import echo, rewritable, while_reading
+from qrun.cli.console import echo, plural, rewritable, while_reading
 from qrun.cli.interrupts import Interrupts
 from qrun.engine.conversation import Conversation
 
-SLASH_COMMAND = re.compile(r"^/([a-z]+)(?:\s+(.*))?$", re.DOTALL)
+SLASH_COMMAND = re.compile(r"^/([A-Za-z]+)(?:\s+(.*))?$", re.DOTALL)
+OTHER_NAMES = {"bye": "exit", "quit": "exit", "q": "exit", "reset": "clear", "new": "clear"}
+"""What commands are called elsewhere."""
 
 
 class Leave(Exception):
@@ -46,7 +52,8 @@ class Repl:
     def run(self) -> None:
         """The loop itself."""
         model = self.conversation.model
-        echo(f"{model.path.name}, {model.context} tokens of context. /help lists the commands.")
+        first = f"{model.path.name}, {model.context} tokens of context. /help lists the commands."
+        echo(click.wrap_text(first, shutil.get_terminal_size().columns - 1))
         with self._interrupts.heeded():
             while self._turn():
                 pass
@@ -78,11 +85,13 @@ class Repl:
         if match is None:
             if line:
                 self._answer(line)
-        elif match[1] in self.commands:
+        elif (name := match[1].lower()) in self.commands:
             with self._interrupts.raised():
-                self.commands[match[1]][2]((match[2] or "").strip())
+                self.commands[name][2]((match[2] or "").strip())
         else:
-            echo(f"There is no command /{match[1]}; /help lists them.")
+            meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, self.commands, 1)), None)
+            hint = f"did you mean /{meant}?" if meant else "/help lists them."
+            echo(f"There is no command /{match[1]}; {hint}")
 
     def _answer(self, text: str) -> None:
         conversation, interrupts = self.conversation, self._interrupts
@@ -103,10 +112,11 @@ class Repl:
             echo("[there is no answer: the model was still thinking]")
 
     def _help(self, argument: str) -> None:
-        for name, (parameter, doc, _) in self.commands.items():
-            echo(f"  {f'/{name} {parameter}':<22}{doc}")
-        echo(f"  {'Ctrl-C':<22}stop the answer")
-        echo(f"  {'Alt-Enter':<22}begin a new line within a turn")
+        rows = [(f"/{name} {parameter}".rstrip(), doc) for name, (parameter, doc, _) in self.commands.items()]
+        formatter = click.HelpFormatter(width=shutil.get_terminal_size().columns - 1)
+        with formatter.indentation():
+            formatter.write_dl([*rows, ("Ctrl-C", "stop the answer"), ("Alt-Enter", "begin a new line within a turn")])
+        echo(formatter.getvalue(), nl=False)
 
     def _system(self, argument: str) -> None:
         if argument:
@@ -136,9 +146,11 @@ class Repl:
         with_state = self.conversation.load(path)
         turns = sum(message["role"] == "user" for message in self.conversation.messages)
         how = "" if with_state else " The model's state is not there: the next answer reads it all again."
-        echo(f"Loaded {turns} turns from {path}.{how}")
+        echo(f"Loaded {plural(turns, 'turn')} from {path}.{how}")
 
     def _saved_path(self, argument: str) -> Path:
+        if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":  # as in a shell
+            argument = argument[1:-1]
         path = Path(argument).expanduser()
         if path.name in ("", ".."):
             raise ValueError("name a file, as in /save talk.json")

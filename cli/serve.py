@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
               help="Print one line of JSON with the address once the first model is loaded.")  # fmt: skip
 @click.option("--exit-with-stdin", is_flag=True, help="End when standard input ends, as when the parent process goes.")
 @click.option("--quiet", is_flag=True, help="Write no line about each request.")
-@loading_options
+@partial(loading_options, named_loras=True)
 def command(
     models: tuple[str, ...], host: str, port: int, unix_socket: Path | None, api_keys: tuple[str, ...],
     api_key_file: Path | None, tls_cert: Path | None, tls_key: Path | None, ready_json: bool, exit_with_stdin: bool,
@@ -92,7 +93,7 @@ def command(
     from qrun.server import app
 
     if (tls_key is None) != (tls_cert is None):
-        raise click.UsageError("--tls-cert and --tls-key go together")
+        raise click.UsageError("--tls-cert and --tls-key go together.")
     keys = [*api_keys, *(_keys_in(api_key_file) if api_key_file else [])]
     folder = settings["models_dir"]
     if folder is not None and not folder.is_dir():
@@ -105,10 +106,10 @@ def command(
 
     named = {lora.name: lora for lora in loading["loras"] if lora.name}
     if len(named) < sum(bool(lora.name) for lora in loading["loras"]):
-        raise click.UsageError("two adapters of --lora have one name")
+        raise click.UsageError("Two adapters of --lora have one name.")
     loading["loras"] = tuple(lora for lora in loading["loras"] if not lora.name)
     if named and not models:
-        raise click.UsageError("--lora NAME=FILE wants the MODEL that the adapter is for")
+        raise click.UsageError("--lora NAME=FILE wants the MODEL that the adapter is for.")
 
     def load(source: Source) -> Model:
         from qrun.cli.loading import load_model
@@ -126,7 +127,9 @@ def command(
 
 
 def _keys_in(path: Path) -> list[str]:
-    keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    from qrun.formats.mapping import read_text
+
+    keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{path}: there is no key in it")
     return keys

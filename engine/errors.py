@@ -6,13 +6,16 @@ from qrun.formats import QrunError
 class ContextOverflow(QrunError, ValueError):
     """More tokens than the context holds. The message is one line that gives both numbers.
 
-    n_tokens, context: the same numbers, where they are known.
+    n_tokens, context: the same numbers, where they are known. what: has so many tokens, "text 2 of 3" say.
     """
 
-    def __init__(self, message: str = "", n_tokens: int | None = None, context: int | None = None) -> None:
+    def __init__(
+        self, message: str = "", n_tokens: int | None = None, context: int | None = None, what: str = "the prompt"
+    ) -> None:
         super().__init__(message)
         self.n_tokens = n_tokens
         self.context = context
+        self.what = what
 
 
 class Closed(QrunError, RuntimeError):

@@ -521,6 +521,7 @@ class Model:
         dimensions: int | None = None,
         instruction: str | None = None,
         truncate: bool = False,
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
         """A vector for each text (or list of token ids): float32 [n, width], the same to the bit in any company.
 
@@ -530,20 +531,24 @@ class Model:
         dimensions: only the first so many, for models that were trained for that.
         instruction: what the model wants before each text ("search_query: "), or around it, with {text} where it goes.
         truncate: of a text that is too long take the beginning.
+        names: what errors call the texts, by default "text 2 of 3": for who hands over many texts some at a time.
 
         Raises ContextOverflow (a ValueError) for a text longer than the context, ValueError for an empty one.
         """
-        from qrun.engine.embedding.embedder import normalized
+        from qrun.engine.embedding.embedder import names_of, normalized
 
         chosen = [texts] if isinstance(texts, str) else list(texts)
+        names = names or names_of(len(chosen))
         embedder = self._embedder
         kind = pooling or embedder.kind
         self._check_pooling(kind, dimensions)
         width = embedder.width(kind)
         if dimensions is not None and dimensions > width:
             raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
-        tokens = [self._text_to_embed(text, instruction, truncate) for text in chosen]
-        vectors = self._vectors(embedder, tokens, kind)
+        tokens = [
+            self._text_to_embed(text, name, instruction, truncate) for text, name in zip(chosen, names, strict=True)
+        ]
+        vectors = self._vectors(embedder, tokens, kind, names)
         if kind == "none":
             vectors = [row for rows in vectors for row in rows]
         vectors = [vector[:dimensions] for vector in vectors]
@@ -552,15 +557,15 @@ class Model:
         return np.stack(vectors) if vectors else np.empty((0, dimensions or width), np.float32)
 
     def rerank(
-        self, query: str, documents: Iterable[str], *, truncate: bool = False
+        self, query: str, documents: Iterable[str], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> np.ndarray:
-        """How well each document answers a query: float32 [n], higher is better.
+        """How well each document answers a query: float32 [n], higher is better. names: see `embed`.
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
         self._check_pooling("rank", None)
         pairs = [self.pair_tokens(query, document, truncate=truncate) for document in documents]
-        return self.embed(pairs, pooling="rank")[:, 0].copy()
+        return self.embed(pairs, pooling="rank", names=names)[:, 0].copy()
 
     @property
     def embeds(self) -> bool:
@@ -578,11 +583,18 @@ class Model:
             text = instruction.replace("{text}", text) if "{text}" in instruction else instruction + text
         return self.tokenize(text)
 
-    def _text_to_embed(self, text: str | Sequence[int], instruction: str | None, truncate: bool) -> list[int]:
-        if not isinstance(text, str):
-            tokens = check_tokens(text, self._runtime.n_vocab, max(len(text), 1))
-        else:
+    def _text_to_embed(
+        self, text: str | Sequence[int], name: str, instruction: str | None, truncate: bool
+    ) -> list[int]:
+        if isinstance(text, str):
             tokens = self.embedding_tokens(text, instruction)
+        elif not len(text):  # the embedder says so
+            return []
+        else:
+            try:
+                tokens = check_tokens(text, self._runtime.n_vocab, len(text))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return self._shortened(tokens) if truncate else tokens
 
     def pair_tokens(self, query: str, document: str, *, truncate: bool = False) -> list[int]:
@@ -617,10 +629,10 @@ class Model:
             raise ValueError(f"{self.path.name}: the model compares no texts: it has no classifier")
 
     def _vectors(
-        self, embedder: "Embedder", tokens: Sequence[Sequence[int]], kind: "PoolingKind"
+        self, embedder: "Embedder", tokens: Sequence[Sequence[int]], kind: "PoolingKind", names: Sequence[str]
     ) -> list[np.ndarray]:
         try:
-            vectors: list[np.ndarray] = list(embedder.vectors(tokens, kind, lambda: self._closed))
+            vectors: list[np.ndarray] = list(embedder.vectors(tokens, kind, lambda: self._closed, names))
         except GenerationCancelled:
             self._check_open()
             raise
@@ -784,9 +796,10 @@ class Model:
             return
         self.stop()  # all of them, before waiting for any
         for session in self._host.sessions():
-            session.close()
+            session.leave()
+            session.stop()  # what began in the meantime
         self._pool.clear()
-        self._host.prefixes.clear()
+        self._host.prefixes.clear()  # of what all of them held, as much is written as there is time for
         if self._draft is not None:
             self._draft.close()
         with self._embedding:  # one that is being made has been made then

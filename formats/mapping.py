@@ -6,6 +6,7 @@ import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +55,10 @@ def map_file(path: Path) -> mmap.mmap:
 def _copy(path: Path, file: FileIO, n_bytes: int, refusal: OSError | ValueError) -> Copy:
     """The file in memory, page-aligned as a map is."""
     try:
-        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-        copy = Copy(-1, n_bytes, **flags)
+        options: dict[str, Any] = {}
+        if hasattr(mmap, "MAP_ANONYMOUS"):
+            options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        copy = Copy(-1, n_bytes, **options)
     except (OSError, MemoryError):
         why = getattr(refusal, "strerror", None) or refusal
         reason = f"the file cannot be mapped ({why}), and memory has no room for its {n_bytes} bytes"
@@ -91,6 +94,23 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise FormatError(path, "there is no such file") from None
     except OSError as error:
         raise FormatError(path, f"the file cannot be read: {error.strerror}") from None
+
+
+def read_text(path: Path, *, lenient: bool = False) -> str:
+    """All of a text file, without the mark that it may begin with. Raises OSError, naming it, if it cannot be read, and
+    FormatError for what is no UTF-8. lenient: single bytes that are none become U+FFFD; a file that is plainly no text
+    is still an error."""
+    with open(path, "rb") as file:
+        raw = file.read(1 << 16)
+        if (place := raw.find(b"\0")) < 0:  # a zero is in no text, and soon in all else
+            try:
+                return (raw + file.read()).decode("utf-8-sig", "replace" if lenient else "strict")
+            except UnicodeDecodeError as error:
+                place = error.start
+    kind = "a text in UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else lookalike(raw[:256])
+    if kind:
+        raise FormatError(path, f"it is no UTF-8 text: it is {kind}")
+    raise FormatError(path, "it is no UTF-8 text", place)
 
 
 def describe_start(start: bytes) -> str:

@@ -211,7 +211,7 @@ class SafetensorsFolder:
         for shard, names in sorted(shards.items()):
             path = self.path / shard
             if not path.is_file():
-                raise FormatError(index, f"the file {shard}, which holds {len(names)} tensors, is missing")
+                raise FormatError(index, f"the file {quote(shard)}, which holds {len(names)} tensors, is missing")
             there = self._add(path)
             absent = next((name for name in names if name not in there), None)
             if absent is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,6 +33,11 @@ class Described(Protocol):
 T_co = TypeVar("T_co", bound=Described, covariant=True)
 
 
+def n_weights(tensors: Iterable[Described]) -> int:
+    """How many weights they have together."""
+    return sum(prod(tensor.shape) for tensor in tensors)
+
+
 class TensorFile(Protocol[T_co]):
     """Metadata and tensors of a `GGUFReader`, or of anything that can be seen as one.
 
@@ -52,6 +57,13 @@ class TensorFile(Protocol[T_co]):
     def tensors(self) -> Mapping[str, T_co]: ...
 
     def close(self) -> None: ...
+
+
+def text_of(file: TensorFile[Described], key: str) -> str | None:
+    """The text that metadata have under a key. None where there is none, or another kind of value: an array cannot be
+    compared with a text."""
+    value = file.metadata.get(key)
+    return value if isinstance(value, str) else None
 
 
 @dataclass(frozen=True, eq=False)

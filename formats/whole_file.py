@@ -1,9 +1,12 @@
 """Files that appear whole or not at all, and those that are for their owner alone."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EXDEV
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,9 +53,29 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, private: 
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def move_whole(source: Path, target: Path) -> None:
+    """Gives a file that is complete the place of `target`. On another file system it is copied there, by
+    `whole_file`."""
+    try:
+        os.replace(source, os.path.realpath(target))
+    except OSError as error:
+        if error.errno != EXDEV:
+            raise
+        with open(source, "rb") as complete, whole_file(target) as file:
+            shutil.copyfileobj(complete, file, 1 << 22)
+        os.unlink(source)
+
+
 def temporary_name(target: Path) -> Path:
     """What a file that will be `target` is called while it grows: beside it, so that it can be renamed."""
     return target.with_name(f".{target.name[:60]}.{os.urandom(4).hex()}.part")
+
+
+def remove_unfinished(target: Path) -> None:
+    """Removes what a process that was killed left of a file. Nobody may be writing it now."""
+    for path in target.parent.glob(f".{escape(target.name[:60])}.*.part"):
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

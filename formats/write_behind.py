@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 # So many bytes go to the disk at a time: few enough that the last part is soon done, and enough for any disk's pace.
 PART_BYTES = 1 << 26
@@ -19,6 +21,8 @@ class WriteBehind:
     """
 
     def __init__(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._new = 0
         self._thread = ThreadPoolExecutor(1, "qrun-disk")
         self._running: Future[None] | None = None

@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.gguf.cursor import quote
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models import graph as G
 from qrun.models.hyperparameters import shorten
 
@@ -96,11 +96,12 @@ class Adapter(Generic[T]):
         metadata = file.metadata
         if not is_adapter(file):
             raise FormatError(self.path, "this is not an adapter: its general.type is not 'adapter'")
-        if (kind := metadata.get("adapter.type")) != "lora":
-            raise FormatError(self.path, f"adapters of type {shorten(kind)} are not supported, only 'lora'")
+        if text_of(file, "adapter.type") != "lora":
+            kind = shorten(metadata.get("adapter.type"))
+            raise FormatError(self.path, f"adapters of type {kind} are not supported, only 'lora'")
         if ACTIVATION_KEY in metadata:
             raise FormatError(self.path, "an adapter that acts from certain tokens on (aLoRA) is not supported")
-        self.architecture = metadata.get("general.architecture")
+        self.architecture = text_of(file, "general.architecture")
         alpha = metadata.get(ALPHA_KEY, 0.0)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
             raise FormatError(self.path, f"{ALPHA_KEY} is not a finite number: {shorten(alpha)}")
@@ -180,7 +181,7 @@ class Adapter(Generic[T]):
 
 def is_adapter(file: TensorFile[Described]) -> bool:
     """Does this file say that it is an adapter, and so no model?"""
-    return bool(file.metadata.get("general.type") == "adapter")
+    return text_of(file, "general.type") == "adapter"
 
 
 @contextmanager

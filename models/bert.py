@@ -9,12 +9,12 @@ from qrun.models.rope import RopeScaling
 from qrun.models.transformer import (
     ALIBI,
     Shares,
-    alibi_slopes,
+    attention,
     experts,
     feed_forward,
     joined_feed_forward,
     learned_positions,
-    project_qkv,
+    qk_norm_of,
     read_experts_scale,
     ungated_feed_forward,
 )
@@ -82,18 +82,10 @@ def attended(
     alibi: float = 0.0,
 ) -> Value:  # fmt: skip
     """What the layer's first half makes of x."""
-    block, cache = f"blk.{layer}", h.cache_layer(layer)
-    q, k, v = project_qkv(builder, x, block, cache)
-    if builder.has(f"{block}.attn_q_norm.weight"):
-        q = builder.layer_norm(q, f"{block}.attn_q_norm", h.norm_eps)
-    if builder.has(f"{block}.attn_k_norm.weight"):
-        k = builder.layer_norm(k, f"{block}.attn_k_norm", h.norm_eps)
-    if rotation is not None:
-        q, k = (builder.rope(part, cache.head_dim_k, rotation) for part in (q, k))
-    slopes = alibi_slopes(cache.n_heads, alibi) if alibi else None
-    y = builder.attention(q, k, v, cache, cache.head_dim_k**-0.5, slopes=slopes)
-    y = builder.add(builder.linear(y, f"{block}.attn_output", h.n_embd), x)
-    y = builder.layer_norm(y, f"{block}.attn_output_norm", h.norm_eps)
+    block = f"blk.{layer}"
+    qk_norm = qk_norm_of(builder, block, "layer")
+    y = attention(builder, h, x, block, h.cache_layer(layer), rotation, qk_norm=qk_norm, alibi=alibi)
+    y = builder.layer_norm(builder.add(y, x), f"{block}.attn_output_norm", h.norm_eps)
     if builder.has(f"{block}.attn_norm_2.weight"):
         y = builder.layer_norm(builder.add(y, x), f"{block}.attn_norm_2", h.norm_eps)
     return y

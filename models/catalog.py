@@ -6,13 +6,11 @@ in catalog.toml, under the names that they have in Ollama's library.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
 import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,6 +167,8 @@ _QUANT = re.compile(r"(?:^|-)(?P<quant>(?:ud-)?(?:i?q\d\w*|tq\d_\d|bf16|f16|fp16
 @functools.cache
 def hub_catalog() -> tuple[HubEntry, ...]:
     """The models of catalog.toml; none where a program was packed without it."""
+    import tomllib
+
     try:
         rows = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8"))["model"]
     except FileNotFoundError:
@@ -221,6 +221,8 @@ def catalog_entry(name: str) -> CatalogEntry | HubEntry | None:
 
 def closest_names(name: str) -> list[str]:
     """Up to three names of the catalog that are written much like this one, the closest first."""
+    import difflib
+
     names = {known.lower(): known for known in catalog_names()}
     return [names[close] for close in difflib.get_close_matches(name.lower(), names, n=3)]
 

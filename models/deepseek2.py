@@ -11,7 +11,7 @@ from qrun.models.graph import GraphBuilder, Temperature, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.latent_attention import Latent
 from qrun.models.rope import RopeScaling, rope_factors
-from qrun.models.transformer import Shares, dense_or_experts, feed_forward, head
+from qrun.models.transformer import Shares, blocks, dense_or_experts, feed_forward, head
 
 # GLM-4.7-Flash came before files said how its router's logits become probabilities.
 LAYERS_OF_GLM, VOCABULARY_OF_GLM = (47, 48), 154880
@@ -19,10 +19,7 @@ LAYERS_OF_GLM, VOCABULARY_OF_GLM = (47, 48), 154880
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qrun.formats import FormatError, GGUFReader
+from qrun.formats.tensors import text_of
 from qrun.models import ARCHITECTURES, Graph, build_graph
 from qrun.models.support import Support, architecture_problem, other_kind, unsupported_types
 
@@ -30,8 +31,8 @@ def _without_graph(reader: GGUFReader) -> Support | None:
     """What can be said of a file by its metadata; None if that speaks for it."""
     if other := other_kind(reader):
         return other
-    architecture = reader.metadata.get("general.architecture")
-    if not isinstance(architecture, str):
+    architecture = text_of(reader, "general.architecture")
+    if architecture is None:
         return Support("model", "general.architecture is missing or not a string")
     problem = architecture_problem(architecture, ARCHITECTURES)
     return Support("model", problem) if problem else None

@@ -4,15 +4,12 @@ first."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import QKNorm, Shares, attention, dense_or_experts, head
+from qrun.models.transformer import Shares, attention, blocks, dense_or_experts, qk_norm_of
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(
@@ -24,7 +21,7 @@ def build_block(
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
     block = f"blk.{layer}"
     # Of the models, only the larger ones norm each head's query and key.
-    qk_norm: QKNorm | None = "heads" if builder.has(f"{block}.attn_q_norm.weight") else None
+    qk_norm = qk_norm_of(builder, block)
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
     x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm=qk_norm))
 

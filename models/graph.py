@@ -5,7 +5,9 @@ operations, and the tests interpret them with NumPy (`tests/reference.py`), whic
 Every `Value` is a float32 array [rows, width]; the rows are the tokens of one step.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -105,7 +107,7 @@ class RMSNorm:
     """out = x / sqrt(mean(x * x) + eps) * weight + bias, over x seen as [rows, groups, width / groups].
 
     `weight` and `bias` are [width / groups], or [groups, width / groups]; a norm of each head's query or key has a
-    group per head.
+    group per head. `name` is that of their tensors, without its ending, where they are taken as the file has them.
     """
 
     out: Value
@@ -114,11 +116,12 @@ class RMSNorm:
     eps: float
     groups: int
     bias: Constant | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`."""
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over groups as in `RMSNorm`, with its `name`."""
 
     out: Value
     x: Value
@@ -126,6 +129,7 @@ class LayerNorm:
     bias: Constant | None
     eps: float
     groups: int = 1
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -699,6 +703,8 @@ class Graph:
     """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None
     """What draft layers go on from (see `models.drafts`), if somebody wants it: of every row, or of those selected."""
+    uses: Mapping[str, int] = field(default_factory=dict)
+    """How many times the builder asked for each tensor: what was asked for once has one use."""
     encoder: "Graph | None" = None
     """What reads the source that a text answers, of models with two halves: it leaves keys and values of the source in
     some of the cache's layers, which both share."""
@@ -728,6 +734,7 @@ class GraphBuilder:
         self.start = 0
         self._n_values = self._n_states = 0
         self._weights: dict[str, Weight] = {}
+        self._uses: Counter[str] = Counter()
 
     # Tensors
 
@@ -757,16 +764,16 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has values that are not finite")
         return values
 
-    def flat_constant(self, name: str, size: int) -> Constant:
-        """The same as one row, whatever shape the file gives it."""
+    def loose_constant(self, name: str, *shape: int) -> Constant:
+        """The same where files have it in that shape, with dimensions of one anywhere between, or all in one row."""
         info = self.reader.tensors.get(name)
-        shape = (size,) if info is None or prod(info.shape) != size else info.shape
-        return self.constant(name, *shape).reshape(-1)
+        found = None if info is None else _without_ones(info.shape)
+        fits = found in (_without_ones(shape), _without_ones((prod(shape),)))
+        return self.constant(name, *(info.shape if info is not None and fits else shape)).reshape(shape)
 
     def rows_constant(self, name: str, width: int) -> Constant:
         """The same as rows of that width, as many as there are."""
-        n_rows = self.count(name) // width
-        return self.flat_constant(name, n_rows * width).reshape(n_rows, width)
+        return self.loose_constant(name, self.count(name) // width, width)
 
     def optional_constant(self, name: str, *shape: int) -> Constant | None:
         """As `constant`, or None if the file has no such tensor."""
@@ -792,6 +799,7 @@ class GraphBuilder:
             raise self.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         if info.type not in BLOCK_FORMATS:
             raise self.error(type_problem(info, self.reader.tensors.values()))
+        self._uses[name] += 1
         return info
 
     def error(self, problem: str) -> FormatError:
@@ -830,7 +838,7 @@ class GraphBuilder:
         """
         weight = self.constant(f"{name}.weight", x.width // groups)
         b = self.optional_constant(f"{name}.bias", x.width // groups) if bias else None
-        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b))
+        return self._append(RMSNorm(self._value(x.width), x, weight, eps, groups, b, name))
 
     def rms_norm_with(self, x: Value, weight: Constant | None, eps: float, groups: int = 1) -> Value:
         """A norm whose weight has been looked up already, or that has none."""
@@ -840,7 +848,7 @@ class GraphBuilder:
     def layer_norm(self, x: Value, name: str, eps: float) -> Value:
         """Layer norm of the row, with a bias if the file has one."""
         weight, bias = self.constant(f"{name}.weight", x.width), self.optional_constant(f"{name}.bias", x.width)
-        return self.layer_norm_with(x, weight, bias, eps)
+        return self._append(LayerNorm(self._value(x.width), x, weight, bias, eps, name=name))
 
     def layer_norm_with(
         self, x: Value, weight: Constant | None, bias: Constant | None, eps: float, groups: int = 1
@@ -980,7 +988,7 @@ class GraphBuilder:
 
         apart: how many tokens lie between those that taps are for.
         """
-        taps_only = self.flat_constant(f"{name}.weight", x.width * taps).reshape(x.width, taps).T
+        taps_only = self.loose_constant(f"{name}.weight", x.width, taps).T
         weight = np.zeros(((taps - 1) * apart + 1, x.width), np.float32)
         weight[::apart] = taps_only
         bias = self.optional_constant(f"{name}.bias", x.width)
@@ -1163,7 +1171,7 @@ class GraphBuilder:
         cache = self.cache_layers
         return Graph(
             architecture, self.operations, logits, cache, embeds_tokens or logits.width, n_embd, context_length, size,
-            context, self._n_states, self.max_context, embeds_tokens is not None, encoder=self.encoder,
+            context, self._n_states, self.max_context, embeds_tokens is not None, uses=self._uses, encoder=self.encoder,
             start=self.start,
         )  # fmt: skip
 
@@ -1188,3 +1196,7 @@ def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without dimensions of one before all others, of which files have any number: a row is a vector too."""
     first = next((place for place, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return shape[first:]
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

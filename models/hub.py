@@ -153,8 +153,11 @@ def pull_hub(spec: str, progress: Progress | None = None, notice: Notice | None 
     folder = store.models_folder() / wanted.repo
     _find_home_for_library()
 
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars, logging
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars, logging
+    except ImportError as error:  # left out of a packed app
+        raise PullError(f"{spec}: fetching from Hugging Face needs the package huggingface_hub: {error}") from error
 
     disable_progress_bars()
     logging.set_verbosity_error()  # it tells of every try; what came of them is told in the end

@@ -4,15 +4,12 @@ layers without a router are dense."""
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import Shares, attention, experts, feed_forward, head, shared_expert
+from qrun.models.transformer import Shares, attention, blocks, experts, feed_forward, shared_expert
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(

@@ -120,7 +120,7 @@ class GatedStreams:
 
     def norm(self, builder: GraphBuilder, h: Hyperparameters, streams: Value, name: str) -> Value:
         """Each stream normed, with weights of its own."""
-        weight = builder.flat_constant(f"{name}.weight", streams.width).reshape(self.count, -1)
+        weight = builder.loose_constant(f"{name}.weight", self.count, streams.width // self.count)
         return builder.rms_norm_with(streams, weight, h.rms_eps, self.count)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qrun.formats import FormatError
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models.graph import CacheLayer
 from qrun.models.support import DIFFUSION, EMBEDDERS
 
@@ -32,8 +32,8 @@ class Metadata:
 
     def __init__(self, reader: TensorFile[Described]) -> None:
         self.reader = reader
-        architecture = reader.metadata.get("general.architecture")
-        if not isinstance(architecture, str):
+        architecture = text_of(reader, "general.architecture")
+        if architecture is None:
             raise FormatError(reader.path, "general.architecture is missing or not a string")
         self.architecture = architecture
 

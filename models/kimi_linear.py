@@ -66,7 +66,7 @@ def delta_attention(
     unit, eps = np.full(dim, dim**-0.5, np.float32), (h.rms_eps if unit_eps is None else unit_eps) / dim
     q, k = (builder.rms_norm_with(part, unit, eps, n_heads) for part in (q, k))
 
-    fading = np.repeat(builder.flat_constant(f"{block}.ssm_a", n_heads), dim)
+    fading = np.repeat(builder.loose_constant(f"{block}.ssm_a", n_heads), dim)
     time = narrowed(builder, x, f"{block}.ssm_f", width)
     time = builder.affine(time, None, builder.constant(f"{block}.ssm_dt.bias", width))
     if lower_bound is None:

@@ -6,15 +6,12 @@ from dataclasses import replace
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base
-from qrun.models.transformer import Shares, experts, feed_forward, head, project_qkv, required_flags
+from qrun.models.transformer import Shares, blocks, experts, feed_forward, project_qkv, required_flags
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(

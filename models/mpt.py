@@ -5,7 +5,7 @@ import numpy as np
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
-from qrun.models.transformer import alibi_slopes, layer_norm_head, learned_positions, project_qkv
+from qrun.models.transformer import attention, layer_norm_head, learned_positions, qk_norm_of
 
 MIN_SCALE = 1e-30  # of an activation, which is divided by it
 
@@ -18,17 +18,13 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     if builder.has("position_embd.weight"):
         x = builder.add(x, learned_positions(builder, h, context))
     for layer in range(h.n_layer):
-        block, cache = f"blk.{layer}", h.cache_layer(layer)
+        block = f"blk.{layer}"
+        qk_norm = qk_norm_of(builder, block, "layer")
         y = builder.layer_norm(x, f"{block}.attn_norm", h.norm_eps)
-        q, k, v = project_qkv(builder, y, block, cache)
-        if clamp:
-            q, k, v = (builder.clamp(part, clamp) for part in (q, k, v))
-        if builder.has(f"{block}.attn_q_norm.weight"):
-            q = builder.layer_norm(q, f"{block}.attn_q_norm", h.norm_eps)
-            k = builder.layer_norm(k, f"{block}.attn_k_norm", h.norm_eps)
-        slopes = alibi_slopes(cache.n_heads, max_bias) if max_bias else None
-        y = builder.attention(q, k, v, cache, cache.head_dim_k**-0.5, slopes=slopes)
-        x = builder.add(x, builder.linear(y, f"{block}.attn_output", h.n_embd))
+        y = attention(
+            builder, h, y, block, h.cache_layer(layer), None, qk_norm=qk_norm, alibi=max_bias, clamp=clamp
+        )
+        x = builder.add(x, y)
 
         y = builder.layer_norm(x, f"{block}.ffn_norm", h.norm_eps)
         y = builder.activate_alone(builder.linear(y, f"{block}.ffn_up", h.n_ff[layer]), "gelu")

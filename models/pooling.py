@@ -14,7 +14,7 @@ from qrun.models.hyperparameters import Hyperparameters, Metadata
 
 PoolingKind = Literal["none", "mean", "cls", "last", "rank"]
 """One vector of all rows: their mean, the first, or the last; "rank" gives numbers that say how well two texts go
-together. In the order of the numbers by which files tell them."""
+together. In the order of their numbers (`support.PoolingType`)."""
 POOLINGS: tuple[PoolingKind, ...] = get_args(PoolingKind)
 UNSAID = (1 << 32) - 1
 """A -1 without a sign: the file does not say."""

@@ -115,7 +115,7 @@ def time_mix_7(
     n_parts = PARTS_OF_7 if builder.count(f"{name}_lerp_fused.weight") == PARTS_OF_7 * h.n_embd else PARTS_OF_7 - 1
     if gated and n_parts < PARTS_OF_7:
         raise builder.error(f"tensor {name}_lerp_fused.weight has nothing for the gate")
-    lerp = builder.flat_constant(f"{name}_lerp_fused.weight", n_parts * h.n_embd).reshape(n_parts, -1)
+    lerp = builder.loose_constant(f"{name}_lerp_fused.weight", n_parts, h.n_embd)
     change = builder.shift(x, -1.0)
     of_r, of_w, of_k, of_v, of_a = (mixed(builder, x, change, part) for part in lerp[:5])
     r, k, v = (
@@ -146,7 +146,7 @@ def time_mix_7(
     )
     if builder.has(f"{name}_ln.weight"):
         y = group_norm(builder, y, f"{name}_ln", heads)
-    bonus = builder.dot(builder.affine(r, row(builder, f"{name}_r_k", h)), k, heads.count)
+    bonus = builder.dot(builder.affine(r, heads_row(builder, f"{name}_r_k", heads)), k, heads.count)
     y = builder.add(y, builder.gate(bonus, v, "identity"))
     if gated:
         rank = metadata.integer("attention.gate_lora_rank")
@@ -191,7 +191,7 @@ def time_mix_6(
     if with_bonus:
         # The memory is asked before the token is in it: as it is behind the row before.
         y = builder.wkv(r, builder.shift(kept), builder.shift(k), builder.shift(v), heads.count)
-        bonus = builder.dot(builder.affine(r, row(builder, f"{name}_first", h)), k, heads.count)
+        bonus = builder.dot(builder.affine(r, heads_row(builder, f"{name}_first", heads)), k, heads.count)
         y = group_norm(builder, builder.add(y, builder.gate(bonus, v, "identity")), f"{name}_ln", heads)
         y = builder.gate(g, y, "silu")
     else:
@@ -211,8 +211,13 @@ def channel_mix(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int)
 
 
 def row(builder: GraphBuilder, name: str, h: Hyperparameters) -> Constant:
-    """A vector of the file, in whatever shape it is there."""
-    return builder.flat_constant(f"{name}.weight", h.n_embd)
+    """A vector of the file."""
+    return builder.loose_constant(f"{name}.weight", h.n_embd)
+
+
+def heads_row(builder: GraphBuilder, name: str, heads: Heads) -> Constant:
+    """The same of one that files may have head by head."""
+    return builder.loose_constant(f"{name}.weight", heads.count, heads.dim).reshape(-1)
 
 
 def mixed(builder: GraphBuilder, x: Value, change: Value, weight: Constant) -> Value:
@@ -223,7 +228,7 @@ def mixed(builder: GraphBuilder, x: Value, change: Value, weight: Constant) -> V
 def lerp_6(builder: GraphBuilder, name: str, h: Hyperparameters) -> Constant:
     """Weights of all mixtures, side by side. Older files have them apart."""
     if builder.has(f"{name}_lerp_fused.weight"):
-        return builder.flat_constant(f"{name}_lerp_fused.weight", PARTS_OF_6 * h.n_embd)
+        return builder.loose_constant(f"{name}_lerp_fused.weight", PARTS_OF_6, h.n_embd).reshape(-1)
     return np.concatenate([row(builder, f"{name}_lerp_{part}", h) for part in "wkvrg"])
 
 
@@ -236,7 +241,7 @@ def narrowed(builder: GraphBuilder, h: Hyperparameters, x: Value, name: str, ran
 def group_norm(builder: GraphBuilder, x: Value, name: str, heads: Heads) -> Value:
     """A layer norm of each head, with weights of its own."""
     weight, bias = (
-        builder.flat_constant(f"{name}.{part}", x.width).reshape(heads.count, -1) for part in ("weight", "bias")
+        builder.loose_constant(f"{name}.{part}", heads.count, heads.dim) for part in ("weight", "bias")
     )
     return builder.layer_norm_with(x, weight, bias, GROUP_EPS, heads.count)
 

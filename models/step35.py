@@ -8,13 +8,13 @@ from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base, read_n_rot, rope_factors
 from qrun.models.transformer import (
-    QKNorm,
     Shares,
     attend,
+    blocks,
     experts,
     feed_forward,
-    head,
     limited,
+    qk_norm_of,
     read_limits,
     required_flags,
 )
@@ -22,10 +22,7 @@ from qrun.models.transformer import (
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
-    for layer in range(h.n_layer):
-        x = build_block(builder, metadata, h, context, x, layer)
-    return head(builder, x, h)
+    return blocks(builder, metadata, h, context, build_block)
 
 
 def build_block(
@@ -39,7 +36,7 @@ def build_block(
     block = f"blk.{layer}"
     window, rotation = read_turn(builder, metadata, h, context, layer)
     cache = h.cache_layer(layer, window)
-    qk_norm: QKNorm | None = "heads" if builder.has(f"{block}.attn_q_norm.weight") else None
+    qk_norm = qk_norm_of(builder, block)
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
     z = attend(builder, h, y, block, cache, rotation, qk_norm=qk_norm)
     if builder.has(f"{block}.attn_gate.weight"):

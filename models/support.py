@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
-from qrun.formats.tensors import Described, TensorFile
+from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (
     "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
@@ -32,6 +33,17 @@ NO_LANGUAGE_MODELS = {
 }  # fmt: skip
 
 
+class PoolingType(IntEnum):
+    """What one vector is made of, of all rows of a text: the values of `pooling_type`."""
+
+    NONE = 0
+    MEAN = 1
+    CLS = 2
+    LAST = 3
+    RANK = 4
+    """Numbers that say how well two texts go together."""
+
+
 @dataclass(frozen=True)
 class Support:
     """Whether a file can be run here. kind: "model", or what it is instead. problem: why not, or None."""
@@ -47,11 +59,12 @@ class Support:
 
 def purpose(file: TensorFile[Described]) -> str | None:
     """What a model is for that does not just write: for `qrun info`."""
-    architecture = file.metadata.get("general.architecture")
+    architecture = text_of(file, "general.architecture")
     pooling = file.metadata.get(f"{architecture}.pooling_type")
-    if pooling == RANKS:
+    pooling = pooling if isinstance(pooling, int) else None
+    if pooling == PoolingType.RANK:
         return "reranking: it says how well texts answer a query"
-    pooled = _POOLED.get(pooling) if isinstance(pooling, int) else None
+    pooled = _POOLED.get(pooling)
     if architecture in EMBEDDERS or pooled:
         return "embeddings" + (f", by {pooled}" if pooled else "")
     if architecture == "t5":
@@ -59,15 +72,25 @@ def purpose(file: TensorFile[Described]) -> str | None:
     return "text by diffusion: it fills in what is masked" if architecture in DIFFUSION else None
 
 
-_POOLED = {1: "the mean of a text's rows", 2: "the first row of a text", 3: "the last row of a text"}
-RANKS = 4
-"""The pooling of models that compare texts, as files number it."""
+def predicts(file: TensorFile[Described]) -> bool:
+    """Does a model predict each token from those before it, and nothing else? Not those that see a whole text."""
+    architecture = text_of(file, "general.architecture")
+    if architecture in (*EMBEDDERS, *DIFFUSION, "t5"):
+        return False
+    return file.metadata.get(f"{architecture}.attention.causal") is not False
+
+
+_POOLED: dict[int | None, str] = {
+    PoolingType.MEAN: "the mean of a text's rows",
+    PoolingType.CLS: "the first row of a text",
+    PoolingType.LAST: "the last row of a text",
+}
 
 
 def other_kind(file: TensorFile[Described]) -> Support | None:
     """What a file is that is no model; None of a model, even one that cannot be run."""
     metadata = file.metadata
-    kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
+    kind, architecture = text_of(file, "general.type"), text_of(file, "general.architecture")
     if kind == "adapter":
         return Support("adapter", "this is an adapter, not a model: name it after --lora, beside its model")
     if kind == "imatrix":

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from qrun.models.drafts import Block
 from qrun.models.graph import (
     Activation,
     Alone,
@@ -24,8 +25,9 @@ ALIBI = 8.0
 """The largest bias of models that do not give one."""
 LEAST_LIMIT = 1e-6
 """Of what a gate lets through: less is no limit."""
-QKNorm = Literal["heads", "rows", "turned"]
-"""How queries and keys are normed: each head, or all heads of a row as one, before they turn; or each head after."""
+QKNorm = Literal["heads", "rows", "layer", "turned"]
+"""How queries and keys are normed: each head, or all heads of a row as one, or these by a layer norm, before they turn;
+or each head after."""
 
 
 def attention(
@@ -76,7 +78,7 @@ def attend(
     q, k, v = project_qkv(builder, x, block, cache)
     if clamp:
         q, k, v = (builder.clamp(part, clamp) for part in (q, k, v))
-    if qk_norm in ("heads", "rows"):
+    if qk_norm is not None and qk_norm != "turned":
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
     if rotation is not None:
         q = builder.rope(q, cache.head_dim_k, rotation, query=True)
@@ -91,10 +93,18 @@ def attend(
 def norm_qk(
     builder: GraphBuilder, h: Hyperparameters, q: Value, k: Value, block: str, cache: CacheLayer, kind: QKNorm
 ) -> tuple[Value, Value]:
-    """Root mean square norms of queries and keys."""
+    """Norms of queries and keys: root mean square norms, but for "layer"."""
+    if kind == "layer":
+        q = builder.layer_norm(q, f"{block}.attn_q_norm", h.norm_eps)
+        return q, builder.layer_norm(k, f"{block}.attn_k_norm", h.norm_eps)
     q_groups, k_groups = (1, 1) if kind == "rows" else (cache.n_heads, cache.n_kv_heads)
     q = builder.rms_norm(q, f"{block}.attn_q_norm", h.rms_eps, q_groups)
     return q, builder.rms_norm(k, f"{block}.attn_k_norm", h.rms_eps, k_groups)
+
+
+def qk_norm_of(builder: GraphBuilder, block: str, kind: QKNorm = "heads") -> QKNorm | None:
+    """This kind, where the file has a norm of the block's queries."""
+    return kind if builder.has(f"{block}.attn_q_norm.weight") else None
 
 
 def project_qkv(
@@ -261,6 +271,16 @@ def read_gating(metadata: Metadata, default: Gating) -> Gating:
     if number and number not in GATINGS:
         raise metadata.error("expert_gating_func", f"is {number}, which is not supported")
     return GATINGS.get(number, default)
+
+
+def blocks(
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int, block: Block
+) -> Value:
+    """Token ids to logits of a model that has blocks of one kind between its embedding and its head."""
+    x = builder.embed("token_embd", h.n_vocab, h.n_embd)
+    for layer in range(h.n_layer):
+        x = block(builder, metadata, h, context, x, layer)
+    return head(builder, x, h)
 
 
 def head(

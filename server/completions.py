@@ -9,10 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qrun.engine import ContextOverflow
+from qrun.engine.embedding.embedder import names_of
 from qrun.server import fields
 from qrun.server.chat_requests import bias_option, choices
 from qrun.server.errors import APIError
-from qrun.server.exchange import Exchange, dumps
+from qrun.server.exchange import Exchange, dumps, in_parts
 from qrun.server.openai_chat import DONE, comment, prompt_table, sse_error
 from qrun.server.prompts import Prompt, infill_tokens, prompt_tokens, read_prompts
 from qrun.server.running import finish_reason
@@ -60,11 +62,15 @@ class CompletionRequest:
             self.best_of = self.n
         seed = options.get("seed")
         generations = []
-        for tokens in self.tokens:
+        for tokens, name in zip(self.tokens, names_of(len(self.tokens), "prompt"), strict=True):
             for number in range(self.best_of):
                 if seed is not None:
                     options["seed"] = seed + number
-                generations.append(model.generate(tokens, **options))
+                try:
+                    generations.append(model.generate(tokens, **options))
+                except ContextOverflow as error:
+                    error.what = name
+                    raise
         return generations
 
     async def score(self, model: Model) -> None:
@@ -137,17 +143,21 @@ async def completions(state: State, exchange: Exchange) -> None:
                 async for number, some in found:
                     pieces[number] += some
             await request.score(model)
-            chosen = best(request, generations, pieces)
-            told = [choice(request, model, index, *one) for index, one in enumerate(chosen)]
-            figures = usage_of_all(request, generations)
-            await exchange.json(head | {"choices": told, "usage": figures, "timings": timings(generations[0])})
+
+            def told() -> dict[str, Any]:
+                chosen = best(request, generations, pieces)
+                choices = [choice(request, model, index, *one) for index, one in enumerate(chosen)]
+                figures = usage_of_all(request, generations)
+                return head | {"choices": choices, "usage": figures, "timings": timings(generations[0])}
+
+            await state.answer(exchange, told)
             return
         exchange.error_frame = sse_error
         async with exchange.stream("text/event-stream", b":\n\n", comment, state.settings.ping_seconds):
             await place.turn()
             await request.score(model)
             writer = CompletionStream(request, state, entry, generations, head)
-            if first := writer.begin():
+            if first := await state.in_thread(writer.begin):
                 await exchange.write(first)
             async with aclosing(steps) as found:  # type: ignore[type-var]
                 async for number, some in found:
@@ -288,7 +298,7 @@ class CompletionStream:
 
     def _frame(self, index: int, text: str, reason: str | None) -> str:
         table = self._tables[index]
-        told = dumps(table.take()) if table is not None and table.told["tokens"] else "null"
+        told = in_parts(table.take()) if table is not None and table.told["tokens"] else "null"
         return (
             f'{self._head},"choices":[{{"index":{index},"text":{dumps(text)},"logprobs":{told},'
             f'"finish_reason":{dumps(reason)}}}]}}\n\n'

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qrun.engine.embedding.embedder import numbers
+from qrun.engine.embedding.embedder import names_of, numbers
 from qrun.server import fields
 from qrun.server.errors import APIError
 from qrun.server.exchange import Exchange
 from qrun.server.ollama import keep_alive
+from qrun.server.prompts import Prompt, read_prompts
 from qrun.server.state import State
 from qrun.server.threads import in_daemon
 
@@ -25,48 +28,32 @@ MAX_INPUTS = 2048
 AT_A_TIME = 32
 """Texts, between which it is noticed that a client has gone."""
 
-Input = str | list[int]
 
-
-def read_inputs(value: Any, name: str) -> list[Input]:
-    """A text, a list of texts, a list of token ids, or a list of such lists."""
-    problem = f"{name} must be a text, a list of texts, a list of token ids, or a list of such lists"
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise APIError(problem, param=name)
-    if not value:
-        raise APIError(f"{name} is empty", param=name)
-    if all(_is_id(one) for one in value):
-        return [list(value)]
-    if len(value) > MAX_INPUTS:
-        raise APIError(f"{name} has {len(value)} texts: a request can have {MAX_INPUTS}", param=name)
-    for one in value:
-        if not isinstance(one, str) and not (isinstance(one, list) and all(_is_id(id) for id in one)):
-            raise APIError(problem, param=name)
-    return list(value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-async def embedded(state: State, entry: Entry, inputs: list[Input], **options: Any) -> tuple[list[np.ndarray], int]:
-    """A vector for each text, and how many tokens they have. options: those of `Model.embed`."""
-    model = entry.loaded
-
-    def tokenize() -> list[list[int]]:
-        return [model.embedding_tokens(one) if isinstance(one, str) else one for one in inputs]
-
+async def vectors_of(
+    state: State, model: Model, tokenize: Callable[[], list[list[int]]], names: list[str], **options: Any
+) -> tuple[list[np.ndarray], int]:
+    """A vector for each of some texts, and how many tokens they have. tokenize: gives their tokens, in another thread.
+    names: of the texts, for errors. options: those of `Model.embed`."""
     async with state.turns.place() as place:
         await place.turn()
         tokens = await state.in_thread(tokenize)
         vectors: list[np.ndarray] = []
         for start in range(0, len(tokens), AT_A_TIME):
-            vectors += list(await in_daemon(lambda at=start: model.embed(tokens[at : at + AT_A_TIME], **options)))
+            some = slice(start, start + AT_A_TIME)
+            vectors += list(await in_daemon(partial(model.embed, tokens[some], names=names[some], **options)))
     count = sum(min(len(one), model.context) for one in tokens)
     state.metrics.prompt_tokens += count
     return vectors, count
+
+
+async def embedded(state: State, entry: Entry, inputs: list[Prompt], **options: Any) -> tuple[list[np.ndarray], int]:
+    """The same of texts and lists of token ids."""
+    model = entry.loaded
+
+    def tokenize() -> list[list[int]]:
+        return [model.embedding_tokens(one) if isinstance(one, str) else one for one in inputs]
+
+    return await vectors_of(state, model, tokenize, names_of(len(inputs)), **options)
 
 
 async def openai(state: State, exchange: Exchange) -> None:
@@ -77,7 +64,7 @@ async def openai(state: State, exchange: Exchange) -> None:
         return
     if body.get("input") is None:
         raise APIError("input is missing", param="input")
-    inputs = read_inputs(body["input"], "input")
+    inputs = read_prompts(body["input"], "input", MAX_INPUTS)
     if any(one == "" for one in inputs):
         raise APIError("input has an empty text", param="input")
     encoding = fields.field(body, "encoding_format", fields.text, "float")
@@ -92,36 +79,41 @@ async def openai(state: State, exchange: Exchange) -> None:
                 return base64.b64encode(vector.astype("<f4").tobytes()).decode()
             return numbers(vector)
 
-        data = [{"object": "embedding", "index": i, "embedding": one(vector)} for i, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": count, "total_tokens": count}
-        await exchange.json({"object": "list", "data": data, "model": entry.id, "usage": usage})
+        def told() -> dict[str, Any]:
+            data = [{"object": "embedding", "index": i, "embedding": one(vector)} for i, vector in enumerate(vectors)]
+            usage = {"prompt_tokens": count, "total_tokens": count}
+            return {"object": "list", "data": data, "model": entry.id, "usage": usage}
+
+        await state.answer(exchange, told)
 
 
 async def llama_server(state: State, exchange: Exchange) -> None:
     """`/embedding`: a list, whose vectors are lists of one vector. `embd_normalize` -1 leaves vectors as they are."""
     body = exchange.body
     given = body.get("content") if body.get("content") is not None else body.get("input")
-    inputs = read_inputs(given, "content")
+    inputs = read_prompts(given, "content", MAX_INPUTS)
     kind = fields.field(body, "embd_normalize", fields.whole, 2)
     if kind not in (-1, 2):
         raise fields.wrong("embd_normalize", "2 (the length 1) or -1 (as they are)", kind)
     async with state.hub.use(body.get("model")) as entry:
         vectors, _ = await embedded(state, entry, inputs, normalize=kind == 2)
-        await exchange.json([{"index": i, "embedding": [numbers(vector)]} for i, vector in enumerate(vectors)])
+        await state.answer(
+            exchange, lambda: [{"index": i, "embedding": [numbers(vector)]} for i, vector in enumerate(vectors)]
+        )
 
 
 async def ollama(state: State, exchange: Exchange) -> None:
     """`/api/embed`: texts that are too long are cut, unless `truncate` is false."""
     body = exchange.body
     given = body.get("input", "")
-    inputs = [] if given in ("", []) else read_inputs(given, "input")
+    inputs = [] if given in ("", []) else read_prompts(given, "input", MAX_INPUTS)
     truncate = fields.field(body, "truncate", fields.truth, True)
     dimensions = fields.optional(body, "dimensions", fields.whole)
     async with state.hub.use(body.get("model")) as entry:
         keep_alive(entry, body)
         loaded = time.perf_counter()
         vectors, count = await embedded(state, entry, inputs, truncate=truncate, dimensions=dimensions)
-        await exchange.json({
+        await state.answer(exchange, lambda: {
             "model": entry.id,
             "embeddings": [numbers(vector) for vector in vectors],
             "total_duration": int((time.perf_counter() - exchange.arrived) * 1e9),
@@ -168,21 +160,17 @@ async def rerank(state: State, exchange: Exchange) -> None:
             return told
 
         results = [one(i) for i in order]
-        if texts_only:
-            await exchange.json(results)
-            return
         usage = {"prompt_tokens": count, "total_tokens": count}
-        await exchange.json({"model": entry.id, "object": "list", "usage": usage, "results": results})
+        whole = {"model": entry.id, "object": "list", "usage": usage, "results": results}
+        await state.answer(exchange, lambda: results if texts_only else whole)
 
 
 async def _scores(state: State, model: Model, query: str, documents: list[str]) -> tuple[list[float], int]:
-    async with state.turns.place() as place:
-        await place.turn()
-        pairs = await state.in_thread(lambda: [model.pair_tokens(query, document) for document in documents])
-        scores: list[float] = []
-        for start in range(0, len(pairs), AT_A_TIME):
-            some = await in_daemon(lambda at=start: model.embed(pairs[at : at + AT_A_TIME], pooling="rank"))
-            scores += numbers(some[:, 0])
-    count = sum(map(len, pairs))
-    state.metrics.prompt_tokens += count
-    return scores, count
+    """How well each document answers the query, and how many tokens all the pairs have."""
+
+    def tokenize() -> list[list[int]]:
+        return [model.pair_tokens(query, document) for document in documents]
+
+    names = names_of(len(documents), "document")
+    vectors, count = await vectors_of(state, model, tokenize, names, pooling="rank")
+    return [numbers(vector)[0] for vector in vectors], count

@@ -42,8 +42,8 @@ def from_exception(error: BaseException) -> APIError:
             return APIError(f"the maximum context length is exceeded: {error}", kind="exceed_context_size_error",
                             code="context_length_exceeded")  # fmt: skip
         return APIError(
-            f"This model's maximum context length is {error.context} tokens, and the prompt has {error.n_tokens}: the "
-            "request exceeds the available context size. Shorten it, or start the server with more (--ctx)",
+            f"This model's maximum context length is {error.context} tokens, and {error.what} has {error.n_tokens}: "
+            "the request exceeds the available context size. Shorten it, or start the server with more (--ctx)",
             kind="exceed_context_size_error",
             code="context_length_exceeded",
             n_prompt_tokens=error.n_tokens,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.formats import FormatError, GGUFReader
 from qrun.formats.gguf.file_types import FILE_TYPES
+from qrun.formats.tensors import n_weights
 from qrun.models.catalog import resolve
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _read(path: Path, size: int, modified: float) -> Facts:
                 modified=modified,
                 digest=digest,
                 architecture=architecture,
-                parameters=sum(math.prod(tensor.shape) for tensor in reader.tensors.values()),
+                parameters=n_weights(reader.tensors.values()),
                 quantization=FILE_TYPES.get(kind, "unknown") if isinstance(kind, int) else "unknown",
                 context_length=length if isinstance(length, int) else 0,
                 chat_template=template if isinstance(template, str) else "",

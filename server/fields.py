@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from qrun.engine.sampling.options import ORDERS
 from qrun.server.errors import APIError
 
 Body = Mapping[str, Any]
@@ -102,21 +103,21 @@ def members(body: Body, names: str) -> dict[str, Any]:
     return field(body, names, mapping, empty)
 
 
-def _at_least_zero(name: str, value: Any) -> float:
+def at_least_zero(name: str, value: Any) -> float:
     return max(real(name, value), 0.0)
 
 
-def _count(name: str, value: Any) -> int:
+def count(name: str, value: Any) -> int:
     return max(whole(name, value), 0)
 
 
-def _whole_or_none(name: str, value: Any) -> int | None:
+def whole_or_none(name: str, value: Any) -> int | None:
     """A limit or a seed; a negative one stands for none."""
     number = whole(name, value)
     return number if number >= 0 else None
 
 
-def _mirostat(name: str, value: Any) -> int:
+def mirostat(name: str, value: Any) -> int:
     number = whole(name, value)
     if number not in (0, 2):
         raise wrong(name, "0 or 2", value)
@@ -129,13 +130,22 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(one for one in (text(name, one) for one in values) if one)
 
 
+def order(name: str, value: Any) -> str:
+    """In which masks are settled."""
+    if value not in ORDERS:
+        raise wrong(name, f"one of {', '.join(ORDERS)}", value)
+    return str(value)
+
+
 def adapters(name: str, value: Any) -> Any:
-    """llama-server's list of objects with the number of an adapter and a scale; or a name, or an object of names and
-    scales, as `Model.generate` takes them."""
+    """llama-server's list of objects with the number of an adapter and a scale; or names: one, a list, or an object
+    with their scales, as `Model.generate` takes them."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
         return {one: real(f"{name}.{one}", scale) for one, scale in value.items()}
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return value
     chosen: dict[str | int, float] = {}
     for one in sequence(name, value):
         if not isinstance(one, dict) or ("id" not in one and "name" not in one):
@@ -155,8 +165,8 @@ class Option:
 
 
 SAMPLING = (
-    Option("temperature", "temperature temp", _at_least_zero),
-    Option("top_k", "top_k", _count),
+    Option("temperature", "temperature temp", at_least_zero),
+    Option("top_k", "top_k", count),
     Option("top_p", "top_p", real),
     Option("min_p", "min_p", real),
     Option("typical_p", "typical_p typ_p", real),
@@ -171,20 +181,20 @@ SAMPLING = (
     Option("dry_breakers", "dry_breakers dry_sequence_breakers", stop_strings),
     Option("xtc_probability", "xtc_probability", real),
     Option("xtc_threshold", "xtc_threshold", real),
-    Option("mirostat", "mirostat", _mirostat),
+    Option("mirostat", "mirostat", mirostat),
     Option("mirostat_tau", "mirostat_tau", real),
     Option("mirostat_eta", "mirostat_eta", real),
-    Option("seed", "seed", _whole_or_none),
-    Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", _whole_or_none),
-    Option("min_tokens", "min_tokens", _count),
+    Option("seed", "seed", whole_or_none),
+    Option("max_tokens", "max_completion_tokens max_tokens n_predict num_predict max_output_tokens", whole_or_none),
+    Option("min_tokens", "min_tokens", count),
     Option("ignore_eos", "ignore_eos", truth),
     Option("stop", "stop stop_sequences", stop_strings),
     Option("lookup", "lookup", truth),
     Option("diffusion_steps", "diffusion_steps", whole),
     Option("diffusion_block", "diffusion_block", whole),
-    Option("diffusion_order", "diffusion_order", text),
+    Option("diffusion_order", "diffusion_order", order),
     Option("lora", "lora", adapters),
-    Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", _whole_or_none),
+    Option("reasoning_budget", "reasoning_budget thinking_budget_tokens reasoning_budget_tokens", whole_or_none),
 )
 
 

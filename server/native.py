@@ -29,7 +29,7 @@ async def tokenize(state: State, exchange: Exchange) -> None:
     async with state.hub.use(body.get("model")) as entry:
         model = entry.loaded
 
-        def encode() -> list[int]:
+        def ids_of_text() -> list[int]:
             if body.get("messages") is not None:
                 return openai_chat(body).prompt_tokens(model)
             is_prompt = body.get("prompt") is not None
@@ -38,15 +38,20 @@ async def tokenize(state: State, exchange: Exchange) -> None:
             special = fields.field(body, "parse_special", fields.truth, True)
             return model.tokenize(text, add_special=add, parse_special=special)
 
-        ids = await state.in_thread(encode)
-        told: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
-        if with_pieces:
-            assert model.tokenizer is not None
-            pieces = [model.tokenizer.token_bytes(id) for id in ids]
-            told["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
-            if "with_pieces" in body:
-                told["tokens"] = [{"id": id, "piece": _piece(piece)} for id, piece in zip(ids, pieces, strict=True)]
-        await exchange.json(told)
+        def told() -> dict[str, Any]:
+            ids = ids_of_text()
+            found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
+            if with_pieces:
+                assert model.tokenizer is not None
+                pieces = [model.tokenizer.token_bytes(id) for id in ids]
+                found["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+                if "with_pieces" in body:
+                    found["tokens"] = [
+                        {"id": id, "piece": _piece(piece)} for id, piece in zip(ids, pieces, strict=True)
+                    ]
+            return found
+
+        await state.answer(exchange, told)
 
 
 def _piece(data: bytes) -> str | list[int]:

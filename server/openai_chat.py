@@ -50,12 +50,12 @@ async def chat_completions(state: State, exchange: Exchange) -> None:
                 pieces: list[list[Piece]] = [[] for _ in generations]
                 async for number, some in found:
                     pieces[number] += some
-            told = completion(request, entry, generations, pieces)
+            table: dict[str, Any] = {}
             if top is not None:
                 tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
                 scored = await in_daemon(entry.loaded.prompt_logprobs, tokens, top, request.options.get("lora"))
-                told["prompt_logprobs"] = prompt_table(scored, top, entry.loaded)
-            await exchange.json(told)
+                table["prompt_logprobs"] = await state.in_thread(prompt_table, scored, top, entry.loaded)
+            await state.answer(exchange, lambda: completion(request, entry, generations, pieces) | table)
             return
         writer = ChatStream(request, body, state, entry, generations)
         exchange.error_frame = sse_error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from qrun.engine import __version__
+from qrun.engine.sampling.options import ORDERS
 from qrun.server import fields
 
 Schema = dict[str, Any]
@@ -17,12 +18,30 @@ _WHOLE: Schema = {"type": "integer"}
 _TRUTH: Schema = {"type": "boolean"}
 _OBJECT: Schema = {"type": "object"}
 
+_ADAPTER: Schema = {
+    "type": "object",
+    "properties": {"id": {"type": "integer", "minimum": 0}, "name": _TEXT, "scale": {"type": ["number", "null"]}},
+    "anyOf": [{"required": ["id"]}, {"required": ["name"]}],
+}
+# What an option may be, by what reads it.
 _KINDS: dict[Callable[..., Any], Schema] = {
-    fields.text: _TEXT,
     fields.real: _NUMBER,
+    fields.at_least_zero: _NUMBER,
     fields.whole: _WHOLE,
+    fields.count: _WHOLE,
+    fields.whole_or_none: _WHOLE,
     fields.truth: _TRUTH,
+    fields.mirostat: {"enum": [0, 2]},
+    fields.order: {"enum": list(ORDERS)},
     fields.stop_strings: {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
+    fields.adapters: {
+        "anyOf": [
+            _TEXT,
+            {"type": "array", "items": _TEXT},
+            {"type": "object", "additionalProperties": _NUMBER},
+            {"type": "array", "items": _ADAPTER},
+        ]
+    },
 }
 
 _MESSAGES: Schema = {
@@ -133,5 +152,5 @@ def _operation(method: str, path: str, handler: Callable[..., Any]) -> dict[str,
 
 def _sampling() -> dict[str, Schema]:
     """The options of sampling, each under the first of its names."""
-    found = {option.names.split()[0]: _KINDS.get(option.read, _NUMBER) for option in fields.SAMPLING}
+    found = {option.names.split()[0]: _KINDS[option.read] for option in fields.SAMPLING}
     return found | {"max_tokens": {"type": "integer", "minimum": 0}, "logit_bias": _OBJECT}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 Prompt = str | list[int]
 
 MAX_PROMPTS = 256
+"""Prompts of one request."""
 
 # The keys under which a file names the tokens around a gap, and how such tokens are spelt where it names none.
 _INFILL = {
@@ -31,30 +32,24 @@ _INFILL = {
 _FILE_SEPARATOR = (("fim_sep",), ("<|file_sep|>", "<file_sep>"))
 
 
-_WRONG_PROMPT = "prompt must be a text, a list of texts, or a list of token ids"
-
-
-def read_prompts(value: Any) -> list[Prompt]:
-    """A text, a list of texts, a list of ids, or a list of lists of ids."""
+def read_prompts(value: Any, name: str = "prompt", most: int = MAX_PROMPTS) -> list[Prompt]:
+    """The field of this name: a text, a list of texts, a list of token ids, or a list of such lists; of texts or lists
+    no more than `most`."""
+    problem = f"{name} must be a text, a list of texts, a list of token ids, or a list of such lists"
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise APIError(_WRONG_PROMPT, param="prompt")
+        raise APIError(problem, param=name)
     if not value:
-        raise APIError("prompt is empty", param="prompt")
+        raise APIError(f"{name} is empty", param=name)
     if all(_is_id(one) for one in value):
         return [list(value)]
-    if len(value) > MAX_PROMPTS:
-        raise APIError(f"prompt has more than {MAX_PROMPTS} prompts", param="prompt")
-    prompts: list[Prompt] = []
+    if len(value) > most:
+        raise APIError(f"{name} has {len(value)} texts: a request can have {most}", param=name)
     for one in value:
-        if isinstance(one, list) and all(_is_id(id) for id in one):
-            prompts.append(list(one))
-        elif isinstance(one, str):
-            prompts.append(one)
-        else:
-            raise APIError(_WRONG_PROMPT, param="prompt")
-    return prompts
+        if not isinstance(one, str) and not (isinstance(one, list) and all(_is_id(id) for id in one)):
+            raise APIError(problem, param=name)
+    return list(value)
 
 
 def _is_id(value: Any) -> bool:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qrun.engine import __version__
+from qrun.server.exchange import Exchange, in_parts
 from qrun.server.hub import Entry, Hub
 from qrun.server.metrics import Metrics
 from qrun.server.running import Place, Steps, Turns, counted
@@ -35,6 +36,11 @@ class State:
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns that takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self.texts, function, *arguments)
+
+    async def answer(self, exchange: Exchange, make: Callable[[], Any]) -> None:
+        """Answer with the JSON of what a function returns that has many items, both made in another thread."""
+        body = await self.in_thread(lambda: in_parts(make()).encode())
+        await exchange.raw(body, "application/json")
 
     @asynccontextmanager
     async def begin(

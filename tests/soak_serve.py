@@ -44,7 +44,7 @@ def serve(path: str) -> None:
     from qrun.server import Server
 
     with (
-        Model.load(path, cache_bytes=CACHE, context=2048) as model,
+        Model.load(path, cache_bytes=CACHE, context=1024) as model,
         Server(model, max_body=MAX_BODY, max_queue=8, parallel=12) as server,
     ):
         print(json.dumps({"url": server.url}), flush=True)
@@ -272,6 +272,17 @@ class Soak:
             self.samples.append(self.sample())
             await asyncio.sleep(1)
 
+    async def fill(self, held: Callable[[], int]) -> None:
+        """Have the cache full, so that memory has no reason to grow from then on."""
+        for _ in range(100):
+            if held() > 0.9 * CACHE:
+                return
+            connection = Connection(self.port)
+            await connection.open("POST", "/v1/completions", {"prompt": self.text(800), "max_tokens": 1})
+            await connection.body()
+            connection.close()
+        raise RuntimeError(f"the cache has {held()} bytes after a hundred prompts, and should have {CACHE}")
+
     async def run(self, minutes: float, clients: int) -> None:
         end = time.monotonic() + 60 * minutes
         await asyncio.gather(self.watch(end), *(self.client(end) for _ in range(clients)))
@@ -328,6 +339,7 @@ def main() -> None:
     try:
         port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
         soak = Soak(port, process.pid, random.Random(args.seed))
+        asyncio.run(soak.fill(lambda: ask("held")["cache"]))
         before = soak.sample()
         asyncio.run(soak.run(args.minutes, args.clients))
         for _ in range(60):  # what was cancelled ends within a step

@@ -40,20 +40,20 @@ class Embedder:
         return len(steps[-1].weight) if steps else self.runtime.width
 
     def vectors(
-        self, texts: Sequence[Sequence[int]], kind: PoolingKind, cancelled: Callable[[], bool] | None = None
-    ) -> list[Vector]:
-        """A vector for each text's tokens; of "none", its rows [n_tokens, n_embd].
+        self, texts: Sequence[Sequence[int]], kind: PoolingKind, cancelled: Callable[[], bool] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> list[Vector]:  # fmt: skip
+        """A vector for each text's tokens; of "none", its rows [n_tokens, n_embd]. names: of the texts, for errors.
 
         Raises ContextOverflow for a text that is too long, ValueError for one without tokens.
         """
-        for number, tokens in enumerate(texts, 1):
-            which = f"text {number} of {len(texts)}" if len(texts) > 1 else "the text"
+        for which, tokens in zip(names or names_of(len(texts)), texts, strict=True):
             if not len(tokens):
                 raise ValueError(f"{which} is empty: there are no tokens to make a vector of")
             if len(tokens) > self.runtime.context:
                 raise ContextOverflow(
                     f"{which} has {len(tokens)} tokens, and the context holds {self.runtime.context}",
-                    len(tokens), self.runtime.context,
+                    len(tokens), self.runtime.context, which,
                 )  # fmt: skip
         found: list[Vector | None] = [None] * len(texts)
         for numbers in self._steps([len(tokens) for tokens in texts]):
@@ -103,6 +103,11 @@ class Embedder:
         """Free what is its own."""
         if self._owned:
             self.runtime.close()
+
+
+def names_of(total: int, what: str = "text") -> list[str]:
+    """What texts are called in errors: "text 2 of 3", or "the text" of a single one."""
+    return [f"{what} {number} of {total}" for number in range(1, total + 1)] if total != 1 else [f"the {what}"]
 
 
 def normalized(vector: Vector) -> Vector:

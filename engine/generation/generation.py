@@ -408,11 +408,7 @@ class Generation(Iterator[Piece]):
             token, logprob = self._sampler.sample(logits, banned=self._banned())
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
-            allowed = guide.allowed()
-            banned = self._banned()
-            if banned and allowed is not None and not any_but(allowed, banned):
-                banned = frozenset()  # the grammar has come to its end
-            chosen, logprob = self._sampler.sample(logits, allowed, banned)
+            chosen, logprob = self._sample_allowed(logits, guide)
             token, *rest = guide.settled(chosen)
             if token != chosen:
                 logprob = self._sampler.logprob(logits, token)
@@ -429,6 +425,18 @@ class Generation(Iterator[Piece]):
             elif not self._forced:
                 self._forced.extend(guide.forced())
         return token
+
+    def _sample_allowed(self, logits: np.ndarray, guide: Guide) -> tuple[int, float | None]:
+        """The next token of those that the grammar allows, where it leaves a choice."""
+        banned = self._banned()
+        if self._sampler.greedy:  # to ask about the likeliest token takes far less than to ask for all that are allowed
+            token, logprob = self._sampler.sample(logits, banned=banned)
+            if guide.allows(token):
+                return token, logprob
+        allowed = guide.allowed()
+        if banned and allowed is not None and not any_but(allowed, banned):
+            banned = frozenset()  # the grammar has come to its end
+        return self._sampler.sample(logits, allowed, banned)
 
     def _banned(self) -> frozenset[int]:
         """Tokens that would end the text, where it may not end yet."""

@@ -104,6 +104,12 @@ class Guide:
             self._bits[first // 32] |= np.uint32(1 << first % 32)
         return self._bits
 
+    def allows(self, token: int) -> bool:
+        """Is this token, which does not end the text, one of `allowed`? Where it may be one that does: False."""
+        if self._constraint is None or (self._opening and token == self._opening[0]):
+            return True
+        return self._constraint.valid([token]) == 1
+
     def valid(self, tokens: list[int]) -> list[int]:
         """As many of these guesses as the grammar wants to see."""
         if self._constraint is None or self._opening:

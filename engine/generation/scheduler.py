@@ -2,8 +2,9 @@
 
 A generation that is alone computes for itself, in the thread that asks for its pieces. As soon as there are several, a
 thread of the scheduler's takes over. Each of its steps has a row (or guesses) of every generation that has read its
-prompt, and then rows of prompts, as many as the time allows that the others can wait. A row's bits do not depend on the
-rows beside it, so no text depends on who else generates.
+prompt, and then rows of prompts, as many as the time allows that the others can wait. That is longer for short prompts,
+which are soon over: what is read sooner is generated together. A row's bits do not depend on the rows beside it, so no
+text depends on who else generates.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from qrun.engine.generation.token_cache import TokenCache
     from qrun.engine.program.runtime import Part, Runtime
 
-# While others generate, a step takes no longer than this, and than so many steps without rows of prompts.
-LONGEST_STEP, ORDINARY_STEPS = 0.1, 2.0
-FEWEST_ROWS = 16  # of prompts, in a step with others; they cost hardly more than one
+# How many seconds of a step rows of prompts may take while others generate: the second where at least as many wait as
+# generate, and always as long as so many steps without prompts take. Those of a prompt of which more than LONG_PROMPT
+# rows are to be read take the shortest of these.
+BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
+LONG_PROMPT = 1024
+FEWEST_ROWS = 8  # of prompts, in a step with others: what attention takes at once
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
@@ -107,8 +111,8 @@ class Task:
         self.prompt = generation._prompt
         self.adapters, self.source = generation._adapters, generation._source
         self.marks: deque[int] = deque()
-        self.begun = self.fetching = False
-        """fetching: whether what the disk has of its prompt is being read."""
+        self.begun = self.fetching = self.long = False
+        """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
         self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
@@ -343,10 +347,13 @@ class Scheduler:
                 plan(task, generation, tokens, guesser)
                 room -= len(tokens)
         n_decode = sum(len(part.tokens) for part in parts)
-        if n_decode:
-            room = min(room, self._rows_beside())
+        prompts = self._prompts(going)
+        room_for_long = room
+        if parts:
+            short, long = self._bearable(len(parts), len(prompts))
+            room, room_for_long = min(room, self._rows_in(short)), min(room, self._rows_in(long))
         planned = 0  # bytes of those that begin now
-        for task, generation in self._prompts(going):
+        for task, generation in prompts:
             if room <= 0:
                 break
             if not task.begun:
@@ -359,10 +366,13 @@ class Scheduler:
                 except Exception as error:
                     _fail(task, generation, error)
                     continue
+            count = min(room, room_for_long) if task.long else room
+            if count <= 0:
+                continue
             start = len(task.cache.tokens)
-            end = min(task.marks[0] if task.marks else len(task.prompt), start + room)
+            end = min(task.marks[0] if task.marks else len(task.prompt), start + count)
             plan(task, generation, task.prompt[start:end])
-            room -= end - start
+            room, room_for_long = room - (end - start), room_for_long - (end - start)
         if not parts:
             return
         begin = time.perf_counter()
@@ -422,15 +432,21 @@ class Scheduler:
         task.cache.use(task.adapters, task.source)
         alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
         task.n_cached = task.cache.begin(task.prompt) + task.cache.n_source_read
+        task.long = task.left > LONG_PROMPT
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
-    def _rows_beside(self) -> int:
-        """How many rows of prompts there may be beside those of others."""
+    def _bearable(self, n_generating: int, n_waiting: int) -> tuple[float, float]:
+        """How many seconds of a step those who generate bear with prompts; and with those of them that are long."""
+        ordinary = ORDINARY_STEPS * self._decode_seconds
+        short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
+        return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
+
+    def _rows_in(self, seconds: float) -> int:
+        """How many rows of prompts take so long."""
         if not self._row_seconds:
             return FEWEST_ROWS
-        seconds = min(LONGEST_STEP, ORDINARY_STEPS * self._decode_seconds) if self._decode_seconds else LONGEST_STEP
-        return max(int(seconds / self._row_seconds), FEWEST_ROWS)
+        return max(int(seconds / self._row_seconds) // FEWEST_ROWS, 1) * FEWEST_ROWS
 
     def _learn(self, n_decode: int, n_prompt: int, seconds: float) -> None:
         """A step with so many rows took so long."""

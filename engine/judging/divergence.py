@@ -16,21 +16,36 @@ from qrun.engine.judging.scoring import Estimate, F32Array, F64Array, Score
 from qrun.engine.text.tokenizer import Tokenizer
 
 
-def kl_divergences(reference: F32Array, logits: F32Array) -> F64Array:
-    """KL(softmax(reference) || softmax(logits)) of each row, in nats: float64 [n] from two float32 [n, n_vocab].
+@dataclass(frozen=True)
+class Predicted:
+    """Distributions p over the next token, kept to measure how far others are from them.
 
-    With p and q the two distributions, a and b the logits: sum p log(p / q) = E_p[a - b] - (log Z_a - log Z_b).
-    Logits are taken less their row's maximum; sums are taken in float64.
+    probabilities: float32 [n, n_vocab]. negative_entropies: sum p log p of each, float64 [n], in nats.
     """
-    a = reference - reference.max(axis=1, keepdims=True)
-    b = logits - logits.max(axis=1, keepdims=True)
-    weights = np.exp(a)
-    total = weights.sum(axis=1, dtype=np.float64)
-    other = np.exp(b).sum(axis=1, dtype=np.float64)
-    np.subtract(a, b, out=a)
-    np.multiply(weights, a, out=weights)
-    result: F64Array = weights.sum(axis=1, dtype=np.float64) / total - np.log(total) + np.log(other)
-    return np.maximum(result, 0.0)  # rounding can take it below
+
+    probabilities: F32Array
+    negative_entropies: F64Array
+
+    @classmethod
+    def of(cls, logits: F32Array) -> Predicted:
+        """softmax(logits), float32 [n, n_vocab]. Logits are taken less their row's maximum; sums are in float64."""
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        weights = np.exp(shifted)
+        total = weights.sum(axis=1, dtype=np.float64)
+        weights /= total[:, None].astype(np.float32)
+        return cls(weights, np.einsum("ij,ij->i", weights, shifted, dtype=np.float64) - np.log(total))
+
+    def divergences(self, logits: F32Array) -> F64Array:
+        """KL(p || q) = sum p log p - sum p log q of each row, with q = softmax(logits), in nats: float64 [n]."""
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        cross = np.einsum("ij,ij->i", self.probabilities, shifted, dtype=np.float64)
+        cross -= np.log(np.exp(shifted, out=shifted).sum(axis=1, dtype=np.float64))
+        return np.maximum(self.negative_entropies - cross, 0.0)  # rounding can take it below
+
+
+def kl_divergences(reference: F32Array, logits: F32Array) -> F64Array:
+    """KL(softmax(reference) || softmax(logits)) of each row, in nats: float64 [n] from two float32 [n, n_vocab]."""
+    return Predicted.of(reference).divergences(logits)
 
 
 @dataclass

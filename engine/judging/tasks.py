@@ -8,7 +8,6 @@ byte. A question counts as answered if the best right answer has a better score 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from qrun.engine.judging.scoring import Estimate, F64Array, negative_log_likelihoods, rows_at_a_time
+from qrun.engine.program.kv_cache import KVSequence
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats.json_file import json_lines
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,13 @@ class Task:
 
 def read_tasks(path: Path) -> list[Task]:
     """Raises ValueError, naming file and line, for what is no task, or if there is none."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no UTF-8 text (byte {error.start})") from None
-    tasks = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            tasks.append(_task(line, f"{path}, line {number}"))
+    tasks = [_task(entry, where) for where, entry in json_lines(path)]
     if not tasks:
         raise ValueError(f"{path}: it has no questions")
     return tasks
 
 
-def _task(line: str, where: str) -> Task:
-    try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: it is no JSON") from None
+def _task(entry: Any, where: str) -> Task:
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str) or not entry["question"]:
         raise ValueError(f'{where}: it has no "question"')
     found = {}
@@ -91,8 +81,7 @@ def answer(
     """Let a model choose. Raises ValueError, with the question's beginning, if one does not fit into the context."""
     result = Answers()
     for done, task in enumerate(tasks, 1):
-        scores = [_score(runtime, tokenizer, task.question, each) for each in task.answers]
-        best = int(np.argmax(scores))
+        best = int(np.argmax(scores(runtime, tokenizer, task)))
         result.chosen.append(best)
         result.answered.append(best < len(task.right))
         if progress:
@@ -105,11 +94,20 @@ def context_needed(tokenizer: Tokenizer, tasks: Sequence[Task]) -> int:
     return max(len(tokenizer.encode(task.question + each, add_special=True)) for task in tasks for each in task.answers)
 
 
-def _score(runtime: Runtime, tokenizer: Tokenizer, question: str, given: str) -> float:
-    """The log probability of an answer after the question, for each of its bytes."""
-    tokens = tokenizer.encode(question + given, add_special=True)
-    before = _common(tokens, tokenizer.encode(question, add_special=True))
-    return -float(_losses(runtime, tokens, before).sum()) / len(given.encode())
+def scores(runtime: Runtime, tokenizer: Tokenizer, task: Task) -> list[float]:
+    """The log probability of each answer after the question, for each of its bytes. The question is read once."""
+    question = tokenizer.encode(task.question, add_special=True)
+    texts = [tokenizer.encode(task.question + each, add_special=True) for each in task.answers]
+    firsts = [_common(text, question) for text in texts]
+    found = []
+    with closing(runtime.sequence()) as asked:
+        if shared := min(firsts) - 1:
+            runtime.evaluate(asked, question[:shared], logits="none")
+        for text, first, given in zip(texts, firsts, task.answers, strict=True):
+            with closing(asked.fork()) as sequence:
+                losses = list(_losses(runtime, sequence, text, first))
+            found.append(-float(np.concatenate(losses or [np.zeros(1)]).sum()) / len(given.encode()))
+    return found
 
 
 def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
@@ -121,18 +119,13 @@ def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
     return max(1, min(count, len(tokens) - 1))
 
 
-def _losses(runtime: Runtime, tokens: Sequence[int], first: int) -> F64Array:
-    parts = list(_parts(runtime, tokens, first))
-    return np.concatenate(parts) if parts else np.zeros(1)
-
-
-def _parts(runtime: Runtime, tokens: Sequence[int], first: int) -> Iterator[F64Array]:
+def _losses(runtime: Runtime, sequence: KVSequence, text: Sequence[int], first: int) -> Iterator[F64Array]:
+    """What the tokens from `first` on lose, some at a time. sequence: has the beginning of the text."""
     rows = rows_at_a_time(runtime.n_vocab)
-    with closing(runtime.sequence()) as sequence:
-        if first > 1:
-            runtime.evaluate(sequence, tokens[: first - 1], logits="none")
-        for start in range(first - 1, len(tokens) - 1, rows):
-            end = min(start + rows, len(tokens) - 1)
-            logits = runtime.evaluate(sequence, tokens[start:end], logits="all")
-            assert logits is not None
-            yield negative_log_likelihoods(logits, tokens[start + 1 : end + 1])
+    if sequence.n_past < first - 1:
+        runtime.evaluate(sequence, text[sequence.n_past : first - 1], logits="none")
+    for start in range(first - 1, len(text) - 1, rows):
+        end = min(start + rows, len(text) - 1)
+        logits = runtime.evaluate(sequence, text[start:end], logits="all")
+        assert logits is not None
+        yield negative_log_likelihoods(logits, text[start + 1 : end + 1])

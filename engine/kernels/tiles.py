@@ -34,10 +34,13 @@ from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F16, F32, I16, I32, Emitter, Vector
 
 TILE_BYTES = 1024
-# So many groups of 32 weights are unpacked at a time: of 32 rows, that is half of the first-level cache.
-SLICE_GROUPS = 8
-PASS_COLUMNS = 256
-ROW_GROUPS = 4
+# So many groups of 32 weights of so many row groups are unpacked at a time, into the second-level cache: 128 KB. Sums
+# are loaded into tiles and stored again once for each such slice.
+SLICE_GROUPS, ROW_GROUPS = 32, 4
+# A column alone needs them once only.
+GROUPS_OF_FEW = 8
+# Of columns, too, there should be no more at a time than the second level has room for: else half as many.
+PASS_COLUMNS, PASS_BYTES = 512, 1 << 20
 
 
 def fold(e: Emitter, spec: Quantised, group: Group) -> list[Vector]:
@@ -123,8 +126,8 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
     lanes, columns = v.target().lanes, v.target().columns
     unpack_block, add_block = tile_operations(spec)
     block_bytes, groups = spec.block_bytes, spec.block_size // 32
-    slice_blocks = SLICE_GROUPS // groups
-    block_out, slice_bytes = groups * TILE_BYTES, SLICE_GROUPS * TILE_BYTES
+    slice_blocks, few_blocks = SLICE_GROUPS // groups, GROUPS_OF_FEW // groups
+    block_out, slice_bytes, few_bytes = groups * TILE_BYTES, SLICE_GROUPS * TILE_BYTES, GROUPS_OF_FEW * TILE_BYTES
     unpacked_bytes, totals_bytes = ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS
     turns = turns_of(block_bytes)
     write_apart, write_neighbours = writers()
@@ -142,18 +145,18 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
 
     @v.helper
     def dot_few(weights, stride, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow):  # type: ignore[no-untyped-def]
-        unpacked = v.scratch(slice_bytes)
+        unpacked = v.scratch(few_bytes)
         step = 64 if narrow else TILE_BYTES
         v.zero_matrix(0)
         # Before the first tile, one of zeros.
-        before, x_before = unpacked + slice_bytes - TILE_BYTES, x
+        before, x_before = unpacked + few_bytes - TILE_BYTES, x
         for row in range(16):
             v.store(before + 64 * row, v.splat(0.0))
         for block in range(n_blocks):
             asked = weights + AHEAD_BYTES
             asked = asked if asked < run_end else asked + jump
             asked += block % turns * (lanes // turns) * stride
-            place = unpacked + block % slice_blocks * block_out
+            place = unpacked + block % few_blocks * block_out
             add_block(weights, stride, place, before, x, x_before, step, asked)
             before, x_before = place + block_out - TILE_BYTES, x + step * (groups - 1)
             weights += block_bytes
@@ -235,5 +238,5 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
 
     return kernel_of(
         few_columns_of(dot_few, write_apart), many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes,
-        PASS_COLUMNS, configure, release,
+        PASS_COLUMNS, PASS_BYTES, configure, release,
     )  # fmt: skip

@@ -169,25 +169,6 @@ def assembly(key: str, target: Target) -> str:
 
 
 @contextlib.contextmanager
-def _no_host_code(context: Any) -> Iterator[None]:
-    """Keep Numba from making machine code of its own: only its IR is wanted, which may hold another CPU's instructions.
-
-    Of a function's executable it needs no more than the identity of a built-in function: any unlike others will do.
-    """
-
-    def get_executable(library: Any, description: Any, environment: Any) -> Callable[..., None]:
-        library.finalize()  # links what the function calls into its module
-        return [].append
-
-    engine = context.codegen()._engine
-    context.get_executable, engine.finalize_object = get_executable, lambda: None
-    try:
-        yield
-    finally:
-        del context.get_executable, engine.finalize_object
-
-
-@contextlib.contextmanager
 def _no_optimization(config: Any) -> Iterator[None]:
     """Have Numba skip its own passes: one O3 run for the target follows."""
     before, config.OPT = config.OPT, config._OptLevel("0")
@@ -212,24 +193,24 @@ _DEFINITION = re.compile(r"^(define [^\n]*\))( comdat)? (?=\{$)", re.M)
 
 def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
     import llvmlite.binding as llvm
-    from numba.core import compiler, config, registry, types
+    from numba.core import compiler, config, types
     from numba.core.compiler import Flags
     from numba.core.compiler_lock import global_compiler_lock
 
     from qrun.engine import kernels
+    from qrun.engine.simd.frontend import KernelCompiler, begin_kernel, kernel_target
 
-    cpu = registry.cpu_target
     flags: Any = Flags()
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     # Numba's own lock keeps out what else in this process is compiled by Numba, in an app that has uses of its own.
-    with global_compiler_lock, _no_optimization(config), _no_host_code(cpu.target_context), compiling_for(target):
+    with global_compiler_lock, _no_optimization(config), compiling_for(target):
         function = kernels.build(key)
-        cpu.typing_context.refresh()
-        cpu.target_context.refresh()
+        begin_kernel()
         result = compiler.compile_extra(
-            cpu.typing_context, cpu.target_context, function, (types.intp,) * 3, types.none, flags, {}
-        )
+            kernel_target.typing_context, kernel_target.target_context, function, (types.intp,) * 3, types.none, flags,
+            {}, pipeline_class=KernelCompiler,
+        )  # fmt: skip
     ir, count = _DEFINITION.subn(r"\1 #900\2 ", str(result.library._final_module))
     inner = result.fndesc.llvm_func_name
     # Numba's convention is (result*, exception**, arguments...) -> status; kernels return nothing and raise nothing.

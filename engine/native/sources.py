@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import pkgutil
 import types
 from typing import Any
 
@@ -38,6 +37,8 @@ def digest_of(sources: dict[str, bytes]) -> str:
 
 
 def source_names() -> list[str]:
+    import pkgutil
+
     names = [*MODULES]
     for package in PACKAGES:
         paths = importlib.import_module(package).__path__

@@ -308,17 +308,16 @@ def serve(target: Sequence[object], parent: int) -> None:
     if os.name == "posix":
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     chosen = Target(*target)  # type: ignore[arg-type]
-    import numba  # noqa: F401
-
-    answers.write(b"ready\n")
-    answers.flush()
-    for line in sys.stdin.buffer:
-        try:
-            content, word = compile_kernel(line.decode().strip(), chosen), "object"
-        except CompileError as error:
-            content, word = str(error).encode("utf-8", "replace"), "failed"
-        answers.write(f"{word} {len(content)}\n".encode() + content)
+    with little_to_collect():
+        answers.write(b"ready\n")
         answers.flush()
+        for line in sys.stdin.buffer:
+            try:
+                content, word = compile_kernel(line.decode().strip(), chosen), "object"
+            except CompileError as error:
+                content, word = str(error).encode("utf-8", "replace"), "failed"
+            answers.write(f"{word} {len(content)}\n".encode() + content)
+            answers.flush()
 
 
 def _end_with(parent: int) -> None:

@@ -21,7 +21,7 @@ def kernels_of(
 ) -> list[str]:
     """The keys of the kernels that a model needs, with that many threads (one for each core) or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    target = target or default_target()
+    target = target or default_target(reads_only=graph.embeds)
     halves = [graph] if graph.encoder is None else [graph.encoder, graph]
     lowered = [
         Lowering(to_lower, layout, target, batch=1, head_rows=1, context=1, threads=1)
@@ -56,7 +56,8 @@ def warm_up(
     from qrun.engine.kernels import all_keys
 
     keys = kernels_of(graph, cache_type) if graph is not None else all_keys()
-    compiled = compile_kernels(keys, default_target(), progress)
+    reads_only = graph is not None and graph.embeds
+    compiled = compile_kernels(keys, default_target(reads_only), progress)
     return compiled, len(set(keys)) - compiled
 
 

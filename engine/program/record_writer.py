@@ -60,6 +60,7 @@ class RecordWriter:
         self.places: dict[int, Place] = {}
         self._packed: dict[tuple[int, str], Place] = {}
         self._lifetimes()
+        self._takers = self._matmuls_by_input()
 
     @property
     def kernel_keys(self) -> list[str]:
@@ -81,6 +82,18 @@ class RecordWriter:
         for result in (self.graph.logits, self.graph.hidden):
             if result is not None:
                 self._last[self._root(result)] = len(self.graph.operations)
+
+    def _matmuls_by_input(self) -> dict[int, list[tuple[int, G.Weight]]]:
+        """For each value the weights of the matmuls that take it, with the numbers of their operations."""
+        takers: dict[int, list[tuple[int, G.Weight]]] = {}
+        for index, operation in enumerate(self.graph.operations):
+            if isinstance(operation, G.Linear):
+                takers.setdefault(operation.x.id, []).append((index, operation.weight))
+            elif isinstance(operation, G.MoE):
+                router = operation.router
+                weights = [router, *(change.a for change in operation.changes if change.weight is router)]
+                takers.setdefault((operation.router_x or operation.x).id, []).extend((index, w) for w in weights)
+        return takers
 
     def _root(self, value: G.Value) -> int:
         """The value that this one is a slice of, or itself."""
@@ -142,14 +155,8 @@ class RecordWriter:
         )  # fmt: skip
 
     def _packings(self, value: G.Value) -> list[str]:
-        """How the matmuls that take `value` want it, each way once."""
-        weights: list[G.Weight] = []
-        for operation in self.graph.operations[self.index :]:
-            if isinstance(operation, G.Linear) and operation.x.id == value.id:
-                weights.append(operation.weight)
-            elif isinstance(operation, G.MoE) and (operation.router_x or operation.x).id == value.id:
-                router = operation.router
-                weights += [router, *(change.a for change in operation.changes if change.weight is router)]
+        """How the matmuls that are still to take `value` want it, each way once."""
+        weights = [weight for index, weight in self._takers.get(value.id, []) if index >= self.index]
         return list(dict.fromkeys(self.packing(weight) for weight in weights))
 
     def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> Record:

@@ -81,7 +81,7 @@ class Runtime:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        self.target = target = target or default_target()
+        self.target = target = target or default_target(reads_only=graph.embeds)
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.simd = target.form
         self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qrun.engine.errors import QrunError
 from qrun.formats import TensorType
 
 HALVINGS = 200
@@ -26,14 +25,6 @@ class Option:
     loss: float
 
 
-class TooSmall(QrunError, ValueError):
-    """No choice is as small as that. least: the bytes of the smallest."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__(f"the smallest choice has {least} bytes")
-        self.least = least
-
-
 def undominated(options: Sequence[Option]) -> list[Option]:
     """Those that no other has fewer or as many bytes than, and less loss: by size, losses fall."""
     best: list[Option] = []
@@ -43,12 +34,17 @@ def undominated(options: Sequence[Option]) -> list[Option]:
     return best
 
 
+def least_bytes(tensors: Mapping[str, Sequence[Option]]) -> int:
+    """Of the smallest choice."""
+    return sum(min(option.n_bytes for option in choices) for choices in tensors.values())
+
+
 def allocate(tensors: Mapping[str, Sequence[Option]], n_bytes: int) -> dict[str, Option]:
-    """An option for each tensor, together no more than n_bytes. Raises TooSmall if that cannot be."""
+    """An option for each tensor, together no more than n_bytes. Raises ValueError if that cannot be."""
+    if (least := least_bytes(tensors)) > n_bytes:
+        raise ValueError(f"the smallest choice has {least} bytes")
     options = {name: undominated(choices) for name, choices in tensors.items()}
-    chosen = _at_price(options, float("inf"))
-    if (least := _total(chosen)) > n_bytes:
-        raise TooSmall(least)
+    chosen = {name: choices[0] for name, choices in options.items()}
     low, high = 0.0, _highest_price(options)
     if _total(free := _at_price(options, 0.0)) <= n_bytes:
         return free
@@ -68,8 +64,6 @@ def _total(chosen: Mapping[str, Option]) -> int:
 
 def _at_price(options: Mapping[str, Sequence[Option]], price: float) -> dict[str, Option]:
     """Of equally good ones the smaller."""
-    if price == float("inf"):
-        return {name: choices[0] for name, choices in options.items()}
     return {
         name: min(choices, key=lambda each: (each.loss + price * each.n_bytes, each.n_bytes))
         for name, choices in options.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,8 +22,9 @@ from qrun.engine.native.compiler import Progress as Compiling
 from qrun.engine.native.cpu_count import available_cores
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
-from qrun.engine.quantize.allocation import Option, TooSmall, allocate
-from qrun.engine.quantize.calibration import observe
+from qrun.engine.quantize.allocation import Option, allocate, least_bytes
+from qrun.engine.quantize.awq import ScaledSource, Search, foldings
+from qrun.engine.quantize.calibration import body_up_to, observe, shared_inputs
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
@@ -47,6 +48,8 @@ WORKING_TYPE = "Q8_0"
 MOMENT_BYTES = 1 << 30
 # All that lies in the folder.
 FILES = ("key", "working.gguf", "rounded.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
+# A folder in it, of the model with scales.
+SCALED = "scaled"
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
@@ -101,12 +104,18 @@ class Calibration:
         return digest.hexdigest()[:16]
 
     def prepare(self) -> None:
-        """The folder, with what an earlier run on the same left there."""
+        """The folder, with what an earlier run on the same left there, and is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "key"
         if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
             self._remove()
             mark.write_text(self.key)
+        for path in self.folder.glob(".*.part"):  # files that a run that was killed had not completed
+            path.unlink(missing_ok=True)
+        probing = self.folder / "probing"
+        if probing.exists():  # a run that was killed may have left a tensor rounded
+            (self.folder / "working.gguf").unlink(missing_ok=True)
+            probing.unlink()
 
     def clean(self) -> None:
         """Once the result is complete."""
@@ -115,8 +124,10 @@ class Calibration:
             self.folder.rmdir()
 
     def _remove(self) -> None:
-        for path in (*(self.folder / name for name in FILES), *self.folder.glob("rounded-*")):
+        many = (*self.folder.glob("rounded-*"), *self.folder.glob("scales-*"))
+        for path in (*(self.folder / name for name in FILES), *many):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / SCALED, ignore_errors=True)
 
     @property
     def working(self) -> Path:
@@ -130,12 +141,16 @@ class Calibration:
 
     @contextmanager
     def runtime(
-        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None
-    ) -> Iterator[tuple[Runtime, GGUFReader]]:
-        """A model at work, on samples. observing, keep: see `Runtime`."""
+        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None,
+        last: Collection[str] | None = None,
+    ) -> Iterator[tuple[Runtime, GGUFReader]]:  # fmt: skip
+        """A model at work, on samples. observing, keep: see `Runtime`. last: nothing after these matrices is computed.
+        """
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             check_goes_on(graph, path)
+            if last is not None:
+                graph = body_up_to(graph, last)
             runtime = Runtime(
                 graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
                 observe=observing or keep is not None, keep=keep,
@@ -166,8 +181,7 @@ class Calibration:
         taken = self.samples.taken
         few = type(taken)(taken.tokens, taken.size, min(PROBE_SAMPLES, len(taken)), taken.bos)
         report = self.stage("sensitivity")
-        # A run that was killed may have left a tensor rounded.
-        with self._fresh_working(), self.runtime(self.working) as (runtime, reader):
+        with self.runtime(self.working) as (runtime, reader), self._probing():
             predictions = sensitivity.Predictions(runtime, few)
             rows = {self.source.tensors[name].row for names in groups for name in names}
             types = {sensitivity.probe_type(row) for row in rows} | {info.type for info in reader.tensors.values()}
@@ -183,11 +197,9 @@ class Calibration:
         return journal.found
 
     @contextmanager
-    def _fresh_working(self) -> Iterator[None]:
+    def _probing(self) -> Iterator[None]:
+        """Within it the working file changes: a mark says so, and stays where that was broken off."""
         mark = self.folder / "probing"
-        if mark.exists():
-            (self.folder / "working.gguf").unlink(missing_ok=True)
-        _ = self.working
         mark.touch()
         yield
         mark.unlink()
@@ -203,6 +215,12 @@ class Calibration:
             if tensor.changes and tensor.type in GPTQ_TYPES and len(tensor.source.shape) == 2
             and layer_of(tensor.source.name) >= 0
         }  # fmt: skip
+        widest = max((tensor.source.row for tensor in todo.values()), default=0)
+        if (n_tokens := len(self.samples.taken) * self.samples.taken.size) < widest:
+            self.notice(
+                f"{n_tokens} tokens of text are few for matrices of {widest} inputs: of what it does not show, inputs "
+                "count as independent of each other; more text would help"
+            )
         digest = hashlib.sha256(repr([(name, tensor.type) for name, tensor in todo.items()]).encode()).hexdigest()[:8]
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
@@ -214,17 +232,20 @@ class Calibration:
         for band in self._bands(todo):
             missing = [name for name in band if not files[name].is_file()]
             if missing:
-                for name, moments, factors in self._band_moments(copy, missing):
-                    report(done, len(todo))
-                    tensor = todo[name]
+                for sharing, moments in self._moments(copy, missing):
+                    factors = factor(moments)
                     if factors is None:
-                        self.notice(f"{name}: nothing is known of its inputs, and weights are rounded one by one")
+                        self.notice(f"{sharing[0]}: nothing is known of its inputs: weights are rounded one by one")
                         continue
-                    with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
-                        rows = tensor.source.rows
-                        raw = gptq.round(rows, tensor.source.n_rows, tensor.type, moments, factors, pool)
-                    write_whole(files[name], raw.tobytes())
-                    done += 1
+                    for name in sharing:
+                        report(done, len(todo))
+                        tensor = todo[name]
+                        with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
+                            rows, n_rows = tensor.source.rows, tensor.source.n_rows
+                            raw = gptq.round(rows, n_rows, tensor.type, moments, factors, pool)
+                        write_whole(files[name], raw.tobytes())
+                        tensor.source.forget()
+                        done += 1
             for name in band:
                 if files[name].is_file():
                     kept.add(name)
@@ -238,16 +259,18 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _bands(self, todo: Mapping[str, PlannedTensor]) -> Iterator[list[str]]:
+    def _bands(self, names: Collection[str]) -> Iterator[list[str]]:
         """Names of tensors, layer by layer, in bands whose moments fit into MOMENT_BYTES; one layer at least."""
+        with GGUFReader(self.working) as reader:
+            inputs = shared_inputs(build_graph(reader, self.samples.taken.size))
         layers: dict[int, list[str]] = {}
-        for name in todo:
+        for name in names:
             layers.setdefault(layer_of(name), []).append(name)
         band: list[str] = []
         size = 0
         for _, names in sorted(layers.items()):
-            # Most inputs are those of several matrices: this counts some twice.
-            needed = sum(8 * todo[name].source.row ** 2 for name in names)
+            widths = {inputs.get(name): self.source.tensors[name].row for name in names}
+            needed = sum(map(Moments.bytes_for, widths.values()))
             if band and size + needed > MOMENT_BYTES:
                 yield band
                 band, size = [], 0
@@ -256,10 +279,11 @@ class Calibration:
         if band:
             yield band
 
-    def _band_moments(self, path: Path, names: list[str]) -> Iterator[tuple[str, F32Array, F32Array | None]]:
-        """The second moments of some tensors' inputs, and their factors. Raises ValueError if they are not finite."""
+    def _moments(self, path: Path, names: Collection[str]) -> Iterator[tuple[list[str], F32Array]]:
+        """The second moments of some tensors' inputs, each with those that share it. ValueError if they are not finite.
+        """
         wanted, taken = set(names), self.samples.taken
-        with self.runtime(path, keep=wanted.__contains__) as (runtime, _):
+        with self.runtime(path, keep=wanted.__contains__, last=wanted) as (runtime, _):
             moments = [Moments(observation.sums.shape[1]) for observation in runtime.observations]
             for chunk in taken:
                 with closing(runtime.sequence()) as sequence:
@@ -270,17 +294,52 @@ class Calibration:
             observed = [observation.names for observation in runtime.observations]
         # A matrix that takes several inputs is left to plain rounding.
         uses = Counter(name for sharing in observed for name in sharing)
-        for i, sharing in enumerate(observed):
-            matrix = moments[i].matrix
+        for sharing in observed:
+            sums = moments.pop(0)  # and its memory goes with it
+            matrix = sums.matrix()
+            del sums
             if not np.isfinite(matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
-            if moments[i].count < len(matrix):
-                counts = f"{moments[i].count} tokens are few for {len(matrix)} inputs"
-                self.notice(f"{sharing[0]}: {counts}: more text would help")
-            factors = factor(matrix)
-            for name in sharing:
-                if uses[name] == 1:
-                    yield name, matrix, factors
+            if alone := [name for name in sharing if uses[name] == 1]:
+                yield alone, matrix
+
+    def scaled(self, planned: Plan) -> ScaledSource:
+        """The source with scales for the inputs of matrices, each where the graph allows it (see `awq`).
+
+        Inputs are those of the model as it is. Bands are those of `rounded`.
+        """
+        types = {
+            tensor.source.name: tensor.type for tensor in planned.tensors
+            if tensor.changes and tensor.type not in FLOATS and len(tensor.source.shape) == 2
+            and layer_of(tensor.source.name) >= 0
+        }  # fmt: skip
+        with GGUFReader(self.working) as reader:
+            graph = build_graph(reader, self.samples.taken.size)
+            places = [place for place in foldings(graph, self.source.tensors) if types.keys() & set(place.columns)]
+        digest = hashlib.sha256(repr(sorted(types.items())).encode()).hexdigest()[:8]
+        files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
+        firsts = {next(name for name in place.columns if name in types): place for place in places}
+        search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
+        report, done = self.stage("scales"), 0
+        for band in self._bands(firsts):
+            missing = [name for name in band if not files[firsts[name]].is_file()]
+            for sharing, moments in self._moments(self.working, missing) if missing else ():
+                for name in sharing:
+                    report(done, len(firsts))
+                    place = firsts[name]
+                    found = search.scales(place, moments)
+                    write_whole(files[place], b"" if found is None else found.tobytes())
+                    done += 1
+        report(len(firsts), len(firsts))
+        kept = [(place, np.fromfile(path, np.float32)) for place, path in files.items() if path.is_file()]
+        return ScaledSource(self.source, [(place, scales) for place, scales in kept if len(scales)])
+
+    def of_scaled(self, source: ScaledSource) -> Calibration:
+        """Where the model with these scales is rounded column by column."""
+        digest = hashlib.sha256(b"".join(name.encode() + source.columns[name].tobytes() for name in source.columns))
+        result = replace(self, source=source, folder=self.folder / SCALED, variant=self.variant + digest.hexdigest())
+        result.prepare()
+        return result
 
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
@@ -292,13 +351,10 @@ class Calibration:
         first = {name: options[0] for name, options in errors.items()}
         rest = self._bytes_of(kept, first, imatrix, metadata)
         rest -= sum(option.n_bytes for option in first.values())
-        try:
-            allocate(errors, n_bytes - rest)
-        except TooSmall as error:
+        if (least := least_bytes(errors) + rest) > n_bytes:
             raise ValueError(
-                f"{self.source.path}: with these types the smallest file has {error.least + rest} bytes, "
-                f"and {n_bytes} are asked for"
-            ) from None
+                f"{self.source.path}: with these types the smallest file has {least} bytes, and {n_bytes} are asked for"
+            )
         slopes = self.slopes(imatrix)
         losses = {
             name: [replace(option, loss=slopes[name] * option.loss) for option in options]

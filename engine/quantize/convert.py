@@ -29,6 +29,7 @@ from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
+from qrun.formats.tensors import n_weights
 
 # Weights in a chunk: 1 MB as they are mostly stored, so that what a thread works on stays in its cache.
 CHUNK_WEIGHTS = 1 << 19
@@ -77,7 +78,7 @@ class Plan:
 
     @property
     def n_weights(self) -> int:
-        return sum(prod(tensor.source.shape) for tensor in self.tensors)
+        return n_weights(tensor.source for tensor in self.tensors)
 
     @property
     def source_bytes(self) -> int:

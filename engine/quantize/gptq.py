@@ -45,24 +45,61 @@ GPTQ_TYPES = frozenset(CODES)
 def factor(moments: NDArray[np.floating]) -> F32Array | None:
     """U of H^-1 = U^T U, its rows divided by their diagonals: float32 [n, n] from the sum of x x^T. None if the matrix
     is singular however it is damped."""
-    h = moments.astype(np.float64)
-    n = len(h)
-    mean = float(np.trace(h)) / n
+    n = len(moments)
+    mean = float(np.trace(moments, dtype=np.float64)) / n
     if not mean > 0:
         return None
     places = np.arange(n)
     for damping in DAMPING * 10.0 ** np.arange(TRIES):
-        damped = h.copy()
-        damped[places, places] += damping * mean
+        # H = R R^T with R upper triangular: the ordinary factor of H backwards. Then U is the inverse of R.
+        h = np.array(moments[::-1, ::-1], np.float64, order="C")
+        h[places, places] += damping * mean
         try:
-            # H = R R^T with R upper triangular: the ordinary factor of H backwards. Then U is the inverse of R.
-            upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-            inverse = np.triu(np.linalg.inv(upper))
+            _cholesky(h)
+            _invert_lower(h)
         except np.linalg.LinAlgError:
             continue
-        if np.isfinite(inverse).all():
-            return np.ascontiguousarray(inverse / inverse[places, places][:, None], np.float32)
+        h /= h[places, places][:, None]
+        result = np.ascontiguousarray(h[::-1, ::-1], np.float32)
+        if np.isfinite(result).all():
+            return result
     return None
+
+
+# NumPy's own would take the memory of a wide matrix several times.
+BLOCK, STRIP = 256, 1024
+
+
+def _cholesky(h: F64Array) -> None:
+    """Leaves L of H = L L^T in the place of H. Raises LinAlgError if it is not positive."""
+    n = len(h)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        h[start:end, start:end] = np.linalg.cholesky(h[start:end, start:end])
+        h[start:end, end:] = 0
+        if end == n:
+            return
+        h[end:, start:end] = h[end:, start:end] @ np.linalg.inv(h[start:end, start:end]).T
+        for strip in range(end, n, STRIP):
+            of = slice(strip, min(strip + STRIP, n))
+            h[strip:, of] -= h[strip:, start:end] @ h[of, start:end].T
+
+
+def _invert_lower(matrix: F64Array) -> None:
+    """Leaves the inverse of a lower triangular matrix in its place."""
+    if (n := len(matrix)) <= BLOCK:
+        matrix[:] = np.tril(np.linalg.inv(matrix))
+        return
+    half = n // 2
+    first, last, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_lower(first)
+    _invert_lower(last)
+    for start in range(0, half, STRIP):
+        of = slice(start, min(start + STRIP, half))
+        below[:, of] = below[:, start:] @ first[start:, of]
+    for start in reversed(range(0, n - half, STRIP)):
+        of = slice(start, min(start + STRIP, n - half))
+        below[of] = -(last[of, : of.stop] @ below[: of.stop])
 
 
 class Gptq:
@@ -136,21 +173,42 @@ class Gptq:
 
 
 class Moments:
-    """The sum of x x^T over the rows of an input, in float32 for each step and float64 for their sum."""
+    """The sum of x x^T over the rows of an input, in float32 for each product and float64 for their sum.
+
+    Rows wait until there are GATHERED of them: to fill both halves of a wide matrix and to add it takes longer than the
+    product of a few rows.
+    """
 
     def __init__(self, width: int) -> None:
         self._sum = np.zeros((width, width), np.float64 if width <= WIDE else np.float32)
-        self.count = 0
+        self._waiting = np.empty((GATHERED, width), np.float32)
+        self._count = 0
 
     def add(self, rows: F32Array) -> None:
         """rows: float32 [n, width]."""
-        self._sum += rows.T @ rows
-        self.count += len(rows)
+        while len(rows):
+            taken = rows[: GATHERED - self._count]
+            self._waiting[self._count : self._count + len(taken)] = taken
+            self._count += len(taken)
+            rows = rows[len(taken) :]
+            if self._count == GATHERED:
+                self._flush()
 
-    @property
+    def _flush(self) -> None:
+        rows = self._waiting[: self._count]
+        self._sum += rows.T @ rows
+        self._count = 0
+
+    @staticmethod
+    def bytes_for(width: int) -> int:
+        """What they take while they are added up."""
+        return (8 if width <= WIDE else 4) * width**2 + 4 * GATHERED * width
+
     def matrix(self) -> F32Array:
         """float32 [width, width]"""
+        self._flush()
         return self._sum.astype(np.float32, copy=False)
 
 
+GATHERED = 2048
 WIDE = 4096  # above it, sums of float64 would take too much memory

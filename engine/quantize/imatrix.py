@@ -159,7 +159,8 @@ def _read_dat(path: Path) -> Imatrix:
     def take(size: int, what: str) -> bytes:
         nonlocal position
         if size < 0 or position + size > len(data):
-            raise FormatError(path, f"{what} takes {size} bytes, but {len(data) - position} remain", position)
+            reason = f"{what} takes {size} bytes, but {len(data) - position} remain"
+            raise FormatError(path, f"{reason}: it is no importance matrix, or cut short", position)
         position += size
         return data[position - size : position]
 

@@ -8,7 +8,7 @@ for tensor, so that a file is what people expect by that name.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,21 @@ def file_type_name(name: str) -> str:
     upper = name.upper()
     proper = ALIASES.get(upper, upper)
     if proper != COPY and proper not in FILE_TYPES:
-        raise ValueError(f"{name!r} is no type: it can be {', '.join(FILE_TYPES)} or {COPY}")
+        known = f"it can be {', '.join(FILE_TYPES)} or {COPY}"
+        raise ValueError(f"{name!r} is no type{perhaps(name, (*FILE_TYPES, COPY))}: {known}")
     return proper
+
+
+def perhaps(name: str, known: Iterable[str]) -> str:
+    """" (did you mean Q4_K_M?)", of the one among the names that is most like it; nothing if none is."""
+    from difflib import get_close_matches  # only on the way to an error
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^A-Z0-9]", "", text.upper())
+
+    names = {plain(one): one for one in known}
+    close = get_close_matches(plain(name), names, 1, 0.7)
+    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 def category(name: str) -> str:

@@ -8,22 +8,21 @@ count once. Which are taken, and which held out, depends on the texts and the se
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qrun.engine.judging.scoring import Chunks
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.engine.text.prompt import encode_prompt
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats.json_file import JSON_LINES, json_lines
+from qrun.formats.mapping import read_text
 
 # One sample of so many is held out, but never less than the second number.
 HELD_OUT, LEAST_HELD_OUT = 8, 2
 LEAST = 4
-JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,10 @@ def read_samples(
 
 
 def _documents(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[list[int]]:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no UTF-8 text (byte {error.start})") from None
     if path.suffix.lower() not in JSON_LINES:
-        yield tokenizer.encode(text, add_special=False)
+        yield tokenizer.encode(read_text(path), add_special=False)
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where}: it is no JSON") from None
+    for where, entry in json_lines(path):
         if isinstance(entry, dict) and isinstance(entry.get("text"), str):
             yield tokenizer.encode(entry["text"], add_special=False)
         elif isinstance(entry, dict) and "messages" in entry:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.engine.judging.divergence import Predicted
 from qrun.engine.judging.scoring import Chunks
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize.allocation import Option
@@ -35,7 +36,6 @@ from qrun.formats import GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_SIZES, dequantize
 
 F32Array = NDArray[np.float32]
-F64Array = NDArray[np.float64]
 
 # What a tensor is rounded to while it is measured: coarse, so that KL stands out of the noise of float arithmetic.
 PROBE = TensorType.Q3_K
@@ -57,6 +57,12 @@ LOW_CANDIDATES = (
 )  # fmt: skip
 LOW_BITS = 4.0  # below so many bits a weight on average
 
+
+def candidates_for(bits_per_weight: float) -> list[TensorType]:
+    """The types that a mix of a size is made of; those of few bits, which take longer to run, where they are needed."""
+    return [*CANDIDATES, *(LOW_CANDIDATES if bits_per_weight < LOW_BITS else ())]
+
+
 class Predictions:
     """What a runtime predicts for some samples: kept once, and compared with what it predicts later."""
 
@@ -64,15 +70,7 @@ class Predictions:
         most = max(1, min(SCORED, PROBABILITY_BYTES // (4 * runtime.n_vocab)))
         self._samples, self._runtime = samples, runtime
         self._scored = max(1, min(samples.size // 2, most // len(samples)))
-        self._probabilities: list[F32Array] = []
-        self._entropies: list[F64Array] = []
-        for logits in self._logits():
-            shifted = logits - logits.max(axis=1, keepdims=True)
-            weights = np.exp(shifted)
-            total = weights.sum(axis=1, dtype=np.float64)
-            probabilities = (weights / total[:, None].astype(np.float32)).astype(np.float32)
-            self._entropies.append(np.einsum("ij,ij->i", probabilities, shifted, dtype=np.float64) - np.log(total))
-            self._probabilities.append(probabilities)
+        self._kept = [Predicted.of(logits) for logits in self._logits()]
 
     def _logits(self) -> Iterable[F32Array]:
         for sample in self._samples:
@@ -84,15 +82,8 @@ class Predictions:
 
     def divergence(self) -> float:
         """The mean KL of what the runtime predicts now from what was kept, in nats."""
-        found: list[F64Array] = []
-        for logits, probabilities, entropies in zip(
-            self._logits(), self._probabilities, self._entropies, strict=True
-        ):
-            logits -= logits.max(axis=1, keepdims=True)
-            cross = np.einsum("ij,ij->i", probabilities, logits, dtype=np.float64)
-            cross -= np.log(np.exp(logits).sum(axis=1, dtype=np.float64))
-            found.append(entropies - cross)
-        return float(np.concatenate(found).mean())
+        pairs = zip(self._kept, self._logits(), strict=True)
+        return float(np.concatenate([kept.divergences(logits) for kept, logits in pairs]).mean())
 
 
 def quantised_names(source: Source) -> list[str]:
@@ -169,7 +160,7 @@ class Prober:
                 file.flush()
         if not np.isfinite(divergence):
             raise ValueError(f"{self._source.path}: with {names[0]} rounded, its predictions are not finite numbers")
-        return max(divergence, 0.0) / error if error > 0 else 0.0
+        return divergence / error if error > 0 else 0.0
 
     def _round(self, file: BinaryIO, tensor: SourceTensor, info: TensorInfo) -> float:
         importance = self._imatrix.importance(tensor.name, tensor.shape)

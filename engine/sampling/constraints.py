@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.formats.json_file import depth
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -168,7 +169,7 @@ def schema_text(schema: Any) -> str:
         if not isinstance(schema, Mapping):
             raise ValueError(f"schema: an object is wanted, not {type(schema).__name__}")
         text = json.dumps(schema, ensure_ascii=False)
-        if _depth(schema) > MAX_DEPTH:
+        if depth(schema) >= MAX_DEPTH:
             raise ValueError(f"schema: its values are nested more than {MAX_DEPTH} deep")
     except (TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"schema: it is no JSON: {_reason(str(error))}") from None
@@ -260,17 +261,6 @@ class _Vocabulary:
         if tokenizer is None:
             return []
         return tokenizer.encode_further(text if isinstance(text, str) else text.decode("utf-8", "replace"))
-
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        inner: list[Any] = []
-        for one in level:
-            inner += one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else ()
-        level = inner
-    return depth
 
 
 def _check_size(text: str, what: str) -> None:

@@ -10,6 +10,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -198,6 +199,14 @@ def _pick(weights: np.ndarray, uniform: float) -> tuple[int, float]:
     return position, min(float((target - before) / (cumulative[position] - before)), _BELOW_ONE)
 
 
+@lru_cache(maxsize=4)
+def all_ids(n_vocab: int) -> np.ndarray:
+    """The tokens of a vocabulary, the same array for all who have one of this size."""
+    ids = np.arange(n_vocab)
+    ids.setflags(write=False)
+    return ids
+
+
 class Sampler:
     """Chooses tokens by one set of options, and remembers what penalties, DRY and mirostat look back on.
 
@@ -220,13 +229,23 @@ class Sampler:
         self._history = array("i", history)
         self._counts = Counter(_last(self._history, options.repetition_window))
         self._surprise_limit = 2 * options.mirostat_tau  # where Mirostat's authors start
-        self._all_ids = np.arange(n_vocab)
-        self._row = np.empty(n_vocab, np.float32)
-        self._scratch = np.empty(n_vocab, np.float32)
+        self._all_ids = all_ids(n_vocab)
         self._steps = self._make_steps()
         self._wanted = self._wanted_first()
+        self._takes_first = self.greedy and not self._steps and not options.logit_bias
         self.top: list[tuple[int, float]] | None = None
         """The likeliest tokens of the last sample with their log probabilities, if the options want any."""
+
+    # Of a row's size each, and so not there before they are needed.
+
+    @cached_property
+    def _row(self) -> np.ndarray:
+        """Logits that may be written to."""
+        return np.empty(self.n_vocab, np.float32)
+
+    @cached_property
+    def _scratch(self) -> np.ndarray:
+        return np.empty(self.n_vocab, np.float32)
 
     def sample(
         self, logits: np.ndarray, allowed: np.ndarray | None = None, banned: Collection[int] = ()
@@ -240,10 +259,23 @@ class Sampler:
         None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number, or no
         token is left.
         """
-        row = logits
-        highest = float(row[row.argmax()])  # a NaN, if there is one
+        first = int(logits.argmax())
+        highest = float(logits[first])  # a NaN, if there is one
         if not math.isfinite(highest):
             raise ValueError("the model's logits are not finite numbers")
+        if self._takes_first and allowed is None and first not in banned:
+            token = first
+        else:
+            token = self._choose(*self._candidates(logits, allowed, banned))
+        if not self.options.logprobs:
+            return token, None
+        total = log_sum_exp(logits, highest, self._scratch)
+        if self.options.top_logprobs:
+            self.top = likeliest(logits, self.options.top_logprobs, total)
+        return token, float(logits[token]) - total
+
+    def _candidates(self, row: np.ndarray, allowed: np.ndarray | None, banned: Collection[int]) -> Candidates:
+        """What is left to choose from after all steps."""
         if self.options.logit_bias:
             row = self._own(row)
             row[list(self.options.logit_bias)] += np.array(list(self.options.logit_bias.values()), np.float32)
@@ -257,13 +289,12 @@ class Sampler:
         candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
         for step in self._steps:
             candidates = step(self, *candidates)
-        token = self._choose(*candidates)
-        if not self.options.logprobs:
-            return token, None
-        total = log_sum_exp(logits, highest, self._scratch)
-        if self.options.top_logprobs:
-            self.top = likeliest(logits, self.options.top_logprobs, total)
-        return token, float(logits[token]) - total
+        return candidates
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the likeliest of those allowed, and so the same whichever unlikelier ones are."""
+        return self.options.temperature == 0
 
     def logprob(self, logits: np.ndarray, token: int) -> float | None:
         """The log probability of a token that was not chosen but is known; None if the options have them off."""
@@ -334,7 +365,7 @@ class Sampler:
         """The same logits where they may be written to. The one buffer spares a step two allocations of a row."""
         if logits is self._row:
             return logits
-        if len(logits) < len(self._row):
+        if len(logits) < self.n_vocab:
             return logits.copy()
         np.copyto(self._row, logits)
         return self._row

@@ -16,18 +16,15 @@ from typing import Any
 
 from llvmlite import ir
 from numba import float32 as float32  # for kernels: their literals would be float64 without it
-from numba import njit
 from numba.core import types
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, builtin_registry, infer_global, signature
 
 from qrun.engine.simd import vector as emit
+from qrun.engine.simd.frontend import helper as helper
 from qrun.engine.simd.target import target
 from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
-
-# A function that kernels call, compiled into each of them.
-helper = njit(error_model="numpy")
 
 _IR_ELEMENT = {"f32": F32, "i32": I32, "bit": ir.IntType(1)}
 
@@ -79,6 +76,10 @@ def operation(result: Callable[..., types.Type | None], key: Any = None) -> Call
                 answer = result(*args)
                 return None if answer is None else signature(answer, *args)
 
+            def get_impl_key(self, _: Any) -> Any:
+                return function
+
+        Template.metadata = {"target": "cpu"}  # comes before Numba's own, which are for any target
         if key is None:
             builtin_registry.register_global(stub, types.Function(Template))
         else:
@@ -94,7 +95,7 @@ def operation(result: Callable[..., types.Type | None], key: Any = None) -> Call
                 return _pack(builder, answer)
             return context.get_dummy_value() if answer is None else answer
 
-        lower_builtin(stub, types.VarArg(types.Any))(lower)
+        lower_builtin(function, types.VarArg(types.Any))(lower)
         return stub
 
     return decorate
@@ -156,6 +157,34 @@ for _key, _method in (
     _binary(_key, _method)
     with contextlib.suppress(KeyError):
         _binary({operator.add: operator.iadd, operator.sub: operator.isub, operator.mul: operator.imul}[_key], _method)
+
+
+def _number(a: types.Type, b: types.Type) -> types.Type | None:
+    if isinstance(a, types.Integer) and isinstance(b, types.Integer):
+        return types.intp
+    return a if a == b == types.float32 else None
+
+
+def _compare(e: Emitter, sign: str, a: Any, b: Any) -> ir.Value:
+    if isinstance(a, ir.Value) and a.type == F32:
+        return e.builder.fcmp_ordered(sign, a, b)
+    return e.builder.icmp_signed(sign, e.index(a), e.index(b))
+
+
+# As Python has them, and Numba: a NaN is neither less nor more. Numba would compile functions of their own for them.
+@operation(_number, min)
+def _(e: Emitter, a: Any, b: Any) -> ir.Value:
+    return e.builder.select(_compare(e, "<", b, a), e.index(b), e.index(a))
+
+
+@operation(_number, max)
+def _(e: Emitter, a: Any, b: Any) -> ir.Value:
+    return e.builder.select(_compare(e, ">", b, a), e.index(b), e.index(a))
+
+
+@operation(lambda a: a if a == types.float32 else None, abs)
+def _(e: Emitter, a: ir.Value) -> ir.Value:
+    return e.splat(a, 1).intrinsic("llvm.fabs").lane(0)
 
 
 @operation(lambda a, b, c: a)

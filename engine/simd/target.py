@@ -165,8 +165,8 @@ def machine_name(target: Target) -> str | None:
 
 def usable_machines() -> list[str]:
     """The kinds of machines whose code runs here, the best one first, but for those with tiles, which are for who asks
-    for them. Which instructions kernels may use hangs on nothing else, so that machine code can be made elsewhere.
-    QrunError for a CPU that there are no kernels for."""
+    for them, or for models that only read. Which instructions kernels may use hangs on nothing else, so that machine
+    code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
@@ -194,6 +194,14 @@ def host_target(form: str | None = None) -> Target:
         if form == "plain" or target == machine_target(name):
             return target
     raise AssertionError("every form is that of some machine")
+
+
+def reading_target() -> Target:
+    """The machine for models that read whole texts and write none: with AMX where there is some, unless QRUN_SIMD says
+    otherwise, as a column alone does not count there."""
+    asked = os.environ.get("QRUN_SIMD")
+    tiles = not asked and host_features() >= set(MACHINES["amx"][2]) and _may_use_tiles()
+    return host_target("amx") if tiles else host_target()
 
 
 def _may_use_tiles() -> bool:

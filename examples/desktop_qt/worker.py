@@ -94,7 +94,8 @@ class Worker(QObject):
                 job()
             except Stopped:
                 self.failed.emit("Stopped.")
-            except (QrunError, OSError, ValueError, MemoryError) as error:  # all with one line that a user can read
+            # All with one line that a user can read. ImportError is of a package that was not packed along.
+            except (QrunError, OSError, ValueError, MemoryError, ImportError) as error:
                 self.failed.emit(str(error) or "There is not enough memory.")
             self._unfinished.discard(self._stopped)
             self.idle.emit()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from qrun.formats.safetensors import StoredTensor
 # Bytes of the JSON object at most; bitsandbytes writes some 200.
 MAX_STATE = 1 << 16
 MAX_BLOCK = 1 << 31
+MAX_OFFSET = 1e30
 ONE_127TH = np.float32(1 / 127)
 ROW_FORMAT = 0  # the only `weight_format` that files have had since turing and ampere layouts went
 
@@ -92,7 +93,7 @@ class _Nested:
         self.absmax = Floats(parts["nested_absmax"], "nested_absmax")
         require_shape("nested_absmax", self.absmax.shape, (-(-n_blocks // self.block_size),))
         offset = state.get("nested_offset")
-        if not isinstance(offset, int | float) or not isfinite(offset):
+        if offset is None or type(offset) not in (int, float) or not abs(offset) < MAX_OFFSET:
             raise ValueError(f"its quant_state says nested_offset = {str(offset)[:40]!r}, which is no number")
         self.offset = np.float32(offset)
 

@@ -85,9 +85,9 @@ class GPTQWeight:
         return np.arange(n_in, dtype=np.intp) // size
 
     def _zero_offset(self, config: Mapping[str, Any]) -> int:
-        name = config.get("checkpoint_format") or "gptq"
+        name = str(config.get("checkpoint_format") or "gptq")
         if name not in ZERO_OFFSETS:
-            raise ValueError(f"GPTQ in the format {str(name)[:40]!r} is not supported")
+            raise ValueError(f"GPTQ in the format {name[:40]!r} is not supported")
         if config.get("sym") is True and self.qzeros.size:
             stored = unpack(self.qzeros[:1].T, self.bits)
             middle = 1 << (self.bits - 1)

@@ -70,6 +70,8 @@ def decode(
     block = _block(quantization, path)
     weights: dict[str, SourceTensor] = {}
     for name in [name for name, tensor in tensors.items() if tensor.dtype in BYTE_TYPES]:
+        if name not in tensors:  # it was the scale of another one
+            continue
         scale = next((found for suffix in SUFFIXES if (found := tensors.pop(name + suffix, None)) is not None), None)
         if scale is not None:
             weights[name] = _scaled(tensors.pop(name), scale, tensors.pop(name + ZERO_POINT, None), block)

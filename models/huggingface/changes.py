@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from typing import TypeVar
 
 import numpy as np
@@ -262,6 +262,14 @@ def scaled(factors: Callable[[Sizes, int], F32Array]) -> Change:
         return _ScaledTensor(tensor.name, _floats(tensor), tensor.shape, tensor, factors(sizes, tensor.n_rows))
 
     return change
+
+
+def scaled_by(tensor: SourceTensor, factor: float) -> SourceTensor:
+    """Times one number."""
+    if isclose(factor, 1.0, rel_tol=1e-6):
+        return tensor
+    factors = np.full((1, tensor.n_rows), factor, np.float32)
+    return _ScaledTensor(tensor.name, _floats(tensor), tensor.shape, tensor, factors)
 
 
 def side_by_side(n_rows: int, heads: int) -> Order:

@@ -74,11 +74,12 @@ class CheckpointSource:
             hyperparameter_entries(entries, self.architecture, config, sizes)
             pooling_entries(Facts(entries, self.architecture.name, config, sizes), self.path)
             notices: list[str] = []
-            tokenizer_entries(entries, self.path, config, sizes["vocab"])
             weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append, keep=keep)
+            tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
+            # Only now is it certain that there are embeddings for as many tokens as config.json says.
+            tokenizer_entries(entries, self.path, config, sizes["vocab"])
             if self.architecture.of_weights:
                 self.architecture.of_weights(Facts(entries, self.architecture.name, config, sizes), weights)
-            tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
             notices[:0] = check_keys(config, self.architecture)
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)

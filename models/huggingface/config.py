@@ -111,12 +111,28 @@ class Config:
         values = values if isinstance(values, list) and values else [values]
         return [Config(self.path, {key: value}, prefix=self._prefix).integer(key, None, low, high) for value in values]
 
+    def layer_kinds(self, n_layers: int) -> list[Any] | None:
+        """What `layer_types` says of each layer; None where it is no list of as many."""
+        kinds = self.get("layer_types")
+        return kinds if isinstance(kinds, list) and len(kinds) == n_layers else None
+
+    def required_layer_kinds(self, n_layers: int) -> list[Any]:
+        """The same, which the file has to say."""
+        kinds = self.layer_kinds(n_layers)
+        if kinds is None:
+            raise self.error("layer_types", f"is not a list of {n_layers} kinds")
+        return kinds
+
     def section(self, key: str) -> Config:
         """The values of an object within this one; it is empty where there is none."""
         values = self.get(key, {})
         if not isinstance(values, dict):
             raise self.error(key, "is not an object")
         return Config(self.path, values, prefix=f"{self._prefix}{key}.")
+
+    def rope(self) -> Config:
+        """What is said of rope, by the newer of its names or the older."""
+        return self.section("rope_parameters" if self.get("rope_parameters") else "rope_scaling")
 
     def over(self, other: Config) -> Config:
         """These values, and those of another one where there are none here."""

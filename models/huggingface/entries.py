@@ -18,7 +18,8 @@ class Entries:
         self.types: dict[str, tuple[ValueType, ValueType | None]] = {}
 
     def text(self, key: str, value: str) -> None:
-        self._set(key, value, ValueType.STRING)
+        """Halves of characters, which JSON can spell and names of files can hold, are replaced: no text has them."""
+        self._set(key, value.encode("utf-8", "replace").decode(), ValueType.STRING)
 
     def count(self, key: str, value: int) -> None:
         self._set(key, value, ValueType.UINT32)

@@ -154,11 +154,9 @@ def _gemma_entries(entries: Entries, name: str, config: Config, sizes: Mapping[s
 
 def _sliding_layers(config: Config, n_layers: int) -> list[bool] | None:
     """What `layer_types` says, if anything."""
-    kinds = config.get("layer_types")
-    if kinds is None:
+    if config.get("layer_types") is None:
         return None
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise config.error("layer_types", f"is not a list of {n_layers} kinds")
+    kinds = config.required_layer_kinds(n_layers)
     unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
     if unknown is not None:
         raise config.error("layer_types", f"has {unknown!r}, which is not supported")

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isclose, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qrun.formats.safetensors import SafetensorsFolder, StoredTensor
 from qrun.formats.tensors import Described, SourceTensor, TensorFile
 from qrun.models.adapter import ALPHA_KEY, EMBEDDING, HEAD, PEFT_CONFIG, SUFFIXES
 from qrun.models.huggingface.architectures import ARCHITECTURES
+from qrun.models.huggingface.changes import scaled_by
 from qrun.models.huggingface.checkpoint import FILE_TYPES, read_config
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
@@ -63,7 +64,6 @@ _PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>
 # what is open, are matched in little time; others are refused.
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?|\\d\+?|\((?:[\w|-]|\\\.)+\))+\$?")
 _MAX_OPEN = 3
-_NORM = re.compile(r".*norm(\.\w+)*\.weight")
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class PeftSource:
             if match is None:
                 if name.endswith(".base_layer.weight"):  # the embedding as it was, saved because it has a pair
                     continue
-                if _NORM.fullmatch(name) and len(stored.shape) == 1:
+                if _is_of_norm(name) and len(stored.shape) == 1:
                     self._norms.append(name)
                     continue
                 raise stored.error(_why_not(name))
@@ -285,7 +285,7 @@ class PeftSource:
             a: list[SourceTensor] = [PlainTensor.of(pair.a) for pair in group]
             if name == EMBEDDING:
                 a = [_Transposed(first.a.name, FLOATS[first.a.dtype], first.a.shape[::-1], first.a)]
-            b = [_scaled(PlainTensor.of(pair.b), self._scale(pair) * pair.rank / alpha) for pair in group]
+            b = [scaled_by(PlainTensor.of(pair.b), self._scale(pair) * pair.rank / alpha) for pair in group]
             for suffix, matrices, heads in ((SUFFIXES[0], a, 0), (SUFFIXES[1], b, first.target.heads)):
                 shape = (*experts, *matrices[0].shape)
                 if heads and shape[-2] % (2 * heads):
@@ -323,29 +323,6 @@ class _FactorTensor(MappedTensor):
     @property
     def copyable(self) -> bool:
         return False  # so that weights are checked to be finite, and to fit their type
-
-
-@dataclass(frozen=True, eq=False)
-class _ScaledTensor(SourceTensor):
-    """Another tensor times a number."""
-
-    base: SourceTensor
-    factor: float
-
-    def rows(self, start: int, end: int) -> F32Array:
-        return self.base.rows(start, end) * np.float32(self.factor)
-
-    def forget(self) -> None:
-        self.base.forget()
-
-    def error(self, reason: str) -> FormatError:
-        return self.base.error(reason)
-
-
-def _scaled(tensor: SourceTensor, factor: float) -> SourceTensor:
-    if isclose(factor, 1.0, rel_tol=1e-6):
-        return tensor
-    return _ScaledTensor(tensor.name, tensor.type, tensor.shape, tensor, factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,6 +376,10 @@ def find_base(folder: Path) -> Base:
         return Base.of_folder(Path(name))
     says = f": its config says {quote(name)}" if name else ""
     raise FormatError(folder, f"the model that it was trained for has to be named with --base{says}")
+
+
+def _is_of_norm(name: str) -> bool:
+    return name.endswith(".weight") and any(part.endswith("norm") for part in name.split("."))
 
 
 def _why_not(name: str) -> str:

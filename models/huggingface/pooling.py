@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qrun.formats import FormatError
+from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json, read_list
 from qrun.models.huggingface.entries import Facts
+from qrun.models.support import PoolingType
 
 MODULES = "modules.json"
-MEAN, CLS, LAST = 1, 2, 3  # pooling_type
 # Keys of a pooling's config.json, of which one is true; and the values of the one that newer files have.
-_MODES = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS, "pooling_mode_lasttoken": LAST}
-_NAMES = {"mean": MEAN, "cls": CLS, "lasttoken": LAST}
+_MODES = {
+    "pooling_mode_mean_tokens": PoolingType.MEAN, "pooling_mode_cls_token": PoolingType.CLS,
+    "pooling_mode_lasttoken": PoolingType.LAST,
+}  # fmt: skip
+_NAMES = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "lasttoken": PoolingType.LAST}
 _OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 MAX_BYTES = 1 << 20
 
@@ -37,7 +41,8 @@ def dense_folders(folder: Path) -> list[Path]:
     for path in found:
         activation = read_json(path / "config.json").get("activation_function", "torch.nn.modules.linear.Identity")
         if not str(activation).endswith("Identity"):
-            raise FormatError(path / "config.json", f"activation_function is {activation}, which is not supported")
+            problem = f"activation_function is {quote(str(activation))}, which is not supported"
+            raise FormatError(path / "config.json", problem)
     return found
 
 
@@ -49,6 +54,11 @@ def modules(folder: Path, kind: str) -> Iterator[Path]:
     for module in read_list(path, "modules", MAX_BYTES):
         if isinstance(module, dict) and str(module.get("type", "")).rsplit(".", 1)[-1] == kind:
             name = module.get("path")
-            if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            if not isinstance(name, str) or not name.isprintable() or not name or not _is_inside(Path(name)):
                 raise FormatError(path, "a module has no path within the folder")
             yield folder / name
+
+
+def _is_inside(path: Path) -> bool:
+    """Does it lead to a place within the folder that it counts from?"""
+    return not path.is_absolute() and ".." not in path.parts

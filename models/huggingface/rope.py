@@ -12,7 +12,7 @@ import numpy as np
 from qrun.formats.blocks.layout import F32Array
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries, Facts
-from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, shorten
 from qrun.models.rope import BETA_FAST, BETA_SLOW
 
 # Other kinds of stretching that take effect only beyond the trained context.
@@ -30,7 +30,7 @@ YARN_KEYS = {
 
 def rope_section(config: Config) -> tuple[Config, float | None]:
     """What holds for layers that see everything, and the base of those that see a window only, if it is another."""
-    section = config.section("rope_parameters") if config.get("rope_parameters") else config.section("rope_scaling")
+    section = config.rope()
     if section.get("full_attention") is not None:
         local, key = section.section("sliding_attention"), "rope_theta"
         if _kind(local) not in (*WITHOUT_EFFECT, "proportional"):
@@ -139,8 +139,8 @@ def _check_yarn(rope: Config, factor: float) -> None:
              "attention_factor": 0.1 * log(factor) + 1.0 if factor > 1.0 else 1.0}  # fmt: skip
     for key, value in usual.items():
         given = rope.get(key, value)
-        if not isinstance(given, int | float) or abs(given - value) > 1e-5 * abs(value):
-            raise rope.error(key, f"is {given!r}; only {value:g} is supported")
+        if not isinstance(given, int | float) or not abs(given - value) <= 1e-5 * abs(value):  # also of NaN
+            raise rope.error(key, f"is {shorten(given)}; only {value:g} is supported")
     for key in ("mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
             raise rope.error(key, "is given, which is not supported")

@@ -213,12 +213,8 @@ def count_drafts(names: Iterable[str], architecture: Architecture, sizes: Sizes,
     if not architecture.extra_layers:
         return 0
     told = config.integer(architecture.extra_layers, 1, low=0, high=MAX_LAYERS)
-    shorts = [_renamed(short_name(name), architecture, sizes) for name in names]
-    found = {
-        match[1] for short in shorts if (match := re.match(rf"{architecture.layers}\.(\d+)\.", short))
-        and int(match[1]) >= sizes["layers"]
-    }  # fmt: skip
-    return min(told, len(found))
+    layers = {_layer_number(_renamed(short_name(name), architecture, sizes), architecture) for name in names}
+    return min(told, sum(layer >= sizes["layers"] for layer in layers))
 
 
 def map_tensors(
@@ -323,10 +319,13 @@ def _text_part(
 
 def _is_dropped(name: str, architecture: Architecture, sizes: Sizes) -> bool:
     """Is it of a layer that predicts tokens further ahead, and that files of this architecture do not have?"""
-    if not architecture.dropped_layers:
-        return False
-    match = re.match(rf"{architecture.layers}\.(\d+)\.", name)
-    return match is not None and int(match[1]) >= sizes["layers"]
+    return architecture.dropped_layers and _layer_number(name, architecture) >= sizes["layers"]
+
+
+def _layer_number(name: str, architecture: Architecture) -> int:
+    """Of the layer that a tensor belongs to; -1 for none."""
+    match = re.match(rf"{architecture.layers}\.(\d{{1,9}})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:

@@ -59,8 +59,7 @@ def tokenizer_entries(entries: Entries, folder: Path, config: Config, n_vocab: i
     _special_entries(entries, files, vocabulary, config)
     _text_entries(entries, vocabulary)
     for name, template in _chat_templates(files):
-        text = template.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
-        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", text)
+        entries.text(_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}", template)
 
 
 def _rwkv_entries(entries: Entries, vocabulary: Vocabulary, files: TokenizerFiles) -> None:
@@ -88,6 +87,8 @@ def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:
     if vocabulary.model == "bert":
         entries.flag("tokenizer.ggml.normalizer.lowercase", rules.lowercase is not False)
         entries.flag("tokenizer.ggml.normalizer.strip_accents", rules.strip_accents is not False)
+        if vocabulary.max_word_length is not None:
+            entries.count("qrun.tokenizer.max_word_length", vocabulary.max_word_length)
         return
     if vocabulary.model in ("llama", "gemma4", "t5"):
         entries.flag("tokenizer.ggml.add_space_prefix", rules.adds_space)

@@ -39,6 +39,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
 # Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+USUAL_WORD_LENGTH = 100  # of BERT's word pieces
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -61,6 +62,8 @@ class Vocabulary:
     ignore_merges: bool | None = None
     unknown: int | None = None
     fuse_unknown: bool = False
+    max_word_length: int | None = None
+    """Of word pieces, where it is not the usual one."""
     ids: dict[str, int] = field(default_factory=dict)  # of the tokens that are text
 
     def put(self, id: int, token: str | bytes, type: int, score: float = 0.0) -> None:
@@ -93,7 +96,7 @@ def read_vocabulary(files: TokenizerFiles, n_vocab: int, *, merged: bool = False
         return _word_pieces(files, model, n_vocab)
     if isinstance(model, dict) and model.get("type") == "Unigram":
         return _unigram(files, model, n_vocab)
-    if path.is_file():
+    if path.is_file() and not isinstance(model, dict):
         sentencepiece = read_sentencepiece(path)
         return _sentencepiece(files, sentencepiece, sentencepiece_rules(sentencepiece), n_vocab)
     if (files.folder / RWKV).is_file():
@@ -233,6 +236,10 @@ def _word_pieces(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) 
     if model.get("continuing_subword_prefix", "##") != "##":
         raise FormatError(files.path, "a tokenizer that spells what goes on within a word without ## is not supported")
     vocabulary = _empty("bert", "default", n_vocab, False)
+    length = model.get("max_input_chars_per_word", USUAL_WORD_LENGTH)
+    if type(length) is not int or not 0 <= length < 1 << 31:
+        raise FormatError(files.path, f"max_input_chars_per_word is {quote(str(length))}, which is no length")
+    vocabulary.max_word_length = length if length != USUAL_WORD_LENGTH else None
     for token, id in _vocab(files.path, model).items():
         if id >= n_vocab:
             raise FormatError(files.path, f"token {quote(token)} has the id {id}, and there are {n_vocab} embeddings")

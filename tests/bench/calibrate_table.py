@@ -2,49 +2,51 @@
 
     python tests/bench/calibrate_table.py MODEL --calibrate TEXT --judge TEXT [--types q4_k_m ...] [--peer FOLDER]
 
-MODEL is a GGUF file in F16, BF16 or F32. Each type is made by qrun without importance, with the importance matrix of
-the calibration text, and column by column; and by llama-quantize with the same matrix (--peer: the folder with
-llama.cpp's programs; with llama-imatrix there, also with its own). With --mixes come the mixes that `qrun convert
---size` chooses for as many bytes as the smallest of these files. All are judged by the same tokens: the mean KL
-divergence from MODEL with its standard error, how often both hold the same token to be the likeliest, and the
-perplexity. The table is Markdown; --plot draws bits a weight against KL.
+MODEL is a GGUF file in F16, BF16 or F32. Each type is made by qrun by each of --methods, plain being without any text;
+and by llama-quantize with the same importance matrix (--peer: the folder with llama.cpp's programs; with llama-imatrix
+there, also with its own). With --mixes come the mixes that `qrun convert --size` chooses for as many bytes as the
+smallest of these files. All are judged by the same tokens: the mean KL divergence from MODEL with its standard error,
+how often both hold the same token to be the likeliest, and the perplexity. The table is Markdown; --plot draws bits a
+weight against KL. With --rows what was measured is kept in a file, a line for each row: a run that was broken off goes
+on there, and other types and methods can be added to the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from math import prod
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import IO
 
-from qrun.cli.compare import score_against, write_logits
+from quantize_table import run
+
+from qrun.cli.against import score_against, write_logits
 from qrun.cli.loading import load_tokenizer, text_chunks
-from qrun.engine.judging.divergence import Divergence
 from qrun.formats import GGUFReader
+from qrun.formats.tensors import n_weights
+
+METHODS = {"plain": "plain", "imatrix": "importance", "gptq": "column by column", "awq": "scales",
+           "both": "scales, column by column"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """A file that was judged. group: who made it, how."""
+    """A file that was judged. group: who made it, how. kl: in nats, with its standard error. top: how often both hold
+    the same token to be the likeliest."""
 
     group: str
     type: str
     n_bytes: int
     bits_per_weight: float
-    divergence: Divergence
-
-
-def run(*command: object) -> None:
-    """Raises RuntimeError, with its last words, if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed: {' '.join(last)}")
+    kl: float
+    kl_error: float
+    top: float
+    perplexity: float
 
 
 def qrun(*words: object) -> None:
@@ -56,8 +58,7 @@ def bits_per_weight(path: Path) -> float:
     """Of the tensors of a file."""
     with GGUFReader(path) as reader:
         tensors = reader.tensors.values()
-        n_weights = sum(prod(tensor.shape) for tensor in tensors)
-        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
+        return 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights(tensors)
 
 
 class Bench:
@@ -66,18 +67,55 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder, self.rows = options, folder, list[Row]()
         self.text = text_chunks(options.judge, load_tokenizer(options.model), options.ctx, options.chunks)
-        self.logits = open(folder / "logits", "w+b")  # noqa: SIM115 - goes with the folder
-        self.source = write_logits(options.model, self.text, self.logits, options.threads, "f16")
+        self._key = [options.model.name, options.calibrate.name, options.judge.name, options.samples, options.ctx,
+                     options.chunks]  # fmt: skip
+        self._kept: dict[tuple[str, str], Row] = {}
+        if options.rows and options.rows.is_file():
+            for entry in map(json.loads, options.rows.read_text("utf-8").splitlines()):
+                if entry.pop("of") == self._key:
+                    self._kept[entry["group"], entry["type"]] = Row(**entry)
+        self._logits: IO[bytes] | None = None
 
-    def add(self, group: str, type: str, make: Callable[[Path], None]) -> Path:
-        """Makes a file, judges it, and says what came of it. Returns the file."""
+    def add(self, group: str, type: str, make: Callable[[Path], None]) -> None:
+        """Makes a file, judges it, and says what came of it; or says again what was kept."""
+        row = self._kept.get((group, type))
+        if row is None:
+            row = self._measure(group, type, make)
+            self._keep(row)
+        self.rows.append(row)
+        print(line(row), flush=True)
+
+    def _measure(self, group: str, type: str, make: Callable[[Path], None]) -> Row:
+        if self._logits is None:
+            self._logits = open(self.folder / "logits", "w+b")  # noqa: SIM115 - goes with the folder
+            score = write_logits(self.options.model, self.text, self._logits, self.options.threads, "f16")
+            self._keep(Row("source", "", self.options.model.stat().st_size, bits_per_weight(self.options.model), 0.0,
+                           0.0, 1.0, score.perplexity.value))  # fmt: skip
         out = self.folder / "made.gguf"
         out.unlink(missing_ok=True)
         make(out)
-        divergence = score_against(out, self.text, self.logits, type, self.options.threads, "f16")
-        self.rows.append(Row(group, type, out.stat().st_size, bits_per_weight(out), divergence))
-        print(line(self.rows[-1]), flush=True)
-        return out
+        divergence = score_against(out, self.text, self._logits, type, self.options.threads, "f16")
+        kl = divergence.mean_kl
+        return Row(group, type, out.stat().st_size, bits_per_weight(out), kl.value, kl.error,
+                   divergence.agreement.value, divergence.model.perplexity.value)  # fmt: skip
+
+    def _keep(self, row: Row) -> None:
+        self._kept[row.group, row.type] = row
+        if self.options.rows:
+            with open(self.options.rows, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(row) | {"of": self._key}) + "\n")
+
+    @property
+    def summary(self) -> str:
+        """Of the source, and what all is judged by."""
+        source = self._kept.get(("source", ""))
+        score = f"perplexity {source.perplexity:.2f} " if source else ""
+        return f"{self.options.model.name}: {score}on {len(self.text) * self.text.scored} tokens"
+
+    def close(self) -> None:
+        """Let the source's logits go."""
+        if self._logits is not None:
+            self._logits.close()
 
 
 HEAD = "| | type | MB | bits/weight | KL divergence | same top token | perplexity |\n|---|---|--:|--:|--:|--:|--:|"
@@ -85,44 +123,56 @@ HEAD = "| | type | MB | bits/weight | KL divergence | same top token | perplexit
 
 def line(row: Row) -> str:
     """Of the table."""
-    kl, top = row.divergence.mean_kl, row.divergence.agreement
     return (
         f"| {row.group} | {row.type.upper()} | {row.n_bytes / 1e6:.1f} | {row.bits_per_weight:.3f} | "
-        f"{kl.value:.5f} ± {kl.error:.5f} | {100 * top.value:.1f} % | {row.divergence.model.perplexity.value:.2f} |"
+        f"{row.kl:.5f} ± {row.kl_error:.5f} | {100 * row.top:.1f} % | {row.perplexity:.2f} |"
     )
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Bench:
     """All of it, in the order of the types."""
     bench = Bench(options, folder)
-    score = bench.source
-    print(f"{options.model.name}: perplexity {score.perplexity.value:.2f} on {score.count} tokens\n", flush=True)
     print(HEAD, flush=True)
-    cut = ("--ctx", options.ctx, "-t", options.threads)
-    imatrix = folder / "imatrix.gguf"
-    qrun("imatrix", options.model, options.calibrate, "-o", imatrix, "--chunks", options.samples, *cut)
-    theirs: Path | None = None
-    if options.peer and (options.peer / "llama-imatrix").is_file():
-        theirs = folder / "theirs.gguf"
-        run(options.peer / "llama-imatrix", "-m", options.model, "-f", options.calibrate, "-o", theirs, "--no-ppl",
+
+    @cache
+    def imatrix() -> Path:
+        found = folder / "imatrix.gguf"
+        qrun("imatrix", options.model, options.calibrate, "-o", found, "--chunks", options.samples, "--ctx",
+             options.ctx, "-t", options.threads)  # fmt: skip
+        return found
+
+    @cache
+    def theirs() -> Path:
+        found = folder / "theirs.gguf"
+        run(options.peer / "llama-imatrix", "-m", options.model, "-f", options.calibrate, "-o", found, "--no-ppl",
             "-c", options.ctx, "--chunks", options.samples, "-t", options.threads)  # fmt: skip
-    common = ["--calibrate", options.calibrate, "--samples", options.samples, "--length", options.ctx, "--measures",
-              options.work, "--no-judge"]  # fmt: skip
+        return found
+
+    def plainly(type: str, weighed: bool, out: Path) -> None:
+        importance = ("--imatrix", imatrix()) if weighed else ()
+        convert(options, "--type", type, *importance, *requantize, out)
+
+    requantize = ("--allow-requantize",) if options.allow_requantize else ()
+    common = ("--calibrate", options.calibrate, "--samples", options.samples, "--length", options.ctx, "--measures",
+              options.work, "--no-judge", *requantize)  # fmt: skip
     for type in options.types:
         before = len(bench.rows)
         if options.peer:
-            if theirs:
+            if (options.peer / "llama-imatrix").is_file():
                 bench.add("llama-quantize, llama-imatrix", type, partial(quantise, options, type, theirs))
             bench.add("llama-quantize, qrun imatrix", type, partial(quantise, options, type, imatrix))
-        bench.add("qrun, plain", type, partial(convert, options, "--type", type))
-        bench.add("qrun, importance", type, partial(convert, options, "--type", type, "--imatrix", imatrix))
-        bench.add("qrun, column by column", type, partial(convert, options, "--type", type, *common))
+        for method in options.methods:
+            if method in ("plain", "imatrix"):
+                make = partial(plainly, type, method == "imatrix")
+            else:
+                make = partial(convert, options, "--type", type, *common, "--method", method)
+            bench.add(f"qrun, {METHODS[method]}", type, make)
         if options.mixes:
             size = min(row.n_bytes for row in bench.rows[before:])
             words = ["--size", size, *common, *(["--candidates", options.candidates] if options.candidates else [])]
-            for group, method in (("qrun, mix, importance", "imatrix"), ("qrun, mix, column by column", "gptq")):
+            for method in (method for method in options.methods if method != "plain"):
                 make = partial(convert, options, *words, "--method", method)
-                bench.add(group, f"size of {type}", make)
+                bench.add(f"qrun, mix, {METHODS[method]}", f"size of {type}", make)
     return bench
 
 
@@ -132,9 +182,9 @@ def convert(options: argparse.Namespace, *words: object) -> None:
     qrun("convert", options.model, out, *settings, "-t", options.threads)
 
 
-def quantise(options: argparse.Namespace, type: str, imatrix: Path, out: Path) -> None:
+def quantise(options: argparse.Namespace, type: str, imatrix: Callable[[], Path], out: Path) -> None:
     """By llama-quantize."""
-    run(options.peer / "llama-quantize", "--imatrix", imatrix, options.model, out, type.upper(), options.threads)
+    run(options.peer / "llama-quantize", "--imatrix", imatrix(), options.model, out, type.upper(), options.threads)
 
 
 def draw(bench: Bench, path: str) -> None:
@@ -146,9 +196,8 @@ def draw(bench: Bench, path: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     for group in dict.fromkeys(row.group for row in bench.rows):
         rows = sorted((row for row in bench.rows if row.group == group), key=lambda row: row.bits_per_weight)
-        losses = [row.divergence.mean_kl for row in rows]
         axes.errorbar(
-            [row.bits_per_weight for row in rows], [loss.value for loss in losses], [loss.error for loss in losses],
+            [row.bits_per_weight for row in rows], [row.kl for row in rows], [row.kl_error for row in rows],
             marker="o", markersize=4, linewidth=1.2, capsize=2, label=group,
         )  # fmt: skip
     axes.set_xlabel("bits per weight")
@@ -165,6 +214,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--judge", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["plain", "imatrix", "gptq"])
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--mixes", action="store_true")
     parser.add_argument("--candidates")
@@ -173,12 +223,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where what is measured for mixes is kept")
+    parser.add_argument("--rows", type=Path, help="where rows of the table are kept")
+    parser.add_argument("--allow-requantize", action="store_true")
     parser.add_argument("--plot")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qrun-calibrate-") as name:
         options.work = options.work or Path(name) / "measures"
         bench = measure(options, Path(name))
-        bench.logits.close()
+        print(f"\n{bench.summary}")
+        bench.close()
     if options.plot:
         draw(bench, options.plot)
 

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from qrun.engine.native.cpu_count import available_cores
+
 TICK = 0.002
 """Seconds."""
 WANTED = 0.05
@@ -157,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--loop", choices=list(LOOPS), default="asyncio")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2)
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=5, help="how long nothing, and other programs, are measured")

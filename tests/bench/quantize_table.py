@@ -65,14 +65,14 @@ def command_of_peer(
     return [quantize, *importance, str(source), str(out), name, str(threads)]
 
 
-def run(command: list[str]) -> float:
+def run(*command: object) -> float:
     """Its seconds. Raises RuntimeError, with its last words, if it fails."""
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace")
     seconds = time.perf_counter() - start
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"{Path(command[0]).name} failed: {' '.join(last)}")
+        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed: {' '.join(last)}")
     return seconds
 
 
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, name: str, imatrix: Path | None, folder: P
     seconds = dict.fromkeys(outs, math.inf)
     for _ in range(args.reps):
         for maker, command in commands.items():
-            seconds[maker] = min(seconds[maker], run(command))
+            seconds[maker] = min(seconds[maker], run(*command))
     results = []
     for maker, out in outs.items():
         rmse, weighted = errors(args.model, out, importance)

@@ -49,6 +49,7 @@ class FakeTokenizer:
     eos_id = EOS
     add_bos = False
     stop_ids = frozenset({EOS})
+    end_id: int | None = None
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         start = [BOS] if add_special and self.add_bos else []
@@ -77,7 +78,8 @@ class FakeTokenizer:
 class FakeSequence:
     """Tokens stand for their keys and values. With a window, what was given back cannot be returned to."""
 
-    keeps_state = has_windows = False
+    keeps_state = has_windows = source_read = False
+    source: tuple[int, ...] = ()
     adapters: tuple[tuple[int, float], ...] = ()
     source: tuple[int, ...] = ()
     source_read = False

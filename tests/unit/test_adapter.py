@@ -403,11 +403,13 @@ def test_files_and_scales(tmp_path: Path) -> None:
         assert LoraFile().convert(text, None, None) == expected
     file = tmp_path / "poet.gguf"
     file.touch()
-    assert LoraFile().convert(f"poet={file}", None, None) == Lora(file, 1.0, "poet")
-    assert LoraFile().convert(f"a poet={file}=-0.5", None, None) == Lora(file, -0.5, "a poet")
+    assert LoraFile(named=True).convert(f"poet={file}", None, None) == Lora(file, 1.0, "poet")
+    assert LoraFile(named=True).convert(f"a poet={file}=-0.5", None, None) == Lora(file, -0.5, "a poet")
     for text in ("a.gguf=x", "a.gguf=nan", f"{file}=poet", f"poet={tmp_path}/none.gguf"):
         with pytest.raises(click.BadParameter, match="is no scale of an adapter"):
             LoraFile().convert(text, None, None)
+    with pytest.raises(click.BadParameter, match="only qrun serve takes a name"):
+        LoraFile().convert(f"poet={file}", None, None)
 
 
 def test_bench_and_warmup_with_an_adapter(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qrun.engine.quantize.allocation import Option, TooSmall, allocate, undominated
+from qrun.engine.quantize.allocation import Option, allocate, least_bytes, undominated
 from qrun.formats import TensorType as T
 
 TYPES = (T.Q2_K, T.Q3_K, T.Q4_K, T.Q6_K)
@@ -53,6 +53,7 @@ def test_what_is_left_is_spent() -> None:
 
 
 def test_too_small_a_size_says_what_the_smallest_is() -> None:
-    with pytest.raises(TooSmall, match="smallest choice has 7 bytes") as caught:
-        allocate({"a": [Option(T.Q2_K, 3, 1.0)], "b": [Option(T.Q2_K, 4, 1.0)]}, 6)
-    assert caught.value.least == 7
+    tensors = {"a": [Option(T.Q6_K, 9, 0.0), Option(T.Q2_K, 3, 1.0)], "b": [Option(T.Q2_K, 4, 1.0)]}
+    assert least_bytes(tensors) == 7
+    with pytest.raises(ValueError, match="smallest choice has 7 bytes"):
+        allocate(tensors, 6)

@@ -172,13 +172,13 @@ class Cache:
         """Queries [n, heads * dim_k] of positions `first` .. first + n - 1: one tile."""
         n, heads = len(q), q.shape[1] // self.dim_k
         out = np.full((n, heads * self.dim_v), np.nan, np.float32)
-        tile, tables = np.array([0, n, first, first + n]), np.full(n, self.table.ctypes.data)
+        tile, tables = np.array([0, n, first, first + n, 0]), np.full(n, self.table.ctypes.data)
         fields = {
             R.ATT_Q: q.ctypes.data, R.ATT_Q_STRIDE: q.strides[0], R.ATT_OUT: out.ctypes.data,
             R.ATT_OUT_STRIDE: out.strides[0], R.ATT_HEADS: heads, R.ATT_KV_HEADS: self.kv_heads,
             R.ATT_DIM_K: self.dim_k, R.ATT_DIM_V: self.dim_v, R.ATT_V_OFFSET: self.kv_heads * self.k_bytes,
             R.ATT_K_HEAD_BYTES: self.k_bytes, R.ATT_V_HEAD_BYTES: self.v_bytes, R.ATT_SCALE: 0.3,
-            R.ATT_SOFTCAP: softcap, R.ATT_WINDOW: window,
+            R.ATT_SOFTCAP: softcap, R.ATT_WINDOW: window, R.ATT_OF_TILE: R.TILE_END,
         }  # fmt: skip
         step = {R.N_TILES: 1, R.TILES: tile.ctypes.data, R.PAGE_TABLES: tables.ctypes.data}
         self.harness.run(f"attention-{self.cache_type}-{together}", fields, n, step)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from qrun.cli import bench, bench_compare
 from qrun.cli.main import cli
+from qrun.cli.peer_bench import switched_on
 from qrun.engine.native.bandwidth import read_bandwidth
 from qrun.engine.program.needs import bytes_per_token
 from qrun.engine.simd.target import host_target
@@ -53,11 +54,12 @@ def test_engines_take_turns_and_the_best_counts(monkeypatch: pytest.MonkeyPatch)
     def run_qrun(task: bench_compare.Task, threads: int) -> dict[str, float]:
         turns.append(("qrun", threads))
         speed = next(speeds)
-        return {"pp4": speed, "tg2": speed, "tg2x2": speed, "memory": 10 * speed, "share": 0.5}
+        return {"pp4": speed, "tg2": speed, "tg2x2": speed, "memory": 10 * speed, "share": 0.5, "simd": "avx2"}
 
     class Fake(bench_compare.Peer):
         def run(self, task: bench_compare.Task, threads: int) -> dict[str, float]:
             turns.append((str(self.name), threads))
+            self.uses = ["SSE3", "AVX"] if self.name == "a" else []
             return {"pp4": 15.0, "tg2": 20.0}
 
     monkeypatch.setattr(bench_compare, "run_qrun", run_qrun)
@@ -73,6 +75,18 @@ def test_engines_take_turns_and_the_best_counts(monkeypatch: pytest.MonkeyPatch)
     assert text[2].split() == ["1", "pp4", "30.00", "15.00", "(2.00x)", "15.00", "(2.00x)"]
     assert text[3].endswith("50% of 300.0 GB/s")
     assert text[4].split() == ["1", "tg2x2", "30.00", "-", "-"]
+    assert text[-2:] == ["a uses SSE3 AVX", "qrun uses avx2"]
+    assert rows[0]["uses"] == {"a": "SSE3 AVX", "qrun": "avx2"}
+
+
+def test_a_peer_tells_what_its_library_was_built_for() -> None:
+    told = {"peer": "other", "uses": ["AVX2", "FMA"], "pp4": 1.5}
+    peer = bench_compare.Peer("{model}")
+    peer.name, peer._words = None, [sys.executable, "-c", "import sys; print(sys.argv[1])", json.dumps(told)]
+    assert peer.run(TASK, 1) == {"pp4": 1.5}
+    assert (peer.name, peer.uses) == ("other", ["AVX2", "FMA"])
+    info = "AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | CPU : SSE3 = 1 | AVX2 = 1 | n_threads = 1 | FP16_VA = 10 |"
+    assert switched_on(info) == ["AVX", "AVX2", "SSE3"]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

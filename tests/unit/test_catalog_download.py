@@ -434,6 +434,12 @@ def test_a_hub_that_is_not_there_is_one_line(hub: Site, monkeypatch: pytest.Monk
         download.pull("hf:org/repo")
 
 
+def test_a_hub_whose_library_was_left_out_of_the_app_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(PullError, match=r"^hf:org/repo: .* needs the package huggingface_hub: [^\n]*$"):
+        download.pull("hf:org/repo")
+
+
 def test_a_file_of_the_hub_that_breaks_off_is_gone_on_with(hub: Site) -> None:
     files = {"m-Q8_0-00001-of-00002.gguf": MODEL * 350, "m-Q8_0-00002-of-00002.gguf": MODEL}
     add_repository(hub, "org/repo", files)

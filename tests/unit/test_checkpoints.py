@@ -184,6 +184,15 @@ def test_a_bias_of_zeros_is_dropped_and_no_other(tmp_path: Path, rng: np.random.
     assert set(decode_tensors(SafetensorsFile(path).tensors, GPTQ, path)) == {"a.weight", "b.weight", "b.bias"}
 
 
+def test_a_scale_may_be_of_the_same_type_as_a_weight_and_have_one_itself(tmp_path: Path) -> None:
+    bytes_of_floats = As(np.full((1, 1), 0x38, np.uint8), "F8_E4M3")  # 1.0
+    names = ("a.weight", "a.weight_scale", "a.weight_scale_scale")
+    path = packing.write_safetensors(tmp_path / "model.safetensors", dict.fromkeys(names, bytes_of_floats))
+    weights = decode_tensors(SafetensorsFile(path).tensors, {"quant_method": "fp8"}, path)
+    assert set(weights) == {"a.weight", "a.weight_scale_scale"}
+    assert weights["a.weight"].rows(0, 1) == 1
+
+
 # What is refused
 
 
@@ -223,6 +232,7 @@ def swap(**changes: Any) -> Any:
     (swap(g_idx=None), {"group_size": 0}, "groups have 0 inputs"),
     (swap(g_idx=None), {"group_size": 16}, "64 inputs in groups of 16 do not make the 2 groups"),
     (swap(), {"checkpoint_format": "marlin"}, "GPTQ in the format 'marlin' is not supported"),
+    (swap(), {"checkpoint_format": [1]}, r"GPTQ in the format '\[1\]' is not supported"),
 ])  # fmt: skip
 def test_gptq_that_does_not_fit_together(
     change: Any, config: dict[str, Any], reason: str, opened: Open, rng: np.random.Generator
@@ -297,6 +307,7 @@ def text(raw: bytes) -> Any:
     (state(nested_blocksize="3"), "nested_blocksize = '3', which is not possible"),
     (state(nested_offset="x"), "nested_offset = 'x', which is no number"),
     (state(nested_offset=float("inf")), "nested_offset = 'inf', which is no number"),
+    (state(nested_offset=10**400), "nested_offset = '1000*', which is no number"),
     (text(b"{"), "its quant_state is no JSON"),
     (text(b"\xff"), "its quant_state is no JSON"),
     (text(b"[1]"), "its quant_state is no JSON object"),

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from qrun.cli import docs, loading, main
 from qrun.cli.console import READER_LEFT, echo
 from qrun.cli.main import COMMANDS, cli
+from qrun.cli.options import LoraFile, Size
 from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.adapter import Lora
 
@@ -123,7 +124,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
     arguments = (
         "--temperature 0.5 --top-k 3 --max-tokens 7 --seed 1 --logit-bias 5=-inf --logit-bias 6=1.5 --stop a --stop b "
         "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0 --type q4_0 "
-        "--cache-disk kept --cache-disk-bytes 1.5G "
+        "--cache-disk kept --cache-disk-bytes 1.5GiB "
         "--lora a.gguf --lora b.gguf=0.5 --draft small.gguf"
     )
     result = CliRunner().invoke(cli, ["run", "m.gguf", "hi", *arguments.split()])
@@ -149,7 +150,18 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
         (["run", "m.gguf", "x", "--ctx", "0"], 2, "0 is not in the range"),
         (["run", "m.gguf", "x", "--system", "s"], 2, "--system needs --chat"),
         (["run", "m.gguf"], 2, "Missing argument 'PROMPT'"),
-        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["nonsense"], 2, "No such command 'nonsense'.\n"),
+        (["chatt"], 2, "No such command 'chatt'. Did you mean 'qrun chat'?"),
+        (["Quantize", "m.gguf"], 2, "Did you mean 'qrun convert'?"),
+        (["bench", "m.gguf", "-p", "0", "-n", "0"], 2, "leave nothing to measure"),
+        (["run", "m.gguf", "x", "--cache-disk-bytes", "1G"], 2, "--cache-disk-bytes needs --cache-disk."),
+        (["convert", "m.gguf", "--type", "q8_0", "--samples", "128"], 2, "--samples goes with --calibrate."),
+        (["convert", "m.gguf", "--type", "q8_0", "--no-judge"], 2, "--judge goes with --calibrate."),
+        (["help"], 2, "Did you mean 'qrun --help'?"),
+        ([str(ROOT / "README.md")], 2, f"Did you mean 'qrun chat {ROOT / 'README.md'}'?"),
+        (["convert", str(ROOT), "--type", "q4km"], 1, "'q4km' is no type (did you mean Q4_K_M?): it can be F32, "),
+        (["convert", str(ROOT), "--type", "q8_0", "--output-type", "q6k"], 1, "tensor (did you mean Q6_K?): it can"),
+        (["convert", str(ROOT), "--type", "best"], 1, "'best' is no type: it can be F32, "),
         (["rm"], 2, "Name a model"),
     ],
 )
@@ -158,6 +170,35 @@ def test_wrong_options(arguments: list[str], status: int, message: str, capsys: 
     assert (found, out) == (status, "")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12345", 12345), ("500M", 500_000_000), ("1.5 gb", 1_500_000_000), ("2k", 2000), ("10TB", 10**13),
+        ("1KiB", 1024), ("1.5Gi", 3 << 29), ("0", None), ("0.1", None), ("2GG", None), ("-5M", None), ("i", None),
+        ("1ib", None),
+    ],
+)  # fmt: skip
+def test_sizes_are_in_the_units_that_they_are_shown_in(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(click.BadParameter, match=r"is no size such as 500M, 1\.5GB or 20GiB"):
+            Size().convert(text, None, None)
+    else:
+        assert Size().convert(text, None, None) == size
+
+
+def test_only_a_server_takes_names_for_adapters(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b=c.gguf").touch()
+    path = str(tmp_path / "a.gguf")
+    assert LoraFile().convert(f"{path}=0.5", None, None) == Lora(tmp_path / "a.gguf", 0.5)
+    assert LoraFile().convert(str(tmp_path / "b=c.gguf"), None, None) == Lora(tmp_path / "b=c.gguf")
+    named = LoraFile(named=True).convert(f"poet={path}=0.5", None, None)
+    assert named == Lora(tmp_path / "a.gguf", 0.5, "poet")
+    for value in (f"poet={path}", f"poet={path}=0.5"):
+        with pytest.raises(click.BadParameter, match=r"only qrun serve takes a name .* it is .*a\.gguf"):
+            LoraFile().convert(value, None, None)
 
 
 # Errors

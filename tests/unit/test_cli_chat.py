@@ -69,6 +69,16 @@ def test_slash_help_lists_every_command(chat: Callable[..., str]) -> None:
         assert command in printed
 
 
+def test_the_help_is_wrapped_at_words_in_a_narrow_terminal(
+    chat: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = chat("/help").splitlines()
+    assert max(map(len, lines)) < 40
+    words = " ".join(" ".join(lines).split())
+    assert "/think [on|off|auto] have the model think before it answers, or not" in words
+
+
 def test_exit_leaves(chat: Callable[..., str]) -> None:
     assert chat("/exit", "never said") == ""
 
@@ -76,6 +86,9 @@ def test_exit_leaves(chat: Callable[..., str]) -> None:
 def test_unknown_commands_are_not_sent_to_the_model_but_paths_are(chat: Callable[..., str]) -> None:
     assert chat("/nonsense") == "There is no command /nonsense; /help lists them.\n"
     assert chat("/usr/bin?") == "/USR/BIN?!\n"
+    assert chat("/hepl") == "There is no command /hepl; did you mean /help?\n"
+    assert chat("/bye") == "There is no command /bye; did you mean /exit?\n"
+    assert chat("/EXIT", "never said") == ""
 
 
 def test_system_shows_sets_and_removes(chat: Callable[..., str]) -> None:
@@ -93,7 +106,9 @@ def test_save_and_load(chat: Callable[..., str], tmp_path: Path) -> None:
     printed = chat("hello", f"/save {tmp_path}/talk")
     assert f"Saved to {tmp_path}/talk.json and {tmp_path}/talk.npz." in printed
     conversation = Conversation(make_model())
-    assert chat(f"/load {tmp_path}/talk.json", conversation=conversation).startswith("Loaded 1 turns")
+    assert chat(f"/load {tmp_path}/talk.json", conversation=conversation).startswith("Loaded 1 turn from ")
+    assert "Saved to " in chat(f'/save "{tmp_path}/two words"', conversation=conversation)
+    assert (tmp_path / "two words.json").is_file()
     (tmp_path / "talk.npz").unlink()
     assert "reads it all again" in chat(f"/load {tmp_path}/talk", conversation=conversation)
 

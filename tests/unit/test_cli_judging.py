@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_model import PIECES, TEXT, write_tiny_model
 
-from qrun.cli import compare, compare_plot, main, plot_labels
+from qrun.cli import compare, compare_plot, main, plot, plot_labels
 from qrun.cli.comparison import Comparison, Measured
 from qrun.engine import Tokenizer
 from qrun.engine.judging.divergence import Divergence
 from qrun.engine.judging.scoring import Score
+from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.imatrix import read_imatrix
-from qrun.formats import GGUFReader
+from qrun.formats import GGUFReader, TensorType
 from qrun.models import build_graph
 from tests import reference
 
@@ -183,6 +186,38 @@ def test_types_are_compared(
     }
 
 
+def test_mixes_of_measured_sensitivity_are_as_large_as_the_types_beside_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sensitivity, "CANDIDATES", (TensorType.Q4_0, TensorType.Q8_0))
+    pictures: list[Comparison] = []
+    monkeypatch.setattr(compare_plot, "draw", lambda comparison, path: pictures.append(comparison))
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    words = ("--types", "q8_0,q5_0", "--calibrate", folder / "text.txt", "--samples", 4, "--length", CHUNK, "--plot",
+             "x.svg")  # fmt: skip
+    status, text, errors = compared(folder, *words, "--json", capsys=capsys)
+    assert status == 0, errors
+    assert "calibrating by 4 samples" in errors
+    types = {each["type"]: each for each in json.loads(text)["types"]}
+    (mix,) = types.keys() - {"Q5_0", "Q8_0"}  # of more bits than Q8_0 has there is none
+    assert mix.startswith("mix ") and 0.9 * types["Q5_0"]["bytes"] < types[mix]["bytes"] <= types["Q5_0"]["bytes"]
+    assert [each.type for each in pictures[0].types if each.measured] == [mix]
+
+
+def test_types_are_asked_questions(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": f"How many are {i}?", "right": " few", "wrong": [" many", " none"]} for i in range(3)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    status, text, _ = compared(folder, "--types", "q8_0", "--tasks", questions, "--json", capsys=capsys)
+    assert status == 0
+    found = json.loads(text)
+    assert found["tasks"]["count"] == found["types"][0]["tasks"]["count"] == 3
+    assert 0 <= found["types"][0]["tasks"]["same_answer"]["value"] <= 1
+    table = compared(folder, "--types", "q8_0", "--tasks", questions, capsys=capsys)[1].splitlines()
+    assert table[0].endswith("answered") and table[1].endswith("%") and table[2].endswith("%")
+    assert "3 questions asked" in table[3]
+
+
 def test_the_table_has_a_line_for_each_type_and_models_can_be_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +252,7 @@ def test_nothing_is_left_of_a_comparison_that_was_stopped(
         (("compare", "model.gguf", "--text", "none.txt"), "none.txt: No such file"),
         (("compare", "model.gguf", "--text", "text.txt", "--types", "q9"), "'q9' is no type"),
         (("compare", "model.gguf", "--text", "text.txt", "--types", "copy"), "COPY is no type to compare"),
+        (("compare", "model.gguf", "--text", "text.txt", "--tasks", "text.txt"), "text.txt, line 1: it is no JSON"),
         (("compare", "model.gguf", "--text", "text.txt", "--imatrix", "model.gguf"), "not of an importance matrix"),
     ],
 )
@@ -236,7 +272,7 @@ def test_a_disk_without_room_for_the_logits_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(compare.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     status, _, err = compared(folder, "--types", "q8_0", capsys=capsys)
     assert status == 1 and "2 chunks take 31.7 kB of logits, and 1.0 kB are free" in err
 
@@ -260,6 +296,7 @@ def test_the_best_are_those_that_no_other_beats() -> None:
 def test_a_comparison_is_drawn(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     types = [point("Q4_0", 400, 0.2), point("Q8_0", 800, 0.001), point("F16", 1600, 0.0)]
+    types += [replace(point("mix 4.20", 390, 0.1), measured=True), replace(point("mix 6", 600, 0.01), measured=True)]
     path = tmp_path / f"loss.{ending}"
     compare_plot.draw(Comparison("m", "t", 1600, 16.0, Score([np.array([2.0, 2.1])]), types), str(path))
     content = path.read_bytes()

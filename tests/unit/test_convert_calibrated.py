@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from qrun.cli import main
+from qrun.cli import convert_calibrated, main
 from qrun.engine import Tokenizer
+from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
-from qrun.engine.quantize.convert import convert, plan
+from qrun.engine.quantize.calibration import body_up_to
+from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
 from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
-from qrun.formats import GGUFReader, GGUFWriter, TensorType
+from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.models import build_graph
 
 LENGTH = 32
 WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
@@ -103,6 +110,31 @@ def test_columns_are_rounded_one_by_one_and_the_loss_is_shown_beside_plain_round
     assert not any("exps" in name or "embd" in name for name in differing)
 
 
+def test_where_more_is_lost_column_by_column_the_file_is_the_one_that_is_rounded_plainly(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, out = tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    settings = ("--type", "q4_0", "--override", "general.name=str:new")
+    assert run(*calibrating(folder, "model", plain, *settings, "--method", "imatrix"), capsys=capsys)[0] == 0
+    losses = {"out.gguf": 2.0, "rounded plainly": 1.0}
+    monkeypatch.setattr(convert_calibrated.Judged, "loss", property(lambda row: losses[row.name]))
+    written: list[Path] = []
+    write = convert_calibrated.write
+
+    def counted(planned: Plan, to: Path, *more: Any) -> Result:
+        written.append(to)
+        return write(planned, to, *more)
+
+    monkeypatch.setattr(convert_calibrated, "write", counted)
+    arguments = calibrating(folder, "model", out, *settings, "--measures", tmp_path / "work")
+    status, text, errors = run(*arguments, capsys=capsys)
+    assert status == 0 and "weights are rounded each by itself" in errors
+    assert out.read_bytes() == plain.read_bytes()
+    assert str(out) in text.splitlines() and "column by column" in text
+    assert len(written) == 2  # each way once
+    assert not (tmp_path / "work" / "named.gguf").exists()
+
+
 def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +151,75 @@ def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
         for path in rounded[3:]:
             path.unlink()
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("method", ["awq", "both"])
+def test_scales_go_into_an_ordinary_file(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = calibrating(folder, "model", out, "--type", "q4_0", "--method", method)
+    status, text, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "rounded plainly" in text and not list(tmp_path.glob(".*"))
+    with GGUFReader(folder / "model.gguf") as reader:
+        before = {name: tensor.dequantize() for name, tensor in reader.tensors.items()}
+    with GGUFReader(out) as reader:
+        after = {name: (tensor.type, tensor.dequantize()) for name, tensor in reader.tensors.items()}
+    assert after.keys() == before.keys()
+    scaled = {name for name, (type, values) in after.items() if type is TensorType.F32
+              and not np.array_equal(values, before[name])}  # fmt: skip
+    assert scaled and all(name.endswith(("_norm.weight", ".bias")) for name in scaled)
+    if method == "both":  # columns are far from what they were, and their outputs near
+        return
+    # With the norm's scale taken back, the matrix after it is what it was, but for rounding.
+    name = next(name for name in scaled if name.startswith("blk.0.attn_norm"))
+    scale = before[name] / after[name][1]
+    found = after["blk.0.attn_q.weight"][1] / scale
+    assert np.square(found - before["blk.0.attn_q.weight"]).mean() < 0.02 * np.square(found).mean()
+
+
+def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    settings = ("--bpw", 5.5, *SIZED, "--method", "both")
+    assert run(*calibrating(folder, "model", whole, *settings), capsys=capsys)[0] == 0
+    work, statuses = tmp_path / ".out.gguf.calibration", []
+    for stage in ("slopes", "scales-*", "scaled/rounded-*"):
+        command = [sys.executable, "-m", "qrun.cli.main", *map(str, calibrating(folder, "model", out, *settings))]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not list(work.glob(stage)):
+                time.sleep(0.002)
+            process.kill()
+        statuses.append(process.returncode)
+        if out.exists():  # it was done before the kill came
+            assert out.read_bytes() == whole.read_bytes()
+            out.unlink()
+    assert any(status != 0 for status in statuses)
+    (tmp_path / ".out.gguf.12345678.part").write_bytes(b"GGUF")
+    (work / ".working.gguf.12345678.part").write_bytes(b"GGUF")
+    assert run(*calibrating(folder, "model", out, *settings), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
+    with GGUFReader(folder / "model.gguf") as reader:
+        graph = build_graph(reader, LENGTH)
+        wanted = {"blk.0.ffn_gate.weight", "blk.0.attn_output.weight"}
+        found = []
+        for each in (graph, body_up_to(graph, wanted)):
+            with closing(Runtime(each, threads=1, context=LENGTH, observe=True, keep=wanted.__contains__)) as runtime:
+                with closing(runtime.sequence()) as sequence:
+                    runtime.evaluate(sequence, list(range(20)), logits="none")
+                found.append([(seen.names, seen.sums.copy()) for seen in runtime.observations])
+        shorter = body_up_to(graph, wanted).operations
+        assert len(shorter) < 0.7 * len(graph.operations)
+        assert [names for names, _ in found[0]] == [names for names, _ in found[1]]
+        for (_, whole), (_, part) in zip(*found, strict=True):
+            np.testing.assert_array_equal(whole, part)
+        assert body_up_to(graph, {"output.weight"}) is graph
 
 
 # A size
@@ -174,12 +275,33 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(
     slopes = (work / "slopes").read_text().splitlines(keepends=True)
     # It stopped within a line, with a tensor rounded.
     (work / "slopes").write_text("".join(slopes[:5]) + slopes[5][:20])
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def leave_a_tensor_rounded(work: Path) -> None:
+    """What a run leaves that is killed while it measures."""
     (work / "probing").touch()
     working = bytearray((work / "working.gguf").read_bytes())
     working[-5000:-4000] = bytes(1000)
     (work / "working.gguf").write_bytes(working)
-    assert run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED), capsys=capsys)[0] == 0
-    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("wish", [("--type", "q4_0"), ("--bpw", 5.5, *SIZED)], ids=["type", "all slopes known"])
+def test_a_damaged_working_file_is_used_for_nothing_else(
+    wish: tuple[object, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, after, work = tmp_path / "whole.gguf", tmp_path / "after.gguf", tmp_path / "work"
+    measures = ("--measures", work, "--no-judge")
+    run(*calibrating(folder, "model", whole, "--bpw", 5.5, *SIZED, *measures, "--dry-run"), capsys=capsys)
+    assert run(*calibrating(folder, "model", whole, *wish, *measures), capsys=capsys)[0] == 0
+    for rounded in work.glob("rounded-*"):
+        rounded.unlink()
+    leave_a_tensor_rounded(work)
+    assert run(*calibrating(folder, "model", after, *wish, *measures), capsys=capsys)[0] == 0
+    assert after.read_bytes() == whole.read_bytes()
+    assert not (work / "probing").exists()
 
 
 # What cannot be
@@ -192,6 +314,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(
         (("--bpw", "4", "--type", "q4_0"), "chooses the types itself"),
         (("--type", "q4_0", "--imatrix", "x.gguf"), "does not go with --imatrix"),
         (("--type", "q4_0", "--candidates", "q4_0"), "--candidates goes with"),
+        (("--type", "q4_0", "--split-max-size", "1M"), "does not go with --split-max-size"),
         (("--size", "1k", *SIZED), "the smallest file has"),
         (("--bpw", "5", "--candidates", "q9_9"), "is no type of a tensor"),
         (("--fit", "100000000000", *SIZED), "a context of 100000000000 tokens"),
@@ -204,6 +327,36 @@ def test_what_does_not_go_together_is_said_at_once(
     assert status != 0 and message in " ".join(errors.split())
     assert not (tmp_path / "out.gguf").exists()
     assert not list(tmp_path.glob(".*/slopes"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "purpose"),
+    [
+        ({"general.architecture": "bert"}, " (embeddings)"),
+        ({"general.architecture": "llada"}, " (text by diffusion: it fills in what is masked)"),
+        ({"llama.attention.causal": False}, ""),
+    ],
+    ids=["encoder", "diffusion", "both ways"],
+)
+def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_made(
+    metadata: dict[str, object], purpose: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(source, reader) as writer:
+        for key, value in metadata.items():
+            writer.set_metadata(key, value, ValueType.STRING if isinstance(value, str) else ValueType.BOOL)
+        for name, tensor in reader.tensors.items():
+            writer.add_tensor(name, tensor.type, tensor.shape)
+        for name, tensor in reader.tensors.items():
+            writer.write_tensor(name, tensor.raw)
+    arguments = ("convert", source, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt")
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert errors == (
+        f"qrun: {source}: --calibrate measures how a model predicts the next token, and this one does not{purpose}: "
+        "convert it with --type alone\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf"]
 
 
 def test_a_size_needs_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +391,38 @@ def test_inputs_that_are_no_numbers_are_named(
     status, _, errors = run(*arguments, capsys=capsys)
     assert status != 0 and "blk.1.attn" in errors and "not finite" in errors
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_too_little_text_for_a_matrix_and_experts_that_none_of_it_reached_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_model(tmp_path / "experts.gguf", architecture="qwen3moe-moe", experts=64)
+    out = tmp_path / "out.gguf"
+    arguments = ("convert", tmp_path / "experts.gguf", out, "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 2, "--length", 16, "--method", "both")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert errors.count("32 tokens of text are few for matrices of ") == 1
+    assert "of the experts' matrices were never used: rounded as if all inputs were alike" in errors
+    with GGUFReader(out) as reader:
+        assert all(np.isfinite(tensor.dequantize()).all() for tensor in reader.tensors.values())
+
+
+def test_samples_are_no_longer_than_what_the_model_was_trained_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(short, reader) as writer:
+        writer.set_metadata("llama.context_length", 24, ValueType.UINT32)
+        for name, tensor in reader.tensors.items():
+            writer.add_tensor(name, tensor.type, tensor.shape)
+        for name, tensor in reader.tensors.items():
+            writer.write_tensor(name, tensor.raw)
+    arguments = ("convert", short, tmp_path / "out.gguf", "--type", "q4_0", "--calibrate", folder / "text.txt",
+                 "--samples", 4, "--method", "imatrix")  # fmt: skip
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 0, errors
+    assert "samples have 24 tokens: the model was not trained for 512" in errors
 
 
 # Texts

@@ -141,6 +141,18 @@ def test_a_file_that_is_no_model_is_an_error_of_one_line(app: Any, window: Any, 
     assert window.transcript.answer.text
 
 
+def test_a_package_that_was_left_out_is_an_error_of_one_line(
+    app: Any, window: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'tokenizers'")
+
+    monkeypatch.setattr("worker.Model.load", load)
+    window.load(str(model))
+    until(app, lambda: not window._busy)
+    assert "'tokenizers'" in window.status.toolTip() and window.picker.currentIndex() == -1
+
+
 def test_thoughts_are_folded_away_and_answers_are_markdown(app: Any) -> None:
     import transcript
 

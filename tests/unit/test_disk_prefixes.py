@@ -13,7 +13,7 @@ import pytest
 from test_random_model import SMALL, random_model
 
 from qrun.engine import CacheWarning, Model
-from qrun.engine.generation import disk_prefixes, prefixes
+from qrun.engine.generation import disk_prefixes, prefixes, session_file
 from qrun.engine.generation.disk_prefixes import DiskPrefixes
 
 DATA = Path(__file__).parents[1] / "data" / "arch"
@@ -122,11 +122,31 @@ def test_what_has_no_room_in_memory_leaves_by_the_disk(tmp_path: Path, rng: np.r
         first = answer(model, prefixes[0])
         for prompt in prefixes[1:]:
             answer(model, prompt)
-            time.sleep(0.02)
+            wait_for(lambda: not model._host.prefixes._leaving)  # the thread that writes gives way to all others
         wait_for(lambda: len(kept(tmp_path / "kept")) == 12)
         again = answer(model, prefixes[0])
         assert again == (*first[:2], 199)
         assert model._runtime.cache_bytes <= 11 * size
+
+
+def test_a_model_that_is_closed_waits_for_a_slow_disk_for_a_while_only(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, folder = session_file.write, tmp_path / "kept"
+
+    def slow(path: Any, saved: Any) -> None:
+        time.sleep(0.2)
+        write(path, saved)
+
+    monkeypatch.setattr(session_file, "write", slow)
+    monkeypatch.setattr(prefixes, "IDLE_SECONDS", 60.0)
+    monkeypatch.setattr(prefixes, "CLOSING_SECONDS", 0.3)
+    with load(LLAMA, folder) as model:
+        sessions = [model.session() for _ in range(6)]
+        for session in sessions:
+            list(session.generate(texts(rng, model.graph.n_vocab), max_tokens=1))
+    assert 1 <= len(kept(folder)) <= 2  # those that begin within the time
+    assert all(session.closed for session in sessions)
 
 
 def test_together_with_others_nobody_waits_for_the_disk(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun import models
 from qrun.engine import Model
 from qrun.engine.generation import draft as draft_module
 from qrun.engine.generation.draft import Draft
@@ -19,7 +18,7 @@ from qrun.engine.generation.draft_layers import LayersDrafter
 from qrun.engine.generation.guesses import Account
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
-from qrun.models import DRAFTS, build_drafts, build_graph
+from qrun.models import DRAFTS, architectures, build_drafts, build_graph
 from qrun.models.graph import Graph
 from tests.reference import values_of
 from tests.sketches import load, model
@@ -249,6 +248,6 @@ def test_a_file_without_draft_layers_is_refused(tmp_path: Path) -> None:
 def test_draft_layers_of_an_architecture_that_nobody_knows_are_refused(
     monkeypatch: pytest.MonkeyPatch, files: Any
 ) -> None:
-    monkeypatch.setattr(models, "DRAFTS", {name: build for name, build in DRAFTS.items() if name != "hy_v3"})
+    monkeypatch.setattr(architectures, "DRAFTS", {name: build for name, build in DRAFTS.items() if name != "hy_v3"})
     with pytest.raises(FormatError, match=r"draft layers of hy_v3 are not supported \(supported: those of "):
         Model.load(files("hy_v3-moe"), threads=1, draft="mtp")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from tiny_model import write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.engine import ContextOverflow, Model
-from qrun.server import app
+from qrun.engine.program import runtime
+from qrun.engine.simd.target import Target, host_target
+from qrun.server import app, exchange, state
+from qrun.server.exchange import dumps, in_parts
 
 TEXTS = ["the cat sat", "a", "on the mat 42", "", "w" * 40, "the cat sat"]
 
@@ -72,6 +77,19 @@ def test_threads_and_callers_change_no_bit(model: Model, path: Path) -> None:
     assert len(found) == 4 and all(np.array_equal(one, expected) for one in found)
 
 
+def test_kernels_are_those_for_models_that_only_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def default_target(reads_only: bool = False) -> Target:
+        asked.append(reads_only)
+        return host_target()
+
+    monkeypatch.setattr(runtime, "default_target", default_target)
+    with Model.load(path, threads=1) as loaded:
+        loaded.embed("a")
+    assert asked == [True]
+
+
 def test_poolings_are_what_they_say(model: Model) -> None:
     rows = model.embed(["the cat"], pooling="none", normalize=False)
     assert rows.shape == (len(model.tokenize("the cat")), 48)
@@ -102,8 +120,14 @@ def test_an_instruction_goes_before_a_text_or_around_it(model: Model) -> None:
 
 def test_tokens_are_texts_too(model: Model) -> None:
     assert np.array_equal(model.embed([model.tokenize("the cat"), "a"]), model.embed(["the cat", "a"]))
-    with pytest.raises(ValueError, match="not in the vocabulary"):
+    with pytest.raises(ValueError, match=r"^the text: token 500 is not in the vocabulary"):
         model.embed([[500]])
+    with pytest.raises(ValueError, match=r"^text 2 of 3: token 500 is not in the vocabulary"):
+        model.embed(["a", [500], "b"])
+    with pytest.raises(ValueError, match=r"^text 2 of 2 is empty"):
+        model.embed(["a", []])
+    with pytest.raises(ValueError, match=r"^the second is empty"):
+        model.embed(["a", []], names=["the first", "the second"])
 
 
 def test_a_text_that_is_too_long_is_an_error_or_cut(model: Model) -> None:
@@ -187,6 +211,78 @@ def test_embed_prints_lines_of_json(path: Path, model: Model, tmp_path: Path) ->
     assert run(path, "-f", "-", input="the cat\na\n").stdout == found.stdout
 
 
+def test_embed_names_the_text_that_is_wrong(path: Path, tmp_path: Path) -> None:
+    long = "x " * 100
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(["a", "", *["b"] * 80, "", long, "c"]))
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("\n".join(["", *['"b"'] * 70, json.dumps({"text": long})]))
+    for arguments, name in (
+        (["-f", file], f"{file}, line 84"),
+        (["-f", lines], f"{lines}, line 72"),
+        ([*["a"] * 70, long, "-f", file], "text 71 of 71"),
+        (["a", long], "text 2 of 2"),
+    ):
+        found = run(path, *arguments)
+        assert str(found.exception) == f"{name} has 102 tokens, and the context holds 64"
+    found = run(path, "-f", "-", input=f"a\n\n{long}")
+    assert str(found.exception).startswith("standard input, line 3 has 102 tokens")
+
+
+def test_a_line_of_a_text_ends_at_its_newline_alone(path: Path, model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    texts = ["the\u2028cat", "a\x0cmat", "on the mat"]
+    file.write_bytes("\r\n".join(texts).encode())
+    vectors = [json.loads(line) for line in run(path, "-f", file).stdout.splitlines()]
+    assert np.array_equal(np.array(vectors, np.float32), model.embed(texts))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+def test_a_numpy_file_of_many_texts_is_what_numpy_would_have_written(
+    pooling: str, path: Path, model: Model, tmp_path: Path
+) -> None:
+    texts = [f"the cat {i}" for i in range(150)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    found = run(path, "-f", tmp_path / "texts.txt", "-o", tmp_path / "found.npy", "--pooling", pooling)
+    assert found.exit_code == 0, found.exception
+    np.save(tmp_path / "expected.npy", model.embed(texts, pooling=pooling))  # type: ignore[arg-type]
+    expected = np.load(tmp_path / "expected.npy", mmap_mode="r")
+    assert np.array_equal(np.load(tmp_path / "found.npy", mmap_mode="r"), expected)
+    assert (tmp_path / "found.npy").stat().st_size == (tmp_path / "expected.npy").stat().st_size
+
+
+def test_a_numpy_file_that_cannot_be_completed_leaves_what_was_there(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors.npy"
+    out.write_bytes(b"before")
+    found = run(path, *["a"] * 70, "x " * 100, "-o", out)
+    assert found.exit_code == 1 and "text 71 of 71" in str(found.exception)
+    assert out.read_bytes() == b"before" and [file.name for file in tmp_path.iterdir()] == [out.name]
+    found = run(tmp_path / "no-model.gguf", "a", "-o", tmp_path / "no-folder" / "vectors.npy")
+    assert "no-folder" in str(found.exception)  # said before a model is loaded
+
+
+def test_vectors_are_not_kept_while_others_are_made(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Printed or written, memory does not grow with the texts."""
+    made: list[weakref.ref[np.ndarray]] = []
+    most = 0
+    embed = Model.embed
+
+    def counted(*arguments: Any, **options: Any) -> np.ndarray:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(one() is not None for one in made))
+        vectors = embed(*arguments, **options)
+        made.append(weakref.ref(vectors))
+        return vectors
+
+    monkeypatch.setattr(Model, "embed", counted)
+    for more in ((), ("-o", tmp_path / "vectors.npy")):
+        assert run(path, *["a"] * 300, *more).exit_code == 0
+    assert len(made) == 10 and most <= 1
+
+
 def test_embed_writes_a_numpy_file(path: Path, model: Model, tmp_path: Path) -> None:
     out = tmp_path / "vectors.npy"
     found = run(path, "the cat", "a", "-o", out, "--dimensions", 8, "--pooling", "mean", "--no-normalize")
@@ -195,9 +291,12 @@ def test_embed_writes_a_numpy_file(path: Path, model: Model, tmp_path: Path) -> 
 
 
 def test_embed_ranks(tmp_path: Path, reranker: Model) -> None:
-    found = run(write_embedder(tmp_path / "r.gguf", "bert-reranker"), "--query", "the cat", "a", "mat")
+    path, out = write_embedder(tmp_path / "r.gguf", "bert-reranker"), tmp_path / "scores.npy"
+    found = run(path, "--query", "the cat", "a", "mat")
     expected = reranker.rerank("the cat", ["a", "mat"])
     assert [np.float32(line) for line in found.stdout.split()] == list(expected)
+    assert run(path, "--query", "the cat", "a", "mat", "-o", out).exit_code == 0
+    assert np.array_equal(np.load(out), expected)
 
 
 def test_embed_says_what_is_wrong(path: Path, tmp_path: Path) -> None:
@@ -205,7 +304,7 @@ def test_embed_says_what_is_wrong(path: Path, tmp_path: Path) -> None:
     bad.write_text('"a"\n3\n')
     for arguments, words in (
         (["x " * 100], "the text has 102 tokens, and the context holds 64"),
-        (["-f", bad], "bad.jsonl: line 2 is neither a text nor an object"),
+        (["-f", bad], "bad.jsonl, line 2: it is neither a text nor an object"),
         (["-f", tmp_path / "none.txt"], "No such file or directory"),
         ([], "There are no texts"),
         (["a", "-o", "x.json"], "ends in .npy"),
@@ -266,6 +365,51 @@ def test_embeddings_as_openai_has_them(served: Any, model: Model) -> None:
 def test_wrong_requests_are_the_clients_fault(served: Any, body: dict[str, Any]) -> None:
     answer = call(served, "POST", "/v1/embeddings", body)
     assert answer.status == 400 and answer.json()["error"]["message"], answer.text
+
+
+def test_errors_name_one_of_many_texts(served: Any, reranker: Model) -> None:
+    long = "x " * 100
+    for route, name in (("/v1/embeddings", "input"), ("/embedding", "content")):
+        answer = call(served, "POST", route, {name: [*["a"] * 40, long, "b"]})
+        assert answer.status == 400 and "text 41 of 42 has 102: the request" in answer.text
+        answer = call(served, "POST", route, {name: [*[[5]] * 40, [999], [6]]})
+        assert answer.status == 400 and "text 41 of 42: token 999 is not in the vocabulary" in answer.text
+    answer = call(app({"ranker": reranker}), "POST", "/rerank", {"query": "a", "documents": [*["a"] * 40, long]})
+    assert answer.status == 400 and "document 41 of 41 has " in answer.text
+
+
+@pytest.mark.parametrize(
+    ("route", "name"), [("/v1/embeddings", "input"), ("/embedding", "content"), ("/api/embed", "input")]
+)
+def test_vectors_are_put_into_words_beside_the_event_loop(
+    route: str, name: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+
+    def noted(value: Any) -> str:
+        threads.add(threading.current_thread().name)
+        return in_parts(value)
+
+    monkeypatch.setattr(state, "in_parts", noted)
+    assert call(served, "POST", route, {name: ["the cat", "a"]}).status == 200
+    assert len(threads) == 1 and threads.pop().startswith("qrun server")
+
+
+def test_json_in_parts_is_the_same_json() -> None:
+    values: list[Any] = [{}, [], [[]], {"a": {}}, "é", None, [1, 2.5]]
+    values += [[None, {"b": [1, {"c": "\u2028"}]}], {"d": [[0.1], []], "e": 3}]
+    for value in (*values, values, {"all": values}):
+        assert in_parts(value) == dumps(value)
+    made: list[int] = []
+
+    def counted(value: Any) -> str:
+        made.append(len(value) if isinstance(value, list) else 1)
+        return dumps(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "dumps", counted)
+        in_parts({"data": [{"index": i, "embedding": [0.5] * 100} for i in range(50)]})
+    assert max(made) <= 100  # nothing holds the interpreter for longer than a vector takes
 
 
 def test_embeddings_as_ollama_has_them(served: Any, model: Model) -> None:

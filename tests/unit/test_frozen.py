@@ -19,7 +19,7 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import options
 from qrun.cli.main import COMMANDS, cli
-from qrun.engine import kernels
+from qrun.engine import Model, kernels
 from qrun.engine.native import codegen, packs, sources
 from qrun.engine.native.linker import Image
 from qrun.engine.pyinstaller import hook_folders
@@ -48,6 +48,7 @@ def test_an_app_without_sources_has_its_options_all_the_same(monkeypatch: pytest
 
     assert options._field_docs()["temperature"]
     monkeypatch.setattr("inspect.getsource", none)
+    monkeypatch.setattr(options, "_field_docs", options._field_docs.__wrapped__)  # what was found before is kept
     assert options._field_docs() == {}
 
     @click.command()
@@ -145,10 +146,15 @@ APP = """
 import sys, threading
 from qrun.engine import Model, pull
 
-if __name__ == "__main__":
+def main():
     if sys.argv[1] == "qrun":
         from qrun.cli.main import main
-        sys.exit(main(sys.argv[2:]))
+        return main(sys.argv[2:])
+    if sys.argv[1] == "beside":
+        from sidecar import Sidecar
+        with Sidecar(sys.argv[2], command=(sys.executable, "qrun")) as server:
+            message = {"role": "user", "content": "It was"}
+            return print("".join(server.chat([message], max_tokens=5, temperature=0)))
     barrier, answers, compiled = threading.Barrier(2), [], []
 
     def load():
@@ -160,12 +166,34 @@ if __name__ == "__main__":
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     print(len(answers), len(set(answers)), bool(compiled))
+
+if __name__ == "__main__":
+    sys.exit(main())
 """
+
+
+@pytest.mark.slow  # packing takes a minute
+@pytest.mark.skipif(os.name != "posix", reason="paths of the app")
+def test_an_app_with_a_pack_and_a_server_beside_it_has_no_compiler_and_writes_nothing(tmp_path: Path) -> None:
+    model, kernels = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "packed kernels"
+    made = CliRunner().invoke(cli, ["pack", str(model), "--out", str(kernels), "--targets", "host"])
+    assert made.exit_code == 0, made.output
+    shutil.copy(ENGINE.parent / "examples" / "sidecar" / "sidecar.py", tmp_path)
+    with packed_app(tmp_path, QRUN_KERNELS=str(kernels)) as (folder, run):
+        shutil.rmtree(kernels)
+        assert not [path for path in folder.rglob("*") if "llvmlite" in path.name and path.suffix == ".so"]
+        assert not list(folder.rglob("numba/*"))
+        assert run(str(model)) == "2 1 False\n"  # two threads at once
+        with Model.load(model, threads=1) as loaded:
+            answer = "".join(loaded.chat("It was", max_tokens=5, temperature=0))
+        assert answer and run("beside", str(model)) == f"{answer}\n"
+        assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow  # packing takes a minute, and so does compiling in the process on one core
 @pytest.mark.skipif(os.name != "posix", reason="paths of the app")
-def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
+@pytest.mark.skipif("QRUN_TEST_PACKERS" not in os.environ, reason="`make test-packers` runs it")
+def test_an_app_without_a_pack_compiles_once(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model.gguf")
     with packed_app(tmp_path) as (folder, run):
         assert run(str(model)) == "2 1 True\n"  # two threads at once, with an empty cache
@@ -178,28 +206,32 @@ def test_an_app_that_pyinstaller_packs_without_options(tmp_path: Path) -> None:
         assert list(folder.rglob("libllvmlite*"))
 
 
-@pytest.mark.slow  # packing takes a minute
-@pytest.mark.skipif(os.name != "posix", reason="paths of the app")
-def test_an_app_with_a_pack_has_no_compiler_and_writes_nothing(tmp_path: Path) -> None:
-    model, kernels = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "packed kernels"
-    made = CliRunner().invoke(cli, ["pack", str(model), "--out", str(kernels), "--targets", "host"])
-    assert made.exit_code == 0, made.output
-    with packed_app(tmp_path, QRUN_KERNELS=str(kernels)) as (folder, run):
-        shutil.rmtree(kernels)
-        assert not [path for path in folder.rglob("*") if "llvmlite" in path.name and path.suffix == ".so"]
-        assert not list(folder.rglob("numba/*"))
-        assert run(str(model)) == "2 1 False\n"
-        assert not (tmp_path / "cache").exists()
+def has_shared_library() -> bool:
+    """Whether this Python can be put into an app: Debian's, for one, has its library in a package of its own."""
+    from PyInstaller.depend.bindepend import get_python_library_path
+    from PyInstaller.exceptions import PythonLibraryNotFoundError
+
+    try:
+        return bool(get_python_library_path())
+    except PythonLibraryNotFoundError:
+        return False
+
+
+# What the tests bring along, and PyInstaller takes because others could use it: half of the time that it takes.
+NOT_OURS = ["huggingface_hub", "matplotlib", "PIL", "pygments", "setuptools", "pytest", "hypothesis"]
 
 
 @contextmanager
 def packed_app(tmp_path: Path, **environment: str) -> Iterator[tuple[Path, Callable[..., str]]]:
-    """The folder of the app as PyInstaller makes it without options, and a function that runs it."""
+    """The folder of the app as PyInstaller makes it, and a function that runs it."""
     pytest.importorskip("PyInstaller")
+    if not has_shared_library() or (sys.platform == "linux" and shutil.which("objdump") is None):
+        pytest.skip("PyInstaller needs a Python that has a shared library, and binutils")
     script = tmp_path / "app.py"
     script.write_text(APP)
     wanted = ["--noconfirm", "--onedir", "--log-level", "ERROR", "--distpath", str(tmp_path / "Äpp mit Leerzeichen")]
     paths = ["--workpath", str(tmp_path / "work"), "--specpath", str(tmp_path)]
+    paths += [f"--exclude-module={name}" for name in NOT_OURS]
     command = [sys.executable, "-m", "PyInstaller", *wanted, *paths, str(script)]
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | environment)
     folder = tmp_path / "Äpp mit Leerzeichen" / "app"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from qrun.engine.quantize.encoder import Encoder
-from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, factor
+from qrun.engine.quantize.gptq import GATHERED, GPTQ_TYPES, Gptq, Moments, factor
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType, dequantize, quantize
 from qrun.formats.blocks.codes import CODES
 from qrun.formats.blocks.fitting import Groups
@@ -43,12 +44,13 @@ def inputs(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
     return (rng.normal(size=(n, width)) @ mixing).astype(np.float32)
 
 
-def test_the_factor_is_that_of_the_inverse(rng: np.random.Generator) -> None:
-    x = inputs(rng, 300, 64).astype(np.float64)
+@pytest.mark.parametrize("width", [64, 700])
+def test_the_factor_is_that_of_the_inverse(width: int, rng: np.random.Generator) -> None:
+    x = inputs(rng, 1000, width).astype(np.float64)
     moments = x.T @ x
     found = factor(moments)
     assert found is not None
-    damped = moments + 0.01 * np.trace(moments) / 64 * np.eye(64)
+    damped = moments + 0.01 * np.trace(moments) / width * np.eye(width)
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     np.testing.assert_allclose(found, upper / np.diag(upper)[:, None], atol=1e-4)
 
@@ -57,6 +59,25 @@ def test_inputs_that_never_move_leave_a_factor_and_no_inputs_none(rng: np.random
     x = inputs(rng, 3, 64)
     assert factor(x.T @ x) is not None  # of rank 3
     assert factor(np.zeros((64, 64))) is None
+
+
+def test_second_moments_are_those_of_all_rows_however_they_come(rng: np.random.Generator) -> None:
+    rows = rng.normal(size=(2 * GATHERED + 77, 32)).astype(np.float32)
+    moments = Moments(32)
+    for part in np.split(rows, [5, 900, 4000]):
+        moments.add(part)
+    np.testing.assert_allclose(moments.matrix(), rows.T.astype(np.float64) @ rows, rtol=1e-5, atol=1e-2)
+
+
+def test_the_factor_of_a_wide_matrix_takes_its_memory_less_than_three_times() -> None:
+    width = 1536
+    moments = np.eye(width, dtype=np.float32)
+    tracemalloc.start()
+    try:
+        assert factor(moments) is not None
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * 8 * width**2
+    finally:
+        tracemalloc.stop()
 
 
 def by_hand(weights: np.ndarray, type: TensorType, moments: np.ndarray, upper: np.ndarray) -> np.ndarray:

@@ -82,6 +82,19 @@ def test_a_wrong_tensor_is_named(tensors: list[TensorInfo], message: str) -> Non
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1, 4), (1, 3, 4, 1), (12,), (1, 1, 12)])
+def test_some_constants_may_be_flat_or_have_dimensions_of_one_between(shape: tuple[int, ...]) -> None:
+    values = np.arange(12, dtype=np.float32)
+    found = builder(tensor("c", values.reshape(shape))).loose_constant("c", 3, 4)
+    np.testing.assert_array_equal(found, values.reshape(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 6), (13,), (12, 2)])
+def test_they_may_not_be_turned_about(shape: tuple[int, ...]) -> None:
+    with pytest.raises(FormatError, match=r"tensor c has shape .* expected \(3, 4\)"):
+        builder(tensor("c", np.zeros(shape))).loose_constant("c", 3, 4)
+
+
 def test_experts_in_separate_tensors_are_refused() -> None:
     b = builder(tensor("blk.0.ffn_gate.0.weight", np.zeros((8, 4))))
     with pytest.raises(FormatError, match="a tensor per expert is an old layout"):

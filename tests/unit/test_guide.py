@@ -13,7 +13,9 @@ from trained_tokenizer import END, trained_tokenizer
 from qrun.engine.generation.answer_rules import chat_rules
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session import Host, Session
+from qrun.engine.sampling.constraints import Constraint
 from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import ResponseFormat, find_format
 from qrun.engine.text.response_parser import ResponseParser
 
@@ -65,6 +67,27 @@ def answer(
     for _ in generation:
         pass
     return generation
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    ['{"answer":"no"}', "Sure: yes", "<think>\nIs it {so}?\n</think>\n\nno", '<think>\n</think>{"answer":"no"}'],
+)
+def test_the_likeliest_token_is_asked_about_first_to_the_same_text(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[int] = []
+    mask = Constraint.mask
+    monkeypatch.setattr(Constraint, "mask", lambda self, out: (masks.append(1), mask(self, out))[1])
+    options = {"ignore_eos": True}
+    found = answer(saying(wanted), schema=SCHEMA, options=options)
+    asked = len(masks)
+    monkeypatch.setattr(Sampler, "greedy", False)
+    expected = answer(saying(wanted), schema=SCHEMA, options=options)
+    assert (found.tokens, found.text, found.stop_reason) == (expected.tokens, expected.text, expected.stop_reason)
+    assert json.loads(found.text)["answer"] in ("yes", "no")
+    if wanted.endswith("}"):
+        assert asked < len(masks) - asked
 
 
 class TestThoughts:

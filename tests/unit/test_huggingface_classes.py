@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -144,6 +145,46 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
         else:
             shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
         read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
+
+
+DIGITS = "9" * 5000  # more than Python makes a number of
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("DeepseekV3ForCausalLM", f"model.layers.{DIGITS}.x", "is not known"),
+        ("Glm4MoeForCausalLM", f"model.layers.{DIGITS}.x", "is not known"),
+        ("Qwen3_5ForCausalLM", f"mtp.layers.{DIGITS}.x", "is not known"),
+        ("Qwen3_5ForCausalLM", "mtp.", "is not known"),
+    ],
+)
+def test_a_tensor_of_any_name_is_refused(name: str, tensor: str, reason: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", CLASSES[name]["config"], CLASSES[name]["shapes"] | {tensor: [2]})
+    with pytest.raises(FormatError) as caught:
+        CheckpointSource(folder)
+    assert reason in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("layer", [DIGITS, "\u0664", "5"])
+@pytest.mark.parametrize("value", [1 << 70, -1, "x"])
+def test_what_is_said_of_single_layers_is_checked(layer: str, value: Any, tmp_path: Path) -> None:
+    case = CLASSES["Gemma4ForConditionalGeneration"]
+    single = {layer: {"head_dim": value, "num_key_value_heads": value}}
+    config = case["config"]["text_config"] | {"per_layer_config": single, "global_head_dim": None}
+    write_checkpoint(tmp_path / "model", case["config"] | {"text_config": config}, case["shapes"])
+    read_all(tmp_path / "model")
+
+
+def test_a_vocabulary_larger_than_its_embedding_takes_no_memory(tmp_path: Path) -> None:
+    case = CLASSES["Qwen3ForCausalLM"]
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {"vocab_size": 1 << 24}, case["shapes"])
+    tracemalloc.start()
+    with pytest.raises(FormatError, match=r"embed_tokens\.weight' has shape"):
+        CheckpointSource(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_square_matrices_stand_upright(tmp_path: Path) -> None:

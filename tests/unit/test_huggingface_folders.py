@@ -318,6 +318,7 @@ def moved(key: str, value: Any) -> Edit:
         ("llama", moved("rope_parameters", [1]), "rope_parameters is not an object"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}), "only 32 is"),
         ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "mscale": 1}), "mscale is given"),
+        ("qwen2", moved("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "attention_factor": np.nan}), "nan"),
         ("qwen3moe", moved("norm_topk_prob", False), "norm_topk_prob is not true"),
         ("qwen3moe", moved("mlp_only_layers", [0]), "mlp_only_layers names layers without experts"),
         ("qwen3moe", moved("num_experts_per_tok", 5), "num_experts_per_tok is 5, expected 1 to 4"),
@@ -472,8 +473,13 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[" * 100_000, "nested too deeply"), ("{}", "not a list of modules"), ("[", "not JSON"), (b"\xff", "not UTF-8")],
-)
+    [
+        ("[" * 100_000, "nested too deeply"), ("[" * 70 + "]" * 70, "nested too deeply"), ("[", "not JSON"),
+        ("{}", "not a list of modules"), (b"\xff", "not UTF-8"),
+        *((f'[{{"type": "Dense", "path": "{path}"}}]', "no path within the folder")
+          for path in ("", "/tmp", "../x", "a\\nb", "a\\u0000")),
+    ],
+)  # fmt: skip
 def test_wrong_lists_of_modules_are_told(text: str | bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FormatError, match=f"modules.json: .*{said}"):

@@ -50,6 +50,7 @@ class FakeReader:
 @dataclass
 class FakeGraph:
     architecture = "fake"
+    encoder = None
     n_vocab = 266
     n_embd = 4
     cache_layers = ()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qrun.engine import CacheWarning
-from qrun.engine.native import compiler, object_cache
+from qrun.engine.native import object_cache, workers
 from qrun.engine.native.compiler import cache_folder, compile_kernels, load_images
 from qrun.engine.simd.target import host_target
 from qrun.models import store
@@ -31,7 +31,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             keys.append(key)
             yield key, key.encode()
 
-    monkeypatch.setattr(compiler, "compile_all", compile_all)
+    monkeypatch.setattr(workers, "compile_all", compile_all)
     return keys
 
 

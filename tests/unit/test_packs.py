@@ -16,13 +16,13 @@ from tiny_model import write_tiny_model
 from qrun.cli.main import cli
 from qrun.engine import Model
 from qrun.engine.errors import CacheWarning
-from qrun.engine.native import compiler, packs, sources
+from qrun.engine.native import packs, sources, workers
 from qrun.engine.native.compiler import CompileError, default_target, load_images
 from qrun.engine.native.linker import AARCH64, X86_64, Image
 from qrun.engine.native.packs import FORMAT, MANIFEST, Pack, PackError
 from qrun.engine.native.sources import sources_digest
 from qrun.engine.program.adapted import ADAPTER_KERNELS
-from qrun.engine.simd.target import MACHINES, host_target, machine_target, usable_machines
+from qrun.engine.simd.target import MACHINES, host_target, machine_target, reading_target, usable_machines
 
 ROOT = Path(__file__).parents[2]
 HOST = usable_machines()[0]
@@ -46,7 +46,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         (name,) = [name for name in MACHINES if machine_target(name) == target]
         yield from ((key, image(key, name)) for key in missing)
 
-    monkeypatch.setattr(compiler, "compile_all", compile_all)
+    monkeypatch.setattr(workers, "compile_all", compile_all)
     return keys
 
 
@@ -90,7 +90,7 @@ def test_a_pack_is_one_file_a_machine_and_a_manifest_that_says_what_is_where(
 def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: list[str], tmp_path: Path) -> None:
     model, out = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "kernels"
     CliRunner().invoke(cli, ["pack", str(model), "--out", str(out), "--targets", "all"])
-    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES)
+    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - {"amx"}
     packed = set(Pack.open(out).targets[HOST][1])
     compiled.clear()
     from qrun.engine.program.needs import kernels_of
@@ -254,7 +254,11 @@ def test_without_a_compiler_code_for_a_lesser_machine_does(
         assert default_target() == machine_target(lesser)
     write(folder, ["a"])
     with packs.using(folder):
-        assert default_target() == host_target()
+        assert default_target() == default_target(reads_only=True) == host_target()
+    write(folder, ["a"], "amx")
+    with packs.using(folder):
+        assert default_target(reads_only=True) == reading_target()
+    assert default_target(reads_only=True) == reading_target()
 
 
 HIDDEN = """

@@ -163,8 +163,8 @@ def test_a_change_goes_where_the_matrix_goes(rng: np.random.Generator, class_nam
     held = {name: tensor(changed.get(name, np.zeros(shape, np.float32)), "F32")
             for name, shape in case["shapes"].items()}  # fmt: skip
     write(base / "model.safetensors", held)
-    if not names:  # all matrices are turned about, or lie in others
-        assert class_name == "GPT2LMHeadModel"
+    if not names:  # all matrices are turned about, or lie in others; or there are two halves, which no adapter changes
+        assert class_name == "GPT2LMHeadModel" or ARCHITECTURES[class_name].stacks
         return
     found = converted(folder, tmp_path / "adapter.gguf", "--base", str(base), "--type", "f32")
     assert found.keys() == set(names.values())
@@ -350,6 +350,8 @@ def test_tensors_that_are_no_pairs_are_refused(rng: np.random.Generator, base: P
     assert "is of a module that is no matrix" in reason(**beyond)
     again = {key.replace("model__model__layers", "model__layers"): values for key, values in both.items()}
     assert "changes the same matrix as" in reason(**both, **again)
+    long = {f"base_model__model__{'norm' * 20_000}": np.ones(EMBD, np.float32)}  # a search must not take minutes
+    assert "is no part of a LoRA pair" in reason(**both, **long)
     assert reason() == "the adapter changes nothing: it has no pairs of lora_A and lora_B"
 
 
@@ -474,6 +476,14 @@ def test_norms_are_left_out_as_of_other_adapters(
     peft = write_peft(tmp_path / "peft", pairs, norms, modules_to_save=modules)
     assert notices(peft, base) == ["the norms in the adapter (3) are left out"]
     assert set(converted(peft, tmp_path / "out.gguf", "--base", str(base))) == {"blk.0.attn_q.weight"}
+
+
+def test_a_name_that_is_no_text_is_written_as_one(rng: np.random.Generator, base: Path, tmp_path: Path) -> None:
+    pairs = {"layers.0.self_attn.q_proj": pair_of(rng, (HEADS * HEAD, EMBD), 4)}
+    peft = write_peft(tmp_path / "peft", pairs, base_model_name_or_path="half \ud800")
+    converted(peft, tmp_path / "out.gguf", "--base", str(base))
+    with GGUFReader(tmp_path / "out.gguf") as reader:
+        assert reader.metadata["general.base_model.0.name"] == "half ?"
 
 
 def test_a_folder_of_peft_is_merged(rng: np.random.Generator, tmp_path: Path) -> None:

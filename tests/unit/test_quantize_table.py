@@ -58,4 +58,4 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_program_that_fails_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"failed: out of luck"):
-        quantize_table.run([sys.executable, "-c", "exit('out of luck')"])
+        quantize_table.run(sys.executable, "-c", "exit('out of luck')")

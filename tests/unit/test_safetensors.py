@@ -245,7 +245,7 @@ def test_a_checkpoint_of_several_files(tensors: dict[str, Tensor], tmp_path: Pat
         ({"w": ".."}, "no file name"),
         ({"w": ""}, "no file name"),
         ({"w": 3}, "no file name"),
-        ({"w": "none.safetensors", "v": "none.safetensors"}, "none.safetensors, which holds 2 tensors, is missing"),
+        ({"w": "none.safetensors", "v": "none.safetensors"}, "'none.safetensors', which holds 2 tensors, is missing"),
         ({"w": "m.safetensors", "v": "m.safetensors"}, "tensor 'v' is missing"),
         ({"w": "m.safetensors", "x": "n.safetensors"}, "tensor 'w' is in another file of the checkpoint too"),
     ],

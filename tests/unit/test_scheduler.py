@@ -244,6 +244,73 @@ def test_a_beginning_is_read_once_though_all_come_together(rng: np.random.Genera
             assert generation.tokens == alone([*begin, i, i + 1, i + 2], max_tokens=4, temperature=0)
 
 
+class TestPromptsBesideOthers:
+    """How many rows of prompts a step has, where a row takes a millisecond and a step without any ten."""
+
+    @pytest.fixture
+    def model(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+        with Model.load(PATH, threads=1, context=4096) as model:
+            scheduler = model._host.scheduler
+            monkeypatch.setattr(scheduler, "_learn", lambda *_: None)
+            scheduler._row_seconds, scheduler._decode_seconds = 0.001, 0.01
+            yield model
+
+    def read(self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]) -> list[list[int]]:
+        """Prompts of these lengths come at once while others generate: the rows that steps have of each."""
+        rows: list[list[int]] = []
+        held, all_there, step = threading.Event(), threading.Event(), model._runtime.step
+
+        def noted(parts: Any, cancelled: Any = None) -> Any:
+            held.set()
+            assert all_there.wait(20)
+            rows.append([len(part.tokens) for part in parts[running:]])
+            return step(parts, cancelled)
+
+        rng = np.random.default_rng(5)
+        collector = Collector()
+        others = [model.generate([i], max_tokens=3000, temperature=0) for i in range(running)]
+        for other in others:
+            other.start(collector)
+        deadline = time.monotonic() + 20
+        while any(not other.tokens for other in others) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        monkeypatch.setattr(model._runtime, "step", noted)
+        assert held.wait(20)
+        for n in lengths:
+            model.generate(rng.integers(0, model.graph.n_vocab, n).tolist(), max_tokens=1).start(collector)
+        all_there.set()
+        for _ in lengths:
+            assert collector.ended.acquire(timeout=30)
+        for other in others:
+            other.cancel()
+        return [step for step in rows if step]
+
+    def test_a_long_one_takes_no_more_than_others_hardly_notice(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # There is time for fifteen; attention takes eight at once.
+        assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
+
+    def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        model._host.scheduler._decode_seconds = 1.0
+        assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
+
+    def test_a_short_one_takes_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.read(model, monkeypatch, 3, [500]) == [[96]] * 5 + [[20]]
+
+    def test_and_as_long_as_others_take_without_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        model._host.scheduler._decode_seconds = 0.2
+        assert self.read(model, monkeypatch, 3, [500]) == [[296], [204]]
+
+    def test_they_take_longer_while_as_many_wait_as_generate(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.read(model, monkeypatch, 2, [400, 400]) == [[296], [104, 192], [96], [96], [16]]
+
+    def test_short_ones_go_before_a_long_one(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.read(model, monkeypatch, 4, [1500, 60, 60]) == [[60, 36], [24]] + [[8]] * 187 + [[4]]
+
+
 def test_who_drops_a_generation_holds_nobody_up(model: Model, rng: np.random.Generator) -> None:
     first, second, third = (model.generate(p, max_tokens=60, temperature=0) for p in prompts(rng, model, 3))
     next(first), next(second)

@@ -154,6 +154,14 @@ def test_prompts_in_vllms_table(tiny: Model, path: str) -> None:
         assert call(app(tiny), "POST", path, body | wrong).status == 400
 
 
+def test_errors_name_one_of_several_prompts(tiny: Model) -> None:
+    long = [5] * (tiny.context + 1)
+    told = call(app(tiny), "POST", PATH, {"prompt": [[5], long, [6]], "max_tokens": 1})
+    assert told.status == 400 and f"and prompt 2 of 3 has {len(long)}: the request exceeds" in told.text
+    told = call(app(tiny), "POST", PATH, {"prompt": [long], "max_tokens": 1})
+    assert told.status == 400 and f"and the prompt has {len(long)}: the request exceeds" in told.text
+
+
 def test_answers_that_may_not_end_too_early() -> None:
     model = make_model(lambda before: "ab")
     told = choice(ask(model, prompt="~", min_tokens=5, max_tokens=9))

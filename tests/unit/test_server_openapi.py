@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from asgi_client import call
 from server_fakes import make_model
 
-from qrun.server import app
+from qrun.engine.generation.adapters import Adapters, NamedAdapter
+from qrun.server import app, fields
 from qrun.server.app import _ROUTES
+from qrun.server.errors import APIError
 from qrun.server.fields import SAMPLING
 
 
@@ -34,3 +38,25 @@ def test_options_of_sampling_are_described(document: Any) -> None:
     assert {option.names.split()[0] for option in SAMPLING} <= set(schema["properties"])
     assert schema["properties"]["temperature"] == {"type": "number"}
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+
+
+def test_options_are_described_as_they_are_taken(document: Any) -> None:
+    schema = document["paths"]["/completion"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    examples = [1, 0, 2.5, True, "confidence", "poet", ["poet"], {"poet": 0.5}, [{"id": 0, "scale": 1.0}], [{}], [1.5]]
+    for option in SAMPLING:
+        described = jsonschema.Draft202012Validator(schema["properties"][option.names.split()[0]])
+        for example in examples:
+            try:
+                option.read(option.names, example)
+                taken = True
+            except APIError:
+                taken = False
+            assert taken or not described.is_valid(example), (option, example)
+
+
+@pytest.mark.parametrize("lora", ["poet", ["poet", "clerk"], {"poet": 0.5}, [{"id": 0, "scale": 2}, {"name": "clerk"}]])
+def test_each_form_of_adapters_is_described_and_taken(document: Any, lora: Any) -> None:
+    schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    jsonschema.validate(lora, schema["properties"]["lora"])
+    loaded = Adapters([NamedAdapter("poet", Path("a")), NamedAdapter("clerk", Path("b"))])
+    assert loaded.chosen(fields.adapters("lora", lora))

@@ -7,6 +7,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +17,15 @@ from click.testing import CliRunner
 from gguf_builder import Tensor, array, build, scalar
 from tiny_model import write_tiny_model
 
+from qrun.cli.info import describe
 from qrun.cli.main import cli
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES
 from qrun.models import ARCHITECTURES, build_graph
+from qrun.models.adapter import Adapter
 from qrun.models.examine import examine, glance
 from qrun.models.store import models_folder
-from qrun.models.support import NO_LANGUAGE_MODELS
+from qrun.models.support import NO_LANGUAGE_MODELS, purpose
 
 LLAMA = Path(__file__).parents[1] / "data" / "arch" / "llama-dense.gguf"
 
@@ -248,3 +252,26 @@ def test_a_file_that_is_damaged_is_an_error_all_the_same(tmp_path: Path) -> None
     path.write_bytes(LLAMA.read_bytes()[:-100])
     done = CliRunner().invoke(cli, ["info", str(path)])
     assert done.exit_code == 1 and done.stdout == "" and "its download was cut short" in str(done.exception)
+
+
+STRANGE: list[Any] = [np.array([1, 2], np.int32), np.array([], np.float32), ["a", "b"], 7, True, float("nan"), "\udcff"]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=str)
+@pytest.mark.parametrize(
+    "key",
+    ["general.architecture", "general.type", "general.name", "llama.pooling_type", "llama.context_length",
+     "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template", "adapter.type"],
+)  # fmt: skip
+def test_metadata_of_another_kind_are_told_or_passed_over(key: str, value: Any) -> None:
+    with GGUFReader(LLAMA) as whole:
+        reader: Any = SimpleNamespace(
+            path=whole.path, files=whole.files, tensors=whole.tensors, metadata={**whole.metadata, key: value},
+            version=3, raw_strings=lambda key: [],
+        )  # fmt: skip
+        support, graph = examine(reader)
+        assert (support.problem is None) == (graph is not None)
+        purpose(reader)
+        json.dumps(describe(reader, with_tensors=False))
+        with pytest.raises(FormatError):
+            Adapter(reader)

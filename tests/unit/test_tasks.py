@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from tiny_model import TEXT, write_tiny_model
 
 from qrun.cli import main
 from qrun.cli.loading import open_runtime
-from qrun.engine import Model
-from qrun.engine.judging.tasks import Answers, Task, answer, context_needed, read_tasks
+from qrun.engine import Model, Tokenizer
+from qrun.engine.judging.tasks import Answers, Task, answer, context_needed, read_tasks, scores
+from qrun.engine.program.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,30 @@ def test_an_answer_is_scored_by_the_log_probability_of_its_tokens_for_each_byte(
         assert context_needed(model.tokenizer, [task]) == max(
             len(model.tokenize(task.question + each)) for each in task.answers
         )
+
+
+@pytest.mark.parametrize("architecture", ["llama-dense", "gemma3-dense", "qwen3moe-moe"])
+def test_a_question_is_read_once_and_every_score_is_that_of_its_answer_alone(
+    architecture: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = TEXT[:120]  # longer than the windows of attention
+    task = Task(question, ("striking", "t"), ("thirteen", " in April it was", "x" * 30))
+    path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture)
+    read: list[int] = []
+    evaluate = Runtime.evaluate
+
+    def counted(runtime: Runtime, sequence: Any, tokens: Any, *more: Any, **options: Any) -> Any:
+        read.append(len(tokens))
+        return evaluate(runtime, sequence, tokens, *more, **options)
+
+    tokenizer = Tokenizer.load(path)
+    with open_runtime(path, threads=2, context=256) as runtime:
+        alone = [scores(runtime, tokenizer, Task(question, (each,), ())) for each in task.answers]
+        monkeypatch.setattr(Runtime, "evaluate", counted)
+        assert [[score] for score in scores(runtime, tokenizer, task)] == alone
+    n_question = len(tokenizer.encode(question, add_special=True))
+    n_answers = sum(len(tokenizer.encode(question + each, add_special=True)) - n_question for each in task.answers)
+    assert sum(read) <= n_question + n_answers + 2 * len(task.answers)
 
 
 def test_what_two_models_agree_on() -> None:

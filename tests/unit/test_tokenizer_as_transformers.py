@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_tokenizers import LLAMA3, byte_level, sequence, split
+from tokenizers import Tokenizer as Reference
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFWriter
@@ -88,8 +89,6 @@ def compare(
     folder: Path, tokenizer: dict[str, Any], rng: np.random.Generator, count: int = 300, **files: Any
 ) -> Entries:
     """Encode texts with both. What Transformers gives, it gives with special tokens read as such."""
-    from tokenizers import Tokenizer as Reference
-
     entries = convert(folder, tokenizer, **files)
     ours, reference = load(entries, folder / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
     for text in texts(rng, count):
@@ -341,6 +340,38 @@ def test_a_unigram_model_takes_the_pieces_that_the_library_takes(rng: np.random.
     for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
         assert ours.encode(text, add_special=False) == reference.encode(text), text
     assert ours.encode("hello")[-1] == 1 and ours.decode(reference.encode("hello world")) == "hello world"
+
+
+# Word pieces
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lowercase": False}, {"strip_accents": False}, {"lowercase": False, "strip_accents": True}],
+    ids=lambda changes: " ".join(changes) or "usual",
+)
+@pytest.mark.parametrize("longest", [100, 3])
+def test_words_are_cut_into_pieces(
+    changes: dict[str, bool], longest: int, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    signs = "abcdehlorwABÉé#①ﬁि日क"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *(f"##{sign}" for sign in signs), "hello", "##ll"]
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": longest, "vocab": {token: id for id, token in enumerate(tokens)}}  # fmt: skip
+    normalizer = NORMALIZERS["bert"] | changes
+    tokenizer = byte_pair(normalizer=normalizer, pre_tokenizer={"type": "BertPreTokenizer"},
+                          added_tokens=[added("[CLS]"), added("[SEP]"), added("[UNK]")])  # fmt: skip
+    tokenizer["model"] = model
+    for token in tokenizer["added_tokens"]:
+        token["id"] = model["vocab"][token["content"]]
+    # Vowel signs of Indic scripts, control characters, white space of all kinds, what Unicode did not have in 2015.
+    parts = [*PARTS, *signs, "कि", "\v", "\x85", "\u200b", "\xad", "\ufffd", "\u061d", "\U0001fae0", "\u0378", "$",
+             "[SEP]", "a" * 99, "d" * 10]  # fmt: skip
+    entries = convert(tmp_path, tokenizer, tokenizer_config={"unk_token": "[UNK]", "cls_token": "[CLS]"})
+    ours, reference = load(entries, tmp_path / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
+    for text in texts(rng, 200, parts):
+        expected = reference.encode(text)
+        assert ours.encode(text, add_special=False, parse_special=True) == expected.ids, (text, expected.tokens)
 
 
 # What no GGUF file could say

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from qrun.cli.main import cli
 from qrun.engine.kernels import all_keys
 from qrun.engine.kernels.records import CACHE_BITS
-from qrun.engine.native import compiler
+from qrun.engine.native import workers
 from qrun.engine.program import needs as warmup
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering
@@ -59,7 +59,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         keys.extend(missing)
         yield from ((key, b"") for key in missing)
 
-    monkeypatch.setattr(compiler, "compile_all", compile_all)
+    monkeypatch.setattr(workers, "compile_all", compile_all)
     return keys
 
 

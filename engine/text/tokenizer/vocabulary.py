@@ -21,6 +21,8 @@ SPACE = "▁"
 KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert", "rwkv"}
 """The values of `tokenizer.ggml.model` that can be encoded with."""
 
+USUAL_WORD_LENGTH = 100
+"""Of BERT and all that were published after it."""
 
 _SEPARATED = ("jina-v1-en", "jina-v2-code", "roberta-bpe")  # pre-tokenizers of models that put one between two texts
 
@@ -95,6 +97,7 @@ class Vocabulary:
     space before or behind them, that are found only where no word goes on, and only in normalised text.
     space_prefix: see SpacePrefix.
     ignore_merges, unknown_token_id, fuse_unknown: of byte-pair models; as in tokenizer.json.
+    max_word_length: of word pieces: a word of more characters is unknown.
     """
 
     def __init__(self, reader: GGUFReader) -> None:
@@ -165,10 +168,19 @@ class Vocabulary:
         """Whether neighbours of that kind make one such piece together."""
         return bool(self._value("qrun.tokenizer.fuse_unknown", bool, False))
 
+    @property
+    def max_word_length(self) -> int:
+        """The most characters of a word that is cut into word pieces."""
+        key = "qrun.tokenizer.max_word_length"
+        length = self._metadata.get(key, USUAL_WORD_LENGTH)
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise self.error(f"{key} is no length")
+        return length
+
     @cached_property
     def ids(self) -> dict[bytes, int]:
         """The id of every piece; of those with one spelling, the last."""
-        return {piece: id for id, piece in enumerate(self.pieces)}
+        return dict(zip(self.pieces, range(len(self.pieces)), strict=True))
 
     def merges(self) -> list[bytes]:
         """Byte-pair merges, first the one that was learnt first: b"left right"."""

@@ -280,9 +280,9 @@ def _olmo2_entries(facts: Facts) -> None:
     if config.get("sliding_window") is None:
         return
     facts.count("attention.sliding_window", config.integer("sliding_window"))
-    kinds = config.get("layer_types")
-    named = isinstance(kinds, list) and len(kinds) == n_layers
-    sliding = [kinds[layer] == "sliding_attention" if named else (layer + 1) % 4 > 0 for layer in range(n_layers)]
+    kinds = config.layer_kinds(n_layers)
+    usual = [(layer + 1) % 4 > 0 for layer in range(n_layers)]
+    sliding = usual if kinds is None else [kind == "sliding_attention" for kind in kinds]
     facts.flags("attention.sliding_window_pattern", sliding)
 
 

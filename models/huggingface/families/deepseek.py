@@ -83,7 +83,7 @@ MIXTURE: tuple[Part, ...] = (
 
 def _latent_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
-    rope = config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
+    rope = config.rope()
     has_experts = config.get("n_routed_experts") is not None
     if not has_experts:
         for key in ("expert_count", "expert_used_count"):
@@ -117,7 +117,6 @@ _GLM_LITE = replace(
     extra_layers="num_nextn_predict_layers", draft=DRAFT,
 )  # fmt: skip
 MISTRAL4 = replace(_LATENT, name="mistral4")
-
 
 
 def _deepseek_entries(facts: Facts) -> None:

@@ -26,9 +26,9 @@ from qrun.models.huggingface.layout import (
     tensor,
 )
 from qrun.models.hyperparameters import MAX_CONTEXT
+from qrun.models.support import PoolingType
 
-RANK = 4  # pooling_type
-CLASSIFIER_POOLINGS = {"mean": 1, "cls": 2}
+CLASSIFIER_POOLINGS = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS}
 # Whose first rows of positions are for padding: they count from behind the token that stands for it.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 
@@ -66,7 +66,7 @@ def _encoder_entries(facts: Facts) -> None:
 def _classifier_entries(facts: Facts, weights: Mapping[str, SourceTensor]) -> None:
     """Of a model that compares texts: what its numbers are called."""
     if any(name.startswith("classifier.") for name in weights):
-        facts.count("pooling_type", RANK)
+        facts.count("pooling_type", PoolingType.RANK)
 
 
 def _bert_name(name: str, sizes: Sizes) -> str:

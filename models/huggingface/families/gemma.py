@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import inf
 from statistics import NormalDist
 
@@ -136,10 +137,7 @@ _GEMMA3N = Architecture(
 
 
 def _kinds(config: Config, n_layers: int) -> list[bool]:
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise config.error("layer_types", f"is not a list of {n_layers} kinds")
-    return [kind == "sliding_attention" for kind in kinds]
+    return [kind == "sliding_attention" for kind in config.required_layer_kinds(n_layers)]
 
 
 def _full_value(config: Config, key: str, inner: str) -> int | None:
@@ -150,9 +148,9 @@ def _full_value(config: Config, key: str, inner: str) -> int | None:
     kinds = config.get("layer_types")
     both = isinstance(single, dict) and isinstance(kinds, list)
     for layer, values in single.items() if both else ():
-        there = layer.isdecimal() and int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"
-        if there and isinstance(values, dict) and type(values.get(inner)) is int:
-            return int(values[inner])
+        number = int(layer) if re.fullmatch(r"\d{1,9}", layer) else len(kinds)
+        if number < len(kinds) and kinds[number] == "full_attention" and isinstance(values, dict) and inner in values:
+            return Config(config.path, values, prefix=f"per_layer_config.{layer}.").integer(inner)
     return None
 
 

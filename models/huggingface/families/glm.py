@@ -33,16 +33,12 @@ from qrun.models.huggingface.layout import (
 # GLM 4: gates and inputs of the feed-forward layer are one matrix, and four norms.
 
 
-def _rope(config: Config) -> Config:
-    return config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
-
-
 def _rotation(heads: str) -> Change:
     """Of models that see, rope turns numbers side by side in checkpoints, and halves of a head in GGUF files."""
 
     def order(sizes: Sizes) -> Order:
         rows = np.arange(sizes[heads] * sizes["head"]).reshape(sizes[heads], sizes["head"])
-        part = _rope(sizes.config).real("partial_rotary_factor", sizes.config.real("partial_rotary_factor", 0.5))
+        part = sizes.config.rope().real("partial_rotary_factor", sizes.config.real("partial_rotary_factor", 0.5))
         n = int(sizes["head"] * part)
         return np.concatenate([rows[:, :n:2], rows[:, 1:n:2], rows[:, n:]], axis=1).reshape(-1)
 
@@ -67,7 +63,7 @@ _SEEING_ATTENTION = (
 
 def _seeing(config: Config) -> Architecture | None:
     """Models that see have places in two dimensions, and say so."""
-    sections = _rope(config).get("mrope_section")
+    sections = config.rope().get("mrope_section")
     return replace(_GLM4, layer=(*_GLM4_LAYER, *_SEEING_ATTENTION)) if sections is not None else None
 
 
@@ -105,8 +101,6 @@ _GLM4_MOE = Architecture(
 )  # fmt: skip
 
 # ChatGLM, and GLM 4 before it had four norms
-
-
 
 
 def _chatglm_entries(facts: Facts) -> None:

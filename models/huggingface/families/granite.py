@@ -76,8 +76,7 @@ ATTENTION = ("attention", "full_attention")
 
 
 def _is_attention(config: Config, n_layers: int) -> list[bool]:
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == n_layers:
+    if (kinds := config.layer_kinds(n_layers)) is not None:
         return [kind in ATTENTION for kind in kinds]
     indices = config.get("attn_layer_indices")
     if isinstance(indices, list) and indices:
@@ -136,11 +135,10 @@ _HYBRID = replace(
 def _window_entries(facts: Facts) -> None:
     config, n_layers = facts.config, facts.sizes["layers"]
     facts.count("attention.sliding_window", config.integer("sliding_window", 128))
-    kinds = config.get("layer_types")
-    named = isinstance(kinds, list) and len(kinds) == n_layers
-    facts.flags("attention.sliding_window_pattern", [
-        kinds[layer] == "sliding_attention" if named else layer % 4 != 0 for layer in range(n_layers)
-    ])  # fmt: skip
+    kinds = config.layer_kinds(n_layers)
+    usual = [layer % 4 != 0 for layer in range(n_layers)]
+    sliding = usual if kinds is None else [kind == "sliding_attention" for kind in kinds]
+    facts.flags("attention.sliding_window_pattern", sliding)
     turned = config.get("no_rope_layers") or config.get("layer_rope_theta")
     if isinstance(turned, list) and (config.get("no_rope_layers") or not all(turned)):
         facts.flags("attention.rope_pattern", [bool(layer) for layer in turned])

@@ -40,7 +40,7 @@ _LLAMA = Architecture("llama", (*NORMS, *PERMUTED, *FEED_FORWARD), keys=VOCAB_SI
 
 
 def _mistral3_entries(facts: Facts) -> None:
-    rope = facts.config.section("rope_parameters" if facts.config.get("rope_parameters") else "rope_scaling")
+    rope = facts.config.rope()
     if facts.config.get("model_type") == "ministral3":
         facts.real("rope.scaling.yarn_log_multiplier", rope.real("mscale_all_dim", 1.0))
         facts.real("attention.temperature_scale", rope.real("llama_4_scaling_beta", 0.0))
@@ -54,6 +54,7 @@ _MISTRAL3 = replace(_LLAMA, name="mistral3", entries=_mistral3_entries, defaults
                     variant=_mistral4)  # fmt: skip
 
 # Llama 4
+
 
 def _llama4_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     expert_ff = config.integer("intermediate_size")

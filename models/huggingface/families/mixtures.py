@@ -48,8 +48,7 @@ def _windows(facts: Facts) -> None:
     if window is None or config.get("use_sliding_window") is False:
         return
     facts.count("attention.sliding_window", config.integer("sliding_window"))
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == n_layers:
+    if (kinds := config.layer_kinds(n_layers)) is not None:
         facts.flags("attention.sliding_window_pattern", [kind == "sliding_attention" for kind in kinds])
 
 

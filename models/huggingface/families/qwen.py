@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -176,7 +177,7 @@ def draft_layers(name: str, sizes: Sizes) -> str:
     if not name.startswith("mtp."):
         return name
     parts = name.split(".")
-    if parts[1] == "layers" and len(parts) > 3 and parts[2].isdecimal():
+    if parts[1] == "layers" and len(parts) > 3 and re.fullmatch(r"\d{1,9}", parts[2]):
         return f"layers.{sizes['layers'] + int(parts[2])}.{'.'.join(parts[3:])}"
     return f"layers.{sizes['layers']}.{_DRAFT_NAMES.get(parts[1], parts[1])}.{'.'.join(parts[2:])}"
 
@@ -188,12 +189,9 @@ def _delta_entries(facts: Facts) -> None:
     facts.count("ssm.group_count", sizes["key_heads"])
     facts.count("ssm.time_step_rank", sizes["value_heads"])
     facts.count("ssm.inner_size", sizes["inner"])
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != sizes["layers"]:
-            raise config.error("layer_types", f"is not a list of {sizes['layers']} kinds")
-        facts.flags("attention.recurrent_layers", [kind == "linear_attention" for kind in kinds]
-                    + [False] * sizes["drafts"])  # fmt: skip
+    if config.get("layer_types") is not None:
+        recurrent = [kind == "linear_attention" for kind in config.required_layer_kinds(sizes["layers"])]
+        facts.flags("attention.recurrent_layers", recurrent + [False] * sizes["drafts"])
     facts.count("full_attention_interval", config.integer("full_attention_interval", 4))
 
 

@@ -356,9 +356,7 @@ def _lfm2_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
 
 
 def _lfm2_entries(facts: Facts) -> None:
-    kinds = facts.config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != facts.sizes["layers"]:
-        raise facts.config.error("layer_types", f"is not a list of {facts.sizes['layers']} kinds")
+    kinds = facts.config.required_layer_kinds(facts.sizes["layers"])
     facts.array("attention.head_count_kv", [facts.sizes["kv_heads"] * (kind == "full_attention") for kind in kinds])
     facts.count("shortconv.l_cache", facts.sizes["conv_kernel"])
 

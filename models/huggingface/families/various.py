@@ -31,8 +31,8 @@ def _exaone4_entries(facts: Facts) -> None:
     if config.get("sliding_window") is None:
         return
     facts.count("attention.sliding_window", config.integer("sliding_window"))
-    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
-    if isinstance(kinds, list) and len(kinds) == n_layers:
+    kinds, pattern = config.layer_kinds(n_layers), config.get("sliding_window_pattern")
+    if kinds is not None:
         sliding = [kind == "sliding_attention" for kind in kinds]
     elif isinstance(pattern, str) and pattern:  # LLLG
         sliding = [pattern[layer % len(pattern)] == "L" for layer in range(n_layers)]
@@ -85,7 +85,7 @@ _ERNIE = Architecture("ernie4_5", _ERNIE_LAYER, defaults={"rms_norm_eps": 1e-5, 
 
 def _hunyuan_entries(facts: Facts) -> None:
     config, head = facts.config, facts.sizes["head"]
-    rope = config.section("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
+    rope = config.rope()
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ("dynamic", "xdrope") or rope.get("alpha") is None or head <= 2:
         return
@@ -131,10 +131,7 @@ def _muse_entries(facts: Facts) -> None:
     facts.real("final_logit_softcapping", config.real("final_logit_softcapping"))
     facts.real("logit_scale", config.real("output_multiplier"))
     facts.count("attention.sliding_window", config.integer("sliding_window"))
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != facts.sizes["layers"]:
-        raise config.error("layer_types", f"is not a list of {facts.sizes['layers']} kinds")
-    sliding = [kind == "sliding_attention" for kind in kinds]
+    sliding = [kind == "sliding_attention" for kind in config.required_layer_kinds(facts.sizes["layers"])]
     facts.flags("attention.sliding_window_pattern", sliding)
     bases = config.get("layer_rope_theta")  # rope turns in layers with a window, and nowhere else
     if isinstance(bases, list) and [bool(base) for base in bases] != sliding:
