@@ -76,7 +76,7 @@ def command(
       qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
     """
     from qrun.cli.compare_mixes import calibrated_plans
-    from qrun.cli.loading import find_original, load_tokenizer, text_chunks
+    from qrun.cli.loading import check_predicts, find_original, load_tokenizer, text_chunks
     from qrun.engine.judging.tasks import read_tasks
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
@@ -95,6 +95,7 @@ def command(
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")
     path = find_original(source)
+    check_predicts(path)
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     tasks = read_tasks(questions) if questions else []
     importance = read_imatrix(imatrix) if imatrix else None

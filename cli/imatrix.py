@@ -38,12 +38,13 @@ def command(
       qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
     """
     from qrun.cli.console import notice, plural, step_bar
-    from qrun.cli.loading import find_original, load_tokenizer, open_runtime, text_chunks
+    from qrun.cli.loading import check_predicts, find_original, load_tokenizer, open_runtime, text_chunks
     from qrun.cli.perplexity import plus_minus, so_far
     from qrun.engine.quantize.calibration import collect
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
 
     path = find_original(model)
+    check_predicts(path)
     if out.exists() and out.samefile(path):
         raise ValueError(f"{out}: this is the model itself: name another file")
     if not out.absolute().parent.is_dir():

@@ -132,6 +132,17 @@ def open_runtime(
             runtime.close()
 
 
+def check_predicts(path: Path) -> None:
+    """Raises ValueError, naming the file, for a model that does not predict each token from those before it."""
+    from qrun.formats import GGUFReader
+    from qrun.models.support import predicts, purpose
+
+    with GGUFReader(path) as reader:
+        if not predicts(reader):
+            what = f" ({made})" if (made := purpose(reader)) else ""
+            raise ValueError(f"{path}: it does not predict the next token{what}, so that there is no perplexity of it")
+
+
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:
     """The text in a file, in chunks. Raises ValueError, naming the file, if it has none."""
     from qrun.engine.judging.scoring import Chunks, TextTooShort

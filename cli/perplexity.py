@@ -63,10 +63,11 @@ def command(
       qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf --tasks questions.jsonl
     """
-    from qrun.cli.loading import find_model, find_original, load_tokenizer, text_chunks
+    from qrun.cli.loading import check_predicts, find_model, find_original, load_tokenizer, text_chunks
     from qrun.engine.judging.tasks import read_tasks
 
     path = find_model(model, type_name)
+    check_predicts(path)
     tokenizer = load_tokenizer(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
     questions = read_tasks(tasks) if tasks else []

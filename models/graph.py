@@ -694,7 +694,6 @@ class Graph:
     n_vocab: int
     n_embd: int
     context_length: int
-    n_parameters: int
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
@@ -1167,12 +1166,11 @@ class GraphBuilder:
         embeds_tokens: int | None = None,
     ) -> Graph:  # fmt: skip
         """The graph of everything said so far. embeds_tokens: of a model that makes embeddings, of how many tokens."""
-        size = sum(prod(tensor.shape) for tensor in self.reader.tensors.values())
-        cache = self.cache_layers
+        n_vocab = embeds_tokens or logits.width
         return Graph(
-            architecture, self.operations, logits, cache, embeds_tokens or logits.width, n_embd, context_length, size,
-            context, self._n_states, self.max_context, embeds_tokens is not None, uses=self._uses, encoder=self.encoder,
-            start=self.start,
+            architecture, self.operations, logits, self.cache_layers, n_vocab, n_embd, context_length, context,
+            n_states=self._n_states, max_context=self.max_context, embeds=embeds_tokens is not None,
+            uses=self._uses, encoder=self.encoder, start=self.start,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:

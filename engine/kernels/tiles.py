@@ -7,6 +7,10 @@ products, so that sums stay in tiles. What both roundings lose is less than what
 Every output is computed by the same operations in the same order, with any number of columns: a column alone goes
 through the same instruction as a tile of one row. AMX adds products of the first and of the second weights of pairs
 apart, 16 of each, and then both sums to the total.
+
+Tiles of whole numbers, with scales applied after every 32 weights, could give the bits of the other forms. But each sum
+then goes through memory and takes three vector instructions, which get one port beside the tiles: 93 cycles for 16 by
+16 by 32, where vpdpbusd needs 134 and what is here 41 (Q4_K, 2,048 wide, 512 columns, Emerald Rapids).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
 
     form: "best", or another: "amx", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either), "avx2", "plain".
 
-    "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.8 times less with it, and prompts of SmolLM2 1.6 times
+    "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.7 times less with it, and prompts of SmolLM2 1.7 times
     less, but a column alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07
     nanoseconds of a core, and to int8 0.02, where memory brings a weight of Q4_K in 0.04 (Emerald Rapids).
     """

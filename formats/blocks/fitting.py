@@ -22,7 +22,6 @@ pass. Arrays have blocks along their last axis and every sum runs in the order o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +181,6 @@ class Fit:
 
 
 Moments = tuple[F32Array, ...]
-Measure = Callable[..., Moments]
 
 
 def fit(search: Search, values: F32Array, importance: F32Array | None) -> Fit:

@@ -170,18 +170,19 @@ class Architecture:
 
     def parts(self) -> Iterator[Mapped | Experts]:
         """All tensors that a layer may have."""
-        yield from _flat(self.layer)
+        yield from flat(self.layer)
 
     @property
     def has_experts(self) -> bool:
         return any(isinstance(part, Experts) and part.count == "experts" for part in self.parts())
 
 
-def _flat(parts: tuple[Part, ...]) -> Iterator[Mapped | Experts]:
+def flat(parts: tuple[Part, ...]) -> Iterator[Mapped | Experts]:
+    """All tensors of these, those of all alternatives too."""
     for part in parts:
         if isinstance(part, Choice):
             for alternative in part.alternatives:
-                yield from _flat(alternative)
+                yield from flat(alternative)
         elif isinstance(part, Mapped | Experts):
             yield part
 

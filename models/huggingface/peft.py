@@ -34,7 +34,7 @@ from qrun.models.huggingface.changes import scaled_by
 from qrun.models.huggingface.checkpoint import FILE_TYPES, read_config
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
-from qrun.models.huggingface.layout import Architecture, Experts
+from qrun.models.huggingface.layout import Architecture, Experts, Mapped, Stack, flat
 from qrun.models.huggingface.tensors import MappedTensor, Segment, dimensions, is_other_part, short_name
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Metadata
 
@@ -70,12 +70,13 @@ _MAX_OPEN = 3
 class Base:
     """The model that an adapter changes, as far as its tensors' names and the order of their rows go.
 
-    heads: of queries and of keys, of each layer.
+    heads: of queries and of keys, of each layer. counts: how many layers there are of each stack, by `Stack.count`.
     """
 
     architecture: Architecture
     heads: Mapping[str, tuple[int, ...]]
     n_experts: int
+    counts: Mapping[str, int]
 
     @classmethod
     def of_folder(cls, folder: Path) -> Base:
@@ -83,7 +84,7 @@ class Base:
         architecture, config = read_config(folder)
         sizes = dimensions(config, architecture)
         heads = {key: (sizes[key],) * sizes["layers"] for key in ("heads", "kv_heads")}
-        return cls(architecture, heads, sizes["experts"])
+        return cls(architecture, heads, sizes["experts"], sizes)
 
     @classmethod
     def of_file(cls, file: TensorFile[Described]) -> Base:
@@ -93,9 +94,11 @@ class Base:
         heads = metadata.per_layer("attention.head_count", n_layer, high=MAX_HEADS)
         kv_heads = metadata.per_layer("attention.head_count_kv", n_layer, default=heads, high=MAX_HEADS)
         n_experts = metadata.integer("expert_count", 0, low=0, high=MAX_EXPERTS)
+        n_decoder = metadata.integer("decoder_block_count", 0, low=0, high=MAX_LAYERS) or n_layer
+        counts = {"layers": n_layer, "decoder_layers": n_decoder}
         for architecture in ARCHITECTURES.values():
             if architecture.name == metadata.architecture and architecture.has_experts == bool(n_experts):
-                return cls(architecture, {"heads": heads, "kv_heads": kv_heads}, n_experts)
+                return cls(architecture, {"heads": heads, "kv_heads": kv_heads}, n_experts, counts)
         raise FormatError(file.path, f"adapters for the architecture {quote(metadata.architecture)} are not supported")
 
     def targets(self) -> dict[str, _Target]:
@@ -108,10 +111,10 @@ class Base:
         if architecture.head_change is None:
             found[architecture.head] = _Target(HEAD)
         unsure: set[str] = set()  # which tensor they become depends on what else there is
-        for layer in range(len(self.heads["heads"])):
-            for part in architecture.parts():
-                name = f"blk.{layer}.{part.gguf}"
-                module = f"{architecture.layers}.{layer}.{part.hf}".removesuffix(".weight")
+        for layer, hf, gguf, parts in self._layers():
+            for part in parts:
+                name = f"{gguf}.{layer}.{part.gguf}"
+                module = f"{hf}.{layer}.{part.hf}".removesuffix(".weight")
                 if isinstance(part, Experts):
                     for expert in range(self.n_experts if part.count == "experts" else 0):
                         found[module.format(expert)] = _Target(name, expert=expert)
@@ -120,6 +123,15 @@ class Base:
                     if found.setdefault(module, target) != target:
                         unsure.add(module)
         return {module: target for module, target in found.items() if module not in unsure}
+
+    def _layers(self) -> Iterator[tuple[int, str, str, list[Mapped | Experts]]]:
+        """Each layer's number, what names begin with on both sides, and its tensors."""
+        architecture = self.architecture
+        own = Stack(architecture.layers, "blk", architecture.layer, "")
+        for stack in (own, *architecture.stacks):
+            parts = list(flat(stack.layer))
+            for layer in range(self.counts[stack.count] if stack.count else len(self.heads["heads"])):
+                yield layer, stack.hf, stack.gguf, parts
 
 
 @dataclass(frozen=True)

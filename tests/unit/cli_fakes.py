@@ -72,7 +72,7 @@ def make_model(context: int = 200, **metadata: Any) -> Model:
     reader = SimpleNamespace(
         metadata={"general.sampling.temp": 0.0, **metadata}, tensors={}, files=(), close=lambda: None
     )
-    graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context, 0)
+    graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context)
     model = Model(Path("fake.gguf"), reader, graph, runtime, ChatTokenizer())  # type: ignore[arg-type]
     model.chat_template = Template()  # type: ignore[assignment]
     return model

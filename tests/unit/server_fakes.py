@@ -68,7 +68,7 @@ def make_model(
         metadata={"general.sampling.temp": 0.0, "tokenizer.chat_template": template, **(metadata or {})},
         tensors={}, files=(), close=lambda: None, path=Path(name),
     )  # fmt: skip
-    graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context, 0)
+    graph = Graph("fake", [], Value(0, runtime.n_vocab), [], runtime.n_vocab, 1, context)
     tokenizer: Any = LetterTokenizer()
     model = Model(Path(name), reader, graph, runtime, tokenizer)  # type: ignore[arg-type]
     model.chat_template = ChatTemplate(template, tokenizer)

@@ -85,7 +85,7 @@ def test_a_changed_matrix_is_w_plus_b_a(rng: np.random.Generator, type: TensorTy
         G.SelectRows(y, x),
         G.Linear(out, y, weight("output.weight", matrix), None),
     ]
-    graph = G.Graph("llama", operations, out, [], rows, width, 64, 0)
+    graph = G.Graph("llama", operations, out, [], rows, width, 64)
     for rank in RANKS:
         path = write_adapter(
             tmp_path / "adapter.gguf",
@@ -136,7 +136,7 @@ def test_only_the_changes_of_chosen_experts_count(rng: np.random.Generator) -> N
         changes=tuple(changes),
     )  # fmt: skip
     operations: list[G.Operation] = [G.Embed(x, weight("e", 50, width), 8.0), moe, G.SelectRows(out, y)]
-    graph = G.Graph("test", operations, out, [], width, width, 64, 0)
+    graph = G.Graph("test", operations, out, [], width, width, 64)
     runtime = Runtime(graph, threads=2, context=64)
     for count in (1, 7, 40):
         tokens = rng.integers(0, 50, count)

