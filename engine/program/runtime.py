@@ -140,11 +140,11 @@ class Runtime:
         return KVSequence(self._layout, self._pools, self.context, self._pages_lock, StateBlocks(self._blocks))
 
     def progress(self, sequence: KVSequence) -> int:
-        """How many positions of the sequence have been computed; also while a batch of it is under way, from any
-        thread: then with the part of the batch that corresponds to the work done."""
+        """How many positions of the sequence have been computed, with those of its source; also while a batch of it is
+        under way, from any thread: then with the part of the batch that corresponds to the work done."""
         under_way = self._under_way
         reached = under_way[1] if under_way is not None and under_way[0] is sequence else 0
-        return max(sequence.n_past, int(reached))
+        return max(sequence.n_source_read + sequence.n_past, int(reached))
 
     def evaluate(
         self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
@@ -238,6 +238,15 @@ class Runtime:
             for part in parts:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    def read_source(self, sequence: KVSequence, cancelled: Callable[[], bool] | None = None) -> None:
+        """Read what a sequence answers, if that has not been done: the first step with it does so otherwise. Errors are
+        those of `evaluate`; then nothing of it is kept."""
+        with self._lock:
+            if self._team is None:
+                raise ValueError("this model is closed")
+            if sequence.source and not sequence.source_read:
+                self._read_source(sequence, cancelled)
 
     def infill(
         self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None,
@@ -400,13 +409,16 @@ class Runtime:
         """Leave keys and values of what a sequence answers in the cache."""
         assert self._encoder is not None and sequence.n_past == 0
         ids = self._checked(sequence.source)
-        sequence.reserve_source()
-        rows = self._step.fill([(sequence, ids)])
         try:
+            sequence.reserve_source()
+            rows = self._step.fill([(sequence, ids)])
             self._run_pieces(self._encoder, self._encoder.whole, rows, cancelled, sequence)
+            sequence.keep_source()
+        except BaseException:
+            sequence.drop_source()
+            raise
         finally:
             self._under_way = None
-        sequence.keep_source()
 
     def _run_pieces(
         self, program: Program, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
@@ -414,6 +426,7 @@ class Runtime:
     ) -> None:  # fmt: skip
         """Run all operations, on that many rows. sequence: that whose next positions the rows are, for `progress`."""
         assert self._team is not None
+        done = sequence.n_source_read + sequence.n_past if sequence is not None else 0
         start, magnitude = 0, rows.bit_length()
         while start < len(operations):
             if cancelled is not None and cancelled():
@@ -428,7 +441,7 @@ class Runtime:
             self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
             start = end
             if sequence is not None:
-                self._under_way = (sequence, sequence.n_past + rows * start / len(operations))
+                self._under_way = (sequence, done + rows * start / len(operations))
 
 
 class _Step:
