@@ -36,6 +36,7 @@ HEAD_ROWS = 16
 # signals (Ctrl-C), and others learn how far it has come.
 PIECE_SECONDS = 0.1
 FIRST_PIECE = 4  # operations, while it is not known how long they take
+FIRST_TILES = 16  # of an attention, while it is not known how long they take
 AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear ones have their share
 
 Tap = Callable[[int, NDArray[np.int64], NDArray[np.float32]], None]
@@ -428,20 +429,46 @@ class Runtime:
         assert self._team is not None
         done = sequence.n_source_read + sequence.n_past if sequence is not None else 0
         start, magnitude = 0, rows.bit_length()
+        # Of more rows than a batch has at most, which see each other, an attention alone can take long.
+        long = program.attentions if rows > R.MAX_COLUMNS and operations is not program.head else frozenset[int]()
         while start < len(operations):
             if cancelled is not None and cancelled():
                 raise GenerationCancelled("evaluation was cancelled")
-            seconds = self._seconds.get(magnitude)
-            count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
-            end = program.piece(operations, start, count)
-            begin = time.perf_counter()
-            self._team.run(operations[start:end], self._step.record)
-            taken = (time.perf_counter() - begin) / (end - start)
-            before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
-            self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
+            if start in long:
+                end = start + 1
+                self._run_attention(operations[start:end], cancelled)
+            else:
+                seconds = self._seconds.get(magnitude)
+                count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
+                end = min([program.piece(operations, start, count), *(index for index in long if index > start)])
+                begin = time.perf_counter()
+                self._team.run(operations[start:end], self._step.record)
+                taken = (time.perf_counter() - begin) / (end - start)
+                before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
+                self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
             start = end
             if sequence is not None:
                 self._under_way = (sequence, done + rows * start / len(operations))
+
+
+    def _run_attention(self, operation: NDArray[np.int64], cancelled: Callable[[], bool] | None) -> None:
+        """Run an attention, some tiles at a time."""
+        assert self._team is not None
+        record = self._step.record
+        tiles, n_tiles = int(record[R.TILES // 8]), int(record[R.N_TILES // 8])
+        done, count = 0, FIRST_TILES
+        try:
+            while done < n_tiles:
+                if cancelled is not None and cancelled():
+                    raise GenerationCancelled("evaluation was cancelled")
+                count = min(count, n_tiles - done)
+                record[R.TILES // 8], record[R.N_TILES // 8] = tiles + done * R.TILE_BYTES, count
+                begin = time.perf_counter()
+                self._team.run(operation, record)
+                done += count
+                count = max(int(count * PIECE_SECONDS / max(time.perf_counter() - begin, 1e-9)), 1)
+        finally:
+            record[R.TILES // 8], record[R.N_TILES // 8] = tiles, n_tiles
 
 
 class _Step:

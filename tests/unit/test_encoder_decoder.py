@@ -19,8 +19,10 @@ from tiny_t5 import write_t5
 
 from qrun.cli.main import cli
 from qrun.engine import ContextOverflow, Conversation, Model
+from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation import session_file
 from qrun.engine.generation.generation import Generation
+from qrun.engine.kernels import records as R
 from qrun.engine.program.kv_cache import KVSequence
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import FormatError, GGUFReader
@@ -91,6 +93,37 @@ def test_long_texts_have_the_logits_of_the_plain_forward_pass(name: str, rng: np
     sequence.answer(tuple(source))
     result = runtime.evaluate(sequence, answer, "all")
     runtime.close()
+    assert result is not None and error(result, forward(graph, answer, source)) <= 1e-8
+
+
+def test_a_long_source_can_be_cancelled_within_an_attention(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    graph = build_graph(sketched(load()["t5-dense"]), 700)
+    source, answer = rng.integers(3, 120, 650).tolist(), [0, 5, 6]
+    runtime = Runtime(graph, threads=1, context=700)
+    team = runtime._team
+    assert team is not None and runtime._encoder is not None
+    attentions = {runtime._encoder.whole[index].ctypes.data for index in runtime._encoder.attentions}
+    run = team.run
+    tiles: list[int] = []
+
+    def noted(operations: np.ndarray, step: np.ndarray) -> None:
+        if operations.ctypes.data in attentions:
+            assert len(operations) == 1
+            tiles.append(int(step[R.N_TILES // 8]))
+        run(operations, step)
+
+    monkeypatch.setattr(team, "run", noted)
+    sequence = runtime.sequence()
+    sequence.answer(tuple(source))
+    with pytest.raises(GenerationCancelled):
+        runtime.read_source(sequence, lambda: len(tiles) == 1)
+    assert len(tiles) == 1 and not sequence.source_read and runtime.cache_bytes == 0
+    tiles.clear()
+    result = runtime.evaluate(sequence, answer, "all")
+    runtime.close()
+    assert sum(tiles) == len(attentions) * -(-len(source) // R.TILE_SIZE) and len(tiles) > len(attentions)
     assert result is not None and error(result, forward(graph, answer, source)) <= 1e-8
 
 
