@@ -18,7 +18,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     """Token ids of an answer, from the token with which answers begin on, to logits; with the graph of the encoder."""
     n_layer = metadata.integer("decoder_block_count", 0, low=0, high=MAX_LAYERS) or h.n_layer
     blocks = [min(layer, h.n_layer - 1) for layer in range(n_layer)]  # whose sizes a layer has
-    text = [replace(h.cache_layer(block), precise=True) for block in blocks]
+    text = [replace(h.cache_layer(block), causal=True, precise=True) for block in blocks]
     encoder = builder.beside()
     rows = encoder.rms_norm(encode(encoder, h, "encoder"), "enc.output_norm", h.rms_eps)
     of_source = [keep(encoder, rows, layer, source_layer(h, blocks[layer], "source")) for layer in range(n_layer)]

@@ -172,7 +172,7 @@ class Generation(Iterator[Piece]):
             raise RuntimeError("this generation is being read by another thread")
         try:
             piece = self._read()
-            if self._reason is not None:
+            if self._reason is not None and (self._task is None or not self._task.held):
                 self._end()
             if piece is None:
                 raise StopIteration
@@ -265,9 +265,8 @@ class Generation(Iterator[Piece]):
     def prompt_progress(self) -> tuple[int, int]:
         """Tokens of the prompt that the session holds, and all of them. It grows while another thread evaluates.
         A text that `on_full` shortened takes the prompt's place."""
-        computed = self._cache.n_source_read + self._cache.n_computed
         total = len(self._source) + len(self._prompt)
-        return min(computed, total), total
+        return min(self._cache.n_computed, total), total
 
     @property
     def stats(self) -> GenerationStats:

@@ -50,11 +50,14 @@ class Prefixes:
 
     def keep(self, cache: TokenCache, *, written: bool = False) -> None:
         """Nobody uses this cache any more. written: the disk has it."""
+        if not cache.tokens and not cache.n_source_read:
+            _close(cache)  # its prompt was not read
+            return
         with self._lock:
             self._known.add(cache)
             self._kept.pop(cache, None)
             self._kept[cache] = time.monotonic()
-            if self.disk is not None and not written:
+            if self.disk is not None and not written and not cache.source:
                 self._unwritten.add(cache)
                 self._wake_writer()
         self.trim()

@@ -40,6 +40,7 @@ SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that 
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
+_LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long the next will take
 
 
@@ -102,7 +103,8 @@ class Task:
 
     def __init__(self, scheduler: Scheduler, generation: Sharing, ahead: int, sink: Sink | None) -> None:
         self._scheduler = scheduler
-        # Whoever reads holds the generation; when nobody does any more, it need not go on.
+        # Whoever reads holds the generation; when nobody does any more, it need not go on. One with a sink is held, and
+        # one whose reader has left before the scheduler let go of it.
         self.generation = weakref.ref(generation)
         self._held = generation if sink is not None else None
         self.ahead, self.sink = ahead, sink
@@ -122,6 +124,11 @@ class Task:
         self.ready = threading.Condition(scheduler.lock)
 
     @property
+    def held(self) -> bool:
+        """Is the scheduler to end the generation?"""
+        return self._held is not None
+
+    @property
     def unread(self) -> bool:
         """Are there pieces that nobody has read?"""
         return bool(self.pieces) or not self.over
@@ -133,18 +140,27 @@ class Task:
 
     @property
     def left(self) -> int:
-        """Tokens of the prompt that have not been read."""
-        return len(self.prompt) - len(self.cache.tokens)
+        """Tokens of the prompt that have not been read, and of what it answers."""
+        return self.source_left + len(self.prompt) - len(self.cache.tokens)
+
+    @property
+    def source_left(self) -> int:
+        """Tokens of the source that have not been read."""
+        return len(self.source) - (self.cache.n_source_read if self.cache.source == self.source else 0)
 
     def read(self) -> Piece | None:
         """The next piece, when there is one; None after the last. What was computed ahead of a reader who cancels is
-        dropped."""
+        dropped, and where the step under way takes long, it is not waited for."""
         generation = self.generation()
         with self._scheduler.lock:
             while not self.pieces and not self.over:
-                self.ready.wait()
-            if generation is not None and generation.cancelled and self.pieces:
+                cancelled = generation is not None and generation.cancelled
+                if not self.ready.wait(_LEAVE_SECONDS if cancelled else None):
+                    break
+            if generation is not None and generation.cancelled and (self.pieces or not self.over):
                 self.pieces.clear()
+                if not self.over:
+                    self._held = generation
                 generation._reason, self.over = "cancelled", True
             if self.pieces:
                 piece = self.pieces.popleft()
@@ -157,9 +173,10 @@ class Task:
         return None
 
     def wake(self) -> None:
-        """Its generation was cancelled: the scheduler should look."""
+        """Its generation was cancelled: the scheduler should look, and its reader."""
         with self._scheduler.lock:
             self._scheduler.changed.notify()
+            self.ready.notify_all()
 
 
 class Scheduler:
@@ -269,7 +286,12 @@ class Scheduler:
         return found
 
     def _step(self, tasks: Sequence[tuple[Task, Sharing]]) -> None:
-        """Compute one step, and hand out what came of it."""
+        """Compute one step, and hand out what came of it. Those who were cancelled need not wait for it."""
+        gone = [(task, generation) for task, generation in tasks if generation.cancelled]
+        self._deliver([(task, generation, generation._drain()) for task, generation in gone])
+        tasks = [pair for pair in tasks if pair not in gone]
+        if not tasks:
+            return
         locked: list[tuple[Task, Sharing]] = []
         refused: list[tuple[Task, Sharing, list[Piece]]] = []
         try:
@@ -298,11 +320,10 @@ class Scheduler:
     def _deliver(self, results: Sequence[tuple[Task, Sharing, list[Piece]]]) -> None:
         sinks: dict[int, Sink] = {}
         for task, generation, pieces in results:
-            over = generation._reason is not None
             with self.lock:
-                task.over = over
-                if task.sink is None:
+                if task.sink is None and not task.over:  # else its reader has left
                     task.pieces += pieces
+                task.over = over = generation._reason is not None
                 if over:
                     self._tasks.remove(task)
                     self._live.discard(generation)
@@ -369,6 +390,10 @@ class Scheduler:
             count = min(room, room_for_long) if task.long else room
             if count <= 0:
                 continue
+            if n_source := task.source_left:  # read as a whole, before the step: its first row is one of the next
+                room, room_for_long = room - n_source, room_for_long - n_source
+                self._read_source(task, generation)
+                continue
             start = len(task.cache.tokens)
             end = min(task.marks[0] if task.marks else len(task.prompt), start + count)
             plan(task, generation, task.prompt[start:end])
@@ -381,6 +406,15 @@ class Scheduler:
         self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds)
         for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
             self._take(task, generation, tokens, guesser, logits, seconds)
+
+    def _read_source(self, task: Task, generation: Sharing) -> None:
+        """Read what a task's prompt answers, unless it is cancelled meanwhile."""
+        try:
+            self._runtime.read_source(task.cache.sequence, lambda: generation.cancelled)
+        except GenerationCancelled:
+            pass
+        except Exception as error:  # of this one alone
+            _fail(task, generation, error)
 
     def _take(
         self, task: Task, generation: Sharing, tokens: list[int], guesser: Guesser | None, logits: np.ndarray,
@@ -464,9 +498,11 @@ def _fail(task: Task, generation: Sharing, error: BaseException) -> None:
 
 
 def _ahead_of(task: Task, other: Task) -> bool:
-    """Is another task reading what this one's prompt begins with, and has more of it to come?"""
+    """Is another task reading what this one's prompt answers or begins with, and has more of it to come?"""
     if task.adapters != other.adapters or task.source != other.source:
         return False
+    if other.source_left:
+        return task.source_left > 0
     wanted = task.prompt[:-1]
     alike = common_prefix(wanted, other.prompt)
     if alike < WORTH_WAITING or len(other.cache.tokens) >= alike:

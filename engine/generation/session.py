@@ -282,6 +282,8 @@ class Session:
             sequence.restore(saved.state)
             if sequence.n_past != len(tokens):
                 raise ValueError(f"it has {len(tokens)} tokens and a cache of {sequence.n_past}")
+            if sequence.source:
+                check_tokens(sequence.source, runtime.n_vocab, self.context)
             self._take_over(None)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             sequence.close()

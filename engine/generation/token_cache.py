@@ -88,8 +88,9 @@ class TokenCache:
         return sorted(marks)
 
     def forget(self) -> None:
-        """Hold nothing."""
+        """Hold nothing, and answer nothing."""
         self.sequence.truncate(0)
+        self.sequence.answer(())
         self.tokens.clear()
 
     def took(self, tokens: Sequence[int]) -> None:
@@ -126,13 +127,12 @@ class TokenCache:
     @property
     def n_source_read(self) -> int:
         """How many tokens of the source need not be read any more."""
-        return len(self.source) if self.sequence.source_read else 0
+        return self.sequence.n_source_read
 
     def use(self, adapters: "Chosen", source: tuple[int, ...] = ()) -> None:
         """Change the model by these, and answer this, from now on; what was computed otherwise is forgotten."""
         if adapters != self.sequence.adapters:
             self.forget()
-            self.sequence.answer(())
             self.sequence.adapters = adapters
         if source != self.source:
             self.forget()
@@ -145,7 +145,7 @@ class TokenCache:
 
     @property
     def n_computed(self) -> int:
-        """How many tokens have been computed, also while an evaluation is under way in another thread."""
+        """How many tokens have been computed, with those of the source, also while another thread evaluates."""
         return self._runtime.progress(self.sequence)
 
     def advance(self, token: int, cancelled: Callable[[], bool]) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -214,10 +214,18 @@ class KVSequence:
     @_locked
     def keep_source(self) -> None:
         """The source has been read: what only its encoder needs goes."""
-        for group in self.layout.groups_of("encoder"):
-            for index in list(self._pages[group]):
-                self._drop(group, index)
+        self._drop_all_of(self.layout.groups_of("encoder"))
         self.source_read = True
+
+    @_locked
+    def drop_source(self) -> None:
+        """The source could not be read: the room for it is given back."""
+        self._drop_all_of(self._of_source)
+
+    @property
+    def n_source_read(self) -> int:
+        """How many tokens of the source need not be read any more."""
+        return len(self.source) if self.source_read else 0
 
     @_locked
     def advance(self, count: int) -> None:
@@ -331,6 +339,8 @@ class KVSequence:
         source = np.asarray(state.get("source", np.empty(0, np.int64)))
         if source.ndim != 1 or source.dtype != np.int64 or len(source) > self.context:
             raise ValueError("the saved state has a source that is none")
+        if len(source) and not self._of_source:
+            raise ValueError("the saved state has a source, and the model no encoder")
         for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
             n_held = {"text": n_past, "source": len(source), "encoder": 0}[self.layout.sides[group]]
@@ -364,11 +374,14 @@ class KVSequence:
         self._closed = True
 
     def _clear(self) -> None:
-        for group in range(len(self.pools)):
-            for index in list(self._pages[group]):
-                self._drop(group, index)
+        self._drop_all_of(range(len(self.pools)))
         self.source_read = False
         self.states.clear()
+
+    def _drop_all_of(self, groups: Iterable[int]) -> None:
+        for group in groups:
+            for index in list(self._pages[group]):
+                self._drop(group, index)
 
     def _put(self, group: int, index: int, page: Page) -> None:
         self._pages[group][index] = page

@@ -70,6 +70,11 @@ class Program:
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
+        self.attentions = frozenset(
+            i for i, record in enumerate(self.records)
+            if record.kernel.partition("-")[0] == "attention" and record.barrier and (not i or i in self._ends)
+        )  # fmt: skip
+        """The attentions, by their places in `whole`, that no other operation runs beside."""
         self.logits = self._view(lowering.logits, lowering.head_rows)
         self.hidden_of_all_rows = hidden_of_all_rows(lowering.graph)
         hidden_rows = lowering.batch if self.hidden_of_all_rows else lowering.head_rows

@@ -36,6 +36,7 @@ HEAD_ROWS = 16
 # signals (Ctrl-C), and others learn how far it has come.
 PIECE_SECONDS = 0.1
 FIRST_PIECE = 4  # operations, while it is not known how long they take
+FIRST_TILES = 16  # of an attention, while it is not known how long they take
 AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear ones have their share
 
 Tap = Callable[[int, NDArray[np.int64], NDArray[np.float32]], None]
@@ -140,11 +141,11 @@ class Runtime:
         return KVSequence(self._layout, self._pools, self.context, self._pages_lock, StateBlocks(self._blocks))
 
     def progress(self, sequence: KVSequence) -> int:
-        """How many positions of the sequence have been computed; also while a batch of it is under way, from any
-        thread: then with the part of the batch that corresponds to the work done."""
+        """How many positions of the sequence have been computed, with those of its source; also while a batch of it is
+        under way, from any thread: then with the part of the batch that corresponds to the work done."""
         under_way = self._under_way
         reached = under_way[1] if under_way is not None and under_way[0] is sequence else 0
-        return max(sequence.n_past, int(reached))
+        return max(sequence.n_source_read + sequence.n_past, int(reached))
 
     def evaluate(
         self, sequence: KVSequence, tokens: Sequence[int] | NDArray[np.integer],
@@ -238,6 +239,15 @@ class Runtime:
             for part in parts:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    def read_source(self, sequence: KVSequence, cancelled: Callable[[], bool] | None = None) -> None:
+        """Read what a sequence answers, if that has not been done: the first step with it does so otherwise. Errors are
+        those of `evaluate`; then nothing of it is kept."""
+        with self._lock:
+            if self._team is None:
+                raise ValueError("this model is closed")
+            if sequence.source and not sequence.source_read:
+                self._read_source(sequence, cancelled)
 
     def infill(
         self, tokens: NDArray[np.int64], rows: Sequence[int], cancelled: Callable[[], bool] | None = None,
@@ -400,13 +410,16 @@ class Runtime:
         """Leave keys and values of what a sequence answers in the cache."""
         assert self._encoder is not None and sequence.n_past == 0
         ids = self._checked(sequence.source)
-        sequence.reserve_source()
-        rows = self._step.fill([(sequence, ids)])
         try:
+            sequence.reserve_source()
+            rows = self._step.fill([(sequence, ids)])
             self._run_pieces(self._encoder, self._encoder.whole, rows, cancelled, sequence)
+            sequence.keep_source()
+        except BaseException:
+            sequence.drop_source()
+            raise
         finally:
             self._under_way = None
-        sequence.keep_source()
 
     def _run_pieces(
         self, program: Program, operations: NDArray[np.int64], rows: int, cancelled: Callable[[], bool] | None,
@@ -414,21 +427,48 @@ class Runtime:
     ) -> None:  # fmt: skip
         """Run all operations, on that many rows. sequence: that whose next positions the rows are, for `progress`."""
         assert self._team is not None
+        done = sequence.n_source_read + sequence.n_past if sequence is not None else 0
         start, magnitude = 0, rows.bit_length()
+        # Of more rows than a batch has at most, which see each other, an attention alone can take long.
+        long = program.attentions if rows > R.MAX_COLUMNS and operations is not program.head else frozenset[int]()
         while start < len(operations):
             if cancelled is not None and cancelled():
                 raise GenerationCancelled("evaluation was cancelled")
-            seconds = self._seconds.get(magnitude)
-            count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
-            end = program.piece(operations, start, count)
-            begin = time.perf_counter()
-            self._team.run(operations[start:end], self._step.record)
-            taken = (time.perf_counter() - begin) / (end - start)
-            before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
-            self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
+            if start in long:
+                end = start + 1
+                self._run_attention(operations[start:end], cancelled)
+            else:
+                seconds = self._seconds.get(magnitude)
+                count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
+                end = min([program.piece(operations, start, count), *(index for index in long if index > start)])
+                begin = time.perf_counter()
+                self._team.run(operations[start:end], self._step.record)
+                taken = (time.perf_counter() - begin) / (end - start)
+                before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
+                self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
             start = end
             if sequence is not None:
-                self._under_way = (sequence, sequence.n_past + rows * start / len(operations))
+                self._under_way = (sequence, done + rows * start / len(operations))
+
+
+    def _run_attention(self, operation: NDArray[np.int64], cancelled: Callable[[], bool] | None) -> None:
+        """Run an attention, some tiles at a time."""
+        assert self._team is not None
+        record = self._step.record
+        tiles, n_tiles = int(record[R.TILES // 8]), int(record[R.N_TILES // 8])
+        done, count = 0, FIRST_TILES
+        try:
+            while done < n_tiles:
+                if cancelled is not None and cancelled():
+                    raise GenerationCancelled("evaluation was cancelled")
+                count = min(count, n_tiles - done)
+                record[R.TILES // 8], record[R.N_TILES // 8] = tiles + done * R.TILE_BYTES, count
+                begin = time.perf_counter()
+                self._team.run(operation, record)
+                done += count
+                count = max(int(count * PIECE_SECONDS / max(time.perf_counter() - begin, 1e-9)), 1)
+        finally:
+            record[R.TILES // 8], record[R.N_TILES // 8] = tiles, n_tiles
 
 
 class _Step:

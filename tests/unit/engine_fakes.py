@@ -79,10 +79,9 @@ class FakeSequence:
     """Tokens stand for their keys and values. With a window, what was given back cannot be returned to."""
 
     keeps_state = has_windows = source_read = False
-    source: tuple[int, ...] = ()
     adapters: tuple[tuple[int, float], ...] = ()
     source: tuple[int, ...] = ()
-    source_read = False
+    n_source_read = 0
 
     def __init__(self, runtime: FakeRuntime, held: Sequence[int] = ()) -> None:
         self.runtime = runtime
@@ -100,6 +99,9 @@ class FakeSequence:
 
     def mark(self) -> None:
         pass
+
+    def answer(self, source: tuple[int, ...]) -> None:
+        assert not source
 
     def returns_to(self, n: int) -> int:
         if self.runtime.window is not None and n < len(self.held) - self.runtime.window:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine import Model, keep_newest
+from qrun.engine import Model, Session, keep_newest
 from qrun.engine.generation import asynchronous
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
@@ -322,6 +322,69 @@ def test_who_drops_a_generation_holds_nobody_up(model: Model, rng: np.random.Gen
     assert list(third) == [] and third.stop_reason == "cancelled"
     del second, third
     wait_for_the_thread_to_end(model)
+
+
+def test_who_cancels_does_not_wait_for_a_long_step(
+    model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(rng, model, 3)
+    first, *others = (model.generate(prompt, max_tokens=40, temperature=0) for prompt in asked)
+    collector, steps = Collector(), model._runtime.step
+    for other in others:
+        other.start(collector)
+    next(first)
+    gate, under_way = threading.Event(), threading.Event()
+
+    def long_step(*arguments: Any) -> Any:
+        under_way.set()
+        assert gate.wait(60)
+        return steps(*arguments)
+
+    monkeypatch.setattr(model._runtime, "step", long_step)
+    rest: list[Piece] = []
+    over = threading.Event()
+    session = first.session
+    assert isinstance(session, Session)
+
+    def read() -> None:
+        rest.extend(first)
+        over.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert under_way.wait(60)
+    first.cancel()
+    assert over.wait(30)  # while the step goes on
+    assert first.stop_reason == "cancelled" and not session.closed  # its cache is at work
+    n_tokens = len(first.tokens)
+    gate.set()
+    for _ in others:
+        assert collector.ended.acquire(timeout=20)
+    reader.join()
+    assert [one.tokens for one in others] == [alone(prompt, max_tokens=40, temperature=0) for prompt in asked[1:]]
+    wait_for_the_thread_to_end(model)
+    assert session.closed and len(first.tokens) == n_tokens and list(first) == []
+
+
+def test_who_was_cancelled_hears_of_it_before_the_next_step(
+    model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (model.generate(prompt, max_tokens=40, temperature=0) for prompt in prompts(rng, model, 2))
+    collector, step = Collector(), model._runtime.step
+    reasons: list[str | None] = []
+
+    def cancelling(*arguments: Any) -> Any:
+        reasons.append(second.stop_reason)
+        if len(reasons) == 10:  # it comes while this step is computed, and goes
+            second.start(collector)
+            second.cancel()
+        return step(*arguments)
+
+    monkeypatch.setattr(model._runtime, "step", cancelling)
+    first.start(collector)
+    for _ in range(2):
+        assert collector.ended.acquire(timeout=20)
+    assert reasons[:11] == [None] * 10 + ["cancelled"]
 
 
 def test_more_than_the_cache_holds_is_computed_again_to_the_same_bits(rng: np.random.Generator) -> None:
