@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qrun.engine.judging.tasks import Answers, Task
     from qrun.engine.quantize.convert import Plan
 
+# What to do where there is no room for the logits of the source.
+MORE_ROOM = "see --chunks, or set TMPDIR to another folder"
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 
 
@@ -138,7 +140,7 @@ def compare(
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
     with open(folder / "logits", "w+b") as logits:
-        score = write_logits(path, text, logits, threads, cache_type)
+        score = write_logits(path, text, logits, threads, cache_type, MORE_ROOM)
         measured = []
         for name, plan in plans:
             out = (keep or folder) / f"{path.stem}-{name.replace(' ', '-')}.gguf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,12 @@ def calibrated_plans(
     check_not_quantised(source, allow_requantize)
     found = read(path, source, texts, length=length, samples=samples, seed=1)
     say_samples(found)
-    with stage_bars() as stage:
+    with ExitStack() as stack:
+        stage = stack.enter_context(stage_bars())
         calibration = Calibration(
             source, found, folder, threads, allow_requantize, stage=stage, compiling=CompileProgress(), notice=notice
         )
-        calibration.prepare()
+        stack.enter_context(calibration.opened())
         imatrix = calibration.imatrix()
 
         def planned(choice: Choice) -> Plan:
