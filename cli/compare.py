@@ -15,7 +15,7 @@ import click
 from qrun.cli.against import score_against, write_logits
 from qrun.cli.comparison import Comparison, Measured
 from qrun.cli.console import echo
-from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
+from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, said_options, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.judging.scoring import Chunks
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What to do where there is no room for the logits of the source.
 MORE_ROOM = "see --chunks, or set TMPDIR to another folder"
+# Options that say nothing where there is no text to calibrate by.
+CALIBRATING = {"measures": "--measures", "samples": "--samples", "length": "--length"}
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 
 
@@ -91,8 +93,8 @@ def command(
         check_plot(plot)
     if texts and imatrix:
         raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
-    if measures and not texts:
-        raise click.UsageError("--measures goes with --calibrate.")
+    if not texts and (said := said_options(CALIBRATING)):
+        raise click.UsageError(f"{said[0]} goes with --calibrate.")
     names = list(dict.fromkeys(file_type_name(name) for name in types))
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")

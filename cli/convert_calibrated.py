@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names, Size
+from qrun.cli.options import Names, Size, said_options
 from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
@@ -82,13 +82,6 @@ class Wishes:
             raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
         if not self.texts and (said := said_options(CALIBRATING)):
             raise click.UsageError(f"{said[0]} goes with --calibrate.")
-
-
-def said_options(options: Mapping[str, str]) -> list[str]:
-    """Those of some options that were given, even as what they are by default: names by parameters."""
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
-    return [name for parameter, name in options.items() if context.get_parameter_source(parameter) != default]
 
 
 def calibration_options(function: Command) -> Command:

@@ -63,6 +63,10 @@ Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
 
 
+class TooSmall(ValueError):
+    """No file has so few bytes."""
+
+
 def silent(stage: str) -> Reporter:
     """Reports nothing."""
     return lambda done, total: None
@@ -368,7 +372,7 @@ class Calibration:
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
     ) -> Choice:
-        """The types that lose least in a file of so many bytes. Raises ValueError if no file is as small."""
+        """The types that lose least in a file of so many bytes. Raises TooSmall if no file is as small."""
         errors = self._errors(imatrix, types)
         kept = {name: tensor.type for name, tensor in self.source.tensors.items() if name not in errors}
         # The header says the types, in as many bytes whichever they are.
@@ -376,7 +380,7 @@ class Calibration:
         rest = self._bytes_of(kept, first, imatrix, metadata)
         rest -= sum(option.n_bytes for option in first.values())
         if (least := least_bytes(errors) + rest) > n_bytes:
-            raise ValueError(
+            raise TooSmall(
                 f"{self.source.path}: with these types the smallest file has {least} bytes, and {n_bytes} are asked for"
             )
         slopes = self.slopes(imatrix)
