@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from qrun.engine.judging.scoring import Chunks, Score
 
 
-def write_logits(path: Path, text: Chunks, out: IO[bytes], threads: int | None, cache_type: str) -> Score:
+def check_room(folder: Path, text: Chunks, n_vocab: int, more_room: str) -> None:
+    """Raises OSError if the logits of a text do not fit into a folder. more_room: what to do then."""
+    from qrun.cli.console import human_bytes
+
+    needed, free = len(text) * text.scored * n_vocab * 4, shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"{human_bytes(needed)} of logits, and {human_bytes(free)} are free"
+        raise OSError(f"{folder}: {len(text)} chunks take {sizes} ({more_room})")
+
+
+def write_logits(
+    path: Path, text: Chunks, out: IO[bytes], threads: int | None, cache_type: str, more_room: str
+) -> Score:
     """Keeps the logits by which a text is scored, one float32 [n_vocab] after the other: a model is run once, however
-    many are measured against it. Returns how well it predicts the text."""
-    from qrun.cli.console import human_bytes, step_bar
+    many are measured against it. Returns how well it predicts the text. more_room: what to do where there is none."""
+    from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
     from qrun.cli.perplexity import so_far
     from qrun.engine.judging.scoring import Score, scored_logits
@@ -25,12 +37,7 @@ def write_logits(path: Path, text: Chunks, out: IO[bytes], threads: int | None, 
         runtime = stack.enter_context(
             open_runtime(path, threads=threads, context=text.size, cache_type=cache_type)
         )
-        needed = len(text) * text.scored * runtime.n_vocab * 4
-        folder = Path(out.name).parent
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            sizes = f"{human_bytes(needed)} of logits, and {human_bytes(free)} are free"
-            raise OSError(f"{folder}: {len(text)} chunks take {sizes} (see --chunks, or set TMPDIR to another folder)")
+        check_room(Path(out.name).parent, text, runtime.n_vocab, more_room)
         progress = stack.enter_context(step_bar("source"))
         progress(0, len(text))
         for done, chunk in enumerate(text, 1):

@@ -15,13 +15,17 @@ import click
 from qrun.cli.against import score_against, write_logits
 from qrun.cli.comparison import Comparison, Measured
 from qrun.cli.console import echo
-from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, threads_option
+from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, said_options, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.judging.scoring import Chunks
     from qrun.engine.judging.tasks import Answers, Task
     from qrun.engine.quantize.convert import Plan
 
+# What to do where there is no room for the logits of the source.
+MORE_ROOM = "see --chunks, or set TMPDIR to another folder"
+# Options that say nothing where there is no text to calibrate by.
+CALIBRATING = {"measures": "--measures", "samples": "--samples", "length": "--length"}
 DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 
 
@@ -89,8 +93,8 @@ def command(
         check_plot(plot)
     if texts and imatrix:
         raise click.UsageError("--calibrate finds the importance itself: it does not go with --imatrix.")
-    if measures and not texts:
-        raise click.UsageError("--measures goes with --calibrate.")
+    if not texts and (said := said_options(CALIBRATING)):
+        raise click.UsageError(f"{said[0]} goes with --calibrate.")
     names = list(dict.fromkeys(file_type_name(name) for name in types))
     if COPY in names:
         raise ValueError("--types: COPY is no type to compare")
@@ -138,7 +142,7 @@ def compare(
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
     with open(folder / "logits", "w+b") as logits:
-        score = write_logits(path, text, logits, threads, cache_type)
+        score = write_logits(path, text, logits, threads, cache_type, MORE_ROOM)
         measured = []
         for name, plan in plans:
             out = (keep or folder) / f"{path.stem}-{name.replace(' ', '-')}.gguf"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,14 +14,14 @@ import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names, Size
+from qrun.cli.options import Names, Size, said_options
 from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
     from qrun.engine.judging.divergence import Divergence
     from qrun.engine.judging.scoring import Chunks
     from qrun.engine.quantize.calibrated import Calibration
-    from qrun.engine.quantize.convert import Metadata, Plan
+    from qrun.engine.quantize.convert import Metadata, Plan, Result
     from qrun.engine.quantize.imatrix import Imatrix
     from qrun.engine.quantize.mixes import Choice
     from qrun.engine.quantize.samples import Samples
@@ -33,6 +34,9 @@ METHODS = ("auto", "gptq", "awq", "both", "imatrix")
 # Options that say nothing where there is no text.
 CALIBRATING = {"keep": "--measures", "method": "--method", "samples": "--samples", "length": "--length",
                "seed": "--seed", "judge": "--judge"}  # fmt: skip
+
+# What to do where there is no room for the logits by which a result is judged.
+MORE_ROOM = "give fewer --samples, another folder as --measures, or --no-judge"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -78,13 +82,6 @@ class Wishes:
             raise click.UsageError("--candidates goes with --bpw, --size or --fit.")
         if not self.texts and (said := said_options(CALIBRATING)):
             raise click.UsageError(f"{said[0]} goes with --calibrate.")
-
-
-def said_options(options: Mapping[str, str]) -> list[str]:
-    """Those of some options that were given, even as what they are by default: names by parameters."""
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
-    return [name for parameter, name in options.items() if context.get_parameter_source(parameter) != default]
 
 
 def calibration_options(function: Command) -> Command:
@@ -137,74 +134,133 @@ def convert_calibrated(
     """Calibrates, converts, and judges. path: of the source. out: the result, or if it was not `named` the source,
     beside which it is to lie. merged: adapters, by which the source is more than what lies at `path`."""
     from qrun.cli.loading import find_original
-    from qrun.engine.quantize.calibrated import Calibration, check_not_quantised, nearest_mix
-    from qrun.engine.quantize.convert import plan
-    from qrun.formats.tensors import n_weights
-    from qrun.formats.whole_file import move_whole
+    from qrun.engine.quantize.calibrated import Calibration, check_not_quantised
+    from qrun.engine.quantize.convert import check_target, plan
 
     check_not_quantised(source, allow_requantize)
     if not named:
-        out = default_out(out, f"{label(wishes)}" if wishes.sized else choice.file_type)
+        out = default_out(out, label(wishes) if wishes.sized else choice.file_type)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
+    check_target(source, out)
     samples = read(path, source, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)
-    with stage_bars() as stage:
-        calibration = Calibration(
-            source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
-            stage=stage, compiling=CompileProgress(), notice=notice,
-            variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
-        )  # fmt: skip
-        if calibration.folder.is_dir():  # left by a run that was killed, perhaps while it wrote the result
-            remove_unfinished(out)
-        calibration.prepare()
-        imatrix = calibration.imatrix()
-        if wishes.sized:
-            budget = budget_of(wishes, source, calibration, imatrix, values)
-            types = candidates(wishes, 8 * budget / max(1, n_weights(source.tensors.values())))
-            choice = calibration.mix(imatrix, budget, types, values)
-    planned = plan(source, choice, imatrix=imatrix, allow_requantize=allow_requantize)
-    if dry_run:
-        show_plan(planned)
+    if dry_run and not wishes.sized:
+        show_plan(plan(source, choice, imatrix=unmeasured(source), allow_requantize=allow_requantize))
         return
-    plain = planned
+    calibration = Calibration(
+        source, samples, wishes.keep or Calibration.folder_for(out), threads, allow_requantize,
+        compiling=CompileProgress(), notice=notice, variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
+    )  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(calibration.opened())
+        if not wishes.keep:
+            stack.enter_context(saying_what_stays(calibration.folder))
+        remove_unfinished(out)  # of a run that was killed
+        with stage_bars() as stage:
+            choice, imatrix = measure(replace(calibration, stage=stage), wishes, choice, values)
+        planned = plan(source, choice, imatrix=imatrix, allow_requantize=allow_requantize)
+        if dry_run:
+            show_plan(planned)
+            return
+        # What the source is judged by; an adapter that is merged into it is in the working file alone.
+        reference = calibration.working if merged else find_original(str(path))
+        planned, result, judged = make(calibration, wishes, planned, imatrix, reference, out, values)
+        if not wishes.keep:
+            calibration.clean()
+    show_result(planned, result)
+    for line in judged:
+        echo(line)
+
+
+def measure(calibration: Calibration, wishes: Wishes, choice: Choice, values: Metadata) -> tuple[Choice, Imatrix]:
+    """The importance of inputs, and by it the types for the size that is wished for, if one is. Raises OSError if there
+    is no room for what the judging needs."""
+    from qrun.cli.against import check_room
+    from qrun.formats import GGUFReader
+    from qrun.formats.tensors import n_weights
+    from qrun.models import build_graph
+
+    if wishes.judge:
+        held_out, logits = calibration.samples.held_out, calibration.folder / "logits"
+        logits.unlink(missing_ok=True)
+        with GGUFReader(calibration.working) as reader:
+            n_vocab = build_graph(reader, held_out.size).n_vocab
+        check_room(calibration.folder, held_out, n_vocab, MORE_ROOM)
+    imatrix = calibration.imatrix()
+    if wishes.sized:
+        budget = budget_of(wishes, calibration.source, calibration, imatrix, values)
+        types = candidates(wishes, 8 * budget / max(1, n_weights(calibration.source.tensors.values())))
+        choice = calibration.mix(imatrix, budget, types, values)
+    return choice, imatrix
+
+
+def make(
+    calibration: Calibration, wishes: Wishes, plain: Plan, imatrix: Imatrix, reference: Path, out: Path,
+    values: Metadata,
+) -> tuple[Plan, Result, list[str]]:  # fmt: skip
+    """Rounds by the method that is wished for, and judges. `out` gets what is best once that is known. Returns its
+    plan, what was written, and the lines of a table."""
+    from qrun.engine.quantize.calibrated import nearest_mix
+    from qrun.engine.quantize.convert import plan
+    from qrun.formats.whole_file import move_whole
+
+    planned, threads, allow_requantize = plain, calibration.threads, calibration.allow_requantize
     with stage_bars() as stage:
         calibration = replace(calibration, stage=stage)
         rounding = calibration
         if wishes.method in ("awq", "both"):
             scaled = calibration.scaled(planned)
             importance = scaled.importance(imatrix)
-            planned = plan(scaled, choice, imatrix=importance, allow_requantize=allow_requantize)
+            planned = plan(scaled, plain.choice, imatrix=importance, allow_requantize=allow_requantize)
             if wishes.method == "both":
                 rounding = calibration.of_scaled(scaled)
         if wishes.method not in ("awq", "imatrix"):
             planned = rounding.rounded(planned)
     name = label(wishes) if wishes.sized else None
-    result = write(planned, out, threads, values, name)
+    made, beside, kept = (calibration.folder / file for file in ("result.gguf", "named.gguf", "logits"))
+    result = write(planned, made, threads, values, name)
     judged: list[str] = []
     if wishes.judge:
-        reference = calibration.working if merged else find_original(str(path))
-        beside = calibration.folder / "named.gguf"
-        with open(calibration.folder / "logits", "w+b") as logits:
-            judge = Judge(reference, samples.held_out, logits, threads)
-            rows = [judge.row(out.name, planned, out)]
+        with open(kept, "w+b") as logits:
+            judge = Judge(reference, calibration.samples.held_out, logits, threads)
+            rows = [judge.row(out.name, planned, made)]
             if wishes.method != "imatrix":
                 plainly = write(plain, beside, threads, values, name)
                 rows.append(judge.row("rounded plainly", plain, beside))
                 if wishes.method == "auto" and rows[1].loss < rows[0].loss:
                     notice("column by column more is lost here: weights are rounded each by itself")
-                    move_whole(beside, out)
-                    planned, result = plain, replace(plainly, paths=result.paths)
+                    move_whole(beside, made)
+                    planned, result = plain, plainly
                     rows = [replace(rows[1], name=out.name), replace(rows[0], name="column by column")]
-            if wishes.sized and (mix := nearest_mix(source, imatrix, planned.n_bytes, allow_requantize)):
+            if wishes.sized and (mix := nearest_mix(plain.source, imatrix, planned.n_bytes, allow_requantize)):
                 write(mix, beside, threads, (), mix.choice.file_type)
                 rows.append(judge.row(f"{mix.choice.file_type}, rounded plainly", mix, beside))
         judged = table(rows, judge.perplexity)
-    if not wishes.keep:
-        calibration.clean()
-    show_result(planned, result)
-    for line in judged:
-        echo(line)
+        beside.unlink(missing_ok=True)
+        kept.unlink()
+    move_whole(made, out)
+    return planned, replace(result, paths=[out]), judged
+
+
+def unmeasured(source: Source) -> Imatrix:
+    """An importance matrix that has all inputs alike. The types of a named mix depend only on whether there is one."""
+    import numpy as np
+
+    from qrun.engine.quantize.imatrix import Imatrix
+
+    sizes = {name: math.prod(tensor.shape[:-2]) * tensor.row for name, tensor in source.tensors.items()}
+    return Imatrix(source.path, {name: np.ones(size, np.float32) for name, size in sizes.items()})
+
+
+@contextmanager
+def saying_what_stays(folder: Path) -> Iterator[None]:
+    """Says at the end where the measures are, if they are there still."""
+    try:
+        yield
+    finally:
+        if folder.is_dir():
+            notice(f"what was measured stays in {folder}, for another run with this result: else remove it")
 
 
 def label(wishes: Wishes) -> str:
@@ -318,7 +374,7 @@ class Judge:
         from qrun.cli.against import write_logits
 
         self._text, self._logits, self._threads = text, logits, threads
-        self.perplexity = write_logits(reference, text, logits, threads, "f16").perplexity.value
+        self.perplexity = write_logits(reference, text, logits, threads, "f16", MORE_ROOM).perplexity.value
 
     def row(self, name: str, plan: Plan, file: Path) -> Judged:
         """Of the file of a plan."""

@@ -11,7 +11,8 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,10 +246,17 @@ class Size(click.ParamType):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
         unit = (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()) if found else 0
-        size = int(float(found[1]) * unit) if found else 0
-        if size < 1:
+        size = int(Decimal(found[1]) * unit) if found else 0
+        if not 1 <= size < 1 << 63:
             self.fail(f"{value!r} is no size such as 500M, 1.5GB or 20GiB", param, ctx)
         return size
+
+
+def said_options(options: Mapping[str, str]) -> list[str]:
+    """Those of some options that were given, even as what they are by default: names by parameters."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return [name for parameter, name in options.items() if context.get_parameter_source(parameter) != default]
 
 
 def loading_options(function: Command, *, named_loras: bool = False) -> Command:

@@ -1,12 +1,13 @@
 """Files that appear whole or not at all, and those that are for their owner alone."""
 
+import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EXDEV
-from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,14 +69,24 @@ def move_whole(source: Path, target: Path) -> None:
 
 def temporary_name(target: Path) -> Path:
     """What a file that will be `target` is called while it grows: beside it, so that it can be renamed."""
-    return target.with_name(f".{target.name[:60]}.{os.urandom(4).hex()}.part")
+    return target.with_name(f".{_short(target.name)}.{os.urandom(4).hex()}.part")
 
 
 def remove_unfinished(target: Path) -> None:
     """Removes what a process that was killed left of a file. Nobody may be writing it now."""
-    for path in target.parent.glob(f".{escape(target.name[:60])}.*.part"):
-        with suppress(OSError):
-            path.unlink()
+    target = Path(os.path.realpath(target))
+    part = re.compile(rf"\.{re.escape(_short(target.name))}\.[0-9a-f]{{8}}\.part")
+    for path in target.parent.iterdir():
+        if part.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for more: the same for no two files."""
+    if len(name) <= 60:
+        return name
+    return f"{name[:51]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
 @contextmanager

@@ -7,6 +7,8 @@ is measured, the importance matrix, and what each tensor's errors do. A run that
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -46,13 +48,23 @@ PROBE_SAMPLES = 4
 WORKING_TYPE = "Q8_0"
 # Of the second moments that are held at a time.
 MOMENT_BYTES = 1 << 30
-# All that lies in the folder.
-FILES = ("key", "working.gguf", "rounded.gguf", "imatrix.gguf", "slopes", "probing", "logits", "named.gguf")
+# Of the files in the folder, the one that says of what they are: it comes first and goes last.
+KEY = "key"
+# Those files, and what is left of one that was not completed.
+OWN = re.compile(
+    r"(working\.gguf|rounded\.gguf|imatrix\.gguf|slopes|probing|logits|result\.gguf|named\.gguf"
+    r"|(rounded|scales)-[0-9a-f]{8}-\d+)"
+)
+UNFINISHED = re.compile(rf"\.({KEY}|{OWN.pattern})\.[0-9a-f]{{8}}\.part")
 # A folder in it, of the model with scales.
 SCALED = "scaled"
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
+
+
+class TooSmall(ValueError):
+    """No file has so few bytes."""
 
 
 def silent(stage: str) -> Reporter:
@@ -103,15 +115,27 @@ class Calibration:
                 digest.update(part)
         return digest.hexdigest()[:16]
 
-    def prepare(self) -> None:
-        """The folder, with what an earlier run on the same left there, and is whole."""
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The folder, with what an earlier run on the same left there, and is whole; within it it is no other run's.
+        Raises ValueError if it is at work for another run, or holds what is not of this kind."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark = self.folder / "key"
-        if not mark.is_file() or mark.read_text("utf-8", "replace") != self.key:
+        with _locked(self.folder):
+            self._prepare()
+            yield
+
+    def _prepare(self) -> None:
+        mark = self.folder / KEY
+        key = mark.read_bytes() if mark.is_file() else None
+        theirs = key is None and any(not UNFINISHED.fullmatch(path.name) for path in self.folder.iterdir())
+        if theirs or (key is not None and not re.fullmatch(rb"[0-9a-f]{16}", key)):
+            raise ValueError(f"{self.folder}: other things than measures lie here: name a new folder, or an empty one")
+        for path in self.folder.iterdir():
+            if UNFINISHED.fullmatch(path.name):
+                path.unlink()
+        if key != self.key.encode():
             self._remove()
-            mark.write_text(self.key)
-        for path in self.folder.glob(".*.part"):  # files that a run that was killed had not completed
-            path.unlink(missing_ok=True)
+            write_whole(mark, self.key)
         probing = self.folder / "probing"
         if probing.exists():  # a run that was killed may have left a tensor rounded
             (self.folder / "working.gguf").unlink(missing_ok=True)
@@ -120,14 +144,17 @@ class Calibration:
     def clean(self) -> None:
         """Once the result is complete."""
         self._remove()
+        (self.folder / KEY).unlink(missing_ok=True)
         with suppress(OSError):  # something of somebody else's is there
             self.folder.rmdir()
 
     def _remove(self) -> None:
-        many = (*self.folder.glob("rounded-*"), *self.folder.glob("scales-*"))
-        for path in (*(self.folder / name for name in FILES), *many):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / SCALED, ignore_errors=True)
+        scaled = replace(self, folder=self.folder / SCALED)
+        if (scaled.folder / KEY).is_file():
+            scaled.clean()
+        for path in self.folder.iterdir():
+            if OWN.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
+                path.unlink()
 
     @property
     def working(self) -> Path:
@@ -338,13 +365,14 @@ class Calibration:
         """Where the model with these scales is rounded column by column."""
         digest = hashlib.sha256(b"".join(name.encode() + source.columns[name].tobytes() for name in source.columns))
         result = replace(self, source=source, folder=self.folder / SCALED, variant=self.variant + digest.hexdigest())
-        result.prepare()
+        result.folder.mkdir(exist_ok=True)
+        result._prepare()
         return result
 
     def mix(
         self, imatrix: Imatrix, n_bytes: int, types: Sequence[TensorType], metadata: Metadata = ()
     ) -> Choice:
-        """The types that lose least in a file of so many bytes. Raises ValueError if no file is as small."""
+        """The types that lose least in a file of so many bytes. Raises TooSmall if no file is as small."""
         errors = self._errors(imatrix, types)
         kept = {name: tensor.type for name, tensor in self.source.tensors.items() if name not in errors}
         # The header says the types, in as many bytes whichever they are.
@@ -352,7 +380,7 @@ class Calibration:
         rest = self._bytes_of(kept, first, imatrix, metadata)
         rest -= sum(option.n_bytes for option in first.values())
         if (least := least_bytes(errors) + rest) > n_bytes:
-            raise ValueError(
+            raise TooSmall(
                 f"{self.source.path}: with these types the smallest file has {least} bytes, and {n_bytes} are asked for"
             )
         slopes = self.slopes(imatrix)
@@ -385,6 +413,28 @@ class Calibration:
         self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
     ) -> int:
         return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within it no other process has the folder so, where the system has locks of folders. Raises ValueError if one has
+    it now."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work here: name another folder, or wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

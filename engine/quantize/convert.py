@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from errno import EISDIR
+from errno import EINVAL, EISDIR
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,16 @@ def plan(
     return Plan(source, choice, parts, imatrix)
 
 
+def check_target(source: Source, path: Path) -> None:
+    """Raises ValueError or OSError if a result cannot take this place: the source lies there, a folder, or a device."""
+    if path.exists() and any(path.samefile(file) for file in source.files):
+        raise ValueError(f"{path}: this is the source itself: name another file")
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(EINVAL, "is a device: name a file to write", str(path))
+
+
 def _check_convertible(source: Source, tensor: SourceTensor, type: TensorType, allow_requantize: bool) -> None:
     if tensor.type not in BLOCK_FORMATS:
         raise tensor.error(f"is of type {tensor.type.name}, which cannot be decoded")
@@ -194,10 +204,7 @@ def convert(
     """
     paths = _paths(out, len(plan.parts))
     for path in paths:
-        if any(path.exists() and path.samefile(file) for file in plan.source.files):
-            raise ValueError(f"{path}: this is the source itself: name another file")
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
+        check_target(plan.source, path)
     free = shutil.disk_usage(out.absolute().parent).free
     if free < plan.n_bytes:
         raise OSError(f"{out}: the disk has {free / 1e9:.1f} GB free, and {plan.n_bytes / 1e9:.1f} GB are needed")

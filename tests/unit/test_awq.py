@@ -47,6 +47,7 @@ def write(source: ScaledSource, path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ARCHITECTURES.glob("*.gguf")), ids=lambda path: path.stem)
 def test_a_model_with_scales_computes_the_same(path: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     places = places_of(path)
+    assert places
     with closing(open_source(path)) as base:
         scales = [(place, np.exp2(rng.normal(size=place.n_channels)).astype(np.float32)) for place in places]
         scaled = ScaledSource(base, scales)

@@ -18,7 +18,9 @@ from qrun.engine import Tokenizer
 from qrun.engine.judging.divergence import Divergence
 from qrun.engine.judging.scoring import Score
 from qrun.engine.quantize import sensitivity
+from qrun.engine.quantize.calibrated import Calibration, TooSmall
 from qrun.engine.quantize.imatrix import read_imatrix
+from qrun.engine.quantize.mixes import Choice
 from qrun.formats import GGUFReader, TensorType
 from qrun.models import build_graph
 from tests import reference
@@ -202,6 +204,54 @@ def test_mixes_of_measured_sensitivity_are_as_large_as_the_types_beside_them(
     (mix,) = types.keys() - {"Q5_0", "Q8_0"}  # of more bits than Q8_0 has there is none
     assert mix.startswith("mix ") and 0.9 * types["Q5_0"]["bytes"] < types[mix]["bytes"] <= types["Q5_0"]["bytes"]
     assert [each.type for each in pictures[0].types if each.measured] == [mix]
+
+
+def test_mixes_have_names_of_their_own_and_one_that_cannot_be_as_small_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0")
+    sizes: list[int] = []
+
+    def mix(self: Calibration, imatrix: object, n_bytes: int, types: object) -> Choice:
+        """Of as many bits each, the first and the third of the same types."""
+        sizes.append(n_bytes)
+        if len(sizes) == len(names):
+            raise TooSmall(f"{self.source.path}: the smallest file has 9 bytes")
+        type = (TensorType.IQ4_NL, TensorType.Q4_0, TensorType.IQ4_NL)[len(sizes) - 1]
+        quantised = sensitivity.quantised_names(self.source)
+        return Choice(type.name, types={
+            name: type if name in quantised else tensor.type for name, tensor in self.source.tensors.items()
+        })  # fmt: skip
+
+    monkeypatch.setattr(Calibration, "mix", mix)
+    words = ("--types", ",".join(names), "--calibrate", folder / "text.txt", "--samples", 4, "--length", CHUNK)
+    status, text, errors = compared(folder, *words, "--keep", tmp_path, "--json", capsys=capsys)
+    assert status == 0, errors
+    found = [each["type"] for each in json.loads(text)["types"]]
+    first, second = sorted(set(found) - set(names))
+    assert first.startswith("mix ") and second == f"{first} IQ4_NL" and len(found) == len(names) + 2
+    assert len(list(tmp_path.iterdir())) == len(found)
+    assert f"no mix of the size of Q5_0: {folder / 'model.gguf'}: the smallest file has 9 bytes" in errors
+
+
+def test_types_of_one_size_have_one_mix(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sensitivity, "CANDIDATES", (TensorType.Q4_0, TensorType.Q8_0))
+    monkeypatch.setattr(sensitivity, "LOW_CANDIDATES", ())
+    words = ("--types", "q4_0,iq4_nl", "--calibrate", folder / "text.txt", "--samples", 4, "--length", CHUNK)
+    status, text, errors = compared(folder, *words, "--json", capsys=capsys)
+    assert status == 0, errors
+    found = [each["type"] for each in json.loads(text)["types"]]
+    assert len(found) == len(set(found)) == 3 and sum(name.startswith("mix ") for name in found) == 1
+
+
+@pytest.mark.parametrize("option", [("--samples", 128), ("--length", 99), ("--measures", "x")])
+def test_what_goes_with_a_text_to_calibrate_by_is_not_passed_over(
+    option: tuple[str, object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, errors = compared(folder, *option, capsys=capsys)
+    assert status == 2 and f"{option[0]} goes with --calibrate." in errors
 
 
 def test_types_are_asked_questions(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

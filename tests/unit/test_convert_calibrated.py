@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from qrun.cli import convert_calibrated, main
+from qrun.cli import against, convert_calibrated, main
 from qrun.engine import Tokenizer
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
@@ -25,6 +28,7 @@ from qrun.engine.quantize.samples import read_samples
 from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
+from qrun.formats.whole_file import temporary_name
 from qrun.models import build_graph
 
 LENGTH = 32
@@ -182,10 +186,11 @@ def test_scales_go_into_an_ordinary_file(
 def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    # A name that is cut where the file is not yet complete.
+    whole, out = tmp_path / "whole.gguf", tmp_path / f"out-{'of-a-long-name-' * 5}.gguf"
     settings = ("--bpw", 5.5, *SIZED, "--method", "both")
     assert run(*calibrating(folder, "model", whole, *settings), capsys=capsys)[0] == 0
-    work, statuses = tmp_path / ".out.gguf.calibration", []
+    work, statuses = calibrated.Calibration.folder_for(out), []
     for stage in ("slopes", "scales-*", "scaled/rounded-*"):
         command = [sys.executable, "-m", "qrun.cli.main", *map(str, calibrating(folder, "model", out, *settings))]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -197,11 +202,125 @@ def test_what_was_killed_at_any_stage_goes_on_and_gives_the_same(
             assert out.read_bytes() == whole.read_bytes()
             out.unlink()
     assert any(status != 0 for status in statuses)
-    (tmp_path / ".out.gguf.12345678.part").write_bytes(b"GGUF")
+    temporary_name(out).write_bytes(b"GGUF")
+    temporary_name(out.with_stem(f"{out.stem}-q5")).write_bytes(b"GGUF")  # another run writes it now
     (work / ".working.gguf.12345678.part").write_bytes(b"GGUF")
     assert run(*calibrating(folder, "model", out, *settings), capsys=capsys)[0] == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert not list(tmp_path.glob(".*"))
+    assert len(list(tmp_path.glob(".*"))) == 1
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_result_is_not_there_before_it_is_judged(
+    trouble: BaseException, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise trouble
+
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"old")
+    arguments = calibrating(folder, "model", out, "--type", "q4_0")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_calibrated.Judge, "row", fail)
+        status, _, errors = run(*arguments, capsys=capsys)
+    assert status == (130 if isinstance(trouble, KeyboardInterrupt) else 1)
+    assert out.read_bytes() == b"old" and "what was measured stays in" in errors
+    assert run(*arguments, capsys=capsys)[0] == 0
+    assert out.read_bytes()[:4] == b"GGUF" and list(tmp_path.iterdir()) == [out]
+
+
+def test_no_room_for_the_judging_is_said_before_anything_is_rounded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(against.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    # The working file is made before, when there was room.
+    monkeypatch.setattr(calibrated.Calibration, "working", folder / "model.gguf")
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+    arguments = calibrating(folder, "model", out, "--type", "q4_0", "--measures", work)
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert re.search(
+        rf"{re.escape(str(work))}: 2 chunks take .* of logits, and 1\.0 kB are free "
+        r"\(give fewer --samples, another folder as --measures, or --no-judge\)", errors,
+    )  # fmt: skip
+    assert [path.name for path in work.iterdir()] == ["key"] and not out.exists()
+
+
+# The folder of measures
+
+
+@pytest.mark.parametrize("key", [None, b"", b"-----BEGIN PRIVATE KEY-----", b"0123456789abcdeg"])
+def test_a_folder_of_other_things_is_refused_and_left_as_it_is(
+    key: bytes | None, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    (work / "scaled" / "images").mkdir(parents=True)
+    names = ["scaled/images/photo.png", ".download.part", "rounded-numbers.csv", "logits", *(["key"] if key else [])]
+    for name in names:
+        (work / name).write_bytes(key or b"theirs")
+    if key == b"":
+        (work / "key").touch()
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--type", "q4_0", "--measures", work)
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert errors.endswith(f"{work}: other things than measures lie here: name a new folder, or an empty one\n")
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_what_others_put_beside_measures_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, out = tmp_path / ".out.gguf.calibration", tmp_path / "out.gguf"
+    run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "--dry-run"), capsys=capsys)
+    (work / "scaled" / "images").mkdir(parents=True)
+    theirs = ["scaled/images/photo.png", ".download.part", "rounded-numbers.csv", "scales-12345678-x"]
+    for name in theirs:
+        (work / name).write_bytes(b"theirs")
+    for name in (".slopes.12345678.part", ".rounded-01234567-3.12345678.part", "rounded-01234567-3"):
+        (work / name).write_bytes(b"ours")
+    (tmp_path / "other.txt").write_text(prose(120, 9))
+    arguments = ("convert", folder / "model.gguf", out, "--calibrate", tmp_path / "other.txt", "--samples", 4,
+                 "--length", LENGTH, "--type", "q4_0", "--no-judge")  # fmt: skip
+    assert run(*arguments, capsys=capsys)[0] == 0
+    assert sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()) == sorted(theirs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of folders")
+def test_a_folder_at_which_another_run_is_at_work_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--type", "q4_0", "--measures", work, "--no-judge")
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        status, _, errors = run(*arguments, capsys=capsys)
+    finally:
+        os.close(descriptor)
+    assert status == 1
+    assert errors.endswith(f"{work}: another run is at work here: name another folder, or wait for it\n")
+    assert list(work.iterdir()) == []
+    assert run(*arguments, capsys=capsys)[0] == 0
+
+
+def test_a_place_that_a_result_cannot_take_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link.gguf").symlink_to(folder / "model.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    places = {folder / "model.gguf": "the source itself", tmp_path / "link.gguf": "the source itself",
+              tmp_path / "folder.gguf": "is a folder", Path(os.devnull): "is a device"}  # fmt: skip
+    for out, message in places.items():
+        measures = ("--measures", tmp_path / "work")
+        status, _, errors = run(*calibrating(folder, "model", out, "--type", "q4_0", *measures), capsys=capsys)
+        assert status == 1 and message in errors
+    assert not (tmp_path / "work").exists()
 
 
 def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
@@ -260,9 +379,36 @@ def test_a_dry_run_shows_the_choice_and_leaves_what_was_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.gguf"
-    status, text, _ = run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "--dry-run"), capsys=capsys)
+    status, text, errors = run(*calibrating(folder, "model", out, "--bpw", 5.5, *SIZED, "--dry-run"), capsys=capsys)
     assert status == 0 and "blk.0.ffn_down.weight" in text
-    assert not out.exists() and (tmp_path / ".out.gguf.calibration" / "slopes").is_file()
+    work = tmp_path / ".out.gguf.calibration"
+    assert not out.exists() and (work / "slopes").is_file()
+    assert f"what was measured stays in {work}, for another run with this result: else remove it" in errors
+
+
+def test_a_dry_run_of_a_named_type_measures_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = calibrating(folder, "experts", out, "--type", "q4_0")
+    status, shown, errors = run(*arguments, "--dry-run", capsys=capsys)
+    assert status == 0 and "stays in" not in errors
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments, "--no-judge", capsys=capsys)[0] == 0
+    with GGUFReader(out) as reader:
+        types = {name: tensor.type.name for name, tensor in reader.tensors.items()}
+    lines = [line.split() for line in shown.splitlines()[: len(types)]]
+    assert {line[0]: line[-3] for line in lines} == types
+
+
+def test_where_nothing_comes_of_it_what_was_measured_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--size", "1k", *SIZED)
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1 and f"what was measured stays in {tmp_path / '.out.gguf.calibration'}" in errors
+    status, _, errors = run(*arguments, "--measures", tmp_path / "work", capsys=capsys)
+    assert status == 1 and "stays in" not in errors
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(

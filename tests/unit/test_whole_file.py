@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from qrun.formats import GGUFWriter, ValueType
-from qrun.formats.whole_file import make_private_folder, whole_file, write_whole
+from qrun.formats.whole_file import (
+    make_private_folder,
+    move_whole,
+    remove_unfinished,
+    temporary_name,
+    whole_file,
+    write_whole,
+)
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions, links, devices")
 
@@ -126,3 +134,63 @@ def test_a_model_is_never_put_in_a_device_s_place(tmp_path: Path) -> None:
     with GGUFWriter(tmp_path / "link.gguf") as writer:
         writer.set_metadata("general.architecture", "llama", ValueType.STRING)
     assert (tmp_path / "link.gguf").is_symlink() and (tmp_path / "real.gguf").is_file()
+
+
+@pytest.mark.parametrize("stem", ["out", "a-long-name-of-a-model-that-was-tuned-for-instructions-in-many-languages"])
+def test_only_what_was_left_of_this_file_is_removed(stem: str, tmp_path: Path) -> None:
+    out, other = tmp_path / f"{stem}-Q4_K_M.gguf", tmp_path / f"{stem}-Q5_K_M.gguf"
+    left, others = temporary_name(out), temporary_name(other)
+    foreign = [tmp_path / f".{out.name[:60]}.{middle}.part" for middle in ("download", "1234567g", "12345678.12345678")]
+    for path in (left, others, *foreign):
+        path.touch()
+    remove_unfinished(out)
+    assert sorted(tmp_path.iterdir()) == sorted([others, *foreign])
+
+
+@posix
+def test_what_was_left_is_removed_beside_the_file_that_a_link_points_to(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "b")
+    temporary_name(tmp_path / "disk" / "b").touch()
+    remove_unfinished(tmp_path / "a")
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_a_temporary_name_is_short_enough_for_every_file_system(tmp_path: Path) -> None:
+    assert len(os.fsencode(temporary_name(tmp_path / ("\U0001f600" * 63)).name)) <= 255
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same disk", "another disk"])
+def test_a_file_that_is_complete_is_moved(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "work" / "source", tmp_path / "target"
+    source.parent.mkdir()
+    replace = os.replace
+
+    def within_a_disk(old: Path, new: Path) -> None:
+        if Path(old).parent != Path(new).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(old), None, str(new))
+        replace(old, new)
+
+    if elsewhere:
+        monkeypatch.setattr(os, "replace", within_a_disk)
+    target.write_bytes(b"old")
+    source.write_bytes(b"new" * 1000)
+    move_whole(source, target)
+    assert target.read_bytes() == b"new" * 1000
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target]
+
+
+def test_what_cannot_be_moved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+
+    def refuse(old: Path, new: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(new))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        move_whole(source, target)
+    assert (source.read_bytes(), target.read_bytes()) == (b"new", b"old")
