@@ -27,6 +27,8 @@ from qrun.models.huggingface.tokenizer_files import TokenizerFiles
 
 RWKV = "rwkv_vocab_v20230424.txt"
 MAX_RWKV_BYTES = 1 << 24
+# One text or bytes as Python writes them.
+_LITERAL = re.compile(r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -284,18 +286,21 @@ def _rwkv(path: Path, n_vocab: int) -> Vocabulary:
     """A line for each token but the first: its id, its bytes as Python writes them, and how many those are."""
     vocabulary = _empty("rwkv", "", n_vocab, False)
     vocabulary.put(0, "<s>", CONTROL)
-    for number, line in enumerate(read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace").splitlines(), 1):
+    text = read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace")
+    for number, line in enumerate(text.rstrip().split("\n"), 1):  # tokens may hold what else ends a line elsewhere
         id, _, rest = line.partition(" ")
         spelt, _, length = rest.rpartition(" ")
         try:
-            if spelt.lstrip("b")[:1] not in ("'", '"'):
+            if not _LITERAL.fullmatch(spelt):
                 raise ValueError
             token = ast.literal_eval(spelt)
             token = token.encode() if isinstance(token, str) else token
-            if not isinstance(token, bytes) or len(token) != int(length) or not 0 < int(id) < n_vocab:
+            if not token or len(token) != int(length) or not 0 < int(id) < n_vocab:
                 raise ValueError
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise FormatError(path, f"line {number} is no token: {quote(line[:40])}") from None
+        if vocabulary.types[int(id)] != UNUSED:
+            raise FormatError(path, f"line {number} has the id {int(id)}, as another one before it")
         vocabulary.put(int(id), repr(token)[2:-1], NORMAL)
     vocabulary.ids = {"<s>": 0}
     return vocabulary
