@@ -243,7 +243,7 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{0,99})?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
         unit = (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()) if found else 0
         size = int(float(found[1]) * unit) if found else 0
         if size < 1:
