@@ -24,6 +24,7 @@ from qrun.models.huggingface.text_rules import (
     word_piece_rules,
 )
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
+from qrun.models.normalizer import USUAL_WORD_LENGTH
 
 RWKV = "rwkv_vocab_v20230424.txt"
 MAX_RWKV_BYTES = 1 << 24
@@ -41,7 +42,6 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
 # Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
-USUAL_WORD_LENGTH = 100  # of BERT's word pieces
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
