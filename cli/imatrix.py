@@ -44,7 +44,7 @@ def command(
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
 
     path = find_original(model)
-    check_predicts(path)
+    check_predicts(path, "importance matrix")
     if out.exists() and out.samefile(path):
         raise ValueError(f"{out}: this is the model itself: name another file")
     if not out.absolute().parent.is_dir():

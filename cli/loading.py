@@ -132,15 +132,16 @@ def open_runtime(
             runtime.close()
 
 
-def check_predicts(path: Path) -> None:
-    """Raises ValueError, naming the file, for a model that does not predict each token from those before it."""
+def check_predicts(path: Path, wanted: str = "perplexity") -> None:
+    """Raises ValueError, naming the file, for a model that does not predict each token from those before it. wanted:
+    what there is none of then."""
     from qrun.formats import GGUFReader
     from qrun.models.support import predicts, purpose
 
     with GGUFReader(path) as reader:
         if not predicts(reader):
             what = f" ({made})" if (made := purpose(reader)) else ""
-            raise ValueError(f"{path}: it does not predict the next token{what}, so that there is no perplexity of it")
+            raise ValueError(f"{path}: it does not predict the next token{what}, so that there is no {wanted} of it")
 
 
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:

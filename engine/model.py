@@ -415,7 +415,7 @@ class Model:
         continue_last: bool,
     ) -> tuple[str, str]:
         """The same, and with what the answer begins that is to be continued."""
-        from qrun.engine.text.messages import read_messages, text_of
+        from qrun.engine.text.messages import message_text, read_messages
 
         self._check_open()
         self._check_writes()
@@ -425,7 +425,7 @@ class Model:
         messages = read_messages(messages)
         begun = ""
         if continue_last and messages:
-            begun = text_of(messages.pop().get("content", ""))
+            begun = message_text(messages.pop().get("content", ""))
         if not messages:
             raise ValueError("there are no messages: at least one is wanted")
         if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):

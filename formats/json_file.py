@@ -46,7 +46,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     have none.
 
     Lines end at newlines alone: texts may hold what else ends a line elsewhere. Raises ValueError, naming file and
-    line, for what is no JSON, and what `read_text` raises.
+    line, for what is no JSON or spells no text, and what `read_text` raises.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -54,6 +54,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
+            if "\\u" in line:  # only an escape spells half of a pair
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair stands alone in it, which is no text") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: it is no JSON: {error.msg} (column {error.colno})") from None
         except (ValueError, RecursionError):  # a number of too many digits, too deep a nesting

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer as Step
 
 MAX_DEPTH = 8  # of sequences within sequences; published ones have two
+USUAL_WORD_LENGTH = 100
+"""Characters of the longest word that word pieces spell: of BERT and all that were published after it."""
 
 
 class NormalizerError(ValueError):

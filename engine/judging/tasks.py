@@ -20,6 +20,7 @@ from qrun.engine.judging.scoring import Estimate, F64Array, negative_log_likelih
 from qrun.engine.program.kv_cache import KVSequence
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import json_lines
 
 
@@ -55,6 +56,8 @@ def _task(entry: Any, where: str) -> Task:
         if not isinstance(answers, list) or not answers or not all(isinstance(each, str) and each for each in answers):
             raise ValueError(f'{where}: "{key}" is to be an answer, or a list of answers, none of them empty')
         found[key] = tuple(answers)
+    if both := set(found["right"]) & set(found["wrong"]):
+        raise ValueError(f"{where}: {quote(min(both))} is a right answer and a wrong one")
     return Task(entry["question"], found["right"], found["wrong"])
 
 
@@ -81,9 +84,9 @@ def answer(
     """Let a model choose. Raises ValueError, with the question's beginning, if one does not fit into the context."""
     result = Answers()
     for done, task in enumerate(tasks, 1):
-        best = int(np.argmax(scores(runtime, tokenizer, task)))
-        result.chosen.append(best)
-        result.answered.append(best < len(task.right))
+        found, n_right = scores(runtime, tokenizer, task), len(task.right)
+        result.chosen.append(int(np.argmax(found)))
+        result.answered.append(max(found[:n_right]) > max(found[n_right:]))
         if progress:
             progress(done, len(tasks))
     return result

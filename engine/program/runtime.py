@@ -450,7 +450,6 @@ class Runtime:
             if sequence is not None:
                 self._under_way = (sequence, done + rows * start / len(operations))
 
-
     def _run_attention(self, operation: NDArray[np.int64], cancelled: Callable[[], bool] | None) -> None:
         """Run an attention, some tiles at a time."""
         assert self._team is not None

@@ -7,7 +7,7 @@ have seen. So a model can at least try, and one that has to call (`tool_choice`)
 import json
 from typing import Any
 
-from qrun.engine.text.messages import Message, text_of
+from qrun.engine.text.messages import Message, message_text
 from qrun.engine.text.response_formats import Calls
 
 GENERIC = Calls((), "<tool_call>", "</tool_call>", "json")
@@ -29,7 +29,7 @@ def with_tools_told(messages: list[Message], tools: list[Any], calls: Calls) -> 
     told += _HOW if calls is GENERIC else ""
     if messages and messages[0]["role"] in ("system", "developer"):
         first = messages[0]
-        return [first | {"content": f"{text_of(first.get('content', ''))}\n\n{told}"}, *messages[1:]]
+        return [first | {"content": f"{message_text(first.get('content', ''))}\n\n{told}"}, *messages[1:]]
     return [{"role": "system", "content": told}, *messages]
 
 
@@ -39,11 +39,11 @@ def with_calls_as_text(messages: list[Message], calls: Calls | None, *, takes_re
     told: list[Message] = []
     for message in messages:
         if made := message.get("tool_calls"):
-            texts = [text_of(message["content"])] if message.get("content") else []
+            texts = [message_text(message["content"])] if message.get("content") else []
             message = {key: value for key, value in message.items() if key != "tool_calls"}
             message["content"] = "\n".join([*texts, _written(made, calls or GENERIC)])
         elif message["role"] == "tool" and not takes_results:
-            said = f"<tool_response>\n{text_of(message.get('content', ''))}\n</tool_response>"
+            said = f"<tool_response>\n{message_text(message.get('content', ''))}\n</tool_response>"
             message = {"role": "user", "content": said}
         told.append(message)
     return told

@@ -152,7 +152,7 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-def text_of(content: Any) -> str:
+def message_text(content: Any) -> str:
     """The text of a message's content: of parts, one below the other."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if "text" in part)
@@ -198,7 +198,7 @@ def _joined(messages: list[Message]) -> Message:
         joined["content"] = [
             part
             for content in contents
-            for part in (content if isinstance(content, list) else [{"type": "text", "text": text_of(content)}])
+            for part in (content if isinstance(content, list) else [{"type": "text", "text": message_text(content)}])
         ]
     for name in REASONING:
         if thoughts := [message[name] for message in messages if message.get(name)]:

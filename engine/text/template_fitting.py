@@ -20,7 +20,7 @@ from qrun.engine.text.messages import (
     THOUGHT_PARTS,
     ChatTemplateError,
     Message,
-    text_of,
+    message_text,
     with_one_system,
     without_neighbours,
     without_system,
@@ -209,10 +209,10 @@ class Fitting:
         role, content = message["role"], message.get("content")
         if isinstance(content, dict):
             if not self._takes_mappings:
-                message["content"] = text_of(content)
+                message["content"] = message_text(content)
         elif isinstance(content, list):
             if not self._takes_parts(role):
-                message["content"] = text_of(content)
+                message["content"] = message_text(content)
         elif content:
             if not self._takes_text(role):
                 message["content"] = [{"type": "text", "text": content}]
@@ -332,7 +332,7 @@ class Fitting:
             given = [name]
         if has_calls and message.get("content") and self._reasoning_replaces_content:
             for name in given:
-                message[name] += "\n\n" + text_of(message["content"])
+                message[name] += "\n\n" + message_text(message["content"])
             message["content"] = ""
 
     def _find_out_reasoning(self, given: str, with_calls: bool) -> str | None:
@@ -485,4 +485,4 @@ def _mapping(arguments: str | None) -> dict[str, Any] | None:
 def _thought(part: dict[str, Any]) -> str:
     """The text of a part that holds what a model thought."""
     value = next((part[name] for name in THOUGHT_PARTS if name in part), "")
-    return value if isinstance(value, str) else text_of([item for item in value if isinstance(item, dict)])
+    return value if isinstance(value, str) else message_text([item for item in value if isinstance(item, dict)])

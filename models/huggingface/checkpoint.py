@@ -75,6 +75,8 @@ class CheckpointSource:
             pooling_entries(Facts(entries, self.architecture.name, config, sizes), self.path)
             notices: list[str] = []
             weights = decode_tensors(self._checkpoint.tensors, *read_quantization(config), notices.append, keep=keep)
+            if self.architecture.sizes_of_weights:
+                sizes.update(self.architecture.sizes_of_weights(weights))
             tensors = map_tensors(weights, self.architecture, sizes, config, notices.append)
             # Only now is it certain that there are embeddings for as many tokens as config.json says.
             tokenizer_entries(entries, self.path, config, sizes["vocab"])

@@ -102,12 +102,14 @@ Part = Mapped | Experts | Stacked | Choice | Made
 @dataclass(frozen=True)
 class Stack:
     """Layers beside those of `Architecture.layer`, of models with two halves. hf, gguf: what their names begin with
-    before a layer's number. count: the dimension that says how many there are."""
+    before a layer's number. count: the dimension that says how many there are. first: what the first of them has in
+    any case, beside what all have."""
 
     hf: str
     gguf: str
     layer: tuple[Part, ...]
     count: str
+    first: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Architecture:
     further dimensions. rotated: whether metadata say how much of a head rope turns, and whether that may be a part.
     rename: of names of tensors without "model." and the like; "" leaves one out. extra_layers: the key of config.json
     for how many layers follow that predict tokens further ahead, and draft: their tensors beside those of a layer.
-    dropped_layers: such layers are left out. of_weights: metadata that the tensors say.
+    dropped_layers: such layers are left out. of_weights: metadata that the tensors say, and sizes_of_weights:
+    dimensions that only they do.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Architecture:
     draft: tuple[Part, ...] = ()
     dropped_layers: bool = False
     of_weights: Callable[[Facts, Mapping[str, SourceTensor]], None] | None = None
+    sizes_of_weights: Callable[[Mapping[str, SourceTensor]], Mapping[str, int]] | None = None
     embeds: bool = False
     """Whether embeddings are all that models make: they have no head."""
     ffn: bool = True

@@ -237,7 +237,7 @@ def map_tensors(
             mapper.add(part, f"{architecture.layers}.{layer}.", f"blk.{layer}.")
     for stack in architecture.stacks:
         for layer in range(sizes[stack.count]):
-            for part in stack.layer:
+            for part in (*stack.layer, *(stack.first if layer == 0 else ())):
                 mapper.add(part, f"{stack.hf}.{layer}.", f"{stack.gguf}.{layer}.")
     for part in architecture.outer:
         mapper.add(part)

@@ -24,9 +24,12 @@ from qrun.models.huggingface.text_rules import (
     word_piece_rules,
 )
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles
+from qrun.models.normalizer import USUAL_WORD_LENGTH
 
 RWKV = "rwkv_vocab_v20230424.txt"
 MAX_RWKV_BYTES = 1 << 24
+# One text or bytes as Python writes them.
+_LITERAL = re.compile(r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -39,7 +42,6 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
 # Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
-USUAL_WORD_LENGTH = 100  # of BERT's word pieces
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -284,18 +286,21 @@ def _rwkv(path: Path, n_vocab: int) -> Vocabulary:
     """A line for each token but the first: its id, its bytes as Python writes them, and how many those are."""
     vocabulary = _empty("rwkv", "", n_vocab, False)
     vocabulary.put(0, "<s>", CONTROL)
-    for number, line in enumerate(read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace").splitlines(), 1):
+    text = read_file(path, MAX_RWKV_BYTES).decode("utf-8", "replace")
+    for number, line in enumerate(text.rstrip().split("\n"), 1):  # tokens may hold what else ends a line elsewhere
         id, _, rest = line.partition(" ")
         spelt, _, length = rest.rpartition(" ")
         try:
-            if spelt.lstrip("b")[:1] not in ("'", '"'):
+            if not _LITERAL.fullmatch(spelt):
                 raise ValueError
             token = ast.literal_eval(spelt)
             token = token.encode() if isinstance(token, str) else token
-            if not isinstance(token, bytes) or len(token) != int(length) or not 0 < int(id) < n_vocab:
+            if not token or len(token) != int(length) or not 0 < int(id) < n_vocab:
                 raise ValueError
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise FormatError(path, f"line {number} is no token: {quote(line[:40])}") from None
+        if vocabulary.types[int(id)] != UNUSED:
+            raise FormatError(path, f"line {number} has the id {int(id)}, as another one before it")
         vocabulary.put(int(id), repr(token)[2:-1], NORMAL)
     vocabulary.ids = {"<s>": 0}
     return vocabulary

@@ -178,6 +178,7 @@ def test_wrong_options(arguments: list[str], status: int, message: str, capsys: 
         ("12345", 12345), ("500M", 500_000_000), ("1.5 gb", 1_500_000_000), ("2k", 2000), ("10TB", 10**13),
         ("1KiB", 1024), ("1.5Gi", 3 << 29), ("0", None), ("0.1", None), ("2GG", None), ("-5M", None), ("i", None),
         ("1ib", None), ("9" * 400 + "G", None), ("9" * 10_000, None), (f"{2**63 - 1}", 2**63 - 1), (f"{2**63}", None),
+        ("1.3333333333333333k", 1333),
     ],
 )  # fmt: skip
 def test_sizes_are_in_the_units_that_they_are_shown_in(text: str, size: int | None) -> None:

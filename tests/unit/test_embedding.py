@@ -463,10 +463,14 @@ def test_a_model_that_makes_vectors_alone_says_so_when_it_is_asked_to_write(serv
 def test_a_model_that_predicts_nothing_is_measured_by_no_text(path: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "imatrix.gguf"
     text.write_text("the cat sat on the mat " * 100)
-    for name, *arguments in (("perplexity", text), ("imatrix", text, "-o", out), ("compare", "--text", text)):
+    for name, wanted, *arguments in (
+        ("perplexity", "perplexity", text),
+        ("imatrix", "importance matrix", text, "-o", out),
+        ("compare", "perplexity", "--text", text),
+    ):
         found = CliRunner().invoke(cli, [name, str(path), *map(str, arguments), "--ctx", "16"])
         assert str(found.exception) == (
             f"{path}: it does not predict the next token (embeddings, by the first row of a text), so that there is no "
-            "perplexity of it"
+            f"{wanted} of it"
         )
     assert not out.exists()

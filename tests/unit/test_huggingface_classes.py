@@ -6,6 +6,7 @@ The checkpoints are tiny, and made of what tests/data/classes.json says of them 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tracemalloc
 from collections.abc import Iterator
@@ -145,6 +146,68 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
         else:
             shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
         read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
+
+
+_RELATIVE = "SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("T5ForConditionalGeneration", f"encoder.block.0.layer.0.{_RELATIVE}"),
+        ("T5ForConditionalGeneration", f"decoder.block.0.layer.0.{_RELATIVE}"),
+        ("T5EncoderModel", f"encoder.block.0.layer.0.{_RELATIVE}"),
+        ("UMT5ForConditionalGeneration", f"encoder.block.1.layer.0.{_RELATIVE}"),
+        ("UMT5ForConditionalGeneration", f"decoder.block.1.layer.0.{_RELATIVE}"),
+        ("RWKV7ForCausalLM", "model.layers.0.attn_norm.bias"),
+        ("RWKV7ForCausalLM", "model.layers.1.ffn_norm.bias"),
+        ("RWKV7ForCausalLM", "model.layers.1.attn.g_norm.bias"),
+        ("RWKV7ForCausalLM", "model.layers.0.pre_norm.bias"),
+        ("RWKV7ForCausalLM", "model.norm.bias"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.2.ln1.bias"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.0.attention.ln_x.bias"),
+        ("Rwkv6ForCausalLM", "rwkv.ln_out.bias"),
+    ],
+)
+def test_what_engines_look_for_must_be_there(name: str, tensor: str, tmp_path: Path) -> None:
+    shapes = {key: shape for key, shape in CLASSES[name]["shapes"].items() if key != tensor}
+    assert len(shapes) == len(CLASSES[name]["shapes"]) - 1
+    folder = write_checkpoint(tmp_path / "model", CLASSES[name]["config"], shapes)
+    with pytest.raises(FormatError, match=f"{re.escape(tensor.removeprefix('rwkv.'))}' is missing"):
+        CheckpointSource(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape", "reason"),
+    [
+        ("RWKV7ForCausalLM", "model.layers.0.attn.w_lora.lora.2.weight", [32, 9], "expected (32, 8)"),
+        ("RWKV7ForCausalLM", "model.layers.1.attn.v_lora.lora.2.weight", [32, 5], "expected (32, 4)"),
+        ("RWKV7ForCausalLM", "model.layers.1.attn.g_lora.lora.0.weight", [21, 32], "expected (20, 32)"),
+        ("RWKV7ForCausalLM", "model.layers.0.attn.a_lora.lora.0.weight", [12], "expected (12, 32)"),
+        ("RWKV7ForCausalLM", "model.layers.1.attn.r_k", [4, 8], "expected (2, 16)"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.2.attention.time_maa_w1", [64, 161], "expected (64, 160)"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.1.attention.time_maa_w2", [5, 31, 64], "expected (5, 32, 64)"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.1.attention.time_decay_w1", [64, 32], "expected (64, 64)"),
+        ("Rwkv6ForCausalLM", "rwkv.blocks.0.attention.time_faaaa", [8, 8], "expected (4, 16)"),
+    ],
+)
+def test_tensors_that_go_together_have_shapes_that_do(
+    name: str, tensor: str, shape: list[int], reason: str, tmp_path: Path
+) -> None:
+    case = CLASSES[name]
+    assert tensor in case["shapes"]
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"] | {tensor: shape})
+    with pytest.raises(FormatError, match=re.escape(reason)) as caught:
+        CheckpointSource(folder)
+    assert tensor in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "key"), [("RWKV7ForCausalLM", "head_dim"), ("Rwkv6ForCausalLM", "head_size")])
+def test_heads_that_do_not_make_a_row_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    folder = write_checkpoint(tmp_path / "model", case["config"] | {key: 12}, case["shapes"])
+    with pytest.raises(FormatError, match=f"{key} is 12, which does not divide the hidden_size"):
+        CheckpointSource(folder)
 
 
 DIGITS = "9" * 5000  # more than Python makes a number of

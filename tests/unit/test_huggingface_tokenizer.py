@@ -388,10 +388,27 @@ def test_rwkv_lists_its_tokens_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert [ours.token_bytes(id) for id in (5, 6, 7)] == [b"\n\n", "é".encode(), b"\xff"]
     template = ChatTemplate(entries.values["tokenizer.chat_template"], ours)
     assert template.render([{"role": "user", "content": " hi "}]) == "User: hi\n\nAssistant:"
-    for wrong in ("1 'a' 2", "1 a 1", "99 'a' 1", "1 ('a',) 1", "1 'a", "", "1 [[] 1"):
+    for wrong in (
+        "2 'a' 2", "2 a 1", "99 'a' 1", "2 ('a',) 1", "2 'a", "\n3 'a' 1", "2 [[] 1", "2 '' 0", "2 'a' 'b' 2"
+    ):  # fmt: skip
         path.write_text(lines[0] + wrong + "\n")
         with pytest.raises(FormatError, match="line 2 is no token"):
             entries_of(tmp_path, 12)
+    path.write_text(lines[0] + "2 'a' 1\n1 'b' 1\n")
+    with pytest.raises(FormatError, match="line 3 has the id 1, as another one before it"):
+        entries_of(tmp_path, 12)
+    path.write_bytes(b"")
+    with pytest.raises(FormatError, match="line 1 is no token"):
+        entries_of(tmp_path, 12)
+
+
+@pytest.mark.parametrize("code", [0x0B, 0x0C, 0x1C, 0x85, 0x2028, 0x2029])
+def test_tokens_of_rwkv_may_hold_what_ends_lines_elsewhere(code: int, tmp_path: Path) -> None:
+    token = f"a{chr(code)}"
+    path = tmp_path / "rwkv_vocab_v20230424.txt"
+    path.write_bytes(f"1 '{token}' {len(token.encode())}\r\n2 \"b'\\\"\" 3\r\n\r\n".encode())
+    ours = tokenizer_of(entries_of(tmp_path, 3), tmp_path / "made.gguf")
+    assert [ours.token_bytes(id) for id in (1, 2)] == [token.encode(), b"b'\""]
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def test_what_ends_lines_elsewhere_is_part_of_a_text(code: int, tmp_path: Path) 
     assert list(json_lines(path)) == [(f"{path}, line 1", value), (f"{path}, line 2", "three")]
 
 
+def test_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(r'{"\ud83d\ude00": "\u00e9"}')
+    assert [value for _, value in json_lines(path)] == [{"\U0001f600": "é"}]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -37,8 +43,10 @@ def test_what_ends_lines_elsewhere_is_part_of_a_text(code: int, tmp_path: Path) 
         ('"a" 7', "it is no JSON: Extra data (column 5)"),
         ("[" * 100_000, "it is no JSON that can be read"),
         ("9" * 5000, "it is no JSON that can be read"),
+        (r'["\ud83d\ude00", "a\udc00"]', "half of a surrogate pair stands alone in it, which is no text"),
+        (r'{"\ud800": 1}', "half of a surrogate pair stands alone in it, which is no text"),
     ],
-    ids=["quotes", "two", "deep", "large"],
+    ids=["quotes", "two", "deep", "large", "surrogate", "key"],
 )
 def test_a_line_that_is_none_is_named(line: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"

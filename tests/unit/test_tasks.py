@@ -70,6 +70,19 @@ def test_a_question_is_read_once_and_every_score_is_that_of_its_answer_alone(
     assert sum(read) <= n_question + n_answers + 2 * len(task.answers)
 
 
+def test_a_right_answer_that_is_no_better_than_a_wrong_one_is_no_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(folder / "model.gguf")
+    with open_runtime(folder / "model.gguf", threads=1, context=64) as runtime:
+        assert answer(runtime, tokenizer, [Task("clock ", ("x",), ("x",))]).answered == [False]
+        likely, unlikely = sorted(
+            ("x", "thirteen"), key=lambda each: -scores(runtime, tokenizer, Task("clock ", (each,), ()))[0]
+        )
+        assert answer(runtime, tokenizer, [Task("clock ", (unlikely, likely), (unlikely,))]).answered == [True]
+        assert answer(runtime, tokenizer, [Task("clock ", (unlikely,), (likely, unlikely))]).answered == [False]
+
+
 def test_what_two_models_agree_on() -> None:
     one, other = Answers([0, 1, 2, 0], [True, True, False, True]), Answers([0, 2, 2, 1], [True, False, False, True])
     assert one.accuracy.value == 0.75
@@ -93,6 +106,8 @@ def test_tasks_are_json_lines(tmp_path: Path) -> None:
         (b'{"question": "q", "right": "a", "wrong": []}', 'line 1: "wrong" is to be'),
         (b'{"question": "q", "right": "a", "wrong": [""]}', 'line 1: "wrong" is to be'),
         (b'{"question": "q", "wrong": "a"}', 'line 1: "right" is to be'),
+        (b'{"question": "q", "right": "a", "wrong": ["c", "a"]}', "line 1: 'a' is a right answer and a wrong one"),
+        (b'{"question": "q", "right": "a", "wrong": "\\udc00"}', "line 1: half of a surrogate pair"),
         (b"\xff", "no UTF-8 text"),
     ],
 )

@@ -13,16 +13,13 @@ import numpy as np
 
 from qrun.engine.text.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from qrun.formats import FormatError, GGUFReader
-from qrun.models.normalizer import Normalizer, NormalizerError
+from qrun.models.normalizer import USUAL_WORD_LENGTH, Normalizer, NormalizerError
 
 SPACE = "▁"
 """U+2581, by which SentencePiece spells a space."""
 
 KINDS = {"llama", "gpt2", "gemma4", "whitespace", "t5", "bert", "rwkv"}
 """The values of `tokenizer.ggml.model` that can be encoded with."""
-
-USUAL_WORD_LENGTH = 100
-"""Of BERT and all that were published after it."""
 
 _SEPARATED = ("jina-v1-en", "jina-v2-code", "roberta-bpe")  # pre-tokenizers of models that put one between two texts
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qrun.models.huggingface.entries import Facts
-from qrun.models.huggingface.layout import Architecture, Part, Stack, either, norm, optional, tensor
+from qrun.models.huggingface.layout import Architecture, Mapped, Part, Stack, either, norm, optional, tensor
 from qrun.models.t5 import FARTHEST
+
+
+def _positions(place: int, block: str, name: str) -> Mapped:
+    """What the attention of that part knows of positions."""
+    return tensor(f"layer.{place}.{block}.relative_attention_bias.weight", f"{name}_rel_b.weight", "buckets heads")
 
 
 def _attention(place: int, block: str, name: str) -> tuple[Part, ...]:
@@ -16,7 +21,7 @@ def _attention(place: int, block: str, name: str) -> tuple[Part, ...]:
         norm(f"layer.{place}.layer_norm", f"{name}_norm"),
         *(tensor(f"{prefix}.{part}.weight", f"{name}_{part}.weight", "q embd") for part in "qkv"),
         tensor(f"{prefix}.o.weight", f"{name}_o.weight", "embd q"),
-        *optional(tensor(f"{prefix}.relative_attention_bias.weight", f"{name}_rel_b.weight", "buckets heads")),
+        *optional(_positions(place, block, name)),
     )
 
 
@@ -31,13 +36,15 @@ def _feed_forward(place: int) -> tuple[Part, ...]:
     )  # fmt: skip
 
 
+# Layers without positions of their own have those of the first one.
+_POSITIONS = (_positions(0, "SelfAttention", "attn"),)
 _ENCODER = Stack(
-    "encoder.block", "enc.blk", (*_attention(0, "SelfAttention", "attn"), *_feed_forward(1)), "layers"
+    "encoder.block", "enc.blk", (*_attention(0, "SelfAttention", "attn"), *_feed_forward(1)), "layers", _POSITIONS
 )
 _DECODER = Stack(
     "decoder.block", "dec.blk",
     (*_attention(0, "SelfAttention", "attn"), *_attention(1, "EncDecAttention", "cross_attn"), *_feed_forward(2)),
-    "decoder_layers",
+    "decoder_layers", _POSITIONS,
 )  # fmt: skip
 _ENCODER_NORM = norm("encoder.final_layer_norm", "enc.output_norm")
 
@@ -82,12 +89,13 @@ _ENCODER_ALONE = replace(
     _T5, name="t5encoder", stacks=(_ENCODER,), outer=(_ENCODER_NORM,), entries=_encoder_entries, embeds=True,
     rename=lambda name, sizes: "" if name.startswith(("decoder.", "lm_head.")) else name,
 )  # fmt: skip
+_UMT5 = replace(_T5, stacks=tuple(replace(stack, layer=(*stack.layer, *_POSITIONS)) for stack in _T5.stacks))
 
 CLASSES = {
     "T5ForConditionalGeneration": _T5,
     "T5WithLMHeadModel": _T5,
     "MT5ForConditionalGeneration": _T5,
-    "UMT5ForConditionalGeneration": _T5,
-    "UMT5Model": _T5,
+    "UMT5ForConditionalGeneration": _UMT5,
+    "UMT5Model": _UMT5,
     "T5EncoderModel": _ENCODER_ALONE,
 }
