@@ -27,6 +27,9 @@ from qrun.formats.errors import QrunError
 
 OLDEST = {"numba": (0, 66), "llvmlite": (0, 48)}
 """The first versions that compile all kernels: before them LLVM lacks the products of AVX-512 as they are written."""
+NEWEST = (0, 68)
+"""The last version of Numba with which kernels have been compiled. Later ones may have moved what `simd.frontend` uses
+of it."""
 
 
 def _version_of_numba() -> str:
@@ -148,10 +151,23 @@ def compile_kernel(key: str, target: Target) -> bytes:
     try:
         for_windows = symbol_for_windows(key) if target.is_x86 else None
         return link(object_file(key, target), symbol(key), for_windows).to_bytes()
-    except (ImportError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
-        raise CompileError(f"the kernel {key} did not compile: {last_words(error)}") from error
+        hint = _untried_numba()
+        if isinstance(error, ImportError) and not hint:
+            raise
+        raise CompileError(f"the kernel {key} did not compile: {last_words(error)}{hint}") from error
+
+
+def _untried_numba() -> str:
+    """What a message ends with where Numba is newer than those that have been tried; nothing otherwise."""
+    version = _recorded_version("numba") or ""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        return ""
+    newest = ".".join(map(str, NEWEST))
+    return f" (Numba {version} is newer than {newest}, the last that was tried: pip install 'numba<={newest}.99')"
 
 
 def object_file(key: str, target: Target) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba.core import registry, types, typing
+from numba.core import imputils, registry, types, typing
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import PassManager
 from numba.core.cpu import CPUContext
@@ -22,6 +22,7 @@ from numba.core.typed_passes import (
     NopythonTypeInference,
     PreLowerStripPhis,
 )
+from numba.core.typing.templates import Registry
 from numba.core.untyped_passes import (
     DeadBranchPrune,
     FixupArgs,
@@ -45,6 +46,10 @@ _PASSES = (
     NativeLowering,
     NoPythonBackend,
 )
+
+
+# What `simd.operations` adds, for kernels alone: an app's own code is compiled in the same process.
+functions, lowerings = Registry(), imputils.Registry("kernels")
 
 
 class KernelCompiler(CompilerBase):
@@ -76,6 +81,7 @@ class _TypingContext(typing.Context):
 
     def load_additional_registries(self) -> None:
         """NumPy's and others are left out."""
+        self.install_registry(functions)
 
     def refresh(self) -> None:
         """Numba asks for this before each function; see `begin_kernel`."""
@@ -90,6 +96,8 @@ class _TargetContext(CPUContext):
 
     def load_additional_registries(self) -> None:
         from numba.cpython import builtins, iterators, numbers, rangeobj, tupleobj  # noqa: F401
+
+        self.install_registry(lowerings)
 
     def refresh(self) -> None:
         """As that of typing."""

@@ -18,10 +18,10 @@ from llvmlite import ir
 from numba import float32 as float32  # for kernels: their literals would be float64 without it
 from numba.core import types
 from numba.core.datamodel import models, register_default
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, builtin_registry, infer_global, signature
+from numba.core.typing.templates import AbstractTemplate, signature
 
 from qrun.engine.simd import vector as emit
+from qrun.engine.simd.frontend import functions, lowerings
 from qrun.engine.simd.frontend import helper as helper
 from qrun.engine.simd.target import target
 from qrun.engine.simd.vector import F16, F32, I8, I32, I64, Emitter, Vector
@@ -81,9 +81,9 @@ def operation(result: Callable[..., types.Type | None], key: Any = None) -> Call
 
         Template.metadata = {"target": "cpu"}  # comes before Numba's own, which are for any target
         if key is None:
-            builtin_registry.register_global(stub, types.Function(Template))
+            functions.register_global(stub, types.Function(Template))
         else:
-            infer_global(stub)(Template)
+            functions.register_global(stub)(Template)
 
         def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
             e = Emitter(builder, target())
@@ -95,7 +95,7 @@ def operation(result: Callable[..., types.Type | None], key: Any = None) -> Call
                 return _pack(builder, answer)
             return context.get_dummy_value() if answer is None else answer
 
-        lower_builtin(function, types.VarArg(types.Any))(lower)
+        lowerings.lower(function, types.VarArg(types.Any))(lower)
         return stub
 
     return decorate

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qrun.cli.main import main
@@ -49,6 +50,29 @@ def test_versions_that_are_too_old_are_named(
 def test_later_versions_will_do(installed: dict[str, str], version: str) -> None:
     installed["numba"] = version
     codegen.code_digest(host_target())
+
+
+@pytest.mark.parametrize(("version", "named"), [("0.68.3", False), ("0.69.0", True), ("1.0", True)])
+def test_a_numba_that_has_moved_what_is_used_of_it_is_named(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, version: str, named: bool
+) -> None:
+    monkeypatch.setattr(codegen, "_recorded_version", lambda package: version)
+    monkeypatch.setitem(codegen.sys.modules, "qrun.engine.simd.frontend", None)
+    with pytest.raises(codegen.CompileError if named else ImportError) as caught:
+        codegen.compile_kernel("lead", host_target())
+    assert (f"Numba {version} is newer than 0.68, the last that was tried" in str(caught.value)) is named
+
+
+def test_an_apps_own_code_means_what_it_meant() -> None:
+    """Operations of kernels have the names of Python's functions, in a process that compiles others with Numba too."""
+    from numba import njit
+
+    codegen.compile_kernel("lead", host_target())
+    largest, smallest = njit(lambda a, b: max(a, b)), njit(lambda a, b: min(a, b))
+    of_three, size = njit(lambda a, b, c: max(a, b, c)), njit(lambda a: abs(a))
+    huge = np.uint64(2**63 + 5)
+    assert largest(huge, np.uint64(3)) == huge and smallest(np.uint32(2**32 - 1), np.uint32(1)) == 1
+    assert of_three(huge, np.uint64(1), np.uint64(2)) == huge and size(-3) == 3 and smallest(1, 2.5) == 1.0
 
 
 def test_a_compiler_that_is_not_there_is_named(
