@@ -231,10 +231,13 @@ def test_what_such_a_model_cannot_do_is_said_in_one_line(model: Model, path: Pat
         other.logits([1], source=[2])
     text = tmp_path / "text.txt"
     text.write_text("a cat sat " * 200)
-    for command in (["perplexity", path, text], ["imatrix", path, text, "-o", tmp_path / "i.gguf"], ["bench", path]):
+    for problem, *command in (
+        ("so that there is no perplexity of it", "perplexity", path, text),
+        ("so that there is no importance matrix of it", "imatrix", path, text, "-o", tmp_path / "i.gguf"),
+        ("has an encoder and a decoder", "bench", path),
+    ):
         done = CliRunner().invoke(cli, list(map(str, command)))
-        assert isinstance(done.exception, ValueError)
-        assert "has an encoder and a decoder" in str(done.exception) or "reads a prompt" in str(done.exception)
+        assert isinstance(done.exception, ValueError) and problem in str(done.exception)
 
 
 def test_adapters_change_both_halves(path: Path, rng: np.random.Generator, tmp_path: Path) -> None:
