@@ -36,6 +36,7 @@ from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
 from qrun.formats import GGUFReader, TensorType
 from qrun.formats.blocks import dequantize
+from qrun.formats.errors import QrunError
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
 from qrun.formats.samples import samples as file_samples
 from qrun.formats.whole_file import write_whole
@@ -63,7 +64,7 @@ Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
 
 
-class TooSmall(ValueError):
+class TooSmall(QrunError, ValueError):
     """No file has so few bytes."""
 
 

@@ -115,10 +115,10 @@ def test_matrices_are_tiles_in_the_machine_code_for_amx(kernel: str) -> None:
     assert not re.search(r"^\s.*(vpdpbusd|vcvtdq2ps.*%xmm)", code, re.M)
     assert calls_to_elsewhere(code) == set()
     # The loop over unpacked weights: two by two tiles, and nothing but addresses beside them.
-    blocks = re.split(r"^\.?[A-Za-z_]\w*:.*$", code, flags=re.M)
+    blocks = re.split(r"^(?:\.?[A-Za-z_]\w*:.*|\s+j\w+\s.*)$", code, flags=re.M)  # at labels and jumps
     loop = max(blocks, key=lambda block: block.count("tdpbf16ps") / (block.count("\n") + 1))
     products, loads = loop.count("tdpbf16ps"), loop.count("tileloadd")
-    assert products % 4 == 0 and loads == products and loop.count("\n") < 6 * products
+    assert products % 4 == 0 and loads == products and loop.count("\n") < 4 * products
 
 
 @pytest.mark.parametrize("kernel", ["matmul-IQ3_S", "matmul-IQ2_XXS", "embed-IQ1_M"])
