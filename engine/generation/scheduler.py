@@ -198,8 +198,7 @@ class Scheduler:
         self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._decode_seconds = 0.0  # of a step without rows of prompts
-        # Of a row of a prompt that is short, and of one that is long: those come in smaller pieces, behind more others.
-        self._row_seconds = {False: 0.0, True: 0.0}
+        self._row_seconds = 0.0  # of a row of a prompt
 
     def _leave_parent(self) -> None:
         """A child process has the threads of its parent no more, nor what they were in the middle of."""
@@ -373,7 +372,7 @@ class Scheduler:
         room_for_long = room
         if parts:
             short, long = self._bearable(len(parts), len(prompts))
-            room, room_for_long = min(room, self._rows_in(short, False)), min(room, self._rows_in(long, True))
+            room, room_for_long = min(room, self._rows_in(short)), min(room, self._rows_in(long))
         planned = 0  # bytes of those that begin now
         for task, generation in prompts:
             if room <= 0:
@@ -404,8 +403,7 @@ class Scheduler:
         begin = time.perf_counter()
         rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
         seconds = time.perf_counter() - begin
-        kinds = {task.long for task, _, _, _ in whose if not task.decoding}
-        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds, kinds)
+        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds)
         for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
             self._take(task, generation, tokens, guesser, logits, seconds)
 
@@ -478,19 +476,19 @@ class Scheduler:
         short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
         return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
 
-    def _rows_in(self, seconds: float, long: bool) -> int:
-        """How many rows of prompts that are long, or short, take so long."""
-        each = self._row_seconds[long]
-        return max(int(seconds / each) // FEWEST_ROWS, 1) * FEWEST_ROWS if each else FEWEST_ROWS
+    def _rows_in(self, seconds: float) -> int:
+        """How many rows of prompts take so long."""
+        if not self._row_seconds:
+            return FEWEST_ROWS
+        return max(int(seconds / self._row_seconds) // FEWEST_ROWS, 1) * FEWEST_ROWS
 
-    def _learn(self, n_decode: int, n_prompt: int, seconds: float, kinds: set[bool]) -> None:
-        """A step with so many rows took so long. kinds: whether its prompts were long or short ones."""
+    def _learn(self, n_decode: int, n_prompt: int, seconds: float) -> None:
+        """A step with so many rows took so long."""
         if not n_prompt:
             self._decode_seconds += (seconds - self._decode_seconds) * (_LEARNING if self._decode_seconds else 1.0)
-        elif n_prompt >= FEWEST_ROWS and (kinds == {False} or (kinds == {True} and n_decode)):
+        elif n_prompt >= FEWEST_ROWS:
             each = max(seconds - (self._decode_seconds if n_decode else 0.0), 0.1 * seconds) / n_prompt
-            (long,), known = kinds, self._row_seconds
-            known[long] += (each - known[long]) * (_LEARNING if known[long] else 1.0)
+            self._row_seconds += (each - self._row_seconds) * (_LEARNING if self._row_seconds else 1.0)
 
 
 def _fail(task: Task, generation: Sharing, error: BaseException) -> None:

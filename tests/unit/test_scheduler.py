@@ -17,7 +17,6 @@ from qrun.engine import Model, Session, keep_newest
 from qrun.engine.generation import asynchronous
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
-from qrun.engine.generation.scheduler import Scheduler
 
 PATH = Path(__file__).parents[1] / "data" / "arch" / "llama-dense.gguf"
 
@@ -253,7 +252,7 @@ class TestPromptsBesideOthers:
         with Model.load(PATH, threads=1, context=4096) as model:
             scheduler = model._host.scheduler
             monkeypatch.setattr(scheduler, "_learn", lambda *_: None)
-            scheduler._row_seconds, scheduler._decode_seconds = {False: 0.001, True: 0.001}, 0.01
+            scheduler._row_seconds, scheduler._decode_seconds = 0.001, 0.01
             yield model
 
     def read(self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]) -> list[list[int]]:
@@ -291,19 +290,6 @@ class TestPromptsBesideOthers:
     ) -> None:
         # There is time for fifteen; attention takes eight at once.
         assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
-
-    def test_what_short_ones_took_says_nothing_of_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        scheduler = model._host.scheduler
-        scheduler._decode_seconds, scheduler._row_seconds = 0.1, {False: 0.0001, True: 0.0}
-        assert self.read(model, monkeypatch, 3, [1500])[0] == [8]
-
-    def test_how_long_rows_take_is_learnt_of_each_kind(self, model: Model) -> None:
-        scheduler = model._host.scheduler
-        for n_decode, kinds in ((0, {False}), (3, {True}), (0, {True}), (3, {True, False})):
-            Scheduler._learn(scheduler, n_decode, 10, 0.5, kinds)
-        assert scheduler._row_seconds == {
-            False: pytest.approx(0.001 + 0.3 * 0.049), True: pytest.approx(0.001 + 0.3 * 0.048)
-        }  # fmt: skip
 
     def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         model._host.scheduler._decode_seconds = 1.0
