@@ -7,8 +7,9 @@
             print(piece, end="")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qrun.formats.on_demand import on_demand
 
 if TYPE_CHECKING:
     from qrun.engine.conversation import Conversation
@@ -64,44 +65,34 @@ __all__ = [
 
 # Imported when first asked for, so that nobody waits for what they do not use.
 _MODULES = {
-    "CacheWarning": "engine.errors",
-    "ChatTemplate": "engine.text.chat_template",
-    "ChatTemplateError": "engine.text.chat_template",
-    "Closed": "engine.errors",
-    "CompileError": "engine.native.codegen",
-    "ContextOverflow": "engine.errors",
-    "Conversation": "engine.conversation",
-    "FormatError": "formats",
-    "Generation": "engine.generation.generation",
-    "GenerationArguments": "engine.generation.options",
-    "GenerationCancelled": "engine.errors",
-    "GenerationStats": "engine.generation.generation",
-    "MemoryUse": "engine.model",
-    "Model": "engine.model",
-    "NotPulled": "models.store",
-    "PackError": "engine.native.packs",
-    "Piece": "engine.generation.piece",
-    "PullError": "models.store",
-    "QrunError": "formats",
-    "SamplingOptions": "engine.sampling.options",
-    "Session": "engine.generation.session",
-    "StoredModel": "models.store",
-    "Tokenizer": "engine.text.tokenizer",
-    "ToolCall": "engine.text.tool_calls",
-    "keep_newest": "engine.generation.options",
-    "known_models": "models.catalog",
-    "pull": "models.download",
-    "stored_models": "models.store",
+    "CacheWarning": "qrun.engine.errors",
+    "ChatTemplate": "qrun.engine.text.chat_template",
+    "ChatTemplateError": "qrun.engine.text.chat_template",
+    "Closed": "qrun.engine.errors",
+    "CompileError": "qrun.engine.native.codegen",
+    "ContextOverflow": "qrun.engine.errors",
+    "Conversation": "qrun.engine.conversation",
+    "FormatError": "qrun.formats",
+    "Generation": "qrun.engine.generation.generation",
+    "GenerationArguments": "qrun.engine.generation.options",
+    "GenerationCancelled": "qrun.engine.errors",
+    "GenerationStats": "qrun.engine.generation.generation",
+    "MemoryUse": "qrun.engine.model",
+    "Model": "qrun.engine.model",
+    "NotPulled": "qrun.models.store",
+    "PackError": "qrun.engine.native.packs",
+    "Piece": "qrun.engine.generation.piece",
+    "PullError": "qrun.models.store",
+    "QrunError": "qrun.formats",
+    "SamplingOptions": "qrun.engine.sampling.options",
+    "Session": "qrun.engine.generation.session",
+    "StoredModel": "qrun.models.store",
+    "Tokenizer": "qrun.engine.text.tokenizer",
+    "ToolCall": "qrun.engine.text.tool_calls",
+    "keep_newest": "qrun.engine.generation.options",
+    "known_models": "qrun.models.catalog",
+    "pull": "qrun.models.download",
+    "stored_models": "qrun.models.store",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"qrun.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_demand(__name__, _MODULES)

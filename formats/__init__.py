@@ -1,9 +1,9 @@
 """Bytes on disk <-> arrays: GGUF files and the block formats of their tensors."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qrun.formats.errors import FormatError, QrunError
+from qrun.formats.on_demand import on_demand
 
 if TYPE_CHECKING:
     from qrun.formats.blocks import TensorType, dequantize
@@ -15,18 +15,9 @@ __all__ = [
 
 # Imported when first asked for: the errors alone need no NumPy.
 _MODULES = {
-    "GGUFReader": "gguf", "GGUFWriter": "gguf", "TensorInfo": "gguf", "ValueType": "gguf",
-    "TensorType": "blocks", "dequantize": "blocks",
+    "GGUFReader": "qrun.formats.gguf", "GGUFWriter": "qrun.formats.gguf", "TensorInfo": "qrun.formats.gguf",
+    "ValueType": "qrun.formats.gguf",
+    "TensorType": "qrun.formats.blocks", "dequantize": "qrun.formats.blocks",
 }  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_demand(__name__, _MODULES)

@@ -8,13 +8,14 @@ pass gave them then, show in any clone that an architecture has stayed what it w
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from qrun.formats import GGUFReader, TensorInfo, TensorType
+from qrun.formats import GGUFReader, GGUFWriter, TensorInfo, TensorType, ValueType
 from qrun.models import build_graph
 from tests.reference import forward
 from tests.toys import OWN_FILES, more_files, source_of, tokens_and_logits
@@ -41,6 +42,24 @@ def load() -> dict[str, Any]:
 def load_embedders() -> dict[str, Any]:
     """All of models that make embeddings, by the name of the model."""
     return dict(json.loads(EMBEDDERS.read_text()))
+
+
+def write_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Single values, and arrays of int32."""
+    kinds = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+    for key, value in metadata.items():
+        if isinstance(value, np.ndarray):
+            writer.set_metadata(key, value, ValueType.ARRAY, ValueType.INT32)
+        else:
+            writer.set_metadata(key, value, kinds[type(value)])
+
+
+def write_tensors(writer: GGUFWriter, reader: Any) -> None:
+    """Those of a `model`."""
+    for tensor in reader.tensors.values():
+        writer.add_tensor(tensor.name, TensorType.F32, tensor.shape)
+    for tensor in reader.tensors.values():
+        writer.write_tensor(tensor.name, np.ascontiguousarray(tensor.raw))
 
 
 def model(sketch: dict[str, Any]) -> Any:

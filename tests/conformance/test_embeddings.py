@@ -9,11 +9,11 @@ from click.testing import CliRunner
 
 from qrun.cli.main import cli
 from qrun.engine import Model
-from qrun.formats import GGUFWriter, TensorType, ValueType
+from qrun.formats import GGUFWriter
 from qrun.models import build_graph
 from qrun.models.pooling import POOLINGS, read_pooling, rows_graph
 from tests.reference import forward
-from tests.sketches import TOKENS, load_embedders, model
+from tests.sketches import TOKENS, load_embedders, model, write_metadata, write_tensors
 from tests.toys import error
 
 DATA = Path(__file__).parents[1] / "data"
@@ -38,14 +38,9 @@ def test_the_definition_gives_the_vectors_of_the_reference(name: str) -> None:
 def write(path: Path, name: str) -> Path:
     """The model of a sketch as a file, without a tokenizer."""
     reader = model(SKETCHES[name])
-    kinds = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
     with GGUFWriter(path) as writer:
-        for key, value in reader.metadata.items():
-            writer.set_metadata(key, value, kinds[type(value)])
-        for tensor in reader.tensors.values():
-            writer.add_tensor(tensor.name, TensorType.F32, tensor.shape)
-        for tensor in reader.tensors.values():
-            writer.write_tensor(tensor.name, np.ascontiguousarray(tensor.raw))
+        write_metadata(writer, reader.metadata)
+        write_tensors(writer, reader)
     return path
 
 

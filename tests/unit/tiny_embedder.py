@@ -6,16 +6,13 @@ import string
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qrun.formats import GGUFWriter, TensorType, ValueType
-from tests.sketches import load, load_embedders, model
+from qrun.formats import GGUFWriter, ValueType
+from tests.sketches import load, load_embedders, model, write_metadata, write_tensors
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = string.ascii_lowercase + string.digits
 # As GGUF spells WordPiece: a letter that begins a word, and one within.
 PIECES = [*SPECIAL, *(f"▁{letter}" for letter in LETTERS), *LETTERS]
-KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
 
 
 def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | None = None) -> Path:
@@ -27,16 +24,9 @@ def write_embedder(path: Path, name: str = "bert", metadata: dict[str, Any] | No
         "tokenizer.ggml.unknown_token_id": 1, **(metadata or {}),
     }  # fmt: skip
     with GGUFWriter(path) as writer:
-        for key, value in {**reader.metadata, **told}.items():
-            if isinstance(value, np.ndarray):
-                writer.set_metadata(key, value, ValueType.ARRAY, ValueType.INT32)
-            else:
-                writer.set_metadata(key, value, KINDS[type(value)])
+        write_metadata(writer, {**reader.metadata, **told})
         writer.set_metadata("tokenizer.ggml.tokens", pieces, ValueType.ARRAY, ValueType.STRING)
         types = [3 if piece in SPECIAL else 1 for piece in pieces]
         writer.set_metadata("tokenizer.ggml.token_type", types, ValueType.ARRAY, ValueType.INT32)
-        for tensor in reader.tensors.values():
-            writer.add_tensor(tensor.name, TensorType.F32, tensor.shape)
-        for tensor in reader.tensors.values():
-            writer.write_tensor(tensor.name, np.ascontiguousarray(tensor.raw))
+        write_tensors(writer, reader)
     return path

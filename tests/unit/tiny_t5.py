@@ -5,11 +5,8 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-import numpy as np
-from tiny_embedder import KINDS
-
-from qrun.formats import GGUFWriter, TensorType, ValueType
-from tests.sketches import load, model
+from qrun.formats import GGUFWriter, ValueType
+from tests.sketches import load, model, write_metadata, write_tensors
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_letters, *string.digits, ".", ",", ":"]
 
@@ -21,14 +18,10 @@ def write_t5(path: Path, name: str = "t5-dense", **changes: object) -> Path:
     types = [3, 3, 2, *[1] * (len(PIECES) - 3), *[3] * (128 - len(PIECES))]
     told = {f"t5.{key.replace('__', '.')}": value for key, value in changes.items()}
     with GGUFWriter(path) as writer:
-        for key, value in {**reader.metadata, "tokenizer.ggml.model": "t5", **told}.items():
-            writer.set_metadata(key, value, KINDS[type(value)])
+        write_metadata(writer, {**reader.metadata, "tokenizer.ggml.model": "t5", **told})
         writer.set_metadata("tokenizer.ggml.tokens", pieces, ValueType.ARRAY, ValueType.STRING)
         writer.set_metadata("tokenizer.ggml.token_type", types, ValueType.ARRAY, ValueType.INT32)
         scores = [-float(i) for i in range(128)]
         writer.set_metadata("tokenizer.ggml.scores", scores, ValueType.ARRAY, ValueType.FLOAT32)
-        for tensor in reader.tensors.values():
-            writer.add_tensor(tensor.name, TensorType.F32, tensor.shape)
-        for tensor in reader.tensors.values():
-            writer.write_tensor(tensor.name, np.ascontiguousarray(tensor.raw))
+        write_tensors(writer, reader)
     return path
