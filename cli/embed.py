@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,7 @@ def written(output: Path, expected: int) -> Iterator[Callable[[np.ndarray], None
     """A function that takes some vectors after the other, for a NumPy file that appears when all are there. None is
     kept in memory. expected: how many there will be, if each text has one."""
     import numpy as np
+    from numpy.lib.format import write_array_header_1_0
 
     from qrun.formats.whole_file import whole_file
 
@@ -114,23 +115,21 @@ def written(output: Path, expected: int) -> Iterator[Callable[[np.ndarray], None
 
     with whole_file(output) as file:
 
+        def begin(*shape: int) -> None:
+            """NumPy leaves room for another number of rows in what a file begins with."""
+            write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
         def take(vectors: np.ndarray) -> None:
             if not shape:
                 shape[:] = 0, *vectors.shape[1:]
-                file.write(npy_header((expected, *shape[1:])))
+                begin(expected, *shape[1:])
             shape[0] += len(vectors)
             file.write(np.ascontiguousarray(vectors, "<f4").data)
 
         yield take
         if shape[0] != expected:
             file.seek(0)
-            file.write(npy_header(shape))
-
-
-def npy_header(shape: Sequence[int]) -> bytes:
-    """What a NumPy file of float32 begins with: always 128 bytes, whatever the shape."""
-    described = repr({"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + described.encode().ljust(117) + b"\n"
+            begin(*shape)
 
 
 def lines_of(file: Path) -> Iterator[tuple[str, str]]:
