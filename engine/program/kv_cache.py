@@ -341,6 +341,8 @@ class KVSequence:
             raise ValueError("the saved state has a source that is none")
         if len(source) and not self._of_source:
             raise ValueError("the saved state has a source, and the model no encoder")
+        if n_past and self._of_source and not len(source):
+            raise ValueError("the saved state has an answer, and no source that it answers")
         for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
             n_held = {"text": n_past, "source": len(source), "encoder": 0}[self.layout.sides[group]]
