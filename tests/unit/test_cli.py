@@ -76,9 +76,10 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert page == docs.reference(), "run: make docs"
 
 
-def test_the_readme_s_support_table_is_up_to_date() -> None:
+def test_what_is_said_to_be_supported_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == docs.with_support_table(readme), "run: make docs"
+    assert readme == docs.with_support(readme), "run: make docs"
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == docs.models_page(), "run: make docs"
 
 
 def test_the_readme_names_every_command() -> None:
