@@ -55,8 +55,8 @@ class CacheLayout:
     """
 
     def __init__(self, layers: Sequence[CacheLayer], cache_type: str, states: Sequence[int] = ()) -> None:
-        if cache_type not in CACHE_BITS:
-            raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
+        if not isinstance(cache_type, str) or cache_type not in CACHE_BITS:
+            raise ValueError(f"cache_type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
         self.groups: list[tuple[int | None, int]] = []  # window, positions of an entry
         self.sides: list[Side] = []  # whose keys and values each group has
