@@ -62,10 +62,11 @@ def support_summary() -> str:
     from qrun.formats.blocks import BLOCK_FORMATS
     from qrun.models import ARCHITECTURES
 
-    counted = {"architectures": ARCHITECTURES, "types of tensors": BLOCK_FORMATS, "pre-tokenizers": PRE_TOKENIZERS}
-    counts = ", ".join(f"{len(items)} {what}" for what, items in counted.items())
-    cache = f"and a KV cache in {names(CACHE_TYPES)}"
-    return fill(f"{counts}, {cache}: [docs/models.md](docs/models.md) has all their names.") + "\n"
+    counts = (
+        f"{len(ARCHITECTURES)} architectures, {len(BLOCK_FORMATS)} types of tensors, {len(PRE_TOKENIZERS)} "
+        f"pre-tokenizers, and a KV cache in {names(CACHE_TYPES)}"
+    )
+    return fill(f"{counts}: [docs/models.md](docs/models.md) has all their names.") + "\n"
 
 
 def with_support(readme: str) -> str:

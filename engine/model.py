@@ -546,6 +546,8 @@ class Model:
 
         chosen = [texts] if isinstance(texts, str) else list(texts)
         names = arguments.several("names", names) if names is not None else names_of(len(chosen))
+        if len(names) != len(chosen):
+            raise ValueError(f"names must be {len(chosen)}, as many as there are texts, and not {len(names)}")
         if instruction is not None:
             arguments.text("instruction", instruction)
         dimensions = arguments.optional_number("dimensions", dimensions)
