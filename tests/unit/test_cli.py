@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from command_line import run
 
 from qrun.cli import docs, loading
-from qrun.cli.console import READER_LEFT, echo
+from qrun.cli.console import READER_LEFT, echo, notice
 from qrun.cli.main import COMMANDS, cli
 from qrun.cli.options import LoraFile, Size
 from qrun.engine.sampling.options import SamplingOptions
@@ -374,6 +374,11 @@ def test_ctrl_c_ends_with_130_and_a_second_one_disturbs_nothing() -> None:
 def interruptible() -> None:
     """Even where the tests themselves were started so that they are not: in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_notice_is_one_line_that_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    notice("mo\ndel\x1b[31m.gguf has no chat template")
+    assert capsys.readouterr().err == "qrun: mo del[31m.gguf has no chat template\n"
 
 
 # Completion
