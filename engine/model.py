@@ -522,7 +522,8 @@ class Model:
     def rerank(
         self, query: str, documents: Iterable[str], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> np.ndarray:
-        """How well each document answers a query: float32 [n], higher is better. names: see `embed`.
+        """How well each document answers a query: float32 [n], higher is better. truncate: see `embed`. names: what
+        errors call the documents, see there, too.
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
