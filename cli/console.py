@@ -88,8 +88,8 @@ def flush_standard_output() -> None:
 
 
 def notice(text: str) -> None:
-    """A line for the user that is no part of the result."""
-    echo(f"qrun: {text}", err=True)
+    """A line for the user that is no part of the result. Names of files may have anything in them."""
+    echo(f"qrun: {printable(' '.join(text.splitlines()))}", err=True)
 
 
 def read_stdin() -> str:

@@ -70,7 +70,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def find_model(source: str, type: str | None = None) -> Path:
     """The file of a model; a folder with a checkpoint is converted, with a bar, if it was not before."""
-    from qrun.engine.model import find_model
+    from qrun.engine.finding import find_model
 
     with converting_bar(source, type) as converting:
         return find_model(source, type, progress=converting, compiling=CompileProgress(), notice=notice)
@@ -78,7 +78,7 @@ def find_model(source: str, type: str | None = None) -> Path:
 
 def find_original(source: str) -> Path:
     """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
 
     return find_model(source, "BF16" if is_checkpoint(source) else None)
 
@@ -86,7 +86,7 @@ def find_original(source: str) -> Path:
 @contextmanager
 def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
     """The callback for a conversion on loading: a bar for the bytes."""
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
 
     if not is_checkpoint(source):
         yield lambda done, total: None

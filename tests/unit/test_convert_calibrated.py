@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from tiny_model import write_tiny_model
 
-from qrun.cli import against, convert_calibrated, main
+from qrun.cli import against, convert_calibrated
 from qrun.engine import Tokenizer
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
@@ -46,12 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "experts.gguf", architecture="qwen3moe-moe", experts=5)
     (folder / "text.txt").write_text(prose(120))
     return folder
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main.main(list(map(str, arguments)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 SIZED = ("--candidates", "q4_0,q5_0,q8_0")  # few kernels to compile

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import tracemalloc
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
+from huggingface_folders import places
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
@@ -99,13 +99,6 @@ def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
 
 
 STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in JSON where a value stands: what it is in, and its key or index."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield value, key
-        yield from places(inner)
 
 
 def read_all(folder: Path) -> None:
