@@ -237,6 +237,8 @@ class Attention:
 
     With `entries`, there is a second cache beside it, that of `entries_layer`, which gets a row of them at the end of
     every `CacheLayer.every` positions. Each row sees all of those up to itself, too, in the same softmax.
+
+    With `chosen`, rows from `index.start` on see only the positions, or entries, that a `Choose` names.
     """
 
     out: Value
@@ -251,6 +253,64 @@ class Attention:
     entries: Value | None = None
     entries_layer: int | None = None
     biases: Constant | None = None
+    chosen: Value | None = None
+    index: "Index | None" = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What chooses the positions that a row attends to, where there are more than it may see.
+
+    There is a key for every `every` positions, complete at the last of them, and a score for each key: the sum of
+    weight * query . key over the query's heads, with max(query . key, 0) if `clipped`. `block` neighbouring keys are
+    chosen together, by the best score of those up to the row; and the last `n_local` blocks always. A row sees the
+    positions of the `budget` best blocks, of equal ones the earlier, and those at its end that are not complete. There
+    are `n_groups` choices, each by neighbouring heads of the query, for as many heads of keys and values.
+
+    of_entries: keys stand for the entries of `Attention.entries`, and those are chosen.
+    """
+
+    n_heads: int
+    dim: int
+    budget: int
+    every: int = 1
+    block: int = 1
+    n_local: int = 0
+    n_groups: int = 1
+    clipped: bool = True
+    of_entries: bool = False
+
+    @property
+    def start(self) -> int:
+        """The first position whose row does not see all there is."""
+        return (self.budget * self.block + 1) * self.every - 1
+
+    @property
+    def most(self) -> int:
+        """How many positions (or entries) are chosen for a row at most."""
+        return self.budget * self.block * (1 if self.of_entries else self.every) + self.incomplete
+
+    @property
+    def incomplete(self) -> int:
+        """How many positions have no complete key at most."""
+        return 0 if self.of_entries else self.every - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Choose:
+    """Appends k to the cache of `layer`, which holds the keys of an index, and chooses by it what each row attends to.
+
+    out is [rows, n_groups, 1 + index.most], of 32 bits each, as whole numbers: how many are chosen, and which, rising.
+    Rows before `index.start` see everything: theirs is anything. q is [rows, index.n_heads, index.dim], k is
+    [rows, index.dim], `weights` is [rows, index.n_heads] or all 1.
+    """
+
+    out: Value
+    q: Value
+    k: Value
+    weights: Value | None
+    layer: int
+    index: Index
 
 
 @dataclass(frozen=True, eq=False)
@@ -627,11 +687,12 @@ class SelectRows:
 
 Operation = (
     Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Keep
-    | Pool | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
-    | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    | Choose | Pool | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp
+    | Add | Mix | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE
+    | SelectRows
 )  # fmt: skip
 
-STATEFUL = (Attention, Keep, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
+STATEFUL = (Attention, Keep, Choose, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
@@ -664,6 +725,8 @@ class CacheLayer:
     """Kept in float32 where caches are otherwise float16."""
     exact: bool = False
     """Kept in float32 always."""
+    half: bool = False
+    """Kept in float16 always."""
     every: int = 1
     """How many positions share one entry."""
     causal: bool = True
@@ -685,7 +748,7 @@ class CacheLayer:
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built, and `max_context` the longest one for which it is what the file describes."""
+    for which it was built."""
 
     architecture: str
     operations: list[Operation]
@@ -697,7 +760,6 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
-    max_context: int | None = None
     embeds: bool = False
     """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None
@@ -716,6 +778,14 @@ class Graph:
         return all(layer.causal for layer in self.cache_layers if layer.side == "text")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What rows of one layer or several attend to: see `Choose`."""
+
+    value: Value
+    index: Index
+
+
 class GraphBuilder:
     """Appends operations; each method takes the values and the tensor names of one, and returns its result.
 
@@ -728,7 +798,6 @@ class GraphBuilder:
         self.reader = reader
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
-        self.max_context: int | None = None
         self.encoder: Graph | None = None
         self.start = 0
         self._n_values = self._n_states = 0
@@ -804,10 +873,6 @@ class GraphBuilder:
     def error(self, problem: str) -> FormatError:
         """The error to raise about this file."""
         return FormatError(self.reader.path, problem)
-
-    def limit_context(self, n: int) -> None:
-        """Say that the graph is what the file describes for contexts of up to n tokens only."""
-        self.max_context = n
 
     # Operations
 
@@ -932,10 +997,11 @@ class GraphBuilder:
         entries: Value | None = None,
         every: int = 1,
         biases: Constant | None = None,
+        chosen: "Chosen | None" = None,
     ) -> Value:
         """Causal attention of the next layer; `cache` says how its cache is laid out.
 
-        entries: rows beside the keys, of which every `every`-th counts.
+        entries: rows beside the keys, of which every `every`-th counts. chosen: what rows see in a long context.
         """
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
@@ -949,10 +1015,26 @@ class GraphBuilder:
         if entries is not None:
             assert v is None and entries.width == k.width and not cache.chunked and slopes is None
             entries_layer = self._cache(replace(cache, window=None, every=every))
+        if chosen is not None:
+            index = chosen.index
+            assert softcap is None and slopes is None and biases is None and index.n_groups in (1, cache.n_kv_heads)
+            assert cache.window is None if entries is None else index.of_entries and index.every == every
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(
-            Attention(out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases)
-        )
+            Attention(
+                out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases,
+                *((chosen.value, chosen.index) if chosen is not None else ()),
+            )
+        )  # fmt: skip
+
+    def choose(self, q: Value, k: Value, weights: Value | None, index: Index) -> "Chosen":
+        """What rows attend to in a context longer than `index.start`. k: a row counts at the end of `index.every`."""
+        assert q.width == index.n_heads * index.dim and k.width == index.dim and index.n_heads % index.n_groups == 0
+        assert weights is None or weights.width == index.n_heads
+        assert index.n_local <= index.budget
+        layer = self._cache(CacheLayer(index.n_heads, 1, index.dim, 0, None, half=True, every=index.every))
+        out = self._value(index.n_groups * (1 + index.most))
+        return Chosen(self._append(Choose(out, q, k, weights, layer, index)), index)
 
     def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
         """Causal attention to the keys and values of an earlier layer."""
@@ -974,11 +1056,12 @@ class GraphBuilder:
         other.cache_layers, other._weights = self.cache_layers, self._weights
         return other
 
-    def pool(self, x: Value, scores: Value, by_place: str, every: int, *, overlap: bool) -> Value:
-        """The rows of every `every` positions as one, by scores; by_place: a tensor's name."""
+    def pool(self, x: Value, scores: Value, by_place: str | None, every: int, *, overlap: bool) -> Value:
+        """The rows of every `every` positions as one, by scores; by_place: a tensor's name, or None for 0."""
         width = x.width // 2 if overlap else x.width
         assert scores.width == x.width and (not overlap or x.width % 2 == 0)
-        places = self.constant(f"{by_place}.weight", every, x.width)
+        shape = every, x.width
+        places = np.zeros(shape, np.float32) if by_place is None else self.constant(f"{by_place}.weight", *shape)
         kept = CacheLayer(2, 2, x.width, x.width, 2 * every if overlap else every, values_in_keys=True, exact=True)
         return self._append(Pool(self._value(width), x, scores, places, every, overlap, self._cache(kept)))
 
@@ -1169,7 +1252,7 @@ class GraphBuilder:
         n_vocab = embeds_tokens or logits.width
         return Graph(
             architecture, self.operations, logits, self.cache_layers, n_vocab, n_embd, context_length, context,
-            n_states=self._n_states, max_context=self.max_context, embeds=embeds_tokens is not None,
+            n_states=self._n_states, embeds=embeds_tokens is not None,
             uses=self._uses, encoder=self.encoder, start=self.start,
         )  # fmt: skip
 
