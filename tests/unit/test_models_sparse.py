@@ -64,8 +64,8 @@ def test_a_context_within_the_budget_has_no_index(name: str) -> None:
 
 def test_layers_without_an_index_see_what_the_layer_before_chose() -> None:
     name = next(name for name in SPARSE if name.startswith("glm-dsa"))
-    for types, chooses in ((1, 3), ([1, 1, 0], 2), (np.array([True, False, False]), 1)):
-        graph = build_graph(changed(name, {"attention.indexer.types": types if types == 1 else np.array(types)}), 64)
+    for types, chooses in ((1, 3), (np.array([1, 1, 0]), 2), (np.array([True, False, False]), 1)):
+        graph = build_graph(changed(name, {"attention.indexer.types": types}), 64)
         assert len(of_type(graph, Choose)) == chooses
         assert all(attention.chosen is not None for attention in of_type(graph, Attention))
     # GLM-5.2 came before files said it, the first GLM-5 before that had a meaning.
