@@ -22,6 +22,8 @@ from qrun.models import graph as G
 
 EVERYTHING = 1 << 40
 """More positions than there can be."""
+INDEX_HEADS = 8
+"""Heads of an index that are taken together: with more, their sums do not fit the registers."""
 
 
 class Lowering(RecordWriter):
@@ -274,7 +276,7 @@ class Lowering(RecordWriter):
             R.IDX_START: index.start, R.IDX_SCORES: scores, R.IDX_GROUP_BYTES: group_bytes, R.IDX_CHOSEN: out,
             R.IDX_CHOSEN_STRIDE: out.stride, R.IDX_CHOSEN_GROUP: 4 * (1 + index.most),
         }  # fmt: skip
-        variant = f"{place.kind}-{min(index.n_heads, R.TILE_SIZE)}"
+        variant = f"{place.kind}-{min(index.n_heads, INDEX_HEADS)}"
         self.emit(f"index_scores-{variant}", dict(fields), [q, weights, cache], [scores], False)
         self.emit(f"index_choose-{variant}", dict(fields), [q, weights, cache, scores], [scores, out], False)
 
