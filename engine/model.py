@@ -270,8 +270,7 @@ class Model:
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for, or gets less than that, as no
-        more is supported; else None."""
+        """A line for whoever loads a model with more context than it was trained for, else None."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -855,10 +854,6 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
 def context_notice(graph: "Graph", context: int) -> str | None:
     """The same of a model that is not loaded."""
-    if context == graph.max_context and context < graph.context_length:
-        from qrun.models import SPARSE
-
-        return f"the context is {context} tokens: {SPARSE} that, which is not supported"
     if context <= graph.context_length:
         return None
     return (

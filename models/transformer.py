@@ -10,6 +10,7 @@ from qrun.models.graph import (
     Activation,
     Alone,
     CacheLayer,
+    Chosen,
     Constant,
     Gating,
     GraphBuilder,
@@ -45,11 +46,12 @@ def attention(
     alibi: float = 0.0,
     clamp: float = 0.0,
     bias: bool = True,
+    chosen: Chosen | None = None,
 ) -> Value:
     """Self-attention of one block: `attend`, and its output matrix. bias: False leaves one out that a file may have."""
     y = attend(
         builder, h, x, block, cache, rotation, qk_norm=qk_norm, scale=scale, softcap=softcap, sinks=sinks,
-        alibi=alibi, clamp=clamp,
+        alibi=alibi, clamp=clamp, chosen=chosen,
     )  # fmt: skip
     return builder.linear(y, f"{block}.attn_output", h.n_embd, bias=bias)
 
@@ -68,12 +70,13 @@ def attend(
     sinks: Constant | None = None,
     alibi: float = 0.0,
     clamp: float = 0.0,
+    chosen: Chosen | None = None,
 ) -> Value:
     """Self-attention of one block, up to its output matrix.
 
     rotation: None leaves queries and keys as they are. scale: of their products, 1 / sqrt(head_dim) by default.
     sinks: of each head (see `graph.Attention`). alibi: the largest bias (see `alibi_slopes`). clamp: of queries, keys
-    and values. A 0 is none.
+    and values. A 0 is none. chosen: what rows see in a long context.
     """
     q, k, v = project_qkv(builder, x, block, cache)
     if clamp:
@@ -87,7 +90,7 @@ def attend(
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
     scale = cache.head_dim_k**-0.5 if scale is None else scale
     slopes = alibi_slopes(cache.n_heads, alibi) if alibi else None
-    return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes)
+    return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes, chosen=chosen)
 
 
 def norm_qk(

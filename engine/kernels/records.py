@@ -79,12 +79,26 @@ MAX_STREAMS = 512
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP, KV_EVERY) = _fields(13)  # fmt: skip
 
-# OF_TILE: where a tile says how many positions there are. BIASES: float32 for each head, 2 REACH + 2 PAGE_POSITIONS, of
-# distances from -REACH - PAGE_POSITIONS on.
+# OF_TILE: where a tile says how many positions there are. BEFORE: rows from this position on are left to others.
+# BIASES: float32 for each head, 2 REACH + 2 PAGE_POSITIONS, of distances from -REACH - PAGE_POSITIONS on.
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
  ATT_SLOPES, ATT_CHUNKED, ATT_AHEAD, ATT_ENTRIES_EVERY, ATT_ENTRIES_GROUP,
- ATT_ENTRIES_OFFSET, ATT_OF_TILE, ATT_BIASES, ATT_REACH) = _fields(26)  # fmt: skip
+ ATT_ENTRIES_OFFSET, ATT_OF_TILE, ATT_BIASES, ATT_REACH, ATT_BEFORE) = _fields(27)  # fmt: skip
+
+# An index of keys, and what is chosen by it (`models.graph.Index`): from the position START on. CHOSEN takes int32, for
+# each row and group how many and which. SCORES: float32 for each group of a row, for INDEXED_ROWS rows or as many as
+# there are threads, GROUP_BYTES apart.
+INDEXED_ROWS = 16
+(IDX_Q, IDX_Q_STRIDE, IDX_WEIGHTS, IDX_WEIGHTS_STRIDE, IDX_HEADS, IDX_GROUPS, IDX_DIM, IDX_KEYS, IDX_PAGES, IDX_EVERY,
+ IDX_BLOCK, IDX_BUDGET, IDX_LOCAL, IDX_CLIPPED, IDX_OF_ENTRIES, IDX_START, IDX_SCORES, IDX_GROUP_BYTES, IDX_CHOSEN,
+ IDX_CHOSEN_STRIDE, IDX_CHOSEN_GROUP) = _fields(21)  # fmt: skip
+
+# Attention to what is chosen, of the rows from the position START on. CHOSEN_GROUP: bytes between what is chosen for
+# neighbouring heads of keys and values. With entries, single positions are seen as far as WINDOW.
+(SPA_Q, SPA_Q_STRIDE, SPA_OUT, SPA_OUT_STRIDE, SPA_HEADS, SPA_KV_HEADS, SPA_DIM_K, SPA_DIM_V, SPA_K_OFFSET,
+ SPA_V_OFFSET, SPA_K_HEAD_BYTES, SPA_V_HEAD_BYTES, SPA_GROUP, SPA_SCALE, SPA_SINKS, SPA_CHOSEN, SPA_CHOSEN_STRIDE,
+ SPA_CHOSEN_GROUP, SPA_START, SPA_WINDOW, SPA_ENTRIES_GROUP, SPA_ENTRIES_OFFSET) = _fields(22)  # fmt: skip
 
 # A pool: PLACES is float32, `every` rows of ROW_BYTES; X_OFFSET and SCORES_OFFSET say where in a page its rows lie, of
 # ROW_BYTES each.

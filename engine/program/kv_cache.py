@@ -71,6 +71,7 @@ class CacheLayout:
                 self.page_bytes.append(0)
             group = known.index(described) if described in known else len(known)
             kind = "f32" if layer.exact or (layer.precise and cache_type == "f16") else cache_type
+            kind = "f16" if layer.half and not layer.exact else kind
             k = head_bytes(layer.head_dim_k, kind)
             v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
             start = self.page_bytes[group]

@@ -208,25 +208,6 @@ def test_gemma4_shares_keys_and_values_with_the_last_layer_of_the_kind_that_has_
     assert "blk.3 shares keys and values with layer 1, whose heads are of another kind" in toy.error()
 
 
-@pytest.mark.parametrize("size", [16, 100])
-def test_sparse_attention_is_served_where_it_sees_everything(size: int) -> None:
-    keys: dict[str, Any] = {
-        "leading_dense_block_count": 2, "expert_shared_count": 1, "attention.indexer.top_k": 4,
-        "attention.indexer.block_size": size,
-    }  # fmt: skip
-    toy = Toy("minimax-m3", **keys)
-    graph = toy.graph()
-    assert (graph.context, graph.max_context) == (min(4 * size, 128), 4 * size)
-    assert toy.graph(64).context == 64
-    with pytest.raises(FormatError) as error:
-        toy.graph(4 * size + 1)
-    assert str(error.value) == (
-        f"toy.gguf: a context of {4 * size + 1} tokens is not supported: "
-        f"the model attends to chosen positions only where there are more than {4 * size}"
-    )
-    assert "attention.indexer.top_k is 0, expected" in toy.set({"attention.indexer.top_k": 0}).error()
-
-
 def test_groups_of_experts_have_to_be_whole() -> None:
     keys: dict[str, Any] = {"expert_used_count": 3, "expert_feed_forward_length": N_FF, "expert_group_scale": 0.5}
     toy = Toy("grovemoe", n_expert=8, experts_per_group=3, **keys)
