@@ -30,7 +30,9 @@ GateKind = Literal["sigmoid", "softplus", "silu", "identity"]
 Side = Literal["text", "source", "encoder"]
 """Whose keys and values a layer has: those of the text; of the source that a text answers, which all its rows see; or
 of the source while an encoder reads it (see `Graph.encoder`)."""
-Gating = Literal["softmax", "sigmoid", "sqrt_softplus"]
+Gating = Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "sigmoid_of_chosen"]
+"""How a router's logits become the shares of its experts. Those of the chosen are made after the choice, which is by
+the logits themselves."""
 Constant = NDArray[np.float32]
 Indices = NDArray[np.int32]
 
@@ -569,8 +571,9 @@ class Adjustment:
 class MoE:
     """A mixture of experts: the `n_used` experts that the router likes best, summed by their weights.
 
-    Probabilities are gating(router @ router_x + router_bias), with x for `router_x` if there is none. Experts are
-    chosen by probability + `selection_bias`, and of `n_groups` groups of neighbouring experts only in those
+    Probabilities are gating(router @ router_x + router_bias), with x for `router_x` if there is none; with a gating of
+    the chosen, the logits stand for them until the experts are chosen. Experts are chosen by probability +
+    `selection_bias`, and of `n_groups` groups of neighbouring experts only in those
     `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
     sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
 
