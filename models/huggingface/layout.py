@@ -78,6 +78,15 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Two small tensors as one, number by number: they count as a product only. hf: their names."""
+
+    hf: tuple[str, str]
+    gguf: str
+    width: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """Some layers have the tensors of one alternative, others those of another one: the first whose first is there.
 
@@ -96,7 +105,7 @@ class Made:
     values: Callable[[Config, Sizes], Any]
 
 
-Part = Mapped | Experts | Stacked | Choice | Made
+Part = Mapped | Experts | Stacked | Product | Choice | Made
 
 
 @dataclass(frozen=True)

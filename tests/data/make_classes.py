@@ -403,6 +403,107 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
 }  # fmt: skip
 
 
+# Kimi delta attention in one layer, latent attention in the other.
+
+DELTA_NAMES = {
+    **{f"{n}_proj.weight": [32, 32] for n in "qkv"}, **{f"{n}_conv1d.weight": [32, 1, 4] for n in "qkv"},
+    "b_proj.weight": [4, 32], "o_norm.weight": [8], "o_proj.weight": [32, 32], "dt_bias": [32], "A_log": [1, 1, 4, 1],
+}
+GATES = {"f_a_proj.weight": [8, 32], "f_b_proj.weight": [32, 8], "g_a_proj.weight": [8, 32], "g_b_proj.weight": [32, 8]}
+LATENT_NAMES = {
+    "q_a_proj.weight": [24, 32], "q_a_layernorm.weight": [24], "q_b_proj.weight": [48, 24],
+    "kv_a_proj_with_mqa.weight": [20, 32], "kv_a_layernorm.weight": [16], "kv_b_proj.weight": [80, 16],
+    "o_proj.weight": [32, 48],
+}  # fmt: skip
+SPARSE_MOE = {f"block_sparse_moe.experts.{e}.{n}.weight": [24, 32] for e in range(4) for n in ("w1", "w3")} | {
+    f"block_sparse_moe.experts.{e}.w2.weight": [32, 24] for e in range(4)} | {
+    "block_sparse_moe.gate.weight": [4, 32], "block_sparse_moe.gate.e_score_correction_bias": [4],
+    "block_sparse_moe.shared_experts.gate_proj.weight": [24, 32],
+    "block_sparse_moe.shared_experts.up_proj.weight": [24, 32],
+    "block_sparse_moe.shared_experts.down_proj.weight": [32, 24]}  # fmt: skip
+
+
+def within(block: str, names: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"{block}.{name}": shape for name, shape in names.items()}
+
+
+def in_layers(prefix: str, *layers: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"{prefix}.{n}.{name}": shape for n, layer in enumerate(layers) for name, shape in layer.items()}
+
+
+KIMI = USUAL | {
+    "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 24,
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid", "num_expert_group": 1, "topk_group": 1, "kv_lora_rank": 16,
+    "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "mla_use_nope": True,
+    "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 8, "num_heads": 4,
+                           "short_conv_kernel_size": 4}, "model_max_length": 128, "model_type": "kimi_linear",
+}  # fmt: skip
+RESIDUALS = {f"{n}_res_{k}.weight": [32] if k == "norm" else [1, 32]
+             for n in ("self_attention", "mlp") for k in ("norm", "proj")}  # fmt: skip
+NARROW_MOE = {name: [16 if size == 32 and "experts." in name and "shared" not in name else size for size in shape]
+              for name, shape in SPARSE_MOE.items()} | {
+    "block_sparse_moe.routed_expert_down_proj.weight": [16, 32],
+    "block_sparse_moe.routed_expert_up_proj.weight": [32, 16], "block_sparse_moe.routed_expert_norm.weight": [16]}
+STREAMS = {f"hc_{n}_{k}": shape for n in ("attn", "ffn")
+           for k, shape in (("fn", [8, 64]), ("base", [8]), ("scale", [3]))}  # fmt: skip
+POOLED_INDEXER = {
+    "indexer.wq_b.weight": [16, 24], "indexer.wk.weight": [8, 32], "indexer.weights_proj.weight": [2, 32],
+    "indexer.k_norm.weight": [8], "indexer.k_norm.bias": [8], "indexer.index_kpool_compress_ape": [4, 8],
+    "indexer.index_kpool_compress_gate": [8, 8],
+}  # fmt: skip
+STREAM_LATENT = {name: [16 if size == 20 else 32 if size == 48 and "q_b" in name else size for size in shape]
+                 for name, shape in LATENT_NAMES.items()}  # fmt: skip
+BAILING = {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}
+PUBLISHED |= {
+    "KimiLinearForCausalLM": (KIMI, OUTER | in_layers(
+        "model.layers", {**NORMS, **within("self_attn", DELTA_NAMES | GATES), **FORWARD},
+        {**NORMS, **within("self_attn", {"q_proj.weight": [48, 32]} | {
+            n: s for n, s in LATENT_NAMES.items() if not n.startswith("q_")}), **SPARSE_MOE})),
+    "KimiK3ForConditionalGeneration": ({"text_config": KIMI | {
+        "q_lora_rank": 24, "hidden_act": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 12, "routed_expert_hidden_size": 16, "linear_attn_config": KIMI[
+            "linear_attn_config"] | {"gate_lower_bound": -5.0}}, "model_type": "kimi_k3"},
+        {f"language_model.{n}": s for n, s in (OUTER | {
+            "model.output_attn_res_norm.weight": [32], "model.output_attn_res_proj.weight": [1, 32]} | in_layers(
+            "model.layers", {**NORMS, **RESIDUALS, **within("self_attn", DELTA_NAMES | {
+                "A_log": [4], "f_a_proj.weight": [8, 32], "f_b_proj.weight": [32, 8], "g_proj.weight": [32, 32]}),
+                             **FORWARD},
+            {**NORMS, **RESIDUALS, **within("self_attn", LATENT_NAMES | {"g_proj.weight": [48, 32]}),
+             **NARROW_MOE})).items()} | {"vision_tower.patch_embed.weight": [2], "mm_projector.weight": [2]}),
+    "Glm5NextForConditionalGeneration": ({"text_config": USUAL | ROUTED | {
+        "num_key_value_heads": 4, "layer_types": ["linear_attention", "indexed_attention"], "mla_use_nope": True,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 0, "v_head_dim": 12,
+        "linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0},
+        "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16, "index_kpool": 4, "mhc": True, "hc_mult": 2,
+        "index_kpool_always_select_tail": True, "indexer_types": ["full", "full"], "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6, "norm_topk_prob": True, "swiglu_limit": 10.0, "scoring_func": "sigmoid",
+        "num_nextn_predict_layers": 1, "model_type": "glm5_next_text"}, "model_type": "glm5_next"},
+        {n.replace("model.", "model.language_model."): s for n, s in (OUTER | in_layers(
+            "model.layers", {**NORMS, **STREAMS, **within("self_attn", DELTA_NAMES | GATES | {"A_log": [4]}),
+                             **FORWARD},
+            {**NORMS, **STREAMS, **within("self_attn", STREAM_LATENT | POOLED_INDEXER), **EXPERTS, **SHARED,
+             "mlp.gate.e_score_correction_bias": [4]},
+            {**NORMS, **STREAMS, **within("self_attn", STREAM_LATENT | POOLED_INDEXER), **EXPERTS, **SHARED,
+             "mlp.gate.e_score_correction_bias": [4], "eh_proj.weight": [32, 64], "enorm.weight": [32],
+             "hnorm.weight": [32], "shared_head.norm.weight": [32]})).items()} | {
+            "model.visual.patch_embed.proj.weight": [2]}),
+    "BailingMoeV3ForCausalLM": (USUAL | MIXTURE | {
+        "num_key_value_heads": 4, "head_dim": 8, "layer_group_size": 2, "no_kda_lora": True, "kda_safe_gate": True,
+        "kda_lower_bound": -5.0, "gated_attention_proj_granularity_type": "head_wise", "short_conv_kernel_size": 4,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12,
+        "moe_shared_expert_intermediate_size": 24, "num_shared_experts": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True, "n_group": 2, "topk_group": 1,
+        "score_function": "sigmoid", "expert_swiglu_limit_list": [None, 7.0], "share_expert_swiglu_limit_list": [
+            None, 5.0], "num_nextn_predict_layers": 0, "model_type": "bailing_moe_v3"}, BAILING | in_layers(
+            "model.layers", {**NORMS, **within("attention", {
+                n.replace("o_proj", "dense"): s for n, s in DELTA_NAMES.items()} | {
+                    "f_proj.weight": [32, 32], "g_proj.weight": [32, 32], "A_log": [4]}), **FORWARD},
+            {**NORMS, **within("attention", {n.replace("o_proj", "dense"): s for n, s in LATENT_NAMES.items()} | {
+                "g_proj.weight": [4, 32]}), **EXPERTS, **SHARED, "mlp.gate.expert_bias": [4]})),
+}  # fmt: skip
+
+
 def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """config.json and the shapes of the tensors."""
     if name in PUBLISHED:
