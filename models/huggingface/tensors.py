@@ -173,7 +173,8 @@ def dimensions(config: Config, architecture: Architecture) -> Sizes:
     """The sizes that shapes are made of, by the names of architectures.py, and the counts of layers and heads."""
     embd = config.integer("hidden_size")
     heads = config.integer("num_attention_heads", high=MAX_HEADS)
-    kv_heads = config.integer("num_key_value_heads", heads, high=MAX_HEADS)
+    # Where layers differ, those of the widest; an entry that knows of that says which.
+    kv_heads = max(config.integers("num_key_value_heads", high=MAX_HEADS, default=heads))
     head = config.integer("head_dim", embd // heads or None, high=MAX_HEAD_DIM)
     # Where layers differ, that of the widest.
     ff = max(config.integers("intermediate_size")) if architecture.ffn or config.get("intermediate_size") else 0
