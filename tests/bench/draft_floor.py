@@ -41,8 +41,8 @@ def mixed_up(source: Path, target: Path, n_layers: int | None) -> None:
         architecture = reader.metadata["general.architecture"]
         total = int(reader.metadata[f"{architecture}.block_count"])
         kept = total if n_layers is None else min(n_layers, total)
-        for key, value in reader.metadata.items():
-            writer.set_metadata(key, kept if key == f"{architecture}.block_count" else value, *reader.metadata_types[key])
+        for key, value in (dict(reader.metadata) | {f"{architecture}.block_count": kept}).items():
+            writer.set_metadata(key, value, *reader.metadata_types[key])
         tensors = [
             tensor for name, tensor in reader.tensors.items()
             if not name.startswith("blk.") or int(name.split(".")[1]) < kept
