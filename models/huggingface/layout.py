@@ -176,6 +176,8 @@ class Architecture:
     sizes_of_weights: Callable[[Mapping[str, SourceTensor]], Mapping[str, int]] | None = None
     embeds: bool = False
     """Whether embeddings are all that models make: they have no head."""
+    own_head: bool = False
+    """Whether engines want the head as a tensor of its own, also where it is the embedding."""
     ffn: bool = True
     """Whether a model has a width of feed-forward layers."""
     variant: Callable[[Config], Architecture | None] | None = None

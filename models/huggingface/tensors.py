@@ -245,6 +245,9 @@ def map_tensors(
         mapper.add(part)
     if not tied and not architecture.embeds:
         mapper.add(mapper.head)
+    elif architecture.own_head:
+        there = next(part for part in (mapper.embedding, mapper.head) if part.hf in mapper.weights)
+        mapper.add(replace(there, gguf=mapper.head.gguf))
     mapper.check_rest()
     return mapper.tensors
 
