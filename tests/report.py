@@ -90,7 +90,7 @@ def report_tests() -> None:
     """How many tests of each kind passed."""
     folder = Path(__file__).parent / "unit"
     for what, files in TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *(str(folder / file) for file in files)]
+        command = [sys.executable, "-m", "pytest", "-v", "-n", "0", *(str(folder / file) for file in files)]
         last = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1:]
         found = re.search(r"\d+ (passed|failed).*", "".join(last)) or re.search(r".*", "".join(last))
         print(f"{what}: {found[0] if found else 'no result'}")

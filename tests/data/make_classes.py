@@ -276,7 +276,10 @@ PUBLISHED_CONFIG: dict[str, dict[str, Any]] = {
     "PhiMoEForCausalLM": {"original_max_position_embeddings": 64},
 }
 # The converter does not know what Transformers makes of their config.json.
-READ_PLAINLY = ("GPTNeoXForCausalLM", "HrmTextForCausalLM", "Cohere2MoeForCausalLM")
+READ_PLAINLY = (
+    "GPTNeoXForCausalLM", "HrmTextForCausalLM", "Cohere2MoeForCausalLM", "PaddleOCRVLForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+)
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
 # Published by their makers
@@ -657,6 +660,22 @@ PUBLISHED |= {
         "model.vision_model.embeddings.patch_embedding.weight": [2], "model.aligner.fc1.weight": [2],
         "model.vqmodel.encoder.conv_in.weight": [2], "model.generation_embeddings.weight": [2],
         "model.generation_aligner.fc1.weight": [2], "model.generation_head.proj_out.weight": [2]}),
+    "PaddleOCRVLForConditionalGeneration": (USUAL | {
+        "head_dim": 16, "rope_theta": 500000.0, "rope_scaling": {
+            "type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}, "use_bias": False,
+        "vision_config": VISION, "model_type": "paddleocr_vl"}, named("model.layers", 2, {
+            **NORMS, **FORWARD, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+            "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64]}, OUTER | {
+            "visual.vision_model.embeddings.patch_embedding.weight": [2], "mlp_AR.linear_1.weight": [2]})),
+    "HunYuanVLForConditionalGeneration": (USUAL | {
+        "head_dim": 16, "use_qk_norm": True, "attention_bias": False, "rope_scaling": {
+            "type": "xdrope", "rope_type": "xdrope", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0,
+            "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0, "xdrope_section": [2, 2, 2, 2]},
+        "vision_config": VISION, "model_type": "hunyuan_vl"}, named("model.layers", 2, {
+            **NORMS, **FORWARD, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+            "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
+            "self_attn.query_layernorm.weight": [16], "self_attn.key_layernorm.weight": [16]}, OUTER | {
+            "vit.embeddings.patch_embedding.weight": [2], "vit.perceive.proj.0.weight": [2]})),
 }  # fmt: skip
 
 
