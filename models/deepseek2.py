@@ -114,6 +114,8 @@ def read_scaling(metadata: Metadata, h: Hyperparameters) -> tuple[RopeScaling, f
 
 
 def read_temperature(metadata: Metadata) -> Temperature | None:
-    """How queries grow with their position, or None where they do not."""
+    """How queries grow with their position, or None where they do not: no architecture with an indexer knows it."""
+    if metadata.architecture not in ("deepseek2", "mistral4"):
+        return None
     scale = metadata.real("attention.temperature_scale", 0.0, high=1e3)
     return Temperature(scale, metadata.integer("attention.temperature_length", high=MAX_CONTEXT)) if scale else None

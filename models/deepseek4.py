@@ -26,7 +26,9 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     if CHOOSING in ratios:
         turn = rotation(metadata, h, coarse=True)
         indexers = LightningIndex.read(metadata, h, context, turn, turned_last=True, every=CHOOSING, of_entries=True)
-    shares = replace(Shares.read(metadata, "sqrt_softplus"), gating="sqrt_softplus")
+    shares = Shares.read(metadata, "sqrt_softplus")
+    if shares.gating != "sqrt_softplus":
+        raise metadata.error("expert_gating_func", f"makes a {shares.gating}, which is not supported")
     limits = read_limits(metadata, "swiglu_clamp_exp", h)
     shared_limits = read_limits(metadata, "swiglu_clamp_shexp", h) if metadata.has("swiglu_clamp_shexp") else limits
     n_ff_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)

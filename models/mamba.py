@@ -29,7 +29,7 @@ class Mamba:
             state=metadata.integer("ssm.state_size", high=MAX_STATE),
             rank=metadata.integer("ssm.time_step_rank"),
             taps=metadata.integer("ssm.conv_kernel", high=MAX_TAPS),
-            normed=metadata.flag("ssm.dt_b_c_rms", False),
+            normed=metadata.architecture == "mamba" and metadata.flag("ssm.dt_b_c_rms", False),
         )
 
 

@@ -138,8 +138,7 @@ def gated_attention(
     gate = builder.join(both, range(dim, 2 * dim), n_heads)
     q, k = norm_qk(builder, h, q, k, block, cache, "heads")
     q, k = builder.rope(q, dim, rotation, query=True), builder.rope(k, dim, rotation)
-    scale = h.metadata.real("attention.scale", 0.0) or dim**-0.5
-    y = builder.attention(q, k, v, cache, scale, chosen=chosen)
+    y = builder.attention(q, k, v, cache, dim**-0.5, chosen=chosen)
     return builder.linear(builder.gate(gate, y, "sigmoid"), f"{block}.attn_output", h.n_embd)
 
 

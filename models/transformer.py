@@ -20,7 +20,7 @@ from qrun.models.graph import (
 )
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters, Metadata
 
-GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
+GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrt_softplus"}
 """As files number them."""
 ALIBI = 8.0
 """The largest bias of models that do not give one."""
@@ -271,8 +271,6 @@ def read_experts_scale(metadata: Metadata) -> float:
 def read_gating(metadata: Metadata, default: Gating) -> Gating:
     """How the router's logits become probabilities. A 0 means that the file does not say."""
     number = metadata.integer("expert_gating_func", 0, low=0, high=max(GATINGS))
-    if number and number not in GATINGS:
-        raise metadata.error("expert_gating_func", f"is {number}, which is not supported")
     return GATINGS.get(number, default)
 
 

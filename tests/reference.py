@@ -488,7 +488,8 @@ def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
-    probabilities = GATINGS[moe.gating](scores)
+    function, _, chosen_only = moe.gating.partition("_of_")
+    probabilities = scores if chosen_only else GATINGS[function](scores)
     liking = probabilities if moe.selection_bias is None else probabilities + moe.selection_bias
     if moe.n_groups > 1:
         grouped = liking.reshape(len(x), moe.n_groups, -1)
@@ -501,6 +502,7 @@ def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     if moe.by_token is not None:
         chosen = moe.by_token[tokens]
     shares = np.take_along_axis(probabilities, chosen, axis=1)
+    shares = GATINGS[function](shares) if chosen_only else shares
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
     return chosen, shares

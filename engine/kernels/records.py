@@ -112,8 +112,8 @@ INDEXED_ROWS = 16
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
  MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES, MOE_TOGETHER, MOE_BY_TOKEN) = _fields(25)  # fmt: skip
 # How logits become probabilities.
-GATINGS = ("softmax", "sigmoid", "sqrt_softplus")
-SOFTMAX, SIGMOID, SQRT_SOFTPLUS = range(3)
+GATINGS = ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "sigmoid_of_chosen")
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(5)
 
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,

@@ -195,6 +195,26 @@ def test_tensors_that_go_together_have_shapes_that_do(
     assert tensor in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "embedding", "head"),
+    [
+        ("RWKV7ForCausalLM", "model.embeddings.weight", "lm_head.weight"),
+        ("Rwkv6ForCausalLM", "rwkv.embeddings.weight", "head.weight"),
+    ],
+)
+def test_a_head_that_is_the_embedding_is_written_where_engines_want_one(
+    name: str, embedding: str, head: str, tmp_path: Path
+) -> None:
+    case = CLASSES[name]
+    for number, missing in enumerate((head, embedding)):  # the one matrix may go by either name
+        shapes = {key: shape for key, shape in case["shapes"].items() if key != missing}
+        config = case["config"] | {"tie_word_embeddings": True}
+        with closing(CheckpointSource(write_checkpoint(tmp_path / str(number), config, shapes))) as source:
+            both = [source.tensors[key] for key in ("token_embd.weight", "output.weight")]
+            assert both[0].shape == both[1].shape == tuple(case["shapes"][head])
+            np.testing.assert_array_equal(both[0].rows(0, 333), both[1].rows(0, 333))
+
+
 @pytest.mark.parametrize(("name", "key"), [("RWKV7ForCausalLM", "head_dim"), ("Rwkv6ForCausalLM", "head_size")])
 def test_heads_that_do_not_make_a_row_are_refused(name: str, key: str, tmp_path: Path) -> None:
     case = CLASSES[name]

@@ -281,7 +281,7 @@ def test_a_table_of_experts_of_another_type_or_shape_is_refused() -> None:
         ({"attention.compress_ratios": np.array([], np.int32)}, "compress_ratios is not an array of 1"),
         ({"attention.sliding_window": 0}, "needs one key and value head"),
         ({"attention.output_group_count": 3}, "output_group_count is 3, which does not divide 4 heads"),
-        ({"expert_gating_func": 3}, "expert_gating_func is 3, which is not supported"),
+        ({"expert_gating_func": 3}, "expert_gating_func makes a softmax_of_chosen, which is not supported"),
         ({"attention.indexer.top_k": None}, "indexer.top_k is missing"),
     ],
 )
