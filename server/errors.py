@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qrun.engine import ContextOverflow
+from qrun.engine.errors import NotFinite
+from qrun.formats import QrunError
 
 
 class APIError(Exception):
@@ -49,7 +51,10 @@ def from_exception(error: BaseException) -> APIError:
             n_prompt_tokens=error.n_tokens,
             n_ctx=error.context,
         )
-    if isinstance(error, ValueError | TypeError):
+    # Of what Python itself raises, a TypeError is a fault of ours.
+    if isinstance(error, NotFinite):
+        return APIError(str(error), 500, "server_error")
+    if isinstance(error, ValueError) or (isinstance(error, TypeError) and isinstance(error, QrunError)):
         return APIError(" ".join(str(error).split()))
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")

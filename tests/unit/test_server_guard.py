@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from asgi_client import Answer, call
 from server_fakes import make_model
@@ -142,11 +144,27 @@ def test_unknown_paths_and_methods() -> None:
     assert answer.status == 405 and answer.headers["allow"] == "POST"
 
 
-def test_errors_of_our_own_have_no_words_of_the_request(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", [lambda: 1 / 0, lambda: len(3), lambda: {}["x"], lambda: None.text])  # type: ignore
+def test_errors_of_our_own_have_no_words_of_the_request(
+    wrong: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = make_model()
-    model.chat = lambda *args, **options: 1 / 0  # type: ignore[method-assign]
+    model.chat = lambda *args, **options: wrong()  # type: ignore[method-assign]
     answer = call(app(model), "POST", "/v1/chat/completions", CHAT)
     assert answer.status == 500 and answer.json()["error"]["message"] == "internal error"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_no_numbers_are_an_error_of_our_own(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    step = model._runtime.step
+    model._runtime.step = lambda *args: [rows * np.float32(np.nan) for rows in step(*args)]  # type: ignore[method-assign]
+    answer = call(app(model), "POST", "/v1/chat/completions", CHAT | {"stream": stream})
+    assert answer.status == (200 if stream else 500)
+    error = (answer.events[-1] if stream else answer.json())["error"]
+    assert error["type"] == "server_error" and "not finite" in error["message"]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_an_application_in_another_one() -> None:
