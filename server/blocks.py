@@ -40,6 +40,11 @@ class Parts:
         if text:
             yield kind, text
 
+    @property
+    def has_more(self) -> bool:
+        """Are there calls that have not come yet?"""
+        return len(self._generation.tool_calls[: self._most]) > self._n_calls
+
     def calls(self) -> Iterator[Part]:
         """The calls that have not come yet."""
         calls = self._generation.tool_calls[: self._most]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,10 @@ class APIError(Exception):
         self.more = more
 
 
+# Of which field a message is that begins with its name.
+_PARAMETER = re.compile(r"(?:messages|tools)(?=\[)|logit_bias(?= )|lora(?=: )|[a-z]+_?[a-z]+(?= must be )")
+
+
 def from_exception(error: BaseException) -> APIError:
     """What a client is told of an error. What is not the client's fault is told without its words, which may have
     paths or texts in them."""
@@ -55,7 +60,9 @@ def from_exception(error: BaseException) -> APIError:
     if isinstance(error, NotFinite):
         return APIError(str(error), 500, "server_error")
     if isinstance(error, ValueError) or (isinstance(error, TypeError) and isinstance(error, QrunError)):
-        return APIError(" ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        found = _PARAMETER.match(message)
+        return APIError(message, param=found[0] if found else None)
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")
     return APIError("internal error", 500, "server_error")

@@ -233,7 +233,7 @@ class ResponseStream:
             "reasoning": body["reasoning"] if isinstance(body.get("reasoning"), dict) else {"effort": None},
             "store": False,
             "temperature": body.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}} | (body["text"] if isinstance(body.get("text"), dict) else {}),
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": body.get("tools") or [],
             "top_p": body.get("top_p"),
@@ -309,7 +309,7 @@ class ResponseStream:
         if self._open:
             self._open = False
             item = self._items[-1]
-            item["status"] = "completed"
+            item["status"] = self.status if calls and not self.parts.has_more else "completed"
             (part,) = item["content"]
             more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
             found += self._event(f"response.{self._kind(item)}.done", **self._place(item), text=part["text"], **more)

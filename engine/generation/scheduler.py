@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # How many seconds of a step rows of prompts may take while others generate: the second where at least as many wait as
 # generate, and always as long as so many steps without prompts take. Those of a prompt of which more than LONG_PROMPT
 # rows are to be read take the shortest of these.
-BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.25
+BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
 LONG_PROMPT = 1024
 TILE_ROWS = 8  # of prompts: what attention takes at once
 FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many

@@ -291,13 +291,13 @@ class TestPromptsBesideOthers:
     def test_a_long_one_takes_no_more_than_others_hardly_notice(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # There is time for twelve; attention takes eight at once.
+        # There is time for fifteen; attention takes eight at once.
         assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
 
     def test_deep_in_a_text_it_takes_fewer_than_attention_takes_at_once(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model._host.scheduler._row_seconds = 0.0021
+        model._host.scheduler._row_seconds = 0.0025
         assert self.read(model, monkeypatch, 3, [1100]) == [[4]] * 275
 
     def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ class TestPromptsBesideOthers:
 
     def test_and_as_long_as_others_take_without_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         model._host.scheduler._decode_seconds = 0.2
-        assert self.read(model, monkeypatch, 3, [500]) == [[248], [248], [4]]
+        assert self.read(model, monkeypatch, 3, [500]) == [[296], [204]]
 
     def test_they_take_longer_while_as_many_wait_as_generate(
         self, model: Model, monkeypatch: pytest.MonkeyPatch

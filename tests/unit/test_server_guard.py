@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -178,3 +180,23 @@ def test_an_application_in_another_one() -> None:
     assert call(served, "POST", "/llm/v1/messages", CHAT).json()["type"] == "error"
     assert isinstance(call(served, "POST", "/llm/api/chat", {"messages": 3}, key).json()["error"], str)
     assert call(served, "GET", "/llm/v1/models").status == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "//v1/models//"])
+def test_slashes_too_many(path: str) -> None:
+    assert get(path).json()["object"] == "list"
+    assert call(app(make_model()), "POST", path.replace("models", "chat/completions"), CHAT).status == 200
+
+
+def test_who_asks_what_a_path_can() -> None:
+    answer = call(app(make_model()), "OPTIONS", "/v1/chat/completions")
+    assert (answer.status, answer.headers["allow"], answer.body) == (204, "POST, OPTIONS", b"")
+    assert call(app(make_model()), "OPTIONS", "/v2").status == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+def test_bodies_that_are_packed(path: str) -> None:
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    answer = call(app(make_model()), "POST", path, packed, {"content-encoding": "gzip"})
+    assert answer.status == 415 and "gzip" in answer.text
+    assert call(app(make_model()), "POST", path, CHAT, {"content-encoding": "identity"}).status == 200

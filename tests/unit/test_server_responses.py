@@ -39,6 +39,7 @@ def test_an_answer() -> None:
 def test_an_answer_that_is_cut() -> None:
     told = ask(max_output_tokens=5).json()
     assert (told["status"], told["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert told["output"][-1]["status"] == "incomplete"
     assert ask(max_output_tokens=5, stream=True).event_names[-1] == "response.incomplete"
 
 
