@@ -89,7 +89,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope = scope | {"path": _plain(scope["path"])}
+            scope = {**scope, "path": _plain(scope["path"])}
         await self._guarded(scope, receive, send)
 
     def stop(self) -> None:
