@@ -69,6 +69,21 @@ def test_the_events_of_a_stream() -> None:
     assert text == message["content"][0]["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(stream: bool) -> None:
+    answer = ask(include=["message.output_text.logprobs"], top_logprobs=2, stream=stream)
+    told = answer.events[-1]["response"] if stream else answer.json()
+    (part,) = told["output"][0]["content"]
+    assert "".join(one["token"] for one in part["logprobs"]) == part["text"] == "Hello there."
+    assert all(len(one["top_logprobs"]) == 2 and one["logprob"] <= 0 for one in part["logprobs"])
+    if stream:
+        deltas = [event for event in answer.events if event["type"] == "response.output_text.delta"]
+        assert [one for event in deltas for one in event["logprobs"]] == part["logprobs"]
+        (done,) = (event for event in answer.events if event["type"] == "response.output_text.done")
+        assert done["logprobs"] == part["logprobs"]
+    assert ask(top_logprobs=2).json()["output"][0]["content"][0]["logprobs"] == []
+
+
 def test_tools_of_other_kinds_are_passed_over() -> None:
     tools = [{"type": kind} for kind in ("web_search", "local_shell", "image_generation", "tool_search", "namespace")]
     assert ask(tools=[*tools, TOOL], include=["reasoning.encrypted_content"], store=False).status == 200
