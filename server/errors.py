@@ -36,7 +36,7 @@ class APIError(Exception):
 
 
 # Of which field a message is that begins with its name.
-_PARAMETER = re.compile(r"(?:messages|tools)(?=\[)|logit_bias(?= )|lora(?=: )|[a-z]+_?[a-z]+(?= must be )")
+_PARAMETER = re.compile(r"(?:messages|tools)(?=\[)|logit_bias(?= )|lora(?=: )|[a-z]+(?:_[a-z]+)*(?= must be )")
 
 
 def from_exception(error: BaseException) -> APIError:

@@ -375,7 +375,7 @@ async def delete(state: State, exchange: Exchange) -> None:
 
     _check_store(state)
     entry = await state.hub.find(exchange.body.get("model") or exchange.body.get("name"), exact=True)
-    found = [stored for stored in stored_models() if stored.path == entry.source]
+    found = [stored for stored in await in_daemon(stored_models) if stored.path == entry.source]
     if not found:
         raise APIError(f"the model {entry.id!r} does not lie in the store", 403, "permission_error")
     if entry.users:
