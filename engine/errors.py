@@ -22,6 +22,10 @@ class Closed(QrunError, RuntimeError):
     """A model or a session was used after it had been closed, perhaps by another thread."""
 
 
+class NotFinite(QrunError, ValueError):
+    """What a model has computed are no numbers: the file is damaged, or the engine is wrong."""
+
+
 class GenerationCancelled(QrunError):
     """An evaluation was stopped between two batches because its caller asked for that.
 

@@ -46,6 +46,8 @@ POSITIONS = R.PAGE_POSITIONS
 ROW = 4 * R.MAX_HEAD_DIM
 # Rows of one sequence that are computed together.
 TILE = R.TILE_SIZE
+# Where there are no more of them than these, they are taken in half of that time: guesses, and prompts beside others.
+FEW = TILE // 2
 # A window without an end.
 EVERYTHING = 1 << 40
 
@@ -493,7 +495,7 @@ def attention(variant: str) -> Kernel:
 
         return compute
 
-    several, single = tile_function(TILE, False), tile_function(together, True)
+    several, few, single = tile_function(TILE, False), tile_function(FEW, False), tile_function(together, True)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         heads = v.load_i64(op + R.ATT_HEADS)
@@ -510,8 +512,10 @@ def attention(variant: str) -> Kernel:
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
             count = min(v.load_i64(tile + R.TILE_ROWS), v.load_i64(op + R.ATT_BEFORE) - position)
             end = v.load_i64(tile + v.load_i64(op + R.ATT_OF_TILE))
-            if count > 1:
+            if count > FEW:
                 several(op, step, first_row, count, position, end, head)
+            elif count > 1:
+                few(op, step, first_row, count, position, end, head)
             elif count == 1 and head % together == 0:
                 single(op, step, first_row, together, position, end, head)
 
