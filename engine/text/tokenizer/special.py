@@ -25,15 +25,14 @@ class SpecialPieces:
         user_defined = frozenset(vocabulary.ids_of(PieceType.USER_DEFINED))
         self.ids = frozenset(ids)
         normalized = vocabulary.normalized_ids
-        raw = {self._spelling(id): id for id in ids if id not in normalized}
-        later = {vocabulary.normalizer(self._spelling(id)): id for id in ids if id in normalized}
+        spellings = [piece.decode(errors="replace") for piece in vocabulary.pieces.some(ids)]
+        spelt = list(zip(spellings, ids, strict=True))
+        raw = {spelling: id for spelling, id in spelt if id not in normalized}
+        later = {vocabulary.normalizer(spelling): id for spelling, id in spelt if id in normalized}
         later.pop("", None)
         # By whether control pieces count.
         self._raw = {True: _Spellings(raw), False: _Spellings(_among(raw, user_defined))}
         self._normalized = {True: _Spellings(later), False: _Spellings(_among(later, user_defined))}
-
-    def _spelling(self, id: int) -> str:
-        return self._vocabulary.pieces[id].decode(errors="replace")
 
     def split(self, text: str, control: bool) -> Iterator[str | int]:
         """The text as pieces of ordinary text (none empty) and ids of special pieces between them."""
