@@ -7,7 +7,7 @@ Every `Value` is a float32 array [rows, width]; the rows are the tokens of one s
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import Literal
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo, TensorType
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.dataclass import dataclass
 from qrun.models.support import type_problem
 
 Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"]

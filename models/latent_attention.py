@@ -5,10 +5,10 @@ Newer files hold the matrices that make keys and values of a short row apart for
 be turned into one for the short rows instead (the absorbed form): then these rows are all that the cache needs.
 """
 
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import CacheLayer, Constant, GraphBuilder, Rotation, Temperature, Value
 from qrun.models.hyperparameters import MAX_HEAD_DIM, Hyperparameters, Metadata
 

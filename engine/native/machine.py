@@ -6,8 +6,9 @@ import ctypes
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from qrun.formats.dataclass import dataclass
 
 # Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
 WORKING_BYTES = 250_000_000
