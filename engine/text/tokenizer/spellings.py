@@ -76,7 +76,7 @@ class Spellings:
             same = self._hashes[left] == self._hashes[winners]
             others += [left[same], winners[same]]
             left = left[~same]
-        for id in np.unique(np.concatenate([*others, left])).tolist():
+        for id in sorted(set(np.concatenate([*others, left]).tolist())):  # np.unique would import numpy.ma
             self._others.setdefault(strings[id], []).append(id)
 
     def all(self, spelling: bytes) -> list[int]:
