@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +49,8 @@ def memory() -> Memory:
     if sys.platform == "win32":
         return _windows()
     if sys.platform == "darwin":
+        import subprocess  # elsewhere no start waits for it
+
         with suppress(OSError, ValueError, subprocess.SubprocessError):
             answer = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, timeout=5)
             return Memory(int(answer.stdout), None)
