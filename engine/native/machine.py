@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,23 @@ class MemoryNeed:
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
         return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
+
+
+def cpu_name() -> str:
+    """What the CPU is called, by the operating system's own word, or else its architecture."""
+    import platform
+
+    name = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
+    with suppress(OSError):
+        if sys.platform == "darwin":
+            import subprocess
+
+            words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        else:
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return name or platform.machine()
 
 
 def memory() -> Memory:
