@@ -176,6 +176,7 @@ class Model:
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.native.packs import using
+        from qrun.engine.native.read_ahead import read_ahead
         from qrun.engine.program.runtime import Runtime
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
@@ -192,6 +193,7 @@ class Model:
             path = find(source, type)
             reader = GGUFReader(path)
             undo.callback(reader.close)
+            read_ahead(reader.files)
             with open_adapters(wanted) as opened:
                 graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
             if draft is not None and graph.encoder is not None:

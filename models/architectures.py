@@ -1,12 +1,12 @@
 """The architectures, by name, and the graph of a model's file."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
+from qrun.formats.dataclass import dataclass
 from qrun.models.adapter import Adapter, adapt
 from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder, Value

@@ -5,13 +5,13 @@ and one outside them raises `FormatError` with the file and the key.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from qrun.formats import FormatError
+from qrun.formats.dataclass import dataclass
 from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models.graph import CacheLayer
 from qrun.models.support import DIFFUSION, EMBEDDERS

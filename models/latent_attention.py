@@ -6,10 +6,10 @@ be turned into one for the short rows instead (the absorbed form): then these ro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import CacheLayer, Chosen, Constant, GraphBuilder, Rotation, Temperature, Value
 from qrun.models.hyperparameters import MAX_HEAD_DIM, Hyperparameters, Metadata
 

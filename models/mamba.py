@@ -1,10 +1,10 @@
 """Mamba (arXiv:2312.00752), Falcon-Mamba, and Mamba-2 (arXiv:2405.21060): nothing but layers whose state fades by how
 much of a token they take in. Other models have such mixers beside attention."""
 
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Constant, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.transformer import head

@@ -5,10 +5,10 @@ beside one that all tokens share.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Chosen, GateKind, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling

@@ -1,10 +1,10 @@
 """The parts that these architectures share, where the logic really is the same."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.drafts import Block
 from qrun.models.graph import (
     Activation,
@@ -188,6 +188,9 @@ class Shares:
         return cls(normalize, read_experts_scale(metadata), read_gating(metadata, gating))
 
 
+USUAL_SHARES = Shares()
+
+
 def experts(
     builder: GraphBuilder,
     h: Hyperparameters,
@@ -195,7 +198,7 @@ def experts(
     block: str,
     n_ff: int,
     kind: Activation | Alone = "silu",
-    shares: Shares = Shares(),
+    shares: Shares = USUAL_SHARES,
     *,
     gated: bool = True,
     router_x: Value | None = None,

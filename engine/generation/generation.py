@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +18,7 @@ from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
+from qrun.formats.dataclass import dataclass
 
 if TYPE_CHECKING:
     from qrun.engine.generation.adapters import Chosen

@@ -22,12 +22,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qrun.engine.native.linker import Image, LinkError
 from qrun.engine.native.sources import sources_digest
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import QrunError
 
 FORMAT = "qrun kernels 1"

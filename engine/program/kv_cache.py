@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, S
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
 from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, StateBlocks, state_sizes
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import CacheLayer, Graph, Side
 
 P = ParamSpec("P")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from qrun.engine.program.program import Program
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorInfo
+from qrun.formats.dataclass import dataclass
 from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 

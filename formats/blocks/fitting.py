@@ -22,13 +22,14 @@ pass. Arrays have blocks along their last axis and every sum runs in the order o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.dataclass import dataclass
 
 # What is smaller counts as zero: a divisor that would lead to infinity, a block of nothing.
 TINY = np.float32(1e-30)

@@ -15,6 +15,7 @@ import numpy as np
 
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, decode_text, quote
+from qrun.formats.gguf.strings import Strings
 
 
 class ValueType(IntEnum):
@@ -215,7 +216,7 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def raw_strings(self, key: str) -> list[bytes]:
+    def strings(self, key: str) -> Strings:
         """The items of an array of strings, not decoded. Raises FormatError if the value is anything else."""
         span = self._spans[key]
         if span.item_type != ValueType.STRING:

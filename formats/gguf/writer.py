@@ -5,12 +5,12 @@ import os
 import struct
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from qrun.formats.blocks import BLOCK_SIZES, TensorType
+from qrun.formats.dataclass import dataclass
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, VERSIONS, TensorInfo, align
 from qrun.formats.gguf.metadata import ValueType, encode_string, encode_value

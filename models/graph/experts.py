@@ -1,8 +1,8 @@
 """The mixture of experts: of many feed-forward networks, each row goes through a few."""
 
-from dataclasses import dataclass
 from typing import Literal
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.row_operations import Activation, Alone
 from qrun.models.graph.values import Constant, Indices, Value, Weight
 

@@ -1,8 +1,9 @@
 """A model as a list of operations, in the order in which they run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.experts import MoE
 from qrun.models.graph.row_operations import (
     Activate,

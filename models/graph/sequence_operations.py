@@ -3,9 +3,9 @@
 What they keep of a text lies in the KV cache, as a `CacheLayer` says, or in a state of the operation's own.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.values import Constant, Value, Weight
 
 Side = Literal["text", "source", "encoder"]

@@ -131,16 +131,15 @@ class Tokenizer:
 
     def has_piece(self, piece: str) -> bool:
         """Whether one token is spelt so."""
-        return piece.encode() in self._vocabulary.pieces
+        return self._vocabulary.spellings.first(piece.encode()) is not None
 
     @property
     def special_spellings(self) -> tuple[frozenset[str], frozenset[str]]:
         """How special tokens are spelt: those that `encode` finds if asked to, and those that it finds in any text."""
 
         def spelt(*types: PieceType) -> frozenset[str]:
-            return frozenset(
-                self._vocabulary.pieces[id].decode(errors="replace") for id in self._vocabulary.ids_of(*types)
-            )
+            pieces = self._vocabulary.pieces.some(self._vocabulary.ids_of(*types))
+            return frozenset(piece.decode(errors="replace") for piece in pieces)
 
         always = spelt(PieceType.USER_DEFINED)
         return spelt(PieceType.CONTROL, PieceType.UNKNOWN) - always, always
