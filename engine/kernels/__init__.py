@@ -90,7 +90,7 @@ def in_parts(key: str) -> bool:
 
 def all_keys() -> list[str]:
     """The keys of all kernels that any model may need."""
-    from qrun.engine.kernels.records import KIND_BITS, TILE_SIZE
+    from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER
     from qrun.engine.kernels.unpack import TYPES
 
     packings = ("q8", "f32")
@@ -98,7 +98,7 @@ def all_keys() -> list[str]:
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
         *(f"append-{kind}" for kind in KIND_BITS),
-        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
+        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, MAX_HEADS_TOGETHER + 1)
           for layout in ("", "-rows", "-rows-entries")),
         *(f"sparse_attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
           for layout in ("", "-rows", "-rows-entries")),

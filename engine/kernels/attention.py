@@ -33,6 +33,7 @@ from numba import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised, pack_quantised
+from qrun.engine.kernels.query_lanes import HIDDEN, query_lanes
 from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import TYPES, Quantised, Rows
 from qrun.engine.simd import operations as v
@@ -44,10 +45,9 @@ Kernel = Callable[[int, int, int], None]
 POSITIONS = R.PAGE_POSITIONS
 # Queries of a tile and their sums lie on the stack, each in a row of this many bytes.
 ROW = 4 * R.MAX_HEAD_DIM
-# Rows of one sequence that are computed together.
-TILE = R.TILE_SIZE
-# Where there are no more of them than these, they are taken in half of that time: guesses, and prompts beside others.
-FEW = TILE // 2
+# Rows of one sequence that are computed together where a lane is a position; and where it can be a query, so few that
+# each is computed for itself.
+TILE, FEW = 8, 2
 # A window without an end.
 EVERYTHING = 1 << 40
 
@@ -119,7 +119,11 @@ def append(cache_type: str) -> Kernel:
                     place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_float else 4)
                     scale_place = scales + 2 * (block * POSITIONS + slot)
                     put_block(
-                        k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
+                        k + 128 * block,
+                        min(32, dim_k - 32 * block),
+                        place,
+                        4 * size * POSITIONS,
+                        key_apart,
                         scale_place,
                     )
                 x = v.load_i64(op + R.KV_V) + row * v.load_i64(op + R.KV_V_STRIDE) + 4 * head * dim_v
@@ -206,9 +210,7 @@ def score_quantised(cache_type: str, rows: int) -> Any:
     asked_bytes = block_bytes * lanes // POSITIONS
 
     @operation(lambda tile, *_: tile)
-    def score(
-        e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value
-    ) -> list[Vector]:
+    def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value) -> list[Vector]:
         (group,) = spec.groups(_Keys(e, keys, scales))
         return dot_quantised(e, spec, rows, group, tile, queries)
 
@@ -321,14 +323,16 @@ def attention(variant: str) -> Kernel:
     Streaming Language Models with Attention Sinks", 2023: here learned, as in gpt-oss), and a slope, by which scores
     fall with the distance (Press et al., "Train Short, Test Long", 2021: ALiBi), or a bias for each distance.
 
-    Several rows of a sequence are taken head by head. A single row is taken with several query heads that share a key
-    and value head, so that those are read less often.
+    A single row is taken with several query heads that share a key and value head, so that those are read less often.
+    So are several rows of a sequence where keys and values are floats and lie apart (`kernels.query_lanes`); elsewhere
+    they are taken head by head.
     """
     cache_type, together_text, *layout = variant.split("-")
     together, in_rows, with_entries = int(together_text), "rows" in layout, "entries" in layout
     n_caches = 2 if with_entries else 1
     lanes = v.target().lanes
     bits = R.KIND_BITS[cache_type]
+    of_queries = bits >= 16 and not in_rows  # whether a lane can be a query
 
     def tile_function(rows: int, of_heads: bool) -> Any:
         quantised = bits < 16
@@ -365,7 +369,7 @@ def attention(variant: str) -> Kernel:
             blocks_k = (dim_k + 31) // 32
             blocks_v = (dim_v + 31) // 32
             row_blocks = blocks_k if in_rows else blocks_v
-            scale = v.splat(v.load_f32(op + R.ATT_SCALE))
+            scale = v.load_f32(op + R.ATT_SCALE)
             cap = v.load_f32(op + R.ATT_SOFTCAP)
             window = v.load_i64(op + R.ATT_WINDOW)
             sinks = v.load_i64(op + R.ATT_SINKS)
@@ -383,6 +387,8 @@ def attention(variant: str) -> Kernel:
                     value = v.float32(0.0)
                     if row < count and i < dim_k:
                         value = v.load_f32(query + row * query_stride + 4 * i)
+                        if of_queries:
+                            value *= scale
                     v.store_f32(queries + row * ROW + 4 * i, value)
                 if packs:
                     pack_quantised(queries + row * ROW, blocks_k * 32, packed, row, n)
@@ -435,7 +441,9 @@ def attention(variant: str) -> Kernel:
                             bias = biases + 4 * (this_head * 2 * (reach + POSITIONS) + distance + reach + POSITIONS)
                         largest = v.splat(v.float32(-1e30))
                         for i in range(0, POSITIONS, lanes):
-                            value = v.load(place + 4 * i) * scale
+                            value = v.load(place + 4 * i)
+                            if not of_queries:
+                                value = value * v.splat(scale)
                             if cap > v.float32(0.0):
                                 value = v.splat(cap) * v.tanh(value / v.splat(cap))
                             if placed:
@@ -447,22 +455,20 @@ def attention(variant: str) -> Kernel:
                                     value = v.fma(v.splat(-slope), away, value)
                             if some_hidden:
                                 number = v.lane_numbers() + v.splat_int(i)
-                                value = v.choose(number < after, value, v.splat(v.float32(-1e30)))
-                                value = v.choose(before < number, value, v.splat(v.float32(-1e30)))
+                                value = v.choose(number < after, value, v.splat(v.float32(HIDDEN)))
+                                value = v.choose(before < number, value, v.splat(v.float32(HIDDEN)))
                             largest = v.maximum(largest, value)
                             v.store(place + 4 * i, value)
                         old = v.load_f32(state + 8 * row)
                         new = max(old, v.max_lanes(largest))
                         total = v.splat(v.float32(0.0))
                         for i in range(0, POSITIONS, lanes):
-                            value = v.load(place + 4 * i)
-                            seen = v.splat(v.float32(-1e29)) < value
-                            value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
+                            value = v.falling_exp(v.load(place + 4 * i) - v.splat(new))
                             total = total + value
                             v.store(place + 4 * i, value)
                         kept = v.load_f32(state + 8 * row + 4)
                         if old < new:  # else what there is would fade by 1
-                            fading = v.exp(v.splat(old - new))
+                            fading = v.falling_exp(v.splat(old - new))
                             kept *= v.first_lane(fading)
                             for i in range(0, blocks_v * 32, lanes):
                                 v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
@@ -495,7 +501,33 @@ def attention(variant: str) -> Kernel:
 
         return compute
 
-    several, few, single = tile_function(TILE, False), tile_function(FEW, False), tile_function(together, True)
+    single = tile_function(together, True)
+    if of_queries:
+        several, heads_at_once = query_lanes(cache_type, together)
+
+        @v.helper
+        def compute(op, step, first_row, count, position, end, head):  # type: ignore[no-untyped-def]
+            if head % together != 0:
+                return
+            if count <= FEW:
+                for row in range(count):
+                    single(op, step, first_row + row, together, position + row, end, head)
+                return
+            most = heads_at_once(op)
+            for first in range(0, together, most):
+                several(op, step, first_row, count, position, end, head + first, min(most, together - first))
+
+    else:
+        several = tile_function(TILE, False)
+
+        @v.helper
+        def compute(op, step, first_row, count, position, end, head):  # type: ignore[no-untyped-def]
+            if count == 1:
+                if head % together == 0:
+                    single(op, step, first_row, together, position, end, head)
+                return
+            for row in range(0, count, TILE):
+                several(op, step, first_row + row, min(count - row, TILE), position + row, end, head)
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         heads = v.load_i64(op + R.ATT_HEADS)
@@ -512,11 +544,6 @@ def attention(variant: str) -> Kernel:
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
             count = min(v.load_i64(tile + R.TILE_ROWS), v.load_i64(op + R.ATT_BEFORE) - position)
             end = v.load_i64(tile + v.load_i64(op + R.ATT_OF_TILE))
-            if count > FEW:
-                several(op, step, first_row, count, position, end, head)
-            elif count > 1:
-                few(op, step, first_row, count, position, end, head)
-            elif count == 1 and head % together == 0:
-                single(op, step, first_row, together, position, end, head)
+            compute(op, step, first_row, count, position, end, head)
 
     return kernel

@@ -41,8 +41,9 @@ CACHE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
 # The same of what layers may be kept as: those that need every digit are not kept as float16.
 KIND_BITS = {"f32": 32, **CACHE_BITS}
 
-# Rows of one sequence that attention takes together, and the longest head that it has room for.
-TILE_SIZE, MAX_HEAD_DIM = 8, 576
+# Rows of one sequence that attention takes together, heads that it takes together at most, and the longest head that it
+# has room for.
+TILE_SIZE, MAX_HEADS_TOGETHER, MAX_HEAD_DIM = 16, 8, 576
 
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512

@@ -493,7 +493,7 @@ def attention_key(graph: G.Graph, operation: G.Attention, kind: str, threads: in
     but so that there is work for every thread."""
     layer = graph.cache_layers[operation.layer]
     group = layer.n_heads // layer.n_kv_heads
-    most = max(min(R.TILE_SIZE, layer.n_heads // threads), 1)
+    most = max(min(R.MAX_HEADS_TOGETHER, layer.n_heads // threads), 1)
     together = max(n for n in range(1, most + 1) if group % n == 0)
     layout = "-rows" if layer.values_in_keys else ""
     return f"attention-{kind}-{together}{layout}{'' if operation.entries is None else '-entries'}"

@@ -288,6 +288,26 @@ def exp(e: Emitter, x: Vector) -> Vector:
     return _exp(x)
 
 
+def exp_of_difference(x: Vector) -> Vector:
+    """e^x for x of 0 and below: to 1e-7 or so of itself near 0, and 3e-7 elsewhere. Exactly 1 of 0, and 0 below -86 and
+    of a NaN.
+
+    The last bits of x / ln 2 + 1.5 * 2^23 are its whole number, whose part is added to the polynomial's exponent.
+    """
+    shifted = x.fma(1.4426950408889634, 1.5 * 2.0**23)
+    rest = (shifted - 1.5 * 2.0**23).fma(-0.6931471805599453, x)
+    p = rest.constant(1.3814467e-3)
+    for coefficient in (8.368781e-3, 4.1668393e-2, 1.666652e-1, 4.9999994e-1, 1.0, 1.0):
+        p = p.fma(rest, coefficient)
+    power = (p.bits_as(I32) + (shifted.bits_as(I32) << 23)).bits_as(F32)
+    return x.constant(-86.0).less(x).choose(power, x.constant(0.0))
+
+
+@operation(lambda x: x)
+def falling_exp(e: Emitter, x: Vector) -> Vector:
+    return exp_of_difference(x)
+
+
 @operation(lambda x: x)
 def tanh(e: Emitter, x: Vector) -> Vector:
     """1 - 2 / (e^2x + 1), and near zero, where that would cancel, the Taylor series up to x^7."""
@@ -318,6 +338,12 @@ def load(e: Emitter, address: ir.Value) -> Vector:
     return e.load(address, 0, F32, e.lanes)
 
 
+@operation(_i32)
+def load_ints(e: Emitter, address: ir.Value) -> Vector:
+    """int32 values from memory, `lanes` of them."""
+    return e.load(address, 0, I32, e.lanes)
+
+
 @operation(_f32)
 def load_halves(e: Emitter, address: ir.Value) -> Vector:
     """float16 values from memory, `lanes` of them, as float32."""
@@ -327,6 +353,13 @@ def load_halves(e: Emitter, address: ir.Value) -> Vector:
 @operation(_void)
 def store(e: Emitter, address: ir.Value, v: Vector) -> None:
     e.store(v.value, address)
+
+
+@operation(_void)
+def clear(e: Emitter, address: ir.Value) -> None:
+    """Zeros to memory, a vector of them. In loops, too, where LLVM would call memset otherwise."""
+    e.fence()
+    e.store(e.constant(0.0).value, address)
 
 
 @operation(_f32)

@@ -107,6 +107,10 @@ class Vector:
     def maximum(self, other: Vector | float) -> Vector:
         return self.intrinsic("llvm.maxnum" if self.is_float else "llvm.smax", other)
 
+    def larger(self, other: Vector) -> Vector:
+        """The maximum of floats, of which none is a NaN: one instruction on x86, where `maximum` takes three."""
+        return self.less(other).choose(other, self) if target().is_x86 else self.maximum(other)
+
     def minimum(self, other: Vector | float) -> Vector:
         return self.intrinsic("llvm.minnum" if self.is_float else "llvm.smin", other)
 
