@@ -6,11 +6,11 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.errors import Closed, GenerationCancelled, OfThisProcess
 from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
@@ -80,7 +80,7 @@ class MemoryUse:
         return self.weights + self.arena + self.cache
 
 
-class Model:
+class Model(OfThisProcess):
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
 
@@ -161,7 +161,7 @@ class Model:
         *,
         threads: int | None = None,
         context: int | None = None,
-        cache_type: str = "f16",
+        cache_type: Literal["f16", "q8_0", "q4_0"] = "f16",
         batch: int = 512,
         cache_bytes: int | None = None,
         cache_disk: str | os.PathLike[str] | None = None,
