@@ -142,7 +142,9 @@ def packs() -> list[Pack]:
 
 def _folders_of_the_app() -> list[Path]:
     """Where a packed app has its pack: in the folder of its program, or of its data."""
-    places = [getattr(globals().get("__compiled__"), "containing_dir", None)]  # Nuitka's name, in each module
+    # Nuitka's name, in each module that it has compiled: this one, or only the program's own.
+    compiled = globals().get("__compiled__") or getattr(sys.modules.get("__main__"), "__compiled__", None)
+    places = [getattr(compiled, "containing_dir", None)]
     if getattr(sys, "frozen", False):
         places += [os.path.dirname(sys.executable), getattr(sys, "_MEIPASS", None)]
     return [Path(place) / FOLDER for place in places if place]

@@ -105,7 +105,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     (folder,) = hook_folders()
     assert {path.name for path in Path(folder).glob("hook-*.py")} == {
         "hook-qrun.engine.py", "hook-qrun.models.py", "hook-qrun.cli.py",
-        "hook-qrun.server.py",
+        "hook-qrun.server.py", "hook-qrun.formats.py",
     }  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
     assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
+    assert "excludedimports" not in runpy.run_path(str(folder / "hook-qrun.formats.py"))
     # with a pack the app has the pack, and no compiler
     pack = tmp_path / "kernels"
     monkeypatch.setenv("QRUN_KERNELS", str(pack))
@@ -140,6 +141,7 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
     assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
     assert engine["excludedimports"] == ["numba", "llvmlite"]
+    assert runpy.run_path(str(folder / "hook-qrun.formats.py"))["excludedimports"] == ["gguf"]
 
 
 APP = """
@@ -182,7 +184,7 @@ def test_an_app_with_a_pack_and_a_server_beside_it_has_no_compiler_and_writes_no
     with packed_app(tmp_path, QRUN_KERNELS=str(kernels)) as (folder, run):
         shutil.rmtree(kernels)
         assert not [path for path in folder.rglob("*") if "llvmlite" in path.name and path.suffix == ".so"]
-        assert not list(folder.rglob("numba/*"))
+        assert not list(folder.rglob("numba/*")) and not list(folder.rglob("yaml/*"))
         assert run(str(model)) == "2 1 False\n"  # two threads at once
         with Model.load(model, threads=1) as loaded:
             answer = "".join(loaded.chat("It was", max_tokens=5, temperature=0))

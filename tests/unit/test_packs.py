@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,16 @@ def test_the_working_directory_is_not_searched(tmp_path: Path, monkeypatch: pyte
     assert packs.packs() == []
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert packs.packs() == []
+
+
+@pytest.mark.parametrize("module", ["__main__", packs.__name__])
+def test_nuitka_says_where_the_app_is(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each module that it has compiled: the library may be in the app as bytecode."""
+    monkeypatch.delenv("QRUN_KERNELS", raising=False)
+    folder = write(tmp_path / "kernels", ["a"])
+    place = SimpleNamespace(containing_dir=str(tmp_path))
+    monkeypatch.setattr(sys.modules[module], "__compiled__", place, raising=False)
+    assert [pack.folder for pack in packs.packs()] == [folder]
 
 
 def test_a_folder_that_is_named_must_be_a_pack(
