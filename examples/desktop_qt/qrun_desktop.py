@@ -407,6 +407,7 @@ def _size(size: int | None) -> str:
 
 def main(arguments: list[str], started: Callable[[Window], object] = lambda window: None) -> int:
     """Runs the app; `started` is called once its window is shown."""
+    sys.setswitchinterval(0.001)  # the window's thread gets its turn sooner while another one runs Python
     app = QApplication(arguments)
     app.setApplicationName("qrun-desktop")
     app.setOrganizationName("qrun")

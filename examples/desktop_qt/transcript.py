@@ -1,5 +1,6 @@
 """What has been said: a bubble for each message, answers as the Markdown that they are, thoughts folded away."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -32,6 +33,9 @@ PART_CHARACTERS = 4000
 in parts, and only the last is laid out anew."""
 SHOWN_CHARACTERS = 1500
 """Of a longer question the rest is folded away."""
+# Here, as PySide6 makes these classes when they are first asked for, some of them in 20 ms.
+FEATURES = QTextDocument.MarkdownFeature.MarkdownDialectGitHub | QTextDocument.MarkdownFeature.MarkdownNoHTML
+CODE = QTextFormat.Property.BlockCodeFence
 
 
 def parts(text: str) -> list[str]:
@@ -49,6 +53,12 @@ def parts(text: str) -> list[str]:
         part.append(line)
         size += len(line)
     return [*found, "".join(part)] if part else found
+
+
+@functools.cache
+def fixed_font() -> list[str]:
+    """The families of the system's font of fixed width. Asked for when there is code: the first answer takes 30 ms."""
+    return QFontDatabase.systemFont(QFontDatabase.SystemFont.FixedFont).families()
 
 
 class Markdown(QTextBrowser):
@@ -73,26 +83,24 @@ class Markdown(QTextBrowser):
 
     def _lay_out(self) -> None:
         document = self.document()
-        features = QTextDocument.MarkdownFeature
-        document.setMarkdown(self._text, features.MarkdownDialectGitHub | features.MarkdownNoHTML)
+        document.setMarkdown(self._text, FEATURES)
         self._shade_code(document)
 
     def _shade_code(self, document: QTextDocument) -> None:
         """Code stands on a ground of its own, in a font of fixed width."""
         ground = self.palette().color(QPalette.ColorRole.AlternateBase)
-        family = QFontDatabase.systemFont(QFontDatabase.SystemFont.FixedFont).families()
         whole = QTextCursor(document)
         whole.beginEditBlock()  # one layout for all that is changed
         block = document.begin()
         while block.isValid():
-            if block.blockFormat().hasProperty(QTextFormat.Property.BlockCodeFence):
+            if block.blockFormat().hasProperty(CODE):
                 cursor = QTextCursor(block)
                 block_format, font = block.blockFormat(), block.charFormat()
                 block_format.setBackground(ground)
                 block_format.setNonBreakableLines(False)
                 cursor.setBlockFormat(block_format)
                 cursor.select(QTextCursor.SelectionType.BlockUnderCursor)
-                font.setFontFamilies(family)
+                font.setFontFamilies(fixed_font())
                 cursor.mergeCharFormat(font)
             block = block.next()
         whole.endEditBlock()
@@ -267,6 +275,7 @@ class Transcript(QScrollArea):
         self.answer: Answer | None = None
         """The newest."""
         self._following = True
+        Markdown().deleteLater()  # the first one takes 20 ms, the others one
         bar = self.verticalScrollBar()
         bar.rangeChanged.connect(lambda low, high: bar.setValue(high) if self._following else None)
         bar.valueChanged.connect(self._scrolled)

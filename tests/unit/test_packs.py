@@ -172,14 +172,15 @@ def test_the_working_directory_is_not_searched(tmp_path: Path, monkeypatch: pyte
     assert packs.packs() == []
 
 
-@pytest.mark.parametrize("module", ["__main__", packs.__name__])
-def test_nuitka_says_where_the_app_is(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each module that it has compiled: the library may be in the app as bytecode."""
+def test_a_program_that_nuitka_has_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library may be in it as bytecode: only the program's own module says so."""
     monkeypatch.delenv("QRUN_KERNELS", raising=False)
-    folder = write(tmp_path / "kernels", ["a"])
-    place = SimpleNamespace(containing_dir=str(tmp_path))
-    monkeypatch.setattr(sys.modules[module], "__compiled__", place, raising=False)
-    assert [pack.folder for pack in packs.packs()] == [folder]
+    inside, beside = write(tmp_path / "app.dist" / "kernels", ["a"]), write(tmp_path / "kernels", ["a"])
+    program = sys.modules["__main__"]
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "app.dist" / "app.py"), raising=False)
+    assert packs.packs() == []
+    monkeypatch.setattr(program, "__compiled__", SimpleNamespace(containing_dir=str(tmp_path)), raising=False)
+    assert [pack.folder for pack in packs.packs()] == [inside, beside]
 
 
 def test_a_folder_that_is_named_must_be_a_pack(
