@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -142,6 +143,17 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
     assert engine["excludedimports"] == ["numba", "llvmlite"]
     assert runpy.run_path(str(folder / "hook-qrun.formats.py"))["excludedimports"] == ["gguf"]
+
+
+def test_the_documentation_has_the_commands_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ENGINE.parent / "tests" / "bench"))
+    import packers
+
+    text = re.sub(r"\\\n\s*", "", (ENGINE.parent / "docs" / "embedding.md").read_text("utf-8"))
+    for name, program, out in (("nuitka", "nuitka", []), ("cx_freeze", "cxfreeze", ["--build-exe=dist/app"])):
+        command = [part.replace("KERNELS", "kernels") for part in packers.COMMANDS[name] if "OUT" not in part]
+        (written,) = [line for line in re.split(r"[\n`]", text) if re.match(f"{program} (build|--)", line)]
+        assert sorted(written.split()[1:]) == sorted([*command[1:], *out])
 
 
 APP = """
