@@ -17,6 +17,9 @@ CLIENTS := .venv-clients
 RAY := .venv-ray
 PACKERS := .venv-packers
 DIST := .venv-dist
+# Not editable: an app is packed from what is in the files, too.
+PACKERS_READY := $(PACKERS)/installed-$(DIGEST)-$(shell find engine formats models cli server -type f -not -name '*.pyc' \
+	| LC_ALL=C sort | xargs cat | cksum | tr ' ' -)
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -103,7 +106,7 @@ test-clients: $(CLIENTS)/installed-$(DIGEST)
 	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 # In an environment with nothing that the apps do not need: packers take along what they find. Not editable, as an app's.
-test-packers: $(TESTING) $(PACKERS)/installed-$(DIGEST)
+test-packers: $(TESTING) $(PACKERS_READY)
 	QRUN_TEST_PACKERS=1 $(BIN)/python -m pytest tests/unit/test_frozen.py
 	$(PACKERS)/bin/python tests/bench/packers.py $(PACKERS_MODEL) $(PACKERS_OPTIONS)
 
@@ -185,7 +188,7 @@ $(CLIENTS)/installed-$(DIGEST):
 	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
 	@touch $@
 
-$(PACKERS)/installed-$(DIGEST):
+$(PACKERS_READY):
 	@test -x $(PACKERS)/bin/python || $(PYTHON) -m venv $(PACKERS) </dev/null
 	@rm -rf $(PACKERS)/installed-* build/lib
 	@$(PACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps . </dev/null

@@ -6,11 +6,11 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.errors import Closed, GenerationCancelled, OfThisProcess
 from qrun.engine.figures import Activity, MemoryUse, TokenLogprob
 from qrun.engine.finding import find_model
 from qrun.engine.generation import arguments
@@ -39,7 +39,7 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
 
 
-class Model:
+class Model(OfThisProcess):
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
 
@@ -113,7 +113,7 @@ class Model:
         *,
         threads: int | None = None,
         context: int | None = None,
-        cache_type: str = "f16",
+        cache_type: Literal["f16", "q8_0", "q4_0"] = "f16",
         batch: int = 512,
         cache_bytes: int | None = None,
         cache_disk: str | os.PathLike[str] | None = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from qrun.engine.errors import GenerationCancelled
+from qrun.engine.errors import GenerationCancelled, OfThisProcess
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.guide import Guide, Rules
 from qrun.engine.generation.lookup import Lookup
@@ -79,7 +79,7 @@ class GenerationStats:
         return max(self.generated_tokens - 1, 0) / self.generate_seconds if self.generate_seconds else 0.0
 
 
-class Generation(Iterator[Piece]):
+class Generation(OfThisProcess, Iterator[Piece]):
     """Pieces of text, each computed when it is asked for. Made by `Session.generate`.
 
     The prompt is evaluated with the first piece. `text` (the answer), `reasoning` (what the model thought before it)

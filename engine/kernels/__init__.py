@@ -93,16 +93,15 @@ def all_keys() -> list[str]:
     from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER
     from qrun.engine.kernels.unpack import TYPES
 
-    packings = ("q8", "f32")
+    packings, heads = ("q8", "f32"), range(1, MAX_HEADS_TOGETHER + 1)
+    layouts = ("", "-rows", "-rows-entries")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
         *(f"append-{kind}" for kind in KIND_BITS),
-        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, MAX_HEADS_TOGETHER + 1)
-          for layout in ("", "-rows", "-rows-entries")),
-        *(f"sparse_attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, TILE_SIZE + 1)
-          for layout in ("", "-rows", "-rows-entries")),
-        *(f"{name}-f16-{heads}" for name in ("index_scores", "index_choose") for heads in range(1, TILE_SIZE + 1)),
+        *(f"{name}-{kind}-{together}{layout}" for name in ("attention", "sparse_attention") for kind in KIND_BITS
+          for together in heads for layout in layouts),
+        *(f"{name}-f16-{n}" for name in ("index_scores", "index_choose") for n in heads),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts", "keep")),
         *(f"convolution-{activation}" for activation in ("", "silu")),

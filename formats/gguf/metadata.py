@@ -16,6 +16,7 @@ import numpy as np
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, decode_text, quote
 from qrun.formats.gguf.strings import Strings
+from qrun.formats.mapping import FileMap
 
 
 class ValueType(IntEnum):
@@ -232,6 +233,8 @@ class Metadata(Mapping[str, Any]):
         return self._data[span.start : span.end]
 
     def _cursor(self, span: Span) -> Cursor:
+        if isinstance(self._data, FileMap):
+            self._data.check()
         cursor = Cursor(self._path, self._data)
         cursor.position = span.start + 4
         return cursor

@@ -6,12 +6,13 @@ from functools import cached_property
 from os import PathLike
 from typing import Self
 
+from qrun.engine.errors import OfThisProcess
 from qrun.engine.text.tokenizer.special import SpecialPieces
 from qrun.engine.text.tokenizer.vocabulary import SPACE, PieceType, SpacePrefix, Vocabulary
 from qrun.formats import GGUFReader
 
 
-class Tokenizer:
+class Tokenizer(OfThisProcess):
     """Text to token ids and back, by the metadata of a GGUF file.
 
     n_vocab: number of tokens. bos_id, eos_id: None if the model has none. stop_ids: tokens that end an answer.
