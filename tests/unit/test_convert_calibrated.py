@@ -19,9 +19,7 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import against, convert_calibrated, main
 from qrun.engine import Tokenizer
-from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
-from qrun.engine.quantize.calibration import body_up_to
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
@@ -29,7 +27,6 @@ from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.whole_file import temporary_name
-from qrun.models import build_graph
 
 LENGTH = 32
 WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
@@ -321,24 +318,6 @@ def test_a_place_that_a_result_cannot_take_is_refused_before_anything_is_measure
         status, _, errors = run(*calibrating(folder, "model", out, "--type", "q4_0", *measures), capsys=capsys)
         assert status == 1 and message in errors
     assert not (tmp_path / "work").exists()
-
-
-def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
-    with GGUFReader(folder / "model.gguf") as reader:
-        graph = build_graph(reader, LENGTH)
-        wanted = {"blk.0.ffn_gate.weight", "blk.0.attn_output.weight"}
-        found = []
-        for each in (graph, body_up_to(graph, wanted)):
-            with closing(Runtime(each, threads=1, context=LENGTH, observe=True, keep=wanted.__contains__)) as runtime:
-                with closing(runtime.sequence()) as sequence:
-                    runtime.evaluate(sequence, list(range(20)), logits="none")
-                found.append([(seen.names, seen.sums.copy()) for seen in runtime.observations])
-        shorter = body_up_to(graph, wanted).operations
-        assert len(shorter) < 0.7 * len(graph.operations)
-        assert [names for names, _ in found[0]] == [names for names, _ in found[1]]
-        for (_, whole), (_, part) in zip(*found, strict=True):
-            np.testing.assert_array_equal(whole, part)
-        assert body_up_to(graph, {"output.weight"}) is graph
 
 
 # A size
