@@ -1,4 +1,4 @@
-"""A model computed stretch by stretch: the same inputs of its matrices, to the bit, as when it is computed as a whole."""
+"""A model computed stretch by stretch: inputs of its matrices are those, to the bit, of the model as a whole."""
 
 from __future__ import annotations
 
