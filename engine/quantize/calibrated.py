@@ -148,6 +148,11 @@ class Calibration:
             (self.folder / "working.gguf").unlink(missing_ok=True)
             probing.unlink()
 
+    @property
+    def has_measures(self) -> bool:
+        """Is there anything that a later run could use?"""
+        return any(OWN.fullmatch(path.name) for path in self.folder.iterdir())
+
     def clean(self) -> None:
         """Once the result is complete."""
         self._remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from qrun.cli import against, convert_calibrated, main
+from qrun.cli import against, console, convert_calibrated, main
 from qrun.engine import Tokenizer
 from qrun.engine.quantize import calibrated
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
@@ -381,9 +382,16 @@ def test_a_dry_run_of_a_named_type_measures_nothing(
 
 
 def test_where_nothing_comes_of_it_what_was_measured_is_named(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--size", "1k", *SIZED)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.Calibration, "working", property(fail))
+        status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1 and "stays in" not in errors and list(tmp_path.iterdir()) == []
     status, _, errors = run(*arguments, capsys=capsys)
     assert status == 1 and f"what was measured stays in {tmp_path / '.out.gguf.calibration'}" in errors
     status, _, errors = run(*arguments, "--measures", tmp_path / "work", capsys=capsys)
@@ -594,7 +602,9 @@ def test_lines_of_json_have_texts_or_messages(folder: Path, tmp_path: Path) -> N
         ("bytes.txt", b"\xff\xfe\x00", "no UTF-8 text"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2: it is no JSON"),
         ("other.jsonl", b'{"prompt": "a"}', 'line 1: it has neither a "text" nor "messages"'),
-        ("chat.jsonl", b'{"messages": [{"role": 7}]}', "line 1: "),
+        ("chat.jsonl", b'{"messages": [{"role": 7, "content": "a"}]}', "line 1: "),
+        ("silent.jsonl", b'{"messages": [{"role": "user"}]}', r"line 1: messages\[0\] has no content"),
+        ("text.jsonl", b'{"messages": "hello"}', 'line 1: "messages" is no list of messages'),
         ("list.jsonl", b"[1]", "line 1: it has neither"),
     ],
 )
@@ -606,3 +616,31 @@ def test_texts_that_cannot_be_used_are_named(
     with pytest.raises(ValueError, match=message) as caught:
         read(folder, path)
     assert str(path) in str(caught.value)
+
+
+# What a terminal shows
+
+
+class Screen(io.StringIO):
+    """Standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_kernels_that_are_compiled_meanwhile_are_told_in_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen)
+    with console.step_bar("importance") as report:
+        compiling = console.CompileProgress()
+        for done in range(4):
+            compiling(done, 3)
+            report(done, 3)
+        before = screen.getvalue()
+        compiling(1, 4)
+    shown = screen.getvalue()
+    assert "compiling kernels for this CPU  1/4" in shown[len(before) :]
+    assert shown.count("\n") <= 2  # one line, rewritten
+    console.CompileProgress()(1, 4)
+    assert screen.getvalue()[len(shown) :] == "\r\033[Kcompiling kernels for this CPU  1/4"
