@@ -264,6 +264,8 @@ class Calibration:
         digest = hashlib.sha256(repr([(name, tensor.type) for name, tensor in todo.items()]).encode()).hexdigest()[:8]
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
+        copy.unlink(missing_ok=True)
+        self._check_room(planned, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
         gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
         writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
@@ -300,6 +302,17 @@ class Calibration:
             return replace(tensor, made=files[name]) if name in kept else tensor
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
+
+    def _check_room(self, planned: Plan, there: Collection[Path]) -> None:
+        """Raises OSError if the disk is too small for rounding and for two results. there: what is rounded already."""
+        width = int(self.source.metadata.get(f"{self.source.metadata.get('general.architecture')}.embedding_length", 0))
+        entering = 4 * width * len(self.samples.taken) * self.samples.taken.size
+        needed = self.working.stat().st_size + 2 * entering + 3 * planned.n_bytes
+        needed -= sum(path.stat().st_size for path in there)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise OSError(
+                f"{self.folder}: the disk has {free / 1e9:.1f} GB free, and rounding needs {needed / 1e9:.1f} GB"
+            )
 
     @contextmanager
     def _banded(self, path: Path, names: Collection[str], entering: str) -> Iterator[tuple[list[list[str]], Relay]]:

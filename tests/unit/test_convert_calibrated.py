@@ -246,6 +246,19 @@ def test_no_room_for_the_judging_is_said_before_anything_is_rounded(
     assert [path.name for path in work.iterdir()] == ["key"] and not out.exists()
 
 
+def test_no_room_for_the_rounding_is_said_before_it_begins(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(calibrated.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--type", "q4_0", "--no-judge")
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert errors.endswith("the disk has 0.0 GB free, and rounding needs 0.0 GB\n")
+    assert not (tmp_path / "out.gguf").exists()
+    assert not list((tmp_path / ".out.gguf.calibration").glob("rounded*"))
+
+
 # The folder of measures
 
 
