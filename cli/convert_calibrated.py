@@ -155,7 +155,7 @@ def convert_calibrated(
     with ExitStack() as stack:
         stack.enter_context(calibration.opened())
         if not wishes.keep:
-            stack.enter_context(saying_what_stays(calibration.folder))
+            stack.enter_context(saying_what_stays(calibration))
         remove_unfinished(out)  # of a run that was killed
         with stage_bars() as stage:
             choice, imatrix = measure(replace(calibration, stage=stage), wishes, choice, values)
@@ -254,12 +254,15 @@ def unmeasured(source: Source) -> Imatrix:
 
 
 @contextmanager
-def saying_what_stays(folder: Path) -> Iterator[None]:
-    """Says at the end where the measures are, if they are there still."""
+def saying_what_stays(calibration: Calibration) -> Iterator[None]:
+    """Says at the end where the measures are, if they are there still. A folder without any goes."""
     try:
         yield
     finally:
-        if folder.is_dir():
+        folder = calibration.folder
+        if folder.is_dir() and not calibration.has_measures:
+            calibration.clean()
+        elif folder.is_dir():
             notice(f"what was measured stays in {folder}, for another run with this result: else remove it")
 
 

@@ -152,7 +152,7 @@ LORA_ADAPTER_BYTES = 40
 # address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);
 # TRIALS holds pairs of float32: see formats.blocks.fitting. LEVELS and CANDIDATES are tables of formats.blocks.grids.
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
- Q_ROUNDS, Q_LEVELS, Q_CANDIDATES) = _fields(13)  # fmt: skip
+ Q_ROUNDS, Q_LEVELS, Q_CANDIDATES, Q_BY_SIZE) = _fields(14)  # fmt: skip
 
 # Rounding columns one by one: see kernels.spread.
 (SPREAD_X, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(6)
