@@ -369,15 +369,16 @@ class Judge:
 
     def __init__(self, reference: Path, text: Chunks, logits: IO[bytes], threads: int | None) -> None:
         from qrun.cli.against import write_logits
+        from qrun.cli.loading import RunOptions
 
-        self._text, self._logits, self._threads = text, logits, threads
-        self.perplexity = write_logits(reference, text, logits, threads, "f16", MORE_ROOM).perplexity.value
+        self._text, self._logits, self._options = text, logits, RunOptions(threads)
+        self.perplexity = write_logits(reference, text, logits, self._options, MORE_ROOM).perplexity.value
 
     def row(self, name: str, plan: Plan, file: Path) -> Judged:
         """Of the file of a plan."""
         from qrun.cli.against import score_against
 
-        return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._threads, "f16"))
+        return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._options))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +98,18 @@ def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int
         yield bar.update
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run by commands that measure: threads (None: one for each core), the type of the cache, and
+    adapters."""
+
+    threads: int | None = None
+    cache_type: str = "f16"
+    loras: tuple[Lora, ...] = ()
+
+
 @contextmanager
-def open_runtime(
-    path: Path,
-    *,
-    threads: int | None,
-    context: int,
-    cache_type: str = "f16",
-    observe: bool = False,
-    loras: Iterable[Lora] = (),
-) -> Iterator[Runtime]:
+def open_runtime(path: Path, options: RunOptions, context: int, *, observe: bool = False) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.native.cpu_count import available_cores
     from qrun.engine.program.runtime import Runtime
@@ -114,16 +117,16 @@ def open_runtime(
     from qrun.models import build_graph, check_goes_on
     from qrun.models.adapter import open_adapters
 
-    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
+    with GGUFReader(path) as reader, open_adapters(options.loras) as adapters:
         graph = build_graph(reader, context, adapters)
         check_goes_on(graph, path)
         show_notices(adapters)
         show_context_notice(graph, context)
         runtime = Runtime(
             graph,
-            threads=threads or available_cores(),
+            threads=options.threads or available_cores(),
             context=graph.context,
-            cache_type=cache_type,
+            cache_type=options.cache_type,
             progress=CompileProgress(),
             observe=observe,
         )

@@ -27,7 +27,7 @@ from typing import IO
 from quantize_table import run
 
 from qrun.cli.against import score_against, write_logits
-from qrun.cli.loading import load_tokenizer, text_chunks
+from qrun.cli.loading import RunOptions, load_tokenizer, text_chunks
 from qrun.formats import GGUFReader
 from qrun.formats.tensors import n_weights
 
@@ -87,17 +87,17 @@ class Bench:
         print(line(row), flush=True)
 
     def _measure(self, group: str, type: str, make: Callable[[Path], None]) -> Row:
+        run_options = RunOptions(self.options.threads)
         if self._logits is None:
             self._logits = open(self.folder / "logits", "w+b")  # noqa: SIM115 - goes with the folder
-            score = write_logits(
-                self.options.model, self.text, self._logits, self.options.threads, "f16", "set TMPDIR to another folder"
-            )
+            more_room = "set TMPDIR to another folder"
+            score = write_logits(self.options.model, self.text, self._logits, run_options, more_room)
             self._keep(Row("source", "", self.options.model.stat().st_size, bits_per_weight(self.options.model), 0.0,
                            0.0, 1.0, score.perplexity.value))  # fmt: skip
         out = self.folder / "made.gguf"
         out.unlink(missing_ok=True)
         make(out)
-        divergence = score_against(out, self.text, self._logits, type, self.options.threads, "f16")
+        divergence = score_against(out, self.text, self._logits, type, run_options)
         kl = divergence.mean_kl
         return Row(group, type, out.stat().st_size, bits_per_weight(out), kl.value, kl.error,
                    divergence.agreement.value, divergence.model.perplexity.value)  # fmt: skip

@@ -425,7 +425,7 @@ def test_perplexity_with_an_adapter_is_that_of_the_merged_model(
     scores = []
     for path, loras in ((LLAMA, [Lora(adapter, 0.5)]), (merged, []), (LLAMA, [])):
         score = Score()
-        with loading.open_runtime(path, threads=1, context=48, cache_type="f16", loras=loras) as runtime:
+        with loading.open_runtime(path, loading.RunOptions(1, loras=loras), 48) as runtime:
             for rows, targets in scored_logits(runtime, tokens, None):
                 score.add(rows, targets)
         scores.append(score.perplexity.value)
@@ -442,7 +442,7 @@ def test_importance_with_an_adapter_is_that_of_the_merged_model(
     merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 0.5)])
     found = []
     for model, loras in ((path, [lora]), (merged, [])):
-        with loading.open_runtime(model, threads=2, context=32, observe=True, loras=loras) as runtime:
+        with loading.open_runtime(model, loading.RunOptions(2, loras=loras), 32, observe=True) as runtime:
             runtime.evaluate(runtime.sequence(), np.arange(32) * 37 % 128, "all")
             found.append({name: each.sums.copy() for each in runtime.observations for name in each.names})
     assert found[0].keys() == found[1].keys()
