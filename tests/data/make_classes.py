@@ -676,6 +676,18 @@ PUBLISHED |= {
             "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
             "self_attn.query_layernorm.weight": [16], "self_attn.key_layernorm.weight": [16]}, OUTER | {
             "vit.embeddings.patch_embedding.weight": [2], "vit.perceive.proj.0.weight": [2]})),
+    "DeepseekOCRForCausalLM": ({"language_config": DENSE | ROUTED | {
+        "num_key_value_heads": 4, "kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": 0, "v_head_dim": 0, "use_mla": False, "topk_method": "greedy", "lm_head": True,
+        "routed_scaling_factor": None, "n_shared_experts": 2}, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "model_type": "deepseek_vl_v2"}, {
+        **named("model.layers", 2, {**NORMS, **QKVO, "self_attn.k_proj.weight": [32, 32],
+                                    "self_attn.v_proj.weight": [32, 32]}, OUTER),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": [48 if size == 24 and "shared" in n else size for size in s]
+           for n, s in (EXPERTS | SHARED).items()},
+        "model.sam_model.patch_embed.proj.weight": [2], "model.vision_model.embeddings.class_embedding": [2],
+        "model.projector.layers.weight": [2], "model.image_newline": [2], "model.view_seperator": [2]}),
 }  # fmt: skip
 
 

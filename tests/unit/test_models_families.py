@@ -186,6 +186,17 @@ def test_experts_that_are_chosen_by_the_logits_themselves(name: str, gating: str
         assert (moe.gating, moe.normalize, moe.n_groups, moe.n_groups_used) == (gating, False, 4, 2)
 
 
+@pytest.mark.parametrize("turned", [0, 4, HEAD_DIM])
+def test_heads_of_deepseek_ocr_turn_as_a_whole(turned: int) -> None:
+    keys = {"rope.dimension_count": turned, "expert_shared_count": 1, "leading_dense_block_count": 2}
+    toy = Toy("deepseek2-ocr", **keys | {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
+    graph = toy.graph()
+    plain = 10000.0 ** (-2 * np.arange(HEAD_DIM // 2) / HEAD_DIM)
+    for rope in of_type(graph, Rope):
+        assert rope.n_rot == HEAD_DIM and not rope.interleaved
+        np.testing.assert_allclose(rope.frequencies, plain, rtol=1e-6)
+
+
 def test_of_refact_with_experts_only_the_activation_is_left() -> None:
     graph = Toy("refact", n_expert=4, expert_used_count=2).graph()
     assert [operation.kind for operation in of_type(graph, ActivateAlone)] == ["silu"] * 2

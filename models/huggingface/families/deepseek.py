@@ -204,8 +204,35 @@ _DEEPSEEK = Architecture(
     ),
 )  # fmt: skip
 
+# DeepSeek-OCR's language model: plain attention.
+
+
+def _ocr_entries(facts: Facts) -> None:
+    config = facts.config
+    facts.count("rope.dimension_count", config.integer("qk_rope_head_dim", 0, low=0))  # which engines pass over
+    if config.get("routed_scaling_factor") is not None:
+        facts.real("expert_weights_scale", config.real("routed_scaling_factor"))
+    if config.flag("norm_topk_prob"):
+        facts.flag("expert_weights_norm", True)
+    window = next((key for key in ("sliding_window_size", "sliding_window") if config.get(key)), None)
+    if window is not None:
+        facts.count("attention.sliding_window", config.integer(window))
+
+
+def _ocr_name(name: str, sizes: Sizes) -> str:
+    """Without what looks at images."""
+    return "" if name.startswith(("sam_model.", "qwen2_model.")) else name
+
+
+_OCR = replace(
+    _DEEPSEEK, name="deepseek2-ocr", layer=(*NORMS, *attention(), either(MIXTURE, FEED_FORWARD)), rotated="",
+    entries=_ocr_entries, rename=_ocr_name, fixed={"use_mla": False, "lm_head": True},
+)  # fmt: skip
+
 CLASSES = {
     "DeepseekForCausalLM": _DEEPSEEK,
+    "DeepseekOCRForCausalLM": _OCR,
+    "UnlimitedOCRForCausalLM": _OCR,
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
     "KimiVLForConditionalGeneration": _LATENT,
