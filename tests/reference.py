@@ -377,9 +377,10 @@ def choose(q: Array, k: Array, weights: Array | None, index: Index) -> Array:
             best[len(best) - min(index.n_local, len(best)) :] = np.inf
             taken = np.sort(np.argsort(-best, kind="stable")[: index.budget])
             size = index.block * (1 if index.of_entries else index.every)
-            end = count if index.of_entries else row + 1
+            end = count if index.of_entries else count * index.every
             seen = [i for unit in taken for i in range(unit * size, min((unit + 1) * size, end))]
-            seen += [] if index.of_entries else range(count * index.every, end)
+            seen += [] if index.of_entries else range(end, row + 1)
+            assert len(seen) == len(set(seen))
             out[row, group, : 1 + len(seen)] = [len(seen), *seen]
     return out.reshape(n, -1)
 

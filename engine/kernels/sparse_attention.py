@@ -207,7 +207,7 @@ def index_choose(variant: str) -> Kernel:
             if v.load_f32(scores + 4 * unit) > limit:
                 equal -= 1
         size = block if of_entries else block * every
-        end = n if of_entries else position + 1
+        end = n if of_entries else n * every
         count, left = 0, budget
         for unit in range(units):
             value = v.load_f32(scores + 4 * unit)
@@ -220,7 +220,7 @@ def index_choose(variant: str) -> Kernel:
                         count += 1
                         v.store_i32(out + 4 * count, i)
         if not of_entries:
-            for i in range(n * every, end):
+            for i in range(end, position + 1):
                 count += 1
                 v.store_i32(out + 4 * count, i)
         v.store_i32(out, count)
