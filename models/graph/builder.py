@@ -219,7 +219,7 @@ class GraphBuilder(FileTensors):
         return self._append(
             Attention(
                 out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases,
-                *((chosen.value, chosen.index) if chosen is not None else ()),
+                chosen.value if chosen else None, chosen.index if chosen else None,
             )
         )  # fmt: skip
 

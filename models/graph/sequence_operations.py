@@ -119,6 +119,31 @@ class Index:
 
 
 @dataclass(frozen=True, eq=False)
+class Choose:
+    """Appends k to the cache of `layer`, which holds the keys of an index, and chooses by it what each row attends to.
+
+    out is [rows, n_groups, 1 + index.most], of 32 bits each, as whole numbers: how many are chosen, and which, rising.
+    Rows before `index.start` see everything: theirs is anything. q is [rows, index.n_heads, index.dim], k is
+    [rows, index.dim], `weights` is [rows, index.n_heads] or all 1.
+    """
+
+    out: Value
+    q: Value
+    k: Value
+    weights: Value | None
+    layer: int
+    index: Index
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rows of one layer or several attend to: see `Choose`."""
+
+    value: Value
+    index: Index
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """Appends k and v to the cache of `layer`, then attention over that cache: causal, or of a whole text that was
     appended in one step (`CacheLayer.causal`).
@@ -153,31 +178,6 @@ class Attention:
     biases: Constant | None = None
     chosen: Value | None = None
     index: Index | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Choose:
-    """Appends k to the cache of `layer`, which holds the keys of an index, and chooses by it what each row attends to.
-
-    out is [rows, n_groups, 1 + index.most], of 32 bits each, as whole numbers: how many are chosen, and which, rising.
-    Rows before `index.start` see everything: theirs is anything. q is [rows, index.n_heads, index.dim], k is
-    [rows, index.dim], `weights` is [rows, index.n_heads] or all 1.
-    """
-
-    out: Value
-    q: Value
-    k: Value
-    weights: Value | None
-    layer: int
-    index: Index
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What rows of one layer or several attend to: see `Choose`."""
-
-    value: Value
-    index: Index
 
 
 @dataclass(frozen=True, eq=False)
