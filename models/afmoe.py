@@ -1,7 +1,6 @@
 """Trinity (Arcee): Gemma 2's norms and windows, a gate on what attention gives, a fourth layer without positions, and
 experts chosen by biases beside one that all tokens share."""
 
-from dataclasses import replace
 from math import sqrt
 
 from qrun.models.graph import GraphBuilder, Value
@@ -17,7 +16,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     scaling = RopeScaling.read(metadata, h)
     rotation = scaling.rotation(h.n_rot)
     local_base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    local_rotation = replace(scaling, base=local_base).rotation(h.n_rot)
+    local_rotation = scaling.of_windows(local_base).rotation(h.n_rot)
     window = read_window(metadata)
     sliding = sliding_layers(metadata, h.n_layer, period=4) if window else (False,) * h.n_layer
     shares = Shares.read(metadata, "sigmoid")

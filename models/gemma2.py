@@ -1,6 +1,5 @@
 """Gemma 2 (arXiv:2408.00118): Gemma with norms after each part too, soft caps, and a window on every other layer."""
 
-from dataclasses import replace
 from math import sqrt
 
 from qrun.models.graph import GraphBuilder, Value
@@ -15,7 +14,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     """Token ids to logits."""
     scaling = RopeScaling.read(metadata, h)
     rotation = scaling.rotation(h.n_rot)
-    local_rotation = replace(scaling, base=read_base(metadata, "rope.freq_base_swa", scaling.base)).rotation(h.n_rot)
+    local_rotation = scaling.of_windows(read_base(metadata, "rope.freq_base_swa", scaling.base)).rotation(h.n_rot)
     window = metadata.integer("attention.sliding_window", 4096, high=MAX_CONTEXT)
     sliding = sliding_layers(metadata, h.n_layer, period=2)
     attention_cap = metadata.real("attn_logit_softcapping", 50.0) or None

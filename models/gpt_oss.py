@@ -1,7 +1,6 @@
 """gpt-oss (OpenAI, arXiv:2508.10925): every second layer sees a window, each head has a sink, and experts have biases
 and a SwiGLU of their own."""
 
-from dataclasses import replace
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
@@ -14,7 +13,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     scaling = RopeScaling.read(metadata, h)
     rotation = scaling.rotation(h.n_rot)
     local_base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    local_rotation = replace(scaling, base=local_base).rotation(h.n_rot)
+    local_rotation = scaling.of_windows(local_base).rotation(h.n_rot)
     window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
     sliding = sliding_layers(metadata, h.n_layer, period=2)
     shares = Shares(normalize=False, gating="softmax_of_chosen")

@@ -21,7 +21,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     factors = rope_factors(builder, h.n_rot, context, scaling.original_context)
     rotation = scaling.rotation(h.n_rot, factors, interleaved=True)
     local_base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    local_rotation = replace(scaling, base=local_base).rotation(h.n_rot, factors, interleaved=True)
+    local_rotation = scaling.of_windows(local_base).rotation(h.n_rot, factors, interleaved=True)
     metadata.integer("attention.sliding_window", CHUNK, high=MAX_CONTEXT)  # whatever it is, chunks are of one size
     chunked = sliding_layers(metadata, h.n_layer, period=4)
     period = metadata.integer("interleave_moe_layer_step", low=0, high=MAX_LAYERS)

@@ -1,7 +1,6 @@
 """Maple (deepgrove): Qwen3's mixture of experts with a clamped SwiGLU. Some layers see a window; the others have no
 positions."""
 
-from dataclasses import replace
 
 from qrun.models.graph import Activation, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
@@ -13,7 +12,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     """Token ids to logits."""
     scaling = RopeScaling.read(metadata, h)
     base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    rotation = replace(scaling, base=base).rotation(read_n_rot(metadata, "rope.dimension_count_swa", h))
+    rotation = scaling.of_windows(base).rotation(read_n_rot(metadata, "rope.dimension_count_swa", h))
     window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
     sliding = required_flags(metadata, "attention.sliding_window_pattern", h.n_layer)
     limits = metadata.reals("swiglu_clamp_exp", h.n_blocks)

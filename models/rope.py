@@ -46,6 +46,8 @@ class RopeScaling:
     beta_slow: float = BETA_SLOW
     keep: float | None = None
     damping: float = 0.0
+    given_factor: float = 1.0
+    """The file's, even where its type says that there is none."""
 
     @classmethod
     def read(cls, metadata: Metadata, hyperparameters: Hyperparameters) -> "RopeScaling":
@@ -62,6 +64,7 @@ class RopeScaling:
             type=kind,
             base=read_base(metadata, "rope.freq_base", 10000.0),
             factor=1.0 if kind == "none" else factor,
+            given_factor=factor,
             attention_factor=metadata.real("rope.scaling.attn_factor", 1.0, high=1e6),
             original_context=metadata.integer("rope.scaling.original_context_length", 0, low=0, high=MAX_CONTEXT)
             or hyperparameters.context_length,
@@ -74,6 +77,10 @@ class RopeScaling:
             beta_fast=metadata.real("rope.scaling.yarn_beta_fast", beta_fast, low=MIN_DIVISOR, high=1e6),
             beta_slow=metadata.real("rope.scaling.yarn_beta_slow", BETA_SLOW, low=MIN_DIVISOR, high=1e6),
         )
+
+    def of_windows(self, base: float) -> "RopeScaling":
+        """For layers that only see a window, and stretch as the others do: for them a type of none counts nothing."""
+        return replace(self, base=base, factor=self.given_factor)
 
     def plain(self) -> "RopeScaling":
         """Without any stretching: for layers that only see a window."""

@@ -1,7 +1,6 @@
 """SmallThinker (arXiv:2507.20984): the router takes what enters the layer, experts have ReLU, and of the layers that
 see a window every fourth sees everything, without positions."""
 
-from dataclasses import replace
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
@@ -18,7 +17,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     scaling = RopeScaling.read(metadata, h)
     rotation = scaling.rotation(h.n_rot)
     local_base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    local_rotation = replace(scaling, base=local_base).rotation(h.n_rot)
+    local_rotation = scaling.of_windows(local_base).rotation(h.n_rot)
     has_windows = read_window(metadata) > 0
     sliding = sliding_layers(metadata, h.n_layer, period=4, full_first=True) if has_windows else (False,) * h.n_layer
     # The reference engine lets a model of as many layers as there are from one to the next turn everywhere.

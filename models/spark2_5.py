@@ -1,6 +1,5 @@
 """Spark X2.5 (iFlytek): Llama with GELU, a gate for each head on what attention gives, and layers that see a window."""
 
-from dataclasses import replace
 
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
@@ -12,7 +11,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     """Token ids to logits."""
     scaling = RopeScaling.read(metadata, h)
     base = read_base(metadata, "rope.freq_base_swa", scaling.base)
-    local_rotation = replace(scaling, base=base).rotation(read_n_rot(metadata, "rope.dimension_count_swa", h))
+    local_rotation = scaling.of_windows(base).rotation(read_n_rot(metadata, "rope.dimension_count_swa", h))
     rotation = scaling.rotation(h.n_rot)
     window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
     sliding = required_flags(metadata, "attention.sliding_window_pattern", h.n_layer)

@@ -55,6 +55,7 @@ HARMLESS = (
         classifier_activation classifier_bias decoder_bias pooler_fc_size
         pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality
         sparse_pred_ignore_index sparse_prediction deterministic_flash_attn repad_logits_with_grad reference_compile
+        qa_dropout seq_classif_dropout
         fused_bias_fc fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
         reorder_and_upcast_attn output_past attn_mode fuse_cross_entropy fuse_linear_cross_entropy fuse_norm
     """)

@@ -263,6 +263,9 @@ TRANSFORMERS: dict[str, Case] = {
     "MT5ForConditionalGeneration": ("MT5Config", GATED_T5 | {"num_decoder_layers": 1}, {}),
     "UMT5ForConditionalGeneration": ("UMT5Config", GATED_T5, {}),
     "T5EncoderModel": ("T5Config", GATED_T5, {}),
+    "DistilBertModel": ("DistilBertConfig", {
+        "vocab_size": N_VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48,
+        "max_position_embeddings": 128}, {}),
     "MiniCPM3ForCausalLM": ("MiniCPM3Config", DENSE | LATENT | {"num_key_value_heads": 4}, {}),
 }  # fmt: skip
 

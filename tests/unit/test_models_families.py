@@ -197,6 +197,13 @@ def test_heads_of_deepseek_ocr_turn_as_a_whole(turned: int) -> None:
         np.testing.assert_allclose(rope.frequencies, plain, rtol=1e-6)
 
 
+def test_a_type_of_none_does_not_hold_for_layers_with_a_window() -> None:
+    keys = {"rope.scaling.type": "none", "rope.scaling.factor": 4.0, "attention.sliding_window": 4}
+    toy = Toy("gemma2", **keys)
+    local, whole = of_type(toy.graph(), Rope)[0], of_type(toy.graph(), Rope)[-1]
+    np.testing.assert_allclose(4 * local.frequencies, whole.frequencies, rtol=1e-6)
+
+
 def test_of_refact_with_experts_only_the_activation_is_left() -> None:
     graph = Toy("refact", n_expert=4, expert_used_count=2).graph()
     assert [operation.kind for operation in of_type(graph, ActivateAlone)] == ["silu"] * 2

@@ -115,6 +115,31 @@ _BERT = Architecture(
               "num_attention_heads": 12, "intermediate_size": 3072},
 )  # fmt: skip
 
+# DistilBERT: half of BERT's layers, under other names, and one kind of tokens.
+
+
+def _distil_name(name: str, sizes: Sizes) -> str:
+    name = name.removeprefix("distilbert.").removeprefix("transformer.")
+    return "" if name.startswith(("vocab_transform.", "vocab_layer_norm.", "vocab_projector.")) else name
+
+
+_DISTIL = replace(
+    _BERT,
+    layer=(
+        *linear("attention.q_lin", "attn_q", "q", "embd"), *linear("attention.k_lin", "attn_k", "kv", "embd"),
+        *linear("attention.v_lin", "attn_v", "kv", "embd"), *linear("attention.out_lin", "attn_output", "embd", "q"),
+        *layer_norm("sa_layer_norm", "attn_output_norm"),
+        *linear("ffn.lin1", "ffn_up", "ff", "embd"), *linear("ffn.lin2", "ffn_down", "embd", "ff"),
+        *layer_norm("output_layer_norm", "layer_output_norm"),
+    ),
+    layers="layer", rename=_distil_name, fixed={"sinusoidal_pos_embds": False},
+    defaults=dict(_BERT.defaults) | {"type_vocab_size": 1, "num_hidden_layers": 6},
+    outer=(
+        *layer_norm("embeddings.LayerNorm", "token_embd_norm"),
+        tensor("embeddings.position_embeddings.weight", "position_embd.weight", "stored_positions embd"),
+    ),
+)  # fmt: skip
+
 # Nomic: BERT with a gate and rope.
 
 
@@ -214,6 +239,8 @@ def _gemma_variant(config: Config) -> Architecture | None:
 
 
 CLASSES = {
+    "DistilBertModel": _DISTIL,
+    "DistilBertForMaskedLM": _DISTIL,
     "BertModel": _BERT,
     "BertForMaskedLM": _BERT,
     "BertForSequenceClassification": _BERT,
