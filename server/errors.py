@@ -56,9 +56,9 @@ def from_exception(error: BaseException) -> APIError:
             n_prompt_tokens=error.n_tokens,
             n_ctx=error.context,
         )
-    # Of what Python itself raises, a TypeError is a fault of ours.
     if isinstance(error, NotFinite):
         return APIError(str(error), 500, "server_error")
+    # Of what Python itself raises, a TypeError is a fault of ours.
     if isinstance(error, ValueError) or (isinstance(error, TypeError) and isinstance(error, QrunError)):
         message = " ".join(str(error).split())
         found = _PARAMETER.match(message)

@@ -88,7 +88,9 @@ async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
         generation.start(sink)
         while True:
             batch = pieces, error, over = await queue.get()
-            if batch is _LEFT and generation._task is not None:
+            if batch is _LEFT:
+                if not generation.cancelled or generation._task is None:
+                    continue  # meant for one that has gone, and that lay at the same address
                 generation._task.leave(generation)
             if pieces:
                 yield pieces

@@ -375,6 +375,22 @@ def test_who_cancels_does_not_wait_for_a_long_step(
     assert session.closed and len(first.tokens) == n_tokens and list(first) == []
 
 
+def test_who_is_not_cancelled_is_not_meant(model: Model, rng: np.random.Generator) -> None:
+    """A sink knows generations by their addresses, and these are used again."""
+    (prompt,) = prompts(rng, model, 1)
+    generation = model.generate(prompt, max_tokens=40, temperature=0)
+
+    async def read() -> int:
+        count = 0
+        async for _ in generation:
+            asynchronous.loop_sink().hurry(generation)
+            count += 1
+            await asyncio.sleep(0.01)
+        return count
+
+    assert asyncio.run(read()) == 40 and generation.stop_reason == "length"
+
+
 def test_nor_does_who_reads_in_asyncio(model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     first, other = (model.generate(prompt, max_tokens=40, temperature=0) for prompt in prompts(rng, model, 2))
     collector, steps = Collector(), model._runtime.step
