@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
+
+from qrun.formats.dataclass import dataclass
 
 ALIGNMENT = 64
 

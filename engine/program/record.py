@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.program.arena import Place
+from qrun.formats.dataclass import dataclass
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def _check_lengths(vocabulary: Vocabulary) -> None:
 def _distinct(vocabulary: Vocabulary) -> list[bytes]:
     """The library refuses two pieces of one spelling. The last is the one that counts; the others get a name that is
     not UTF-8, so that no text contains it."""
-    ids, pieces = vocabulary.ids, list(vocabulary.pieces)
+    pieces = list(vocabulary.pieces)
+    ids = dict(zip(pieces, range(len(pieces)), strict=True))
     if len(ids) == len(pieces):
         return pieces
     return [piece if ids[piece] == id else b"\xff%d" % id for id, piece in enumerate(pieces)]

@@ -177,13 +177,8 @@ class Vocabulary:
         return length
 
     @cached_property
-    def ids(self) -> dict[bytes, int]:
-        """The id of every piece; of those with one spelling, the last."""
-        return dict(zip(self.pieces, range(len(self.pieces)), strict=True))
-
-    @cached_property
     def spellings(self) -> Spellings:
-        """The ids of pieces, without a dict of all: for those who look for a few."""
+        """The ids of pieces."""
         return Spellings(self.pieces)
 
     def merges(self) -> Strings:
