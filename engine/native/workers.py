@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -60,26 +60,31 @@ def compile_all(keys: Sequence[str], target: Target) -> Generator[tuple[str, byt
             pool.close()
     if not waiting:
         return
-    with little_to_collect():
+    with little_to_collect() as pass_over:
         while waiting:  # no worker could be started
             key = waiting.pop()
             code = compile_kernel(key, target)
-            gc.freeze()
+            pass_over()
             yield key, code
 
 
+FROZEN_BY_PYTHON = 5000
+"""More than Python 3.12 puts there by itself: objects that live for ever, some hundreds."""
+
+
 @contextlib.contextmanager
-def little_to_collect() -> Iterator[None]:
-    """Have the collector of garbage pass over what there is already. Numba makes so many objects that looking through
-    all of them would hold up other threads, as that of a window, for a tenth of a second at a time."""
-    if gc.get_freeze_count():  # a program that has its own reasons
-        yield
+def little_to_collect() -> Iterator[Callable[[], None]]:
+    """Have the collector of garbage pass over what there is already, and over what there is when the function is called
+    that this gives. Numba makes so many objects that looking through all of them would hold up other threads, as that
+    of a window, for a tenth of a second at a time."""
+    if gc.get_freeze_count() > FROZEN_BY_PYTHON:  # a program that has its own reasons
+        yield lambda: None
         return
     with contextlib.suppress(ImportError):  # `compile_kernel` says what is missing
         import numba  # noqa: F401
     gc.freeze()
     try:
-        yield
+        yield gc.freeze
     finally:
         gc.unfreeze()
 

@@ -244,7 +244,7 @@ def test_what_a_model_takes_of_memory(tmp_path: Path) -> None:
         assert model.memory().weights == 2 * alone.weights
 
 
-RIGHT = """
+TYPED_RIGHT = """
 from pathlib import Path
 from qrun.engine import Conversation, Generation, Model, keep_newest
 
@@ -258,7 +258,7 @@ with Model.load(Path("m.gguf"), context=100, cache_type="q8_0", progress=lambda 
     answer: str = "".join(talk.answer("Why?")) + model.complete([1, 2], seed=1)
     total: int = model.memory().total + model.count_tokens("x")
 """
-WRONG = """
+TYPED_WRONG = """
 from qrun.engine import Conversation, Model, SamplingOptions
 
 model = Model.load("x", contex=3)
@@ -281,7 +281,7 @@ model.session().generate([1], max_tokenss=3)
 def test_a_type_checker_knows_right_from_wrong(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     root = Path(__file__).parents[2]
-    for name, program in (("right", RIGHT), ("wrong", WRONG)):
+    for name, program in (("right", TYPED_RIGHT), ("wrong", TYPED_WRONG)):
         (tmp_path / f"{name}.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", "--follow-imports=silent",
@@ -290,6 +290,6 @@ def test_a_type_checker_knows_right_from_wrong(tmp_path: Path) -> None:
     )  # fmt: skip
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
     found = {int(line.split(":")[1]) for line in errors if "wrong.py:" in line}
-    wrong = {number for number, line in enumerate(WRONG.splitlines(), 1) if line and "import" not in line}
+    wrong = {number for number, line in enumerate(TYPED_WRONG.splitlines(), 1) if line and "import" not in line}
     assert not [line for line in errors if "wrong.py:" not in line] and not done.stderr
     assert found == wrong, wrong - found

@@ -227,7 +227,7 @@ def test_without_workers_kernels_are_compiled_here(
     objects = load_images(["scale-"], host_target(), lambda *counts: seen.append(counts))
     assert len(objects["scale-"]) > 500
     assert list(dict.fromkeys(seen)) == [(0, 1), (1, 1)]
-    assert gc.get_freeze_count() == 0  # the collector of garbage sees everything again
+    assert gc.get_freeze_count() < workers.FROZEN_BY_PYTHON  # the collector of garbage sees everything again
     with pytest.raises(CompileError, match=r"the kernel matmul-Q9_9 did not compile: KeyError: 'Q9_9'"):
         load_images(["matmul-Q9_9"], host_target())
 
@@ -252,3 +252,16 @@ assert numba.njit(lambda x: x + 1)(1) == 2
 """
     done = compile_in(tmp_path / "here", "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_program_keeps_from_the_collector_stays_with_it() -> None:
+    objects = [[] for _ in range(2 * workers.FROZEN_BY_PYTHON)]
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with workers.little_to_collect() as pass_over:
+            more = [[] for _ in range(1000)]
+            pass_over()
+        assert gc.get_freeze_count() == frozen and len(objects) > len(more)
+    finally:
+        gc.unfreeze()
