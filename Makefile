@@ -17,6 +17,9 @@ CLIENTS := .venv-clients
 RAY := .venv-ray
 PACKERS := .venv-packers
 DIST := .venv-dist
+# Not editable: an app is packed from what is in the files, too.
+PACKERS_READY := $(PACKERS)/installed-$(DIGEST)-$(shell find engine formats models cli server -type f -not -name '*.pyc' \
+	| LC_ALL=C sort | xargs cat | cksum | tr ' ' -)
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -45,6 +48,14 @@ CONVERT_MODEL ?=
 CONVERT_IMATRIX ?=
 CONVERT_PEER ?=
 
+# What `make bench-quantise` measures: a model in F16, BF16 or F32, a text to calibrate by and another to judge by, the
+# folder with llama.cpp's programs to compare with (or nothing), and options of tests/bench/calibrate_table.py.
+QUANTISE_MODEL ?=
+QUANTISE_TEXT ?=
+QUANTISE_JUDGE ?=
+QUANTISE_PEER ?=
+QUANTISE_OPTIONS ?=
+
 # What `make report` compares the speed of random models with, as `qrun bench --compare` takes it; nothing by default.
 REPORT_PEER ?=
 
@@ -56,7 +67,7 @@ PACKERS_OPTIONS ?=
 SOAK_MINUTES ?= 20
 SOAK_MODEL ?=
 
-.PHONY: help chat serve test test-forms test-clients test-ray test-packers test-lowest report soak soak-serve bench bench-serve bench-convert docs dist clean
+.PHONY: help chat serve test test-forms test-clients test-ray test-packers test-lowest report soak soak-serve bench bench-serve bench-convert bench-quantise docs dist clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -73,6 +84,7 @@ help:
 	@echo "make bench  the table of speeds; BENCH_MODELS, BENCH_MIXES, BENCH_PEERS, BENCH_OPTIONS say of what"
 	@echo "make bench-serve SERVE_MODELS=... SERVE_PEER=llama-server  the table of the server under load"
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
+	@echo "make bench-quantise QUANTISE_MODEL=... QUANTISE_TEXT=... QUANTISE_JUDGE=...  what calibrated files lose, by type and method"
 	@echo "make docs   write the generated parts of the documentation anew, and the library's reference to docs/html"
 	@echo "make dist   what is published: a wheel and its sources in dist/, checked, installed and asked a question"
 	@echo "make clean  delete what these made, but no models"
@@ -103,7 +115,7 @@ test-clients: $(CLIENTS)/installed-$(DIGEST)
 	$(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
 # In an environment with nothing that the apps do not need: packers take along what they find. Not editable, as an app's.
-test-packers: $(TESTING) $(PACKERS)/installed-$(DIGEST)
+test-packers: $(TESTING) $(PACKERS_READY)
 	QRUN_TEST_PACKERS=1 $(BIN)/python -m pytest tests/unit/test_frozen.py
 	$(PACKERS)/bin/python tests/bench/packers.py $(PACKERS_MODEL) $(PACKERS_OPTIONS)
 
@@ -131,6 +143,11 @@ bench-serve: $(SERVING)
 bench-convert: $(RUNTIME)
 	@$(BIN)/python tests/bench/quantize_table.py $(CONVERT_MODEL) \
 		$(addprefix --imatrix ,$(CONVERT_IMATRIX)) $(addprefix --quantize ,$(CONVERT_PEER))
+
+bench-quantise: $(TESTING)
+	@$(BIN)/python tests/bench/calibrate_table.py $(QUANTISE_MODEL) --calibrate $(QUANTISE_TEXT) \
+		--judge $(QUANTISE_JUDGE) $(addprefix --peer ,$(QUANTISE_PEER)) --types q8_0 q6_k q5_k_m q4_k_m q3_k_m q2_k \
+		--methods plain imatrix awq gptq both --mixes q4_k_m q3_k_m --plot quantising.svg $(QUANTISE_OPTIONS)
 
 docs: $(RUNTIME)
 	@$(BIN)/python -m qrun.cli.docs
@@ -185,7 +202,7 @@ $(CLIENTS)/installed-$(DIGEST):
 	@$(PIP_INSTALL:$(BIN)/%=$(CLIENTS)/bin/%) --editable '.[test,clients]' </dev/null
 	@touch $@
 
-$(PACKERS)/installed-$(DIGEST):
+$(PACKERS_READY):
 	@test -x $(PACKERS)/bin/python || $(PYTHON) -m venv $(PACKERS) </dev/null
 	@rm -rf $(PACKERS)/installed-* build/lib
 	@$(PACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps . </dev/null

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qrun.cli.loading import RunOptions
     from qrun.engine.judging.divergence import Divergence
     from qrun.engine.judging.scoring import Chunks, Score
 
@@ -22,9 +23,7 @@ def check_room(folder: Path, text: Chunks, n_vocab: int, more_room: str) -> None
         raise OSError(f"{folder}: {len(text)} chunks take {sizes} ({more_room})")
 
 
-def write_logits(
-    path: Path, text: Chunks, out: IO[bytes], threads: int | None, cache_type: str, more_room: str
-) -> Score:
+def write_logits(path: Path, text: Chunks, out: IO[bytes], options: RunOptions, more_room: str) -> Score:
     """Keeps the logits by which a text is scored, one float32 [n_vocab] after the other: a model is run once, however
     many are measured against it. Returns how well it predicts the text. more_room: what to do where there is none."""
     from qrun.cli.console import step_bar
@@ -34,9 +33,7 @@ def write_logits(
 
     score = Score()
     with ExitStack() as stack:
-        runtime = stack.enter_context(
-            open_runtime(path, threads=threads, context=text.size, cache_type=cache_type)
-        )
+        runtime = stack.enter_context(open_runtime(path, options, text.size))
         check_room(Path(out.name).parent, text, runtime.n_vocab, more_room)
         progress = stack.enter_context(step_bar("source"))
         progress(0, len(text))
@@ -48,9 +45,7 @@ def write_logits(
     return score
 
 
-def score_against(
-    path: Path, text: Chunks, expected: IO[bytes], name: str, threads: int | None, cache_type: str
-) -> Divergence:
+def score_against(path: Path, text: Chunks, expected: IO[bytes], name: str, options: RunOptions) -> Divergence:
     """How far a model is from the one whose logits were kept, on the same text."""
     import numpy as np
 
@@ -61,10 +56,7 @@ def score_against(
 
     divergence = Divergence()
     expected.seek(0)
-    with (
-        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type) as runtime,
-        step_bar(name) as progress,
-    ):
+    with open_runtime(path, options, text.size) as runtime, step_bar(name) as progress:
         progress(0, len(text))
         for done, chunk in enumerate(text, 1):
             for logits, targets in scored_logits(runtime, chunk, text.bos):

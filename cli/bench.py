@@ -107,7 +107,7 @@ def command(
         return
     if plot:
         raise click.UsageError("--plot needs --compare.")
-    from qrun.cli.loading import load_model, open_runtime
+    from qrun.cli.loading import RunOptions, load_model, open_runtime
 
     drafted: dict[str, Any] = {}
     if draft is not None and gen:  # first, so that a draft that does not fit costs nobody any time
@@ -116,7 +116,7 @@ def command(
             drafted = measure_draft(loaded, gen, reps)
 
     context = depth + max(prompt, gen)
-    with open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime:
+    with open_runtime(path, RunOptions(threads, cache_type, loras), context) as runtime:
         if not runtime.causal:  # a text is computed as a whole there
             if depth:
                 raise ValueError(f"{path}: nothing can be read behind a text whose tokens all see each other (--depth)")

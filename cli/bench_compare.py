@@ -53,6 +53,7 @@ class Peer:
     def __init__(self, text: str) -> None:
         self.name: str | None = None
         self.uses: list[str] = []  # instruction sets, where the peer tells them
+        self.build: str | None = None  # which one it is, likewise
         if "{model}" not in text:
             if not Path(text).is_file():
                 raise click.UsageError(f"--compare: {text!r} is no file, and no command with {{model}} in it.")
@@ -86,6 +87,8 @@ class Peer:
         if isinstance(answer, dict) and self.name is None:
             self.name = str(answer.get("peer", "peer"))
             self.uses = [str(name) for name in answer.get("uses", [])]
+        if isinstance(answer, list) and answer and "build_number" in answer[0]:  # llama-bench
+            self.build = f"b{answer[0]['build_number']} ({answer[0].get('build_commit', '')})"
         return found
 
 
@@ -116,8 +119,8 @@ def run_qrun(task: Task, threads: int) -> dict[str, Any]:
 
 def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """A row for each number of threads and each figure: {"threads", "metric", "qrun", "peers": {name: figure},
-    "ratios": {name: qrun's figure over the peer's}, "uses": {name: instruction sets, where they are known}}, and
-    "share" of the memory's speed with tg, where it is known."""
+    "ratios": {name: qrun's figure over the peer's}, "uses": {name: instruction sets, where they are known},
+    "builds": {name: which build, likewise}}, and "share" of the memory's speed with tg, where it is known."""
     rows: list[dict[str, Any]] = []
     for count in threads:
         gigabytes = 0.0
@@ -138,6 +141,7 @@ def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROU
             row: dict[str, Any] = {"threads": count, "metric": metric, "qrun": best[metric], "peers": named}
             row["ratios"] = {name: round(best[metric] / figure, 3) for name, figure in named.items()}
             row["uses"] = {peer.name or "peer": " ".join(peer.uses) for peer in peers if peer.uses}
+            row["builds"] = {peer.name or "peer": peer.build for peer in peers if peer.build}
             if "simd" in found:
                 row["uses"]["qrun"] = found["simd"]
             if metric == f"tg{task.gen}" and gigabytes:
@@ -183,9 +187,17 @@ def table(task: Task, rows: list[dict[str, Any]]) -> str:
         if "share" in row:
             line += f"  {row['share']:.0%} of {row['memory']:.1f} GB/s"
         lines.append(line)
-    # A library that was built for less than the machine has is slower than it could be there.
-    uses = rows[-1].get("uses", {}) if rows else {}
-    return "\n".join([*lines, *(f"{name} uses {words}" for name, words in uses.items())])
+    return "\n".join([*lines, *engines(rows)])
+
+
+def engines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each engine of which something is known: its build, and the instruction sets that it uses. A library
+    that was built for less than the machine has is slower than it could be there."""
+    last = rows[-1] if rows else {}
+    builds, uses = last.get("builds", {}), last.get("uses", {})
+    return [f"{name} is {build}" for name, build in builds.items()] + [
+        f"{name} uses {words}" for name, words in uses.items()
+    ]
 
 
 def draw(task: Task, rows: list[dict[str, Any]], path: str) -> None:

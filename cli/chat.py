@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -12,6 +12,7 @@ from qrun.cli.answer import NO_ANSWER, Display, answer_options
 from qrun.cli.options import loading_options, model_argument, sampling_options
 
 if TYPE_CHECKING:
+    from qrun.engine import GenerationArguments
     from qrun.engine.conversation import Conversation
 
 
@@ -72,7 +73,8 @@ def command(
             oldest = f"{n_messages} messages are" if n_messages > 1 else "message is"
             notice(f"the context of {loaded.context} tokens is full: the oldest {oldest} forgotten")
 
-        with closing(Conversation(loaded, system, sampling, on_forget)) as conversation:
+        options = cast("GenerationArguments", sampling)
+        with closing(Conversation(loaded, system, options, on_forget)) as conversation:
             conversation.special_tokens_in_messages = special
             conversation.think = think
             if sys.stdin.isatty() and sys.stdout.isatty():

@@ -18,6 +18,7 @@ from qrun.cli.console import echo
 from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, said_options, threads_option
 
 if TYPE_CHECKING:
+    from qrun.cli.loading import RunOptions
     from qrun.engine.judging.scoring import Chunks
     from qrun.engine.judging.tasks import Answers, Task
     from qrun.engine.quantize.convert import Plan
@@ -80,7 +81,7 @@ def command(
       qrun compare model-f16.gguf --text wiki.test.raw --chunks 64 --keep models --json
     """
     from qrun.cli.compare_mixes import calibrated_plans
-    from qrun.cli.loading import check_predicts, find_original, load_tokenizer, text_chunks
+    from qrun.cli.loading import RunOptions, check_predicts, find_original, load_tokenizer, text_chunks
     from qrun.engine.judging.tasks import read_tasks
     from qrun.engine.quantize.convert import plan
     from qrun.engine.quantize.imatrix import read_imatrix
@@ -118,7 +119,7 @@ def command(
                 (name, plan(opened, Choice(name), imatrix=importance, allow_requantize=allow_requantize))
                 for name in names
             ]
-        comparison = compare(path, file.name, text, plans, folder, keep, threads, cache_type, tasks)
+        comparison = compare(path, file.name, text, plans, folder, keep, RunOptions(threads, cache_type), tasks)
     if plot:
         from qrun.cli.compare_plot import draw
 
@@ -128,7 +129,7 @@ def command(
 
 def compare(
     path: Path, text_name: str, text: Chunks, plans: list[tuple[str, Plan]], folder: Path, keep: Path | None,
-    threads: int | None, cache_type: str, tasks: Sequence[Task] = (),
+    options: RunOptions, tasks: Sequence[Task] = (),
 ) -> Comparison:  # fmt: skip
     """Makes a model of each plan, and measures it against the source. One lies in the folder at a time."""
     from qrun.cli.loading import load_tokenizer
@@ -137,16 +138,16 @@ def compare(
     tokenizer = load_tokenizer(path) if tasks else None
 
     def asked(model: Path) -> Answers | None:
-        return answers_of(model, tasks, tokenizer, threads, cache_type) if tasks else None
+        return answers_of(model, tasks, tokenizer, options) if tokenizer is not None else None
 
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
     with open(folder / "logits", "w+b") as logits:
-        score = write_logits(path, text, logits, threads, cache_type, MORE_ROOM)
+        score = write_logits(path, text, logits, options, MORE_ROOM)
         measured = []
         for name, plan in plans:
             out = (keep or folder) / f"{path.stem}-{name.replace(' ', '-')}.gguf"
-            found = measure(name, plan, out, text, logits, threads, cache_type)
+            found = measure(name, plan, out, text, logits, options)
             measured.append(replace(found, answers=asked(out)))
             if not keep:
                 out.unlink()
@@ -158,18 +159,18 @@ def compare(
 
 
 def measure(
-    name: str, plan: Plan, out: Path, text: Chunks, logits: IO[bytes], threads: int | None, cache_type: str
+    name: str, plan: Plan, out: Path, text: Chunks, logits: IO[bytes], options: RunOptions
 ) -> Measured:
     """Converts, and scores the result against the source's logits. name: for the table."""
     import numpy as np
 
     from qrun.cli.conversion import write
 
-    result = write(plan, out, threads)
+    result = write(plan, out, options.threads)
     error = sum(loss.error for loss in result.losses.values())
     energy = sum(loss.energy for loss in result.losses.values())
     relative_rmse = float(np.sqrt(error / energy)) if energy else 0.0
-    divergence = score_against(out, text, logits, name, threads, cache_type)
+    divergence = score_against(out, text, logits, name, options)
     return Measured(
         name, out.stat().st_size, plan.bits_per_weight(plan.n_bytes), relative_rmse, divergence,
         measured=plan.choice.types is not None,

@@ -88,8 +88,8 @@ def flush_standard_output() -> None:
 
 
 def notice(text: str) -> None:
-    """A line for the user that is no part of the result."""
-    echo(f"qrun: {text}", err=True)
+    """A line for the user that is no part of the result. Names of files may have anything in them."""
+    echo(f"qrun: {printable(' '.join(text.splitlines()))}", err=True)
 
 
 def read_stdin() -> str:
@@ -245,13 +245,22 @@ def step_bar(description: str) -> Iterator[Update]:
                TextColumn("{task.fields[note]}"))  # fmt: skip
     with Progress(*columns, console=stderr_console(), transient=True) as bar:
         task = bar.add_task(description, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+        _bars.append(lambda text: bar.update(task, description=text or description))
+        try:
+            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+        finally:
+            _bars.pop()
+
+
+# What each bar that stands on the terminal is called for a while, the last one last; "" is its own name.
+_bars: list[Callable[[str], None]] = []
 
 
 class CompileProgress:
     """The `progress` callback of a load: says on standard error that kernels are being compiled, and how far it is.
 
-    On a terminal one line that is rewritten and goes at the end; elsewhere one plain line.
+    On a terminal one line that is rewritten and goes at the end, or what the bar that stands there is called meanwhile;
+    elsewhere one plain line.
     """
 
     def __init__(self, for_what: str = "this CPU") -> None:
@@ -264,10 +273,9 @@ class CompileProgress:
         if not rewritable(sys.stderr):
             if not self._announced:
                 notice(f"compiling {plural(total, 'kernel')} for {self._for} (once)")
-        elif done < total:
-            status_line(f"compiling kernels for {self._for}  {done}/{total}")
         else:
-            status_line("")
+            say = _bars[-1] if _bars else status_line
+            say(f"compiling kernels for {self._for}  {done}/{total}" if done < total else "")
         self._announced = True
 
 

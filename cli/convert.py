@@ -164,7 +164,7 @@ def override(text: str) -> tuple[re.Pattern[str], TensorType]:
 def locate(source: str) -> Path:
     """The file or folder that SOURCE names. What lies elsewhere is fetched into the store, with a bar."""
     from qrun.cli.loading import pull_with_progress
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
     from qrun.models.catalog import resolve
 
     if source.startswith(("hf:", "https://", "http://")):

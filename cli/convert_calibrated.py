@@ -155,7 +155,7 @@ def convert_calibrated(
     with ExitStack() as stack:
         stack.enter_context(calibration.opened())
         if not wishes.keep:
-            stack.enter_context(saying_what_stays(calibration.folder))
+            stack.enter_context(saying_what_stays(calibration))
         remove_unfinished(out)  # of a run that was killed
         with stage_bars() as stage:
             choice, imatrix = measure(replace(calibration, stage=stage), wishes, choice, values)
@@ -254,12 +254,15 @@ def unmeasured(source: Source) -> Imatrix:
 
 
 @contextmanager
-def saying_what_stays(folder: Path) -> Iterator[None]:
-    """Says at the end where the measures are, if they are there still."""
+def saying_what_stays(calibration: Calibration) -> Iterator[None]:
+    """Says at the end where the measures are, if they are there still. A folder without any goes."""
     try:
         yield
     finally:
-        if folder.is_dir():
+        folder = calibration.folder
+        if folder.is_dir() and not calibration.has_measures:
+            calibration.clean()
+        elif folder.is_dir():
             notice(f"what was measured stays in {folder}, for another run with this result: else remove it")
 
 
@@ -366,15 +369,16 @@ class Judge:
 
     def __init__(self, reference: Path, text: Chunks, logits: IO[bytes], threads: int | None) -> None:
         from qrun.cli.against import write_logits
+        from qrun.cli.loading import RunOptions
 
-        self._text, self._logits, self._threads = text, logits, threads
-        self.perplexity = write_logits(reference, text, logits, threads, "f16", MORE_ROOM).perplexity.value
+        self._text, self._logits, self._options = text, logits, RunOptions(threads)
+        self.perplexity = write_logits(reference, text, logits, self._options, MORE_ROOM).perplexity.value
 
     def row(self, name: str, plan: Plan, file: Path) -> Judged:
         """Of the file of a plan."""
         from qrun.cli.against import score_against
 
-        return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._threads, "f16"))
+        return Judged(name, plan.n_bytes, score_against(file, self._text, self._logits, name, self._options))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,14 @@ def command(
       qrun imatrix model-f16.gguf calibration.txt --lora adapter.gguf   # for convert --merge-lora
     """
     from qrun.cli.console import notice, plural, step_bar
-    from qrun.cli.loading import check_predicts, find_original, load_tokenizer, open_runtime, text_chunks
+    from qrun.cli.loading import (
+        RunOptions,
+        check_predicts,
+        find_original,
+        load_tokenizer,
+        open_runtime,
+        text_chunks,
+    )
     from qrun.cli.perplexity import plus_minus, so_far
     from qrun.engine.quantize.calibration import collect
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
@@ -51,7 +58,7 @@ def command(
         raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     with (
-        open_runtime(path, threads=threads, context=ctx, observe=True, loras=loras) as runtime,
+        open_runtime(path, RunOptions(threads, loras=loras), ctx, observe=True) as runtime,
         step_bar("collecting") as progress,
     ):
         progress(0, len(text))

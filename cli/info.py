@@ -202,7 +202,7 @@ def vocabulary_size(reader: GGUFReader) -> int | None:
     """Tokens in the file's vocabulary, without decoding them."""
     if "tokenizer.ggml.tokens" not in reader.metadata:
         return None
-    return len(reader.raw_strings("tokenizer.ggml.tokens"))
+    return len(reader.strings("tokenizer.ggml.tokens"))
 
 
 def memory_needed(graph: Graph, file_bytes: int, context: int, cache_type: str) -> MemoryNeed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def find_model(source: str, type: str | None = None) -> Path:
     """The file of a model; a folder with a checkpoint is converted, with a bar, if it was not before."""
-    from qrun.engine.model import find_model
+    from qrun.engine.finding import find_model
 
     with converting_bar(source, type) as converting:
         return find_model(source, type, progress=converting, compiling=CompileProgress(), notice=notice)
@@ -78,7 +79,7 @@ def find_model(source: str, type: str | None = None) -> Path:
 
 def find_original(source: str) -> Path:
     """The same of a model that others are measured by: a folder is kept as BF16, as most checkpoints are."""
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
 
     return find_model(source, "BF16" if is_checkpoint(source) else None)
 
@@ -86,7 +87,7 @@ def find_original(source: str) -> Path:
 @contextmanager
 def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int], None]]:
     """The callback for a conversion on loading: a bar for the bytes."""
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
 
     if not is_checkpoint(source):
         yield lambda done, total: None
@@ -97,16 +98,18 @@ def converting_bar(source: str, type: str | None) -> Iterator[Callable[[int, int
         yield bar.update
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run by commands that measure: threads (None: one for each core), the type of the cache, and
+    adapters."""
+
+    threads: int | None = None
+    cache_type: str = "f16"
+    loras: tuple[Lora, ...] = ()
+
+
 @contextmanager
-def open_runtime(
-    path: Path,
-    *,
-    threads: int | None,
-    context: int,
-    cache_type: str = "f16",
-    observe: bool = False,
-    loras: Iterable[Lora] = (),
-) -> Iterator[Runtime]:
+def open_runtime(path: Path, options: RunOptions, context: int, *, observe: bool = False) -> Iterator[Runtime]:
     """A model's runtime alone, without tokenizer and sampling: for what works with token ids and logits."""
     from qrun.engine.native.cpu_count import available_cores
     from qrun.engine.program.runtime import Runtime
@@ -114,16 +117,16 @@ def open_runtime(
     from qrun.models import build_graph, check_goes_on
     from qrun.models.adapter import open_adapters
 
-    with GGUFReader(path) as reader, open_adapters(loras) as adapters:
+    with GGUFReader(path) as reader, open_adapters(options.loras) as adapters:
         graph = build_graph(reader, context, adapters)
         check_goes_on(graph, path)
         show_notices(adapters)
         show_context_notice(graph, context)
         runtime = Runtime(
             graph,
-            threads=threads or available_cores(),
+            threads=options.threads or available_cores(),
             context=graph.context,
-            cache_type=cache_type,
+            cache_type=options.cache_type,
             progress=CompileProgress(),
             observe=observe,
         )

@@ -69,7 +69,7 @@ def command(
     """
     from qrun.cli.loading import find_model
     from qrun.engine import __version__
-    from qrun.engine.model import is_checkpoint
+    from qrun.engine.finding import is_checkpoint
     from qrun.engine.native.compiler import load_images
     from qrun.engine.native.packs import check_writable, write
     from qrun.engine.program.adapted import ADAPTER_KERNELS

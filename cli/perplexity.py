@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from qrun.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from qrun.cli.loading import RunOptions
+    from qrun.engine import Tokenizer
     from qrun.engine.judging.divergence import Divergence
     from qrun.engine.judging.scoring import Chunks, Estimate, Score
     from qrun.engine.judging.tasks import Answers, Task
@@ -63,7 +65,7 @@ def command(
       qrun perplexity model.gguf text.txt --lora adapter.gguf=0.5
       qrun perplexity model-q4_k_m.gguf text.txt --against model-f16.gguf --tasks questions.jsonl
     """
-    from qrun.cli.loading import check_predicts, find_model, find_original, load_tokenizer, text_chunks
+    from qrun.cli.loading import RunOptions, check_predicts, find_model, find_original, load_tokenizer, text_chunks
     from qrun.engine.judging.tasks import read_tasks
 
     path = find_model(model, type_name)
@@ -71,11 +73,12 @@ def command(
     tokenizer = load_tokenizer(path)
     text = text_chunks(file, tokenizer, ctx, chunks)
     questions = read_tasks(tasks) if tasks else []
+    options = RunOptions(threads, cache_type, loras)
     counts: dict[str, Any] = {"chunks": len(text), "ctx": ctx}
     if against is None:
-        score = measure(path, text, threads, cache_type, loras)
+        score = measure(path, text, options)
         estimate = score.perplexity
-        asked = ask(path, None, questions, tokenizer, threads, cache_type, loras)
+        asked = ask(path, None, questions, tokenizer, options)
         if as_json:
             result = {"perplexity": estimate.value, "error": estimate.error, "tokens": score.count}
             echo(json.dumps(finite(result | counts | (asked.as_object() if asked else {}))))
@@ -86,8 +89,8 @@ def command(
         return
     reference = find_original(against)
     check_vocabulary(reference, tokenizer)
-    divergence = measure_against(path, reference, text, threads, cache_type, loras)
-    asked = ask(path, reference, questions, tokenizer, threads, cache_type, loras)
+    divergence = measure_against(path, reference, text, options)
+    asked = ask(path, reference, questions, tokenizer, options)
     if as_json:
         echo(json.dumps(finite(summary(divergence) | counts | (asked.as_object() if asked else {}))))
     else:
@@ -96,19 +99,14 @@ def command(
         echo(f"{plural(divergence.model.count, 'token')} scored, {plural(len(text), 'chunk')} of {ctx}")
 
 
-def measure(
-    path: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
-) -> Score:
+def measure(path: Path, text: Chunks, options: RunOptions) -> Score:
     """How well the model predicts the text."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
     from qrun.engine.judging.scoring import Score, scored_logits
 
     score = Score()
-    with (
-        open_runtime(path, threads=threads, context=text.size, cache_type=cache_type, loras=loras) as runtime,
-        step_bar("perplexity") as progress,
-    ):
+    with open_runtime(path, options, text.size) as runtime, step_bar("perplexity") as progress:
         progress(0, len(text))
         for done, chunk in enumerate(text, 1):
             for logits, targets in scored_logits(runtime, chunk, text.bos):
@@ -117,9 +115,7 @@ def measure(
     return score
 
 
-def measure_against(
-    path: Path, reference: Path, text: Chunks, threads: int | None, cache_type: str, loras: Sequence[Lora] = ()
-) -> Divergence:
+def measure_against(path: Path, reference: Path, text: Chunks, options: RunOptions) -> Divergence:
     """How far the model is from the reference: both go through the text side by side, some rows at a time."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
@@ -128,10 +124,9 @@ def measure_against(
 
     divergence = Divergence()
     with ExitStack() as stack:
-        settings: dict[str, Any] = {"threads": threads, "context": text.size, "cache_type": cache_type}
         runtimes = [
-            stack.enter_context(open_runtime(reference, **settings)),
-            stack.enter_context(open_runtime(path, loras=loras, **settings)),
+            stack.enter_context(open_runtime(reference, replace(options, loras=()), text.size)),
+            stack.enter_context(open_runtime(path, options, text.size)),
         ]
         if runtimes[0].n_vocab != runtimes[1].n_vocab:
             raise ValueError(
@@ -167,33 +162,26 @@ class Asked:
 
 
 def ask(
-    path: Path, reference: Path | None, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
-    loras: Sequence[Lora] = (),
-) -> Asked | None:  # fmt: skip
+    path: Path, reference: Path | None, questions: Sequence[Task], tokenizer: Tokenizer, options: RunOptions
+) -> Asked | None:
     """How many questions the model answers, and if there is one its reference. None if there are no questions."""
     if not questions:
         return None
-    mine = answers_of(path, questions, tokenizer, threads, cache_type, loras)
+    mine = answers_of(path, questions, tokenizer, options)
     if reference is None:
         return Asked(len(questions), mine.accuracy)
-    theirs = answers_of(reference, questions, tokenizer, threads, cache_type)
+    theirs = answers_of(reference, questions, tokenizer, replace(options, loras=()))
     return Asked(len(questions), mine.accuracy, theirs.accuracy, mine.agreement(theirs))
 
 
-def answers_of(
-    path: Path, questions: Sequence[Task], tokenizer: Any, threads: int | None, cache_type: str,
-    loras: Sequence[Lora] = (),
-) -> Answers:  # fmt: skip
+def answers_of(path: Path, questions: Sequence[Task], tokenizer: Tokenizer, options: RunOptions) -> Answers:
     """What a model answers to the questions."""
     from qrun.cli.console import step_bar
     from qrun.cli.loading import open_runtime
     from qrun.engine.judging.tasks import answer, context_needed
 
     context = context_needed(tokenizer, questions)
-    with (
-        open_runtime(path, threads=threads, context=context, cache_type=cache_type, loras=loras) as runtime,
-        step_bar("tasks") as progress,
-    ):
+    with open_runtime(path, options, context) as runtime, step_bar("tasks") as progress:
         return answer(runtime, tokenizer, questions, progress)
 
 

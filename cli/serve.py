@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 _PATIENCE = 2.0
 """Seconds in which the process ends once standard input has."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SWITCH_SECONDS = 5e-4
+"""So long a thread that wants the interpreter waits for one that has it: Python's 5 ms are half a step of a small
+model."""
 
 
 @click.command()
@@ -90,7 +96,6 @@ def command(
         raise ImportError("serving needs the extra qrun-gguf[server]: pip install 'qrun-gguf[server]'") from None
     from qrun.cli.console import notice
     from qrun.cli.loading import default_model
-    from qrun.server import app
 
     if (tls_key is None) != (tls_cert is None):
         raise click.UsageError("--tls-cert and --tls-key go together.")
@@ -114,16 +119,40 @@ def command(
     def load(source: Source) -> Model:
         from qrun.cli.loading import load_model
 
-        return load_model(str(source), loading | ({"adapters": named} if models and str(source) == models[0] else {}))
+        is_first = bool(models) and str(source) == models[0]
+        model = load_model(str(source), loading | ({"adapters": named} if is_first else {}))
+        if gc.isenabled():  # not the first: those before it may have gone
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+        return model
 
-    application = app(
-        models, load=load, api_keys=tuple(keys), public=public, max_body=max_body << 20,
-        log=None if quiet else lambda line: echo(line, err=True), **settings,
-    )  # fmt: skip
+    with _even_steps():
+        from qrun.server import app
+
+        application = app(
+            models, load=load, api_keys=tuple(keys), public=public, max_body=max_body << 20,
+            log=None if quiet else lambda line: echo(line, err=True), **settings,
+        )  # fmt: skip
+        try:
+            _serve(application, host, port, unix_socket, tls_cert, tls_key, ready_json, exit_with_stdin)
+        finally:
+            application.close()
+
+
+@contextmanager
+def _even_steps() -> Iterator[None]:
+    """Settings of the interpreter that keep steps alike. What is there once the first model is stays: to look for
+    garbage among it takes as long as a step, and before that there is none; see `ready`."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.disable()
     try:
-        _serve(application, host, port, unix_socket, tls_cert, tls_key, ready_json, exit_with_stdin)
+        yield
     finally:
-        application.close()
+        gc.unfreeze()
+        gc.enable()
+        sys.setswitchinterval(before)
 
 
 def _keys_in(path: Path) -> list[str]:
@@ -153,6 +182,8 @@ def _serve(
     certificate = (tls_cert, tls_key) if tls_cert and tls_key else None
 
     def ready() -> None:
+        gc.freeze()
+        gc.enable()
         first = application.state.hub.default
         if ready_json:
             echo(json.dumps({"url": url, "model": first.id if first else None}))

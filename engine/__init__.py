@@ -14,11 +14,12 @@ from qrun.formats.on_demand import on_demand
 if TYPE_CHECKING:
     from qrun.engine.conversation import Conversation
     from qrun.engine.errors import CacheWarning, Closed, ContextOverflow, GenerationCancelled
+    from qrun.engine.figures import MemoryUse
     from qrun.engine.generation.generation import Generation, GenerationStats
     from qrun.engine.generation.options import GenerationArguments, keep_newest
     from qrun.engine.generation.piece import Piece
     from qrun.engine.generation.session import Session
-    from qrun.engine.model import MemoryUse, Model
+    from qrun.engine.model import Model
     from qrun.engine.native.codegen import CompileError
     from qrun.engine.native.packs import PackError
     from qrun.engine.sampling.options import SamplingOptions
@@ -77,7 +78,7 @@ _MODULES = {
     "GenerationArguments": "qrun.engine.generation.options",
     "GenerationCancelled": "qrun.engine.errors",
     "GenerationStats": "qrun.engine.generation.generation",
-    "MemoryUse": "qrun.engine.model",
+    "MemoryUse": "qrun.engine.figures",
     "Model": "qrun.engine.model",
     "NotPulled": "qrun.models.store",
     "PackError": "qrun.engine.native.packs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qrun.engine.text.prompt import after, encode_prompt, marked
 from qrun.formats.json_file import parse_json
@@ -14,6 +14,7 @@ from qrun.formats.whole_file import make_private_folder, write_whole
 if TYPE_CHECKING:
     from qrun.engine import Model
     from qrun.engine.generation.generation import Generation, GenerationStats, Piece
+    from qrun.engine.generation.options import GenerationArguments
 
 Message = dict[str, str]
 SAVED_FORMAT = "qrun conversation 1"
@@ -38,12 +39,12 @@ class Conversation:
         self,
         model: Model,
         system: str | None = None,
-        sampling: dict[str, Any] | None = None,
+        sampling: GenerationArguments | None = None,
         on_forget: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.session = model.session()
-        self.sampling = sampling or {}
+        self.sampling = cast(dict[str, Any], {} if sampling is None else sampling)
         self.on_forget = on_forget or (lambda n: None)
         self.special_tokens_in_messages = False
         self.think: bool | None = None

@@ -1,6 +1,18 @@
 """Errors that a user of the engine can meet, besides `qrun.formats.FormatError`. All are QrunErrors."""
 
+from typing import NoReturn
+
 from qrun.formats import QrunError
+
+
+class OfThisProcess:
+    """What holds memory that only this process has: it can be neither pickled nor copied."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: load the model in each process; its weights are in "
+            "memory once for all"
+        )
 
 
 class ContextOverflow(QrunError, ValueError):
@@ -20,6 +32,10 @@ class ContextOverflow(QrunError, ValueError):
 
 class Closed(QrunError, RuntimeError):
     """A model or a session was used after it had been closed, perhaps by another thread."""
+
+
+class NotFinite(QrunError, ValueError):
+    """What a model has computed are no numbers: the file is damaged, or the engine is wrong."""
 
 
 class GenerationCancelled(QrunError):

@@ -6,15 +6,18 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.errors import Closed, GenerationCancelled, OfThisProcess
+from qrun.engine.figures import Activity, MemoryUse, TokenLogprob
+from qrun.engine.finding import find_model
 from qrun.engine.generation import arguments
-from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice, NamedAdapter
+from qrun.engine.generation.adapters import Adapters, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
+from qrun.engine.identity import bits_of, fingerprint, prefix_key
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.catalog import entry_of_file
@@ -36,52 +39,7 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context, unless the model was trained for fewer or the caller asks for another number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """A token of a text, and the natural logarithm of its probability there. top: the likeliest ones. rank: 1 for the
-    likeliest of all."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-    rank: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Activity:
-    """running: generations that share steps and have read their prompts; waiting: those that have not. cache_bytes:
-    what all that is cached of texts takes, of at most cache_limit."""
-
-    running: int
-    waiting: int
-    cache_bytes: int
-    cache_limit: int
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryUse:
-    """What a model takes of memory, in bytes; with the draft that it was loaded with, if there is one."""
-
-    file: int
-    """The model's file, or all files of a split one."""
-    weights: int
-    """What is read of it: mapped, not copied, shared with other processes, and given back when memory is short."""
-    arena: int
-    """Where a step puts what it computes."""
-    cache: int
-    """What the cache of texts has taken from the system: it keeps for later what is freed."""
-    cache_used: int
-    """What texts hold of that, those included that are kept to be gone on from."""
-    cache_limit: int
-    """What texts may hold before the oldest are forgotten: `cache_bytes` of `Model.load`."""
-
-    @property
-    def total(self) -> int:
-        """Weights, arena and cache."""
-        return self.weights + self.arena + self.cache
-
-
-class Model:
+class Model(OfThisProcess):
     """A model that is ready to run. Get one with `Model.load`; a `with` statement or `close` frees it at once, and
     otherwise it goes when nobody holds it, its sessions or its generations any more.
 
@@ -132,14 +90,7 @@ class Model:
         self.chat_sampling: Mapping[str, Any] = dict(entry.sampling) if entry else {}
         """Options of `chat`, in place of `defaults`, where the caller gives no others: the catalog's, too."""
         self._runtime = runtime
-        # Of reader and graph, only what is needed: a session may outlive its model, and shall not keep the file mapped.
-        description = repr((graph.architecture, graph.n_vocab, graph.n_embd, graph.cache_layers))
-        # An adapter of scale 0 changes nothing.
-        acting = [lora for lora in loras if lora.scale != 0]
-        if acting:  # their order decides that of additions, and so the last bits
-            description += repr([lora.scale for lora in acting])
-        files = [*reader.files, *(lora.path for lora in acting)]
-        self._fingerprint = functools.cache(functools.partial(_fingerprint, files, description))
+        self._fingerprint = fingerprint(reader.files, graph, loras)
         self._draft = draft
         make_draft = draft.session_draft if draft else None
         room = cache_limit(runtime, cache_bytes)
@@ -162,7 +113,7 @@ class Model:
         *,
         threads: int | None = None,
         context: int | None = None,
-        cache_type: str = "f16",
+        cache_type: Literal["f16", "q8_0", "q4_0"] = "f16",
         batch: int = 512,
         cache_bytes: int | None = None,
         cache_disk: str | os.PathLike[str] | None = None,
@@ -225,6 +176,7 @@ class Model:
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.native.packs import using
+        from qrun.engine.native.read_ahead import read_ahead
         from qrun.engine.program.runtime import Runtime
         from qrun.engine.text.tokenizer import Tokenizer
         from qrun.formats import FormatError, GGUFReader
@@ -241,6 +193,7 @@ class Model:
             path = find(source, type)
             reader = GGUFReader(path)
             undo.callback(reader.close)
+            read_ahead(reader.files)
             with open_adapters(wanted) as opened:
                 graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
             if draft is not None and graph.encoder is not None:
@@ -319,8 +272,7 @@ class Model:
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for, or gets less than that, as no
-        more is supported; else None."""
+        """A line for whoever loads a model with more context than it was trained for, else None."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -571,7 +523,8 @@ class Model:
     def rerank(
         self, query: str, documents: Iterable[str], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> np.ndarray:
-        """How well each document answers a query: float32 [n], higher is better. names: see `embed`.
+        """How well each document answers a query: float32 [n], higher is better. truncate: see `embed`. names: what
+        errors call the documents, see there, too.
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
@@ -672,7 +625,7 @@ class Model:
 
     def prompt_logprobs(
         self, tokens: Iterable[int], top: int = 0, lora: LoraChoice | None = None
-    ) -> "list[TokenLogprob | None]":
+    ) -> list[TokenLogprob | None]:
         """How likely each token of a text was after those before it; None for the first, which nothing comes before.
 
         top: how many of the likeliest tokens are told in each place. lora: as for `generate`. Errors are those of
@@ -710,7 +663,7 @@ class Model:
         return found
 
     @property
-    def activity(self) -> "Activity":
+    def activity(self) -> Activity:
         """What is under way."""
         scheduler, prefixes = self._host.scheduler, self._host.prefixes
         return Activity(scheduler.running, scheduler.waiting, self._runtime.cache_bytes, prefixes.limit)
@@ -746,7 +699,7 @@ class Model:
         )
         return len(self.template_tokens(text))
 
-    def memory(self) -> "MemoryUse":
+    def memory(self) -> MemoryUse:
         """What the model takes of memory now."""
         self._check_open()
         runtimes = [self._runtime, *(self._draft.runtimes if self._draft else ())]
@@ -901,77 +854,11 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
     return max((available or 0) // 4, runtime.context_bytes)
 
 
-def bits_of(graph: "Graph", runtime: "Runtime") -> str:
-    """A digest of what decides the bits of a cache beside the model's file: the kernels, the type of the cache, and how
-    the graph was built."""
-    import hashlib
-
-    from qrun.engine.native.codegen import code_digest
-    from qrun.engine.program.state_blocks import state_sizes
-
-    digest = hashlib.sha256(code_digest(runtime.target).encode())
-    digest.update(repr((runtime.cache_type, graph.cache_layers, state_sizes(graph))).encode())
-    for operation in graph.operations:
-        digest.update(type(operation).__name__.encode())
-        for value in vars(operation).values():
-            if isinstance(value, np.ndarray):  # which may depend on the context, as factors of frequencies do
-                digest.update(np.ascontiguousarray(value).data)
-            elif isinstance(value, bool | int | float | str):
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
-def prefix_key(model: str, adapters: Adapters, chosen: Chosen) -> str:
-    """The key of `DiskPrefixes`. model: a digest of the model and of what else decides its bits."""
-    import hashlib
-
-    return model[:12] + hashlib.sha256(f"{model} {adapters.digest(chosen)}".encode()).hexdigest()[12:]
-
-
 def context_notice(graph: "Graph", context: int) -> str | None:
     """The same of a model that is not loaded."""
-    if context == graph.max_context and context < graph.context_length:
-        from qrun.models import SPARSE
-
-        return f"the context is {context} tokens: {SPARSE} that, which is not supported"
     if context <= graph.context_length:
         return None
     return (
         f"a context of {context} tokens, and the model was trained for {graph.context_length}: "
         "what it says beyond that may be nonsense"
     )
-
-
-def find_model(
-    source: str | os.PathLike[str],
-    type: str | None = None,
-    *,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    compiling: Callable[[int, int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Path:
-    """The GGUF file of a model that is named as `Model.load` takes it; a folder is converted if it was not before.
-
-    progress, compiling: see `Model.load`, where they are called `converting` and `progress`. notice: see there.
-    """
-    from qrun.models.catalog import resolve
-
-    if is_checkpoint(source):
-        from qrun.engine.quantize.on_load import converted
-
-        return converted(Path(source), type, threads=threads, progress=progress, compiling=compiling, notice=notice)
-    if type is not None:
-        raise ValueError(f"{os.fspath(source)}: a type is for folders with a checkpoint (for others: qrun convert)")
-    return resolve(source)
-
-
-def is_checkpoint(source: str | os.PathLike[str]) -> bool:
-    """Is this a folder as Hugging Face has them?"""
-    return Path(source, "config.json").is_file()
-
-
-def _fingerprint(files: Sequence[Path], description: str) -> str:
-    from qrun.engine.generation.session_file import model_fingerprint  # only for those who save or load sessions
-
-    return model_fingerprint(files, description)

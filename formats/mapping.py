@@ -25,6 +25,20 @@ LOOKALIKES = {
 }
 
 
+class FileMap(mmap.mmap):
+    """A mapped file, to be read only. `path`: its name."""
+
+    path: Path
+
+    def check(self) -> None:
+        """Raises FormatError if the file is shorter by now than what is mapped: the system ends a process that reads
+        where nothing is left."""
+        if self.size() < len(self):
+            raise FormatError(
+                self.path, f"the file was {len(self)} bytes long and is cut to {self.size()}, while it was in use"
+            )
+
+
 class Copy(mmap.mmap):
     """A file that was read into memory of its own: what a map is where a file system has none (some of networks and of
     FUSE). It is used like a map, and like one it is there as long as somebody looks at it."""
@@ -43,9 +57,11 @@ def map_file(path: Path) -> mmap.mmap:
             if n_bytes == 0:
                 raise FormatError(path, "the file is empty: get it again")
             try:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                data = FileMap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as refusal:
                 return _copy(path, file, n_bytes, refusal)
+            data.path = path
+            return data
     except FileNotFoundError:
         raise FormatError(path, "there is no such file") from None
     except OSError as error:
@@ -79,6 +95,16 @@ def bytes_of(data: mmap.mmap) -> U8Array:
     array = np.frombuffer(data, np.uint8)
     array.flags.writeable = False
     return array
+
+
+def map_under(array: U8Array) -> FileMap | None:
+    """The mapped file that an array is a view of; None if it is of none."""
+    below: Any = array
+    while isinstance(below, np.ndarray):
+        below = below.base
+    if isinstance(below, memoryview):
+        below = below.obj
+    return below if isinstance(below, FileMap) else None
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

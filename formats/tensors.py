@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +13,7 @@ import numpy as np
 from qrun.formats.blocks import BLOCK_SIZES, TensorType, quantize
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import FormatError
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from qrun.formats.on_demand import on_demand
 
 if TYPE_CHECKING:
-    from qrun.models.architectures import ARCHITECTURES, DRAFTS, SPARSE, build_drafts, build_graph, check_goes_on
+    from qrun.models.architectures import ARCHITECTURES, DRAFTS, build_drafts, build_graph, check_goes_on
     from qrun.models.graph import Graph
 
-__all__ = ["ARCHITECTURES", "DRAFTS", "SPARSE", "Graph", "build_drafts", "build_graph", "check_goes_on"]
+__all__ = ["ARCHITECTURES", "DRAFTS", "Graph", "build_drafts", "build_graph", "check_goes_on"]
 
 # Imported when first asked for: who needs one file of this folder does not wait for all of them.
 __getattr__, __dir__ = on_demand(__name__, {

@@ -18,13 +18,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.dataclass import dataclass
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models import graph as G

@@ -1,12 +1,12 @@
 """The architectures, by name, and the graph of a model's file."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
+from qrun.formats.dataclass import dataclass
 from qrun.models.adapter import Adapter, adapt
 from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder, Value
@@ -294,9 +294,6 @@ DRAFTS = {
 MAX_TEXT = 8192
 """The longest text, in tokens, of which a model makes an embedding, unless the caller says another number."""
 
-SPARSE = "the model attends to chosen positions only where there are more than"
-"""Which the graphs of such models do not: `Graph.max_context`."""
-
 
 def build_graph(
     reader: GGUFReader,
@@ -308,10 +305,10 @@ def build_graph(
     """The graph of the model in an open file, with the changes of some adapters in it.
 
     context: the most tokens that will be used at once, by default the trained context, or `default_context` if that is
-    less. Models that turn their heads differently for long contexts are built for it, so run the graph with its own
-    `context`. Where the graph is right for a shorter context only, that is the default. Raises `FormatError`, naming
-    the file, for an architecture that is not known, a hyper-parameter out of bounds, a tensor that is missing or has
-    the wrong shape or type, an adapter of another model, or a file that is no model.
+    less. Models that turn their heads differently for long contexts, or attend to chosen positions there, are built for
+    it, so run the graph with its own `context`. Raises `FormatError`, naming the file, for an architecture that is not
+    known, a hyper-parameter out of bounds, a tensor that is missing or has the wrong shape or type, an adapter of
+    another model, or a file that is no model.
     """
     if (other := other_kind(reader)) and other.problem:
         raise FormatError(reader.path, other.problem)
@@ -323,11 +320,6 @@ def build_graph(
     builder = GraphBuilder(reader)
     used = context or min(h.context_length, MAX_TEXT if h.embeds else default_context)
     logits = build(builder, metadata, h, used)
-    if builder.max_context is not None and used > builder.max_context:
-        if context:
-            problem = f"a context of {context} tokens is not supported: {SPARSE} {builder.max_context}"
-            raise FormatError(reader.path, problem)
-        used = builder.max_context
     if builder.has(f"blk.{h.n_blocks}.attn_norm.weight"):
         raise metadata.error("block_count", f"is {h.n_blocks}, but the file has tensors of block {h.n_blocks}")
     graph = builder.finish(

@@ -12,10 +12,11 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qrun.formats.dataclass import dataclass
 from qrun.formats.samples import samples
 from qrun.models import ARCHITECTURES
 from qrun.models.hub import is_spec, parse_spec, stored_file

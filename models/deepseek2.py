@@ -10,11 +10,14 @@ from qrun.models import latent_attention
 from qrun.models.graph import GraphBuilder, Temperature, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.latent_attention import Latent
+from qrun.models.lightning_index import LightningIndex, layers_with_own
 from qrun.models.rope import RopeScaling, rope_factors
 from qrun.models.transformer import Shares, blocks, dense_or_experts, feed_forward, head
 
 # GLM-4.7-Flash came before files said how its router's logits become probabilities.
 LAYERS_OF_GLM, VOCABULARY_OF_GLM = (47, 48), 154880
+# GLM-5.2, of this context at least, came before files said which layers have an indexer.
+CONTEXT_OF_GLM_5_2 = 1 << 20
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -32,19 +35,30 @@ def build_block(
 
 
 def build_sparse(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
-    """Token ids to logits of DeepSeek V3.2 and GLM-5, as far as they attend to all positions."""
-    builder.limit_context(read_budget(metadata))
+    """Token ids to logits of DeepSeek V3.2 and GLM-5."""
     sizes, shares = Latent.absorbed_only(metadata, h), Shares.read(metadata, "sigmoid")
+    turn = read_scaling(metadata, h)[0].rotation(h.n_rot, interleaved=metadata.architecture == "glm-dsa")
+    indexers = LightningIndex.read(metadata, h, context, turn, with_own=layers_with_indexer(metadata, h))
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
-        x = block_with(builder, metadata, h, x, layer, sizes, shares)
+        x = block_with(builder, metadata, h, x, layer, sizes, shares, indexers)
     return head(builder, x, h)
 
 
+def layers_with_indexer(metadata: Metadata, h: Hyperparameters) -> tuple[bool, ...]:
+    """Which layers have an indexer of their own: in DeepSeek V3.2 and the first GLM-5 all."""
+    everywhere = (True,) * h.n_layer
+    if metadata.architecture != "glm-dsa":
+        return everywhere
+    of_glm_5_2 = tuple(layer < 3 or layer % 4 == 2 for layer in range(h.n_layer))
+    return layers_with_own(metadata, h, of_glm_5_2 if h.context_length >= CONTEXT_OF_GLM_5_2 else everywhere)
+
+
 def block_with(
-    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int, sizes: Latent, shares: Shares
-) -> Value:
-    """One block, with attention of these sizes and these shares of experts."""
+    builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int, sizes: Latent, shares: Shares,
+    indexers: LightningIndex | None = None,
+) -> Value:  # fmt: skip
+    """One block, with attention of these sizes and these shares of experts. indexers: where it does not see all."""
     scaling, scale = read_scaling(metadata, h)
     rotation = scaling.rotation(h.n_rot, interleaved=True)
     temperature = read_temperature(metadata)
@@ -52,7 +66,10 @@ def block_with(
 
     block = f"blk.{layer}"
     y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-    y = latent_attention.attend(builder, h, y, layer, sizes, rotation, scale=scale, temperature=temperature)
+    choose = None if indexers is None else indexers.of_layer(builder, y, layer)
+    y = latent_attention.attend(
+        builder, h, y, layer, sizes, rotation, scale=scale, temperature=temperature, choose=choose
+    )
     x = builder.add(x, builder.linear(y, f"{block}.attn_output", h.n_embd))
 
     y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
@@ -96,12 +113,9 @@ def read_scaling(metadata: Metadata, h: Hyperparameters) -> tuple[RopeScaling, f
     return scaling, (magnitude * (1.0 + damping * growth)) ** 2
 
 
-def read_budget(metadata: Metadata) -> int:
-    """How many positions sparse attention sees at most: all, as long as there are no more."""
-    return metadata.integer("attention.indexer.top_k", high=MAX_CONTEXT)
-
-
 def read_temperature(metadata: Metadata) -> Temperature | None:
-    """How queries grow with their position, or None where they do not."""
+    """How queries grow with their position, or None where they do not: no architecture with an indexer knows it."""
+    if metadata.architecture not in ("deepseek2", "mistral4"):
+        return None
     scale = metadata.real("attention.temperature_scale", 0.0, high=1e3)
     return Temperature(scale, metadata.integer("attention.temperature_length", high=MAX_CONTEXT)) if scale else None

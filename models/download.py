@@ -37,7 +37,8 @@ def pull(spec: str, progress: Progress | None = None, notice: Notice | None = No
     """Fetches a model and returns its path; one that is in the store already is not fetched again.
 
     `spec` is a catalog name (see `catalog_entry`), `hf:ORG/REPO[@REVISION][:FILE or quant]` or
-    `https://.../name.gguf[#sha256=HEX]`. notice: is told in a line what comes from the hub, before it comes.
+    `https://.../name.gguf[#sha256=HEX]`. progress: is called with (done, total) in bytes, and ends the fetching by what
+    it raises. notice: is told in a line what comes from the hub, before it comes.
     Raises PullError, one line, where the model cannot be had; nothing half-done stays under its name.
     """
     if is_spec(spec) or spec.startswith("hf:"):  # one that is wrong is told what is expected

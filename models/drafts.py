@@ -6,8 +6,9 @@ logits of the token after it, and a hidden state from which the next row can go 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Graph, GraphBuilder, LayerNorm, RMSNorm, SelectRows, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 

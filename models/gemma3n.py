@@ -3,11 +3,12 @@ arXiv:2301.13310); a low-rank path beside attention (LAuReL: arXiv:2411.07501); 
 values of the feed-forward network's gate count (arXiv:2506.06644); and, as in Gemma 4's small models, an embedding of
 the token for each layer, and last layers that attend to the keys and values of earlier ones."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf, sqrt
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.gemma4 import attention, layer_inputs
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyper_connections import MAX_STREAMS

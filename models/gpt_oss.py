@@ -6,7 +6,7 @@ from dataclasses import replace
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling, read_base
-from qrun.models.transformer import attention, experts, head, sliding_layers
+from qrun.models.transformer import Shares, attention, experts, head, sliding_layers
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -17,6 +17,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     local_rotation = replace(scaling, base=local_base).rotation(h.n_rot)
     window = metadata.integer("attention.sliding_window", high=MAX_CONTEXT)
     sliding = sliding_layers(metadata, h.n_layer, period=2)
+    shares = Shares(normalize=False, gating="softmax_of_chosen")
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
@@ -28,7 +29,6 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = attention(builder, h, y, block, cache, turn, scale=h.n_rot**-0.5, sinks=sinks)
         x = builder.add(x, y)
 
-        # A softmax over the chosen experts is one over all, divided by what the chosen have of it.
         y = builder.rms_norm(x, f"{block}.post_attention_norm", h.rms_eps)
-        x = builder.add(x, experts(builder, h, y, block, h.n_ff_expert[layer], "swiglu_oai"))
+        x = builder.add(x, experts(builder, h, y, block, h.n_ff_expert[layer], "swiglu_oai", shares))
     return head(builder, x, h)

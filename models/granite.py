@@ -64,7 +64,7 @@ def layers(
     residual_scale = metadata.real("residual_scale", residual_scale) or 1.0
     logit_divisor = metadata.real("logit_scale", logit_divisor, low=1e-6)
     sizes = Mamba2.read(metadata) if not all(h.n_kv_heads) else None
-    scale = metadata.real("attention.scale", 0.0) or None
+    scale = metadata.real("attention.scale", 0.0) or None if metadata.architecture != "minicpm" else None
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd, scale=embedding_scale)

@@ -7,10 +7,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qrun.formats.dataclass import dataclass
 from qrun.models import store
 from qrun.models.store import SHARD_NAME, Notice, Progress, PullError
 

@@ -7,17 +7,21 @@ from qrun.models.graph import Activation, GraphBuilder, Value
 from qrun.models.hyper_connections import Streams
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.latent_attention import Latent
+from qrun.models.lightning_index import LightningIndex, layers_with_own
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import LEAST_LIMIT, Shares, experts, feed_forward, read_limits, shared_expert
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
-    """Token ids to logits, as far as all positions are seen."""
-    budget = metadata.integer("attention.indexer.top_k", 0, low=0, high=MAX_CONTEXT)
-    if budget:
-        builder.limit_context(budget)
+    """Token ids to logits."""
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot, interleaved=True)
     sizes, streams = Latent.absorbed_only(metadata, h), Streams.read(metadata)
+    indexers = None
+    if metadata.integer("attention.indexer.top_k", 0, low=0, high=MAX_CONTEXT):
+        own = layers_with_own(metadata, h, (False,) * h.n_layer)
+        indexers = LightningIndex.read(
+            metadata, h, context, rotation, turned_last=True, eps=h.rms_eps, with_own=own
+        )
 
     x = builder.repeat(builder.embed("token_embd", h.n_vocab, h.n_embd), streams.count)
     for layer in range(h.n_layer):
@@ -26,7 +30,9 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = builder.rms_norm(builder.mix(x, read, 1), f"{block}.attn_norm", h.rms_eps)
         gate = builder.linear(y, f"{block}.attn_gate", n_heads * sizes.dim_v)
         sinks = builder.constant(f"{block}.attn_sinks.weight", n_heads)
-        y = builder.gate(gate, latent_attention.attend(builder, h, y, layer, sizes, rotation, sinks=sinks), "sigmoid")
+        choose = None if indexers is None else indexers.of_layer(builder, y, layer)
+        y = latent_attention.attend(builder, h, y, layer, sizes, rotation, sinks=sinks, choose=choose)
+        y = builder.gate(gate, y, "sigmoid")
         y = builder.linear(y, f"{block}.attn_output", h.n_embd)
         x = builder.mix(y, back, streams.count, add=x)
 

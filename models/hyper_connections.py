@@ -1,10 +1,10 @@
 """Hyper-connections (arXiv:2409.19606): several residual streams side by side. Each part of a block reads a mixture of
 them, and adds what it makes to each by a weight of its own; the weights come from the streams themselves."""
 
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Constant, GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 

@@ -5,13 +5,13 @@ and one outside them raises `FormatError` with the file and the key.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from qrun.formats import FormatError
+from qrun.formats.dataclass import dataclass
 from qrun.formats.tensors import Described, TensorFile, text_of
 from qrun.models.graph import CacheLayer
 from qrun.models.support import DIFFUSION, EMBEDDERS
@@ -157,6 +157,8 @@ ALWAYS_BOTH_WAYS = (*DIFFUSION, "gemma-embedding")
 """Architectures whose tokens see those behind them, whatever the file says."""
 SYMMETRIC_WINDOWS = ("gemma-embedding", "modern-bert")
 """Architectures whose windows reach to either side."""
+WHOLE_HEADS = ("deepseek2-ocr",)
+"""Architectures whose heads turn as a whole, whatever the file says, which may be 0."""
 WITHOUT_POSITIONS = ("glm5-next",)
 """Architectures of which nothing turns, and which say so with a 0."""
 
@@ -280,7 +282,8 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
     head_dim_v = metadata.integer("attention.value_length", head_dim, high=MAX_HEAD_DIM)
     if metadata.architecture in WITHOUT_POSITIONS:
         return head_dim_k, head_dim_v, metadata.integer("rope.dimension_count", 0, low=0, high=0)
-    n_rot = metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
+    whole = metadata.architecture in WHOLE_HEADS
+    n_rot = head_dim_k if whole else metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
     if n_rot % 2:
         raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
     return head_dim_k, head_dim_v, n_rot

@@ -5,8 +5,8 @@ Parts of a block do not read the residual stream alone, but a mean of it and of 
 how well each fits. The stream begins anew where a copy of it is kept.
 """
 
-from dataclasses import dataclass
 
+from qrun.formats.dataclass import dataclass
 from qrun.models import latent_attention
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_LAYERS, Hyperparameters, Metadata

@@ -5,11 +5,12 @@ Newer files hold the matrices that make keys and values of a short row apart for
 be turned into one for the short rows instead (the absorbed form): then these rows are all that the cache needs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
-from qrun.models.graph import CacheLayer, Constant, GraphBuilder, Rotation, Temperature, Value
+from qrun.formats.dataclass import dataclass
+from qrun.models.graph import CacheLayer, Chosen, Constant, GraphBuilder, Rotation, Temperature, Value
 from qrun.models.hyperparameters import MAX_HEAD_DIM, Hyperparameters, Metadata
 
 
@@ -65,26 +66,29 @@ def attend(
     sinks: Constant | None = None,
     norm_turned: bool = False,
     precise: bool = False,
+    choose: Callable[[Value], Chosen] | None = None,
 ) -> Value:
     """Latent attention of one block, up to its output matrix: all heads' values.
 
     rotation: None turns nothing. scale: beside 1 / sqrt(dim_k). norm_turned: are keys normed before they turn?
-    precise: as in `CacheLayer`.
+    precise: as in `CacheLayer`. choose: from the short row of queries to what rows see in a long context.
     """
     block, n_heads, rank, n_rot = f"blk.{layer}", h.n_heads[layer], sizes.rank, sizes.n_rot
     dim_k, dim_v, plain = sizes.dim_k, sizes.dim_v, sizes.dim_k - sizes.n_rot
 
-    if builder.has(f"{block}.attn_q.weight"):
+    chosen = None
+    if choose is None and builder.has(f"{block}.attn_q.weight"):
         q = builder.linear(x, f"{block}.attn_q", n_heads * dim_k)
     else:
         q = builder.linear(x, f"{block}.attn_q_a", h.metadata.integer("attention.q_lora_rank"))
         q = builder.rms_norm(q, f"{block}.attn_q_a_norm", h.rms_eps)
+        chosen = None if choose is None else choose(q)
         q = builder.linear(q, f"{block}.attn_q_b", n_heads * dim_k)
     both = builder.linear(x, f"{block}.attn_kv_a_mqa", rank + n_rot)
     short = builder.rms_norm(builder.slice(both, 0, rank), f"{block}.attn_kv_a_norm", h.rms_eps)
     if n_rot == 0:
         return attend_still(
-            builder, h, q, short, layer, sizes, scale=scale, window=window, sinks=sinks, precise=precise
+            builder, h, q, short, layer, sizes, scale=scale, window=window, sinks=sinks, precise=precise, chosen=chosen
         )
     turned = builder.slice(both, rank, n_rot)
     if norm_turned:
@@ -106,7 +110,7 @@ def attend(
     if temperature is not None:  # heads that turn by nothing, and grow
         still = Rotation(np.zeros(cache.head_dim_k // 2, np.float32), 1.0, False, temperature)
         q = builder.rope(q, cache.head_dim_k, still, query=True)
-    y = builder.attention(q, k, v, cache, scale * dim_k**-0.5, sinks=sinks)
+    y = builder.attention(q, k, v, cache, scale * dim_k**-0.5, sinks=sinks, chosen=chosen)
     return builder.head_linear(y, f"{block}.attn_v_b", n_heads, dim_v, rank) if sizes.absorbed else y
 
 
@@ -122,6 +126,7 @@ def attend_still(
     window: int | None,
     sinks: Constant | None,
     precise: bool,
+    chosen: Chosen | None,
 ) -> Value:
     """The same of queries and short rows of a model without a part that turns."""
     block, n_heads, rank = f"blk.{layer}", h.n_heads[layer], sizes.rank
@@ -129,5 +134,5 @@ def attend_still(
         raise h.metadata.error("attention.key_length_mla", "is missing")
     cache = CacheLayer(n_heads, 1, rank, rank, window, values_in_keys=True, precise=precise)
     asked = builder.head_linear(q, f"{block}.attn_k_b", n_heads, rank, sizes.dim_k)
-    y = builder.attention(asked, short, None, cache, scale * sizes.dim_k**-0.5, sinks=sinks)
+    y = builder.attention(asked, short, None, cache, scale * sizes.dim_k**-0.5, sinks=sinks, chosen=chosen)
     return builder.head_linear(y, f"{block}.attn_v_b", n_heads, sizes.dim_v, rank)

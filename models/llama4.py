@@ -25,7 +25,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     metadata.integer("attention.sliding_window", CHUNK, high=MAX_CONTEXT)  # whatever it is, chunks are of one size
     chunked = sliding_layers(metadata, h.n_layer, period=4)
     period = metadata.integer("interleave_moe_layer_step", low=0, high=MAX_LAYERS)
-    shares = Shares(normalize=False, gating="sigmoid")
+    shares = Shares(normalize=False, gating="sigmoid_of_chosen")
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):

@@ -1,10 +1,10 @@
 """Mamba (arXiv:2312.00752), Falcon-Mamba, and Mamba-2 (arXiv:2405.21060): nothing but layers whose state fades by how
 much of a token they take in. Other models have such mixers beside attention."""
 
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Constant, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.transformer import head
@@ -29,7 +29,7 @@ class Mamba:
             state=metadata.integer("ssm.state_size", high=MAX_STATE),
             rank=metadata.integer("ssm.time_step_rank"),
             taps=metadata.integer("ssm.conv_kernel", high=MAX_TAPS),
-            normed=metadata.flag("ssm.dt_b_c_rms", False),
+            normed=metadata.architecture == "mamba" and metadata.flag("ssm.dt_b_c_rms", False),
         )
 
 

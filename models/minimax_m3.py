@@ -1,17 +1,22 @@
 """MiniMax M3: gpt-oss's SwiGLU in all networks, experts chosen by biases beside one that all tokens share, and
 attention to the best blocks of a long context alone."""
 
-from qrun.models.deepseek2 import read_budget
-from qrun.models.graph import GraphBuilder, Value
-from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
+from qrun.models.graph import Chosen, GraphBuilder, Index, Rotation, Value
+from qrun.models.hyperparameters import (
+    MAX_CONTEXT,
+    MAX_EXPERTS,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    Hyperparameters,
+    Metadata,
+)
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import Shares, attention, dense_or_experts, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
-    """Token ids to logits, as far as all blocks are seen."""
-    size = metadata.integer("attention.indexer.block_size", high=MAX_CONTEXT)
-    builder.limit_context(min(read_budget(metadata) * size, MAX_CONTEXT))
+    """Token ids to logits."""
+    index = read_index(metadata, h, context)
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     shares = Shares.read(metadata, "sigmoid")
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
@@ -20,9 +25,43 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     for layer in range(h.n_layer):
         block = f"blk.{layer}"
         y = builder.rms_norm(x, f"{block}.attn_norm", h.rms_eps)
-        x = builder.add(x, attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm="heads"))
+        chosen = None
+        if index is not None and layer >= h.n_dense:
+            chosen = choose(builder, h, y, block, index, rotation)
+        y = attention(builder, h, y, block, h.cache_layer(layer), rotation, qk_norm="heads", chosen=chosen)
+        x = builder.add(x, y)
 
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         n_ff_shared = h.n_ff_expert[layer] * n_shared
         x = builder.add(x, dense_or_experts(builder, h, y, layer, shares, n_ff_shared, kind="swiglu_oai"))
     return head(builder, x, h)
+
+
+def read_index(metadata: Metadata, h: Hyperparameters, context: int) -> Index | None:
+    """What chooses blocks of positions for each head of keys and values, or None if all are seen."""
+    budget = metadata.integer("attention.indexer.top_k", high=MAX_CONTEXT)
+    size = metadata.integer("attention.indexer.block_size", high=MAX_CONTEXT)
+    if context <= budget * size:
+        return None
+    n_heads = metadata.integer("attention.indexer.head_count", high=MAX_HEADS)
+    if set(h.n_kv_heads[h.n_dense :]) - {n_heads}:
+        raise metadata.error("attention.indexer.head_count", f"is {n_heads}, expected one for each head of keys")
+    dim = metadata.integer("attention.indexer.key_length", high=MAX_HEAD_DIM)
+    if dim < h.n_rot:
+        raise metadata.error("attention.indexer.key_length", f"is {dim}, expected {h.n_rot} or more")
+    n_local = metadata.integer("attention.indexer.local_blocks", low=0, high=budget)
+    return Index(n_heads, dim, budget, block=size, n_local=n_local, n_groups=n_heads, clipped=False)
+
+
+def choose(
+    builder: GraphBuilder, h: Hyperparameters, x: Value, block: str, index: Index, rotation: Rotation
+) -> Chosen:
+    """What rows of a layer attend to."""
+    q, k = (
+        builder.linear(x, f"{block}.indexer.{part}_proj", n_heads * index.dim, bias=False)
+        for part, n_heads in (("q", index.n_heads), ("k", 1))
+    )
+    q = builder.rms_norm(q, f"{block}.indexer.q_norm", h.rms_eps, index.n_heads)
+    k = builder.rms_norm(k, f"{block}.indexer.k_norm", h.rms_eps)
+    q, k = (builder.rope(part, index.dim, rotation) for part in (q, k))
+    return builder.choose(q, k, None, index)

@@ -13,7 +13,6 @@ from qrun.models.transformer import Shares, attention, experts, head, read_exper
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     sizes = Mamba2.read(metadata)
-    scale = metadata.real("attention.scale", 0.0) or None
 
     x = builder.embed("token_embd", h.n_vocab, h.n_embd)
     for layer in range(h.n_layer):
@@ -23,7 +22,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
             network = latent_experts if h.n_expert else dense
             y = network(builder, h, y, layer)
         elif h.n_kv_heads[layer]:
-            y = attention(builder, h, y, block, h.cache_layer(layer), None, scale=scale)
+            y = attention(builder, h, y, block, h.cache_layer(layer), None)
         else:
             y = mamba2(builder, h, y, block, sizes)
         x = builder.add(x, y)

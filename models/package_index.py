@@ -17,10 +17,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.store import PullError
 from qrun.models.web import open_url, with_password_of, without_password
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, cast, get_args
 
 import numpy as np
 
 from qrun.formats import FormatError, GGUFReader
+from qrun.formats.dataclass import dataclass
 from qrun.models import graph as G
 from qrun.models.graph import Constant, GraphBuilder
 from qrun.models.hyperparameters import Hyperparameters, Metadata

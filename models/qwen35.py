@@ -5,11 +5,11 @@ beside one that all tokens share.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from qrun.models.graph import GateKind, GraphBuilder, Rotation, Value
+from qrun.formats.dataclass import dataclass
+from qrun.models.graph import Chosen, GateKind, GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_HEADS, MAX_STATE, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
 from qrun.models.transformer import (
@@ -123,7 +123,9 @@ def layers(
     return head(builder, x, h, bias=False)
 
 
-def gated_attention(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, rotation: Rotation) -> Value:
+def gated_attention(
+    builder: GraphBuilder, h: Hyperparameters, x: Value, layer: int, rotation: Rotation, chosen: Chosen | None = None
+) -> Value:
     """Attention whose matrix of queries makes a gate for each head, too, behind its query."""
     block, cache = f"blk.{layer}", h.cache_layer(layer)
     n_heads, n_kv_heads, dim = cache.n_heads, cache.n_kv_heads, cache.head_dim_k
@@ -136,8 +138,7 @@ def gated_attention(builder: GraphBuilder, h: Hyperparameters, x: Value, layer: 
     gate = builder.join(both, range(dim, 2 * dim), n_heads)
     q, k = norm_qk(builder, h, q, k, block, cache, "heads")
     q, k = builder.rope(q, dim, rotation, query=True), builder.rope(k, dim, rotation)
-    scale = h.metadata.real("attention.scale", 0.0) or dim**-0.5
-    y = builder.attention(q, k, v, cache, scale)
+    y = builder.attention(q, k, v, cache, dim**-0.5, chosen=chosen)
     return builder.linear(builder.gate(gate, y, "sigmoid"), f"{block}.attn_output", h.n_embd)
 
 

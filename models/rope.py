@@ -10,11 +10,12 @@ was trained on a short context and stretched to a longer one by `factor`:
   context in use chooses one (Ding et al., arXiv:2402.13753).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, floor, log, pi
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Constant, GraphBuilder, Rotation, Temperature
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, Hyperparameters, Metadata, shorten
 

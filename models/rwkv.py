@@ -4,10 +4,10 @@ but heads that each keep a matrix from keys to values, which fades by what the t
 Parts of a block read mixtures of a token's row and the one before it.
 """
 
-from dataclasses import dataclass
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import WKV_MULTIPLE, Constant, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_LAYERS, MAX_STATE, MAX_WIDTH, Hyperparameters, Metadata
 from qrun.models.transformer import feed_forward, head, layer_norm_head

@@ -15,9 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import QrunError
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None while that is unknown)

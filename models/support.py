@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
+from qrun.formats.dataclass import dataclass
 from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (

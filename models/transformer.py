@@ -1,15 +1,16 @@
 """The parts that these architectures share, where the logic really is the same."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.drafts import Block
 from qrun.models.graph import (
     Activation,
     Alone,
     CacheLayer,
+    Chosen,
     Constant,
     Gating,
     GraphBuilder,
@@ -19,7 +20,7 @@ from qrun.models.graph import (
 )
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_LAYERS, Hyperparameters, Metadata
 
-GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
+GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrt_softplus"}
 """As files number them."""
 ALIBI = 8.0
 """The largest bias of models that do not give one."""
@@ -45,11 +46,12 @@ def attention(
     alibi: float = 0.0,
     clamp: float = 0.0,
     bias: bool = True,
+    chosen: Chosen | None = None,
 ) -> Value:
     """Self-attention of one block: `attend`, and its output matrix. bias: False leaves one out that a file may have."""
     y = attend(
         builder, h, x, block, cache, rotation, qk_norm=qk_norm, scale=scale, softcap=softcap, sinks=sinks,
-        alibi=alibi, clamp=clamp,
+        alibi=alibi, clamp=clamp, chosen=chosen,
     )  # fmt: skip
     return builder.linear(y, f"{block}.attn_output", h.n_embd, bias=bias)
 
@@ -68,12 +70,13 @@ def attend(
     sinks: Constant | None = None,
     alibi: float = 0.0,
     clamp: float = 0.0,
+    chosen: Chosen | None = None,
 ) -> Value:
     """Self-attention of one block, up to its output matrix.
 
     rotation: None leaves queries and keys as they are. scale: of their products, 1 / sqrt(head_dim) by default.
     sinks: of each head (see `graph.Attention`). alibi: the largest bias (see `alibi_slopes`). clamp: of queries, keys
-    and values. A 0 is none.
+    and values. A 0 is none. chosen: what rows see in a long context.
     """
     q, k, v = project_qkv(builder, x, block, cache)
     if clamp:
@@ -87,7 +90,7 @@ def attend(
         q, k = norm_qk(builder, h, q, k, block, cache, qk_norm)
     scale = cache.head_dim_k**-0.5 if scale is None else scale
     slopes = alibi_slopes(cache.n_heads, alibi) if alibi else None
-    return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes)
+    return builder.attention(q, k, v, cache, scale, softcap, sinks, slopes, chosen=chosen)
 
 
 def norm_qk(
@@ -185,6 +188,9 @@ class Shares:
         return cls(normalize, read_experts_scale(metadata), read_gating(metadata, gating))
 
 
+USUAL_SHARES = Shares()
+
+
 def experts(
     builder: GraphBuilder,
     h: Hyperparameters,
@@ -192,7 +198,7 @@ def experts(
     block: str,
     n_ff: int,
     kind: Activation | Alone = "silu",
-    shares: Shares = Shares(),
+    shares: Shares = USUAL_SHARES,
     *,
     gated: bool = True,
     router_x: Value | None = None,
@@ -268,8 +274,6 @@ def read_experts_scale(metadata: Metadata) -> float:
 def read_gating(metadata: Metadata, default: Gating) -> Gating:
     """How the router's logits become probabilities. A 0 means that the file does not say."""
     number = metadata.integer("expert_gating_func", 0, low=0, high=max(GATINGS))
-    if number and number not in GATINGS:
-        raise metadata.error("expert_gating_func", f"is {number}, which is not supported")
     return GATINGS.get(number, default)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,9 +83,13 @@ class Application:
     def __init__(self, state: State) -> None:
         self.state = state
         """What its requests share: models, settings, counts."""
-        self._guarded = Guard(Starlette(routes=_routes(state), exception_handlers=_HANDLERS), state.settings)
+        inner = Starlette(routes=_routes(state), exception_handlers=_HANDLERS)
+        inner.router.redirect_slashes = False
+        self._guarded = Guard(inner, state.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": _plain(scope["path"])}
         await self._guarded(scope, receive, send)
 
     def stop(self) -> None:
@@ -96,6 +101,11 @@ class Application:
         self.stop()
         self.state.hub.close()
         self.state.texts.shutdown(wait=False, cancel_futures=True)
+
+
+def _plain(path: str) -> str:
+    """A path without slashes too many, as clients make whose base URL ends in one."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
 
 
 def app(
@@ -167,6 +177,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = APIError(f"there is no {request.url.path}", 404, "not_found_error", code="unknown_path")
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
         message = f"{request.method} is not for {request.url.path}"
         told = APIError(message, 405, code="method_not_allowed", headers={"Allow": allowed})
     else:

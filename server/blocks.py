@@ -20,12 +20,16 @@ class Parts:
         self._most = 1 if request.one_call else None
         self._generation = generation
         self._n_calls = 0
+        self.tokens: list[Piece] = []
+        """Those of the answer that carry a token, for who tells how likely they were, and takes them away."""
 
     def of(self, pieces: Iterable[Piece]) -> Iterator[Part]:
         """The parts of some pieces."""
         kind: Literal["reasoning", "content"] = "content"
         text = ""
         for piece in pieces:
+            if piece.logprob is not None and piece.channel == "content":
+                self.tokens.append(piece)
             if piece.channel == "tool_call":
                 if text:
                     yield kind, text
@@ -39,6 +43,11 @@ class Parts:
                 text += piece
         if text:
             yield kind, text
+
+    @property
+    def has_more(self) -> bool:
+        """Are there calls that have not come yet?"""
+        return len(self._generation.tool_calls[: self._most]) > self._n_calls
 
     def calls(self) -> Iterator[Part]:
         """The calls that have not come yet."""

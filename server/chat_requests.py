@@ -94,7 +94,7 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
     messages = fields.items(body, "messages")
     if not messages:
         raise APIError("messages must be a list of at least one message", param="messages")
-    tools = [tool for tool in fields.items(body, "tools") if is_function(tool)]
+    tools = functions(fields.items(body, "tools"))
     parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
     tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
     options = fields.sampling_options(body)
@@ -113,9 +113,19 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
     return request
 
 
-def is_function(tool: Any) -> bool:
-    """Is this the description of a function? Of other kinds of tools there are none here."""
-    return isinstance(tool, dict) and (tool.get("type", "function") == "function")
+def functions(tools: list[Any]) -> list[Any]:
+    """The descriptions of functions among tools; of other kinds there are none here. Those without the object around
+    that this interface has (the Responses interface has none) get it."""
+    found = []
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+            continue
+        if not isinstance(tool.get("function"), dict):
+            if not isinstance(tool.get("name"), str):
+                raise APIError(f"tools[{number}] has no function", param="tools")
+            tool = {"type": "function", "function": {key: tool[key] for key in tool if key not in ("type", "strict")}}
+        found.append(tool)
+    return found
 
 
 def choices(body: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
     from qrun.engine import Generation, Model, Piece
-    from qrun.engine.model import TokenLogprob
+    from qrun.engine.figures import TokenLogprob
     from qrun.server.hub import Entry
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's interface has it

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from qrun.engine import ContextOverflow
+from qrun.engine.errors import NotFinite
+from qrun.formats import QrunError
 
 
 class APIError(Exception):
@@ -32,6 +35,10 @@ class APIError(Exception):
         self.more = more
 
 
+# Of which field a message is that begins with its name.
+_PARAMETER = re.compile(r"(?:messages|tools)(?=\[)|logit_bias(?= )|lora(?=: )|[a-z]+(?:_[a-z]+)*(?= must be )")
+
+
 def from_exception(error: BaseException) -> APIError:
     """What a client is told of an error. What is not the client's fault is told without its words, which may have
     paths or texts in them."""
@@ -49,8 +56,13 @@ def from_exception(error: BaseException) -> APIError:
             n_prompt_tokens=error.n_tokens,
             n_ctx=error.context,
         )
-    if isinstance(error, ValueError | TypeError):
-        return APIError(" ".join(str(error).split()))
+    # Of what Python itself raises, a TypeError is a fault of ours.
+    if isinstance(error, NotFinite):
+        return APIError(str(error), 500, "server_error")
+    if isinstance(error, ValueError) or (isinstance(error, TypeError) and isinstance(error, QrunError)):
+        message = " ".join(str(error).split())
+        found = _PARAMETER.match(message)
+        return APIError(message, param=found[0] if found else None)
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")
     return APIError("internal error", 500, "server_error")

@@ -78,6 +78,8 @@ def parse(body: bytes) -> Any:
             value = json.loads(whole)
     except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        if "integer string conversion" in reason:
+            reason = "a number has too many digits"
         raise APIError(f"the body is no JSON that can be read: {reason}") from None
     return value
 
@@ -102,7 +104,11 @@ class Exchange:
         return self.request.path_params
 
     async def read_body(self, most: int, executor: Executor) -> None:
-        """Read `body`. APIError where it is too large, or no JSON object."""
+        """Read `body`. APIError where it is too large, packed, or no JSON object."""
+        packed = self.request.headers.get("content-encoding", "identity").strip().lower()
+        if packed not in ("identity", ""):
+            raise APIError(f"the body is packed ({packed[:40]}): this server reads plain JSON", 415,
+                           code="unsupported_media_type", headers={"Accept-Encoding": "identity"})  # fmt: skip
         declared = self.request.headers.get("content-length", "")
         too_large = APIError(f"the body is larger than {most} bytes: --max-body sets the limit", 413,
                              code="request_too_large")  # fmt: skip

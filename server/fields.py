@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+_LARGEST = 1e30  # of numbers that are not counts: what is computed from it is still a float32
 
 
 def wrong(name: str, wanted: str, value: Any) -> APIError:
@@ -38,7 +39,7 @@ def real(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise wrong(name, "a finite number", value)
-    return number
+    return max(min(number, _LARGEST), -_LARGEST)
 
 
 def whole(name: str, value: Any) -> int:
@@ -126,7 +127,9 @@ def mirostat(name: str, value: Any) -> int:
 
 def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     """A text, or a list of texts; empty ones mean none."""
-    values = [value] if isinstance(value, str) else sequence(name, value)
+    if not isinstance(value, str | list):
+        raise wrong(name, "a text or a list of texts", value)
+    values = [value] if isinstance(value, str) else value
     return tuple(one for one in (text(name, one) for one in values) if one)
 
 

@@ -71,6 +71,14 @@ def name_of(source: Source) -> str:
     return path.name if path.suffix.lower() != ".gguf" else path.stem
 
 
+def _size_of(source: Source) -> int:
+    """Bytes of a model's file; 0 where there is none."""
+    try:
+        return resolve(source).stat().st_size
+    except (OSError, LookupError):
+        return 0
+
+
 def _stored_path(name: str) -> Path | None:
     """The file of the store that the catalog, or a spec of the hub, means by a name: `llama3.1:8b`, say."""
     try:
@@ -262,10 +270,7 @@ class Hub:
     async def _make_room(self, entry: Entry) -> None:
         from qrun.engine.native.machine import memory
 
-        try:
-            size = resolve(entry.source).stat().st_size
-        except (OSError, LookupError):
-            size = 0
+        size = await in_daemon(_size_of, entry.source)
         while True:
             loaded = [one for one in self._entries.values() if one.model is not None]
             available = memory().available

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.server import fields
 from qrun.server.blocks import Part, Parts
-from qrun.server.chat_requests import ChatRequest, bias_option, continues, read_thinking
+from qrun.server.chat_requests import ChatRequest, bias_option, call_id, continues, functions, read_thinking
 from qrun.server.errors import APIError, ollama_shape, path_of
 from qrun.server.exchange import Exchange, encode
 from qrun.server.facts import Facts, facts_of
@@ -33,8 +33,9 @@ VERSION = "0.13.0"
 
 NDJSON = "application/x-ndjson"
 
-_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)(ms|s|m|h)?")
-_UNITS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([-+]?)(\d+(?:\.\d+)?|(?:\d+(?:\.\d+)?(?:ms|s|m|h))+)")  # of one number, seconds
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|$)")
+_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def now(seconds: float | None = None) -> str:
@@ -90,7 +91,7 @@ def read_options(body: dict[str, Any], messages: list[dict[str, Any]]) -> ChatRe
     options = fields.members(body, "options")
     request = ChatRequest(
         messages,
-        [tool for tool in fields.items(body, "tools") if isinstance(tool, dict)],
+        functions(fields.items(body, "tools")),
         fields.sampling_options(options) | {"logprobs": False},
         structure=structure({}, body.get("format"), "format"),
         bias_body=options,
@@ -120,7 +121,10 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
         parts = Parts(request, generation)
         steps = state.steps(generations, place, exchange.arrived)
 
+        n_calls = 0
+
         def line(found: list[Part], **more: Any) -> dict[str, Any]:
+            nonlocal n_calls
             said = "".join(part[1] for part in found if part[0] == "content")
             thought = "".join(part[1] for part in found if part[0] == "reasoning")
             told: dict[str, Any] = {"model": entry.id, "created_at": now()}
@@ -134,9 +138,13 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
             calls = [part[1] for part in found if part[0] == "call"]
             if calls:
                 message["tool_calls"] = [  # type: ignore[assignment]
-                    {"function": {"index": index, "name": call.name, "arguments": call.arguments}}
-                    for index, call in enumerate(calls)
+                    {
+                        "id": call_id(call, entry.loaded),
+                        "function": {"index": index, "name": call.name, "arguments": call.arguments},
+                    }
+                    for index, call in enumerate(calls, n_calls)
                 ]
+                n_calls += len(calls)
             return told | more
 
         if not stream:
@@ -193,7 +201,8 @@ def seconds_of(value: Any) -> float | None:
         found = _DURATION.fullmatch(value.strip())
         if not found:
             raise fields.wrong("keep_alive", 'a number of seconds or a text such as "5m"', value)
-        number = float(found[1]) * _UNITS[found[2]]
+        number = sum(float(part) * _UNITS[unit] for part, unit in _PART.findall(found[2]))
+        number = -number if found[1] == "-" else number
     else:
         number = fields.real("keep_alive", value)
     return math.inf if number < 0 else number
@@ -256,8 +265,8 @@ async def running(state: State, exchange: Exchange) -> None:
 
 
 async def show(state: State, exchange: Exchange) -> None:
-    body = exchange.body
-    entry = await state.hub.find(body.get("model") or body.get("name"))
+    name = exchange.body.get("model") or exchange.body.get("name")
+    entry = await state.hub.find(name, exact=bool(name))  # clients ask whether there is such a model
     facts = await state.in_thread(facts_of, entry)
     info = dict(facts.info) | {"general.parameter_count": facts.parameters}
     if entry.model is not None:  # what it can hold as it is loaded
@@ -366,7 +375,7 @@ async def delete(state: State, exchange: Exchange) -> None:
 
     _check_store(state)
     entry = await state.hub.find(exchange.body.get("model") or exchange.body.get("name"), exact=True)
-    found = [stored for stored in stored_models() if stored.path == entry.source]
+    found = [stored for stored in await in_daemon(stored_models) if stored.path == entry.source]
     if not found:
         raise APIError(f"the model {entry.id!r} does not lie in the store", 403, "permission_error")
     if entry.users:

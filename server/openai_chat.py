@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qrun.engine import Generation, Model, Piece
-    from qrun.engine.model import TokenLogprob
+    from qrun.engine.figures import TokenLogprob
     from qrun.engine.text.tool_calls import ToolCall
     from qrun.server.hub import Entry
 

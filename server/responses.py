@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.server import fields
 from qrun.server.blocks import Part, Parts
-from qrun.server.chat_requests import ChatRequest, call_id, continues, read_thinking
+from qrun.server.chat_requests import ChatRequest, call_id, continues, logprob_options, read_thinking
 from qrun.server.errors import APIError, not_supported
 from qrun.server.exchange import Exchange, event
-from qrun.server.openai_chat import comment
+from qrun.server.openai_chat import comment, logprobs
 from qrun.server.running import finish_reason
 from qrun.server.state import State
 from qrun.server.structure import structure, tool_choice
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CALLS = ("function_call", "custom_tool_call")
+_LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 _RESULTS = ("function_call_output", "custom_tool_call_output")
 
 
@@ -84,10 +85,12 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
     parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
     tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
     format = fields.members(body, "text").get("format")
+    options = fields.sampling_options(body)
+    options |= logprob_options({**body, "logprobs": _LOGPROBS in fields.items(body, "include")})
     request = ChatRequest(
         messages,
         tools,
-        fields.sampling_options(body) | {"logprobs": False},
+        options,
         one_call=not parallel,
         structure=structure(body, format, "text.format") | forced,
         bias_body=body,
@@ -233,7 +236,7 @@ class ResponseStream:
             "reasoning": body["reasoning"] if isinstance(body.get("reasoning"), dict) else {"effort": None},
             "store": False,
             "temperature": body.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}} | (body["text"] if isinstance(body.get("text"), dict) else {}),
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": body.get("tools") or [],
             "top_p": body.get("top_p"),
@@ -278,9 +281,16 @@ class ResponseStream:
                 found += self.close(calls=False) + self._begin(name)
             item = self._items[-1]
             item["content"][0]["text"] += text
-            more: dict[str, Any] = {"logprobs": []} if name == "message" else {}
+            more: dict[str, Any] = {"logprobs": self._take_logprobs(item)} if name == "message" else {}
             found += self._event(f"response.{self._kind(item)}.delta", **self._place(item), delta=text, **more)
         return found
+
+    def _take_logprobs(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """How likely the tokens were that have come since the last time; the item has them all."""
+        pieces, self.parts.tokens = self.parts.tokens, []
+        told = logprobs(pieces, self._entry.loaded)
+        item["content"][0]["logprobs"] += told
+        return told
 
     def _kind(self, item: dict[str, Any]) -> str:
         return "output_text" if item["type"] == "message" else "reasoning_text"
@@ -309,9 +319,12 @@ class ResponseStream:
         if self._open:
             self._open = False
             item = self._items[-1]
-            item["status"] = "completed"
+            item["status"] = self.status if calls and not self.parts.has_more else "completed"
             (part,) = item["content"]
-            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            more: dict[str, Any] = {}
+            if item["type"] == "message":
+                self._take_logprobs(item)
+                more["logprobs"] = part["logprobs"]
             found += self._event(f"response.{self._kind(item)}.done", **self._place(item), text=part["text"], **more)
             found += self._event("response.content_part.done", **self._place(item), part=part)
             found += self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)

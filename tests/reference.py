@@ -18,6 +18,7 @@ from qrun.models.graph import (
     Attention,
     Balance,
     CacheLayer,
+    Choose,
     Clamp,
     Convolution,
     Dot,
@@ -28,6 +29,7 @@ from qrun.models.graph import (
     Graph,
     Hashes,
     HeadLinear,
+    Index,
     Input,
     Join,
     Keep,
@@ -52,6 +54,7 @@ from qrun.models.graph import (
 )
 
 Array = np.ndarray
+KEYS_OF_INDEXES = np.float16
 Kept = dict[int, tuple[Array, Array]]
 
 
@@ -152,14 +155,21 @@ def compute(operation: Operation, values: dict[int, Array], graph: Graph, tokens
             if v is None:
                 part = keys.reshape(len(tokens), cache.n_kv_heads, -1)[..., : cache.head_dim_v].reshape(len(tokens), -1)
             both = keys, part if v is None else values[v.id]
+            chosen = None
+            if operation.chosen is not None and operation.index is not None:
+                chosen = mask_of(values[operation.chosen.id], operation.index)
             if operation.entries is None:
-                return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, biases=operation.biases)
+                return attention(
+                    values[q.id], *both, cache, scale, cap, sinks, slopes, biases=operation.biases, chosen=chosen
+                )
             assert operation.entries_layer is not None and v is None
             every = graph.cache_layers[operation.entries_layer].every
             entries = values[operation.entries.id][every - 1 :: every]
-            return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, entries, every)
+            return attention(values[q.id], *both, cache, scale, cap, sinks, slopes, entries, every, chosen=chosen)
         case Keep(k=k):
             return values[k.id]
+        case Choose(q=q, k=k, weights=weights, index=index):
+            return choose(values[q.id], values[k.id], None if weights is None else values[weights.id], index)
         case Pool(x=x, scores=scores):
             return pool(values[x.id], values[scores.id], operation)
         case Convolution(x=x, weight=weight, bias=bias, silu=silu):
@@ -309,9 +319,11 @@ def attention(
     entries: Array | None = None,
     every: int = 1,
     biases: Array | None = None,
+    chosen: Array | None = None,
 ) -> Array:
     """Every position looks at itself and those before it, as far as the window reaches; or in both directions. And at
-    all entries, of which there is one for every so many positions, that are complete there."""
+    all entries, of which there is one for every so many positions, that are complete there. chosen: [groups, n, keys or
+    entries], where rows do not see all of them."""
     n = len(q)
     shared_by = cache.n_heads // cache.n_kv_heads
     q = q.reshape(n, cache.n_heads, cache.head_dim_k)
@@ -338,11 +350,49 @@ def attention(
         if biases is not None:
             reach = biases.shape[1] // 2
             scores = scores + biases[head, np.clip(-distance, -reach, reach) + reach]
-        scores = np.where(visible, scores, -np.inf)
+        seen = visible
+        if chosen is not None:
+            of_group = chosen[head * len(chosen) // cache.n_heads]
+            seen = visible & np.pad(of_group, ((0, 0), (visible.shape[1] - of_group.shape[1], 0)), constant_values=True)
+        scores = np.where(seen, scores, -np.inf)
         if sinks is not None:
             scores = np.concatenate([scores, np.full((n, 1), sinks[head])], axis=1)
         out[:, head] = softmax(scores)[:, : len(v)] @ v[:, head // shared_by]
     return out.reshape(n, -1)
+
+
+def choose(q: Array, k: Array, weights: Array | None, index: Index) -> Array:
+    """For each row and group: how many positions (or entries) it attends to, and which. Keys are kept in float16."""
+    n, keys = len(q), k[index.every - 1 :: index.every].astype(KEYS_OF_INDEXES).astype(np.float64)
+    out = np.zeros((n, index.n_groups, 1 + index.most))
+    for row in range(index.start, n):
+        count = (row + 1) // index.every
+        # As a matrix product, equal keys would not always have equal scores.
+        products = (q[row].reshape(index.n_heads, 1, index.dim) * keys[:count]).sum(-1)
+        products = np.maximum(products, 0) if index.clipped else products
+        products = products if weights is None else products * weights[row][:, None]
+        for group, scores in enumerate(products.reshape(index.n_groups, -1, count).sum(1)):
+            firsts = np.arange(0, count, index.block)
+            best = np.maximum.reduceat(scores, firsts)
+            best[len(best) - min(index.n_local, len(best)) :] = np.inf
+            taken = np.sort(np.argsort(-best, kind="stable")[: index.budget])
+            size = index.block * (1 if index.of_entries else index.every)
+            end = count if index.of_entries else row + 1
+            seen = [i for unit in taken for i in range(unit * size, min((unit + 1) * size, end))]
+            seen += [] if index.of_entries else range(count * index.every, end)
+            out[row, group, : 1 + len(seen)] = [len(seen), *seen]
+    return out.reshape(n, -1)
+
+
+def mask_of(chosen: Array, index: Index) -> Array:
+    """What `choose` gives, as a mask [groups, n, positions or entries]."""
+    n = len(chosen)
+    mask = np.zeros((index.n_groups, n, n // index.every if index.of_entries else n), bool)
+    mask[:, : index.start] = True
+    for row in range(index.start, n):
+        for group, (count, *seen) in enumerate(chosen[row].reshape(index.n_groups, -1).astype(int)):
+            mask[group, row, seen[:count]] = True
+    return mask
 
 
 def pool(x: Array, scores: Array, o: Pool) -> Array:
@@ -438,7 +488,8 @@ def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     scores = product(x, moe, moe.router).astype(np.float64)
     if moe.router_bias is not None:
         scores = scores + moe.router_bias
-    probabilities = GATINGS[moe.gating](scores)
+    function, _, chosen_only = moe.gating.partition("_of_")
+    probabilities = scores if chosen_only else GATINGS[function](scores)
     liking = probabilities if moe.selection_bias is None else probabilities + moe.selection_bias
     if moe.n_groups > 1:
         grouped = liking.reshape(len(x), moe.n_groups, -1)
@@ -451,6 +502,7 @@ def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     if moe.by_token is not None:
         chosen = moe.by_token[tokens]
     shares = np.take_along_axis(probabilities, chosen, axis=1)
+    shares = GATINGS[function](shares) if chosen_only else shares
     if moe.normalize:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 2**-14)
     return chosen, shares

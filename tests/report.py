@@ -22,7 +22,7 @@ import numpy as np
 
 from qrun.formats import FormatError, GGUFReader
 from qrun.models import ARCHITECTURES
-from tests.toys import MORE, OWN_FILES, architecture, error, tokens_and_logits
+from tests.toys import MORE, OWN_FILES, architecture, context_for, error, source_of, tokens_and_logits
 
 LIMIT = 1e-6
 SPLITS = ((1, 1, 14, 16), (16, 16), (31, 1), (5, 20, 7))
@@ -47,10 +47,13 @@ def check(path: Path) -> tuple[float, bool]:
     tokens, expected = tokens_and_logits(path)
     results = []
     with GGUFReader(path) as reader:
+        context = context_for(tokens)
         for threads in (1, 2):
-            runtime = Runtime(build_graph(reader, 64), threads=threads, context=64)
-            for split in ((len(tokens),), *SPLITS):
+            graph = build_graph(reader, context)
+            runtime = Runtime(graph, threads=threads, context=context)
+            for split in ((len(tokens),), *(SPLITS if graph.causal else ())):
                 sequence = runtime.sequence()
+                sequence.answer(source_of(path))
                 ends = np.minimum(np.cumsum(split), len(tokens))
                 parts = np.split(np.asarray(tokens), ends)
                 rows = [runtime.evaluate(sequence, part, "all") for part in parts if len(part)]
@@ -87,7 +90,7 @@ def report_tests() -> None:
     """How many tests of each kind passed."""
     folder = Path(__file__).parent / "unit"
     for what, files in TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *(str(folder / file) for file in files)]
+        command = [sys.executable, "-m", "pytest", "-v", "-n", "0", *(str(folder / file) for file in files)]
         last = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1:]
         found = re.search(r"\d+ (passed|failed).*", "".join(last)) or re.search(r".*", "".join(last))
         print(f"{what}: {found[0] if found else 'no result'}")

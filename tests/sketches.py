@@ -28,8 +28,7 @@ SOURCE = TOKENS[::-1]
 """What they answer, of models with an encoder."""
 # What the models have of every architecture's keys, and no architecture that is run reads.
 UNREAD = (
-    "deepstack", "indexer.head_count", "indexer.key_length", "indexer.types", "indexer.kpool", "indexer.local_blocks",
-    "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
+    "deepstack", "token_shift", "pooling_type", "decoder", "swin_norm", "hrm.prefix_lm", "group_norm", "router_logit",
     ".vocab_size",
 )  # fmt: skip
 

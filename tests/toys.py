@@ -16,9 +16,6 @@ from qrun.models import ARCHITECTURES
 OWN = Path(__file__).parent / "data" / "arch"
 MORE = os.environ.get("QRUN_TEST_ARCHITECTURES")
 
-REFUSED = ("refact-moe",)
-"""Which makes no sense: the architecture has no experts, and the reference engine computes nothing with them."""
-
 OWN_FILES = sorted(OWN.glob("*.gguf"))
 
 
@@ -32,7 +29,7 @@ def more_files() -> list[Path]:
     """Those of supported architectures that this repository does not have."""
     own = {path.name for path in OWN_FILES}
     found = sorted(Path(MORE).glob("*.gguf")) if MORE else []
-    more = [path for path in found if path.name not in own and path.stem not in REFUSED]
+    more = [path for path in found if path.name not in own]
     return [path for path in more if architecture(path) in ARCHITECTURES]
 
 
@@ -40,6 +37,11 @@ def tokens_and_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """What was asked, and the logits after each token."""
     with np.load(path.with_suffix(".npz")) as arrays:
         return arrays["tokens"], arrays["logits"]
+
+
+def context_for(tokens: np.ndarray) -> int:
+    """The context with which a model is asked them."""
+    return max(64, len(tokens))
 
 
 def source_of(path: Path) -> tuple[int, ...]:
@@ -60,8 +62,9 @@ def main() -> None:
 
     for path in OWN_FILES + more_files():
         tokens, expected = tokens_and_logits(path)
+        context = context_for(tokens)
         with GGUFReader(path) as reader:
-            runtime = Runtime(build_graph(reader, 64), threads=1, context=64)
+            runtime = Runtime(build_graph(reader, context), threads=1, context=context)
             sequence = runtime.sequence()
             sequence.answer(source_of(path))
             result = runtime.evaluate(sequence, tokens, "all")

@@ -54,15 +54,40 @@ def _allocate(code: bytes, size: int) -> int:
             raise _refused()
     except BaseException as error:
         libc.munmap(address, size)
-        if sys.platform == "darwin" and _IS_ARM and isinstance(error, OSError):
+        if not isinstance(error, OSError):
+            raise
+        if sys.platform == "darwin" and _IS_ARM:
             return _allocate_jit(libc, code, size)
-        raise
+        if not hasattr(os, "memfd_create"):
+            raise
+        return _allocate_file(libc, code, size, error)
     _forget_old_instructions(libc, address, size)
     return address
 
 
-def _map(libc: Any, size: int, protection: int, flags: int = 0) -> int:
-    address = libc.mmap(None, size, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
+def _allocate_file(libc: Any, code: bytes, size: int, refusal: OSError) -> int:
+    """Where no page that was written to may become one to run from (systemd's MemoryDenyWriteExecute, for one): the
+    pages of a file in memory, of which this is the only map. Raises `refusal` if that is refused, too."""
+    try:
+        file = os.memfd_create("qrun kernels")
+    except OSError:
+        raise refusal from None
+    try:
+        os.truncate(file, size)
+        if os.pwrite(file, code, 0) < len(code):
+            raise refusal
+        address = _map(libc, size, mmap.PROT_READ | mmap.PROT_EXEC, file=file)
+    except OSError:
+        raise refusal from None
+    finally:
+        os.close(file)
+    _forget_old_instructions(libc, address, size)
+    return address
+
+
+def _map(libc: Any, size: int, protection: int, flags: int = 0, file: int = -1) -> int:
+    flags |= mmap.MAP_PRIVATE | (mmap.MAP_ANONYMOUS if file < 0 else 0)
+    address = libc.mmap(None, size, protection, flags, file, 0)
     if address is None or address == _NO_MEMORY:
         raise _refused()
     return int(address)
@@ -70,7 +95,11 @@ def _map(libc: Any, size: int, protection: int, flags: int = 0) -> int:
 
 def _refused() -> OSError:
     code = ctypes.get_errno()
-    return OSError(code, f"the system gives no memory that code may be run from: {os.strerror(code)}")
+    return OSError(
+        code,
+        f"the system gives no memory that code may be run from: {os.strerror(code)} (SELinux, a sandbox or a service's "
+        "settings can forbid it)",
+    )
 
 
 def _allocate_jit(libc: Any, code: bytes, size: int) -> int:

@@ -7,8 +7,9 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from qrun.formats.dataclass import dataclass
 
 LoraChoice = str | int | Iterable[str | int] | Mapping[str | int, float]
 """An adapter of `Model.adapters` by its name, or by its number (the first is 0); several of them; or with scales."""

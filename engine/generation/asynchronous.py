@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
+
+from qrun.engine.generation.scheduler import LEAVE_SECONDS
 
 if TYPE_CHECKING:
     from qrun.engine.generation.piece import Piece
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 Batch = tuple["list[Piece]", "BaseException | None", bool]
 """More pieces, an error, and whether that was all."""
+_LEFT: Batch = ([], None, True)  # who was cancelled waits no longer
 
 
 class LoopSink:
@@ -46,6 +50,12 @@ class LoopSink:
         except RuntimeError:  # or it has been closed
             self._queues.clear()
 
+    def hurry(self, generation: Sharing) -> None:
+        number, loop = id(generation), self._loop()
+        with suppress(RuntimeError):  # the loop has been closed
+            if loop is not None and number in self._queues:
+                loop.call_soon_threadsafe(loop.call_later, LEAVE_SECONDS, self._hand_out, [(number, _LEFT)])
+
     def _hand_out(self, waiting: list[tuple[int, Batch]]) -> None:
         for number, batch in waiting:
             if queue := self._queues.get(number):
@@ -77,7 +87,9 @@ async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
     try:
         generation.start(sink)
         while True:
-            pieces, error, over = await queue.get()
+            batch = pieces, error, over = await queue.get()
+            if batch is _LEFT and generation._task is not None:
+                generation._task.leave(generation)
             if pieces:
                 yield pieces
             if error is not None:

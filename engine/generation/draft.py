@@ -102,12 +102,15 @@ class ModelDrafter:
 class Draft:
     """A session's draft, and what it has learned of it. Used by whoever holds the lock of the session's cache.
 
-    n_vocab: tokens that can be guessed.
+    n_vocab: tokens that can be guessed. share: what one guess is thought to take, in steps of the model, until it is
+    known.
     """
 
-    def __init__(self, drafter: Drafter, n_vocab: int) -> None:
+    def __init__(self, drafter: Drafter, n_vocab: int, share: float = 0.1) -> None:
         self._drafter = drafter
         self._n_vocab = n_vocab
+        self._share = share
+        self._n_read = 0  # tokens of the text that the drafter had read
         self._account = Account(_RISK)
         self._earned = 0.0  # seconds, and not capped: that much may be spent on reading
         self._token_seconds = 0.0  # of reading one
@@ -127,7 +130,7 @@ class Draft:
 
     def fork(self) -> Draft:
         """Another of the same past, for another session."""
-        return Draft(self._drafter.fork(), self._n_vocab)
+        return Draft(self._drafter.fork(), self._n_vocab, self._share)
 
     def close(self) -> None:
         """Give back what the draft holds of the text."""
@@ -136,7 +139,9 @@ class Draft:
     def guess(self, text: list[int], room: int, cancelled: Callable[[], bool]) -> list[int]:
         """Tokens that may follow `text`: see `Guesser.guess`."""
         self._confidences, self._guessing = [], 0.0
-        if room < 1 or not self._account.allows or self._plain < _PLAIN_FIRST or self._since_plain >= _PLAIN_EVERY:
+        if room < 1 or self._plain < _PLAIN_FIRST or self._since_plain >= _PLAIN_EVERY:
+            return []
+        if not self._account.allows(self._loss(len(text))):
             return []
         logits, room = self._read(text, room, cancelled)
         guesses: list[int] = []
@@ -188,6 +193,7 @@ class Draft:
         start = time.perf_counter()
         reading = self._drafter.read(text, most, cancelled)
         seconds = time.perf_counter() - start
+        self._n_read = len(text)
         if reading.evaluated > _LEAST_READ:
             self._earned = max(self._earned - seconds, 0.0)
             self._account.spent += seconds
@@ -197,12 +203,26 @@ class Draft:
             self._token_seconds = seconds / reading.evaluated
         return reading.logits, min(room, reading.room)
 
+    @property
+    def _step_seconds(self) -> float:
+        """What one guess takes, or is thought to."""
+        assert self._account.single is not None
+        return self._share * self._account.single if self._step is None else self._step
+
+    def _loss(self, length: int) -> float:
+        """What a single wrong guess costs: the draft reads what it has not, and the model computes a row more."""
+        assert self._account.single is not None or not self._plain
+        if self._account.single is None:
+            return 0.0
+        unread = min(max(length - self._n_read, 1), _LEAST_READ)
+        whole, rest = divmod(unread, MAX_GUESSES + 1)
+        steps = whole * _ROWS[MAX_GUESSES + 1] + (_ROWS[at_least(rest)] if rest else 0.0)
+        return steps * self._step_seconds + self._seconds(at_least(2)) - self._account.single
+
     def _goes_on(self, count: int, chance: float) -> bool:
         """Is one more guess expected to be worth a step of the draft?"""
-        single, step = self._account.single, self._step
+        single, step = self._account.single, self._step_seconds
         assert single is not None
-        if step is None:
-            return True
         likely = float(self._right.sum() / self._made.sum())
         rows, next_rows = at_least(count + 1), at_least(count + 2)
         if rows == next_rows:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.engine.generation.draft import Draft, Drafter, ModelDrafter
 from qrun.engine.generation.draft_layers import LayersDrafter
+from qrun.engine.program.needs import bytes_per_token
 from qrun.formats import FormatError, GGUFReader
 from qrun.models import Graph, build_graph
 
@@ -25,16 +26,20 @@ DRAFT_LAYERS = "mtp"
 
 
 class LoadedDraft:
-    """What the drafts of all sessions of a model share. drafter: makes a new one. held: what to close in the end."""
+    """What the drafts of all sessions of a model share. drafter: makes a new one. share: of a step of the model, that a
+    guess takes, as far as memory is what takes time. held: what to close in the end."""
 
-    def __init__(self, drafter: Callable[[], Drafter], n_vocab: int, held: Sequence[Runtime | GGUFReader]) -> None:
+    def __init__(
+        self, drafter: Callable[[], Drafter], n_vocab: int, share: float, held: Sequence[Runtime | GGUFReader]
+    ) -> None:
         self._drafter = drafter
         self._n_vocab = n_vocab
+        self._share = share
         self._held = held
 
     def session_draft(self) -> Draft:
         """A draft for a new session."""
-        return Draft(self._drafter(), self._n_vocab)
+        return Draft(self._drafter(), self._n_vocab, self._share)
 
     @property
     def runtimes(self) -> list[Runtime]:
@@ -50,7 +55,7 @@ class LoadedDraft:
 def load_draft_layers(graphs: Sequence[Graph], runtime: Runtime, progress: Progress | None = None) -> LoadedDraft:
     """Those of the model's own file, as `models.build_drafts` gives their graphs."""
     runtimes = [beside(runtime, graph, progress) for graph in graphs]
-    return LoadedDraft(lambda: LayersDrafter(runtimes), runtime.n_vocab, runtimes)
+    return LoadedDraft(lambda: LayersDrafter(runtimes), runtime.n_vocab, share_of(runtimes[0], runtime), runtimes)
 
 
 def load_draft(
@@ -75,7 +80,15 @@ def load_draft(
         draft_reader.close()
         raise
     n_vocab = min(graph.n_vocab, runtime.n_vocab)
-    return LoadedDraft(lambda: ModelDrafter(drafting), n_vocab, [drafting, draft_reader])
+    return LoadedDraft(
+        lambda: ModelDrafter(drafting), n_vocab, share_of(drafting, runtime), [drafting, draft_reader]
+    )
+
+
+def share_of(drafting: Runtime, runtime: Runtime) -> float:
+    """The bytes that are read for a token of the draft, as a part of those of the model."""
+    of_draft, of_model = (bytes_per_token(one.graph, one.cache_type, 0) for one in (drafting, runtime))
+    return of_draft / max(of_model, 1.0)
 
 
 def beside(runtime: Runtime, graph: Graph, progress: Progress | None = None) -> Runtime:

@@ -4,13 +4,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from qrun.engine.errors import GenerationCancelled
+from qrun.engine.errors import GenerationCancelled, OfThisProcess
 from qrun.engine.generation.guesses import Guesser
 from qrun.engine.generation.guide import Guide, Rules
 from qrun.engine.generation.lookup import Lookup
@@ -19,6 +18,7 @@ from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.sampling.sampler import Sampler
 from qrun.engine.text.response_formats import Channel
 from qrun.engine.text.stop_strings import StopStrings
+from qrun.formats.dataclass import dataclass
 
 if TYPE_CHECKING:
     from qrun.engine.generation.adapters import Chosen
@@ -79,7 +79,7 @@ class GenerationStats:
         return max(self.generated_tokens - 1, 0) / self.generate_seconds if self.generate_seconds else 0.0
 
 
-class Generation(Iterator[Piece]):
+class Generation(OfThisProcess, Iterator[Piece]):
     """Pieces of text, each computed when it is asked for. Made by `Session.generate`.
 
     The prompt is evaluated with the first piece. `text` (the answer), `reasoning` (what the model thought before it)

@@ -12,6 +12,7 @@ from typing import Protocol
 MAX_GUESSES = 15
 """With the token before them, 16 rows: two panels of a matrix product."""
 
+_GRACE = 16  # tokens' time, that an account has from the beginning
 _RESERVE = 4  # tokens' time, of what guesses have gained, that may be lost again
 
 
@@ -47,10 +48,11 @@ class Account:
         """Not more than can be lost again in a few tokens' time, so that guesses end soon where they no longer pay."""
         self._risk = risk
 
-    @property
-    def allows(self) -> bool:
-        """Whether guesses may go on."""
-        return self.single is not None and self.gained >= -self._risk * self.spent
+    def allows(self, loss: float = 0.0) -> bool:
+        """Whether guesses may go on: they may if `loss`, in seconds, can be borne should they fail."""
+        if self.single is None:
+            return False
+        return self.gained - loss >= -self._risk * (self.spent + _GRACE * self.single)
 
     def plain(self, seconds: float) -> None:
         """There was a step without guesses."""

@@ -11,12 +11,12 @@ follows the mark, the token is cut there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qrun.engine.sampling.constraints import Constraint
+from qrun.formats.dataclass import dataclass
 
 if TYPE_CHECKING:
     from qrun.engine.text.response_parser import ResponseParser

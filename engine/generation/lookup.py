@@ -41,7 +41,7 @@ class Lookup:
 
     def guess(self, room: int, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
         """Tokens that may follow, `room` at most; none where nothing is known, or where guesses have not paid."""
-        if not self._account.allows:
+        if not self._account.allows():
             return []
         count = min(self._limit, room)
         place, length = self._best_place()

@@ -9,6 +9,7 @@ text depends on who else generates.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
 # rows are to be read take the shortest of these.
 BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
 LONG_PROMPT = 1024
-FEWEST_ROWS = 8  # of prompts, in a step with others: what attention takes at once
+TILE_ROWS = 8  # of prompts: what attention takes at once
+FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
-_LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
+LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long the next will take
 
 
@@ -56,6 +58,7 @@ class Sharing(Protocol):
     _stop_ids: frozenset[int]
     _started: bool
     _reason: str | None
+    _task: Task | None
 
     @property
     def cancelled(self) -> bool: ...
@@ -94,6 +97,9 @@ class Sink(Protocol):
     def flush(self) -> None:
         """A step has ended, after one `put` or more."""
 
+    def hurry(self, generation: Sharing) -> None:
+        """A generation was cancelled, and the step under way may take long: from any thread."""
+
 
 class Task:
     """A generation that the scheduler computes.
@@ -115,6 +121,7 @@ class Task:
         self.marks: deque[int] = deque()
         self.begun = self.fetching = self.long = False
         """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
+        self.row_seconds = 0.0  # of a row of a long prompt: the deeper in the text, the longer
         self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
@@ -155,13 +162,10 @@ class Task:
         with self._scheduler.lock:
             while not self.pieces and not self.over:
                 cancelled = generation is not None and generation.cancelled
-                if not self.ready.wait(_LEAVE_SECONDS if cancelled else None):
+                if not self.ready.wait(LEAVE_SECONDS if cancelled else None):
                     break
             if generation is not None and generation.cancelled and (self.pieces or not self.over):
-                self.pieces.clear()
-                if not self.over:
-                    self._held = generation
-                generation._reason, self.over = "cancelled", True
+                self._leave(generation)
             if self.pieces:
                 piece = self.pieces.popleft()
                 if len(self.pieces) < self.ahead:
@@ -172,11 +176,26 @@ class Task:
             raise error
         return None
 
+    def _leave(self, generation: Sharing) -> None:
+        """End a cancelled generation for whoever reads; the scheduler, whose lock is held, lets go of it later."""
+        self.pieces.clear()
+        if not self.over:
+            self._held = generation
+        generation._reason, self.over = "cancelled", True
+
+    def leave(self, generation: Sharing) -> None:
+        """The same, where a sink takes the pieces."""
+        with self._scheduler.lock:
+            if not self.over:
+                self._leave(generation)
+
     def wake(self) -> None:
         """Its generation was cancelled: the scheduler should look, and its reader."""
         with self._scheduler.lock:
             self._scheduler.changed.notify()
             self.ready.notify_all()
+        if self.sink is not None and (generation := self.generation()) is not None:
+            self.sink.hurry(generation)
 
 
 class Scheduler:
@@ -369,10 +388,10 @@ class Scheduler:
                 room -= len(tokens)
         n_decode = sum(len(part.tokens) for part in parts)
         prompts = self._prompts(going)
-        room_for_long = room
+        seconds_for_long = math.inf
         if parts:
-            short, long = self._bearable(len(parts), len(prompts))
-            room, room_for_long = min(room, self._rows_in(short)), min(room, self._rows_in(long))
+            short, seconds_for_long = self._bearable(len(parts), len(prompts))
+            room = min(room, self._rows_in(short, self._row_seconds))
         planned = 0  # bytes of those that begin now
         for task, generation in prompts:
             if room <= 0:
@@ -387,23 +406,27 @@ class Scheduler:
                 except Exception as error:
                     _fail(task, generation, error)
                     continue
-            count = min(room, room_for_long) if task.long else room
-            if count <= 0:
-                continue
+            each = task.row_seconds or self._row_seconds
+            count = room
+            if task.long and seconds_for_long < math.inf:
+                if seconds_for_long <= 0:
+                    continue
+                count = min(room, self._rows_in(seconds_for_long, each))
             if n_source := task.source_left:  # read as a whole, before the step: its first row is one of the next
-                room, room_for_long = room - n_source, room_for_long - n_source
+                room, seconds_for_long = room - n_source, seconds_for_long - n_source * each
                 self._read_source(task, generation)
                 continue
             start = len(task.cache.tokens)
             end = min(task.marks[0] if task.marks else len(task.prompt), start + count)
             plan(task, generation, task.prompt[start:end])
-            room, room_for_long = room - (end - start), room_for_long - (end - start)
+            room, seconds_for_long = room - (end - start), seconds_for_long - (end - start) * each
         if not parts:
             return
         begin = time.perf_counter()
         rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
         seconds = time.perf_counter() - begin
-        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds)
+        reading = [task for task, _, _, _ in whose if not task.decoding]
+        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds, reading)
         for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
             self._take(task, generation, tokens, guesser, logits, seconds)
 
@@ -476,19 +499,26 @@ class Scheduler:
         short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
         return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
 
-    def _rows_in(self, seconds: float) -> int:
-        """How many rows of prompts take so long."""
-        if not self._row_seconds:
-            return FEWEST_ROWS
-        return max(int(seconds / self._row_seconds) // FEWEST_ROWS, 1) * FEWEST_ROWS
+    def _rows_in(self, seconds: float, each: float) -> int:
+        """How many rows of prompts take so long, if one takes so long."""
+        rows = int(seconds / each) if each else TILE_ROWS
+        return max(rows // TILE_ROWS * TILE_ROWS, FEWEST_ROWS)
 
-    def _learn(self, n_decode: int, n_prompt: int, seconds: float) -> None:
-        """A step with so many rows took so long."""
+    def _learn(self, n_decode: int, n_prompt: int, seconds: float, reading: Sequence[Task]) -> None:
+        """A step with so many rows took so long, those of these tasks' prompts among them."""
         if not n_prompt:
-            self._decode_seconds += (seconds - self._decode_seconds) * (_LEARNING if self._decode_seconds else 1.0)
+            self._decode_seconds = _learned(self._decode_seconds, seconds)
         elif n_prompt >= FEWEST_ROWS:
             each = max(seconds - (self._decode_seconds if n_decode else 0.0), 0.1 * seconds) / n_prompt
-            self._row_seconds += (each - self._row_seconds) * (_LEARNING if self._row_seconds else 1.0)
+            if len(reading) == 1 and reading[0].long:
+                reading[0].row_seconds = _learned(reading[0].row_seconds, each)
+            else:
+                self._row_seconds = _learned(self._row_seconds, each)
+
+
+def _learned(before: float, seconds: float) -> float:
+    """What takes so long now, and took so long before, if that is known."""
+    return before + (seconds - before) * _LEARNING if before else seconds
 
 
 def _fail(task: Task, generation: Sharing, error: BaseException) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 
-from qrun.engine.errors import Closed, ContextOverflow
+from qrun.engine.errors import Closed, ContextOverflow, OfThisProcess
 from qrun.engine.generation import arguments
 from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice
 from qrun.engine.generation.draft import Draft, DraftGuesser
@@ -95,7 +95,7 @@ class Host:
             return list(self._sessions)
 
 
-class Session:
+class Session(OfThisProcess):
     """The KV state of one conversation. Made by `Model.session`; several of one model work side by side.
 
     One thread at a time generates in a session. `stop` and `close` may be called from any.

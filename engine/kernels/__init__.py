@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         read,
         rows,
         selective_scan,
+        sparse_attention,
         spread,
         team,
         wkv,
@@ -59,6 +60,7 @@ _MODULES = {
     "quantize": "quantize",
     "observe": "observe",
     "pool": "pool",
+    **dict.fromkeys(("index_scores", "index_choose", "sparse_attention"), "sparse_attention"),
     "spread": "spread",
     "read": "read",
     **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
@@ -83,7 +85,7 @@ def require(key: str) -> None:
 
 
 def in_parts(key: str) -> bool:
-    return not key.startswith(("matmul-", "attention-", "linear_attention-"))
+    return not key.startswith(("matmul-", "attention-", "linear_attention-", "index_", "sparse_attention-"))
 
 
 def all_keys() -> list[str]:
@@ -91,13 +93,15 @@ def all_keys() -> list[str]:
     from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER
     from qrun.engine.kernels.unpack import TYPES
 
-    packings = ("q8", "f32")
+    packings, heads = ("q8", "f32"), range(1, MAX_HEADS_TOGETHER + 1)
+    layouts = ("", "-rows", "-rows-entries")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
         *(f"append-{kind}" for kind in KIND_BITS),
-        *(f"attention-{kind}-{together}{layout}" for kind in KIND_BITS for together in range(1, MAX_HEADS_TOGETHER + 1)
-          for layout in ("", "-rows", "-rows-entries")),
+        *(f"{name}-{kind}-{together}{layout}" for name in ("attention", "sparse_attention") for kind in KIND_BITS
+          for together in heads for layout in layouts),
+        *(f"{name}-f16-{n}" for name in ("index_scores", "index_choose") for n in heads),
         *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts", "keep")),
         *(f"convolution-{activation}" for activation in ("", "silu")),

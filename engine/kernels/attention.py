@@ -137,7 +137,7 @@ def append(cache_type: str) -> Kernel:
     return kernel
 
 
-def _parts(rows: int, most: int) -> int:
+def vectors_beside(rows: int, most: int) -> int:
     """Vectors that a tile of `rows` rows has side by side: enough for sums to overlap, and to fit the registers."""
     registers = 16 if v.target().lanes == 16 else 8
     parts = most
@@ -152,12 +152,12 @@ def _score_dims(rows: int, parts: int) -> int:
     return max(2, 32 >> (rows * parts - 1).bit_length())
 
 
-def _score_floats(cache_type: str, rows: int) -> Any:
+def score_floats(cache_type: str, rows: int) -> Any:
     """Scores of a page of keys that are floats: score_page(queries, keys, scales, blocks, scores, asked).
 
     queries: float32, a row each. blocks: of 32 dimensions. scores: [row][position]. asked: memory to be asked for.
     """
-    parts = _parts(rows, POSITIONS // v.target().lanes)
+    parts = vectors_beside(rows, POSITIONS // v.target().lanes)
     dims, vectors, width = _score_dims(rows, parts), parts * rows, parts * v.target().lanes
     element, size = (F32, 4) if cache_type == "f32" else (F16, 2)
     asked_bytes = size * dims * width
@@ -201,7 +201,7 @@ class _Keys(Rows):
         return self.e.load(self.scales, 0, F16, self.e.lanes).to_float()
 
 
-def _score_quantised(cache_type: str, rows: int) -> Any:
+def score_quantised(cache_type: str, rows: int) -> Any:
     """Scores of a page of quantised keys, as those of `_score_halves`. queries: a panel of `rows` packed columns."""
     spec = TYPES[cache_type.upper()]
     assert isinstance(spec, Quantised)
@@ -229,7 +229,7 @@ def _score_quantised(cache_type: str, rows: int) -> Any:
 
 
 def _score_rows(cache_type: str, rows: int) -> Any:
-    """Scores of a page of keys that are laid out as values, as those of `_score_floats`. queries: float32."""
+    """Scores of a page of keys that are laid out as values, as those of `score_floats`. queries: float32."""
     lanes, bits = v.target().lanes, R.KIND_BITS[cache_type]
     quantised = bits < 16
     registers = 16 if lanes == 16 else 8
@@ -251,7 +251,7 @@ def _score_rows(cache_type: str, rows: int) -> Any:
             at = e.offset(first, i)
             for position in range(together):
                 row_of_keys = b.add(keys, b.mul(apart, ir.Constant(I64, position)))
-                key = _value_vector(e, cache_type, row_of_keys, at)
+                key = value_vector(e, cache_type, row_of_keys, at)
                 for row in range(rows):
                     query, index = e.load(place, row * ROW + 4 * i, F32, e.lanes), row * together + position
                     block[index] = key * query if quantised and i == 0 else key.fma(query, block[index])
@@ -283,12 +283,12 @@ def _score_rows(cache_type: str, rows: int) -> Any:
     return score_page
 
 
-def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
+def mix_operation(cache_type: str, rows: int, parts: int) -> Any:
     """tile += weights[row] of one position * `parts` vectors of its value, from dimension `first` on."""
 
     @operation(lambda tile, *_: tile)
     def mix(e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, first: ir.Value) -> list[Vector]:
-        vectors = [_value_vector(e, cache_type, values, e.offset(first, e.lanes * i)) for i in range(parts)]
+        vectors = [value_vector(e, cache_type, values, e.offset(first, e.lanes * i)) for i in range(parts)]
         for row in range(rows):
             weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
             for i in range(parts):
@@ -298,7 +298,7 @@ def _mix_operation(cache_type: str, rows: int, parts: int) -> Any:
     return mix
 
 
-def _value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value) -> Vector:
+def value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value) -> Vector:
     """One position's value from dimension `first` on, one vector of it, as float32, without its scale."""
     b = e.builder
     if cache_type == "f32":
@@ -340,9 +340,9 @@ def attention(variant: str) -> Kernel:
         if in_rows:
             score_page = _score_rows(cache_type, rows)
         else:
-            score_page = _score_quantised(cache_type, rows) if quantised else _score_floats(cache_type, rows)
-        mix_parts = _parts(rows, 32 // lanes)
-        mix = _mix_operation(cache_type, rows, mix_parts)
+            score_page = score_quantised(cache_type, rows) if quantised else score_floats(cache_type, rows)
+        mix_parts = vectors_beside(rows, 32 // lanes)
+        mix = mix_operation(cache_type, rows, mix_parts)
         mix_vectors, mix_width = mix_parts * rows, mix_parts * lanes
         mixed_bytes = mix_width * bits // 8
         row_bytes, score_bytes = rows * ROW, rows * 4 * POSITIONS
@@ -541,8 +541,8 @@ def attention(variant: str) -> Kernel:
             tile = tiles + (units - 1 - unit) // heads * R.TILE_BYTES
             head = unit % heads
             first_row = v.load_i64(tile + R.TILE_FIRST_ROW)
-            count = v.load_i64(tile + R.TILE_ROWS)
             position = v.load_i64(tile + R.TILE_FIRST_POSITION)
+            count = min(v.load_i64(tile + R.TILE_ROWS), v.load_i64(op + R.ATT_BEFORE) - position)
             end = v.load_i64(tile + v.load_i64(op + R.ATT_OF_TILE))
             compute(op, step, first_row, count, position, end, head)
 

@@ -30,27 +30,48 @@ def route(_: str) -> Kernel:
     softplus = GATES["softplus"]
 
     @v.helper
-    def gate(logits, chances, n_experts, gating):  # type: ignore[no-untyped-def]
-        """Probabilities from logits."""
-        largest = v.load_f32(logits)
-        for i in range(n_experts):
-            largest = max(largest, v.load_f32(logits + 4 * i))
+    def sigmoid(value):  # type: ignore[no-untyped-def]
+        one = v.float32(1.0)
+        return one / (one + v.first_lane(v.exp(v.splat(-value))))
+
+    @v.helper
+    def softmax(values, chances, n):  # type: ignore[no-untyped-def]
+        """Shares of a whole from logits, maybe in their place."""
+        largest = v.load_f32(values)
+        for i in range(1, n):
+            largest = max(largest, v.load_f32(values + 4 * i))
         total = v.float32(0.0)
+        for i in range(n):
+            chance = v.first_lane(v.exp(v.splat(v.load_f32(values + 4 * i) - largest)))
+            v.store_f32(chances + 4 * i, chance)
+            total += chance
+        for i in range(n):
+            v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
+
+    @v.helper
+    def gate(logits, chances, n_experts, gating):  # type: ignore[no-untyped-def]
+        """Probabilities from logits; where only those of the chosen count, the logits as they are."""
+        if gating == R.SOFTMAX:
+            softmax(logits, chances, n_experts)
+            return
         for i in range(n_experts):
             value = v.load_f32(logits + 4 * i)
             if gating == R.SIGMOID:
-                one = v.float32(1.0)
-                v.store_f32(chances + 4 * i, one / (one + v.first_lane(v.exp(v.splat(-value)))))
+                v.store_f32(chances + 4 * i, sigmoid(value))
             elif gating == R.SQRT_SOFTPLUS:
                 chance = max(v.first_lane(softplus(v.splat(value))), v.float32(LEAST_SOFTPLUS))
                 v.store_f32(chances + 4 * i, chance * v.inverse_sqrt(chance))
             else:
-                chance = v.first_lane(v.exp(v.splat(value - largest)))
-                v.store_f32(chances + 4 * i, chance)
-                total += chance
-        if gating == R.SOFTMAX:
-            for i in range(n_experts):
-                v.store_f32(chances + 4 * i, v.load_f32(chances + 4 * i) / total)
+                v.store_f32(chances + 4 * i, value)
+
+    @v.helper
+    def gate_chosen(weights, n_used, gating):  # type: ignore[no-untyped-def]
+        """Probabilities of the chosen from their logits, in place."""
+        if gating == R.SOFTMAX_OF_CHOSEN:
+            softmax(weights, weights, n_used)
+        elif gating == R.SIGMOID_OF_CHOSEN:
+            for i in range(n_used):
+                v.store_f32(weights + 4 * i, sigmoid(v.load_f32(weights + 4 * i)))
 
     @v.helper
     def score(chances, scores, n_experts, selection):  # type: ignore[no-untyped-def]
@@ -108,7 +129,6 @@ def route(_: str) -> Kernel:
             if v.load_i64(op + R.MOE_GROUPS) > 1:
                 leave_groups(scores, n_experts, v.load_i64(op + R.MOE_GROUPS), v.load_i64(op + R.MOE_GROUPS_USED))
             token = v.load_i64(v.load_i64(step + R.TOKENS) + 8 * row)
-            total = v.float32(0.0)
             for i in range(row * n_used, (row + 1) * n_used):
                 best = 0
                 if by_token != 0:
@@ -119,11 +139,13 @@ def route(_: str) -> Kernel:
                             best = expert
                     v.store_f32(scores + 4 * best, v.float32(CHOSEN))
                 best = best // v.load_i64(op + R.MOE_TOGETHER)
-                chance = v.load_f32(chances + 4 * best)
-                v.store_f32(weights + 4 * i, chance)
+                v.store_f32(weights + 4 * i, v.load_f32(chances + 4 * best))
                 v.store_i64(slots + 8 * i, best)
                 v.store_i64(counts + 8 * best, v.load_i64(counts + 8 * best) + 1)
-                total += chance
+            gate_chosen(weights + 4 * row * n_used, n_used, v.load_i64(op + R.MOE_GATING))
+            total = v.float32(0.0)
+            for i in range(row * n_used, (row + 1) * n_used):
+                total += v.load_f32(weights + 4 * i)
             factor = v.load_f32(op + R.MOE_SCALE)
             if v.load_i64(op + R.MOE_NORMALIZE) != 0:
                 factor = factor / max(total, v.float32(LEAST_TOTAL))

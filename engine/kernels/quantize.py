@@ -17,7 +17,13 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.quantize_fit import HEAD_VECTORS, STATS, build_fit_with_minimum, build_fit_without_minimum
+from qrun.engine.kernels.quantize_fit import (
+    HEAD_VECTORS,
+    STATS,
+    build_fit_with_minimum,
+    build_fit_without_minimum,
+    tiny,
+)
 from qrun.engine.kernels.quantize_groups import build_fit_groups
 from qrun.engine.kernels.quantize_lanes import LAYOUTS, SOURCES, build_pack_lanes, build_to_lanes
 from qrun.engine.kernels.quantize_microscaled import build_fit_exponent, build_fit_scales
@@ -26,7 +32,7 @@ from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import Emitter, Vector
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType
-from qrun.formats.blocks.fitting import Groups, Levels, Search, Steps
+from qrun.formats.blocks.fitting import SPARED, Groups, Levels, Search, Steps
 
 Kernel = Callable[[int, int, int], None]
 F32, F16, BF16 = int(TensorType.F32), int(TensorType.F16), int(TensorType.BF16)
@@ -56,6 +62,12 @@ def build_nearest(levels: Levels) -> tuple[Any, Any]:
         return index.to_int()
 
     return nearest, code
+
+
+@operation(lambda x: x)
+def square_root(e: Emitter, x: Vector) -> Vector:
+    """Rounded properly."""
+    return x.intrinsic("llvm.sqrt")
 
 
 @operation(lambda *_: v.types.void)
@@ -120,8 +132,22 @@ def quantize(type_name: str) -> Kernel:
     lanes = v.target().lanes
     vector = 4 * lanes
     weight_bytes = block_size * vector
+    both_bytes = 2 * weight_bytes
+    one_over_size, smallest_square, largest_square = 1 / block_size, float(SPARED), float(block_size)
     head_bytes = HEAD_VECTORS * vector
     stats_bytes = STATS * vector
+
+    @v.helper
+    def weigh_by_size(x, w):  # type: ignore[no-untyped-def]
+        """As `formats.blocks.fitting.by_size`."""
+        squares = v.splat(0.0)
+        for j in range(0, weight_bytes, vector):
+            squares = squares + v.load(x + j) * v.load(x + j)
+        inverse = v.divide(v.splat(1.0), squares * v.splat(one_over_size), tiny)
+        for j in range(0, weight_bytes, vector):
+            square = (v.load(x + j) * v.load(x + j)) * inverse
+            square = v.choose(square < v.splat(largest_square), square, v.splat(largest_square))
+            v.store(w + j, v.load(w + j) * square_root(v.splat(smallest_square) + square))
 
     @v.helper
     def add_stats(stats, sums, count):  # type: ignore[no-untyped-def]
@@ -131,15 +157,16 @@ def quantize(type_name: str) -> Kernel:
             v.store(sums + i, v.load(sums + i) + v.choose(counted, v.load(stats + i), v.splat(0.0)))
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
-        x, w = v.scratch(weight_bytes), v.scratch(weight_bytes)
+        x, w = v.scratch(weight_bytes), v.scratch(both_bytes)
         head, stats = v.scratch(head_bytes), v.scratch(stats_bytes)
         source, out = v.load_i64(op + R.Q_SOURCE), v.load_i64(op + R.Q_OUT)
         source_type = v.load_i64(op + R.Q_SOURCE_TYPE)
         importance, row_blocks = v.load_i64(op + R.Q_IMPORTANCE), v.load_i64(op + R.Q_ROW_BLOCKS)
+        by_size = v.load_i64(op + R.Q_BY_SIZE)
         n_blocks, sums = v.load_i64(op + R.Q_BLOCKS), v.load_i64(op + R.Q_SUMS)
         for i in range(0, stats_bytes, vector):
             fill(sums + i, 0.0)
-        for j in range(0, weight_bytes, vector):
+        for j in range(0, both_bytes, vector):
             fill(w + j, 1.0)
         for first in range(0, n_blocks, lanes):
             count = min(lanes, n_blocks - first)
@@ -155,6 +182,10 @@ def quantize(type_name: str) -> Kernel:
                 fit_alike(op, x, w, head, stats)
             else:
                 load_f32(importance, first, count, row_blocks, w)
+                for j in range(0, weight_bytes, vector):
+                    v.store(w + weight_bytes + j, v.load(w + j))
+                if by_size != 0:
+                    weigh_by_size(x, w)
                 fit_weighted(op, x, w, head, stats)
             pack(x, head, out + first * block_bytes, count)
             add_stats(stats, sums, count)

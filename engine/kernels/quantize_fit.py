@@ -1,9 +1,10 @@
 """The searches of `formats.blocks.fitting`, in vectors whose lanes are blocks.
 
-Read that file first: names and order are its. A fit takes the addresses of weights and importance (one vector for each
-weight of a block), writes what it finds to `head` (laid out below), the codes over the weights, and to `stats` four
-sums: squared errors and squared weights, and both once more with each multiplied by its importance. A fit that is not
-`weighted` takes all importance to be 1 without reading it: a product with 1 is exact, so the bytes are the same.
+Read that file first: names and order are its. A fit takes the addresses of weights and of what their errors count for
+(one vector for each weight of a block; behind these, their importance alone). It writes what it finds to `head` (laid
+out below), the codes over the weights, and to `stats` four sums: squared errors and squared weights, and both once more
+with each multiplied by its importance. A fit that is not `weighted` takes all importance to be 1 without reading it: a
+product with 1 is exact, so the bytes are the same.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def half_scale(value):  # type: ignore[no-untyped-def]
 def build_finish(search: Search, nearest: Any, code: Any, weighted: bool) -> Any:
     """finish(x, w, stats, inverse, scale, minimum, first, last): from weights to codes, and what that costs."""
     vector = 4 * v.target().lanes
+    importance = search.block_size * vector
 
     @v.helper
     def finish(x, w, stats, inverse, scale, minimum, first, last):  # type: ignore[no-untyped-def]
@@ -45,7 +47,7 @@ def build_finish(search: Search, nearest: Any, code: Any, weighted: bool) -> Any
             error, energy = miss * miss, value * value
             errors, energies = errors + error, energies + energy
             if weighted:
-                weight = v.load(w + j * vector)
+                weight = v.load(w + importance + j * vector)
                 weighted_errors = weighted_errors + weight * error
                 weighted_energies = weighted_energies + weight * energy
             v.store(x + j * vector, code(q))

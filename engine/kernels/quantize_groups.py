@@ -169,6 +169,7 @@ def build_fit_groups(search: Search) -> Any:
     per_group, n_in_sub = levels.size, size // levels.size
     group_bytes = per_group * vector
     block_size = search.block_size
+    weights_bytes = block_size * vector
     shifted, together = levels.shifted > 0, levels.shifted > levels.size
     signs, even = levels.signs != "none", levels.signs == "even"
     both_bytes = 2 * n_in_sub * vector
@@ -334,7 +335,7 @@ def build_fit_groups(search: Search) -> Any:
         return v.choose(better, solved, super_scale)
 
     @v.helper
-    def finish(op, x, w, bits, integers, super_scale, ridge, head, stats):  # type: ignore[no-untyped-def]
+    def finish(op, x, w, bits, integers, super_scale, head, stats):  # type: ignore[no-untyped-def]
         """Indices and bits over the weights, and what all that costs."""
         q, found = v.scratch(sub_bytes), v.scratch(both_bytes)
         errors, energies = v.load(stats), v.load(stats + vector)
@@ -345,7 +346,7 @@ def build_fit_groups(search: Search) -> Any:
             scale = super_scale * integer
             round_group(op, all_words, x_sub, w_sub, v.divide(v.splat(1.0), scale, tiny), q, found)
             for j in range(size):
-                value, weight = v.load(x_sub + j * vector), v.load(w_sub + j * vector) - ridge
+                value, weight = v.load(x_sub + j * vector), v.load(w_sub + weights_bytes + j * vector)
                 miss = value - scale * v.load(q + j * vector)
                 error, energy = miss * miss, value * value
                 errors, energies = errors + error, energies + energy
@@ -395,7 +396,7 @@ def build_fit_groups(search: Search) -> Any:
             v.store(integers + i * vector, v.clamp(steps + steps + v.splat(1.0), 1, high))
         for _ in range(v.load_i64(op + R.Q_ROUNDS)):
             super_scale = go_over(op, x, w, super_scale, integers)
-        finish(op, x, w, bits, integers, super_scale, ridge, head, stats)
+        finish(op, x, w, bits, integers, super_scale, head, stats)
         to_numbers(head)
         v.store(head, super_scale * v.splat(one_over_unit))
 

@@ -80,12 +80,26 @@ MAX_STREAMS = 512
 (KV_K, KV_K_STRIDE, KV_V, KV_V_STRIDE, KV_HEADS, KV_DIM_K, KV_DIM_V, KV_K_OFFSET, KV_V_OFFSET, KV_K_HEAD_BYTES,
  KV_V_HEAD_BYTES, KV_GROUP, KV_EVERY) = _fields(13)  # fmt: skip
 
-# OF_TILE: where a tile says how many positions there are. BIASES: float32 for each head, 2 REACH + 2 PAGE_POSITIONS, of
-# distances from -REACH - PAGE_POSITIONS on.
+# OF_TILE: where a tile says how many positions there are. BEFORE: rows from this position on are left to others.
+# BIASES: float32 for each head, 2 REACH + 2 PAGE_POSITIONS, of distances from -REACH - PAGE_POSITIONS on.
 (ATT_Q, ATT_Q_STRIDE, ATT_OUT, ATT_OUT_STRIDE, ATT_HEADS, ATT_KV_HEADS, ATT_DIM_K, ATT_DIM_V, ATT_K_OFFSET,
  ATT_V_OFFSET, ATT_K_HEAD_BYTES, ATT_V_HEAD_BYTES, ATT_GROUP, ATT_SCALE, ATT_SOFTCAP, ATT_WINDOW, ATT_SINKS,
  ATT_SLOPES, ATT_CHUNKED, ATT_AHEAD, ATT_ENTRIES_EVERY, ATT_ENTRIES_GROUP,
- ATT_ENTRIES_OFFSET, ATT_OF_TILE, ATT_BIASES, ATT_REACH) = _fields(26)  # fmt: skip
+ ATT_ENTRIES_OFFSET, ATT_OF_TILE, ATT_BIASES, ATT_REACH, ATT_BEFORE) = _fields(27)  # fmt: skip
+
+# An index of keys, and what is chosen by it (`models.graph.Index`): from the position START on. CHOSEN takes int32, for
+# each row and group how many and which. SCORES: float32 for each group of a row, for INDEXED_ROWS rows or as many as
+# there are threads, GROUP_BYTES apart.
+INDEXED_ROWS = 16
+(IDX_Q, IDX_Q_STRIDE, IDX_WEIGHTS, IDX_WEIGHTS_STRIDE, IDX_HEADS, IDX_GROUPS, IDX_DIM, IDX_KEYS, IDX_PAGES, IDX_EVERY,
+ IDX_BLOCK, IDX_BUDGET, IDX_LOCAL, IDX_CLIPPED, IDX_OF_ENTRIES, IDX_START, IDX_SCORES, IDX_GROUP_BYTES, IDX_CHOSEN,
+ IDX_CHOSEN_STRIDE, IDX_CHOSEN_GROUP) = _fields(21)  # fmt: skip
+
+# Attention to what is chosen, of the rows from the position START on. CHOSEN_GROUP: bytes between what is chosen for
+# neighbouring heads of keys and values. With entries, single positions are seen as far as WINDOW.
+(SPA_Q, SPA_Q_STRIDE, SPA_OUT, SPA_OUT_STRIDE, SPA_HEADS, SPA_KV_HEADS, SPA_DIM_K, SPA_DIM_V, SPA_K_OFFSET,
+ SPA_V_OFFSET, SPA_K_HEAD_BYTES, SPA_V_HEAD_BYTES, SPA_GROUP, SPA_SCALE, SPA_SINKS, SPA_CHOSEN, SPA_CHOSEN_STRIDE,
+ SPA_CHOSEN_GROUP, SPA_START, SPA_WINDOW, SPA_ENTRIES_GROUP, SPA_ENTRIES_OFFSET) = _fields(22)  # fmt: skip
 
 # A pool: PLACES is float32, `every` rows of ROW_BYTES; X_OFFSET and SCORES_OFFSET say where in a page its rows lie, of
 # ROW_BYTES each.
@@ -99,8 +113,8 @@ MAX_STREAMS = 512
  MOE_CHANCES, MOE_COUNTS, MOE_RANGES, MOE_N_SLOTS, MOE_X, MOE_X_STRIDE, MOE_Y, MOE_Y_STRIDE, MOE_WIDTH, MOE_SELECTION,
  MOE_GROUPS, MOE_GROUPS_USED, MOE_SCALES, MOE_BIASES, MOE_TOGETHER, MOE_BY_TOKEN) = _fields(25)  # fmt: skip
 # How logits become probabilities.
-GATINGS = ("softmax", "sigmoid", "sqrt_softplus")
-SOFTMAX, SIGMOID, SQRT_SOFTPLUS = range(3)
+GATINGS = ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "sigmoid_of_chosen")
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(5)
 
 # A matrix for each head: x has HEAD_DIM floats a head, of which WIDTH from START on are taken.
 (HEADS_X, HEADS_X_STRIDE, HEADS_Y, HEADS_Y_STRIDE, HEADS_COUNT, HEADS_DIM, HEADS_START, HEADS_WIDTH,
@@ -138,7 +152,7 @@ LORA_ADAPTER_BYTES = 40
 # address of one float32 row that all rows share; SUMS takes float32 [4, lanes] (`STATS` in kernels.quantize_fit);
 # TRIALS holds pairs of float32: see formats.blocks.fitting. LEVELS and CANDIDATES are tables of formats.blocks.grids.
 (Q_SOURCE, Q_SOURCE_TYPE, Q_BLOCKS, Q_IMPORTANCE, Q_ROW_BLOCKS, Q_OUT, Q_SUMS, Q_TRIALS, Q_N_TRIALS, Q_REFINEMENTS,
- Q_ROUNDS, Q_LEVELS, Q_CANDIDATES) = _fields(13)  # fmt: skip
+ Q_ROUNDS, Q_LEVELS, Q_CANDIDATES, Q_BY_SIZE) = _fields(14)  # fmt: skip
 
 # Rounding columns one by one: see kernels.spread.
 (SPREAD_X, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(6)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -16,7 +17,10 @@ def available_cores() -> int:
     there are more of them than cores. So: the cores of the CPUs in the process's affinity mask, and no more than a
     container's CPU quota allows. Where the system does not tell which CPUs share a core, every CPU counts as one.
     """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cpus: Iterable[int] = range(os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        with suppress(OSError):  # a sandbox may forbid it
+            cpus = os.sched_getaffinity(0)
     quota = cpu_quota(_CGROUP)
     n_cores = count_cores(cpus, _CPUS)
     return max(1, n_cores if quota is None else min(n_cores, quota))

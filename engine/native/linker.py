@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import QrunError
 
 MAGIC = b"qrunimg1"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
+import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from qrun.formats.dataclass import dataclass
 
 # Python, NumPy, the compiler's libraries, kernels, and the intermediate values of a step
 WORKING_BYTES = 250_000_000
@@ -44,11 +45,30 @@ class MemoryNeed:
         return {"file": self.file, "cache": self.cache, "working": self.working, "total": self.total}
 
 
+def cpu_name() -> str:
+    """What the CPU is called, by the operating system's own word, or else its architecture."""
+    import platform
+
+    name = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
+    with suppress(OSError):
+        if sys.platform == "darwin":
+            import subprocess
+
+            words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        else:
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return name or platform.machine()
+
+
 def memory() -> Memory:
     """The machine's memory, or what a container's limit leaves of it."""
     if sys.platform == "win32":
         return _windows()
     if sys.platform == "darwin":
+        import subprocess  # elsewhere no start waits for it
+
         with suppress(OSError, ValueError, subprocess.SubprocessError):
             answer = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, timeout=5)
             return Memory(int(answer.stdout), None)

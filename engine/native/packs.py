@@ -22,12 +22,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qrun.engine.native.linker import Image, LinkError
 from qrun.engine.native.sources import sources_digest
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import QrunError
 
 FORMAT = "qrun kernels 1"
@@ -142,7 +142,11 @@ def packs() -> list[Pack]:
 
 def _folders_of_the_app() -> list[Path]:
     """Where a packed app has its pack: in the folder of its program, or of its data."""
-    places = [getattr(globals().get("__compiled__"), "containing_dir", None)]  # Nuitka's name, in each module
+    places = []
+    program = sys.modules.get("__main__")
+    compiled = getattr(program, "__compiled__", None)
+    if compiled is not None:  # by Nuitka: data lie beside the modules, and a single file may have a folder beside it
+        places += [os.path.dirname(getattr(program, "__file__", None) or ""), getattr(compiled, "containing_dir", None)]
     if getattr(sys, "frozen", False):
         places += [os.path.dirname(sys.executable), getattr(sys, "_MEIPASS", None)]
     return [Path(place) / FOLDER for place in places if place]

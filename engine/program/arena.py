@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,16 +50,18 @@ class Arena:
         """Largest first, each at the lowest offset where nothing that lives at the same time is in the way.
 
         within: an arena of a program that never runs at the same time, whose memory will do if it is large enough."""
-        placed: list[Buffer] = []
+        alive: defaultdict[int, list[Buffer]] = defaultdict(list)  # at each operation, those that have been placed
         for buffer in sorted(self.buffers, key=lambda b: -b.size):
-            others = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
+            lifetime = range(buffer.first, buffer.last + 1)
+            others = {id(other): other for operation in lifetime for other in alive[operation]}
             offset = 0
-            for other in sorted(others, key=lambda b: b.offset):
+            for other in sorted(others.values(), key=lambda b: b.offset):
                 if offset + buffer.size <= other.offset:
                     break
                 offset = max(offset, other.end)
             buffer.offset = offset
-            placed.append(buffer)
+            for operation in lifetime:
+                alive[operation].append(buffer)
         self.size = max((b.end for b in self.buffers), default=0)
         if within is not None and within.size >= self.size:
             self._memory = within._memory

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from qrun.engine.kernels.records import CACHE_BITS, KIND_BITS, PAGE_POSITIONS, S
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.program.pages import Page, PagePool
 from qrun.engine.program.state_blocks import MAX_CHECKPOINTS, StateBlocks, state_sizes
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import CacheLayer, Graph, Side
 
 P = ParamSpec("P")
@@ -71,6 +71,7 @@ class CacheLayout:
                 self.page_bytes.append(0)
             group = known.index(described) if described in known else len(known)
             kind = "f32" if layer.exact or (layer.precise and cache_type == "f16") else cache_type
+            kind = "f16" if layer.half and not layer.exact else kind
             k = head_bytes(layer.head_dim_k, kind)
             v = 0 if layer.values_in_keys else head_bytes(layer.head_dim_v, kind)
             start = self.page_bytes[group]

@@ -20,6 +20,11 @@ from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
 from qrun.models import graph as G
 
+EVERYTHING = 1 << 40
+"""More positions than there can be."""
+INDEX_HEADS = 8
+"""Heads of an index that are taken together: with more, their sums do not fit the registers."""
+
 
 class Lowering(RecordWriter):
     """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
@@ -216,12 +221,64 @@ class Lowering(RecordWriter):
                 R.ATT_K_HEAD_BYTES: place.k_head_bytes, R.ATT_V_HEAD_BYTES: place.v_head_bytes,
                 R.ATT_GROUP: place.group,
                 R.ATT_SCALE: float(o.scale), R.ATT_SOFTCAP: float(o.softcap or 0.0),
-                R.ATT_WINDOW: layer.behind or 1 << 40, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
+                R.ATT_WINDOW: layer.behind or EVERYTHING, R.ATT_SINKS: floats(o.sinks), R.ATT_SLOPES: floats(o.slopes),
                 R.ATT_CHUNKED: int(layer.chunked), R.ATT_AHEAD: layer.ahead, **entries,
                 R.ATT_OF_TILE: R.TILE_SOURCE if layer.side == "source" else R.TILE_END, **of_distances(o.biases),
+                R.ATT_BEFORE: EVERYTHING if o.index is None else o.index.start,
             },
             [q, *caches], [out], False,
         )  # fmt: skip
+        if o.chosen is not None:
+            self._attend_to_chosen(o, q, out, entries, caches)
+
+    def _attend_to_chosen(
+        self, o: G.Attention, q: Place, out: Place, entries: dict[int, object], caches: list[str]
+    ) -> None:
+        """The same for rows that do not see everything."""
+        assert o.index is not None and o.chosen is not None
+        layer, place, chosen = self.graph.cache_layers[o.layer], self.layout.places[o.layer], self.places[o.chosen.id]
+        self.emit(
+            f"sparse_{attention_key(self.graph, o, place.kind, self.threads)}",
+            {
+                R.SPA_Q: q, R.SPA_Q_STRIDE: q.stride, R.SPA_OUT: out, R.SPA_OUT_STRIDE: out.stride,
+                R.SPA_HEADS: layer.n_heads, R.SPA_KV_HEADS: layer.n_kv_heads, R.SPA_DIM_K: layer.head_dim_k,
+                R.SPA_DIM_V: layer.head_dim_v, R.SPA_K_OFFSET: place.k_offset, R.SPA_V_OFFSET: place.v_offset,
+                R.SPA_K_HEAD_BYTES: place.k_head_bytes, R.SPA_V_HEAD_BYTES: place.v_head_bytes,
+                R.SPA_GROUP: place.group, R.SPA_SCALE: float(o.scale), R.SPA_SINKS: floats(o.sinks),
+                R.SPA_CHOSEN: chosen, R.SPA_CHOSEN_STRIDE: chosen.stride,
+                R.SPA_CHOSEN_GROUP: 0 if o.index.n_groups == 1 else 4 * (1 + o.index.most),
+                R.SPA_START: o.index.start, R.SPA_WINDOW: layer.window or EVERYTHING,
+                R.SPA_ENTRIES_GROUP: entries.get(R.ATT_ENTRIES_GROUP, 0),
+                R.SPA_ENTRIES_OFFSET: entries.get(R.ATT_ENTRIES_OFFSET, 0),
+            },
+            [q, chosen, *caches], [out], False,
+        )  # fmt: skip
+
+    def _lower_choose(self, o: G.Choose) -> None:
+        index, layer, place = o.index, self.graph.cache_layers[o.layer], self.layout.places[o.layer]
+        if index.dim > R.MAX_HEAD_DIM:
+            raise ValueError(f"an index with heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+        q, k = self.places[o.q.id], self.places[o.k.id]
+        weights = None if o.weights is None else self.places[o.weights.id]
+        cache = f"cache of layer {o.layer}"
+        self._append(k, k, layer, place, cache)
+        page = R.PAGE_POSITIONS
+        group_bytes = 4 * page * -(-self.context // (index.every * page))
+        rows = max(R.INDEXED_ROWS, self.threads)
+        scores = Place(self.arena.buffer(rows * index.n_groups * group_bytes, self.index, self.index), 0, 0)
+        out = self.new(o.out)
+        fields: dict[int, object] = {
+            R.IDX_Q: q, R.IDX_Q_STRIDE: q.stride, R.IDX_WEIGHTS: weights or 0,
+            R.IDX_WEIGHTS_STRIDE: weights.stride if weights else 0, R.IDX_HEADS: index.n_heads,
+            R.IDX_GROUPS: index.n_groups, R.IDX_DIM: index.dim, R.IDX_KEYS: place.k_offset, R.IDX_PAGES: place.group,
+            R.IDX_EVERY: index.every, R.IDX_BLOCK: index.block, R.IDX_BUDGET: index.budget,
+            R.IDX_LOCAL: index.n_local, R.IDX_CLIPPED: int(index.clipped), R.IDX_OF_ENTRIES: int(index.of_entries),
+            R.IDX_START: index.start, R.IDX_SCORES: scores, R.IDX_GROUP_BYTES: group_bytes, R.IDX_CHOSEN: out,
+            R.IDX_CHOSEN_STRIDE: out.stride, R.IDX_CHOSEN_GROUP: 4 * (1 + index.most),
+        }  # fmt: skip
+        variant = f"{place.kind}-{min(index.n_heads, INDEX_HEADS)}"
+        self.emit(f"index_scores-{variant}", dict(fields), [q, weights, cache], [scores], False)
+        self.emit(f"index_choose-{variant}", dict(fields), [q, weights, cache, scores], [scores, out], False)
 
     def _lower_keep(self, o: G.Keep) -> None:
         layer, place = self.graph.cache_layers[o.layer], self.layout.places[o.layer]

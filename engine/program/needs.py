@@ -29,10 +29,11 @@ def kernels_of(
     ]
     counts = range(1, (threads or available_cores()) + 1)
     attention = {
-        attention_key(graph, operation, layout.places[operation.layer].kind, count)
+        f"{sparse}{attention_key(graph, operation, layout.places[operation.layer].kind, count)}"
         for half in halves
         for operation in half.operations
         if isinstance(operation, G.Attention)
+        for sparse in (("",) if operation.chosen is None else ("", "sparse_"))
         for count in counts
     }
     keys = [key for program in lowered for key in program.kernel_keys]
@@ -77,5 +78,11 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
     for (window, every), page_bytes in zip(layout.groups, layout.page_bytes, strict=True):
         seen = position / every if window is None else min(position, window)
         total += page_bytes / PAGE_POSITIONS * seen
+    for operation in graph.operations:
+        if isinstance(operation, G.Attention) and operation.index is not None:
+            number = operation.layer if operation.entries_layer is None else operation.entries_layer
+            layer, place = graph.cache_layers[number], layout.places[number]
+            not_chosen = max(position / layer.every - operation.index.most, 0)
+            total -= layer.n_kv_heads * (place.k_head_bytes + place.v_head_bytes) / PAGE_POSITIONS * not_chosen
     total += layout.block_bytes
     return total

@@ -7,7 +7,6 @@ outlive the step. The head is not watched: importance matrices leave the output 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.record import Routing
+from qrun.formats.dataclass import dataclass
 from qrun.models import graph as G
 from qrun.models.adapter import SUFFIXES
 

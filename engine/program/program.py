@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,11 @@ class Program:
         hidden_rows = lowering.batch if self.hidden_of_all_rows else lowering.head_rows
         self.hidden = self._view(lowering.hidden, hidden_rows)
         self.inputs = self._view(lowering.inputs, lowering.batch)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Those whose addresses the records have: weights and constants, and memory of the program's own."""
+        values = (value for record in self.records for value in record.fields.values())
+        return [value for value in values if isinstance(value, np.ndarray)]
 
     def piece(self, operations: NDArray[np.int64], start: int, count: int) -> int:
         """Where a piece of `body`, `head` or `whole` ends that starts at an operation and has about `count` of them."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph import Temperature
 
 

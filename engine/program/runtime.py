@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,8 @@ from qrun.engine.program.program import Program
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorInfo
+from qrun.formats.dataclass import dataclass
+from qrun.formats.mapping import map_under
 from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 
@@ -126,6 +127,8 @@ class Runtime:
         self._adapted = Program(adapted, kernels, self._step.address) if adapted else None
         self._encoder = Program(encoding, kernels, self._step.address) if encoding else None
         self._program = Program(lowering, kernels, self._step.address, self._adapted or self._encoder)
+        arrays = [value for other in (self._program, self._adapted, self._encoder) if other for value in other.arrays()]
+        self._files = {id(file): file for array in arrays if (file := map_under(array)) is not None}
         # Two teams would be in each other's way: threads of the one spin for a while when the other's turn comes.
         self._team: Team | None = beside._team if beside else Team(kernels, threads)
         self._owns_team = beside is None
@@ -323,10 +326,8 @@ class Runtime:
         """Bytes in use: the weights (mapped from the file), the arena, and the pages of the cache."""
         seen = {
             id(value): value.nbytes
-            for program in (self._program, self._encoder)
-            for r in (program.records if program else ())
-            for value in r.fields.values()
-            if isinstance(value, np.ndarray)
+            for program in (self._program, self._encoder) if program
+            for value in program.arrays()
         }
         if self._switched is not None:
             seen |= {id(array): array.nbytes for array in self._switched.arrays}
@@ -347,6 +348,7 @@ class Runtime:
             # The program holds views of the mapped file, and the graph too.
             self._team = None
             self._adapted = self._switched = self._encoder = None
+            self._files = {}
             del self._program, self._step, self.graph
 
     def _check_whole(self, sequence: KVSequence) -> None:
@@ -434,6 +436,8 @@ class Runtime:
         while start < len(operations):
             if cancelled is not None and cancelled():
                 raise GenerationCancelled("evaluation was cancelled")
+            for file in self._files.values():
+                file.check()
             if start in long:
                 end = start + 1
                 self._run_attention(operations[start:end], cancelled)

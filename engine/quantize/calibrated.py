@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrun.engine.native.compiler import Progress as Compiling
+from qrun.engine.native.compiler import default_target
 from qrun.engine.native.cpu_count import available_cores
+from qrun.engine.program.observing import Observation
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
-from qrun.engine.quantize.calibration import body_up_to, observe, shared_inputs
+from qrun.engine.quantize.calibration import observe
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
@@ -34,6 +36,7 @@ from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, 
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
 from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
+from qrun.engine.quantize.stretches import Relay, starts
 from qrun.formats import GGUFReader, TensorType
 from qrun.formats.blocks import dequantize
 from qrun.formats.errors import QrunError
@@ -41,20 +44,23 @@ from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align
 from qrun.formats.samples import samples as file_samples
 from qrun.formats.whole_file import write_whole
 from qrun.models import build_graph, check_goes_on
+from qrun.models.graph import Graph, Linear
 
 F32Array = NDArray[np.float32]
 
 # Samples by which slopes are measured, at most: each of some seventy probes reads them all.
 PROBE_SAMPLES = 4
 WORKING_TYPE = "Q8_0"
-# Of the second moments that are held at a time.
+# Of the second moments that are held at a time, where layers are taken together.
 MOMENT_BYTES = 1 << 30
+# What it takes to round the matrices of a layer, in passes of the samples through it.
+PASSES = 2
 # Of the files in the folder, the one that says of what they are: it comes first and goes last.
 KEY = "key"
 # Those files, and what is left of one that was not completed.
 OWN = re.compile(
     r"(working\.gguf|rounded\.gguf|imatrix\.gguf|slopes|probing|logits|result\.gguf|named\.gguf"
-    r"|(rounded|scales)-[0-9a-f]{8}-\d+)"
+    r"|(rounded|scales|entering)-[0-9a-f]{8}-\d+)"
 )
 UNFINISHED = re.compile(rf"\.({KEY}|{OWN.pattern})\.[0-9a-f]{{8}}\.part")
 # A folder in it, of the model with scales.
@@ -142,6 +148,11 @@ class Calibration:
             (self.folder / "working.gguf").unlink(missing_ok=True)
             probing.unlink()
 
+    @property
+    def has_measures(self) -> bool:
+        """Is there anything that a later run could use?"""
+        return any(OWN.fullmatch(path.name) for path in self.folder.iterdir())
+
     def clean(self) -> None:
         """Once the result is complete."""
         self._remove()
@@ -168,25 +179,26 @@ class Calibration:
         return path
 
     @contextmanager
-    def runtime(
-        self, path: Path, *, observing: bool = False, keep: Callable[[str], bool] | None = None,
-        last: Collection[str] | None = None,
-    ) -> Iterator[tuple[Runtime, GGUFReader]]:  # fmt: skip
-        """A model at work, on samples. observing, keep: see `Runtime`. last: nothing after these matrices is computed.
-        """
+    def runtime(self, path: Path, *, observing: bool = False) -> Iterator[tuple[Runtime, GGUFReader]]:
+        """A model at work, on samples. observing: see `Runtime`."""
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             check_goes_on(graph, path)
-            if last is not None:
-                graph = body_up_to(graph, last)
-            runtime = Runtime(
-                graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
-                observe=observing or keep is not None, keep=keep,
-            )  # fmt: skip
-            try:
+            with self._at_work(graph, observing=observing) as runtime:
                 yield runtime, reader
-            finally:
-                runtime.close()
+
+    @contextmanager
+    def _at_work(
+        self, graph: Graph, keep: Callable[[str], bool] | None = None, *, observing: bool = False
+    ) -> Iterator[Runtime]:
+        runtime = Runtime(
+            graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
+            target=default_target(reads_only=True), observe=observing or keep is not None, keep=keep,
+        )  # fmt: skip
+        try:
+            yield runtime
+        finally:
+            runtime.close()
 
     def imatrix(self) -> Imatrix:
         """The importance of inputs on the samples that were taken. ValueError if inputs are not finite numbers."""
@@ -235,8 +247,8 @@ class Calibration:
     def rounded(self, planned: Plan) -> Plan:
         """The plan with matrices of layers rounded by GPTQ, where their types and the memory allow that.
 
-        Layers are taken in bands, as many at a time as there is memory for the second moments of their inputs; inputs
-        are those that the model has with all bands before rounded. Experts are left to plain rounding.
+        Layers are taken one by one, or in bands (see `_bands`); inputs are those that the model has with all bands
+        before rounded. Experts are left to plain rounding.
         """
         todo = {
             tensor.source.name: tensor for tensor in planned.tensors
@@ -252,33 +264,37 @@ class Calibration:
         digest = hashlib.sha256(repr([(name, tensor.type) for name, tensor in todo.items()]).encode()).hexdigest()[:8]
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
+        copy.unlink(missing_ok=True)
+        self._check_room(planned, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
         gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
         writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
-        report, done = self.stage("rounding"), 0
         kept: set[str] = set()
-        for band in self._bands(todo):
-            missing = [name for name in band if not files[name].is_file()]
-            if missing:
-                for sharing, moments in self._moments(copy, missing):
-                    factors = factor(moments)
-                    if factors is None:
-                        self.notice(f"{sharing[0]}: nothing is known of its inputs: weights are rounded one by one")
-                        continue
-                    for name in sharing:
-                        report(done, len(todo))
-                        tensor = todo[name]
-                        with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
-                            rows, n_rows = tensor.source.rows, tensor.source.n_rows
-                            raw = gptq.round(rows, n_rows, tensor.type, moments, factors, pool)
-                        write_whole(files[name], raw.tobytes())
-                        tensor.source.forget()
-                        done += 1
-            for name in band:
-                if files[name].is_file():
-                    kept.add(name)
-                    writer.write(name, files[name], todo[name].type)
-        report(len(todo), len(todo))
+        with self._banded(copy, todo, f"entering-{digest}") as (bands, relay):
+            progress = Steps(self.stage("rounding"), (2 + PASSES) * len(bands) * len(self.samples.taken))
+            for number, band in enumerate(bands):
+                missing = [name for name in band if not files[name].is_file()]
+                if missing:
+                    relay.reach(number, progress.step)
+                    for sharing, moments in self._moments(relay, number, missing, progress):
+                        factors = factor(moments)
+                        if factors is None:
+                            self.notice(f"{sharing[0]}: nothing is known of its inputs: weights are rounded one by one")
+                            continue
+                        for name in sharing:
+                            tensor = todo[name]
+                            with ThreadPoolExecutor(self.threads or available_cores(), "qrun-round") as pool:
+                                rows, n_rows = tensor.source.rows, tensor.source.n_rows
+                                raw = gptq.round(rows, n_rows, tensor.type, moments, factors, pool)
+                            write_whole(files[name], raw.tobytes())
+                            tensor.source.forget()
+                            progress.step(PASSES * len(self.samples.taken) / len(missing))
+                for name in band:
+                    if files[name].is_file():
+                        kept.add(name)
+                        writer.write(name, files[name], todo[name].type)
+                progress.reach((2 + PASSES) * (number + 1) * len(self.samples.taken))
+            relay.clean()
         copy.unlink()
 
         def as_made(tensor: PlannedTensor) -> PlannedTensor:
@@ -287,49 +303,69 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _bands(self, names: Collection[str]) -> Iterator[list[str]]:
-        """Names of tensors, layer by layer, in bands whose moments fit into MOMENT_BYTES; one layer at least."""
-        with GGUFReader(self.working) as reader:
-            inputs = shared_inputs(build_graph(reader, self.samples.taken.size))
-        layers: dict[int, list[str]] = {}
-        for name in names:
-            layers.setdefault(layer_of(name), []).append(name)
-        band: list[str] = []
-        size = 0
-        for _, names in sorted(layers.items()):
-            widths = {inputs.get(name): self.source.tensors[name].row for name in names}
-            needed = sum(map(Moments.bytes_for, widths.values()))
-            if band and size + needed > MOMENT_BYTES:
-                yield band
-                band, size = [], 0
-            band += names
-            size += needed
-        if band:
-            yield band
+    def _check_room(self, planned: Plan, there: Collection[Path]) -> None:
+        """Raises OSError if the disk is too small for rounding and for two results. there: what is rounded already."""
+        width = int(self.source.metadata.get(f"{self.source.metadata.get('general.architecture')}.embedding_length", 0))
+        entering = 4 * width * len(self.samples.taken) * self.samples.taken.size
+        needed = self.working.stat().st_size + 2 * entering + 3 * planned.n_bytes
+        needed -= sum(path.stat().st_size for path in there)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise OSError(
+                f"{self.folder}: the disk has {free / 1e9:.1f} GB free, and rounding needs {needed / 1e9:.1f} GB"
+            )
 
-    def _moments(self, path: Path, names: Collection[str]) -> Iterator[tuple[list[str], F32Array]]:
+    @contextmanager
+    def _banded(self, path: Path, names: Collection[str], entering: str) -> Iterator[tuple[list[list[str]], Relay]]:
+        """Some matrices in bands, and the samples on their way through the model that lies at `path`. entering: of the
+        files for what goes into the bands."""
+        with GGUFReader(path) as reader:
+            graph = build_graph(reader, self.samples.taken.size)
+            bands = self._bands(graph, names)
+            yield bands, Relay(graph, bands, self.samples.taken, self.folder / entering, self._at_work)
+
+    def _bands(self, graph: Graph, names: Collection[str]) -> list[list[str]]:
+        """Names of matrices that the graph uses once, in the order of the layers. Each layer is a band; but those
+        between which the graph cannot be cut, so that all before them is computed again, are one as long as their
+        moments fit into MOMENT_BYTES."""
+        used = Counter(each.weight.name for each in graph.operations if isinstance(each, Linear))
+        inputs = {each.weight.name: each.x.id for each in graph.operations if isinstance(each, Linear)}
+        layers: dict[int, list[str]] = {}
+        for name in inputs:
+            if name in names and used[name] == 1:
+                layers.setdefault(layer_of(name), []).append(name)
+        alone = list(layers.values())
+        begin = starts(graph, alone)
+        bands: list[list[str]] = []
+        for i, layer in enumerate(alone):
+            together = [*bands[-1], *layer] if i and begin[i] is begin[i - 1] else layer
+            widths = {inputs[name]: self.source.tensors[name].row for name in together}
+            if together is not layer and sum(map(Moments.bytes_for, widths.values())) <= MOMENT_BYTES:
+                bands[-1] = together
+            else:
+                bands.append(layer)
+        return bands
+
+    def _moments(
+        self, relay: Relay, band: int, names: Collection[str], progress: Steps
+    ) -> Iterator[tuple[list[str], F32Array]]:
         """The second moments of some tensors' inputs, each with those that share it. ValueError if they are not finite.
         """
-        wanted, taken = set(names), self.samples.taken
-        with self.runtime(path, keep=wanted.__contains__, last=wanted) as (runtime, _):
-            moments = [Moments(observation.sums.shape[1]) for observation in runtime.observations]
-            for chunk in taken:
-                with closing(runtime.sequence()) as sequence:
-                    for start in range(0, len(chunk), runtime.batch):
-                        runtime.evaluate(sequence, chunk[start : start + runtime.batch], logits="none")
-                        for observation, sums in zip(runtime.observations, moments, strict=True):
-                            sums.add(observation.sums[: int(observation.counts[0])])
-            observed = [observation.names for observation in runtime.observations]
-        # A matrix that takes several inputs is left to plain rounding.
-        uses = Counter(name for sharing in observed for name in sharing)
-        for sharing in observed:
-            sums = moments.pop(0)  # and its memory goes with it
+        seen: list[tuple[list[str], Moments]] = []
+
+        def take(observations: Sequence[Observation]) -> None:
+            if not seen:
+                seen.extend((each.names, Moments(each.sums.shape[1])) for each in observations)
+            for observation, (_, sums) in zip(observations, seen, strict=True):
+                sums.add(observation.sums[: int(observation.counts[0])])
+
+        relay.observe(band, names, take, progress.step)
+        while seen:
+            sharing, sums = seen.pop(0)  # and its memory goes with it
             matrix = sums.matrix()
             del sums
             if not np.isfinite(matrix).all():
                 raise ValueError(f"the inputs of {sharing[0]} are not finite numbers: the model is broken")
-            if alone := [name for name in sharing if uses[name] == 1]:
-                yield alone, matrix
+            yield sharing, matrix
 
     def scaled(self, planned: Plan) -> ScaledSource:
         """The source with scales for the inputs of matrices, each where the graph allows it (see `awq`).
@@ -348,17 +384,20 @@ class Calibration:
         files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
         firsts = {next(name for name in place.columns if name in types): place for place in places}
         search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
-        report, done = self.stage("scales"), 0
-        for band in self._bands(firsts):
-            missing = [name for name in band if not files[firsts[name]].is_file()]
-            for sharing, moments in self._moments(self.working, missing) if missing else ():
-                for name in sharing:
-                    report(done, len(firsts))
-                    place = firsts[name]
-                    found = search.scales(place, moments)
-                    write_whole(files[place], b"" if found is None else found.tobytes())
-                    done += 1
-        report(len(firsts), len(firsts))
+        with self._banded(self.working, firsts, f"entering-{digest}") as (bands, relay):
+            progress = Steps(self.stage("scales"), (2 + PASSES) * len(bands) * len(self.samples.taken))
+            for number, band in enumerate(bands):
+                missing = [name for name in band if not files[firsts[name]].is_file()]
+                if missing:
+                    relay.reach(number, progress.step)
+                    for sharing, moments in self._moments(relay, number, missing, progress):
+                        for name in sharing:
+                            place = firsts[name]
+                            found = search.scales(place, moments)
+                            write_whole(files[place], b"" if found is None else found.tobytes())
+                            progress.step(PASSES * len(self.samples.taken) / len(missing))
+                progress.reach((2 + PASSES) * (number + 1) * len(self.samples.taken))
+            relay.clean()
         kept = [(place, np.fromfile(path, np.float32)) for place, path in files.items() if path.is_file()]
         return ScaledSource(self.source, [(place, scales) for place, scales in kept if len(scales)])
 
@@ -467,6 +506,22 @@ def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> 
     most = max(sizes, key=lambda type: (sizes[type], type)) if sizes else TensorType.F16
     names = [name for name, (base, _) in FILE_TYPES.items() if base == most]
     return Choice(names[0] if names else "F16", types=types)
+
+
+class Steps:
+    """Tells how far something is whose parts take different times."""
+
+    def __init__(self, report: Reporter, total: int) -> None:
+        self._report, self._total, self._done = report, total, 0.0
+
+    def step(self, size: float = 1) -> None:
+        """So much more is done."""
+        self.reach(self._done + size)
+
+    def reach(self, done: float) -> None:
+        """So much is done."""
+        self._done = done
+        self._report(min(int(done), self._total), self._total)
 
 
 class RowWriter:

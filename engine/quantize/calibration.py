@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,6 @@ from qrun.engine.judging.scoring import Chunks, Score, scored_logits
 from qrun.engine.program.observing import Observation
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize.imatrix import InputSums
-from qrun.models.graph import Graph, Linear, SelectRows, Value
 
 # called with chunks done, all of them, and the score so far
 Progress = Callable[[int, int, Score], None]
@@ -57,31 +55,6 @@ def collect(runtime: Runtime, chunks: Chunks, progress: Progress | None = None) 
         if progress:
             progress(done, len(chunks), score)
     return collector.sums, score
-
-
-def body_up_to(graph: Graph, names: Collection[str]) -> Graph:
-    """The graph without what comes after the last of some matrices, for whoever only watches their inputs. What its
-    head computes is nothing."""
-    last = max((i for i, each in enumerate(graph.operations) if isinstance(each, Linear) and each.weight.name in names),
-               default=None)  # fmt: skip
-    selections = [i for i, each in enumerate(graph.operations) if isinstance(each, SelectRows)]
-    if last is None or len(selections) != 1 or selections[0] < last:
-        return graph
-    (at,) = selections
-    selection, head = graph.operations[at], graph.operations[at + 1 :]
-    assert isinstance(selection, SelectRows)
-    body = graph.operations[: last + 1]
-    stand_in = next((each.out for each in reversed(body) if each.out.width == selection.x.width), None)
-    made = {selection.out.id, *(each.out.id for each in head)}
-    taken = {value.id for each in head for value in vars(each).values() if isinstance(value, Value)}
-    if stand_in is None or taken - made or graph.hidden is not None:
-        return graph
-    return replace(graph, operations=[*body, replace(selection, x=stand_in), *head])
-
-
-def shared_inputs(graph: Graph) -> dict[str, int]:
-    """The number of the value that each matrix takes; of one that takes several, the last."""
-    return {each.weight.name: each.x.id for each in graph.operations if isinstance(each, Linear)}
 
 
 def observe(

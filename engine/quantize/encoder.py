@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.simd.target import Target
-from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, SEARCHES, TensorType, dequantize
+from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, LARGE_FIRST, SEARCHES, TensorType, dequantize
 from qrun.formats.blocks.fitting import Groups
 from qrun.formats.blocks.floats import DTYPES, Floats
 from qrun.formats.blocks.grid_fitting import tables
@@ -53,8 +53,11 @@ class Encoder:
             self._functions = {type: kernels.function(f"quantize-{type.name}") for type in searched}
         self._lanes = target.lanes
 
-    def encode(self, weights: Floats, type: TensorType, importance: F32Array | None = None) -> Encoded:
-        """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive."""
+    def encode(
+        self, weights: Floats, type: TensorType, importance: F32Array | None = None, *, large_first: bool | None = None
+    ) -> Encoded:
+        """weights: [rows, row], rows of whole blocks. importance: float32 [row], positive. large_first: see
+        `qrun.formats.blocks.quantize`; by default as the type has it."""
         weights = np.require(weights, requirements="C")
         source_type = SOURCE_TYPES[weights.dtype]
         if type not in self._functions:
@@ -78,6 +81,7 @@ class Encoder:
             R.Q_IMPORTANCE: 0 if importance is None else importance.ctypes.data, R.Q_ROW_BLOCKS: row // size,
             R.Q_OUT: raw.ctypes.data, R.Q_SUMS: sums.ctypes.data, R.Q_TRIALS: trials.ctypes.data,
             R.Q_N_TRIALS: len(trials), R.Q_REFINEMENTS: effort.refinements, R.Q_ROUNDS: SEARCHES[type].rounds,
+            R.Q_BY_SIZE: int(type in LARGE_FIRST if large_first is None else large_first),
         }  # fmt: skip
         levels = SEARCHES[type].levels
         if isinstance(levels, Groups):

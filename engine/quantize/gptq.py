@@ -175,8 +175,8 @@ class Gptq:
 class Moments:
     """The sum of x x^T over the rows of an input, in float32 for each product and float64 for their sum.
 
-    Rows wait until there are GATHERED of them: to fill both halves of a wide matrix and to add it takes longer than the
-    product of a few rows.
+    Rows wait until there are GATHERED of them: to fill half of a wide matrix and to add it takes longer than the
+    product of a few rows. Only the lower half is computed, in strips.
     """
 
     def __init__(self, width: int) -> None:
@@ -196,7 +196,9 @@ class Moments:
 
     def _flush(self) -> None:
         rows = self._waiting[: self._count]
-        self._sum += rows.T @ rows
+        for strip in range(0, rows.shape[1], SUMMED):
+            of = slice(strip, strip + SUMMED)
+            self._sum[strip:, of] += rows[:, strip:].T @ rows[:, of]
         self._count = 0
 
     @staticmethod
@@ -207,8 +209,13 @@ class Moments:
     def matrix(self) -> F32Array:
         """float32 [width, width]"""
         self._flush()
-        return self._sum.astype(np.float32, copy=False)
+        result = self._sum.astype(np.float32, copy=False)
+        for strip in range(0, len(result), SUMMED):
+            end = strip + SUMMED
+            result[strip:end, end:] = result[end:, strip:end].T
+        return result
 
 
 GATHERED = 2048
+SUMMED = 512  # columns of a strip
 WIDE = 4096  # above it, sums of float64 would take too much memory

@@ -91,9 +91,19 @@ def _documents(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> Iter
         if isinstance(entry, dict) and isinstance(entry.get("text"), str):
             yield tokenizer.encode(entry["text"], add_special=False)
         elif isinstance(entry, dict) and "messages" in entry:
+            _check_messages(where, entry["messages"])
             try:
                 yield encode_prompt(tokenizer, template.render(entry["messages"], add_generation_prompt=False))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {error}") from None
         else:
             raise ValueError(f'{where}: it has neither a "text" nor "messages"')
+
+
+def _check_messages(where: str, messages: object) -> None:
+    """Raises ValueError for what would be rendered as nothing, or as one message that is none."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: "messages" is no list of messages')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or (message.get("content") is None and not message.get("tool_calls")):
+            raise ValueError(f"{where}: messages[{number}] has no content")

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from qrun.engine.errors import NotFinite
 from qrun.engine.sampling import dry
 from qrun.engine.sampling.options import SamplingOptions
 
@@ -262,7 +263,7 @@ class Sampler:
         first = int(logits.argmax())
         highest = float(logits[first])  # a NaN, if there is one
         if not math.isfinite(highest):
-            raise ValueError("the model's logits are not finite numbers")
+            raise NotFinite("the model's logits are not finite numbers")
         if self._takes_first and allowed is None and first not in banned:
             token = first
         else:

@@ -9,10 +9,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from qrun.engine.cpu.features import V8_2, architecture, host_features
 from qrun.engine.errors import QrunError
+from qrun.formats.dataclass import dataclass
 
 FORMS = ("best", "amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
 # What tiles are made with: all CPUs with AMX have it.

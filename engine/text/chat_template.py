@@ -102,7 +102,11 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         special_spellings: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset()),
     ) -> Self:
-        """The model's own template, or a plain one in the style that its vocabulary suggests."""
+        """The model's own template, or a plain one in the style that its vocabulary suggests.
+
+        reader: its file. tokenizer: its own. special_spellings: those of the tokenizer, which a message may spell
+        without meaning them; none by default. Raises FormatError for a template that is no text.
+        """
         source, tool_source = reader.metadata.get(KEY), reader.metadata.get(f"{KEY}.tool_use")
         for value in (source, tool_source):
             if not isinstance(value, str | None):

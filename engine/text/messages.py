@@ -36,6 +36,10 @@ class ChatTemplateError(QrunError, ValueError):
         super().__init__(" ".join(reason.split())[:500])
 
 
+class WrongType(QrunError, TypeError):
+    """Something in a conversation is of a wrong type."""
+
+
 def read_messages(messages: Any) -> list[Message]:
     """Copies of the messages as plain dictionaries, without what is null; a text alone is one message of the user.
 
@@ -44,7 +48,7 @@ def read_messages(messages: Any) -> list[Message]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if isinstance(messages, bytes | Mapping) or not isinstance(messages, Iterable):
-        raise TypeError(f"messages is {_kind(messages)}: a list of dictionaries with role and content is wanted")
+        raise WrongType(f"messages is {_kind(messages)}: a list of dictionaries with role and content is wanted")
     return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -53,34 +57,34 @@ def read_tools(tools: Any) -> list[Any] | None:
     if tools is None:
         return None
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable):
-        raise TypeError(f"tools is {_kind(tools)}: a list of dictionaries that describe functions is wanted")
+        raise WrongType(f"tools is {_kind(tools)}: a list of dictionaries that describe functions is wanted")
     read = [_plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     for i, tool in enumerate(read):
         if not isinstance(tool, dict):
-            raise TypeError(f"tools[{i}] is {_kind(tool)}: a dictionary that describes a function is wanted")
+            raise WrongType(f"tools[{i}] is {_kind(tool)}: a dictionary that describes a function is wanted")
     return read or None
 
 
 def _read_message(given: Any, where: str) -> Message:
     plain = _plain(given, where)
     if not isinstance(plain, dict):
-        raise TypeError(f"{where} is {_kind(plain)}: a dictionary with role and content is wanted")
+        raise WrongType(f"{where} is {_kind(plain)}: a dictionary with role and content is wanted")
     message = {key: value for key, value in plain.items() if value is not None}
     role = message.get("role")
     if role is None:
         raise ChatTemplateError(f"{where} has no role")
     if not isinstance(role, str):
-        raise TypeError(f"{where}: role is {_kind(role)}: a text is wanted")
+        raise WrongType(f"{where}: role is {_kind(role)}: a text is wanted")
     if "content" not in message and isinstance(message.get("refusal"), str):
         message["content"] = message["refusal"]
     if "content" in message:
         message["content"] = _read_content(message["content"], role, f"{where}: content")
     for name in REASONING:
         if not isinstance(message.get(name, ""), str):
-            raise TypeError(f"{where}: {name} is {_kind(message[name])}: a text is wanted")
+            raise WrongType(f"{where}: {name} is {_kind(message[name])}: a text is wanted")
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list):
-        raise TypeError(f"{where}: tool_calls is {_kind(calls)}: a list is wanted")
+        raise WrongType(f"{where}: tool_calls is {_kind(calls)}: a list is wanted")
     for i, call in enumerate(calls):
         _check_call(call, f"{where}: tool_calls[{i}]")
     return message
@@ -97,7 +101,7 @@ def _read_content(content: Any, role: str, where: str) -> Any:
         return [_read_part(part, f"{where}[{i}]") for i, part in enumerate(content)] or ""
     if is_result and isinstance(content, dict):
         return content
-    raise TypeError(f"{where} is {_kind(content)}: a text or a list of parts is wanted")
+    raise WrongType(f"{where} is {_kind(content)}: a text or a list of parts is wanted")
 
 
 def _is_part(value: Any) -> bool:
@@ -108,7 +112,7 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
-        raise TypeError(f"{where} is {_kind(part)}: a part of type text is wanted")
+        raise WrongType(f"{where} is {_kind(part)}: a part of type text is wanted")
     kind = part.get("type", "text")
     if kind in THOUGHT_PARTS:
         return part
@@ -117,26 +121,26 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
         raise ChatTemplateError(f"{where} is of type {kind}: {what}")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
-        raise TypeError(f"{where}: {_TEXT_PARTS[kind]} is {_kind(text)}: a text is wanted")
+        raise WrongType(f"{where}: {_TEXT_PARTS[kind]} is {_kind(text)}: a text is wanted")
     return {"type": "text", "text": text}
 
 
 def _check_call(call: Any, where: str) -> None:
     if not isinstance(call, dict):
-        raise TypeError(f"{where} is {_kind(call)}: a dictionary is wanted")
+        raise WrongType(f"{where} is {_kind(call)}: a dictionary is wanted")
     function = call.get("function", call)
     if not isinstance(function, dict):
-        raise TypeError(f"{where}: function is {_kind(function)}: a dictionary with name and arguments is wanted")
+        raise WrongType(f"{where}: function is {_kind(function)}: a dictionary with name and arguments is wanted")
     if not isinstance(function.get("name"), str):
         raise ChatTemplateError(f"{where} has no name of a function")
     if not isinstance(function.get("arguments", {}), str | dict | None):
-        raise TypeError(f"{where}: arguments is {_kind(function['arguments'])}: a dictionary, or its JSON, is wanted")
+        raise WrongType(f"{where}: arguments is {_kind(function['arguments'])}: a dictionary, or its JSON, is wanted")
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy in dictionaries and lists; objects such as those of OpenAI's library describe themselves."""
     if depth > _MAX_DEPTH:
-        raise TypeError(f"{where} holds containers in more than {_MAX_DEPTH} others")
+        raise WrongType(f"{where} holds containers in more than {_MAX_DEPTH} others")
     if isinstance(value, str):
         return str.__str__(value)  # the text of an enumeration's member, not its name
     if isinstance(value, Mapping):

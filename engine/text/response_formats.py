@@ -10,9 +10,11 @@ them, these were not: the thoughts of Kimi VL; the calls of FunctionGemma, Phi 4
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import Any, Literal
+
+from qrun.formats.dataclass import dataclass
 
 # A full-width bar and a lower block, as DeepSeek writes them.
 _BAR, _BLANK = "\uff5c", "\u2581"

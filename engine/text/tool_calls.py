@@ -5,10 +5,11 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from qrun.engine.text.response_formats import Body, Calls
+from qrun.formats.dataclass import dataclass
 
 
 @dataclass

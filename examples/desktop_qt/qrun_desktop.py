@@ -52,7 +52,7 @@ QListWidget { background: palette(window); border: none; outline: none; }
 QListWidget::item { padding: 6px; border-radius: 6px; }
 QListWidget::item:selected { background: palette(alternate-base); color: palette(text); }
 #question { background: palette(alternate-base); border-radius: 10px; padding: 8px 12px; }
-#thought { color: palette(placeholder-text); padding-left: 22px; }
+#thought QLabel { color: palette(placeholder-text); padding-left: 22px; }
 #note { color: palette(placeholder-text); font-size: 11px; }
 """
 
@@ -407,6 +407,7 @@ def _size(size: int | None) -> str:
 
 def main(arguments: list[str], started: Callable[[Window], object] = lambda window: None) -> int:
     """Runs the app; `started` is called once its window is shown."""
+    sys.setswitchinterval(0.001)  # the window's thread gets its turn sooner while another one runs Python
     app = QApplication(arguments)
     app.setApplicationName("qrun-desktop")
     app.setOrganizationName("qrun")

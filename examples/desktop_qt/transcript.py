@@ -1,5 +1,9 @@
 """What has been said: a bubble for each message, answers as the Markdown that they are, thoughts folded away."""
 
+import functools
+import re
+from collections.abc import Callable
+
 from PySide6.QtCore import QEvent, QSize, Qt, QTimer, QUrl
 from PySide6.QtGui import (
     QDesktopServices,
@@ -12,7 +16,7 @@ from PySide6.QtGui import (
 )
 from PySide6.QtWidgets import (
     QFrame,
-    QHBoxLayout,
+    QGridLayout,
     QLabel,
     QScrollArea,
     QSizePolicy,
@@ -24,6 +28,37 @@ from PySide6.QtWidgets import (
 
 REDRAWN_MS = 60
 """An answer that grows is laid out anew so often, and not with every token."""
+PART_CHARACTERS = 4000
+"""Laying out a text takes some 10 ms for so many characters, in which nothing can be clicked. A longer answer is shown
+in parts, and only the last is laid out anew."""
+SHOWN_CHARACTERS = 1500
+"""Of a longer question the rest is folded away."""
+# Here, as PySide6 makes these classes when they are first asked for, some of them in 20 ms.
+FEATURES = QTextDocument.MarkdownFeature.MarkdownDialectGitHub | QTextDocument.MarkdownFeature.MarkdownNoHTML
+CODE = QTextFormat.Property.BlockCodeFence
+
+
+def parts(text: str) -> list[str]:
+    """A Markdown text, cut where a paragraph ends and the part is long enough; never within code."""
+    found, part, size, fence = [], [], 0, ""
+    for line in text.splitlines(keepends=True):
+        mark = re.match(r" {0,3}(`{3,}|~{3,})", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
+            fence = ""
+        elif size >= PART_CHARACTERS and not fence and not line.startswith((" ", "\t")) and part[-1].isspace():
+            found.append("".join(part))
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    return [*found, "".join(part)] if part else found
+
+
+@functools.cache
+def fixed_font() -> list[str]:
+    """The families of the system's font of fixed width. Asked for when there is code: the first answer takes 30 ms."""
+    return QFontDatabase.systemFont(QFontDatabase.SystemFont.FixedFont).families()
 
 
 class Markdown(QTextBrowser):
@@ -41,29 +76,34 @@ class Markdown(QTextBrowser):
         self.anchorClicked.connect(self._follow)
 
     def show_text(self, text: str) -> None:
+        if text == self._text:
+            return
         self._text = text
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         document = self.document()
-        document.setMarkdown(
-            text, QTextDocument.MarkdownFeature.MarkdownDialectGitHub | QTextDocument.MarkdownFeature.MarkdownNoHTML
-        )
+        document.setMarkdown(self._text, FEATURES)
         self._shade_code(document)
 
     def _shade_code(self, document: QTextDocument) -> None:
         """Code stands on a ground of its own, in a font of fixed width."""
         ground = self.palette().color(QPalette.ColorRole.AlternateBase)
-        family = QFontDatabase.systemFont(QFontDatabase.SystemFont.FixedFont).families()
+        whole = QTextCursor(document)
+        whole.beginEditBlock()  # one layout for all that is changed
         block = document.begin()
         while block.isValid():
-            if block.blockFormat().hasProperty(QTextFormat.Property.BlockCodeFence):
+            if block.blockFormat().hasProperty(CODE):
                 cursor = QTextCursor(block)
                 block_format, font = block.blockFormat(), block.charFormat()
                 block_format.setBackground(ground)
                 block_format.setNonBreakableLines(False)
                 cursor.setBlockFormat(block_format)
                 cursor.select(QTextCursor.SelectionType.BlockUnderCursor)
-                font.setFontFamilies(family)
+                font.setFontFamilies(fixed_font())
                 cursor.mergeCharFormat(font)
             block = block.next()
+        whole.endEditBlock()
 
     def loadResource(self, kind: int, name: QUrl) -> None:
         """Pictures that an answer names stay out: they could be any file of this computer."""
@@ -75,22 +115,64 @@ class Markdown(QTextBrowser):
     def changeEvent(self, event: QEvent) -> None:
         super().changeEvent(event)
         if event.type() == QEvent.Type.PaletteChange and self._text:
-            self.show_text(self._text)
+            self._lay_out()
 
     def wheelEvent(self, event: QWheelEvent) -> None:
         event.ignore()  # the transcript is what scrolls
 
 
-class Bubble(QLabel):
+class PlainText(QLabel):
+    """It remembers how high it is: while an answer grows, all that stands above it is asked again and again."""
+
+    def __init__(self, text: str = "") -> None:
+        self._heights: dict[int, int] = {}
+        super().__init__(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+
+    def show_text(self, text: str) -> None:
+        if text != self.text():
+            self._heights.clear()
+            self.setText(text)
+
+    def changeEvent(self, event: QEvent) -> None:
+        self._heights.clear()
+        super().changeEvent(event)
+
+    def heightForWidth(self, width: int) -> int:
+        if width not in self._heights:
+            self._heights[width] = super().heightForWidth(width)
+        return self._heights[width]
+
+
+class Growing(QWidget):
+    """A text in parts, one below the other."""
+
+    def __init__(self, make: Callable[[], Markdown | PlainText]) -> None:
+        super().__init__()
+        self._make = make
+        self.parts: list[Markdown | PlainText] = []
+        self._column = QVBoxLayout(self)
+        self._column.setContentsMargins(0, 0, 0, 0)
+        self._column.setSpacing(10)
+
+    def show_text(self, text: str) -> None:
+        """This is how far it has come: it begins with what was shown before."""
+        for i, part in enumerate(parts(text)):
+            if i == len(self.parts):
+                self.parts.append(self._make())
+                self._column.addWidget(self.parts[-1])
+            self.parts[i].show_text(part.strip("\n"))
+
+
+class Bubble(PlainText):
     """As wide as its lines, if there is room: a label that wraps asks for less."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True)
-        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        super().__init__(text)
         self.setObjectName("question")
 
     def sizeHint(self) -> QSize:
-        width = max(self.fontMetrics().horizontalAdvance(line) for line in self.text().split("\n")) + 28
+        width = max(self.fontMetrics().horizontalAdvance(line[:200]) for line in self.text().split("\n")) + 28
         width = min(width, 560)
         return QSize(width, self.heightForWidth(width))
 
@@ -99,12 +181,27 @@ class Bubble(QLabel):
 
 
 class Question(QWidget):
+    """What was asked. The rest of a long one comes when somebody wants to see it."""
+
     def __init__(self, text: str) -> None:
         super().__init__()
-        row = QHBoxLayout(self)
-        row.setContentsMargins(60, 0, 0, 0)
-        row.addStretch(1)
-        row.addWidget(Bubble(text))
+        self._text = text
+        short = text[:SHOWN_CHARACTERS]
+        if len(text) > SHOWN_CHARACTERS:
+            short = short.rpartition(" ")[0] or short
+        self.bubble = Bubble(short if short == text else f"{short} …")
+        grid = QGridLayout(self)
+        grid.setContentsMargins(60, 0, 0, 0)
+        grid.setColumnStretch(0, 1)
+        grid.addWidget(self.bubble, 0, 1)
+        if short != text:
+            self.more = QToolButton(text=f"Show all {len(text):,} characters", autoRaise=True)
+            self.more.clicked.connect(self._show_all)
+            grid.addWidget(self.more, 1, 1, Qt.AlignmentFlag.AlignRight)
+
+    def _show_all(self) -> None:
+        self.bubble.show_text(self._text)
+        self.more.hide()
 
 
 class Answer(QWidget):
@@ -115,10 +212,10 @@ class Answer(QWidget):
         self.fold.setToolButtonStyle(Qt.ToolButtonStyle.ToolButtonTextBesideIcon)
         self.fold.setArrowType(Qt.ArrowType.RightArrow)
         self.fold.setIconSize(QSize(8, 8))
-        self.thought = QLabel(textFormat=Qt.TextFormat.PlainText, wordWrap=True, visible=False)
-        self.thought.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.thought = Growing(PlainText)
         self.thought.setObjectName("thought")
-        self.body = Markdown()
+        self.thought.hide()
+        self.body = Growing(Markdown)
         self.note = QLabel(visible=False)
         self.note.setObjectName("note")
         column = QVBoxLayout(self)
@@ -147,18 +244,17 @@ class Answer(QWidget):
         self._draw()
 
     def _draw(self) -> None:
-        if thoughts := self.thoughts.strip():
+        if self.thoughts.strip():
             self.fold.setText("Thinking …" if self._under_way and not self.text else "Thoughts")
             self.fold.setVisible(True)
-            if self.fold.isChecked() or not self._under_way:
-                self.thought.setText(thoughts)
+            if self.fold.isChecked():
+                self.thought.show_text(self.thoughts)
         self.body.setVisible(bool(self.text))
-        if self.text:
-            self.body.show_text(self.text)
+        self.body.show_text(self.text)
 
     def _toggle(self, shown: bool) -> None:
         self.fold.setArrowType(Qt.ArrowType.DownArrow if shown else Qt.ArrowType.RightArrow)
-        self.thought.setText(self.thoughts.strip())
+        self.thought.show_text(self.thoughts)
         self.thought.setVisible(shown)
 
 
@@ -179,6 +275,7 @@ class Transcript(QScrollArea):
         self.answer: Answer | None = None
         """The newest."""
         self._following = True
+        Markdown().deleteLater()  # the first one takes 20 ms, the others one
         bar = self.verticalScrollBar()
         bar.rangeChanged.connect(lambda low, high: bar.setValue(high) if self._following else None)
         bar.valueChanged.connect(self._scrolled)

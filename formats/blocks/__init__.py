@@ -33,7 +33,7 @@ from qrun.formats.blocks import (
     tq1_0,
     tq2_0,
 )
-from qrun.formats.blocks.fitting import Search
+from qrun.formats.blocks.fitting import Search, by_size
 from qrun.formats.blocks.layout import BLOCK_SIZES, BlockFormat, Decoder, Encoder, F32Array, TensorType, U8Array
 
 __all__ = ["BLOCK_FORMATS", "BLOCK_SIZES", "SEARCHES", "BlockFormat", "TensorType", "dequantize", "quantize"]
@@ -104,6 +104,10 @@ SEARCHES: dict[TensorType, Search] = {
     TensorType.MXFP4: mxfp4.SEARCH,
 }
 
+# With importance, those in which errors of large weights are to count for more (`fitting.by_size`). With more levels it
+# gains nothing, and where a source had been of four bits already it lost.
+LARGE_FIRST = frozenset({TensorType.Q2_K, TensorType.Q3_K})
+
 # Weights decoded in one go: few enough that what a decoder holds in between stays in the cache of a core.
 CHUNK = 1 << 16
 
@@ -129,10 +133,14 @@ def dequantize(raw: U8Array, type: TensorType, shape: tuple[int, ...]) -> F32Arr
     return weights.reshape(shape)
 
 
-def quantize(weights: F32Array, type: TensorType, importance: F32Array | None = None) -> U8Array:
+def quantize(
+    weights: F32Array, type: TensorType, importance: F32Array | None = None, *, large_first: bool | None = None
+) -> U8Array:
     """Encode weights, the slow and plain way; `engine.quantize` gives the same bytes sooner.
 
     weights: float32 [..., row], rows of whole blocks. importance: float32 [row], how much the error of each matters.
+    large_first: with importance, errors of large weights count for more (`fitting.by_size`); by default in types of
+    LARGE_FIRST.
     Returns uint8 [n_bytes]. Raises ValueError if the type cannot be encoded or its blocks do not fit the rows.
     """
     block_format = BLOCK_FORMATS.get(type)
@@ -143,4 +151,6 @@ def quantize(weights: F32Array, type: TensorType, importance: F32Array | None = 
         raise ValueError(f"rows of {weights.shape[-1]} weights are not whole blocks of {size}, as {type.name} has them")
     blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, size)
     matters = None if importance is None else np.broadcast_to(importance, weights.shape).reshape(-1, size)
+    if matters is not None and (type in LARGE_FIRST if large_first is None else large_first):
+        matters = by_size(blocks, matters)
     return block_format.quantize(blocks, matters).reshape(-1)

@@ -7,13 +7,13 @@ own in: a weight is scale * level(code) - minimum, by the levels of the format's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats.blocks import q3_k, q4_k, q5_0
 from qrun.formats.blocks.layout import F32Array, TensorType, U8Array, bit_fields, pack_fields, read_f16
+from qrun.formats.dataclass import dataclass
 
 Scales = tuple[F32Array, F32Array]  # scale and minimum, each [n, groups]
 

@@ -22,13 +22,14 @@ pass. Arrays have blocks along their last axis and every sum runs in the order o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.dataclass import dataclass
 
 # What is smaller counts as zero: a divisor that would lead to infinity, a block of nothing.
 TINY = np.float32(1e-30)
@@ -38,6 +39,8 @@ ALIKE = np.float32(1e-6)
 OVERFLOW = np.float32(65520)
 SMALLEST = np.float32(2.0**-24)
 INFINITY = np.float32(np.inf)
+# Where large weights count for more, one that is zero counts as one with this part of the mean square.
+SPARED = np.float32(0.5)
 # A block is fitted upside down if its least weight lies so many times as far from zero as its largest.
 SKEWED = np.float32(8)
 
@@ -195,6 +198,22 @@ def fit(search: Search, values: F32Array, importance: F32Array | None) -> Fit:
     solve = _with_minimum if search.has_minimum else _without_minimum
     with np.errstate(all="ignore"):
         return solve(search, search.effort(importance is not None), x, w)
+
+
+def by_size(values: F32Array, importance: F32Array) -> F32Array:
+    """What errors of weights count for if large weights are to come out truer: importance * sqrt(SPARED + x^2 / mean of
+    all x^2 of the block). values, importance: float32 [n, block_size].
+
+    The least squared error makes weights smaller than they are, all in the same way, and so what a matrix gives; that
+    costs predictions more than errors that have nothing to do with each other. llama.cpp weighs in a like way.
+    """
+    x = np.ascontiguousarray(values.T, np.float32)
+    size = len(x)
+    with np.errstate(all="ignore"):
+        inverse = divide(1, total((x * x)[None])[0] * np.float32(1 / size))
+        square = (x * x) * inverse
+        square = np.where(square < np.float32(size), square, np.float32(size))
+        return np.ascontiguousarray((importance.T * np.sqrt(SPARED + square)).T, np.float32)
 
 
 # --- arithmetic, spelt as the kernels do it ---------------------------------------------------------------------------

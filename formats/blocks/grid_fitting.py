@@ -18,7 +18,7 @@ block's mean is added to each: with groups, a weight that does not count at all 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from qrun.formats.blocks.fitting import (
 )
 from qrun.formats.blocks.grids import grid
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.dataclass import dataclass
 
 I32Array = NDArray[np.int32]
 

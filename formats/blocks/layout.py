@@ -5,12 +5,13 @@ Plain floats are blocks of one weight.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qrun.formats.dataclass import dataclass
 
 U8Array = NDArray[np.uint8]
 F32Array = NDArray[np.float32]

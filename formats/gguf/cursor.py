@@ -4,7 +4,10 @@ import mmap
 import struct
 from pathlib import Path
 
+import numpy as np
+
 from qrun.formats.errors import FormatError
+from qrun.formats.gguf.strings import LENGTH_BYTES, Places, Strings, find_strings
 
 _read_u32 = struct.Struct("<I").unpack_from
 _read_u64 = struct.Struct("<Q").unpack_from
@@ -59,26 +62,18 @@ class Cursor:
         start = self.skip(length, what)
         return decode_text(self.data[start : self.position])
 
-    def skip_strings(self, count: int, what: str) -> None:
-        """Step over `count` strings. A vocabulary has hundreds of thousands, so this loop does as little as it can."""
-        self.require(8 * count, what)
-        data, position = self.data, self.position
+    def skip_strings(self, count: int, what: str) -> Places:
+        """Step over `count` strings. Returns where each begins, in the file."""
+        self.require(LENGTH_BYTES * count, what)
         try:
-            for _ in range(count):
-                position += 8 + _read_u64(data, position)[0]
-        except (struct.error, OverflowError):  # a length led past the end of the file, or of all addresses
-            position = len(data) + 1
-        if position > len(data):
-            raise self.error(f"a string of {what} runs past the end of the file")
-        self.position = position
+            starts, self.position = find_strings(np.frombuffer(self.data, np.uint8), self.position, count)
+        except ValueError:
+            raise self.error(f"a string of {what} runs past the end of the file") from None
+        return starts
 
-    def strings(self, count: int) -> list[bytes]:
-        """Read `count` strings, not decoded, which skip_strings has checked before."""
-        data, position = self.data, self.position
-        strings = []
-        for _ in range(count):
-            start = position + 8
-            position = start + _read_u64(data, position)[0]
-            strings.append(data[start:position])
-        self.position = position
-        return strings
+    def strings(self, count: int) -> Strings:
+        """Read `count` strings, not decoded."""
+        start = self.position
+        starts = self.skip_strings(count, "an array")
+        ends = np.append(starts[1:] - LENGTH_BYTES, self.position)[:count]
+        return Strings(self.data[start : self.position], starts - start, ends - starts)

@@ -9,13 +9,13 @@ All numbers are little-endian. Versions 2 and 3 differ in nothing else than that
 """
 
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, TensorType, dequantize
 from qrun.formats.blocks.layout import F32Array, U8Array
+from qrun.formats.dataclass import dataclass
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, quote
 from qrun.formats.gguf.metadata import MIN_PAIR_BYTES, Metadata, Span, ValueType, read_span

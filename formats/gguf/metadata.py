@@ -15,6 +15,8 @@ import numpy as np
 
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import Cursor, decode_text, quote
+from qrun.formats.gguf.strings import Strings
+from qrun.formats.mapping import FileMap
 
 
 class ValueType(IntEnum):
@@ -215,7 +217,7 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def raw_strings(self, key: str) -> list[bytes]:
+    def strings(self, key: str) -> Strings:
         """The items of an array of strings, not decoded. Raises FormatError if the value is anything else."""
         span = self._spans[key]
         if span.item_type != ValueType.STRING:
@@ -231,6 +233,8 @@ class Metadata(Mapping[str, Any]):
         return self._data[span.start : span.end]
 
     def _cursor(self, span: Span) -> Cursor:
+        if isinstance(self._data, FileMap):
+            self._data.check()
         cursor = Cursor(self._path, self._data)
         cursor.position = span.start + 4
         return cursor

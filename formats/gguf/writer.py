@@ -5,12 +5,12 @@ import os
 import struct
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from qrun.formats.blocks import BLOCK_SIZES, TensorType
+from qrun.formats.dataclass import dataclass
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, VERSIONS, TensorInfo, align
 from qrun.formats.gguf.metadata import ValueType, encode_string, encode_value
@@ -81,7 +81,9 @@ class GGUFWriter:
     def set_metadata(self, key: str, value: Any, type: ValueType, item_type: ValueType | None = None) -> None:
         """Add a value, or put it in the place of the one that the key has.
 
-        item_type: of the items of an array. The items of arrays within an array are NumPy arrays or lists of strings.
+        type: as what it is written. item_type: of the items of an array. The items of arrays within an array are NumPy
+        arrays or lists of strings. Raises ValueError for a value that the type cannot hold, for an alignment that is no
+        power of two, and once the header is written.
         """
         self._check_settable(key)
         if key == ALIGNMENT_KEY and (type != ValueType.UINT32 or value < 1 or value & (value - 1)):
@@ -94,7 +96,11 @@ class GGUFWriter:
         del self._metadata[key]
 
     def add_tensor(self, name: str, type: TensorType, shape: tuple[int, ...]) -> None:
-        """Describe the next tensor. shape: in NumPy's order, [rows, weights of a row]."""
+        """Describe the next tensor.
+
+        name: that nothing else has. type: of its blocks. shape: in NumPy's order, [rows, weights of a row]. Raises
+        ValueError for a name that is there, rows that are no whole number of blocks, and once the header is written.
+        """
         self._check_header_open()
         block_size, block_bytes = BLOCK_SIZES[type]
         if name in self._tensors:
@@ -116,7 +122,8 @@ class GGUFWriter:
     def write_tensor(self, name: str, data: Any) -> None:
         """Append bytes to a tensor: a contiguous array or anything else with a buffer, all of the tensor or a part.
 
-        Tensors are written in the order in which they were added, each whole before the next begins.
+        Tensors are written in the order in which they were added, each whole before the next begins. Raises ValueError
+        for another than the next one, or for more bytes than it has.
         """
         file = self._begin()
         view = memoryview(data)

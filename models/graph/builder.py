@@ -42,9 +42,12 @@ from qrun.models.graph.sequence_operations import (
     WKV_MULTIPLE,
     Attention,
     CacheLayer,
+    Choose,
+    Chosen,
     Convolution,
     EmbedHashes,
     Hashes,
+    Index,
     Keep,
     LinearAttention,
     Pool,
@@ -65,14 +68,9 @@ class GraphBuilder(FileTensors):
         super().__init__(reader)
         self.operations: list[Operation] = []
         self.cache_layers: list[CacheLayer] = []
-        self.max_context: int | None = None
         self.encoder: Graph | None = None
         self.start = 0
         self._n_values = self._n_states = 0
-
-    def limit_context(self, n: int) -> None:
-        """Say that the graph is what the file describes for contexts of up to n tokens only."""
-        self.max_context = n
 
     def embed(self, name: str, n_vocab: int, n_embd: int, scale: float = 1.0) -> Value:
         """Token ids to rows of an embedding matrix [n_vocab, n_embd]."""
@@ -195,10 +193,11 @@ class GraphBuilder(FileTensors):
         entries: Value | None = None,
         every: int = 1,
         biases: Constant | None = None,
+        chosen: Chosen | None = None,
     ) -> Value:
         """Causal attention of the next layer; `cache` says how its cache is laid out.
 
-        entries: rows beside the keys, of which every `every`-th counts.
+        entries: rows beside the keys, of which every `every`-th counts. chosen: what rows see in a long context.
         """
         assert q.width == cache.n_heads * cache.head_dim_k
         assert k.width == cache.n_kv_heads * cache.head_dim_k
@@ -212,10 +211,26 @@ class GraphBuilder(FileTensors):
         if entries is not None:
             assert v is None and entries.width == k.width and not cache.chunked and slopes is None
             entries_layer = self._cache(replace(cache, window=None, every=every))
+        if chosen is not None:
+            index = chosen.index
+            assert softcap is None and slopes is None and biases is None and index.n_groups in (1, cache.n_kv_heads)
+            assert cache.window is None if entries is None else index.of_entries and index.every == every
         out = self._value(cache.n_heads * cache.head_dim_v)
         return self._append(
-            Attention(out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases)
-        )
+            Attention(
+                out, q, k, v, layer, scale, softcap, sinks, slopes, entries, entries_layer, biases,
+                *((chosen.value, chosen.index) if chosen is not None else ()),
+            )
+        )  # fmt: skip
+
+    def choose(self, q: Value, k: Value, weights: Value | None, index: Index) -> Chosen:
+        """What rows attend to in a context longer than `index.start`. k: a row counts at the end of `index.every`."""
+        assert q.width == index.n_heads * index.dim and k.width == index.dim and index.n_heads % index.n_groups == 0
+        assert weights is None or weights.width == index.n_heads
+        assert index.n_local <= index.budget
+        layer = self._cache(CacheLayer(index.n_heads, 1, index.dim, 0, None, half=True, every=index.every))
+        out = self._value(index.n_groups * (1 + index.most))
+        return Chosen(self._append(Choose(out, q, k, weights, layer, index)), index)
 
     def shared_attention(self, q: Value, layer: int, scale: float) -> Value:
         """Causal attention to the keys and values of an earlier layer."""
@@ -237,11 +252,12 @@ class GraphBuilder(FileTensors):
         other.cache_layers, other._weights = self.cache_layers, self._weights
         return other
 
-    def pool(self, x: Value, scores: Value, by_place: str, every: int, *, overlap: bool) -> Value:
-        """The rows of every `every` positions as one, by scores; by_place: a tensor's name."""
+    def pool(self, x: Value, scores: Value, by_place: str | None, every: int, *, overlap: bool) -> Value:
+        """The rows of every `every` positions as one, by scores; by_place: a tensor's name, or None for 0."""
         width = x.width // 2 if overlap else x.width
         assert scores.width == x.width and (not overlap or x.width % 2 == 0)
-        places = self.constant(f"{by_place}.weight", every, x.width)
+        shape = every, x.width
+        places = np.zeros(shape, np.float32) if by_place is None else self.constant(f"{by_place}.weight", *shape)
         kept = CacheLayer(2, 2, x.width, x.width, 2 * every if overlap else every, values_in_keys=True, exact=True)
         return self._append(Pool(self._value(width), x, scores, places, every, overlap, self._cache(kept)))
 
@@ -432,7 +448,7 @@ class GraphBuilder(FileTensors):
         n_vocab = embeds_tokens or logits.width
         return Graph(
             architecture, self.operations, logits, self.cache_layers, n_vocab, n_embd, context_length, context,
-            n_states=self._n_states, max_context=self.max_context, embeds=embeds_tokens is not None,
+            n_states=self._n_states, embeds=embeds_tokens is not None,
             uses=self._uses, encoder=self.encoder, start=self.start,
         )  # fmt: skip
 

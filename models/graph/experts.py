@@ -1,12 +1,14 @@
 """The mixture of experts: of many feed-forward networks, each row goes through a few."""
 
-from dataclasses import dataclass
 from typing import Literal
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.row_operations import Activation, Alone
 from qrun.models.graph.values import Constant, Indices, Value, Weight
 
-Gating = Literal["softmax", "sigmoid", "sqrt_softplus"]
+Gating = Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "sigmoid_of_chosen"]
+"""How a router's logits become the shares of its experts. Those of the chosen are made after the choice, which is by
+the logits themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +37,9 @@ class Adjustment:
 class MoE:
     """A mixture of experts: the `n_used` experts that the router likes best, summed by their weights.
 
-    Probabilities are gating(router @ router_x + router_bias), with x for `router_x` if there is none. Experts are
-    chosen by probability + `selection_bias`, and of `n_groups` groups of neighbouring experts only in those
+    Probabilities are gating(router @ router_x + router_bias), with x for `router_x` if there is none; with a gating of
+    the chosen, the logits stand for them until the experts are chosen. Experts are chosen by probability +
+    `selection_bias`, and of `n_groups` groups of neighbouring experts only in those
     `n_groups_used` whose two best experts have the largest sum. The probabilities of the chosen are divided by their
     sum if `normalize` (by 2^-14 at least), then multiplied by `scale`.
 

@@ -1,8 +1,9 @@
 """A model as a list of operations, in the order in which they run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.experts import MoE
 from qrun.models.graph.row_operations import (
     Activate,
@@ -34,6 +35,7 @@ from qrun.models.graph.sequence_operations import (
     WKV,
     Attention,
     CacheLayer,
+    Choose,
     Convolution,
     EmbedHashes,
     Keep,
@@ -45,17 +47,18 @@ from qrun.models.graph.values import Value
 
 Operation = (
     Embed | EmbedHashes | Input | RMSNorm | LayerNorm | Linear | HeadLinear | Join | Slice | Rope | Attention | Keep
-    | Pool | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp | Add | Mix
-    | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE | SelectRows
+    | Choose | Pool | Convolution | LinearAttention | SelectiveScan | WKV | Activate | ActivateAlone | Gate | Clamp
+    | Add | Mix | MixByScore | Balance | Dot | MatchMagnitude | GaussianTopK | Scale | Affine | Softcap | MoE
+    | SelectRows
 )  # fmt: skip
-STATEFUL = (Attention, Keep, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
+STATEFUL = (Attention, Keep, Choose, Pool, EmbedHashes, Convolution, LinearAttention, SelectiveScan, WKV)
 """Operations whose rows depend on the rows before them."""
 
 
 @dataclass
 class Graph:
     """A model, ready to be compiled. `context_length` is the trained one, in tokens; `context` the one to run it with,
-    for which it was built, and `max_context` the longest one for which it is what the file describes."""
+    for which it was built."""
 
     architecture: str
     operations: list[Operation]
@@ -67,7 +70,6 @@ class Graph:
     context: int = 0
     n_states: int = 0
     """How many operations keep a state of their own for each sequence."""
-    max_context: int | None = None
     embeds: bool = False
     """Of `logits`, which are none then but rows of n_embd numbers, embeddings are made."""
     hidden: Value | None = None

@@ -1,11 +1,11 @@
 """Operations that make something of each row by itself, whatever the other rows of a step are."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.values import Constant, Value, Weight
 
 Activation = Literal["silu", "gelu", "relu", "clamped_silu", "limited_silu", "swiglu_oai", "situ"]

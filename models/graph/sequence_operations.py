@@ -3,9 +3,9 @@
 What they keep of a text lies in the KV cache, as a `CacheLayer` says, or in a state of the operation's own.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
+from qrun.formats.dataclass import dataclass
 from qrun.models.graph.values import Constant, Value, Weight
 
 Side = Literal["text", "source", "encoder"]
@@ -31,6 +31,8 @@ class CacheLayer:
     """Kept in float32 where caches are otherwise float16."""
     exact: bool = False
     """Kept in float32 always."""
+    half: bool = False
+    """Kept in float16 always."""
     every: int = 1
     """How many positions share one entry."""
     causal: bool = True
@@ -77,6 +79,45 @@ class EmbedHashes:
     state: int
 
 
+@dataclass(frozen=True)
+class Index:
+    """What chooses the positions that a row attends to, where there are more than it may see.
+
+    There is a key for every `every` positions, complete at the last of them, and a score for each key: the sum of
+    weight * query . key over the query's heads, with max(query . key, 0) if `clipped`. `block` neighbouring keys are
+    chosen together, by the best score of those up to the row; and the last `n_local` blocks always. A row sees the
+    positions of the `budget` best blocks, of equal ones the earlier, and those at its end that are not complete. There
+    are `n_groups` choices, each by neighbouring heads of the query, for as many heads of keys and values.
+
+    of_entries: keys stand for the entries of `Attention.entries`, and those are chosen.
+    """
+
+    n_heads: int
+    dim: int
+    budget: int
+    every: int = 1
+    block: int = 1
+    n_local: int = 0
+    n_groups: int = 1
+    clipped: bool = True
+    of_entries: bool = False
+
+    @property
+    def start(self) -> int:
+        """The first position whose row does not see all there is."""
+        return (self.budget * self.block + 1) * self.every - 1
+
+    @property
+    def most(self) -> int:
+        """How many positions (or entries) are chosen for a row at most."""
+        return self.budget * self.block * (1 if self.of_entries else self.every) + self.incomplete
+
+    @property
+    def incomplete(self) -> int:
+        """How many positions have no complete key at most."""
+        return 0 if self.of_entries else self.every - 1
+
+
 @dataclass(frozen=True, eq=False)
 class Attention:
     """Appends k and v to the cache of `layer`, then attention over that cache: causal, or of a whole text that was
@@ -94,6 +135,8 @@ class Attention:
 
     With `entries`, there is a second cache beside it, that of `entries_layer`, which gets a row of them at the end of
     every `CacheLayer.every` positions. Each row sees all of those up to itself, too, in the same softmax.
+
+    With `chosen`, rows from `index.start` on see only the positions, or entries, that a `Choose` names.
     """
 
     out: Value
@@ -108,6 +151,33 @@ class Attention:
     entries: Value | None = None
     entries_layer: int | None = None
     biases: Constant | None = None
+    chosen: Value | None = None
+    index: Index | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choose:
+    """Appends k to the cache of `layer`, which holds the keys of an index, and chooses by it what each row attends to.
+
+    out is [rows, n_groups, 1 + index.most], of 32 bits each, as whole numbers: how many are chosen, and which, rising.
+    Rows before `index.start` see everything: theirs is anything. q is [rows, index.n_heads, index.dim], k is
+    [rows, index.dim], `weights` is [rows, index.n_heads] or all 1.
+    """
+
+    out: Value
+    q: Value
+    k: Value
+    weights: Value | None
+    layer: int
+    index: Index
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rows of one layer or several attend to: see `Choose`."""
+
+    value: Value
+    index: Index
 
 
 @dataclass(frozen=True, eq=False)

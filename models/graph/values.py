@@ -1,11 +1,11 @@
 """What operations take and give: rows of numbers, and tensors of the file."""
 
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats import TensorType
+from qrun.formats.dataclass import dataclass
 
 Constant = NDArray[np.float32]
 Indices = NDArray[np.int32]

@@ -8,6 +8,7 @@ of families/.
 from qrun.models.huggingface.families import (
     classic,
     deepseek,
+    delta,
     encoders,
     gemma,
     glm,
@@ -17,6 +18,7 @@ from qrun.models.huggingface.families import (
     qwen,
     recurrent,
     rwkv,
+    single,
     t5,
     various,
 )
@@ -24,7 +26,8 @@ from qrun.models.huggingface.layout import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
     **llama.CLASSES, **qwen.CLASSES, **gemma.CLASSES, **granite.CLASSES, **glm.CLASSES, **deepseek.CLASSES,
+    **delta.CLASSES,
     **recurrent.CLASSES, **mixtures.CLASSES, **classic.CLASSES, **various.CLASSES,
-    **encoders.CLASSES, **rwkv.CLASSES, **t5.CLASSES,
+    **encoders.CLASSES, **rwkv.CLASSES, **t5.CLASSES, **single.CLASSES,
 }  # fmt: skip
 """By the class's name."""

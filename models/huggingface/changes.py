@@ -308,3 +308,8 @@ def turned_experts(block: str, router: str = "gate", inner: str = "experts", end
 
 
 squeezed_conv = computed("conv_channels conv_kernel")
+
+
+def in_full(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """The same numbers as F32: of what is small, and much depends on it."""
+    return _ComputedTensor(tensor.name, TensorType.F32, tensor.shape, tensor, lambda values: values)

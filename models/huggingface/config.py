@@ -14,17 +14,18 @@ from qrun.models.hyperparameters import MAX_WIDTH
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 # What models call what all have: the name by which it is asked for here -> other names of it.
 SYNONYMS = {
-    "hidden_size": ("n_embd", "d_model", "dim", "n_embed"),
-    "num_hidden_layers": ("n_layers", "n_layer", "num_layers"),
+    "hidden_size": ("n_embd", "d_model", "dim", "n_embed", "model_dim"),
+    "num_hidden_layers": ("n_layers", "n_layer", "num_layers", "num_transformer_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
-    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim", "d_ff"),
+    "intermediate_size": ("n_inner", "hidden_dim", "ffn_hidden_size", "block_ff_dim", "d_ff",
+                          "mlp_hidden_size"),
     "max_position_embeddings": ("n_ctx", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
-                                "max_seq_len"),
+                                "max_seq_len", "max_context_length"),
     "vocab_size": ("padded_vocab_size",),
     "rms_norm_eps": ("norm_eps",),
     "layer_norm_eps": ("layer_norm_epsilon", "norm_epsilon"),
-    "rope_theta": ("rotary_emb_base", "global_rope_theta", "rope_global_theta"),
+    "rope_theta": ("rotary_emb_base", "rope_freq_constant", "global_rope_theta", "rope_global_theta"),
     "rope_local_base_freq": ("local_rope_theta", "rope_local_theta", "swa_rope_theta"),
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts"),
     "partial_rotary_factor": ("rotary_pct", "rope_pct", "rope_percent"),
@@ -105,9 +106,9 @@ class Config:
             raise self.error(key, "has a value that is no finite number")
         return [float(value) for value in values]
 
-    def integers(self, key: str, low: int = 1, high: int = MAX_WIDTH) -> list[int]:
+    def integers(self, key: str, low: int = 1, high: int = MAX_WIDTH, default: int | None = None) -> list[int]:
         """A list of whole numbers in low..high, or one that stands for a list of it alone."""
-        values = self._required(key, None)
+        values = self._required(key, default)
         values = values if isinstance(values, list) and values else [values]
         return [Config(self.path, {key: value}, prefix=self._prefix).integer(key, None, low, high) for value in values]
 

@@ -118,7 +118,7 @@ ROPE_KEYS = _words("""
     rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings beta_fast beta_slow truncate
     attention_factor mscale mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor
     llama_4_scaling_beta extrapolation_factor attn_factor
-    full_attention sliding_attention mrope_section mrope_interleaved alpha finetuned
+    full_attention sliding_attention mrope_section xdrope_section mrope_interleaved alpha finetuned
 """)
 
 

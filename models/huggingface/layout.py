@@ -78,6 +78,15 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Two small tensors as one, number by number: they count as a product only. hf: their names."""
+
+    hf: tuple[str, str]
+    gguf: str
+    width: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """Some layers have the tensors of one alternative, others those of another one: the first whose first is there.
 
@@ -96,7 +105,7 @@ class Made:
     values: Callable[[Config, Sizes], Any]
 
 
-Part = Mapped | Experts | Stacked | Choice | Made
+Part = Mapped | Experts | Stacked | Product | Choice | Made
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,8 @@ class Architecture:
     sizes_of_weights: Callable[[Mapping[str, SourceTensor]], Mapping[str, int]] | None = None
     embeds: bool = False
     """Whether embeddings are all that models make: they have no head."""
+    own_head: bool = False
+    """Whether engines want the head as a tensor of its own, also where it is the embedding."""
     ffn: bool = True
     """Whether a model has a width of feed-forward layers."""
     variant: Callable[[Config], Architecture | None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from qrun.formats.checkpoints import UnreadTensor
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Sizes, Stacked
+from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Product, Sizes, Stacked
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
 # Stored in full: few, and much depends on them. (Everything of one dimension is too.)
@@ -172,7 +173,8 @@ def dimensions(config: Config, architecture: Architecture) -> Sizes:
     """The sizes that shapes are made of, by the names of architectures.py, and the counts of layers and heads."""
     embd = config.integer("hidden_size")
     heads = config.integer("num_attention_heads", high=MAX_HEADS)
-    kv_heads = config.integer("num_key_value_heads", heads, high=MAX_HEADS)
+    # Where layers differ, those of the widest; an entry that knows of that says which.
+    kv_heads = max(config.integers("num_key_value_heads", high=MAX_HEADS, default=heads))
     head = config.integer("head_dim", embd // heads or None, high=MAX_HEAD_DIM)
     # Where layers differ, that of the widest.
     ff = max(config.integers("intermediate_size")) if architecture.ffn or config.get("intermediate_size") else 0
@@ -243,6 +245,9 @@ def map_tensors(
         mapper.add(part)
     if not tied and not architecture.embeds:
         mapper.add(mapper.head)
+    elif architecture.own_head:
+        there = next(part for part in (mapper.embedding, mapper.head) if part.hf in mapper.weights)
+        mapper.add(replace(there, gguf=mapper.head.gguf))
     mapper.check_rest()
     return mapper.tensors
 
@@ -380,6 +385,10 @@ class _Mapper:
                 tensors = [self._take(hf_prefix + name, part.shape) for name in part.hf]
                 pieces = [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
                 self._put(gguf_prefix + part.gguf, (len(part.hf), *pieces[0].tensor.shape), pieces)
+            case Product():
+                name = gguf_prefix + part.gguf
+                product = np.prod([self._row(hf_prefix + hf, self.sizes[part.width]) for hf in part.hf], axis=0)
+                self.tensors[name] = ConstantTensor.of(name, product, self.config)
             case Made():
                 values = np.asarray(part.values(self.config, self.sizes), np.float32)
                 name = gguf_prefix + part.gguf
@@ -397,7 +406,7 @@ class _Mapper:
                 )
             case Mapped():
                 return prefix + part.hf in self.weights
-            case Stacked():
+            case Stacked() | Product():
                 return prefix + part.hf[0] in self.weights
         return True
 
@@ -471,6 +480,14 @@ class _Mapper:
             raise tensor.error(f"has shape {tensor.shape}, expected {expected}")
         self._taken.add(name)
         return tensor
+
+    def _row(self, name: str, width: int) -> F32Array:
+        """The numbers of a small tensor, whatever its shape."""
+        tensor = self.weights.get(name)
+        shape = tuple(map(str, tensor.shape)) if tensor is not None and prod(tensor.shape) == width else (str(width),)
+        tensor = self._take(name, shape)
+        assert tensor is not None
+        return tensor.rows(0, tensor.n_rows).reshape(width)
 
     def _expert_segments(self, part: Experts, prefix: str) -> list[Segment]:
         n_experts = self.sizes[part.count]

@@ -5,10 +5,11 @@
 MODEL is a GGUF file in F16, BF16 or F32. Each type is made by qrun by each of --methods, plain being without any text;
 and by llama-quantize with the same importance matrix (--peer: the folder with llama.cpp's programs; with llama-imatrix
 there, also with its own). With --mixes come the mixes that `qrun convert --size` chooses for as many bytes as the
-smallest of these files. All are judged by the same tokens: the mean KL divergence from MODEL with its standard error,
-how often both hold the same token to be the likeliest, and the perplexity. The table is Markdown; --plot draws bits a
-weight against KL. With --rows what was measured is kept in a file, a line for each row: a run that was broken off goes
-on there, and other types and methods can be added to the table.
+smallest of these files, of all types or of those named. All are judged by the same tokens: the mean KL divergence from
+MODEL with its standard error, how often both hold the same token to be the likeliest, and the perplexity. The table is
+Markdown; --plot draws bits a weight against KL. `make bench-quantise` makes all of it. With --rows what was measured is
+kept in a file, a line for each row: a run that was broken off goes on there, and other types and methods can be added
+to the table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import IO
 from quantize_table import run
 
 from qrun.cli.against import score_against, write_logits
-from qrun.cli.loading import load_tokenizer, text_chunks
+from qrun.cli.loading import RunOptions, load_tokenizer, text_chunks
 from qrun.formats import GGUFReader
 from qrun.formats.tensors import n_weights
 
@@ -86,17 +87,17 @@ class Bench:
         print(line(row), flush=True)
 
     def _measure(self, group: str, type: str, make: Callable[[Path], None]) -> Row:
+        run_options = RunOptions(self.options.threads)
         if self._logits is None:
             self._logits = open(self.folder / "logits", "w+b")  # noqa: SIM115 - goes with the folder
-            score = write_logits(
-                self.options.model, self.text, self._logits, self.options.threads, "f16", "set TMPDIR to another folder"
-            )
+            more_room = "set TMPDIR to another folder"
+            score = write_logits(self.options.model, self.text, self._logits, run_options, more_room)
             self._keep(Row("source", "", self.options.model.stat().st_size, bits_per_weight(self.options.model), 0.0,
                            0.0, 1.0, score.perplexity.value))  # fmt: skip
         out = self.folder / "made.gguf"
         out.unlink(missing_ok=True)
         make(out)
-        divergence = score_against(out, self.text, self._logits, type, self.options.threads, "f16")
+        divergence = score_against(out, self.text, self._logits, type, run_options)
         kl = divergence.mean_kl
         return Row(group, type, out.stat().st_size, bits_per_weight(out), kl.value, kl.error,
                    divergence.agreement.value, divergence.model.perplexity.value)  # fmt: skip
@@ -169,7 +170,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Bench:
             else:
                 make = partial(convert, options, "--type", type, *common, "--method", method)
             bench.add(f"qrun, {METHODS[method]}", type, make)
-        if options.mixes:
+        if options.mixes is not None and (type in options.mixes or not options.mixes):
             size = min(row.n_bytes for row in bench.rows[before:])
             words = ["--size", size, *common, *(["--candidates", options.candidates] if options.candidates else [])]
             for method in (method for method in options.methods if method != "plain"):
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["plain", "imatrix", "gptq"])
     parser.add_argument("--peer", type=Path)
-    parser.add_argument("--mixes", action="store_true")
+    parser.add_argument("--mixes", nargs="*", metavar="TYPE")
     parser.add_argument("--candidates")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--ctx", type=int, default=512)

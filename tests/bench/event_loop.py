@@ -2,11 +2,15 @@
 
     python tests/bench/event_loop.py model.gguf
     python tests/bench/event_loop.py model.gguf --loop qt --threads 2 --prompt 3000
+    QRUN_KERNELS=kernels python tests/bench/event_loop.py model.gguf --loop window
 
 A loop wakes every two milliseconds, as a window does that is drawn. What lies between two times beyond that is a gap:
 in that time nothing can be clicked. First come the gaps of the same loop while nothing is done, and while other
 processes keep all cores busy: what the machine itself does, which nobody can mend. Beside the worst gap stands how long
 this process computed in it, all of its threads together: where that is much less, others had the cores.
+
+`--loop window` is the sample in examples/desktop_qt, which is asked a question of so many words: what it draws counts,
+too.
 """
 
 from __future__ import annotations
@@ -96,6 +100,46 @@ def gaps_with_qt(work: Work) -> tuple[Any, Gaps]:
 LOOPS = {"asyncio": gaps_with_asyncio, "qt": gaps_with_qt}
 
 
+def measure_window(model: Path, threads: int, words: int, tokens: int) -> Iterator[tuple[str, Gaps]]:
+    """The gaps of the window's loop from its first to its last moment, by what it does."""
+    os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "desktop_qt"))
+    import qrun_desktop
+    from PySide6.QtCore import Qt, QTimer
+
+    def started(window: Any) -> None:
+        window.settings.values.update(temperature=0, max_tokens=tokens, context=2 * words + tokens, threads=threads)
+        window.load(str(model))
+
+        def tick() -> None:
+            phases[-1][1].tick()
+            if len(phases) == 1 and not window._busy:
+                begin(f"reading {words} words")
+                window.line.setPlainText("Words, and some more of them.\n" * (words // 6))
+                window.send()
+            elif len(phases) == 2 and window._busy and window.transcript.answer.text:
+                begin(f"generating {tokens} tokens")
+            elif len(phases) in (2, 3) and not window._busy:
+                failed.append(window.status.toolTip() if window.transcript.answer is None else "")
+                begin("closing")
+                QTimer.singleShot(100, window.close)
+
+        timer = QTimer(window, timerType=Qt.TimerType.PreciseTimer, interval=int(TICK * 1000))
+        timer.timeout.connect(tick)
+        begin("opening, loading")
+        timer.start()
+
+    def begin(name: str) -> None:
+        phases.append((name, Gaps()))
+
+    phases: list[tuple[str, Gaps]] = []
+    failed: list[str] = []
+    status = qrun_desktop.main(["qrun-desktop-bench"], started)
+    yield from phases
+    if status or any(failed):
+        raise SystemExit(f"the window ended with {status}: {failed}")
+
+
 def busy(until: float) -> None:
     """A process that computes and holds nothing that others need."""
     while time.time() < until:
@@ -158,7 +202,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--loop", choices=list(LOOPS), default="asyncio")
+    parser.add_argument("--loop", choices=[*LOOPS, "window"], default="asyncio")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=100)
@@ -170,7 +214,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["QRUN_CACHE"] = cache
         print(f"{args.loop}, {args.threads} threads: {HEAD}")
-        for name, gaps in measure(args.model, args.loop, args.threads, args.prompt, args.tokens, args.seconds):
+        if args.loop == "window":
+            os.environ |= {name: cache for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME")}
+            found = measure_window(args.model, args.threads, args.prompt, args.tokens)
+        else:
+            found = measure(args.model, args.loop, args.threads, args.prompt, args.tokens, args.seconds)
+        for name, gaps in found:
             print(row(name, gaps), flush=True)
 
 

@@ -36,14 +36,16 @@ if __name__ == "__main__":
 """
 # As docs/embedding.md says. OUT is where the app goes, KERNELS the pack.
 PYINSTALLER = ["PyInstaller", "--noconfirm", "--log-level=ERROR", "--distpath=OUT"]
-NOT_COMPILED = "numba,llvmlite,huggingface_hub,prompt_toolkit"
+LEFT_OUT = "numba,llvmlite,huggingface_hub,prompt_toolkit,gguf,PyInstaller"
+AS_BYTECODE = ["qrun", "numpy", "jinja2", "markupsafe", "tokenizers", "sentencepiece", "filelock"]
 COMMANDS = {
     "pyinstaller": [*PYINSTALLER, "app.py"],
     "pyinstaller-file": [*PYINSTALLER, "--onefile", "app.py"],
     "cx_freeze": ["cx_Freeze", "build", "--script=app.py", "--build-exe=OUT/app", "--excludes=numba,llvmlite"],
     "nuitka": [
         "nuitka", "--standalone", "--output-dir=OUT", "--include-data-dir=KERNELS=kernels",
-        "--include-package=qrun.engine,qrun.models,qrun.formats", f"--nofollow-import-to={NOT_COMPILED}", "app.py",
+        "--include-package=qrun.engine,qrun.models,qrun.formats", f"--nofollow-import-to={LEFT_OUT}",
+        *(f"--noinclude-custom-mode={name}:bytecode" for name in AS_BYTECODE), "app.py",
     ],
     "window": [*PYINSTALLER, str(ROOT / "examples" / "desktop_qt" / "qrun_desktop.spec")],
 }  # fmt: skip

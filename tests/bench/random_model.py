@@ -252,6 +252,26 @@ def deepseek2(
     return Description("deepseek2", metadata, tensors)
 
 
+def deepseek32(
+    *, index_heads: int = 8, index_dim: int = 128, chosen: int = 2048, asked: int = 768, **sizes: Any
+) -> Description:
+    """DeepSeek V3.2 made smaller: the same, and an index that chooses what long contexts are attended to."""
+    model = deepseek2(asked=asked, **sizes)
+    width = model.tensors["output_norm.weight"][0]
+    tensors = dict(model.tensors)
+    for i in range(model.metadata["block_count"]):
+        tensors |= prefixed(i, {
+            "indexer.attn_q_b.weight": (index_heads * index_dim, asked), "indexer.attn_k.weight": (index_dim, width),
+            "indexer.k_norm.weight": (index_dim,), "indexer.k_norm.bias": (index_dim,),
+            "indexer.proj.weight": (index_heads, width),
+        })  # fmt: skip
+    metadata = model.metadata | {
+        "attention.indexer.head_count": index_heads, "attention.indexer.key_length": index_dim,
+        "attention.indexer.top_k": chosen, "expert_gating_func": 2,
+    }  # fmt: skip
+    return Description("deepseek32", metadata, tensors)
+
+
 ARCHITECTURES: dict[str, Callable[..., Description]] = {
     "llama": llama,
     "qwen35": qwen35,
@@ -261,6 +281,7 @@ ARCHITECTURES: dict[str, Callable[..., Description]] = {
     "gpt-oss": gpt_oss,
     "gemma4": gemma4,
     "deepseek2": deepseek2,
+    "deepseek32": deepseek32,
 }
 
 

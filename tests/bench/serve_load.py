@@ -204,7 +204,7 @@ async def ready(server: Running, seconds: float = 120) -> None:
                 return
         except (OSError, ValueError, asyncio.IncompleteReadError):
             pass
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)  # each of these takes time from the loading of the model
     raise RuntimeError(f"{server.engine.name} does not answer")
 
 

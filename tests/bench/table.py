@@ -4,12 +4,14 @@
 
 MODEL is a path or a name; --random writes a model of a billion random weights first (see random_model.py), unless it
 is there: a llama in the mix that is named, or as in `nemotron_h:q4_k_m` another one. PEER is what
-`qrun bench --compare` takes. `make bench` runs this.
+`qrun bench --compare` takes. Under the table stand the date, the machine, and how each engine was built, as far as it
+tells. `make bench` runs this.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from dataclasses import asdict
@@ -18,7 +20,9 @@ from typing import Any
 
 import random_model
 
-from qrun.cli.bench_compare import Peer, Task, compare
+from qrun.cli.bench_compare import Peer, Task, compare, engines
+from qrun.engine.native.cpu_count import available_cores
+from qrun.engine.native.machine import cpu_name, memory
 from qrun.models.catalog import resolve
 
 Row = dict[str, Any]
@@ -45,6 +49,14 @@ def markdown(results: list[tuple[Task, list[Row]]]) -> str:
                     cells.append("" if figure is None else f"{figure:.1f} (**{row['ratios'][name]:.2f}x**)")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def caption(results: list[tuple[Task, list[Row]]]) -> str:
+    """When and where it was measured, and what the engines are."""
+    total = memory().total
+    size = f", {total / 1e9:.0f} GB of memory" if total else ""
+    where = f"{cpu_name()}, {available_cores()} cores{size}"
+    return "; ".join([f"{datetime.date.today()}, {where}", *engines([row for _, rows in results for row in rows])])
 
 
 def tasks(models: list[str], depths: list[int], args: argparse.Namespace) -> list[Task]:
@@ -90,7 +102,7 @@ def main(arguments: list[str]) -> None:
         results.append((task, compare(task, [Peer(peer) for peer in args.peer], args.threads)))
     if args.json:
         args.json.write_text(json.dumps([asdict(task) | {"results": rows} for task, rows in results], indent=1))
-    print(markdown(results))
+    print(markdown(results), caption(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer import Tokenizer, merging
 
 DATA = Path(__file__).parent.parent / "data" / "tokenizer"
 NAMES = sorted(path.name.removesuffix(".gguf.xz") for path in DATA.glob("*.gguf.xz"))
@@ -47,6 +47,16 @@ def test_all_vocabularies_are_here() -> None:
 
 
 def test_every_published_text_gives_the_published_ids(name: str, tokenizer: Tokenizer) -> None:
+    for text, ids in published(name):
+        assert tokenizer.encode(text, add_special=False) == ids, text
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_the_first_texts_of_a_process_give_them_too(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are encoded without a library: for as long as this is allowed, here."""
+    monkeypatch.setattr(merging, "FIRST_CHARACTERS", 1 << 30)
+    monkeypatch.setattr(merging.StagedEncoder, "__call__", lambda self, text: self._first(text))
+    tokenizer = Tokenizer.load(folder / f"{name}.gguf")
     for text, ids in published(name):
         assert tokenizer.encode(text, add_special=False) == ids, text
 

@@ -275,7 +275,11 @@ PUBLISHED_CONFIG: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {"n_ctx": 64},
     "PhiMoEForCausalLM": {"original_max_position_embeddings": 64},
 }
-READ_PLAINLY = ("GPTNeoXForCausalLM",)  # the converter does not know what Transformers makes of its config.json
+# The converter does not know what Transformers makes of their config.json.
+READ_PLAINLY = (
+    "GPTNeoXForCausalLM", "HrmTextForCausalLM", "Cohere2MoeForCausalLM", "PaddleOCRVLForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+)
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
 # Published by their makers
@@ -400,6 +404,290 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
             "self_attn.query_layernorm.weight": [8], "self_attn.key_layernorm.weight": [8],
             "mlp.shared_mlp.gate_proj.weight": [48, 32], "mlp.shared_mlp.up_proj.weight": [48, 32],
             "mlp.shared_mlp.down_proj.weight": [32, 48]}, OUTER)),
+}  # fmt: skip
+
+
+# Kimi delta attention in one layer, latent attention in the other.
+
+DELTA_NAMES = {
+    **{f"{n}_proj.weight": [32, 32] for n in "qkv"}, **{f"{n}_conv1d.weight": [32, 1, 4] for n in "qkv"},
+    "b_proj.weight": [4, 32], "o_norm.weight": [8], "o_proj.weight": [32, 32], "dt_bias": [32], "A_log": [1, 1, 4, 1],
+}
+GATES = {"f_a_proj.weight": [8, 32], "f_b_proj.weight": [32, 8], "g_a_proj.weight": [8, 32], "g_b_proj.weight": [32, 8]}
+LATENT_NAMES = {
+    "q_a_proj.weight": [24, 32], "q_a_layernorm.weight": [24], "q_b_proj.weight": [48, 24],
+    "kv_a_proj_with_mqa.weight": [20, 32], "kv_a_layernorm.weight": [16], "kv_b_proj.weight": [80, 16],
+    "o_proj.weight": [32, 48],
+}  # fmt: skip
+SPARSE_MOE = {f"block_sparse_moe.experts.{e}.{n}.weight": [24, 32] for e in range(4) for n in ("w1", "w3")} | {
+    f"block_sparse_moe.experts.{e}.w2.weight": [32, 24] for e in range(4)} | {
+    "block_sparse_moe.gate.weight": [4, 32], "block_sparse_moe.gate.e_score_correction_bias": [4],
+    "block_sparse_moe.shared_experts.gate_proj.weight": [24, 32],
+    "block_sparse_moe.shared_experts.up_proj.weight": [24, 32],
+    "block_sparse_moe.shared_experts.down_proj.weight": [32, 24]}  # fmt: skip
+
+
+def within(block: str, names: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"{block}.{name}": shape for name, shape in names.items()}
+
+
+def in_layers(prefix: str, *layers: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {f"{prefix}.{n}.{name}": shape for n, layer in enumerate(layers) for name, shape in layer.items()}
+
+
+KIMI = USUAL | {
+    "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 24,
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid", "num_expert_group": 1, "topk_group": 1, "kv_lora_rank": 16,
+    "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "mla_use_nope": True,
+    "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 8, "num_heads": 4,
+                           "short_conv_kernel_size": 4}, "model_max_length": 128, "model_type": "kimi_linear",
+}  # fmt: skip
+RESIDUALS = {f"{n}_res_{k}.weight": [32] if k == "norm" else [1, 32]
+             for n in ("self_attention", "mlp") for k in ("norm", "proj")}  # fmt: skip
+NARROW_MOE = {name: [16 if size == 32 and "experts." in name and "shared" not in name else size for size in shape]
+              for name, shape in SPARSE_MOE.items()} | {
+    "block_sparse_moe.routed_expert_down_proj.weight": [16, 32],
+    "block_sparse_moe.routed_expert_up_proj.weight": [32, 16], "block_sparse_moe.routed_expert_norm.weight": [16]}
+STREAMS = {f"hc_{n}_{k}": shape for n in ("attn", "ffn")
+           for k, shape in (("fn", [8, 64]), ("base", [8]), ("scale", [3]))}  # fmt: skip
+POOLED_INDEXER = {
+    "indexer.wq_b.weight": [16, 24], "indexer.wk.weight": [8, 32], "indexer.weights_proj.weight": [2, 32],
+    "indexer.k_norm.weight": [8], "indexer.k_norm.bias": [8], "indexer.index_kpool_compress_ape": [4, 8],
+    "indexer.index_kpool_compress_gate": [8, 8],
+}  # fmt: skip
+STREAM_LATENT = {name: [16 if size == 20 else 32 if size == 48 and "q_b" in name else size for size in shape]
+                 for name, shape in LATENT_NAMES.items()}  # fmt: skip
+BAILING = {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}
+PUBLISHED |= {
+    "KimiLinearForCausalLM": (KIMI, OUTER | in_layers(
+        "model.layers", {**NORMS, **within("self_attn", DELTA_NAMES | GATES), **FORWARD},
+        {**NORMS, **within("self_attn", {"q_proj.weight": [48, 32]} | {
+            n: s for n, s in LATENT_NAMES.items() if not n.startswith("q_")}), **SPARSE_MOE})),
+    "KimiK3ForConditionalGeneration": ({"text_config": KIMI | {
+        "q_lora_rank": 24, "hidden_act": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 12, "routed_expert_hidden_size": 16, "linear_attn_config": KIMI[
+            "linear_attn_config"] | {"gate_lower_bound": -5.0}}, "model_type": "kimi_k3"},
+        {f"language_model.{n}": s for n, s in (OUTER | {
+            "model.output_attn_res_norm.weight": [32], "model.output_attn_res_proj.weight": [1, 32]} | in_layers(
+            "model.layers", {**NORMS, **RESIDUALS, **within("self_attn", DELTA_NAMES | {
+                "A_log": [4], "f_a_proj.weight": [8, 32], "f_b_proj.weight": [32, 8], "g_proj.weight": [32, 32]}),
+                             **FORWARD},
+            {**NORMS, **RESIDUALS, **within("self_attn", LATENT_NAMES | {"g_proj.weight": [48, 32]}),
+             **NARROW_MOE})).items()} | {"vision_tower.patch_embed.weight": [2], "mm_projector.weight": [2]}),
+    "Glm5NextForConditionalGeneration": ({"text_config": USUAL | ROUTED | {
+        "num_key_value_heads": 4, "layer_types": ["linear_attention", "indexed_attention"], "mla_use_nope": True,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 0, "v_head_dim": 12,
+        "linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0},
+        "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16, "index_kpool": 4, "mhc": True, "hc_mult": 2,
+        "index_kpool_always_select_tail": True, "indexer_types": ["full", "full"], "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6, "norm_topk_prob": True, "swiglu_limit": 10.0, "scoring_func": "sigmoid",
+        "num_nextn_predict_layers": 1, "model_type": "glm5_next_text"}, "model_type": "glm5_next"},
+        {n.replace("model.", "model.language_model."): s for n, s in (OUTER | in_layers(
+            "model.layers", {**NORMS, **STREAMS, **within("self_attn", DELTA_NAMES | GATES | {"A_log": [4]}),
+                             **FORWARD},
+            {**NORMS, **STREAMS, **within("self_attn", STREAM_LATENT | POOLED_INDEXER), **EXPERTS, **SHARED,
+             "mlp.gate.e_score_correction_bias": [4]},
+            {**NORMS, **STREAMS, **within("self_attn", STREAM_LATENT | POOLED_INDEXER), **EXPERTS, **SHARED,
+             "mlp.gate.e_score_correction_bias": [4], "eh_proj.weight": [32, 64], "enorm.weight": [32],
+             "hnorm.weight": [32], "shared_head.norm.weight": [32]})).items()} | {
+            "model.visual.patch_embed.proj.weight": [2]}),
+    "BailingMoeV3ForCausalLM": (USUAL | MIXTURE | {
+        "num_key_value_heads": 4, "head_dim": 8, "layer_group_size": 2, "no_kda_lora": True, "kda_safe_gate": True,
+        "kda_lower_bound": -5.0, "gated_attention_proj_granularity_type": "head_wise", "short_conv_kernel_size": 4,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12,
+        "moe_shared_expert_intermediate_size": 24, "num_shared_experts": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True, "n_group": 2, "topk_group": 1,
+        "score_function": "sigmoid", "expert_swiglu_limit_list": [None, 7.0], "share_expert_swiglu_limit_list": [
+            None, 5.0], "num_nextn_predict_layers": 0, "model_type": "bailing_moe_v3"}, BAILING | in_layers(
+            "model.layers", {**NORMS, **within("attention", {
+                n.replace("o_proj", "dense"): s for n, s in DELTA_NAMES.items()} | {
+                    "f_proj.weight": [32, 32], "g_proj.weight": [32, 32], "A_log": [4]}), **FORWARD},
+            {**NORMS, **within("attention", {n.replace("o_proj", "dense"): s for n, s in LATENT_NAMES.items()} | {
+                "g_proj.weight": [4, 32]}), **EXPERTS, **SHARED, "mlp.gate.expert_bias": [4]})),
+}  # fmt: skip
+
+PLAMO_HEADS = {"vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+               "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}  # fmt: skip
+PLAMO_NORMS = {"pre_mixer_norm.weight": [32], "post_mixer_norm.weight": [32], "pre_mlp_norm.weight": [32],
+               "post_mlp_norm.weight": [32], "mlp.gate_up_proj.weight": [96, 32],
+               "mlp.down_proj.weight": [32, 48]}  # fmt: skip
+INNER_MOE = {f"block_sparse_moe.experts.{e}.{n}.weight": [24, 32] for e in range(4) for n in ("up", "gate")} | {
+    f"block_sparse_moe.experts.{e}.down.weight": [32, 24] for e in range(4)}  # fmt: skip
+PUBLISHED |= {
+    "MaincoderForCausalLM": (USUAL | {"head_dim": 8}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_norm.weight": [8], "self_attn.k_norm.weight": [8]}, OUTER)),
+    "NanbeigeForCausalLM": (USUAL | {"num_loops": 2, "skip_loop_final_norm": True}, named(
+        "model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER)),
+    "PanguEmbeddedForCausalLM": (USUAL, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_proj.bias": [32], "self_attn.k_proj.bias": [16],
+        "self_attn.v_proj.bias": [16], "self_attn.o_proj.bias": [32]}, OUTER)),
+    "PLMForCausalLM": (USUAL | {
+        "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 12, "hidden_act": "relu2", "model_type": "plm"}, named("model.layers", 2, {
+            **NORMS, "self_attn.q_proj.weight": [48, 32], "self_attn.kv_a_proj_with_mqa.weight": [20, 32],
+            "self_attn.kv_a_layernorm.weight": [16], "self_attn.kv_b_proj.weight": [80, 16],
+            "self_attn.o_proj.weight": [32, 48], "mlp.up_proj.weight": [48, 32], "mlp.down_proj.weight": [32, 48],
+        }, OUTER)),
+    "SmallThinkerForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+        "rope_theta": 1500000, "moe_num_primary_experts": 4, "moe_num_active_primary_experts": 2,
+        "moe_ffn_hidden_size": 24, "moe_primary_router_apply_softmax": False, "sliding_window_layout": [0, 1],
+        "sliding_window_size": 16, "rope_layout": [0, 1], "tie_word_embeddings": False,
+        "model_type": "smallthinker"}, named("model.layers", 2, {
+            **NORMS, **QKVO, **INNER_MOE, "block_sparse_moe.primary_router.weight": [4, 32]}, OUTER)),
+    "Spark2_5ForCausalLM": (USUAL | {
+        "head_dim": 8, "hidden_act": "gelu", "layer_types": KINDS, "sliding_window": 16,
+        "gate_attn_act_mode": "sigmoid", "headwise_attn_output_gate": True, "rope_theta": None, "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}},
+        named("model.layers", 2, {
+            **NORMS, **FORWARD, "self_attn.q_k_v_proj.weight": [64, 32], "self_attn.o_proj.weight": [32, 32],
+            "self_attn.g_proj.weight": [4, 32]}, OUTER)),
+    "MapleForCausalLM": (USUAL | MIXTURE | {
+        "head_dim": 8, "num_shared_experts": 0, "norm_topk_prob": True, "nope_on_global_attention": True,
+        "sliding_window": 16, "layer_types": KINDS, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, named("model.layers", 2, {
+                **NORMS, **QKVO, **EXPERTS, "self_attn.q_norm.weight": [8], "self_attn.k_norm.weight": [8]}, OUTER)),
+    "CodeShellForCausalLM": ({
+        "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "num_query_groups": 2, "n_positions": 128,
+        "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh",
+        "position_embedding_type": "rope", "group_query_attention": True, "tie_word_embeddings": False,
+        "model_type": "codeshell"}, named("transformer.h", 2, {
+            **normed("ln_1"), **normed("ln_2"), "attn.c_attn.weight": [64, 32], "attn.c_attn.bias": [64],
+            "attn.c_proj.weight": [32, 32], "attn.c_proj.bias": [32], "mlp.c_fc.weight": [128, 32],
+            "mlp.c_fc.bias": [128], "mlp.c_proj.weight": [32, 128], "mlp.c_proj.bias": [32]}, {
+            "transformer.wte.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32], **normed("transformer.ln_f")})),
+    "CogVLMForCausalLM": (USUAL | {"num_key_value_heads": None, "num_multi_query_heads": 4}, named("model.layers", 2, {
+        **NORMS, **{f"self_attn.{n}_expert_query_key_value.weight": [96, 32] for n in ("language", "vision")},
+        **{f"self_attn.{n}_expert_dense.weight": [32, 32] for n in ("language", "vision")},
+        **{f"mlp.{n}_mlp.{m}_proj.weight": s for n in ("language", "vision") for m, s in (
+            ("gate", [48, 32]), ("up", [48, 32]), ("down", [32, 48]))}}, OUTER | {
+        "model.vision.boi": [2], "model.vision.patch_embedding.cls_embedding": [2]})),
+    "OpenELMForCausalLM": ({
+        "vocab_size": N_VOCAB, "model_dim": 32, "num_transformer_layers": 2, "head_dim": 8, "num_kv_heads": [1, 2],
+        "num_query_heads": [2, 4], "ffn_multipliers": [0.5, 1.5], "ffn_dim_divisor": 16, "max_context_length": 128,
+        "rope_freq_constant": 10000, "share_input_output_layers": True, "ffn_with_glu": True,
+        "normalize_qk_projections": True, "model_type": "openelm"}, {
+            "transformer.token_embeddings.weight": [N_VOCAB, 32], "transformer.norm.weight": [32],
+            **{f"transformer.layers.{n}.{name}": shape for n, (heads, kv, ff) in enumerate(((2, 1, 16), (4, 2, 48)))
+               for name, shape in {
+                   "attn_norm.weight": [32], "ffn_norm.weight": [32], "attn.q_norm.weight": [8],
+                   "attn.k_norm.weight": [8], "attn.qkv_proj.weight": [8 * (heads + 2 * kv), 32],
+                   "attn.out_proj.weight": [32, 8 * heads], "ffn.proj_1.weight": [2 * ff, 32],
+                   "ffn.proj_2.weight": [32, ff]}.items()}}),
+    "HrmTextForCausalLM": (USUAL | {
+        "num_key_value_heads": 4, "head_dim": 8, "num_hidden_layers": 1, "num_layers_per_stack": 1, "H_cycles": 2,
+        "L_cycles": 3, "embedding_scale": 5.6, "prefix_lm": False, "model_type": "hrm_text"}, {
+            "model.embed_tokens.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32], "model.z_L_init": [32],
+            **{f"model.{stack}_module.layers.0.{name}": shape for stack in "LH" for name, shape in {
+                "attn.gqkv_proj.weight": [128, 32], "attn.o_proj.weight": [32, 32], "mlp.gate_up_proj.weight": [96, 32],
+                "mlp.down_proj.weight": [32, 48]}.items()}}),
+    "GroveMoeForCausalLM": (USUAL | MIXTURE | {"head_dim": 16, "num_experts": 4, "norm_topk_prob": True}, named(
+        "model.layers", 2, {
+            **NORMS, **EXPERTS, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+            "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64], "self_attn.q_norm.weight": [16],
+            "self_attn.k_norm.weight": [16], "mlp.expert_bias": [4],
+            **{f"mlp.chunk_experts.{e}.{n}_proj.weight": [16, 32] for e in range(2) for n in ("gate", "up")},
+            **{f"mlp.chunk_experts.{e}.down_proj.weight": [32, 16] for e in range(2)}}, OUTER)),
+    "Plamo2ForCausalLM": (PLAMO_HEADS | {
+        "hidden_size_per_head": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_num_heads": 4, "mamba_step": 2,
+        "mamba_enabled": True, "model_type": "plamo2"}, OUTER | in_layers("model.layers.layers", {
+            **PLAMO_NORMS, "mixer.in_proj.weight": [64, 32], "mixer.conv1d.weight": [32, 1, 4],
+            "mixer.bcdt_proj.weight": [80, 32], "mixer.dt_proj.weight": [4, 64], "mixer.dt_bias": [4],
+            "mixer.A_log": [4], "mixer.D": [4], "mixer.dt_norm_weight": [64], "mixer.B_norm_weight": [8],
+            "mixer.C_norm_weight": [8], "mixer.out_proj.weight": [32, 32]}, {
+            **PLAMO_NORMS, "mixer.qkv_proj.weight": [64, 32], "mixer.o_proj.weight": [32, 32],
+            "mixer.q_weight": [4, 8], "mixer.k_weight": [2, 8]})),
+    "Plamo3ForCausalLM": (PLAMO_HEADS | {
+        "head_dim": 8, "window_size": 16, "sliding_window_pattern": 2, "model_type": "plamo3"}, OUTER | named(
+            "model.layers.layers", 2, {
+                **PLAMO_NORMS, "mixer.qkv_proj.weight": [64, 32], "mixer.o_proj.weight": [32, 32],
+                "mixer.q_norm.weight": [8], "mixer.k_norm.weight": [8]}, {})),
+    "GPTRefactForCausalLM": ({
+        "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": None,
+        "layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "multi_query": True,
+        "tie_word_embeddings": False, "model_type": "gpt_refact"}, named("transformer.h", 2, {
+            "ln_1.weight": [32], "ln_2.weight": [32], "attn.q.weight": [32, 32], "attn.kv.weight": [16, 32],
+            "attn.c_proj.weight": [32, 32], "mlp.gate_up_proj.weight": [512, 32], "mlp.c_proj.weight": [32, 256]}, {
+            "transformer.wte.weight": [N_VOCAB, 32], "transformer.ln_f.weight": [32],
+            "lm_head.weight": [N_VOCAB, 32]})),
+    "ArcticForCausalLM": (USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48,
+                                   "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}, named("model.layers", 2, {
+        **NORMS, **QKVO, "residual_layernorm.weight": [32], "residual_mlp.w1.weight": [32, 32],
+        "residual_mlp.w3.weight": [32, 32], "residual_mlp.w2.weight": [32, 32],
+        **{n: [48 if size == 24 else size for size in shape] for n, shape in SPARSE_MOE.items()
+           if "shared" not in n and "bias" not in n}}, OUTER)),
+    "LLaDAModelLM": ({
+        "vocab_size": N_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 48,
+        "max_sequence_length": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "mask_token_id": 3,
+        "weight_tying": False, "activation_type": "silu", "block_type": "llama", "model_type": "llada"}, {
+            "model.transformer.wte.weight": [N_VOCAB, 32], "model.transformer.ln_f.weight": [32],
+            "model.transformer.ff_out.weight": [N_VOCAB, 32], **{
+                f"model.transformer.blocks.{n}.{name}": shape for n in range(2) for name, shape in {
+                    "attn_norm.weight": [32], "ff_norm.weight": [32], "q_proj.weight": [32, 32],
+                    "k_proj.weight": [16, 32], "v_proj.weight": [16, 32], "attn_out.weight": [32, 32],
+                    "ff_proj.weight": [48, 32], "up_proj.weight": [48, 32], "ff_out.weight": [32, 48]}.items()}}),
+    "LLaDAMoEModelLM": (USUAL | {
+        "num_experts": 4, "num_experts_per_tok": 2, "expert_intermediate_size": 24, "norm_topk_prob": None,
+        "qk_layernorm": True, "model_type": "llada_moe"}, named("model.layers", 2, {
+            **NORMS, **QKVO, **EXPERTS, "self_attn.q_norm.weight": [8], "self_attn.k_norm.weight": [8]}, OUTER)),
+    "Cohere2MoeForCausalLM": (USUAL | {
+        "head_dim": 8, "layer_norm_eps": 1e-5, "rms_norm_eps": None, "layer_types": KINDS, "sliding_window": 16,
+        "logit_scale": 0.25, "intermediate_size": 24, "prefix_dense_intermediate_size": 48, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_shared_experts": 1, "first_k_dense_replace": 0, "norm_topk_prob": True,
+        "shared_expert_combination_strategy": "average", "expert_selection_fn": "sigmoid",
+        "num_nextn_predict_layers": 0, "model_type": "cohere2_moe"}, named("model.layers", 2, {
+            "input_layernorm.weight": [32], **QKVO, **EXPERTS, **SHARED}, OUTER)),
+    "MiniMaxM3SparseForCausalLM": (USUAL | {
+        "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
+        "dense_intermediate_size": 48, "n_shared_experts": 1, "routed_scaling_factor": 2.0, "scoring_func": "sigmoid",
+        "moe_layer_freq": [0, 1], "sparse_attention_config": {
+            "sparse_num_index_heads": 2, "sparse_index_dim": 8, "sparse_topk_blocks": 4, "sparse_block_size": 8,
+            "sparse_local_block": 1}, "hidden_act": "swigluoai", "model_type": "minimax_m3"}, OUTER | in_layers(
+            "model.layers", *({
+                **NORMS, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+                "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
+                "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16], **more} for more in (FORWARD, {
+                    "self_attn.index_q_proj.weight": [16, 32], "self_attn.index_k_proj.weight": [8, 32],
+                    "self_attn.index_q_norm.weight": [8], "self_attn.index_k_norm.weight": [8],
+                    **{n.replace("gate.e_score", "e_score"): s for n, s in SPARSE_MOE.items()}})))),
+    "JanusForConditionalGeneration": ({"text_config": USUAL, "model_type": "janus"}, {
+        n.replace("model.", "model.language_model."): s for n, s in named(
+            "model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()} | {
+        "model.vision_model.embeddings.patch_embedding.weight": [2], "model.aligner.fc1.weight": [2],
+        "model.vqmodel.encoder.conv_in.weight": [2], "model.generation_embeddings.weight": [2],
+        "model.generation_aligner.fc1.weight": [2], "model.generation_head.proj_out.weight": [2]}),
+    "PaddleOCRVLForConditionalGeneration": (USUAL | {
+        "head_dim": 16, "rope_theta": 500000.0, "rope_scaling": {
+            "type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}, "use_bias": False,
+        "vision_config": VISION, "model_type": "paddleocr_vl"}, named("model.layers", 2, {
+            **NORMS, **FORWARD, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+            "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64]}, OUTER | {
+            "visual.vision_model.embeddings.patch_embedding.weight": [2], "mlp_AR.linear_1.weight": [2]})),
+    "HunYuanVLForConditionalGeneration": (USUAL | {
+        "head_dim": 16, "use_qk_norm": True, "attention_bias": False, "rope_scaling": {
+            "type": "xdrope", "rope_type": "xdrope", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0,
+            "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0, "xdrope_section": [2, 2, 2, 2]},
+        "vision_config": VISION, "model_type": "hunyuan_vl"}, named("model.layers", 2, {
+            **NORMS, **FORWARD, "self_attn.q_proj.weight": [64, 32], "self_attn.k_proj.weight": [32, 32],
+            "self_attn.v_proj.weight": [32, 32], "self_attn.o_proj.weight": [32, 64],
+            "self_attn.query_layernorm.weight": [16], "self_attn.key_layernorm.weight": [16]}, OUTER | {
+            "vit.embeddings.patch_embedding.weight": [2], "vit.perceive.proj.0.weight": [2]})),
+    "DeepseekOCRForCausalLM": ({"language_config": DENSE | ROUTED | {
+        "num_key_value_heads": 4, "kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": 0, "v_head_dim": 0, "use_mla": False, "topk_method": "greedy", "lm_head": True,
+        "routed_scaling_factor": None, "n_shared_experts": 2}, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "model_type": "deepseek_vl_v2"}, {
+        **named("model.layers", 2, {**NORMS, **QKVO, "self_attn.k_proj.weight": [32, 32],
+                                    "self_attn.v_proj.weight": [32, 32]}, OUTER),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": [48 if size == 24 and "shared" in n else size for size in s]
+           for n, s in (EXPERTS | SHARED).items()},
+        "model.sam_model.patch_embed.proj.weight": [2], "model.vision_model.embeddings.class_embedding": [2],
+        "model.projector.layers.weight": [2], "model.image_newline": [2], "model.view_seperator": [2]}),
 }  # fmt: skip
 
 

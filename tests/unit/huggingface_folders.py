@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,10 @@ def stored(folder: Path, name: str) -> np.ndarray:
     values = (found.array().astype(np.uint32) << 16).view(np.float32) if found.dtype == "BF16" else found.array()
     source.close()
     return np.array(values, np.float32)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in JSON where a value stands: what it is in, and its key or index."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)

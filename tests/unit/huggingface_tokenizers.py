@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qrun.formats import GGUFReader
+from qrun.engine.text.tokenizer import Tokenizer
+from qrun.formats import GGUFReader, GGUFWriter
+from qrun.models.huggingface.entries import Entries
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")  # fmt: skip
@@ -82,3 +84,11 @@ def write_merging(path: Path, reader: GGUFReader) -> None:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
     path.write_text(json.dumps({"added_tokens": added, "normalizer": normalizer, "model": model}))
+
+
+def tokenizer_of(entries: Entries, path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file with these entries."""
+    with GGUFWriter(path) as writer:
+        for key, value in entries.values.items():
+            writer.set_metadata(key, value, *entries.types[key])
+    return Tokenizer.load(path)

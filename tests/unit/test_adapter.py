@@ -11,8 +11,9 @@ import click
 import numpy as np
 import pytest
 from adapter_files import matrices, merged_model, random_pair, read_pairs, write_adapter
+from command_line import run
 
-from qrun.cli import loading, main
+from qrun.cli import loading
 from qrun.cli.main import cli
 from qrun.cli.options import LoraFile
 from qrun.engine import Model
@@ -377,12 +378,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QRUN_HOME", str(tmp_path / "home"))
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
 def test_every_command_that_runs_a_model_takes_adapters() -> None:
     for name in ("chat", "run", "bench", "perplexity", "imatrix", "warmup", "info"):
         command = cli.get_command(click.Context(cli), name)
@@ -414,11 +409,11 @@ def test_files_and_scales(tmp_path: Path) -> None:
 
 def test_bench_and_warmup_with_an_adapter(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("-p", 4, "-n", 2, "-r", 1, "--no-bandwidth", "--json", "--lora", f"{adapter}=0.5")
-    status, out, _ = run(capsys, "bench", LLAMA, *options)
+    status, out, _ = run("bench", LLAMA, *options, capsys=capsys)
     assert status == 0 and set(json.loads(out)) >= {"pp4", "tg2"}
-    assert run(capsys, "bench", LLAMA, "--compare", "{model} x", "--lora", adapter)[0] == 2
-    assert run(capsys, "warmup", "--lora", adapter)[0] == 2
-    status, out, _ = run(capsys, "warmup", LLAMA, "--lora", adapter)
+    assert run("bench", LLAMA, "--compare", "{model} x", "--lora", adapter, capsys=capsys)[0] == 2
+    assert run("warmup", "--lora", adapter, capsys=capsys)[0] == 2
+    status, out, _ = run("warmup", LLAMA, "--lora", adapter, capsys=capsys)
     assert status == 0 and "kernels compiled" in out
 
 
@@ -430,7 +425,7 @@ def test_perplexity_with_an_adapter_is_that_of_the_merged_model(
     scores = []
     for path, loras in ((LLAMA, [Lora(adapter, 0.5)]), (merged, []), (LLAMA, [])):
         score = Score()
-        with loading.open_runtime(path, threads=1, context=48, cache_type="f16", loras=loras) as runtime:
+        with loading.open_runtime(path, loading.RunOptions(1, loras=loras), 48) as runtime:
             for rows, targets in scored_logits(runtime, tokens, None):
                 score.add(rows, targets)
         scores.append(score.perplexity.value)
@@ -447,7 +442,7 @@ def test_importance_with_an_adapter_is_that_of_the_merged_model(
     merged = merged_model(path, tmp_path / "merged.gguf", [(lora.path, 0.5)])
     found = []
     for model, loras in ((path, [lora]), (merged, [])):
-        with loading.open_runtime(model, threads=2, context=32, observe=True, loras=loras) as runtime:
+        with loading.open_runtime(model, loading.RunOptions(2, loras=loras), 32, observe=True) as runtime:
             runtime.evaluate(runtime.sequence(), np.arange(32) * 37 % 128, "all")
             found.append({name: each.sums.copy() for each in runtime.observations for name in each.names})
     assert found[0].keys() == found[1].keys()
@@ -461,20 +456,20 @@ def test_info_tells_what_an_adapter_changes(
     names = {f"blk.{i}.{kind}.weight": (64, 64) for i in range(2) for kind in ("attn_q", "attn_v")}
     pairs = {name: random_pair(rng, name, shape, 8) for name, shape in names.items()}
     path = write_adapter(tmp_path / "a.gguf", pairs, alpha=24.0, extra={"blk.0.attn_norm.weight": np.ones(64)})
-    status, out, _ = run(capsys, "info", path)
+    status, out, _ = run("info", path, capsys=capsys)
     assert status == 0
     assert "LoRA adapter    4 matrices, rank 8, alpha 24\n" in out
     assert "it changes      attn_q, attn_v\n" in out
     assert "the norms in the adapter (1) are left out" in out
-    facts = json.loads(run(capsys, "info", path, "--json")[1])
+    facts = json.loads(run("info", path, "--json", capsys=capsys)[1])
     assert facts["adapter"]["ranks"] == [8] and facts["adapter"]["alpha"] == 24
     assert "memory" not in facts
 
-    before = json.loads(run(capsys, "info", LLAMA, "--json")[1])["memory"]["needed"]["f16"]
-    after = json.loads(run(capsys, "info", LLAMA, "--lora", path, "--json")[1])["memory"]["needed"]["f16"]
+    before = json.loads(run("info", LLAMA, "--json", capsys=capsys)[1])["memory"]["needed"]["f16"]
+    after = json.loads(run("info", LLAMA, "--lora", path, "--json", capsys=capsys)[1])["memory"]["needed"]["f16"]
     assert after["file"] - before["file"] == path.stat().st_size
     broken = write_adapter(tmp_path / "b.gguf", {})
-    status, out, error = run(capsys, "info", broken)
+    status, out, error = run("info", broken, capsys=capsys)
     assert status == 1 and "architecture    llama" in out and "the adapter changes nothing" in error
 
 
@@ -486,9 +481,9 @@ def test_a_wrong_adapter_is_one_line(adapter: Path, capsys: pytest.CaptureFixtur
         ("info", LLAMA, "--lora", LLAMA),
         ("warmup", LLAMA, "--lora", LLAMA),
     ):
-        status, _, error = run(capsys, *arguments)
+        status, _, error = run(*arguments, capsys=capsys)
         assert (status, error) == (1, f"qrun: {LLAMA}: this is not an adapter: its general.type is not 'adapter'\n")
-    status, _, error = run(capsys, "run", adapter, "x")
+    status, _, error = run("run", adapter, "x", capsys=capsys)
     assert (status, error) == (
         1, f"qrun: {adapter}: this is an adapter, not a model: name it after --lora, beside its model\n"
     )  # fmt: skip
@@ -501,6 +496,6 @@ def test_the_command_says_what_is_left_out(
     pairs = {name: random_pair(rng, name, (64, 64), 4)}
     path = write_adapter(tmp_path / "a.gguf", pairs, extra={"blk.0.attn_norm.weight": np.ones(64)})
     notice = f"qrun: {path}: the norms in the adapter (1) are left out\n"
-    assert notice in run(capsys, "bench", LLAMA, "-p", 2, "-n", 0, "-r", 1, "--lora", path)[2]
+    assert notice in run("bench", LLAMA, "-p", 2, "-n", 0, "-r", 1, "--lora", path, capsys=capsys)[2]
     with loading.load_model(str(LLAMA), {"loras": [Lora(path)]}):
         assert notice in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`qrun bench --compare`, with small programs in the places of other engines, and the speed of memory."""
 
+import datetime
+import importlib
 import json
 import re
 import sys
@@ -14,6 +16,7 @@ from qrun.cli import bench, bench_compare
 from qrun.cli.main import cli, main
 from qrun.cli.peer_bench import switched_on
 from qrun.engine.native.bandwidth import read_bandwidth
+from qrun.engine.native.machine import cpu_name
 from qrun.engine.program.needs import bytes_per_token
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
@@ -87,6 +90,25 @@ def test_a_peer_tells_what_its_library_was_built_for() -> None:
     assert (peer.name, peer.uses) == ("other", ["AVX2", "FMA"])
     info = "AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | CPU : SSE3 = 1 | AVX2 = 1 | n_threads = 1 | FP16_VA = 10 |"
     assert switched_on(info) == ["AVX", "AVX2", "SSE3"]
+
+
+def test_a_llama_bench_tells_which_build_it_is() -> None:
+    told = [{"n_prompt": 4, "n_gen": 0, "avg_ts": 1.5, "build_number": 9, "build_commit": "abc"}]
+    peer = bench_compare.Peer("other={model}")
+    peer._words = [sys.executable, "-c", "import sys; print(sys.argv[1])", json.dumps(told)]
+    assert peer.run(TASK, 1) == {"pp4": 1.5}
+    rows = [{"uses": {"qrun": "avx2"}, "builds": {"other": peer.build}}]
+    assert bench_compare.engines(rows) == ["other is b9 (abc)", "qrun uses avx2"]
+
+
+def test_the_table_says_when_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    bench_table = importlib.import_module("table")
+    row = {"threads": 1, "metric": "pp4", "qrun": 9.0, "peers": {"a": 3.0}, "ratios": {"a": 3.0}, "uses": {"a": "AVX"}}
+    rows = [row]
+    text = bench_table.caption([(TASK, rows)])
+    assert text.startswith(f"{datetime.date.today()}, {cpu_name()}, ") and text.endswith("; a uses AVX")
+    assert "9.0 | 3.0 (**3.00x**)" in bench_table.markdown([(TASK, rows)])
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -14,9 +14,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import run
 
-from qrun.cli import docs, loading, main
-from qrun.cli.console import READER_LEFT, echo
+from qrun.cli import docs, loading
+from qrun.cli.console import READER_LEFT, echo, notice
 from qrun.cli.main import COMMANDS, cli
 from qrun.cli.options import LoraFile, Size
 from qrun.engine.sampling.options import SamplingOptions
@@ -35,12 +36,6 @@ def command_of(name: str) -> click.Command:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     return command
-
-
-def run_main(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main.main(arguments)
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 # Help
@@ -170,7 +165,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
     ],
 )
 def test_wrong_options(arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found, out, err = run_main(*arguments, capsys=capsys)
+    found, out, err = run(*arguments, capsys=capsys)
     assert (found, out) == (status, "")
     assert message in err
     assert "Traceback" not in err
@@ -229,7 +224,7 @@ def test_bad_files_are_one_line(
     arguments = [part.format("bad.gguf") for part in command]
     if len(arguments) == 1:
         arguments.append("bad.gguf")
-    status, out, err = run_main(*arguments, capsys=capsys)
+    status, out, err = run(*arguments, capsys=capsys)
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert len(err.splitlines()) == 1
@@ -237,12 +232,12 @@ def test_bad_files_are_one_line(
 
 @pytest.mark.parametrize("command", [["info"], ["chat"], ["convert", "--type", "q8_0"]], ids=lambda words: words[0])
 def test_a_folder_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, _, err = run_main(*command, str(tmp_path), capsys=capsys)
+    status, _, err = run(*command, str(tmp_path), capsys=capsys)
     assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
 
 
 def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, err = run_main("info", "gemma-3-270m", capsys=capsys)
+    status, _, err = run("info", "gemma-3-270m", capsys=capsys)
     assert (status, err) == (1, "qrun: gemma-3-270m: not pulled yet; fetch it with: qrun pull gemma-3-270m\n")
 
 
@@ -253,7 +248,7 @@ def fail_with(
         raise error
 
     monkeypatch.setattr(loading, "load_model", fail)
-    status, _, err = run_main("run", "m.gguf", "x", capsys=capsys)
+    status, _, err = run("run", "m.gguf", "x", capsys=capsys)
     return status, err
 
 
@@ -357,7 +352,7 @@ def test_control_characters_go_where_no_terminal_is(
 
 def test_wrong_usage_is_filtered_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    status, _, err = run_main("run", "m.gguf", "x", "\x07\x9b2J", capsys=capsys)
+    status, _, err = run("run", "m.gguf", "x", "\x07\x9b2J", capsys=capsys)
     assert status == 2 and "argument (2J)" in err
 
 
@@ -379,6 +374,11 @@ def test_ctrl_c_ends_with_130_and_a_second_one_disturbs_nothing() -> None:
 def interruptible() -> None:
     """Even where the tests themselves were started so that they are not: in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_notice_is_one_line_that_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    notice("mo\ndel\x1b[31m.gguf has no chat template")
+    assert capsys.readouterr().err == "qrun: mo del[31m.gguf has no chat template\n"
 
 
 # Completion

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from tiny_model import PIECES, TEXT, write_tiny_model
 
-from qrun.cli import compare, compare_plot, main, plot, plot_labels
+from qrun.cli import compare, compare_plot, plot, plot_labels
 from qrun.cli.comparison import Comparison, Measured
 from qrun.engine import Tokenizer
 from qrun.engine.judging.divergence import Divergence
@@ -36,12 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "other.gguf", pieces=["<|endoftext|>", *reversed(PIECES[1:])])
     (folder / "text.txt").write_text(TEXT)
     return folder
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main.main(list(map(str, arguments)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 # imatrix

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 from web_server import add_repository, run_with_hub, serve
 
-from qrun.cli import main
 from qrun.engine.quantize import convert as converting
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.imatrix import Imatrix
@@ -63,10 +64,7 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main.main(["convert", *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
+run = functools.partial(command_line.run, "convert")
 
 
 # Files

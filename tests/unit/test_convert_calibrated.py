@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from tiny_model import write_tiny_model
 
-from qrun.cli import against, convert_calibrated, main
+from qrun.cli import against, console, convert_calibrated
 from qrun.engine import Tokenizer
-from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import calibrated
-from qrun.engine.quantize.calibration import body_up_to
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
@@ -29,7 +29,6 @@ from qrun.engine.quantize.source import open_source
 from qrun.engine.text.chat_template import ChatTemplate
 from qrun.formats import GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.whole_file import temporary_name
-from qrun.models import build_graph
 
 LENGTH = 32
 WORDS = ["clocks", "were", "striking", "thirteen", "bright", "cold", "day", "in", "April", "heard", "it", "at", "once"]
@@ -46,12 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "experts.gguf", architecture="qwen3moe-moe", experts=5)
     (folder / "text.txt").write_text(prose(120))
     return folder
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main.main(list(map(str, arguments)))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 SIZED = ("--candidates", "q4_0,q5_0,q8_0")  # few kernels to compile
@@ -248,6 +241,19 @@ def test_no_room_for_the_judging_is_said_before_anything_is_rounded(
     assert [path.name for path in work.iterdir()] == ["key"] and not out.exists()
 
 
+def test_no_room_for_the_rounding_is_said_before_it_begins(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(calibrated.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--type", "q4_0", "--no-judge")
+    status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1
+    assert errors.endswith("the disk has 0.0 GB free, and rounding needs 0.0 GB\n")
+    assert not (tmp_path / "out.gguf").exists()
+    assert not list((tmp_path / ".out.gguf.calibration").glob("rounded*"))
+
+
 # The folder of measures
 
 
@@ -335,24 +341,6 @@ def test_a_place_that_a_result_cannot_take_is_refused_before_anything_is_measure
     assert not (tmp_path / "work").exists()
 
 
-def test_only_what_comes_before_the_watched_matrices_is_computed(folder: Path) -> None:
-    with GGUFReader(folder / "model.gguf") as reader:
-        graph = build_graph(reader, LENGTH)
-        wanted = {"blk.0.ffn_gate.weight", "blk.0.attn_output.weight"}
-        found = []
-        for each in (graph, body_up_to(graph, wanted)):
-            with closing(Runtime(each, threads=1, context=LENGTH, observe=True, keep=wanted.__contains__)) as runtime:
-                with closing(runtime.sequence()) as sequence:
-                    runtime.evaluate(sequence, list(range(20)), logits="none")
-                found.append([(seen.names, seen.sums.copy()) for seen in runtime.observations])
-        shorter = body_up_to(graph, wanted).operations
-        assert len(shorter) < 0.7 * len(graph.operations)
-        assert [names for names, _ in found[0]] == [names for names, _ in found[1]]
-        for (_, whole), (_, part) in zip(*found, strict=True):
-            np.testing.assert_array_equal(whole, part)
-        assert body_up_to(graph, {"output.weight"}) is graph
-
-
 # A size
 
 
@@ -414,9 +402,16 @@ def test_a_dry_run_of_a_named_type_measures_nothing(
 
 
 def test_where_nothing_comes_of_it_what_was_measured_is_named(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     arguments = calibrating(folder, "model", tmp_path / "out.gguf", "--size", "1k", *SIZED)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.Calibration, "working", property(fail))
+        status, _, errors = run(*arguments, capsys=capsys)
+    assert status == 1 and "stays in" not in errors and list(tmp_path.iterdir()) == []
     status, _, errors = run(*arguments, capsys=capsys)
     assert status == 1 and f"what was measured stays in {tmp_path / '.out.gguf.calibration'}" in errors
     status, _, errors = run(*arguments, "--measures", tmp_path / "work", capsys=capsys)
@@ -627,7 +622,9 @@ def test_lines_of_json_have_texts_or_messages(folder: Path, tmp_path: Path) -> N
         ("bytes.txt", b"\xff\xfe\x00", "no UTF-8 text"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2: it is no JSON"),
         ("other.jsonl", b'{"prompt": "a"}', 'line 1: it has neither a "text" nor "messages"'),
-        ("chat.jsonl", b'{"messages": [{"role": 7}]}', "line 1: "),
+        ("chat.jsonl", b'{"messages": [{"role": 7, "content": "a"}]}', "line 1: "),
+        ("silent.jsonl", b'{"messages": [{"role": "user"}]}', r"line 1: messages\[0\] has no content"),
+        ("text.jsonl", b'{"messages": "hello"}', 'line 1: "messages" is no list of messages'),
         ("list.jsonl", b"[1]", "line 1: it has neither"),
     ],
 )
@@ -639,3 +636,31 @@ def test_texts_that_cannot_be_used_are_named(
     with pytest.raises(ValueError, match=message) as caught:
         read(folder, path)
     assert str(path) in str(caught.value)
+
+
+# What a terminal shows
+
+
+class Screen(io.StringIO):
+    """Standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_kernels_that_are_compiled_meanwhile_are_told_in_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen)
+    with console.step_bar("importance") as report:
+        compiling = console.CompileProgress()
+        for done in range(4):
+            compiling(done, 3)
+            report(done, 3)
+        before = screen.getvalue()
+        compiling(1, 4)
+    shown = screen.getvalue()
+    assert "compiling kernels for this CPU  1/4" in shown[len(before) :]
+    assert shown.count("\n") <= 2  # one line, rewritten
+    console.CompileProgress()(1, 4)
+    assert screen.getvalue()[len(shown) :] == "\r\033[Kcompiling kernels for this CPU  1/4"

@@ -164,10 +164,47 @@ def test_thoughts_are_folded_away_and_answers_are_markdown(app: Any) -> None:
     answer.finish("3 tokens")
     assert answer.fold.text() == "Thoughts" and not answer.body.isHidden()
     answer.fold.click()
-    assert answer.thought.text() == "Let me think." and not answer.thought.isHidden()
-    shown = answer.body.toPlainText()
+    assert answer.thought.parts[0].text() == "Let me think." and not answer.thought.isHidden()
+    shown = answer.body.parts[0].toPlainText()
     assert shown.startswith("Title\ncode") and "<b>no</b>" in shown
-    assert answer.body.loadResource(2, None) is None
+    assert answer.body.parts[0].loadResource(2, None) is None
+
+
+def test_of_a_long_answer_only_the_last_part_is_laid_out_anew(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transcript
+
+    code = "```python\n" + "x = 1\n\n" * 1000 + "```\n"
+    paragraphs = [f"Paragraph {i}. " + "Words. " * 30 + "\n\n" for i in range(60)]
+    text = "".join(paragraphs[:30]) + code + "".join(paragraphs[30:])
+    cut = transcript.parts(text)
+    assert "".join(cut) == text and len(cut) > 3
+    assert [part.count("```") for part in cut if "```" in part] == [2]  # code stays in one piece
+    assert all(part.endswith("\n\n") for part in cut[:-1]) and transcript.parts("") == []
+    assert transcript.parts("- one\n\n  more of it\n\n" * 400)[1].startswith("- one")
+
+    laid_out: list[int] = []
+    lay_out = transcript.Markdown._lay_out
+    monkeypatch.setattr(
+        transcript.Markdown, "_lay_out", lambda self: (laid_out.append(len(self._text)), lay_out(self))[1]
+    )
+    answer = transcript.Answer(under_way=True)
+    answer.text = text
+    answer._draw()
+    assert len(laid_out) == len(answer.body.parts) == len(cut)
+    answer.text += "And the end."
+    answer._draw()
+    assert len(laid_out) == len(cut) + 1 and answer.body.parts[-1].toPlainText().endswith("And the end.")
+
+
+def test_the_rest_of_a_long_question_is_folded_away(app: Any) -> None:
+    import transcript
+
+    text = "words " * 3000
+    question = transcript.Question(text)
+    assert len(question.bubble.text()) < 2000 and question.bubble.text().endswith("words …")
+    question.more.click()
+    assert question.bubble.text() == text and question.more.isHidden()
+    assert not hasattr(transcript.Question("short"), "more")
 
 
 def test_settings_are_kept_and_reach_the_model(app: Any, window: Any, model: Path) -> None:

@@ -85,7 +85,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """Guesses whenever there can be some, as many as a random number says."""
-    monkeypatch.setattr(Account, "allows", True)
+    monkeypatch.setattr(Account, "allows", lambda *_: True)
     monkeypatch.setattr(draft_module, "_PLAIN_FIRST", 1)
     monkeypatch.setattr(draft_module, "_PLAIN_EVERY", 1 << 30)
     monkeypatch.setattr(Draft, "_goes_on", lambda *_: rng.random() < 0.8)

@@ -337,7 +337,7 @@ def test_who_writes_goes_on_between_long_sources(
     together = Together(wide, monkeypatch)
     generations = [wide.generate(source, **LONG) for source in sources]
     learned: list[int] = []
-    monkeypatch.setattr(wide._host.scheduler, "_learn", lambda n_decode, n_prompt, seconds: learned.append(n_prompt))
+    monkeypatch.setattr(wide._host.scheduler, "_learn", lambda n_decode, n_prompt, *_: learned.append(n_prompt))
     together.run(generations)
     assert [one.tokens for one in generations] == [one.tokens for one in alone]
     assert together.events.count("read") == 4 and "whole read" not in " ".join(together.events)

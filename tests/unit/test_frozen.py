@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -105,7 +106,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     (folder,) = hook_folders()
     assert {path.name for path in Path(folder).glob("hook-*.py")} == {
         "hook-qrun.engine.py", "hook-qrun.models.py", "hook-qrun.cli.py",
-        "hook-qrun.server.py",
+        "hook-qrun.server.py", "hook-qrun.formats.py",
     }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
     assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
+    assert "excludedimports" not in runpy.run_path(str(folder / "hook-qrun.formats.py"))
     # with a pack the app has the pack, and no compiler
     pack = tmp_path / "kernels"
     monkeypatch.setenv("QRUN_KERNELS", str(pack))
@@ -140,6 +142,18 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
     assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
     assert engine["excludedimports"] == ["numba", "llvmlite"]
+    assert runpy.run_path(str(folder / "hook-qrun.formats.py"))["excludedimports"] == ["gguf"]
+
+
+def test_the_documentation_has_the_commands_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ENGINE.parent / "tests" / "bench"))
+    import packers
+
+    text = re.sub(r"\\\n\s*", "", (ENGINE.parent / "docs" / "embedding.md").read_text("utf-8"))
+    for name, program, out in (("nuitka", "nuitka", []), ("cx_freeze", "cxfreeze", ["--build-exe=dist/app"])):
+        command = [part.replace("KERNELS", "kernels") for part in packers.COMMANDS[name] if "OUT" not in part]
+        (written,) = [line for line in re.split(r"[\n`]", text) if re.match(f"{program} (build|--)", line)]
+        assert sorted(written.split()[1:]) == sorted([*command[1:], *out])
 
 
 APP = """

@@ -65,7 +65,8 @@ def test_a_model_is_split_and_joined_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_split_of_one_part_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "any.gguf").write_bytes(part(0, 1, "a", total=1))
-    GGUFReader(tmp_path / "any.gguf").close()
+    with GGUFReader(tmp_path / "any.gguf") as reader:
+        assert list(reader.tensors) == ["a"] and list(reader.files) == [tmp_path / "any.gguf"]
 
 
 def test_a_later_part_names_the_first(tmp_path: Path) -> None:

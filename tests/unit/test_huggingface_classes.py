@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import tracemalloc
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
+from huggingface_folders import places
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.formats import FormatError, GGUFReader
@@ -99,13 +99,6 @@ def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
 
 
 STRANGE = (None, True, -1, 0, 1, 3, 1.5, 1 << 70, float("nan"), "", "x", [], [1], [-1, "x"], {}, {"a": []}, [[]])
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in JSON where a value stands: what it is in, and its key or index."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield value, key
-        yield from places(inner)
 
 
 def read_all(folder: Path) -> None:
@@ -200,6 +193,26 @@ def test_tensors_that_go_together_have_shapes_that_do(
     with pytest.raises(FormatError, match=re.escape(reason)) as caught:
         CheckpointSource(folder)
     assert tensor in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "head"),
+    [
+        ("RWKV7ForCausalLM", "model.embeddings.weight", "lm_head.weight"),
+        ("Rwkv6ForCausalLM", "rwkv.embeddings.weight", "head.weight"),
+    ],
+)
+def test_a_head_that_is_the_embedding_is_written_where_engines_want_one(
+    name: str, embedding: str, head: str, tmp_path: Path
+) -> None:
+    case = CLASSES[name]
+    for number, missing in enumerate((head, embedding)):  # the one matrix may go by either name
+        shapes = {key: shape for key, shape in case["shapes"].items() if key != missing}
+        config = case["config"] | {"tie_word_embeddings": True}
+        with closing(CheckpointSource(write_checkpoint(tmp_path / str(number), config, shapes))) as source:
+            both = [source.tensors[key] for key in ("token_embd.weight", "output.weight")]
+            assert both[0].shape == both[1].shape == tuple(case["shapes"][head])
+            np.testing.assert_array_equal(both[0].rows(0, 333), both[1].rows(0, 333))
 
 
 @pytest.mark.parametrize(("name", "key"), [("RWKV7ForCausalLM", "head_dim"), ("Rwkv6ForCausalLM", "head_size")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_folders import DATA, Edit, copy, edit, stored
+from huggingface_folders import DATA, Edit, copy, edit, places, stored
 from safetensors_builder import tensor
 
 from qrun.cli import main
@@ -393,13 +392,6 @@ def test_a_file_of_a_checkpoint_is_not_the_checkpoint(capsys: pytest.CaptureFixt
 
 
 STRANGE = (None, True, -1, 0, 1.5, 1 << 70, float("nan"), "", "x", "\ud800", [], [1], {}, {"a": []}, [[]], "Infinity")
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in JSON where a value stands: what it is in, and its key or index."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield value, key
-        yield from places(inner)
 
 
 @pytest.mark.filterwarnings("error")

@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_tokenizers import LLAMA3, STEPS, byte_level, sequence, split, write_byte_pair, write_merging
+from huggingface_tokenizers import (
+    LLAMA3,
+    STEPS,
+    byte_level,
+    sequence,
+    split,
+    tokenizer_of,
+    write_byte_pair,
+    write_merging,
+)
 
 from qrun.engine.text.chat_template import ChatTemplate
-from qrun.engine.text.tokenizer import Tokenizer
 from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
-from qrun.formats import FormatError, GGUFReader, GGUFWriter
+from qrun.formats import FormatError, GGUFReader
 from qrun.models.huggingface import digests, pretokenizers
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
@@ -35,13 +43,6 @@ def entries_of(folder: Path, n_vocab: int, config: dict[str, Any] | None = None)
     entries = Entries()
     tokenizer_entries(entries, folder, Config(folder / "config.json", config or {}), n_vocab)
     return entries
-
-
-def tokenizer_of(entries: Entries, path: Path) -> Tokenizer:
-    with GGUFWriter(path) as writer:
-        for key, value in entries.values.items():
-            writer.set_metadata(key, value, *entries.types[key])
-    return Tokenizer.load(path)
 
 
 def tiny(folder: Path, **changes: Any) -> Path:

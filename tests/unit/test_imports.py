@@ -14,7 +14,7 @@ ENGINE = [
     "face", "pyinstaller", "quantize", "judging", "embedding", "generation", "text", "sampling", "program", "native",
     "kernels", "simd", "cpu", "errors",
 ]  # fmt: skip
-FACE = ("__init__", "model", "conversation", "chat_template", "tokenizer")
+FACE = ("__init__", "model", "figures", "finding", "identity", "conversation", "chat_template", "tokenizer")
 
 
 def imports_of(path: Path) -> Iterator[str]:

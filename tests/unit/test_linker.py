@@ -8,6 +8,7 @@ import platform
 import random
 import re
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -352,3 +353,35 @@ def test_no_code_uses_what_windows_and_macos_keep_for_themselves() -> None:
     large = codegen.assembly("attention-q8_0-1", machine_target("avx2"))
     assert "cmpq\t%r11, %rsp" in large, "a frame of several pages touches each of them"
     assert "-8(%rsp)" not in large
+
+
+IN_A_SANDBOX = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE: no page is to be run from that could be written to
+    sys.exit("this kernel has no such thing")
+from qrun.engine.cpu.code_memory import CodeMemory
+if sys.argv[2] == "none":
+    def memfd_create(name): raise OSError(38, "Function not implemented")
+    os.memfd_create = memfd_create
+try:
+    memory = CodeMemory(bytes.fromhex(sys.argv[1]))
+except PermissionError as error:
+    sys.exit(f"refused: {error}")
+ctypes.CFUNCTYPE(None)(memory.address)()
+print([line.split()[1] for line in open("/proc/self/maps") if line.startswith(f"{memory.address:x}-")])
+"""
+
+
+@on_linux
+@pytest.mark.parametrize("files", ["in memory", "none"])
+def test_code_where_no_page_may_become_one_to_run_from(files: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_SANDBOX, RETURN.hex(), files], capture_output=True, text=True, timeout=60
+    )
+    if "no such thing" in done.stderr:
+        pytest.skip(done.stderr)
+    if files == "in memory":
+        assert (done.returncode, done.stdout) == (0, "['r-xp']\n"), done.stderr
+    else:
+        assert "refused: [Errno 13] the system gives no memory that code may be run from" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gguf_builder import Tensor, build
 from qrun.cli import main
 from qrun.engine import Model
 from qrun.formats import FormatError, GGUFReader
-from qrun.formats.mapping import Copy, forget_pages, map_file
+from qrun.formats.mapping import Copy, FileMap, forget_pages, map_file
 from qrun.formats.safetensors import SafetensorsFolder
 
 DATA = Path(__file__).parents[1] / "data"
@@ -30,19 +31,19 @@ REFUSALS: list[OSError | ValueError] = [
 
 
 class Maps:
-    """Stands in for `mmap.mmap`, for some files: refuses theirs, and counts."""
+    """Makes maps of files; refuses those of some, and counts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | ValueError, count: int | None = None) -> None:
-        self.real, self.error, self.left = mmap.mmap, error, count
+        self.error, self.left = error, count
         self.refused = 0
-        monkeypatch.setattr(mmap, "mmap", self)
+        monkeypatch.setattr(FileMap, "__new__", self)
 
-    def __call__(self, fileno: int, *args: Any, **options: Any) -> mmap.mmap:
-        if fileno != -1 and self.left != 0:
+    def __call__(self, kind: type[FileMap], *args: Any, **options: Any) -> mmap.mmap:
+        if self.left != 0:
             self.left = None if self.left is None else self.left - 1
             self.refused += 1
             raise type(self.error)(*self.error.args)  # one that lasts would hold on to whoever asked
-        return self.real(fileno, *args, **options)
+        return mmap.mmap.__new__(kind, *args, **options)
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
@@ -117,3 +118,29 @@ def test_a_file_that_is_refused_and_does_not_fit(monkeypatch: pytest.MonkeyPatch
     n_bytes = path.stat().st_size
     reason = f"the file cannot be mapped (No such device), and memory has no room for its {n_bytes} bytes"
     assert str(caught.value) == f"{path}: {reason}"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows cuts no file that is mapped")
+def test_a_file_that_is_cut_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    """Else the system would end the process."""
+    path = Path(shutil.copy(MODEL, tmp_path / "cut.gguf"))
+    n_bytes = path.stat().st_size
+    model = Model.load(path, threads=2, context=64)
+    session = model.session()
+    expected = model.logits([1, 2, 3])
+    os.truncate(path, 5000)
+    reason = f"{path}: the file was {n_bytes} bytes long and is cut to 5000, while it was in use"
+    for use in (
+        lambda: model.logits([1, 2, 3]), lambda: list(model.generate([1, 2, 3], max_tokens=2)),
+        lambda: list(session.generate([1], max_tokens=2)), lambda: model.reader.metadata["general.name"],
+    ):  # fmt: skip
+        with pytest.raises(FormatError) as caught:
+            use()
+        assert str(caught.value) == reason
+    model.close()
+
+    path = Path(shutil.copy(MODEL, path))
+    with Model.load(path, threads=2, context=64) as model:
+        path.rename(tmp_path / "elsewhere.gguf")
+        path.write_bytes(b"another file in its place")
+        np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)

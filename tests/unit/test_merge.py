@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 from adapter_files import matrices, merged_model, product, random_pair, read_pairs, write_adapter
 from test_convert import write_model
 
-from qrun.cli import main
 from qrun.engine.quantize.convert import convert, plan
 from qrun.engine.quantize.imatrix import Imatrix
 from qrun.engine.quantize.merge import MergedSource, open_sources
@@ -133,10 +134,7 @@ def test_scale_0_changes_no_byte(rng: np.random.Generator, tmp_path: Path) -> No
 
 # The command
 
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    status = main.main(["convert", *map(str, arguments)])
-    return status, capsys.readouterr().err
+run_convert = functools.partial(command_line.run, "convert")
 
 
 def test_the_command_merges(rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +142,7 @@ def test_the_command_merges(rng: np.random.Generator, tmp_path: Path, capsys: py
     a, b = (adapter_of(rng, model, tmp_path / f"{name}.gguf") for name in "ab")
     out = tmp_path / "out.gguf"
     options = ("--type", "q8_0", "--merge-lora", a, "--merge-lora", f"{b}=-0.25")
-    assert run(model, out, *options, capsys=capsys)[0] == 0
+    assert run_convert(model, out, *options, capsys=capsys)[0] == 0
     expected = weights(merged_model(model, tmp_path / "expected.gguf", [(a, 1.0), (b, -0.25)]))
     for name, values in weights(out).items():
         assert np.abs(values - expected[name]).max() <= np.abs(expected[name]).max() / 120
@@ -159,9 +157,9 @@ def test_blocks_are_merged_into_where_that_is_allowed(
     out = tmp_path / "out.gguf"
     for type in ("copy", "q8_0"):
         options = (model, out, "--type", type, "--merge-lora", lora)
-        status, error = run(*options, capsys=capsys)
+        status, _, error = run_convert(*options, capsys=capsys)
         assert status == 1 and f"{name} is quantised already (Q8_0)" in error and not out.exists()
-        assert run(*options, "--allow-requantize", capsys=capsys)[0] == 0
+        assert run_convert(*options, "--allow-requantize", capsys=capsys)[0] == 0
         expected = weights(merged_model(model, tmp_path / "expected.gguf", [(lora, 1.0)]))[name]
         with GGUFReader(out) as reader, GGUFReader(model) as before:
             assert reader.tensors[name].type == TensorType.Q8_0
@@ -177,10 +175,10 @@ def test_an_adapter_of_another_model_is_refused(
     model = write_model(tmp_path / "model.gguf")
     other = write_model(tmp_path / "other.gguf", row=512)
     lora = adapter_of(rng, other, tmp_path / "a.gguf")
-    status, error = run(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", lora, capsys=capsys)
+    status, _, error = run_convert(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", lora, capsys=capsys)
     assert status == 1 and error.startswith(f"qrun: {lora}: tensor ") and "it is an adapter of another model" in error
     norm = write_adapter(tmp_path / "norm.gguf", {"blk.0.attn_norm.weight": (np.ones((1, 256)), np.ones((1, 1)))})
-    status, error = run(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", norm, capsys=capsys)
+    status, _, error = run_convert(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", norm, capsys=capsys)
     assert status == 1 and "the model has no matrix 'blk.0.attn_norm.weight'" in error
     assert not (tmp_path / "out.gguf").exists()
 
@@ -190,7 +188,7 @@ def test_the_adapter_is_not_written_over(
 ) -> None:
     model = write_model(tmp_path / "model.gguf")
     lora = adapter_of(rng, model, tmp_path / "a.gguf")
-    status, error = run(model, lora, "--type", "f16", "--merge-lora", lora, capsys=capsys)
+    status, _, error = run_convert(model, lora, "--type", "f16", "--merge-lora", lora, capsys=capsys)
     assert status == 1 and "this is the source itself" in error
 
 
@@ -202,7 +200,7 @@ def test_weights_that_are_not_finite_are_named(
     a, b = random_pair(rng, name, (96, 256), 4)
     b[7] = np.nan
     lora = write_adapter(tmp_path / "a.gguf", {name: (a, b)})
-    status, error = run(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", lora, capsys=capsys)
+    status, _, error = run_convert(model, tmp_path / "out.gguf", "--type", "f16", "--merge-lora", lora, capsys=capsys)
     assert status == 1 and f"'{name}' has weights that are not finite" in error
     assert "with the adapters merged into it" in error and not (tmp_path / "out.gguf").exists()
 

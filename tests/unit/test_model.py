@@ -55,7 +55,6 @@ class FakeGraph:
     n_embd = 4
     cache_layers = ()
     context_length: int = 200
-    max_context: int | None = None
     operations: list[Any] = field(default_factory=lambda: ["one"])
     embeds: bool = False
     causal: bool = True
@@ -154,17 +153,6 @@ def test_a_context_beyond_what_the_model_was_trained_for_has_a_notice() -> None:
     assert model.context_notice is None
     model.graph.context_length = 199
     assert "200 tokens" in model.context_notice and "trained for 199" in model.context_notice
-
-
-def test_a_context_that_is_all_that_is_supported_has_a_notice() -> None:
-    model = make_model(FakeRuntime(context=200))
-    model.graph.context_length, model.graph.max_context = 300, 200
-    assert model.context_notice == (
-        "the context is 200 tokens: the model attends to chosen positions only where there are more than that, "
-        "which is not supported"
-    )
-    model.graph.max_context = 250
-    assert model.context_notice is None
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -49,3 +49,11 @@ def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
 
 def test_this_machine_has_a_core() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_sandbox_may_not_say_which_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int) -> set[int]:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)

@@ -8,7 +8,7 @@ from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, To
 
 from qrun.formats import FormatError
 from qrun.models.adapter import Adapter, adapt
-from qrun.models.graph import Attention, Embed, Gate, GaussianTopK, LayerNorm, Linear, MoE, Rope, Scale
+from qrun.models.graph import ActivateAlone, Attention, Embed, Gate, GaussianTopK, LayerNorm, Linear, MoE, Rope, Scale
 from qrun.models.transformer import alibi_slopes
 from tests.reference import forward
 
@@ -170,6 +170,39 @@ def test_laguna_gates_heads_or_values(width: int) -> None:
     assert "tensor blk.0.attn_gate.weight has shape (7, 32), expected (64, 32)" in toy.error()
 
 
+@pytest.mark.parametrize(("name", "gating"), [("gpt-oss", "softmax_of_chosen"), ("llama4", "sigmoid_of_chosen")])
+def test_experts_that_are_chosen_by_the_logits_themselves(name: str, gating: str) -> None:
+    keys: dict[str, Any] = {
+        "expert_used_count": 2, "expert_feed_forward_length": N_FF, "expert_group_count": 4,
+        "expert_group_used_count": 2, "attention.sliding_window": 4, "interleave_moe_layer_step": 1,
+    }  # fmt: skip
+    toy = Toy(name, n_expert=8, **keys)
+    for layer in range(2):
+        toy.add(f"blk.{layer}.attn_sinks.weight", N_HEADS)
+        for matrix, shape in (("gate", (N_FF, N_EMBD)), ("up", (N_FF, N_EMBD)), ("down", (N_EMBD, N_FF))):
+            toy.add(f"blk.{layer}.ffn_{matrix}_shexp.weight", *shape)
+        toy.add(f"blk.{layer}.post_attention_norm.weight", N_EMBD)
+    for moe in of_type(toy.graph(), MoE):
+        assert (moe.gating, moe.normalize, moe.n_groups, moe.n_groups_used) == (gating, False, 4, 2)
+
+
+@pytest.mark.parametrize("turned", [0, 4, HEAD_DIM])
+def test_heads_of_deepseek_ocr_turn_as_a_whole(turned: int) -> None:
+    keys = {"rope.dimension_count": turned, "expert_shared_count": 1, "leading_dense_block_count": 2}
+    toy = Toy("deepseek2-ocr", **keys | {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
+    graph = toy.graph()
+    plain = 10000.0 ** (-2 * np.arange(HEAD_DIM // 2) / HEAD_DIM)
+    for rope in of_type(graph, Rope):
+        assert rope.n_rot == HEAD_DIM and not rope.interleaved
+        np.testing.assert_allclose(rope.frequencies, plain, rtol=1e-6)
+
+
+def test_of_refact_with_experts_only_the_activation_is_left() -> None:
+    graph = Toy("refact", n_expert=4, expert_used_count=2).graph()
+    assert [operation.kind for operation in of_type(graph, ActivateAlone)] == ["silu"] * 2
+    assert not of_type(graph, MoE)
+
+
 def test_experts_are_chosen_within_groups_that_the_file_gives() -> None:
     keys: dict[str, Any] = {
         "expert_used_count": 2, "expert_shared_count": 1, "expert_feed_forward_length": N_FF, "expert_group_count": 4,
@@ -186,7 +219,7 @@ def test_experts_are_chosen_within_groups_that_the_file_gives() -> None:
         ({"expert_group_count": 3}, "expert_group_count is 3, which does not divide 8 experts"),
         ({"expert_group_used_count": 5}, "expert_group_used_count is 5, expected 1 to 4"),
         ({"expert_used_count": 5}, "expert_group_used_count is 2: they have too few experts to be chosen"),
-        ({"expert_gating_func": 3}, "expert_gating_func is 3"),
+        ({"expert_gating_func": 5}, "expert_gating_func is 5, expected 0 to 4"),
     ):
         assert problem in Toy("bailingmoe2", n_expert=8, **keys).set(changed).error()
 
@@ -206,25 +239,6 @@ def test_gemma4_shares_keys_and_values_with_the_last_layer_of_the_kind_that_has_
     assert [attention.k is None for attention in attentions] == [False] * 3 + [True] * 3
     toy.set({"attention.sliding_window_pattern": np.array([1, 0, 0, 1, 1, 0], bool)})
     assert "blk.3 shares keys and values with layer 1, whose heads are of another kind" in toy.error()
-
-
-@pytest.mark.parametrize("size", [16, 100])
-def test_sparse_attention_is_served_where_it_sees_everything(size: int) -> None:
-    keys: dict[str, Any] = {
-        "leading_dense_block_count": 2, "expert_shared_count": 1, "attention.indexer.top_k": 4,
-        "attention.indexer.block_size": size,
-    }  # fmt: skip
-    toy = Toy("minimax-m3", **keys)
-    graph = toy.graph()
-    assert (graph.context, graph.max_context) == (min(4 * size, 128), 4 * size)
-    assert toy.graph(64).context == 64
-    with pytest.raises(FormatError) as error:
-        toy.graph(4 * size + 1)
-    assert str(error.value) == (
-        f"toy.gguf: a context of {4 * size + 1} tokens is not supported: "
-        f"the model attends to chosen positions only where there are more than {4 * size}"
-    )
-    assert "attention.indexer.top_k is 0, expected" in toy.set({"attention.indexer.top_k": 0}).error()
 
 
 def test_groups_of_experts_have_to_be_whole() -> None:

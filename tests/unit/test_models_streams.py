@@ -9,7 +9,17 @@ from test_models import N_EMBD, N_FF, N_VOCAB, Toy, of_type
 
 from qrun.formats import FormatError, TensorInfo, TensorType
 from qrun.models import build_graph
-from qrun.models.graph import Attention, Balance, Convolution, EmbedHashes, LinearAttention, MixByScore, MoE, Pool
+from qrun.models.graph import (
+    Attention,
+    Balance,
+    Choose,
+    Convolution,
+    EmbedHashes,
+    LinearAttention,
+    MixByScore,
+    MoE,
+    Pool,
+)
 from tests.reference import forward
 from tests.sketches import load, model
 
@@ -56,7 +66,7 @@ def kimi_k3(every: int, n_layer: int = 5, **more: Any) -> Toy:
 
 def glm5_next(**more: Any) -> Toy:
     sizes: dict[str, Any] = {
-        "attention.indexer.top_k": 64, "hyper_connection.count": STREAMS, "hyper_connection.epsilon": 1e-6,
+        "attention.indexer.top_k": 128, "hyper_connection.count": STREAMS, "hyper_connection.epsilon": 1e-6,
         "hyper_connection.sinkhorn_iterations": 3, "rope.dimension_count": 0,
     }  # fmt: skip
     toy = with_delta("glm5-next", 2, **sizes | more)
@@ -73,8 +83,9 @@ def qwen4exp(**more: Any) -> Toy:
     sizes: dict[str, Any] = {
         "ssm.conv_kernel": TAPS, "ssm.state_size": DIM, "ssm.inner_size": WIDTH, "ssm.time_step_rank": HEADS,
         "ssm.group_count": 2, "hyper_connection.count": STREAMS, "hyper_connection.low_rank": NARROW,
-        "attention.recurrent_layers": np.array([1, 0], np.int32), "attention.indexer.top_k": 64, "expert_used_count": 1,
+        "attention.recurrent_layers": np.array([1, 0], np.int32), "attention.indexer.top_k": 128,
         "attention.compress_ratios": np.array([4, 4], np.int32), "expert_feed_forward_length": N_FF,
+        "expert_used_count": 1,
         "ple.layers": np.array([0], np.int32), "ple.ngram_size": LENGTH, "ple.heads_per_ngram": PER_LENGTH,
         "ple.conv_kernel": 4, "ple.eos_token_id": 0, "embedding_length_per_layer_input": N_EMBD // count,
         "ple.layer_multipliers": np.array([3, 5, 7], np.uint64), "ple.head_offsets": np.arange(count) * 20,
@@ -120,9 +131,9 @@ def test_kimi_k3_turns_the_sign_of_what_decays_are_made_of() -> None:
     assert any(isinstance(one, np.ndarray) and np.array_equal(one, -np.repeat(factors, DIM)) for one in weights)
 
 
-def test_glm5_next_balances_what_streams_exchange_and_has_a_longest_context() -> None:
+def test_glm5_next_balances_what_streams_exchange() -> None:
     graph = glm5_next().graph(64)
-    assert [balance.rounds for balance in of_type(graph, Balance)] == [3] * 4 and graph.max_context == 64
+    assert [balance.rounds for balance in of_type(graph, Balance)] == [3] * 4
     assert np.isfinite(forward(graph, TOKENS)).all()
 
 
@@ -142,7 +153,7 @@ def test_what_glm5_next_cannot_be_is_refused(key: str, value: Any, reason: str) 
 def test_qwen4exp_has_rows_for_the_last_tokens_in_one_layer() -> None:
     graph = qwen4exp().graph(64)
     (rows,) = of_type(graph, EmbedHashes)
-    assert rows.hashes.multipliers == (3, 5, 7) and graph.max_context == 64
+    assert rows.hashes.multipliers == (3, 5, 7)
     # Taps as far apart as the rows look back.
     spread = max((len(convolution.weight) for convolution in of_type(graph, Convolution)), default=0)
     assert spread == 3 * LENGTH + 1
@@ -151,8 +162,9 @@ def test_qwen4exp_has_rows_for_the_last_tokens_in_one_layer() -> None:
 
 
 def test_qwen4exp_without_a_table_or_sparse_attention() -> None:
-    graph = qwen4exp(**{"ple.layers": None, "attention.compress_ratios": 0}).graph(64)
-    assert not of_type(graph, EmbedHashes) and graph.max_context is None
+    keys: dict[str, Any] = {"ple.layers": None, "attention.compress_ratios": 0, "attention.indexer.top_k": None}
+    graph = qwen4exp(**keys).graph(64)
+    assert not of_type(graph, EmbedHashes) and not of_type(graph, Choose)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +192,7 @@ def deepseek4(*ratios: int, **more: Any) -> Toy:
         "attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": dim,
         "attention.value_length": dim, "rope.dimension_count": 4, "attention.q_lora_rank": 5,
         "attention.output_group_count": groups, "attention.output_lora_rank": rank, "attention.sliding_window": 3,
-        "attention.compress_ratios": np.array(ratios, np.int32), "attention.indexer.top_k": 8,
+        "attention.compress_ratios": np.array(ratios, np.int32), "attention.indexer.top_k": 64,
         "attention.compress_rope_freq_base": 160000.0, "hyper_connection.count": STREAMS,
         "hyper_connection.epsilon": 1e-6, "hyper_connection.sinkhorn_iterations": 3, "hash_layer_count": 1,
         "expert_count": n_expert, "expert_used_count": n_used, "expert_shared_count": 1, "expert_gating_func": 4,
@@ -239,11 +251,6 @@ def test_deepseek4_has_entries_beside_its_window_and_experts_by_token() -> None:
     assert {moe.kind for moe in (by_token, routed)} == {"clamped_silu"}
 
 
-def test_deepseek4_attends_to_all_entries_as_long_as_it_would_choose_them_all() -> None:
-    assert deepseek4(0, 4).graph().max_context == 4 * 8 + 3
-    assert deepseek4(0, 128).graph().max_context is None
-
-
 def test_what_deepseek4_sees_of_older_positions_is_their_entries() -> None:
     """With a window of 3, position 9 sees 7 to 9, and two entries of 4: of another first token it hears by those."""
     other = [8, *TOKENS[1:]]
@@ -274,7 +281,7 @@ def test_a_table_of_experts_of_another_type_or_shape_is_refused() -> None:
         ({"attention.compress_ratios": np.array([], np.int32)}, "compress_ratios is not an array of 1"),
         ({"attention.sliding_window": 0}, "needs one key and value head"),
         ({"attention.output_group_count": 3}, "output_group_count is 3, which does not divide 4 heads"),
-        ({"expert_gating_func": 3}, "expert_gating_func is 3, which is not supported"),
+        ({"expert_gating_func": 3}, "expert_gating_func makes a softmax_of_chosen, which is not supported"),
         ({"attention.indexer.top_k": None}, "indexer.top_k is missing"),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_the_working_directory_is_not_searched(tmp_path: Path, monkeypatch: pyte
     assert packs.packs() == []
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert packs.packs() == []
+
+
+def test_a_program_that_nuitka_has_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library may be in it as bytecode: only the program's own module says so."""
+    monkeypatch.delenv("QRUN_KERNELS", raising=False)
+    inside, beside = write(tmp_path / "app.dist" / "kernels", ["a"]), write(tmp_path / "kernels", ["a"])
+    program = sys.modules["__main__"]
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "app.dist" / "app.py"), raising=False)
+    assert packs.packs() == []
+    monkeypatch.setattr(program, "__compiled__", SimpleNamespace(containing_dir=str(tmp_path)), raising=False)
+    assert [pack.folder for pack in packs.packs()] == [inside, beside]
 
 
 def test_a_folder_that_is_named_must_be_a_pack(

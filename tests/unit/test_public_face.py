@@ -1,8 +1,12 @@
 """What an app imports from `qrun.engine`: its names, its errors, its options with types; counts of tokens and bytes."""
 
+import copy
 import importlib
 import inspect
+import pickle
 import pkgutil
+import subprocess
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +19,16 @@ from test_model import make_model
 from tiny_model import write_tiny_model
 
 import qrun.engine
-from qrun.engine import Generation, GenerationArguments, Model, QrunError, SamplingOptions, Session, keep_newest
+from qrun.engine import (
+    Conversation,
+    Generation,
+    GenerationArguments,
+    Model,
+    QrunError,
+    SamplingOptions,
+    Session,
+    keep_newest,
+)
 from qrun.engine.sampling.options import SamplingArguments
 
 
@@ -102,6 +115,15 @@ def test_tokens_are_counted_as_generate_and_chat_would_take_them() -> None:
         model.count_tokens([])
     with pytest.raises(ValueError, match="has no tokenizer"):
         make_model(has_tokenizer=False).count_tokens("a")
+
+
+def test_a_model_is_not_handed_to_other_processes(tmp_path: Path) -> None:
+    with Model.load(write_tiny_model(tmp_path / "model.gguf"), threads=1) as model, model.session() as session:
+        for thing in (model, session, session.generate([5], max_tokens=1), model.tokenizer, Conversation(model)):
+            with pytest.raises(TypeError, match=r"^a [A-Z]\w+ cannot be pickled or copied: load the model in each"):
+                pickle.dumps(thing)
+        with pytest.raises(TypeError, match="a Model cannot be pickled or copied"):
+            copy.deepcopy(model)
 
 
 def test_chat_s_own_options_may_be_none() -> None:
@@ -220,3 +242,54 @@ def test_what_a_model_takes_of_memory(tmp_path: Path) -> None:
         alone = model.memory()
     with Model.load(path, threads=1, context=64, draft=path) as model:
         assert model.memory().weights == 2 * alone.weights
+
+
+RIGHT = """
+from pathlib import Path
+from qrun.engine import Conversation, Generation, Model, keep_newest
+
+with Model.load(Path("m.gguf"), context=100, cache_type="q8_0", progress=lambda done, total: None) as model:
+    generation: Generation = model.chat("Hi", temperature=0.5, stop="x", on_full=keep_newest(3), max_tokens=None)
+    for piece in generation:
+        text: str = piece
+        channel: str = piece.channel
+    model.chat([{"role": "user", "content": "Hi"}], tools=[{"type": "function"}], think=False, schema={})
+    talk = Conversation(model, "Be kind.", {"temperature": 0.3, "stop": ["a", "b"]})
+    answer: str = "".join(talk.answer("Why?")) + model.complete([1, 2], seed=1)
+    total: int = model.memory().total + model.count_tokens("x")
+"""
+WRONG = """
+from qrun.engine import Conversation, Model, SamplingOptions
+
+model = Model.load("x", contex=3)
+model = Model.load(3)
+model = Model.load("x", cache_type="f61")
+model.chat("Hi", temprature=0.5)
+model.chat("Hi", temperature="hot")
+model.generate("Hi", stop=3)
+model.complete("Hi", on_full=3)
+count: str = model.count_tokens("x")
+model.memory().totl
+Conversation(model, "Be kind.", {"temprature": 0.3})
+Conversation(model, "Be kind.", {"temperature": "hot"})
+SamplingOptions(temprature=1)
+model.session().generate([1], max_tokenss=3)
+"""
+
+
+@pytest.mark.slow  # the type checker reads the whole library
+def test_a_type_checker_knows_right_from_wrong(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    root = Path(__file__).parents[2]
+    for name, program in (("right", RIGHT), ("wrong", WRONG)):
+        (tmp_path / f"{name}.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", "--follow-imports=silent",
+         str(tmp_path / "right.py"), str(tmp_path / "wrong.py")],
+        cwd=root, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    found = {int(line.split(":")[1]) for line in errors if "wrong.py:" in line}
+    wrong = {number for number, line in enumerate(WRONG.splitlines(), 1) if line and "import" not in line}
+    assert not [line for line in errors if "wrong.py:" not in line] and not done.stderr
+    assert found == wrong, wrong - found

@@ -205,14 +205,29 @@ def test_what_cannot_be_encoded_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "large_first"), [(False, False), (True, False), (True, True)])
 def test_compiled_code_gives_the_same_bytes(
-    name: str, weighted: bool, encoder: Encoder, importance: np.ndarray, rng: np.random.Generator
+    name: str, weighted: bool, large_first: bool, encoder: Encoder, importance: np.ndarray, rng: np.random.Generator
 ) -> None:
     weights, type = difficult(rng), TensorType[name]
     matters = importance if weighted else None
-    encoded = encoder.encode(weights, type, matters)
-    np.testing.assert_array_equal(encoded.raw, quantize(weights, type, matters))
+    encoded = encoder.encode(weights, type, matters, large_first=large_first)
+    np.testing.assert_array_equal(encoded.raw, quantize(weights, type, matters, large_first=large_first))
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q5_1", "IQ4_NL", "IQ3_S"])
+def test_large_weights_come_out_truer_where_they_count_for_more(name: str, encoder: Encoder) -> None:
+    type, weights = TensorType[name], np.random.default_rng(5).normal(size=(64, 512)).astype(np.float32)
+    alike = np.ones(512, np.float32)
+    shares, large = [], np.abs(weights) > 2
+    for large_first in (False, True):
+        encoded = encoder.encode(weights, type, alike, large_first=large_first)
+        found = dequantize(encoded.raw, type, weights.shape)
+        shares.append((np.square(found - weights)[large].sum(), (found * weights).sum() / np.square(weights).sum()))
+        # What it reports is by importance alone.
+        assert encoded.weighted_error == pytest.approx(encoded.error, rel=1e-4)
+    assert shares[1][0] < shares[0][0]
+    assert abs(1 - shares[1][1]) < abs(1 - shares[0][1])  # less smaller than they were
 
 
 def in_two_bytes(weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -33,6 +33,10 @@ SMALL = {
         "layers": 2, "width": 256, "ffn": 512, "heads": 4, "asked": 256, "rank": 256, "expert_ffn": 256, "experts": 4,
         "used": 2, "vocabulary": 300,
     },
+    "deepseek32": {
+        "layers": 2, "width": 256, "ffn": 512, "heads": 4, "asked": 256, "rank": 256, "expert_ffn": 256, "experts": 4,
+        "used": 2, "vocabulary": 300, "index_heads": 3, "index_dim": 64, "chosen": 16,
+    },
 }  # fmt: skip
 
 

@@ -64,6 +64,9 @@ class Collector:
     def flush(self) -> None:
         self.flushes += 1
 
+    def hurry(self, generation: Any) -> None:
+        pass
+
 
 def run_threads(model: Model, jobs: list[tuple[list[int], dict[str, Any]]]) -> list[list[int]]:
     """Each job in a thread of its own."""
@@ -291,6 +294,12 @@ class TestPromptsBesideOthers:
         # There is time for fifteen; attention takes eight at once.
         assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
 
+    def test_deep_in_a_text_it_takes_fewer_than_attention_takes_at_once(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model._host.scheduler._row_seconds = 0.0025
+        assert self.read(model, monkeypatch, 3, [1100]) == [[4]] * 275
+
     def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         model._host.scheduler._decode_seconds = 1.0
         assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
@@ -364,6 +373,39 @@ def test_who_cancels_does_not_wait_for_a_long_step(
     assert [one.tokens for one in others] == [alone(prompt, max_tokens=40, temperature=0) for prompt in asked[1:]]
     wait_for_the_thread_to_end(model)
     assert session.closed and len(first.tokens) == n_tokens and list(first) == []
+
+
+def test_nor_does_who_reads_in_asyncio(model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = (model.generate(prompt, max_tokens=40, temperature=0) for prompt in prompts(rng, model, 2))
+    collector, steps = Collector(), model._runtime.step
+    other.start(collector)
+    gate, under_way = threading.Event(), threading.Event()
+
+    def long_step(*arguments: Any) -> Any:
+        if first.tokens:
+            under_way.set()
+            assert gate.wait(60)
+        return steps(*arguments)
+
+    monkeypatch.setattr(model._runtime, "step", long_step)
+
+    async def read() -> list[Piece]:
+        return [piece async for piece in first]
+
+    async def cancelled() -> list[Piece]:
+        reading = asyncio.create_task(read())
+        await asyncio.to_thread(under_way.wait, 60)
+        first.cancel()
+        return await asyncio.wait_for(reading, 30)  # while the step goes on
+
+    pieces = asyncio.run(cancelled())
+    assert not gate.is_set() and first.stop_reason == "cancelled"
+    assert len(pieces) == len(first.tokens) < 40
+    gate.set()
+    assert collector.ended.acquire(timeout=20) and len(other.tokens) == 40
+    wait_for_the_thread_to_end(model)
+    assert len(pieces) == len(first.tokens)
+
 
 
 def test_who_was_cancelled_hears_of_it_before_the_next_step(

@@ -506,3 +506,27 @@ def test_conversations_that_templates_refuse_are_brought_into_form() -> None:
     ]  # fmt: skip
     told = ask(model, messages=messages).json()["choices"][0]["message"]["content"]
     assert told == "(s)D\n\nS(u)a\n\nb(a)c(u)d"
+
+
+def test_tools_without_the_object_around() -> None:
+    flat = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}
+    seen = ask(make_model(lambda before: before), tools=[flat]).json()["choices"][0]["message"]["content"]
+    assert seen.startswith("[weather]")
+    for wrong in ({"type": "function"}, {"type": "function", "function": 3}, {"name": 3}):
+        told = error(ask(tools=[WEATHER, wrong]))
+        assert (told["param"], told["message"]) == ("tools", "tools[1] has no function")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_p", 1.5), ("min_p", 9), ("messages", [{"role": "user", "content": 3}]), ("tools", [{"function": {}}]),
+     ("logit_bias", {"99999": 1}), ("lora", "none")],
+)  # fmt: skip
+def test_fields_that_the_engine_finds_wrong_are_named(field: str, value: Any) -> None:
+    assert error(ask(**{field: value}))["param"] == field
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("field", ["temperature", "presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_numbers_that_are_large(field: str) -> None:
+    assert ask(**{field: 1e308}, max_tokens=3).status == 200

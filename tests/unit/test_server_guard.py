@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from asgi_client import Answer, call
 from server_fakes import make_model
@@ -142,11 +146,27 @@ def test_unknown_paths_and_methods() -> None:
     assert answer.status == 405 and answer.headers["allow"] == "POST"
 
 
-def test_errors_of_our_own_have_no_words_of_the_request(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", [lambda: 1 / 0, lambda: len(3), lambda: {}["x"], lambda: None.text])  # type: ignore
+def test_errors_of_our_own_have_no_words_of_the_request(
+    wrong: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = make_model()
-    model.chat = lambda *args, **options: 1 / 0  # type: ignore[method-assign]
+    model.chat = lambda *args, **options: wrong()  # type: ignore[method-assign]
     answer = call(app(model), "POST", "/v1/chat/completions", CHAT)
     assert answer.status == 500 and answer.json()["error"]["message"] == "internal error"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_no_numbers_are_an_error_of_our_own(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    step = model._runtime.step
+    model._runtime.step = lambda *args: [rows * np.float32(np.nan) for rows in step(*args)]  # type: ignore[method-assign]
+    answer = call(app(model), "POST", "/v1/chat/completions", CHAT | {"stream": stream})
+    assert answer.status == (200 if stream else 500)
+    error = (answer.events[-1] if stream else answer.json())["error"]
+    assert error["type"] == "server_error" and "not finite" in error["message"]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_an_application_in_another_one() -> None:
@@ -160,3 +180,23 @@ def test_an_application_in_another_one() -> None:
     assert call(served, "POST", "/llm/v1/messages", CHAT).json()["type"] == "error"
     assert isinstance(call(served, "POST", "/llm/api/chat", {"messages": 3}, key).json()["error"], str)
     assert call(served, "GET", "/llm/v1/models").status == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "//v1/models//"])
+def test_slashes_too_many(path: str) -> None:
+    assert get(path).json()["object"] == "list"
+    assert call(app(make_model()), "POST", path.replace("models", "chat/completions"), CHAT).status == 200
+
+
+def test_who_asks_what_a_path_can() -> None:
+    answer = call(app(make_model()), "OPTIONS", "/v1/chat/completions")
+    assert (answer.status, answer.headers["allow"], answer.body) == (204, "POST, OPTIONS", b"")
+    assert call(app(make_model()), "OPTIONS", "/v2").status == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+def test_bodies_that_are_packed(path: str) -> None:
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    answer = call(app(make_model()), "POST", path, packed, {"content-encoding": "gzip"})
+    assert answer.status == 415 and "gzip" in answer.text
+    assert call(app(make_model()), "POST", path, CHAT, {"content-encoding": "identity"}).status == 200

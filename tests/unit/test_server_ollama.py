@@ -209,3 +209,35 @@ def test_browsers_get_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert call(served, "GET", "/static/app.js").text == "1"
     for path in ("/static/../app.py", "/static/nothing.js", "/static/%2e%2e/app.py"):
         assert call(served, "GET", path).status == 404
+
+
+def test_calls_of_a_stream_are_numbered() -> None:
+    lines = ask(make_model(f"{CALL}\n{CALL}"), tools=[TOOL]).lines
+    calls = [call for line in lines for call in line["message"].get("tool_calls", ())]
+    assert [call["function"]["index"] for call in calls] == [0, 1]
+    assert len({call["id"] for call in calls}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1h30m", 5400), ("1m0.5s", 60.5), ("90", 90), ("250ms", 0.25), (3, 3), ("-1m", None), (-1, None)],
+)
+def test_durations(text: Any, seconds: float | None) -> None:
+    model = make_model()
+    served = app(model)
+    entry = served.state.hub.entries[0]
+    body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "stream": False, "keep_alive": text}
+    assert call(served, "POST", "/api/chat", body).status == 200
+    assert entry.ttl == seconds
+
+
+@pytest.mark.parametrize("text", ["", "x", "5 m", "1h30", "m", "--1m"])
+def test_durations_that_are_none(text: str) -> None:
+    answer = ask(stream=False, keep_alive=text)
+    assert answer.status == 400 and "keep_alive" in answer.json()["error"]
+
+
+def test_who_asks_for_a_model_that_is_not_there() -> None:
+    served = app(make_model())
+    assert call(served, "POST", "/api/show", {"model": "other"}).status == 404
+    assert call(served, "POST", "/api/show", {"model": "fake:latest"}).status == 200

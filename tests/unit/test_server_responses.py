@@ -39,6 +39,7 @@ def test_an_answer() -> None:
 def test_an_answer_that_is_cut() -> None:
     told = ask(max_output_tokens=5).json()
     assert (told["status"], told["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert told["output"][-1]["status"] == "incomplete"
     assert ask(max_output_tokens=5, stream=True).event_names[-1] == "response.incomplete"
 
 
@@ -66,6 +67,21 @@ def test_the_events_of_a_stream() -> None:
     assert use["type"] == "function_call" and json.loads(use["arguments"]) == {"city": "Köln"}
     text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
     assert text == message["content"][0]["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(stream: bool) -> None:
+    answer = ask(include=["message.output_text.logprobs"], top_logprobs=2, stream=stream)
+    told = answer.events[-1]["response"] if stream else answer.json()
+    (part,) = told["output"][0]["content"]
+    assert "".join(one["token"] for one in part["logprobs"]) == part["text"] == "Hello there."
+    assert all(len(one["top_logprobs"]) == 2 and one["logprob"] <= 0 for one in part["logprobs"])
+    if stream:
+        deltas = [event for event in answer.events if event["type"] == "response.output_text.delta"]
+        assert [one for event in deltas for one in event["logprobs"]] == part["logprobs"]
+        (done,) = (event for event in answer.events if event["type"] == "response.output_text.done")
+        assert done["logprobs"] == part["logprobs"]
+    assert ask(top_logprobs=2).json()["output"][0]["content"][0]["logprobs"] == []
 
 
 def test_tools_of_other_kinds_are_passed_over() -> None:

@@ -267,7 +267,7 @@ def test_metadata_of_another_kind_are_told_or_passed_over(key: str, value: Any) 
     with GGUFReader(LLAMA) as whole:
         reader: Any = SimpleNamespace(
             path=whole.path, files=whole.files, tensors=whole.tensors, metadata={**whole.metadata, key: value},
-            version=3, raw_strings=lambda key: [],
+            version=3, strings=lambda key: [],
         )  # fmt: skip
         support, graph = examine(reader)
         assert (support.problem is None) == (graph is not None)

@@ -11,7 +11,7 @@ import pytest
 from tiny_model import TEXT, write_tiny_model
 
 from qrun.cli import main
-from qrun.cli.loading import open_runtime
+from qrun.cli.loading import RunOptions, open_runtime
 from qrun.engine import Model, Tokenizer
 from qrun.engine.judging.tasks import Answers, Task, answer, context_needed, read_tasks, scores
 from qrun.engine.program.runtime import Runtime
@@ -38,7 +38,7 @@ def test_an_answer_is_scored_by_the_log_probability_of_its_tokens_for_each_byte(
             found = sum(chances[i - 1, tokens[i]] for i in range(first, len(tokens)))
             scores.append(found / len(each.encode()))
         best = int(np.argmax(scores))
-        with open_runtime(folder / "model.gguf", threads=1, context=64) as runtime:
+        with open_runtime(folder / "model.gguf", RunOptions(1), 64) as runtime:
             result = answer(runtime, model.tokenizer, [task])
         assert result.chosen == [best] and result.answered == [best < 2]
         assert context_needed(model.tokenizer, [task]) == max(
@@ -61,7 +61,7 @@ def test_a_question_is_read_once_and_every_score_is_that_of_its_answer_alone(
         return evaluate(runtime, sequence, tokens, *more, **options)
 
     tokenizer = Tokenizer.load(path)
-    with open_runtime(path, threads=2, context=256) as runtime:
+    with open_runtime(path, RunOptions(2), 256) as runtime:
         alone = [scores(runtime, tokenizer, Task(question, (each,), ())) for each in task.answers]
         monkeypatch.setattr(Runtime, "evaluate", counted)
         assert [[score] for score in scores(runtime, tokenizer, task)] == alone
@@ -74,7 +74,7 @@ def test_a_right_answer_that_is_no_better_than_a_wrong_one_is_no_answer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer.load(folder / "model.gguf")
-    with open_runtime(folder / "model.gguf", threads=1, context=64) as runtime:
+    with open_runtime(folder / "model.gguf", RunOptions(1), 64) as runtime:
         assert answer(runtime, tokenizer, [Task("clock ", ("x",), ("x",))]).answered == [False]
         likely, unlikely = sorted(
             ("x", "thirteen"), key=lambda each: -scores(runtime, tokenizer, Task("clock ", (each,), ()))[0]

@@ -6,11 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.text.tokenizer import Tokenizer
+from qrun.engine.text.tokenizer import Tokenizer, merging
 from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.formats.gguf.strings import Strings
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = PieceType.NORMAL, PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@pytest.fixture(autouse=True, params=["first texts", "later texts"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first texts of a process are encoded without the libraries that encode all others."""
+    if request.param == "later texts":
+        monkeypatch.setattr(merging, "FIRST_CHARACTERS", 0)
 
 
 def tokenizer(
@@ -26,10 +34,10 @@ def tokenizer(
     values = {"general.name": name} | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     values |= other or {}
 
-    def raw_strings(key: str) -> list[bytes]:
-        return [text.encode() for text in values[key]]
+    def strings(key: str) -> Strings:
+        return Strings.of([text.encode() for text in values[key]])
 
-    reader: Any = SimpleNamespace(path="small.gguf", metadata=values, raw_strings=raw_strings)
+    reader: Any = SimpleNamespace(path="small.gguf", metadata=values, strings=strings)
     return Tokenizer(Vocabulary(reader))
 
 

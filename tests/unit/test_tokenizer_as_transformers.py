@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_tokenizers import LLAMA3, byte_level, sequence, split
+from huggingface_tokenizers import LLAMA3, byte_level, sequence, split, tokenizer_of
 from tokenizers import Tokenizer as Reference
 
-from qrun.engine.text.tokenizer import Tokenizer
-from qrun.formats import FormatError, GGUFWriter
+from qrun.formats import FormatError
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
 from qrun.models.huggingface.tokenizer import tokenizer_entries
@@ -74,13 +73,6 @@ def convert(folder: Path, tokenizer: dict[str, Any], n_vocab: int = 400, **files
     return entries
 
 
-def load(entries: Entries, path: Path) -> Tokenizer:
-    with GGUFWriter(path) as writer:
-        for key, value in entries.values.items():
-            writer.set_metadata(key, value, *entries.types[key])
-    return Tokenizer.load(path)
-
-
 def texts(rng: np.random.Generator, count: int, parts: list[str] = PARTS) -> list[str]:
     return ["", " ", *("".join(rng.choice(parts, rng.integers(1, 9))) for _ in range(count))]
 
@@ -90,7 +82,7 @@ def compare(
 ) -> Entries:
     """Encode texts with both. What Transformers gives, it gives with special tokens read as such."""
     entries = convert(folder, tokenizer, **files)
-    ours, reference = load(entries, folder / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
+    ours, reference = tokenizer_of(entries, folder / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
     for text in texts(rng, count):
         expected = reference.encode(text).ids
         assert ours.encode(text, parse_special=True) == expected, (text, reference.encode(text).tokens)
@@ -142,7 +134,7 @@ def test_of_two_special_tokens_that_overlap_the_first_in_the_text_is_found(
 ) -> None:
     tokens = [added("ab"), added("b  hello"), added("hello world")]
     entries = convert(tmp_path, byte_pair(added_tokens=tokens))
-    ours = load(entries, tmp_path / "made.gguf")
+    ours = tokenizer_of(entries, tmp_path / "made.gguf")
     ids = [token["id"] for token in byte_pair(added_tokens=tokens)["added_tokens"]]
     assert ours.encode("ab  hello world", parse_special=True)[0] == ids[0]
     compare(tmp_path, byte_pair(added_tokens=tokens), rng)
@@ -220,7 +212,7 @@ def test_tokens_around_a_text(around: str, rng: np.random.Generator, tmp_path: P
     config = {"bos_token": "<|a|>", "eos_token": "<|a|>"}
     entries = compare(tmp_path, tokenizer, rng, 50, tokenizer_config=config)
     # What the configuration calls the end goes on ending an answer.
-    assert tokens[0]["id"] in load(entries, tmp_path / "made.gguf").stop_ids
+    assert tokens[0]["id"] in tokenizer_of(entries, tmp_path / "made.gguf").stop_ids
 
 
 @pytest.mark.parametrize("kind", ["RobertaProcessing", "BertProcessing"])
@@ -277,7 +269,7 @@ def test_the_class_of_llama_can_be_told_to_put_no_space_in_front(tmp_path: Path)
     config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
     entries = convert(tmp_path, metaspace(*SPACES["llama"]), tokenizer_config=config)
     assert entries.values["tokenizer.ggml.add_space_prefix"] is False
-    ours = load(entries, tmp_path / "made.gguf")
+    ours = tokenizer_of(entries, tmp_path / "made.gguf")
     assert [ours.token_bytes(id) for id in ours.encode("hello world", add_special=False)] == [b"hello", b" world"]
 
 
@@ -313,7 +305,8 @@ def test_a_sentencepiece_model_normalises_as_the_library_does(
     tokenizer_entries(entries, tmp_path, Config(tmp_path / "config.json", {}), 340)
     parts = [entries.values[f"tokenizer.ggml.{part}_token_id"] for part in ("bos", "eos", "padding")]
     assert parts == [1, 2, 336] and entries.values["tokenizer.ggml.tokens"][335:337] == ["<tool>", "<pad>"]
-    ours, reference = load(entries, tmp_path / "made.gguf"), SentencePieceProcessor(model_proto=model.getvalue())
+    ours = tokenizer_of(entries, tmp_path / "made.gguf")
+    reference = SentencePieceProcessor(model_proto=model.getvalue())
     for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
         assert ours.encode(text, add_special=False) == reference.encode(text), text
 
@@ -336,7 +329,8 @@ def test_a_unigram_model_takes_the_pieces_that_the_library_takes(rng: np.random.
     assert entries.values["tokenizer.ggml.model"] == "t5"
     assert list(entries.values["tokenizer.ggml.token_type"][:3]) == [3, 3, 2]
     assert entries.values["tokenizer.ggml.tokens"][69] == "[PAD69]"
-    ours, reference = load(entries, tmp_path / "made.gguf"), SentencePieceProcessor(model_proto=model.getvalue())
+    ours = tokenizer_of(entries, tmp_path / "made.gguf")
+    reference = SentencePieceProcessor(model_proto=model.getvalue())
     for text in texts(rng, 300, [*words, "  ", " ", "\n", "e\u0301", "ＡＢ"]):  # noqa: RUF001
         assert ours.encode(text, add_special=False) == reference.encode(text), text
     assert ours.encode("hello")[-1] == 1 and ours.decode(reference.encode("hello world")) == "hello world"
@@ -368,7 +362,7 @@ def test_words_are_cut_into_pieces(
     parts = [*PARTS, *signs, "कि", "\v", "\x85", "\u200b", "\xad", "\ufffd", "\u061d", "\U0001fae0", "\u0378", "$",
              "[SEP]", "a" * 99, "d" * 10]  # fmt: skip
     entries = convert(tmp_path, tokenizer, tokenizer_config={"unk_token": "[UNK]", "cls_token": "[CLS]"})
-    ours, reference = load(entries, tmp_path / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
+    ours, reference = tokenizer_of(entries, tmp_path / "made.gguf"), Reference.from_str(json.dumps(tokenizer))
     for text in texts(rng, 200, parts):
         expected = reference.encode(text)
         assert ours.encode(text, add_special=False, parse_special=True) == expected.ids, (text, expected.tokens)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.engine.text.tokenizer.vocabulary import KINDS, Vocabulary
 from qrun.formats import FormatError
+from qrun.formats.gguf.strings import Strings
 
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "<0x41>"]
 GOOD: dict[str, Any] = {
@@ -34,12 +35,12 @@ def use(**changes: Any) -> list[int]:
         for key, value in (GOOD | changes).items() if value is not None
     }  # fmt: skip
 
-    def raw_strings(key: str) -> list[bytes]:
+    def strings(key: str) -> Strings:
         if not isinstance(values[key], list):
             raise FormatError("bad.gguf", f"{key} is not an array of strings")
-        return [text if isinstance(text, bytes) else text.encode() for text in values[key]]
+        return Strings.of([text if isinstance(text, bytes) else text.encode() for text in values[key]])
 
-    reader: Any = SimpleNamespace(path="bad.gguf", metadata=values, raw_strings=raw_strings)
+    reader: Any = SimpleNamespace(path="bad.gguf", metadata=values, strings=strings)
     tokenizer = Tokenizer(Vocabulary(reader))
     ids = tokenizer.encode("ab é <s>", parse_special=True)
     tokenizer.decode(ids)

@@ -16,6 +16,7 @@ from tokenizers.trainers import BpeTrainer
 
 from qrun.engine.text.tokenizer import Tokenizer
 from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
+from qrun.formats.gguf.strings import Strings
 
 SPECIAL = [
     "<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
@@ -51,6 +52,6 @@ def trained_tokenizer() -> Tokenizer:
         "tokenizer.ggml.eos_token_id": END,
     }
     reader: Any = SimpleNamespace(
-        path="trained.gguf", metadata=values, raw_strings=lambda key: [text.encode() for text in values[key]]
+        path="trained.gguf", metadata=values, strings=lambda key: Strings.of([text.encode() for text in values[key]])
     )
     return Tokenizer(Vocabulary(reader))

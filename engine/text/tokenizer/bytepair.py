@@ -5,44 +5,68 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from qrun.engine.text.tokenizer.merging import StagedEncoder, first_byte_pairs
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from tokenizers.models import BPE
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _UNSPELT = ""  # no piece of any vocabulary is empty
 
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Raises FormatError where the merges do not fit the pieces."""
-    tokenizer = _build(vocabulary)
-    metaspace = vocabulary.pre_tokenizer.alphabet == "metaspace"
+    _ = vocabulary.byte_pair_unknown, vocabulary.fuse_unknown  # which may be refused
+    encode = StagedEncoder(first_byte_pairs(vocabulary, _words(vocabulary)), lambda: _library_encoder(vocabulary))
+    return encode if vocabulary.pre_tokenizer.alphabet != "metaspace" else lambda text: encode(text.replace(" ", SPACE))
+
+
+def _library_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer(_model(vocabulary))
+    tokenizer.pre_tokenizer = _pre_tokenizer(vocabulary)
+    if (normalizer := _normalizer(vocabulary)) is not None:
+        tokenizer.normalizer = normalizer
     unspelt = len(vocabulary)
 
     def encode(text: str) -> list[int]:
-        if metaspace:
-            text = text.replace(" ", SPACE)
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return [id for id in ids if id != unspelt] if unspelt in ids else ids
 
     return encode
 
 
-def _build(vocabulary: Vocabulary) -> "Tokenizer":
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+def _words(vocabulary: Vocabulary) -> Callable[[str], list[str]]:
+    """What the library looks up merges in."""
+    cut, normalizer = _pre_tokenizer(vocabulary), _normalizer(vocabulary)
 
-    tokenizer = Tokenizer(_model(vocabulary))
+    def words(text: str) -> list[str]:
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        return [word for word, _ in cut.pre_tokenize_str(text)]
+
+    return words
+
+
+def _pre_tokenizer(vocabulary: Vocabulary) -> "PreTokenizer":
+    from tokenizers import Regex, pre_tokenizers
+
     pre = vocabulary.pre_tokenizer
-    steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns
-    ]
+    steps: list[PreTokenizer] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     if pre.alphabet == "bytes":
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre.prefix_words:
-        tokenizer.normalizer = normalizers.Replace(Regex(rf"^(?=[^{SPACE}\n])"), SPACE)
-    return tokenizer
+    return pre_tokenizers.Sequence(steps)
+
+
+def _normalizer(vocabulary: Vocabulary) -> "Normalizer | None":
+    from tokenizers import Regex, normalizers
+
+    if not vocabulary.pre_tokenizer.prefix_words:
+        return None
+    return normalizers.Replace(Regex(rf"^(?=[^{SPACE}\n])"), SPACE)
 
 
 def _model(vocabulary: Vocabulary) -> "BPE":

@@ -9,7 +9,9 @@ the one the model was published with, the published one stands here.
 """
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from qrun.formats.dataclass import dataclass
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qrun.engine.text.tokenizer.merging import StagedEncoder, first_scored
 from qrun.engine.text.tokenizer.vocabulary import PieceType, SpacePrefix, Vocabulary
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
@@ -19,8 +20,9 @@ _MAX_PIECE = 1 << 20
 def merging_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """The "llama" kind: pieces merge by score. Special pieces were cut out of the text before, so to the library all
     pieces are ordinary text, as they are to llama.cpp."""
-    spellings = [b"<0x%02X>" % byte for byte in range(256)]
-    byte_ids = [vocabulary.ids[spelling] for spelling in spellings if spelling in vocabulary.ids]
+    _check_lengths(vocabulary)
+    found = [vocabulary.spellings.last(b"<0x%02X>" % byte) for byte in range(256)]
+    byte_ids = [id for id in found if id is not None]
     has_all_bytes = len(byte_ids) == 256  # the library wants all or none
     types = np.full(len(vocabulary), PieceType.NORMAL)
     if has_all_bytes:
@@ -29,11 +31,14 @@ def merging_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     removes_spaces = vocabulary.flag("remove_extra_whitespaces", False)
     adds_prefix = removes_spaces and vocabulary.space_prefix == SpacePrefix.ALWAYS
     normalizer = _normalizer(vocabulary, adds_prefix, removes_spaces)
-    return _encoder(vocabulary, types, _BPE, has_all_bytes, normalizer)
+    is_plain = has_all_bytes and not removes_spaces and not vocabulary.charsmap()
+    first = first_scored(vocabulary, byte_ids) if is_plain else None
+    return StagedEncoder(first, lambda: _encoder(vocabulary, types, _BPE, has_all_bytes, normalizer))
 
 
 def unigram_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """The "t5" kind: the likeliest sequence of pieces, of a text that the model's own table has normalised."""
+    _check_lengths(vocabulary)
     types = vocabulary.types.copy()
     types[types == PieceType.UNKNOWN] = PieceType.CONTROL
     types[np.isin(types, (PieceType.UNUSED, PieceType.BYTE))] = PieceType.NORMAL
@@ -79,8 +84,6 @@ def _pieces(vocabulary: Vocabulary, types: np.ndarray) -> bytes:
     same frame: 8 bytes before its text (message tag and length, text tag and length), 7 after it (score and type)."""
     pieces = _distinct(vocabulary)
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    if lengths.max() > _MAX_PIECE:
-        raise vocabulary.error(f"token {lengths.argmax()} is {lengths.max()} bytes long")
     # frames[i] ends record i - 1 and begins record i.
     frames = np.zeros((len(pieces) + 1, 15), np.uint8)
     frames[1:, 0] = 0x15
@@ -98,10 +101,16 @@ def _pieces(vocabulary: Vocabulary, types: np.ndarray) -> bytes:
     return b"".join(parts)[7:-8] + _field(1, unknown)
 
 
+def _check_lengths(vocabulary: Vocabulary) -> None:
+    lengths = vocabulary.pieces.lengths
+    if lengths.max() > _MAX_PIECE:
+        raise vocabulary.error(f"token {lengths.argmax()} is {lengths.max()} bytes long")
+
+
 def _distinct(vocabulary: Vocabulary) -> list[bytes]:
     """The library refuses two pieces of one spelling. The last is the one that counts; the others get a name that is
     not UTF-8, so that no text contains it."""
-    ids, pieces = vocabulary.ids, vocabulary.pieces
+    ids, pieces = vocabulary.ids, list(vocabulary.pieces)
     if len(ids) == len(pieces):
         return pieces
     return [piece if ids[piece] == id else b"\xff%d" % id for id, piece in enumerate(pieces)]

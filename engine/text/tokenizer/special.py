@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import cache
 
 from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
 
@@ -25,23 +26,22 @@ class SpecialPieces:
         user_defined = frozenset(vocabulary.ids_of(PieceType.USER_DEFINED))
         self.ids = frozenset(ids)
         normalized = vocabulary.normalized_ids
-        raw = {self._spelling(id): id for id in ids if id not in normalized}
-        later = {vocabulary.normalizer(self._spelling(id)): id for id in ids if id in normalized}
+        spellings = [piece.decode(errors="replace") for piece in vocabulary.pieces.some(ids)]
+        spelt = list(zip(spellings, ids, strict=True))
+        raw = {spelling: id for spelling, id in spelt if id not in normalized}
+        later = {vocabulary.normalizer(spelling): id for spelling, id in spelt if id in normalized}
         later.pop("", None)
-        # By whether control pieces count.
-        self._raw = {True: _Spellings(raw), False: _Spellings(_among(raw, user_defined))}
-        self._normalized = {True: _Spellings(later), False: _Spellings(_among(later, user_defined))}
-
-    def _spelling(self, id: int) -> str:
-        return self._vocabulary.pieces[id].decode(errors="replace")
+        # By whether control pieces count; made when first asked for.
+        self._raw = cache(lambda control: _Spellings(raw if control else _among(raw, user_defined)))
+        self._normalized = cache(lambda control: _Spellings(later if control else _among(later, user_defined)))
 
     def split(self, text: str, control: bool) -> Iterator[str | int]:
         """The text as pieces of ordinary text (none empty) and ids of special pieces between them."""
-        return self._split(text, self._raw[control])
+        return self._split(text, self._raw(control))
 
     def split_normalized(self, text: str, control: bool) -> Iterator[str | int]:
         """The same of a text that has been normalised, with the pieces that are looked for only there."""
-        return self._split(text, self._normalized[control])
+        return self._split(text, self._normalized(control))
 
     def _split(self, text: str, spellings: "_Spellings") -> Iterator[str | int]:
         """From the left, and of the pieces that begin at one place the longest, as Transformers finds them."""

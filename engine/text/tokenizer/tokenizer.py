@@ -6,12 +6,13 @@ from functools import cached_property
 from os import PathLike
 from typing import Self
 
+from qrun.engine.errors import OfThisProcess
 from qrun.engine.text.tokenizer.special import SpecialPieces
 from qrun.engine.text.tokenizer.vocabulary import SPACE, PieceType, SpacePrefix, Vocabulary
 from qrun.formats import GGUFReader
 
 
-class Tokenizer:
+class Tokenizer(OfThisProcess):
     """Text to token ids and back, by the metadata of a GGUF file.
 
     n_vocab: number of tokens. bos_id, eos_id: None if the model has none. stop_ids: tokens that end an answer.
@@ -131,16 +132,15 @@ class Tokenizer:
 
     def has_piece(self, piece: str) -> bool:
         """Whether one token is spelt so."""
-        return piece.encode() in self._vocabulary.pieces
+        return self._vocabulary.spellings.first(piece.encode()) is not None
 
     @property
     def special_spellings(self) -> tuple[frozenset[str], frozenset[str]]:
         """How special tokens are spelt: those that `encode` finds if asked to, and those that it finds in any text."""
 
         def spelt(*types: PieceType) -> frozenset[str]:
-            return frozenset(
-                self._vocabulary.pieces[id].decode(errors="replace") for id in self._vocabulary.ids_of(*types)
-            )
+            pieces = self._vocabulary.pieces.some(self._vocabulary.ids_of(*types))
+            return frozenset(piece.decode(errors="replace") for piece in pieces)
 
         always = spelt(PieceType.USER_DEFINED)
         return spelt(PieceType.CONTROL, PieceType.UNKNOWN) - always, always

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from qrun.engine.text.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
+from qrun.engine.text.tokenizer.spellings import Spellings
 from qrun.formats import FormatError, GGUFReader
+from qrun.formats.gguf.strings import Strings
 from qrun.models.normalizer import USUAL_WORD_LENGTH, Normalizer, NormalizerError
 
 SPACE = "▁"
@@ -179,7 +181,12 @@ class Vocabulary:
         """The id of every piece; of those with one spelling, the last."""
         return dict(zip(self.pieces, range(len(self.pieces)), strict=True))
 
-    def merges(self) -> list[bytes]:
+    @cached_property
+    def spellings(self) -> Spellings:
+        """The ids of pieces, without a dict of all: for those who look for a few."""
+        return Spellings(self.pieces)
+
+    def merges(self) -> Strings:
         """Byte-pair merges, first the one that was learnt first: b"left right"."""
         return self._strings("tokenizer.ggml.merges")
 
@@ -291,17 +298,17 @@ class Vocabulary:
     def _pass_over(self, key: str, id: int) -> None:
         self.notices.append(f"{self.path}: {key} is {id}, and the vocabulary has {len(self)} tokens: it is passed over")
 
-    def _strings(self, key: str) -> list[bytes]:
+    def _strings(self, key: str) -> Strings:
         if key not in self._metadata:
             raise self.error(f"{key} is missing")
-        return self._reader.raw_strings(key)
+        return self._reader.strings(key)
 
-    def _pieces(self) -> list[bytes]:
+    def _pieces(self) -> Strings:
         pieces = self._strings("tokenizer.ggml.tokens")
-        if not pieces:
+        if not len(pieces):
             raise self.error("tokenizer.ggml.tokens is empty")
-        if b"" in pieces:
-            pieces = [piece or b"[EMPTY_%d]" % i for i, piece in enumerate(pieces)]
+        if not pieces.lengths.all():
+            return Strings.of([piece or b"[EMPTY_%d]" % i for i, piece in enumerate(pieces)])
         return pieces
 
     def _numbers(self, key: str, dtype: type, default: float) -> np.ndarray:
@@ -323,15 +330,16 @@ class Vocabulary:
         return types.astype(np.uint8)
 
     def _check_byte_pieces(self) -> None:
-        for id in np.flatnonzero(self.types == PieceType.BYTE):
+        for id in self.ids_of(PieceType.BYTE):
             if not _BYTE_PIECE.fullmatch(self.pieces[id]):
                 raise self.error(f"token {id} is of type byte, but spelt {self.pieces[id]!r}")
 
     def _mark_known_spellings(self) -> set[int]:
         """Give special pieces the type that their spelling tells, as llama.cpp does; the ids of those that stop."""
         known = {
-            piece: self.pieces.index(piece)
-            for piece in (_END_OF_GENERATION | _END_OF_FILE | _INFILL | _CHANNEL_MARKS).intersection(self.pieces)
+            piece: id
+            for piece in _END_OF_GENERATION | _END_OF_FILE | _INFILL | _CHANNEL_MARKS
+            if (id := self.spellings.first(piece)) is not None
         }
 
         def ids(spellings: Iterable[bytes]) -> set[int]:

@@ -34,9 +34,9 @@ from qrun.models.huggingface.layout import (
 )
 
 
-def _latent_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+def latent_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     heads, rank = sizes["heads"], config.integer("kv_lora_rank", 512)
-    plain, turned = config.integer("qk_nope_head_dim", 128), config.integer("qk_rope_head_dim", 64)
+    plain, turned = config.integer("qk_nope_head_dim", 128), config.integer("qk_rope_head_dim", 64, low=0)
     value = config.integer("v_head_dim", 128)
     return {
         "kv_rank": rank, "q_rank": config.integer("q_lora_rank", 1536), "plain_dim": plain, "turned_dim": turned,
@@ -59,21 +59,26 @@ def _half(which: str) -> Change:
     return then(change, transposed) if which == "k" else change
 
 
-LATENT_ATTENTION: tuple[Part, ...] = (
-    either(
-        (
-            *linear("self_attn.q_a_proj", "attn_q_a", "q_rank", "embd"),
-            norm("self_attn.q_a_layernorm", "attn_q_a_norm", "q_rank"),
-            tensor("self_attn.q_b_proj.weight", "attn_q_b.weight", "latent_q q_rank"),
+def latent_attention(block: str = "self_attn", out: str = "o_proj") -> tuple[Part, ...]:
+    """What other kinds of attention do not have comes first."""
+    return (
+        *linear(f"{block}.kv_a_proj_with_mqa", "attn_kv_a_mqa", "latent_kv", "embd"),
+        norm(f"{block}.kv_a_layernorm", "attn_kv_a_norm", "kv_rank"),
+        tensor(f"{block}.kv_b_proj.weight", "attn_k_b.weight", "kv_b kv_rank", _half("k")),
+        tensor(f"{block}.kv_b_proj.weight", "attn_v_b.weight", "kv_b kv_rank", _half("v")),
+        either(
+            (
+                *linear(f"{block}.q_a_proj", "attn_q_a", "q_rank", "embd"),
+                norm(f"{block}.q_a_layernorm", "attn_q_a_norm", "q_rank"),
+                tensor(f"{block}.q_b_proj.weight", "attn_q_b.weight", "latent_q q_rank"),
+            ),
+            linear(f"{block}.q_proj", "attn_q", "latent_q", "embd"),
         ),
-        linear("self_attn.q_proj", "attn_q", "latent_q", "embd"),
-    ),
-    *linear("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa", "latent_kv", "embd"),
-    norm("self_attn.kv_a_layernorm", "attn_kv_a_norm", "kv_rank"),
-    tensor("self_attn.kv_b_proj.weight", "attn_k_b.weight", "kv_b kv_rank", _half("k")),
-    tensor("self_attn.kv_b_proj.weight", "attn_v_b.weight", "kv_b kv_rank", _half("v")),
-    *linear("self_attn.o_proj", "attn_output", "embd", "values"),
-)
+        *linear(f"{block}.{out}", "attn_output", "embd", "values"),
+    )
+
+
+LATENT_ATTENTION = latent_attention()
 MIXTURE: tuple[Part, ...] = (
     *experts(),
     *optional(tensor("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "experts")),
@@ -108,7 +113,7 @@ def _latent_entries(facts: Facts) -> None:
 
 
 _LATENT = Architecture(
-    "deepseek2", (*NORMS, *LATENT_ATTENTION, either(MIXTURE, FEED_FORWARD)), sizes=_latent_sizes,
+    "deepseek2", (*NORMS, *LATENT_ATTENTION, either(MIXTURE, FEED_FORWARD)), sizes=latent_sizes,
     entries=_latent_entries, keys=VOCAB_SIZE, dropped_layers=True,
     defaults={"num_experts_per_tok": 1, "num_experts": 1}, fixed={"rope_interleave": True, "moe_layer_freq": 1},
 )  # fmt: skip
@@ -135,7 +140,7 @@ _INDEXER: tuple[Part, ...] = (
 
 
 def _indexed_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    return _latent_sizes(config, sizes) | {"index_dim": config.integer("index_head_dim", 128)}
+    return latent_sizes(config, sizes) | {"index_dim": config.integer("index_head_dim", 128)}
 
 
 def _indexed_entries(facts: Facts) -> None:
@@ -162,7 +167,7 @@ _INDEXED = replace(
 
 
 def _minicpm3_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    found = _latent_sizes(config, sizes)
+    found = latent_sizes(config, sizes)
     head = found["plain_dim"] + found["turned_dim"]
     return found | {"kv_heads": sizes["kv_heads"], "head": head, "rope_head": found["turned_dim"]}
 
@@ -199,8 +204,35 @@ _DEEPSEEK = Architecture(
     ),
 )  # fmt: skip
 
+# DeepSeek-OCR's language model: plain attention.
+
+
+def _ocr_entries(facts: Facts) -> None:
+    config = facts.config
+    facts.count("rope.dimension_count", config.integer("qk_rope_head_dim", 0, low=0))  # which engines pass over
+    if config.get("routed_scaling_factor") is not None:
+        facts.real("expert_weights_scale", config.real("routed_scaling_factor"))
+    if config.flag("norm_topk_prob"):
+        facts.flag("expert_weights_norm", True)
+    window = next((key for key in ("sliding_window_size", "sliding_window") if config.get(key)), None)
+    if window is not None:
+        facts.count("attention.sliding_window", config.integer(window))
+
+
+def _ocr_name(name: str, sizes: Sizes) -> str:
+    """Without what looks at images."""
+    return "" if name.startswith(("sam_model.", "qwen2_model.")) else name
+
+
+_OCR = replace(
+    _DEEPSEEK, name="deepseek2-ocr", layer=(*NORMS, *attention(), either(MIXTURE, FEED_FORWARD)), rotated="",
+    entries=_ocr_entries, rename=_ocr_name, fixed={"use_mla": False, "lm_head": True},
+)  # fmt: skip
+
 CLASSES = {
     "DeepseekForCausalLM": _DEEPSEEK,
+    "DeepseekOCRForCausalLM": _OCR,
+    "UnlimitedOCRForCausalLM": _OCR,
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
     "KimiVLForConditionalGeneration": _LATENT,

@@ -103,7 +103,7 @@ _SEVEN: tuple[Part, ...] = (
     tensor("ffn.value.weight", "channel_mix_value.weight", "embd ff"),
 )
 _RWKV7 = Architecture(
-    "rwkv7", _SEVEN, embedding="embeddings", entries=_seven_entries, ffn=False,
+    "rwkv7", _SEVEN, embedding="embeddings", entries=_seven_entries, ffn=False, own_head=True,
     sizes=partial(_sizes, head_size="head_dim"), sizes_of_weights=_ranks, of_weights=_rank_entries,
     activations=frozenset({"sqrelu"}), outer=(*_norm("layers.0.pre_norm", "token_embd_norm"),
                                                *_norm("norm", "output_norm")),
@@ -163,6 +163,7 @@ _SIX: tuple[Part, ...] = (
 )  # fmt: skip
 _RWKV6 = Architecture(
     "rwkv6", _SIX, layers="blocks", embedding="embeddings", head="head", entries=_six_entries, ffn=False,
+    own_head=True,
     sizes=partial(_sizes, head_size="head_size"), sizes_of_weights=_extra, of_weights=_extra_entries,
     rename=lambda name, sizes: name.removeprefix("rwkv."),
     outer=(*_norm("blocks.0.pre_ln", "token_embd_norm"), *_norm("ln_out", "output_norm")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 from qrun.models.huggingface.changes import computed, part, rows
@@ -15,6 +16,7 @@ from qrun.models.huggingface.layout import (
     Architecture,
     Made,
     Part,
+    Sizes,
     attention,
     either,
     gated,
@@ -22,6 +24,7 @@ from qrun.models.huggingface.layout import (
     norm,
     tensor,
 )
+from qrun.models.hyperparameters import MAX_CONTEXT
 
 # Exaone
 
@@ -80,6 +83,13 @@ _ERNIE_LAYER: tuple[Part, ...] = (
 )
 _ERNIE = Architecture("ernie4_5", _ERNIE_LAYER, defaults={"rms_norm_eps": 1e-5, "rope_theta": 500000.0})
 
+
+
+def _without_projector(name: str, sizes: Sizes) -> str:
+    """Without what makes rows of images."""
+    return "" if name.startswith("mlp_AR.") else name
+
+
 # Hunyuan: a base of rope that grows with a factor of its own.
 
 
@@ -107,6 +117,23 @@ _HUNYUAN = Architecture(
     ),
     entries=_hunyuan_entries, defaults={"rms_norm_eps": 1e-5, "head_dim": 128},
 )  # fmt: skip
+
+
+
+def _hunyuan_vl_entries(facts: Facts) -> None:
+    """Here the factor stands in the file, and engines change the base."""
+    config = facts.config
+    rope = config.rope()
+    if rope.text("rope_type", rope.text("type", "default")) not in ("xdrope", "dynamic") or rope.get("alpha") is None:
+        return
+    facts.real("rope.freq_base", rope.real("rope_theta", config.real("rope_theta", 10000.0)))
+    facts.real("rope.scaling.alpha", rope.real("alpha", high=1e6))
+    facts.text("rope.scaling.type", "none")
+    facts.real("rope.scaling.factor", rope.real("factor", 1.0, high=1e6))
+    facts.count("rope.scaling.original_context_length", config.integer("max_position_embeddings", high=MAX_CONTEXT))
+    key = "xdrope_section" if rope.get("xdrope_section") is not None else "mrope_section"
+    facts.array("rope.dimension_sections", rope.integers(key, low=0))
+
 
 # MiniCPM
 
@@ -171,6 +198,8 @@ CLASSES = {
     "Ernie4_5ForCausalLM": _ERNIE,
     "Ernie4_5_ForCausalLM": _ERNIE,
     "HunYuanDenseV1ForCausalLM": _HUNYUAN,
+    "HunYuanVLForConditionalGeneration": replace(_HUNYUAN, name="hunyuan_vl", entries=_hunyuan_vl_entries),
+    "PaddleOCRVLForConditionalGeneration": replace(_ERNIE, name="paddleocr", rename=_without_projector),
     "MiniCPMForCausalLM": _MINICPM,
     "MuseGlimmerForConditionalGeneration": _MUSE,
 }

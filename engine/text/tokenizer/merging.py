@@ -1,0 +1,166 @@
+"""The first texts of a process, merged here: the libraries that do it for all later ones first want to be handed the
+whole vocabulary, which takes them from 0.1 s (50 thousand pieces) to a second.
+
+The tokens are the same. What is out of the ordinary is left to the libraries: texts with characters that have no piece,
+and vocabularies that contradict themselves, which they refuse.
+"""
+
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+
+from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.text.tokenizer.spellings import Spellings
+from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
+from qrun.formats.gguf.strings import LENGTH_BYTES, Strings
+
+Encoder = Callable[[str], list[int]]
+FirstEncoder = Callable[[str], list[int] | None]
+"""None: the text is for the library."""
+Rank = Callable[[bytes, bytes], float | None]
+
+FIRST_CHARACTERS = 4000
+"""Of all texts together. Much more of them would take longer here than the library needs to begin."""
+
+
+class StagedEncoder:
+    """Encodes the first texts here, and has a library made when there are more. May be called from any thread."""
+
+    def __init__(self, first: FirstEncoder | None, make_library: Callable[[], Encoder]) -> None:
+        self._first = first
+        self._left = FIRST_CHARACTERS
+        self._make_library = make_library
+        self._library: Encoder | None = None
+        self._lock = ForkAwareLock()  # held while the library is made
+
+    def __call__(self, text: str) -> list[int]:
+        first = self._first
+        if first is not None and len(text) <= self._left:
+            self._left -= len(text)
+            if (ids := first(text)) is not None:
+                return ids
+        if self._library is None:
+            with self._lock:
+                if self._library is None:
+                    self._library = self._make_library()
+                    self._first = None
+        return self._library(text)
+
+
+def merged(symbols: list[bytes], rank: Rank) -> list[bytes]:
+    """Neighbours merged, those of the lowest rank first, and of equals those that come first; None: never."""
+    n = len(symbols)
+    symbols = [*symbols]
+    before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+    # Of the place on the left, and the bytes of both: if they have others since, this is out of date.
+    waiting = [
+        (found, left, len(symbols[left]) + len(symbols[left + 1]))
+        for left in range(n - 1)
+        if (found := rank(symbols[left], symbols[left + 1])) is not None
+    ]
+    heapify(waiting)
+    while waiting:
+        _, left, n_bytes = heappop(waiting)
+        right = after[left]
+        if not symbols[left] or right >= n or len(symbols[left]) + len(symbols[right]) != n_bytes:
+            continue
+        if rank(symbols[left], symbols[right]) is None:  # the same bytes, cut elsewhere since
+            continue
+        symbols[left] += symbols[right]
+        symbols[right] = b""
+        further = after[left] = after[right]
+        if further < n:
+            before[further] = left
+        for one, other in ((before[left], left), (left, further)):
+            if one >= 0 and other < n and (found := rank(symbols[one], symbols[other])) is not None:
+                heappush(waiting, (found, one, len(symbols[one]) + len(symbols[other])))
+    return [symbol for symbol in symbols if symbol]
+
+
+def first_byte_pairs(vocabulary: Vocabulary, words: Callable[[str], list[str]]) -> FirstEncoder | None:
+    """By ranks of merges. words: cuts a text, and spells it as pieces are. None: this vocabulary is for the library."""
+    merges = vocabulary.merges()
+    if not _fit(vocabulary, merges):
+        return None
+    pieces, ranks = vocabulary.spellings, Spellings(merges)
+    ignore_merges = vocabulary.pre_tokenizer.ignore_merges
+    known: dict[str, list[int]] = {}
+
+    def rank(left: bytes, right: bytes) -> int | None:
+        return ranks.first(left + b" " + right)
+
+    def word_ids(word: str) -> list[int] | None:
+        if ignore_merges and (id := pieces.last(word.encode())) is not None:
+            return [id]
+        characters = [character.encode() for character in word]
+        if any(pieces.last(character) is None for character in dict.fromkeys(characters)):
+            return None
+        found = [pieces.last(symbol) for symbol in merged(characters, rank)]
+        return [id for id in found if id is not None] if None not in found else None
+
+    def encode(text: str) -> list[int] | None:
+        ids: list[int] = []
+        for word in words(text):
+            found = known.get(word) or word_ids(word)
+            if found is None:
+                return None
+            known[word] = found
+            ids += found
+        return ids
+
+    return encode
+
+
+def _fit(vocabulary: Vocabulary, merges: Strings) -> bool:
+    """Whether all is text, and every merge makes a piece out of two."""
+    if not len(merges) or not (_is_text(vocabulary.pieces) and _is_text(merges)):
+        return False
+    data = np.frombuffer(merges.data, np.uint8)
+    spaces = np.append(np.flatnonzero(data == ord(" ")), len(data))
+    space = spaces[spaces.searchsorted(merges.starts)]  # the first in each
+    ends = merges.starts + merges.lengths
+    if (space >= ends).any():
+        return False
+    kept = np.ones(len(data), bool)
+    kept[space] = False
+    joined = Strings(data[kept].tobytes(), merges.starts - np.arange(len(merges)), merges.lengths - 1)
+    left = Strings(merges.data, merges.starts, space - merges.starts)
+    right = Strings(merges.data, space + 1, ends - space - 1)
+    return all(vocabulary.spellings.have(parts) for parts in (left, right, joined))
+
+
+def _is_text(strings: Strings) -> bool:
+    """Whether all of them are UTF-8."""
+    text = strings.data
+    if (strings.lengths >= 0x80).any():  # shorter lengths are text too, and end what is before them
+        data = np.frombuffer(text, np.uint8).copy()
+        for place in range(1, LENGTH_BYTES + 1):
+            data[strings.starts - place] = 0
+        text = data.tobytes()
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def first_scored(vocabulary: Vocabulary, byte_ids: list[int]) -> FirstEncoder:
+    """By scores of pieces, the highest first. byte_ids: of all bytes, for characters that have no piece."""
+    pieces, scores = vocabulary.spellings, vocabulary.scores
+    of_bytes = frozenset(byte_ids)  # which no text spells
+    space = SPACE.encode()
+
+    def rank(left: bytes, right: bytes) -> float | None:
+        id = pieces.last(left + right)
+        return None if id is None or id in of_bytes else -scores.item(id)
+
+    def encode(text: str) -> list[int] | None:
+        symbols = [space if character == " " else character.encode() for character in text]
+        ids: list[int] = []
+        for symbol in merged(symbols, rank):
+            id = pieces.last(symbol)
+            ids += [byte_ids[byte] for byte in symbol] if id is None else [id]
+        return ids
+
+    return encode
