@@ -29,8 +29,8 @@ _PRIOR = 4.0  # guesses that a bucket's middle counts for
 _RIGHT = (np.arange(_BUCKETS) + 0.5) / _BUCKETS * _PRIOR
 _FORGET = 0.98  # what guesses of a bucket count for after each new one
 _RENEW = 0.1  # of what was learned is forgotten with each text that the draft is not sure enough of
-# What steps with some rows take until it is known, in steps of one: kernels compute four, eight or sixteen at once.
-_ROWS = {1: 1.0, 4: 1.4, 8: 2.0, MAX_GUESSES + 1: 3.5}
+# What steps with some rows take until it is known, in steps of one: kernels compute so many at once.
+_ROWS = {1: 1.0, 2: 1.2, 4: 1.4, 8: 2.0, 12: 2.9, MAX_GUESSES + 1: 3.5}
 
 
 class Reading(NamedTuple):

@@ -9,8 +9,9 @@ Every output is computed by the same float operations in the same order, however
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
-Columns come packed into panels (`kernels.columns`). With one panel, weights go from the file through registers. With
-more, a slice of the row group is unpacked into the first-level cache and used for all panels.
+Columns come packed into panels (`kernels.columns`). With one panel, weights go from the file through registers, for two
+columns, half a panel or all of it. With more, a slice of the row group is unpacked into the first-level cache and used
+for all panels, of the last one perhaps for half of it.
 
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
 range; experts have one each. A range begins on a panel's first column.
@@ -218,6 +219,7 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
         return dot
 
     dot_one_column = through_registers(1, 1)
+    dot_two_columns = through_registers(2, columns)
     dot_half_panel = through_registers(columns // 2, columns)
     dot_one_panel = through_registers(columns, columns)
 
@@ -225,10 +227,30 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
     def dot_few(weights, stride, n_blocks, tail, x, run_end, jump, totals, n_columns, narrow):  # type: ignore[no-untyped-def]
         if narrow:
             dot_one_column(weights, stride, n_blocks, tail, x, run_end, jump, totals)
+        elif n_columns <= 2:
+            dot_two_columns(weights, stride, n_blocks, tail, x, run_end, jump, totals)
         elif n_columns <= columns // 2:
             dot_half_panel(weights, stride, n_blocks, tail, x, run_end, jump, totals)
         else:
             dot_one_panel(weights, stride, n_blocks, tail, x, run_end, jump, totals)
+
+    def through_memory(width: int) -> Any:
+        """`count` unpacked groups times the first `width` columns of a panel, into memory, or `adding` to it."""
+
+        @v.helper
+        def dot(unpacked, count, x, adding, totals):  # type: ignore[no-untyped-def]
+            total = v.zero_tile(width)
+            if adding:
+                total = v.load_tile(width, totals, 4 * lanes)
+            for _ in range(count):
+                total = dot_group(total, unpacked, x)
+                unpacked += group_bytes
+                x += wide_x
+            v.store_tile(total, totals, 4 * lanes)
+
+        return dot
+
+    add_panel, add_half_panel = through_memory(columns), through_memory(columns // 2)
 
     @v.helper
     def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
@@ -261,16 +283,11 @@ def matmul(type_name: str) -> Callable[[int, int, int], None]:
                     ahead += lanes * block_bytes
                 for panel in range(panels):
                     place = totals + panel * (4 * lanes * columns)
-                    total = v.zero_tile(columns)
-                    if first > 0:
-                        total = v.load_tile(columns, place, 4 * lanes)
                     x = x0 + panel * columns * column_bytes + first * wide_block
-                    group = unpacked
-                    for _ in range(blocks * groups):
-                        total = dot_group(total, group, x)
-                        group += group_bytes
-                        x += wide_x
-                    v.store_tile(total, place, 4 * lanes)
+                    if n_columns - panel * columns > columns // 2:
+                        add_panel(unpacked, blocks * groups, x, first > 0, place)
+                    else:
+                        add_half_panel(unpacked, blocks * groups, x, first > 0, place)
             for panel in range(panels):
                 place = totals + panel * (4 * lanes * columns)
                 if tail > 0:

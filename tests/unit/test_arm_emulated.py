@@ -178,7 +178,7 @@ class Cache:
             R.ATT_OUT_STRIDE: out.strides[0], R.ATT_HEADS: heads, R.ATT_KV_HEADS: self.kv_heads,
             R.ATT_DIM_K: self.dim_k, R.ATT_DIM_V: self.dim_v, R.ATT_V_OFFSET: self.kv_heads * self.k_bytes,
             R.ATT_K_HEAD_BYTES: self.k_bytes, R.ATT_V_HEAD_BYTES: self.v_bytes, R.ATT_SCALE: 0.3,
-            R.ATT_SOFTCAP: softcap, R.ATT_WINDOW: window, R.ATT_OF_TILE: R.TILE_END,
+            R.ATT_SOFTCAP: softcap, R.ATT_WINDOW: window, R.ATT_OF_TILE: R.TILE_END, R.ATT_BEFORE: 1 << 40,
         }  # fmt: skip
         step = {R.N_TILES: 1, R.TILES: tile.ctypes.data, R.PAGE_TABLES: tables.ctypes.data}
         self.harness.run(f"attention-{self.cache_type}-{together}", fields, n, step)

@@ -65,7 +65,7 @@ def test_a_column_has_the_same_bits_alone_and_among_others(
     raw, _ = random_tensor(rng, name, 37, 512)
     x = rng.normal(size=(35, 512)).astype(np.float32)
     together = harness.matmul(name, raw, 37, x)
-    for count in (1, 3, 6, 14, 19):  # through registers: a column, half a panel, a panel; two panels
+    for count in (1, 2, 3, 6, 12, 14, 19):  # through registers: one, two, half a panel, a panel; then halves at the end
         parts = [harness.matmul(name, raw, 37, x[i : i + count]) for i in range(0, len(x), count)]
         assert np.array_equal(together.view(np.int32), np.concatenate(parts).view(np.int32))
 

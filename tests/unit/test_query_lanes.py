@@ -68,7 +68,7 @@ class Heads:
             R.ATT_OUT_STRIDE: out.strides[0], R.ATT_HEADS: self.heads, R.ATT_KV_HEADS: self.kv_heads,
             R.ATT_DIM_K: self.dim_k, R.ATT_DIM_V: self.dim_v, R.ATT_V_OFFSET: self.kv_heads * self.k_bytes,
             R.ATT_K_HEAD_BYTES: self.k_bytes, R.ATT_V_HEAD_BYTES: self.v_bytes, R.ATT_SCALE: 0.3,
-            R.ATT_WINDOW: 1 << 40, R.ATT_OF_TILE: R.TILE_END, R.ATT_REACH: REACH,
+            R.ATT_WINDOW: 1 << 40, R.ATT_OF_TILE: R.TILE_END, R.ATT_REACH: REACH, R.ATT_BEFORE: 1 << 40,
         }  # fmt: skip
         together = 3 if self.heads // self.kv_heads % 3 == 0 else 1
         step = {R.N_TILES: 1, R.TILES: tile.ctypes.data, R.PAGE_TABLES: self.tables.ctypes.data}
