@@ -16,6 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 CLIENTS := .venv-clients
 RAY := .venv-ray
 PACKERS := .venv-packers
+DIST := .venv-dist
 WORKERS ?= 2
 SERVE_OPTIONS ?=
 
@@ -63,7 +64,7 @@ PACKERS_OPTIONS ?=
 SOAK_MINUTES ?= 20
 SOAK_MODEL ?=
 
-.PHONY: help chat serve test test-forms test-clients test-ray test-packers test-lowest report soak soak-serve bench bench-serve bench-convert bench-quantise docs clean
+.PHONY: help chat serve test test-forms test-clients test-ray test-packers test-lowest report soak soak-serve bench bench-serve bench-convert bench-quantise docs dist clean
 
 help:
 	@echo "make chat   install, fetch the default model, talk with it"
@@ -82,6 +83,7 @@ help:
 	@echo "make bench-convert CONVERT_MODEL=model-f16.gguf  the table of what converting loses, and how long it takes"
 	@echo "make bench-quantise QUANTISE_MODEL=... QUANTISE_TEXT=... QUANTISE_JUDGE=...  what calibrated files lose, by type and method"
 	@echo "make docs   write the generated parts of the documentation anew, and the library's reference to docs/html"
+	@echo "make dist   what is published: a wheel and its sources in dist/, checked, installed and asked a question"
 	@echo "make clean  delete what these made, but no models"
 
 chat: $(RUNTIME)
@@ -149,8 +151,20 @@ docs: $(RUNTIME)
 	@$(PIP_INSTALL) --editable '.[docs]' </dev/null
 	@$(BIN)/python docs/build.py
 
+# The wheel is made from the sources' archive, not from this folder, and answers from elsewhere, in an environment with
+# nothing else.
+dist:
+	@rm -rf $(DIST) dist
+	@$(PYTHON) -m venv $(DIST)/making </dev/null
+	@$(DIST)/making/bin/python -m pip install --quiet --disable-pip-version-check build twine </dev/null
+	@$(DIST)/making/bin/python -m build --outdir dist . >$(DIST)/build.log 2>&1 || { cat $(DIST)/build.log >&2; exit 1; }
+	@$(DIST)/making/bin/python -m twine --no-color check --strict dist/*
+	@$(PYTHON) -m venv $(DIST)/trying </dev/null
+	@$(DIST)/trying/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl </dev/null
+	@cd $(DIST) && trying/bin/qrun --version && echo "What is the capital of France?" | trying/bin/qrun chat
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(CLIENTS) $(RAY) $(PACKERS) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DIST) $(LOWEST) $(CLIENTS) $(RAY) $(PACKERS) build dist docs/html *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module was not found;" \

@@ -14,6 +14,7 @@ import click
 
 from qrun.cli.console import echo
 from qrun.cli.plot import check_plot, new_figure, save
+from qrun.formats import QrunError
 from qrun.models.interpreter import interpreter
 
 ROUNDS = 2
@@ -21,6 +22,10 @@ ROUNDS = 2
 
 _PEER_SCRIPT = Path(__file__).with_name("peer_bench.py")
 _ARGUMENTS = "{model} -t {threads} -p {prompt} -n {gen} -r {reps} --depth {depth} --seqs {seqs}"
+
+
+class EngineFailed(QrunError):
+    """A benchmark of an engine could not be run, failed, or printed no figures."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,11 @@ class Peer:
         name, equals, command = text.partition("=")
         if equals and name.replace("-", "").replace(".", "").replace("_", "").isalnum():
             self.name, text = name, command
-        else:
-            self.name = Path(shlex.split(text)[0]).name
-        self._words = shlex.split(text)
+        try:
+            self._words = shlex.split(text)
+        except ValueError as error:  # a quotation without an end
+            raise click.UsageError(f"--compare: {text!r}: {error}.") from None
+        self.name = self.name or Path(self._words[0]).name
 
     def command(self, task: Task, threads: int) -> list[str]:
         """The command's words, with what is measured in place of the placeholders."""
@@ -69,12 +76,17 @@ class Peer:
         return [pattern.sub(lambda match: values[match[1]], word) for word in self._words]
 
     def run(self, task: Task, threads: int) -> dict[str, float]:
-        """Its figures. RuntimeError, with its last words, if it fails or prints none."""
-        answer = _last_json(_output(self.command(task, threads), self.name or "the peer"))
+        """Its figures. EngineFailed, with its last words, if it fails or prints none."""
+        called = self.name or "the peer"
+        answer = _last_json(_output(self.command(task, threads), called), called)
+        try:
+            found = {name: value for name, value in figures(answer).items() if name in task.metrics}
+        except (TypeError, ValueError, LookupError, AttributeError):  # it is another program's
+            raise EngineFailed(f"{called} printed JSON without figures as --json or llama-bench have them") from None
         if isinstance(answer, dict) and self.name is None:
             self.name = str(answer.get("peer", "peer"))
             self.uses = [str(name) for name in answer.get("uses", [])]
-        return {name: value for name, value in figures(answer).items() if name in task.metrics}
+        return found
 
 
 def figures(answer: Any) -> dict[str, float]:
@@ -98,7 +110,7 @@ def run_qrun(task: Task, threads: int) -> dict[str, Any]:
     if python is None:
         raise ValueError("a comparison needs a Python to start qrun with, and this program has none")
     command = [*python, "-m", "qrun.cli.main", "bench", task.model, *words]
-    answer: dict[str, Any] = _last_json(_output(command, "qrun"))
+    answer: dict[str, Any] = _last_json(_output(command, "qrun"), "qrun")
     return answer
 
 
@@ -117,7 +129,7 @@ def compare(task: Task, peers: list[Peer], threads: list[int], rounds: int = ROU
             gigabytes = _gigabytes_a_token(found, f"tg{task.gen}")
             for peer, figures_of_peer in zip(peers, others, strict=True):
                 _keep_best(figures_of_peer, peer.run(task, count))
-        for metric in task.metrics:
+        for metric in filter(best.__contains__, task.metrics):  # a model that fills in masks generates nothing
             named = {
                 peer.name or "peer": figures_of_peer[metric]
                 for peer, figures_of_peer in zip(peers, others, strict=True)
@@ -200,14 +212,14 @@ def _output(command: list[str], name: str) -> str:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     except OSError as error:
-        raise RuntimeError(f"{name}: {command[0]} cannot be run: {error.strerror}") from None
+        raise EngineFailed(f"{name}: {command[0]} cannot be run: {error.strerror}") from None
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
-        raise RuntimeError(f"{name} failed ({done.returncode}): {words[-1]}")
+        raise EngineFailed(f"{name} failed ({done.returncode}): {words[-1]}")
     return done.stdout
 
 
-def _last_json(text: str) -> Any:
+def _last_json(text: str, name: str) -> Any:
     """The JSON that a program printed: all of its output, or the last line that is some."""
     for candidate in [text, *reversed(text.splitlines())]:
         try:
@@ -216,4 +228,4 @@ def _last_json(text: str) -> Any:
             continue
         if isinstance(answer, dict | list):
             return answer
-    raise RuntimeError("a benchmark printed no JSON")
+    raise EngineFailed(f"{name} printed no JSON")

@@ -59,7 +59,7 @@ def command(
     from qrun.engine.conversation import Conversation
 
     display = Display(plain, show_thoughts)
-    with load_model(model or default_model(), loading) as loaded:
+    with load_model(default_model() if model is None else model, loading) as loaded:
         check_thinking(with_tokenizer(loaded), think)
         system = loaded.chat_system if system is None else system
         sampling = {**loaded.chat_sampling, **sampling}

@@ -107,14 +107,14 @@ def command(
     if base:
         raise click.UsageError("--base needs --lora.")
     calibration.check(type_name, imatrix, split_max_size, (pure, overrides, output_type, embedding_type))
-    path = locate(source)
-    keep = type_name is None and path.is_dir() and not calibration.texts
-    if type_name is None and not keep and not calibration.sized:
-        raise click.UsageError("Missing option '--type'.")
     choice = Choice(
         file_type_name(type_name or COPY), pure, tensor_type(output_type), tensor_type(embedding_type),
         [override(text) for text in overrides],
     )  # fmt: skip
+    path = locate(source)
+    keep = type_name is None and path.is_dir() and not calibration.texts
+    if type_name is None and not keep and not calibration.sized:
+        raise click.UsageError("Missing option '--type'.")
     importance = read_imatrix(imatrix) if imatrix else None
     with closing(open_source(path, keep=keep)) as original, merged_into(original, merged) as opened:
         if keep and not (isinstance(original, CheckpointSource) and original.keeps):
@@ -164,8 +164,9 @@ def override(text: str) -> tuple[re.Pattern[str], TensorType]:
 def locate(source: str) -> Path:
     """The file or folder that SOURCE names. What lies elsewhere is fetched into the store, with a bar."""
     from qrun.cli.loading import pull_with_progress
+    from qrun.engine.model import is_checkpoint
     from qrun.models.catalog import resolve
 
     if source.startswith(("hf:", "https://", "http://")):
         return pull_with_progress(source, f"fetching {source}")
-    return Path(source) if Path(source).is_dir() else resolve(source)
+    return Path(source) if is_checkpoint(source) else resolve(source)

@@ -276,19 +276,13 @@ def label(wishes: Wishes) -> str:
 def read(path: Path, source: Source, texts: Sequence[Path], *, length: int, samples: int, seed: int) -> Samples:
     """The samples, by the model's own tokenizer and template, none longer than what the model was trained for. Raises
     ValueError for a model that predicts nothing."""
-    from qrun.cli.loading import find_original
+    from qrun.cli.loading import check_predicting, find_original
     from qrun.engine import Tokenizer
     from qrun.engine.quantize.samples import read_samples
     from qrun.engine.text.chat_template import ChatTemplate
     from qrun.formats import GGUFReader
-    from qrun.models.support import predicts, purpose
 
-    if not predicts(source):
-        what = f" ({made})" if (made := purpose(source)) else ""
-        raise ValueError(
-            f"{path}: --calibrate measures how a model predicts the next token, and this one does not{what}: "
-            "convert it with --type alone"
-        )
+    check_predicting(path, source, "by which --calibrate measures: convert it with --type alone")
     trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
     if isinstance(trained, int) and 1 < trained < length:
         notice(f"samples have {trained} tokens: the model was not trained for {length}")

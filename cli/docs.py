@@ -1,4 +1,4 @@
-"""The generated parts of the documentation: README.md's table of what is supported, and cli/REFERENCE.md.
+"""The generated parts of the documentation: docs/models.md, what README.md says of it, and cli/REFERENCE.md.
 
 `python -m qrun.cli.docs` (or `make docs`), in the repository's root, writes them anew; a test fails while they are old.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +19,61 @@ from qrun.formats.whole_file import write_whole
 BEGIN = "<!-- support: written by `make docs` -->"
 END = "<!-- end of support -->"
 WIDTH = 100
+"""Of the pages of --help, in characters."""
+PAGE_WIDTH = 120
 
 
-def support_table() -> str:
-    """What can be run, from the tables that the code itself goes by, as Markdown."""
+def models_page() -> str:
+    """What can be run, from the tables that the code itself goes by."""
     from qrun.cli.options import CACHE_TYPES
     from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
     from qrun.engine.text.tokenizer.vocabulary import KINDS
     from qrun.formats.blocks import BLOCK_FORMATS
     from qrun.models import ARCHITECTURES
 
-    def names(items: object) -> str:
-        assert hasattr(items, "__iter__")
-        return ", ".join(f"`{item}`" for item in items)
-
-    types = sorted(BLOCK_FORMATS.values(), key=lambda block: block.type)
-    bits = [f"`{block.type.name}` ({block.block_bytes * 8 / block.block_size:g})" for block in types]
-    rows = [
-        ("Architectures", names(ARCHITECTURES)),
-        ("Tensor types (bits per weight)", ", ".join(bits)),
-        ("Types of the KV cache", names(CACHE_TYPES)),
-        ("Tokenizers", names(sorted(KINDS))),
-        (f"Pre-tokenizers of byte-pair models ({len(PRE_TOKENIZERS)})", names(sorted(PRE_TOKENIZERS))),
-    ]
-    lines = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
-    return "\n".join(lines) + "\n"
+    blocks = sorted(BLOCK_FORMATS.values(), key=lambda block: block.type)
+    bits = [f"`{block.type.name}` ({block.block_bytes * 8 / block.block_size:g})" for block in blocks]
+    parts = {
+        f"Architectures ({len(ARCHITECTURES)})": names(sorted(ARCHITECTURES)),
+        f"Types of tensors ({len(bits)}), with their bits per weight": ", ".join(bits),
+        "Types of the KV cache": names(CACHE_TYPES),
+        f"Tokenizers ({len(KINDS)})": names(sorted(KINDS)),
+        f"Pre-tokenizers of byte-pair models ({len(PRE_TOKENIZERS)})": names(sorted(PRE_TOKENIZERS)),
+    }
+    head = "Written by `make docs`. Names are those of GGUF files: `qrun info model.gguf` says which one has."
+    sections = [f"## {title}\n\n{fill(text)}" for title, text in parts.items()]
+    return "\n\n".join(["# What is supported", head, *sections]) + "\n"
 
 
-def with_support_table(readme: str) -> str:
-    """The README with the table between its markers replaced."""
+def names(items: Iterable[str]) -> str:
+    """As code, between commas."""
+    return ", ".join(f"`{item}`" for item in items)
+
+
+def fill(text: str) -> str:
+    """In lines as long as those of the other pages."""
+    return textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def support_summary() -> str:
+    """How much of everything there is, for the README."""
+    from qrun.cli.options import CACHE_TYPES
+    from qrun.engine.text.tokenizer.pretokenizers import PRE_TOKENIZERS
+    from qrun.formats.blocks import BLOCK_FORMATS
+    from qrun.models import ARCHITECTURES
+
+    counts = (
+        f"{len(ARCHITECTURES)} architectures, {len(BLOCK_FORMATS)} types of tensors, {len(PRE_TOKENIZERS)} "
+        f"pre-tokenizers, and a KV cache in {names(CACHE_TYPES)}"
+    )
+    return fill(f"{counts}: [docs/models.md](docs/models.md) has all their names.") + "\n"
+
+
+def with_support(readme: str) -> str:
+    """The README with what stands between its markers replaced."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{support_table()}{END}{after}"
+    return f"{before}{BEGIN}\n{support_summary()}{END}{after}"
 
 
 def reference() -> str:
@@ -69,9 +94,10 @@ def reference() -> str:
 
 
 def main(root: Path) -> None:
-    """Writes both."""
+    """Writes all of them."""
     readme = root / "README.md"
-    write_whole(readme, with_support_table(readme.read_text(encoding="utf-8")))
+    write_whole(readme, with_support(readme.read_text(encoding="utf-8")))
+    write_whole(root / "docs" / "models.md", models_page())
     write_whole(root / "cli" / "REFERENCE.md", reference())
 
 

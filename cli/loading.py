@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qrun.engine import Model, Tokenizer
     from qrun.engine.judging.scoring import Chunks
     from qrun.engine.program.runtime import Runtime
+    from qrun.formats.tensors import TensorFile
     from qrun.models import Graph
     from qrun.models.adapter import Adapter, Lora
 
@@ -136,12 +137,18 @@ def check_predicts(path: Path, wanted: str = "perplexity") -> None:
     """Raises ValueError, naming the file, for a model that does not predict each token from those before it. wanted:
     what there is none of then."""
     from qrun.formats import GGUFReader
-    from qrun.models.support import predicts, purpose
 
     with GGUFReader(path) as reader:
-        if not predicts(reader):
-            what = f" ({made})" if (made := purpose(reader)) else ""
-            raise ValueError(f"{path}: it does not predict the next token{what}, so that there is no {wanted} of it")
+        check_predicting(path, reader, f"so that there is no {wanted} of it")
+
+
+def check_predicting(path: Path, model: TensorFile[Any], consequence: str) -> None:
+    """The same of a model that is open, and of a checkpoint."""
+    from qrun.models.support import predicts, purpose
+
+    if not predicts(model):
+        what = f" ({made})" if (made := purpose(model)) else ""
+        raise ValueError(f"{path}: it does not predict the next token{what}, {consequence}")
 
 
 def text_chunks(file: Path, tokenizer: Tokenizer, size: int, limit: int | None) -> Chunks:

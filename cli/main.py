@@ -71,7 +71,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
-            return super().resolve_command(ctx, args)
+            found = super().resolve_command(ctx, args)
+            if found[1] is not None and not ctx.resilient_parsing:
+                check_values(found[1], found[2])
+            return found
         from difflib import get_close_matches
 
         meant = OTHER_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), COMMANDS)), None)
@@ -88,6 +91,25 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def check_values(command: click.Command, words: Sequence[str]) -> None:
+    """Raises click.UsageError where an option stands in the place of another one's value, which click would take for
+    it: `bench --compare --draft small.gguf`."""
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+    wanting = {name for option in options if not option.is_flag and not option.count for name in option.opts}
+    follow = iter(words)
+    for word in follow:
+        if word == "--":
+            return
+        if word not in wanting:
+            continue
+        value = next(follow, "")
+        if value.startswith("--") and value.partition("=")[0] in known:
+            raise click.UsageError(
+                f"Option {word!r} needs a value, and {value!r} is an option. (As a value: {word}={value})"
+            )
 
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -227,9 +249,9 @@ def run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("QRUN_DEBUG"):
             raise
-        from qrun.models.store import NotPulled, PullError
+        from qrun.formats import QrunError
 
-        expected = isinstance(error, OSError | ValueError | MemoryError | ImportError | NotPulled | PullError)
+        expected = isinstance(error, OSError | ValueError | MemoryError | ImportError | QrunError)
         internal = "" if expected else f"internal error: {type(error).__name__}: "
         echo(f"qrun: {internal}{one_line(error)}", err=True)
         return 1

@@ -12,21 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from qrun.cli.console import printable, write_terminal
+from qrun.cli.markdown_inline import MAX_INLINE, STYLES, inline
+from qrun.cli.markdown_table import LEAST_COLUMN, TABLE_ROW, TABLE_RULE, cells_of, column_widths, side_of, table_row
 from qrun.cli.painter import Painter, terminal_size
-
-STYLES = {
-    "code": "cyan",
-    "heading": "bold",
-    "link": "underline",
-    "thought": "dim",
-    "fence": "dim",
-    "quote": "italic",
-}
+from qrun.cli.wrapping import after, columns_of, n_visible, wrap
 
 FRAME = 1 / 30
 """The least seconds from one writing of an unfinished line to the next: a fast model would be held up."""
@@ -36,25 +29,8 @@ _ITEM = re.compile(r"([ \t]*)([-*+]|\d{1,9}[.)])([ \t]+)(?=\S)(.*)$", re.DOTALL)
 _QUOTE = re.compile(r" {0,3}((?:>[ ]?)+)(.*)$")
 _FENCE = re.compile(r"([ \t]*(?:[-*+][ \t]+)?)(`{3,}|~{3,})([^`]*)$")
 _RULE = re.compile(r" {0,3}(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,}|={3,}[ \t]*)$")
-_TABLE_ROW = re.compile(r"[ \t]*\|")
-_TABLE_RULE = re.compile(r"[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$")
 _UNDECIDED = re.compile(r"[ \t]*(?:[-*+_=>~`#| \t]*|\d{1,9}[.)]?)$")
 """The beginning of a line that may become several things."""
-_LINK = re.compile(
-    r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]"  # the text, or an image's
-    r"\(\s*<?([^()\s<>]*(?:\([^()\s]*\)[^()\s]*)*)>?(?:\s+[\"'(][^)]*)?\)"  # the address, and a title
-)
-_ORDINARY = re.compile(r"[^\\`\[!*_~]+")
-_ESCAPED = "*_`~#|>"
-_MARKS = ("***", "**", "__", "~~", "*", "_")
-_MARK_STYLES = {"***": "bold italic", "**": "bold", "__": "bold", "~~": "strike", "*": "italic", "_": "italic"}
-# Of the characters from U+1100 on many are wide, and may stand in any row.
-_UNIT = re.compile(r"[^\S\n]+|[!-\u10ff]+|.", re.DOTALL)
-_NOT_FIRST = frozenset("、。，．：；？！）］｝」』】〉》〕〗’”…ー々゛゜ぁぃぅぇぉっゃゅょァィゥェォッャュョ～·%")  # noqa: RUF001
-_NOT_LAST = frozenset("（［｛「『【〈《〔〖‘“")  # noqa: RUF001
-_JOINER = "\u200d"  # of emoji
-_MAX_INLINE = 2000  # characters of a line in which marks are looked for
-_LEAST_COLUMN = 4  # of a table, in characters
 
 
 class MarkdownView:
@@ -130,9 +106,9 @@ class MarkdownView:
             if not _may_close(line, self._fence[0]):
                 self._show_code(line)
         elif _FENCE.match(line):
-            self._leave_table(line)
+            self._end_table()
             self._show(self._wrapped(Text(line, STYLES["fence"]), 0))
-        elif not self._table and not _TABLE_ROW.match(line) and not _UNDECIDED.match(line):
+        elif not self._table and not TABLE_ROW.match(line) and not _UNDECIDED.match(line):
             self._show(self._rows(line, is_finished=False))
 
     def _finish(self, line: str) -> None:
@@ -148,7 +124,7 @@ class MarkdownView:
                 self._show_code(line, is_finished=True)
                 self._blank = False
         elif fence := _FENCE.match(line):
-            self._leave_table(line)
+            self._end_table()
             self._fence = (fence[2], " " * len(fence[1]))
             self._print(self._wrapped(Text(line, STYLES["fence"]), 0))
         elif self._is_of_table(line):
@@ -181,8 +157,8 @@ class MarkdownView:
             self._painter.keep()
             self._n_kept = self._n_shown
         self._width = width
-        self._n_shown = sum(_n_visible(row) for row in rows)
-        rows = _after(rows, self._n_kept)
+        self._n_shown = sum(n_visible(row) for row in rows)
+        rows = after(rows, self._n_kept)
         if rows:
             self._painter.show([self._escaped(row) for row in rows])
 
@@ -236,16 +212,16 @@ class MarkdownView:
         """In rows of the terminal but for a last column, in which the cursor would be neither here nor there. Rows
         after the first are indented."""
         width = max(self._columns - 1 - reserved, 1)
-        if _columns_of(text.plain) + 8 * text.plain.count("\t") <= width:
+        if columns_of(text.plain) + 8 * text.plain.count("\t") <= width:
             return [text]
         text.expand_tabs(4)
         indent = indent if width - indent >= 4 else 0
         head, rest = text[:indent], text[indent:]
-        rows = _wrap(rest, width - indent)
+        rows = wrap(rest, width - indent)
         return [(head if i == 0 else Text(" " * indent)) + row for i, row in enumerate(rows)]
 
     def _inline(self, text: str, is_finished: bool) -> Text:
-        if len(text) > _MAX_INLINE:
+        if len(text) > MAX_INLINE:
             return Text(text)
         return inline(text, is_finished)
 
@@ -264,12 +240,8 @@ class MarkdownView:
 
     def _is_of_table(self, line: str) -> bool:
         if len(self._table) == 1:
-            return bool(_TABLE_RULE.match(line)) and len(_cells(line)) == len(_cells(self._table[0]))
-        return bool(_TABLE_ROW.match(line))
-
-    def _leave_table(self, line: str) -> None:
-        if self._table:
-            self._end_table()
+            return bool(TABLE_RULE.match(line)) and len(cells_of(line)) == len(cells_of(self._table[0]))
+        return bool(TABLE_ROW.match(line))
 
     def _show_table(self) -> None:
         """Draws the table so far; its first row alone may be no table."""
@@ -289,192 +261,29 @@ class MarkdownView:
             self._n_kept = self._width = 0
 
     def _table_rows(self) -> list[Text]:
-        header, rule = (_cells(line) for line in self._table[:2])
+        header, rule = (cells_of(line) for line in self._table[:2])
         n = len(header)
         gap = f" {self._signs['bar']} "
         room = self._columns - 1 - len(gap) * (n - 1)
-        if room < _LEAST_COLUMN * n:
+        if room < LEAST_COLUMN * n:
             return [row for line in self._table for row in self._wrapped(Text(line), 0)]
         n_done, widths, rows = self._settled or (0, [1] * n, [])
         lines = [line for i, line in enumerate(self._table) if i >= n_done and i != 1]
-        cells = [[inline(cell, True) for cell in (_cells(line) + [""] * n)[:n]] for line in lines]
-        widths = _column_widths(cells, widths, room)
-        sides = [_side(mark) for mark in rule]
+        cells = [[inline(cell, True) for cell in (cells_of(line) + [""] * n)[:n]] for line in lines]
+        widths = column_widths(cells, widths, room)
+        sides = [side_of(mark) for mark in rule]
         rows = list(rows)
         for i, row in enumerate(cells, n_done):
             if i == 0:
                 for cell in row:
                     cell.stylize("bold")
-            rows += _table_row(row, widths, sides, Text(gap, "dim"))
+            rows += table_row(row, widths, sides, Text(gap, "dim"))
             if i == 0:
                 crossing = self._signs["rule"] + self._signs["cross"] + self._signs["rule"]
                 rows.append(Text(crossing.join(self._signs["rule"] * width for width in widths), "dim"))
         if len(rows) >= self._size()[1] - 1:  # the head leaves the window: what is there stays as it is
             self._settled = len(self._table), widths, rows
         return rows
-
-
-def inline(text: str, is_finished: bool, style: str = "") -> Text:
-    """A line with its marks turned into styles. Of one that is under way, what has been opened counts as closed at the
-    end, and marks at the very end are left out until it is known what they are."""
-    if not is_finished:
-        text = re.sub(r"(?<=[^\s*_~`])[*_~`]{1,3}$|(?<!\S)[*_~`]{1,3}$", "", text)
-    out = Text(style=style)
-    unclosed: set[str] = set()
-    plain = ""
-    i = 0
-
-    def add(part: Text | str, part_style: str = "") -> None:
-        nonlocal plain
-        out.append(plain)
-        plain = ""
-        if isinstance(part, str):
-            out.append(part, part_style)
-        else:
-            out.append_text(part)
-
-    while i < len(text):
-        char = text[i]
-        if ordinary := _ORDINARY.match(text, i):
-            plain += ordinary[0]
-            i = ordinary.end()
-        elif char == "\\" and text[i + 1 : i + 2] and text[i + 1] in _ESCAPED:
-            plain += text[i + 1]
-            i += 2
-        elif char == "`":
-            ticks = re.compile("`+").match(text, i)[0]  # type: ignore[index]
-            close = re.compile(rf"(?<!`){ticks}(?!`)").search(text, i + len(ticks))
-            if close or not is_finished:
-                end = close.start() if close else len(text)
-                code = text[i + len(ticks) : end]
-                if code.startswith(" ") and code.endswith(" ") and code.strip():
-                    code = code[1:-1]
-                add(code, STYLES["code"])
-                i = close.end() if close else len(text)
-            else:
-                plain += ticks
-                i += len(ticks)
-        elif char in "[!" and (link := _LINK.match(text, i)):
-            label = inline(link[1], True)
-            label.stylize(STYLES["link"])
-            add(label)
-            if link[2] and link[2] != label.plain:
-                add(f" ({link[2]})", "dim")
-            i = link.end()
-        elif mark := next((mark for mark in _MARKS if text.startswith(mark, i) and _opens(text, i, mark)), None):
-            end = -1 if mark in unclosed else _closing(text, i + len(mark), mark)
-            if end < 0:
-                unclosed.add(mark)  # nor is a later one
-            is_name = mark == "__" and re.compile(r"\w*(__|$)").match(text, i + 2)  # of Python, such as __init__
-            if (end >= 0 or not is_finished) and not is_name:
-                inner = inline(text[i + len(mark) : end if end >= 0 else len(text)], is_finished or end >= 0)
-                inner.stylize(_MARK_STYLES[mark])
-                add(inner)
-                i = end + len(mark) if end >= 0 else len(text)
-            else:
-                plain += mark
-                i += len(mark)
-        else:
-            plain += char
-            i += 1
-    add("")
-    return out
-
-
-def _opens(text: str, at: int, mark: str) -> bool:
-    """Whether a mark may begin something: text follows it at once, and within a word "_" means nothing."""
-    before, after = text[at - 1 : at] if at else "", text[at + len(mark) : at + len(mark) + 1]
-    if not after or after.isspace() or after == mark[0]:
-        return False
-    return mark[0] == "*" or not before.isalnum()
-
-
-def _closing(text: str, start: int, mark: str) -> int:
-    """Where the mark stands that closes what begins here; -1 for nowhere."""
-    at = start
-    while (at := text.find(mark, at)) >= 0:
-        before, after = text[at - 1], text[at + len(mark) : at + len(mark) + 1]
-        in_code = text.count("`", start, at) % 2
-        length = len(text) - at - len(text[at:].lstrip(mark[0]))
-        fits = length == len(mark) or length == 3 or (mark[0] == "_" and length == 1)
-        within_word = mark[0] == "_" and after.isalnum()
-        if at > start and not before.isspace() and not in_code and before != "\\" and fits and not within_word:
-            return at + (length - len(mark) if length == 3 else 0)
-        at += max(length, 1)
-    return -1
-
-
-def _wrap(text: Text, width: int) -> list[Text]:
-    """In rows of this width, broken between words, and where there are none, as in Chinese and Japanese, between
-    characters. (rich's own wrapping takes all up to the next space for a word.)"""
-    rows = []
-    for line in text.split("\n", allow_blank=True):
-        parts = list(line.divide(_breaks(line.plain, width)))
-        for part in parts:
-            if part is not parts[-1] or _columns_of(part.plain) > width:  # white space may hang over
-                part.rstrip()
-        rows += parts
-    return rows
-
-
-def _columns_of(text: str) -> int:
-    """Columns that a text takes. Of joined emoji, those that it takes where they are not joined, if that is more."""
-    return cell_len(text) if text.isascii() else max(cell_len(text), sum(map(cell_len, text)))
-
-
-def _breaks(text: str, width: int) -> list[int]:
-    """Where rows after the first begin."""
-    breaks = []
-    x = 0
-    for start, end in _units(text):
-        unit = text[start:end]
-        size = _columns_of(unit)
-        if x and x + size > width and not unit.isspace():
-            breaks.append(start)
-            x = 0
-        if size <= width or unit.isspace():
-            x += size
-            continue
-        for i, char in enumerate(unit, start):  # a word that is longer than a row
-            if x and x + _columns_of(char) > width:
-                breaks.append(i)
-                x = 0
-            x += _columns_of(char)
-    return breaks
-
-
-def _units(text: str) -> list[tuple[int, int]]:
-    """What is not to be broken: words, single wide characters with the punctuation that belongs to them, emoji of
-    several; and the white space between."""
-    units: list[tuple[int, int]] = []
-    for found in _UNIT.finditer(text):
-        start, end = found.span()
-        char, before = text[start], text[start - 1] if start else " "
-        is_joined = char in _NOT_FIRST or before in _NOT_LAST or before == _JOINER or not _columns_of(char)
-        if is_joined and not before.isspace() and not char.isspace():
-            start = units.pop()[0]
-        units.append((start, end))
-    return units
-
-
-def _n_visible(text: Text) -> int:
-    return sum(not char.isspace() for char in text.plain)
-
-
-def _after(rows: list[Text], n: int) -> list[Text]:
-    """What follows the first n characters that are no white space."""
-    while rows and n:
-        count = _n_visible(rows[0])
-        if count > n:
-            seen = 0
-            for i, char in enumerate(rows[0].plain):
-                seen += not char.isspace()
-                if seen == n:
-                    rest = rows[0][i + 1 :]
-                    lead = len(rest.plain) - len(rest.plain.lstrip())
-                    return [rest[lead:], *rows[1:]]
-        rows, n = rows[1:], n - count
-    return rows
 
 
 def _closes(line: str, fence: str) -> bool:
@@ -485,62 +294,6 @@ def _closes(line: str, fence: str) -> bool:
 def _may_close(line: str, fence: str) -> bool:
     text = line.strip()
     return fence.startswith(text) or _closes(line, fence)
-
-
-def _cells(line: str) -> list[str]:
-    """The cells of a row of a table."""
-    text = line.strip()
-    text = text[1:] if text.startswith("|") else text
-    text = text[:-1] if text.endswith("|") and not text.endswith("\\|") else text
-    # a bar within code is none, but to see that takes long in a long line
-    between = r"(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)" if len(text) <= _MAX_INLINE else r"(?<!\\)\|"
-    cells = re.split(between, text)
-    return [re.sub(r"<br\s*/?>", "\n", cell.strip()) for cell in cells]
-
-
-def _side(rule: str) -> str:
-    if rule.endswith(":"):
-        return "center" if rule.startswith(":") else "right"
-    return "left"
-
-
-def _column_widths(cells: list[list[Text]], least: list[int], room: int) -> list[int]:
-    """How wide each column is to be: as its cells want, or less for the widest ones where there is no room."""
-    wanted = [
-        max([least[i], *(_columns_of(line) for row in cells for line in row[i].plain.split("\n"))])
-        for i in range(len(least))
-    ]
-    widths = wanted
-    low, high = _LEAST_COLUMN, max(wanted)
-    if sum(wanted) > room:
-        while low < high:  # the largest bound that fits
-            bound = (low + high + 1) // 2
-            if sum(min(width, bound) for width in wanted) <= room:
-                low = bound
-            else:
-                high = bound - 1
-        widths = [min(width, low) for width in wanted]
-        for i, width in enumerate(wanted):  # what is left over
-            widths[i] += min(width - widths[i], max(room - sum(widths), 0))
-    return widths
-
-
-def _table_row(cells: list[Text], widths: list[int], sides: list[str], gap: Text) -> list[Text]:
-    wrapped = [_wrap(cell, width) or [Text()] for cell, width in zip(cells, widths, strict=True)]
-    rows = []
-    for i in range(max(map(len, wrapped))):
-        row = Text()
-        for j, (lines, width) in enumerate(zip(wrapped, widths, strict=True)):
-            cell = lines[i].copy() if i < len(lines) else Text()
-            cell.rstrip()
-            side = sides[j] if j < len(sides) else "left"
-            free = max(width - _columns_of(cell.plain), 0)
-            left = {"left": 0, "right": free, "center": free // 2}[side]
-            row.append_text(gap if j else Text())
-            row.append(" " * left).append_text(cell).append(" " * (free - left))
-        row.rstrip()
-        rows.append(row)
-    return rows
 
 
 def _signs(encoding: str | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from qrun.engine.errors import Closed, GenerationCancelled
+from qrun.engine.generation import arguments
 from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens
@@ -211,12 +212,16 @@ class Model:
         tokenizer is missing, damaged or not supported loads all the same: see `tokenizer_problem`. CompileError (a
         RuntimeError) if a kernel is in no pack, and there is no Numba to compile it with.
         """
-        for name, value in (
-            ("threads", threads), ("context", context), ("batch", batch), ("cache_bytes", cache_bytes),
-            ("cache_disk_bytes", cache_disk_bytes),
-        ):  # fmt: skip
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        threads = arguments.optional_number("threads", threads)
+        context = arguments.optional_number("context", context)
+        batch = arguments.whole_number("batch", batch)
+        cache_bytes = arguments.optional_number("cache_bytes", cache_bytes, arguments.MOST_BYTES)
+        cache_disk_bytes = arguments.optional_number("cache_disk_bytes", cache_disk_bytes, arguments.MOST_BYTES)
+        for name, place in (("source", source), ("cache_disk", cache_disk), ("draft", draft), ("kernels", kernels)):
+            if place is not None or name == "source":
+                arguments.path(name, place)
+        for name, function in (("progress", progress), ("converting", converting), ("notice", notice)):
+            arguments.callback(name, function)
         from qrun.engine.generation.draft_loading import DRAFT_LAYERS, load_draft, load_draft_layers
         from qrun.engine.native.cpu_count import available_cores
         from qrun.engine.native.packs import using
@@ -226,13 +231,14 @@ class Model:
         from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, check_switchable, open_adapters
 
+        wanted = [Lora.of(lora) for lora in arguments.several("loras", loras)]
+        by_name = arguments.mapping("adapters", adapters if adapters is not None else {})
+        switched = {name: Lora.of(lora) for name, lora in by_name.items()}
         with using(kernels), contextlib.ExitStack() as undo:
             find = functools.partial(
                 find_model, threads=threads, progress=converting, compiling=progress, notice=notice
             )
             path = find(source, type)
-            wanted = [Lora.of(lora) for lora in loras]
-            switched = {name: Lora.of(lora) for name, lora in (adapters or {}).items()}
             reader = GGUFReader(path)
             undo.callback(reader.close)
             with open_adapters(wanted) as opened:
@@ -430,7 +436,8 @@ class Model:
             raise ValueError("there are no messages: at least one is wanted")
         if self.chat_system and not any(message["role"] in ("system", "developer") for message in messages):
             messages = [{"role": "system", "content": self.chat_system}, *messages]
-        variables = {**(template_variables or {}), "add_generation_prompt": True}
+        given = arguments.mapping("template_variables", {} if template_variables is None else template_variables)
+        variables = {**given, "add_generation_prompt": True}
         if think is not None:
             variables["think"] = think
         if special_tokens_in_messages:
@@ -538,10 +545,15 @@ class Model:
         from qrun.engine.embedding.embedder import names_of, normalized
 
         chosen = [texts] if isinstance(texts, str) else list(texts)
-        names = names or names_of(len(chosen))
+        names = arguments.several("names", names) if names is not None else names_of(len(chosen))
+        if len(names) != len(chosen):
+            raise ValueError(f"names must be {len(chosen)}, as many as there are texts, and not {len(names)}")
+        if instruction is not None:
+            arguments.text("instruction", instruction)
+        dimensions = arguments.optional_number("dimensions", dimensions)
         embedder = self._embedder
         kind = pooling or embedder.kind
-        self._check_pooling(kind, dimensions)
+        self._check_pooling(kind)
         width = embedder.width(kind)
         if dimensions is not None and dimensions > width:
             raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
@@ -563,7 +575,7 @@ class Model:
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
-        self._check_pooling("rank", None)
+        self._check_pooling("rank")
         pairs = [self.pair_tokens(query, document, truncate=truncate) for document in documents]
         return self.embed(pairs, pooling="rank", names=names)[:, 0].copy()
 
@@ -600,6 +612,8 @@ class Model:
     def pair_tokens(self, query: str, document: str, *, truncate: bool = False) -> list[int]:
         """The tokens of a query and a document as `rerank` takes them."""
         self._check_open()
+        arguments.text("query", query)
+        arguments.text("document", document)
         tokenizer = self._known_tokenizer()
         template = self.reader.metadata.get("tokenizer.chat_template.rerank")
         if not isinstance(template, str):
@@ -617,13 +631,11 @@ class Model:
         kept = 1 if end is not None and tokens[-1] == end and self.context > 1 else 0
         return [*tokens[: self.context - kept], *tokens[len(tokens) - kept :]]
 
-    def _check_pooling(self, kind: str, dimensions: int | None) -> None:
+    def _check_pooling(self, kind: str) -> None:
         from qrun.models.pooling import POOLINGS
 
-        if kind not in POOLINGS:
+        if not isinstance(kind, str) or kind not in POOLINGS:
             raise ValueError(f"pooling is {kind!r}, expected one of {', '.join(POOLINGS)}")
-        if dimensions is not None and dimensions < 1:
-            raise ValueError(f"dimensions is {dimensions}: it must be at least 1")
         pooling = self._embedder.pooling
         if kind == "rank" and not pooling.rank_steps and pooling.kind != "rank":
             raise ValueError(f"{self.path.name}: the model compares no texts: it has no classifier")
@@ -673,6 +685,7 @@ class Model:
         self._check_writes()
         if self.graph.encoder is not None:
             raise ValueError(f"{self.path.name}: {_UNREAD}")
+        top = arguments.whole_number("top", top, 0)
         tokens = check_tokens(tokens, self._runtime.n_vocab, self.context)
         found: list[TokenLogprob | None] = [None]
         rows = rows_at_a_time(self._runtime.n_vocab)
@@ -706,6 +719,7 @@ class Model:
         """The token ids of a text. `add_special` adds what the model expects around a text (BOS, mostly);
         `parse_special` reads the spellings of special tokens as these tokens. ValueError without a tokenizer."""
         self._check_open()
+        text = arguments.text("text", text)
         return self._known_tokenizer().encode(text, add_special=add_special, parse_special=parse_special)
 
     def count_tokens(
@@ -761,7 +775,7 @@ class Model:
 
         self._check_open()
         tokenizer = self._known_tokenizer()
-        tokens = encode_prompt(tokenizer, text)
+        tokens = encode_prompt(tokenizer, arguments.text("text", text))
         if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
         if self.graph.encoder is not None and (end := tokenizer.end_id) is not None and tokens[-1:] != [end]:

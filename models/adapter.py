@@ -55,8 +55,14 @@ class Lora:
         """From a path, or a path and a scale."""
         if isinstance(given, Lora):
             return given
-        path, scale = given if isinstance(given, tuple) else (given, 1.0)
-        return cls(Path(path), float(scale))
+        try:
+            path, scale = given if isinstance(given, tuple) else (given, 1.0)
+            return cls(Path(path), float(scale))
+        except (TypeError, ValueError) as error:
+            if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], float):
+                raise  # a scale that is not finite
+            wrong = " ".join(repr(given).split())
+            raise ValueError(f"an adapter is a path, or a path and a scale, not {wrong}") from error
 
 
 LoraLike = Lora | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]

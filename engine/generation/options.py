@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from qrun.engine.generation.adapters import LoraChoice
+from qrun.engine.generation.arguments import optional_number, whole_number
 from qrun.engine.sampling.options import SamplingArguments
 
 OnFull = Callable[[list[int]], Iterable[int] | None]
@@ -24,8 +25,7 @@ def keep_newest(newest: int | None = None, *, first: int = 0) -> OnFull:
     Without `newest`, both together are half of the context: what is left is read again, which one large step does more
     seldom than many small ones. Turns are cut wherever they are; `Conversation` forgets whole ones.
     """
-    if first < 0 or (newest is not None and newest < 1):
-        raise ValueError(f"first must be at least 0 and newest at least 1, not {first} and {newest}")
+    first, newest = whole_number("first", first, 0), optional_number("newest", newest)
 
     def shorten(tokens: list[int]) -> list[int] | None:
         count = max(len(tokens) // 2 - first, 1) if newest is None else newest

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 import numpy as np
 
 from qrun.engine.errors import Closed, ContextOverflow
+from qrun.engine.generation import arguments
 from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice
 from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation
@@ -247,6 +248,7 @@ class Session:
         was there before. Nobody but the file's owner can read it."""
         from qrun.engine.generation import session_file  # not for those who save nothing: it takes 10 ms
 
+        path = arguments.path("path", path)
         host, cache = self._host, self._cache
         with cache.lock:  # to the end: the state may be a view of the cache
             self._check_open()
@@ -267,7 +269,7 @@ class Session:
 
         self._check_open()
         runtime = self._host.runtime
-        saved = session_file.read(path)
+        saved = session_file.read(arguments.path("path", path))
         try:
             adapters = self._host.adapters.chosen(saved.adapters)
         except ValueError:

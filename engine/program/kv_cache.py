@@ -55,8 +55,8 @@ class CacheLayout:
     """
 
     def __init__(self, layers: Sequence[CacheLayer], cache_type: str, states: Sequence[int] = ()) -> None:
-        if cache_type not in CACHE_BITS:
-            raise ValueError(f"cache type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
+        if not isinstance(cache_type, str) or cache_type not in CACHE_BITS:
+            raise ValueError(f"cache_type {cache_type!r} is not one of {', '.join(CACHE_BITS)}")
         self.cache_type = cache_type
         self.groups: list[tuple[int | None, int]] = []  # window, positions of an entry
         self.sides: list[Side] = []  # whose keys and values each group has
@@ -341,6 +341,8 @@ class KVSequence:
             raise ValueError("the saved state has a source that is none")
         if len(source) and not self._of_source:
             raise ValueError("the saved state has a source, and the model no encoder")
+        if n_past and self._of_source and not len(source):
+            raise ValueError("the saved state has an answer, and no source that it answers")
         for group, pool in enumerate(self.pools):
             numbers, data = state[f"pages{group}"], state[f"data{group}"]
             n_held = {"text": n_past, "source": len(source), "encoder": 0}[self.layout.sides[group]]

@@ -457,10 +457,10 @@ class Calibration:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Within it no other process has the folder so, where the system has locks of folders. Raises ValueError if one has
-    it now."""
-    if os.name != "posix":
-        yield
+    """Within it no other process has the folder so. Raises ValueError if one has it now."""
+    if os.name != "posix":  # no locks of folders
+        with _locked_beside(folder):
+            yield
         return
     import fcntl
 
@@ -469,12 +469,32 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another run is at work here: name another folder, or wait for it") from None
+            raise _at_work(folder) from None
         except OSError:  # a file system without locks
             pass
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _locked_beside(folder: Path) -> Iterator[None]:
+    """The same by a file beside the folder: one within would be taken for somebody else's."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _at_work(folder) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _at_work(folder: Path) -> ValueError:
+    return ValueError(f"{folder}: another run is at work here: name another folder, or wait for it")
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

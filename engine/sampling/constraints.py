@@ -173,7 +173,7 @@ def schema_text(schema: Any) -> str:
             raise ValueError(f"schema: its values are nested more than {MAX_DEPTH} deep")
     except (TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"schema: it is no JSON: {_reason(str(error))}") from None
-    _check_size(text, "schema")
+    _check_text(text, "schema")
     return text
 
 
@@ -181,7 +181,7 @@ def regex_source(pattern: str) -> str:
     """Texts that a regular expression matches as a whole, in the syntax of Rust's `regex` crate."""
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"regex: a text that is not empty is wanted, not {pattern!r:.50}")
-    _check_size(pattern, "regex")
+    _check_text(pattern, "regex")
     return _load().LLMatcher.grammar_from_regex(pattern)
 
 
@@ -194,7 +194,7 @@ def grammar_source(grammar: str) -> str:
     """The same for Lark's syntax or GBNF, llama.cpp's."""
     if not isinstance(grammar, str) or not grammar.strip():
         raise ValueError(f"grammar: a text that is not empty is wanted, not {grammar!r:.50}")
-    _check_size(grammar, "grammar")
+    _check_text(grammar, "grammar")
     _load()
     if not re.search(r"(?m)^\s*(%llguidance\b|\??start\s*(\[[^\]]*\])?\s*:(?!:=))", grammar):
         from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -263,7 +263,11 @@ class _Vocabulary:
         return tokenizer.encode_further(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-def _check_size(text: str, what: str) -> None:
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what}: half of a surrogate pair stands in it, which is no text") from None
     if len(text) > MAX_SOURCE:
         raise ValueError(f"{what}: {len(text)} characters are more than the {MAX_SOURCE} that are allowed")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qrun.engine.cpu.features import V8_2, architecture, host_features
 from qrun.engine.errors import QrunError
 
-FORMS = ("best", "amx", "avx512-vnni", "avx512", "avx2", "plain")
+FORMS = ("best", "amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
 # What tiles are made with: all CPUs with AMX have it.
 AMX = frozenset(
     {"amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512fp16"}
@@ -94,7 +94,8 @@ def _is_arm(triple: str) -> bool:
 def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str = "best") -> Target:
     """The best of what a CPU has: LLVM's triple and name for it, and LLVM's names of features, present or not.
 
-    form: "best", or another: "amx", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either), "avx2", "plain".
+    form: "best", or another: "amx", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either), "avx-vnni" (no
+    AVX-512), "avx2", "plain".
 
     "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.7 times less with it, and prompts of SmolLM2 1.7 times
     less, but a column alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07

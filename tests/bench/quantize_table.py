@@ -1,4 +1,4 @@
-"""The README's table of converting: what each type loses, and how long it takes, here and in llama-quantize.
+"""The table of converting in docs/speed.md: what each type loses, and how long it takes, here and in llama-quantize.
 
     python tests/bench/quantize_table.py MODEL [--imatrix FILE] [--quantize llama-quantize] [--types q4_k_m ...]
 

@@ -1,4 +1,4 @@
-"""The README's table of speeds: this engine, and others where they are given, on several models, as Markdown.
+"""The table of speeds in docs/speed.md: this engine, and others where they are given, on several models, as Markdown.
 
     python tests/bench/table.py MODEL... [--random q4_k_m ...] [--peer PEER ...] [--threads 1 2] [--depths 0 4096]
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qrun.cli import bench, bench_compare
-from qrun.cli.main import cli
+from qrun.cli.main import cli, main
 from qrun.cli.peer_bench import switched_on
 from qrun.engine.native.bandwidth import read_bandwidth
 from qrun.engine.program.needs import bytes_per_token
@@ -115,11 +115,19 @@ def test_a_whole_comparison() -> None:
     [("no-such-python", "is no file, and no command with {model} in it"),
      ("x=no-such-program {model}", "x: no-such-program cannot be run"),
      (f"x={sys.executable} -c 'exit(\"out of luck\")' {{model}}", "x failed (1): out of luck"),
-     (f"x={sys.executable} -c 'print(1)' {{model}}", "a benchmark printed no JSON")],
+     (f"x={sys.executable} -c 'print(1)' {{model}}", "x printed no JSON"),
+     (f"x={sys.executable} -c 'print([1])' {{model}}", "x printed JSON without figures"),
+     ("x={model}'", "No closing quotation")],
 )  # fmt: skip
 def test_a_peer_that_does_not_work_is_one_line(peer: str, message: str) -> None:
-    with pytest.raises((RuntimeError, click.UsageError), match=re.escape(message)):
+    with pytest.raises((bench_compare.EngineFailed, click.UsageError), match=re.escape(message)):
         bench_compare.Peer(peer).run(TASK, 1)
+
+
+def test_an_engine_that_fails_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(MODEL), "-p", "4", "-n", "0", "-r", "1", "-t", "1", "--no-bandwidth"]
+    assert main([*arguments, "--compare", "x=no-such-program {model}"]) == 1
+    assert capsys.readouterr().err.endswith("qrun: x: no-such-program cannot be run: No such file or directory\n")
 
 
 def test_a_plot_needs_a_comparison_and_a_known_ending() -> None:

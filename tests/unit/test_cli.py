@@ -76,9 +76,10 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert page == docs.reference(), "run: make docs"
 
 
-def test_the_readme_s_support_table_is_up_to_date() -> None:
+def test_what_is_said_to_be_supported_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == docs.with_support_table(readme), "run: make docs"
+    assert readme == docs.with_support(readme), "run: make docs"
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == docs.models_page(), "run: make docs"
 
 
 def test_the_readme_names_every_command() -> None:
@@ -163,6 +164,9 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
         (["convert", str(ROOT), "--type", "q8_0", "--output-type", "q6k"], 1, "tensor (did you mean Q6_K?): it can"),
         (["convert", str(ROOT), "--type", "best"], 1, "'best' is no type: it can be F32, "),
         (["rm"], 2, "Name a model"),
+        (["bench", "m.gguf", "--compare", "--draft", "x"], 2, "'--compare' needs a value, and '--draft' is an option."),
+        (["run", "m.gguf", "x", "--stop", "--lookup"], 2, "(As a value: --stop=--lookup)"),
+        (["chat", "m.gguf", "-t", "--temperature=1"], 2, "'-t' needs a value, and '--temperature=1' is an option."),
     ],
 )
 def test_wrong_options(arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,8 +235,9 @@ def test_bad_files_are_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, _, err = run_main("info", str(tmp_path), capsys=capsys)
+@pytest.mark.parametrize("command", [["info"], ["chat"], ["convert", "--type", "q8_0"]], ids=lambda words: words[0])
+def test_a_folder_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run_main(*command, str(tmp_path), capsys=capsys)
     assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
 
 

@@ -320,6 +320,18 @@ def test_a_folder_at_which_another_run_is_at_work_is_refused(
     assert run(*arguments, capsys=capsys)[0] == 0
 
 
+def test_a_lock_beside_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    """What stands in for locks of folders where a system has none."""
+    locked, work = calibrated._locked_beside, tmp_path / "work"
+    with locked(work):
+        with pytest.raises(ValueError, match="work: another run is at work here"), locked(work):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(work):
+        pass
+
+
 def test_a_place_that_a_result_cannot_take_is_refused_before_anything_is_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,8 +511,8 @@ def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_made(
     status, _, errors = run(*arguments, capsys=capsys)
     assert status == 1
     assert errors == (
-        f"qrun: {source}: --calibrate measures how a model predicts the next token, and this one does not{purpose}: "
-        "convert it with --type alone\n"
+        f"qrun: {source}: it does not predict the next token{purpose}, by which --calibrate measures: convert it with "
+        "--type alone\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf"]
 

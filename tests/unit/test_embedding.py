@@ -107,7 +107,7 @@ def test_vectors_are_as_long_as_1_and_as_wide_as_is_asked_for(model: Model) -> N
     np.testing.assert_allclose(short, plain[:8] / np.linalg.norm(plain[:8]), rtol=1e-5)
     with pytest.raises(ValueError, match="dimensions is 49, and the model's vectors have 48"):
         model.embed("the cat", dimensions=49)
-    with pytest.raises(ValueError, match="dimensions is 0"):
+    with pytest.raises(ValueError, match="dimensions must be at least 1, not 0"):
         model.embed("the cat", dimensions=0)
     assert model.embed([]).shape == (0, 48)
 

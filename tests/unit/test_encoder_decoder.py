@@ -456,6 +456,18 @@ def test_a_saved_source_has_tokens_of_the_vocabulary(model: Model, tmp_path: Pat
     assert session.tokens == tokens
 
 
+def test_a_saved_answer_without_its_source_is_refused(model: Model, tmp_path: Path) -> None:
+    session = model.session()
+    list(session.generate([5, 6, 7, 1], **CHOSEN))
+    session.save(tmp_path / "s")
+    saved = session_file.read(tmp_path / "s")
+    for source in ({}, {"source": np.empty(0, np.int64)}):
+        state = {name: values for name, values in saved.state.items() if name != "source"} | source
+        session_file.write(tmp_path / "s", dataclasses.replace(saved, state=state))
+        with pytest.raises(FormatError, match="has an answer, and no source"):
+            session.load(tmp_path / "s")
+
+
 def test_a_model_without_an_encoder_takes_no_source_from_a_file(tmp_path: Path) -> None:
     with Model.load(write_tiny_model(tmp_path / "m.gguf"), threads=1, context=64) as plain:
         session = plain.session()

@@ -3,6 +3,7 @@
 import configparser
 import importlib.metadata
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,23 @@ def test_all_requirements_have_a_lowest_version() -> None:
     assert not [line for line in requirements if line.startswith(("ruff", "mypy"))]
     with pytest.raises(SystemExit, match="numpy has no lower bound"):
         module.lowest("[options]\ninstall_requires =\n    numpy\n[options.extras_require]\ntest =\n")
+
+
+def test_the_archive_of_the_sources_holds_all_that_is_tracked() -> None:
+    """Who packs for a distribution runs the tests from it."""
+    command = ["git", "ls-files", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a checkout")
+    manifest = ROOT.joinpath("MANIFEST.in").read_text("utf-8").splitlines()
+    rules = [line.split() for line in manifest if not line.startswith("#")]
+    grafted = {name for kind, *names in rules if kind == "graft" for name in names}
+    included = {name for kind, *names in rules if kind == "include" for name in names}
+    # Packages, their data and what setuptools takes by itself.
+    grafted |= {"engine", "formats", "models", "cli", "server"}
+    included |= {"README.md", "LICENSE", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", ".gitignore"}
+    missed = [
+        name for name in listed.split("\0") if name and name not in included and name.split("/")[0] not in grafted
+    ]
+    assert not missed

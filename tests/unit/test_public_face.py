@@ -4,10 +4,11 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_fakes import FakeRuntime, ids_of, speaking
 from test_model import make_model
@@ -122,9 +123,70 @@ def test_the_newest_are_kept(options: dict[str, int], left: list[int] | None) ->
 
 
 def test_what_cannot_be_kept_is_refused() -> None:
-    for options in ({"newest": 0}, {"first": -1}):
-        with pytest.raises(ValueError, match="first must be at least 0 and newest at least 1"):
+    for options, message in (({"newest": 0}, "newest must be at least 1"), ({"first": -1}, "first must be at least 0")):
+        with pytest.raises(ValueError, match=message):
             keep_newest(**options)
+
+
+WRONG = {
+    "whole number": [1.5, "2", b"2", [], {}, object(), np.float32(2), np.zeros((2, 2)), True, float("nan")],
+    "path": [1.5, 2, [], object(), "a\0b", "\ud800", np.zeros(2)],
+    "list": [2, "a.gguf", Path("a.gguf"), {"a": "b"}],
+    "dictionary with names": [2, "a", ["a"], {1: "a"}],
+    "function": [2, "print", []],
+    "text": [None, 2, b"a", ["a"]],
+}
+LOADING = {
+    "whole number": ("threads", "context", "batch", "cache_bytes", "cache_disk_bytes"),
+    "path": ("source", "cache_disk", "draft", "kernels"),
+    "list": ("loras",),
+    "dictionary with names": ("adapters",),
+    "function": ("progress", "converting", "notice"),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in LOADING.items() for name in names])
+def test_wrong_arguments_of_load_are_named(kind: str, name: str) -> None:
+    for value in WRONG[kind]:
+        with pytest.raises(ValueError, match=f"^{name} must be an? {kind}, not .*$"):
+            Model.load(**{"source": "nothing.gguf", name: value})
+
+
+def test_adapters_are_paths_or_pairs() -> None:
+    for value in (2, ["a"], ("a",), ("a", "b"), ("a", "b", 1.0), None):
+        with pytest.raises(ValueError, match="an adapter is a path, or a path and a scale, not "):
+            Model.load("nothing.gguf", loras=[value])
+    with pytest.raises(ValueError, match="the scale of an adapter is a finite number, not nan"):
+        Model.load("nothing.gguf", loras=[("a.gguf", float("nan"))])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "call"),
+    [
+        ("text", "text", lambda model, value: model.tokenize(value)),
+        ("text", "text", lambda model, value: model.template_tokens(value)),
+        ("query", "text", lambda model, value: model.pair_tokens(value, "b")),
+        ("document", "text", lambda model, value: model.pair_tokens("a", value)),
+        ("top", "whole number", lambda model, value: model.prompt_logprobs([3, 4], top=value)),
+        ("template_variables", "dictionary with names", lambda model, value: model.chat("a", template_variables=value)),
+        ("path", "path", lambda model, value: model.session().load(value)),
+        ("path", "path", lambda model, value: model.session().save(value)),
+        ("first", "whole number", lambda model, value: keep_newest(first=value)),
+        ("newest", "whole number", lambda model, value: keep_newest(value)),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, kind: str, call: Callable[[Model, Any], object]) -> None:
+    model = make_model()
+    for value in WRONG[kind]:
+        with pytest.raises(ValueError, match=f"^{name} must be an? {kind}, not .*$"):
+            call(model, value)
+
+
+def test_numbers_of_numpy_are_whole_numbers(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf")
+    with Model.load(path, threads=np.int64(1), context=np.int32(48), batch=np.uint8(16)) as model:
+        assert (model.threads, model.context) == (1, 48)
+        assert model.logits([1, 2]).shape == (2, 128)
 
 
 def test_a_text_goes_on_beyond_the_context() -> None:
