@@ -104,9 +104,9 @@ SEARCHES: dict[TensorType, Search] = {
     TensorType.MXFP4: mxfp4.SEARCH,
 }
 
-# With importance, those in which errors of large weights are to count for more (`fitting.by_size`). With more levels it
-# gains nothing, and where a source had been of four bits already it lost.
-LARGE_FIRST = frozenset({TensorType.Q2_K, TensorType.Q3_K})
+# With importance, those in which errors of large weights are to count for more (`fitting.by_size`). In others it gains
+# nothing, or loses.
+LARGE_FIRST = frozenset({TensorType.Q2_K, TensorType.Q3_K, TensorType.IQ4_NL, TensorType.IQ4_XS})
 
 # Weights decoded in one go: few enough that what a decoder holds in between stays in the cache of a core.
 CHUNK = 1 << 16
