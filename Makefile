@@ -98,7 +98,7 @@ serve: $(SERVING)
 test: $(TESTING)
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-forms: $(TESTING)
 	QRUN_TEST_FORMS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit/test_kernels_matmul.py tests/unit/test_arm_emulated.py
