@@ -89,7 +89,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope = {**scope, "path": _plain(scope["path"])}
+            scope = {**scope, "path": _plain(scope["path"], scope.get("root_path", ""))}
         await self._guarded(scope, receive, send)
 
     def stop(self) -> None:
@@ -103,9 +103,11 @@ class Application:
         self.state.texts.shutdown(wait=False, cancel_futures=True)
 
 
-def _plain(path: str) -> str:
-    """A path without slashes too many, as clients make whose base URL ends in one."""
-    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+def _plain(path: str, root: str) -> str:
+    """A path without slashes too many, as clients make whose base URL ends in one. root: where the application is
+    mounted in another one, whose own page is there with a slash."""
+    plain = re.sub("/{2,}", "/", path).rstrip("/")
+    return plain if plain and plain != root.rstrip("/") else f"{plain}/"
 
 
 def app(

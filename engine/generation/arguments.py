@@ -32,12 +32,12 @@ def optional_number(name: str, value: Any, most: int = MOST) -> int | None:
 
 
 def path(name: str, value: Any) -> Path:
-    """A path that a system can be asked for."""
+    """A path that a system can be asked for; not an empty one, which would mean the working directory."""
     try:
         encoded = os.fsencode(value)
     except (TypeError, UnicodeEncodeError):
         encoded = b"\0"
-    if b"\0" in encoded:
+    if not encoded or b"\0" in encoded:
         raise _wrong(name, "a path", value)
     return Path(os.fsdecode(value))
 

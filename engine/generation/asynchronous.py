@@ -86,6 +86,8 @@ async def batches(generation: Sharing) -> AsyncIterator[list[Piece]]:
     queue = sink.queue(generation)
     try:
         generation.start(sink)
+        if generation.cancelled:  # before it had begun: nobody was told then
+            sink.hurry(generation)
         while True:
             batch = pieces, error, over = await queue.get()
             if batch is _LEFT:

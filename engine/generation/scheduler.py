@@ -510,9 +510,10 @@ class Scheduler:
             self._decode_seconds = _learned(self._decode_seconds, seconds)
         elif n_prompt >= FEWEST_ROWS:
             each = max(seconds - (self._decode_seconds if n_decode else 0.0), 0.1 * seconds) / n_prompt
-            if len(reading) == 1 and reading[0].long:
-                reading[0].row_seconds = _learned(reading[0].row_seconds, each)
-            else:
+            alone = reading[0] if len(reading) == 1 and reading[0].long else None
+            if alone is not None:
+                alone.row_seconds = _learned(alone.row_seconds, each)
+            if alone is None or not self._row_seconds or len(alone.cache.tokens) < LONG_PROMPT:  # not deep in its text
                 self._row_seconds = _learned(self._row_seconds, each)
 
 

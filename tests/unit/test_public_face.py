@@ -152,7 +152,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
 
 WRONG = {
     "whole number": [1.5, "2", b"2", [], {}, object(), np.float32(2), np.zeros((2, 2)), True, float("nan")],
-    "path": [1.5, 2, [], object(), "a\0b", "\ud800", np.zeros(2)],
+    "path": ["", 1.5, 2, [], object(), "a\0b", "\ud800", np.zeros(2)],
     "list": [2, "a.gguf", Path("a.gguf"), {"a": "b"}],
     "dictionary with names": [2, "a", ["a"], {1: "a"}],
     "function": [2, "print", []],

@@ -320,6 +320,23 @@ class TestPromptsBesideOthers:
         assert self.read(model, monkeypatch, 4, [1500, 60, 60]) == [[60, 36], [24]] + [[8]] * 187 + [[4]]
 
 
+def test_what_rows_take_is_learned_from_long_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a server that is only asked long questions would read them eight rows at a time beside others."""
+    with Model.load(PATH, threads=1, context=4096) as model:
+        scheduler, collector, step = model._host.scheduler, Collector(), model._runtime.step
+        deep: list[float] = []
+
+        def noted(parts: Any, cancelled: Any = None) -> Any:
+            deep.append(scheduler._row_seconds)
+            return step(parts, cancelled)
+
+        monkeypatch.setattr(model._runtime, "step", noted)
+        model.generate([i % 50 for i in range(3000)], max_tokens=1).start(collector)
+        assert collector.ended.acquire(timeout=60)
+        # The first 1,024 are as those of any prompt; deeper in a text rows take longer.
+        assert deep[0] == 0.0 < deep[1] and deep[1] != deep[2] == deep[-1] == scheduler._row_seconds
+
+
 def test_who_drops_a_generation_holds_nobody_up(model: Model, rng: np.random.Generator) -> None:
     first, second, third = (model.generate(p, max_tokens=60, temperature=0) for p in prompts(rng, model, 3))
     next(first), next(second)
@@ -422,6 +439,31 @@ def test_nor_does_who_reads_in_asyncio(model: Model, rng: np.random.Generator, m
     wait_for_the_thread_to_end(model)
     assert len(pieces) == len(first.tokens)
 
+
+def test_nor_does_who_was_cancelled_before_it_began(
+    model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = (model.generate(prompt, max_tokens=4, temperature=0) for prompt in prompts(rng, model, 2))
+    collector, step = Collector(), model._runtime.step
+    gate, under_way = threading.Event(), threading.Event()
+
+    def long_step(*arguments: Any) -> Any:
+        under_way.set()
+        assert gate.wait(60)
+        return step(*arguments)
+
+    monkeypatch.setattr(model._runtime, "step", long_step)
+    other.start(collector)
+    assert under_way.wait(60)
+    first.cancel()
+
+    async def read() -> list[Piece]:
+        return [piece async for piece in first]
+
+    assert asyncio.run(asyncio.wait_for(read(), 30)) == [] and first.stop_reason == "cancelled"
+    gate.set()
+    assert collector.ended.acquire(timeout=20) and len(other.tokens) == 4
+    wait_for_the_thread_to_end(model)
 
 
 def test_who_was_cancelled_hears_of_it_before_the_next_step(

@@ -180,6 +180,9 @@ def test_an_application_in_another_one() -> None:
     assert call(served, "POST", "/llm/v1/messages", CHAT).json()["type"] == "error"
     assert isinstance(call(served, "POST", "/llm/api/chat", {"messages": 3}, key).json()["error"], str)
     assert call(served, "GET", "/llm/v1/models").status == 401
+    for path in ("/llm/", "/llm//"):  # the page
+        answer = call(served, "GET", path, headers={"accept": "text/html"})
+        assert answer.status == 200 and "<html" in answer.text
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "//v1/models//"])
