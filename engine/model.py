@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
@@ -193,7 +194,8 @@ class Model(OfThisProcess):
             path = find(source, type)
             reader = GGUFReader(path)
             undo.callback(reader.close)
-            read_ahead(reader.files)
+            opened_reader = weakref.ref(reader)  # which has no tensors any more when it is closed
+            read_ahead(reader.files, lambda: (left := opened_reader()) is not None and bool(left.tensors))
             with open_adapters(wanted) as opened:
                 graph = build_graph(reader, context, opened, default_context=DEFAULT_CONTEXT)
             if draft is not None and graph.encoder is not None:

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
 else:
     import dataclasses
+    from reprlib import recursive_repr
 
     def dataclass(cls: type | None = None, /, *, frozen: bool = False, eq: bool = True) -> Any:
         """As in the library, with so many of its options."""
         if cls is None:
             return lambda made: dataclass(made, frozen=frozen, eq=eq)
-        dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+        # What is frozen and what is not do not mix: the library looks after that where it has to.
+        has_bases = any(map(dataclasses.is_dataclass, cls.__bases__))
+        dataclasses.dataclass(init=False, repr=False, eq=False, frozen=frozen and has_bases)(cls)
         cls.__dataclass_params__.frozen = frozen
         cls.__dataclass_params__.eq = eq
         fields = dataclasses.fields(cls)
@@ -25,11 +28,35 @@ else:
             compared = [field.name for field in fields if field.compare]
             methods |= {"__eq__": _eq(compared), "__hash__": _hash(compared) if frozen else None}
         if frozen:
-            methods |= {"__setattr__": _refuse_to_set, "__delattr__": _refuse_to_delete}
+            methods |= _frozen(cls, frozenset(field.name for field in fields))
+        if "__init__" not in vars(cls):
+            cls.__signature__ = _Signature(methods["__init__"], fields)
         for name, method in methods.items():
-            if name not in vars(cls):  # one that is written out stays
+            # One that is written out stays. Python itself takes the hash away from a class that has an __eq__.
+            if name not in vars(cls) or (name == "__hash__" and cls.__hash__ is None):
                 setattr(cls, name, method)
         return cls
+
+    class _Signature:
+        """What a class is called with, for those who ask: its `__init__` takes anything."""
+
+        def __init__(self, init: Any, fields: Any) -> None:
+            self._init = init
+            self._fields = fields
+
+        def __get__(self, instance: object, cls: type) -> Any:
+            if cls.__init__ is not self._init:
+                raise AttributeError("__signature__")  # a subclass with an `__init__` of its own
+            from inspect import Parameter, Signature
+
+            missing = dataclasses.MISSING
+            parameters = []
+            for field in self._fields:
+                default = field.default if field.default_factory is missing else field.default_factory()
+                default = Parameter.empty if default is missing else default
+                kind = Parameter.POSITIONAL_OR_KEYWORD
+                parameters.append(Parameter(field.name, kind, default=default, annotation=field.type))
+            return Signature(parameters, return_annotation=None)
 
     def _init(cls: type, fields: Any) -> Any:
         names = [field.name for field in fields]
@@ -74,6 +101,7 @@ else:
         return init
 
     def _repr(names: list[str]) -> Any:
+        @recursive_repr()
         def repr_(self) -> str:
             inside = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
             return f"{type(self).__qualname__}({inside})"
@@ -94,8 +122,17 @@ else:
 
         return hash_
 
-    def _refuse_to_set(self, name: str, value: object) -> None:
-        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+    def _frozen(cls: type, names: frozenset[str]) -> dict[str, Any]:
+        """A subclass that is no dataclass may have attributes of its own that change."""
 
-    def _refuse_to_delete(self, name: str) -> None:
-        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+        def setattr_(self, name: str, value: object) -> None:
+            if type(self) is cls or name in names:
+                raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+            super(cls, self).__setattr__(name, value)
+
+        def delattr_(self, name: str) -> None:
+            if type(self) is cls or name in names:
+                raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+            super(cls, self).__delattr__(name)
+
+        return {"__setattr__": setattr_, "__delattr__": delattr_}

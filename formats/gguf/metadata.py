@@ -230,11 +230,15 @@ class Metadata(Mapping[str, Any]):
     def encoded(self, key: str) -> bytes:
         """The type code and value of a key, as they are in the file."""
         span = self._spans[key]
+        self._check()
         return self._data[span.start : span.end]
 
-    def _cursor(self, span: Span) -> Cursor:
+    def _check(self) -> None:
         if isinstance(self._data, FileMap):
             self._data.check()
+
+    def _cursor(self, span: Span) -> Cursor:
+        self._check()
         cursor = Cursor(self._path, self._data)
         cursor.position = span.start + 4
         return cursor

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, field, replace
@@ -86,6 +87,42 @@ def test_subclasses_add_fields_and_what_is_written_out_stays(make: Make) -> None
     )  # fmt: skip
     assert vars(below(1, [])) == {"a": 1, "b": [], "c": "C", "d": [], "e": 5}
     assert repr(below(1, [])) == "mine" and below(1, []) != base(1, [])
+
+
+def test_subclasses_of_frozen_ones(make: Make) -> None:
+    base = make(frozen=True)(type("Base", (), {"__annotations__": {"a": int}, "__doc__": "One."}))
+    body = {"__annotations__": {"b": int}, "b": 1, "__doc__": "Two."}
+    below = make(frozen=True)(type("Below", (base,), dict(body)))
+    assert vars(below(1)) == {"a": 1, "b": 1} and below(1) == below(1, 1) and hash(below(1)) == hash(below(1))
+    for name in ("a", "b"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(below(1), name, 2)
+    with pytest.raises(TypeError, match="frozen"):
+        make()(type("Loose", (base,), dict(body)))
+    with pytest.raises(TypeError, match="frozen"):
+        make(frozen=True)(type("Tight", (make()(type("Open", (), dict(body))),), dict(body)))
+    plain = type("PlainBelow", (base,), {})(1)
+    plain.own = 2  # no field
+    del plain.own
+    with pytest.raises(FrozenInstanceError):
+        plain.a = 2
+
+
+def test_what_a_class_is_called_with(make: Make) -> None:
+    made = of(make)
+    parameters = inspect.signature(made).parameters
+    assert list(parameters) == ["a", "b", "c", "d"] and parameters["c"].default == "c"
+    assert parameters["a"].annotation is int and parameters["a"].default is inspect.Parameter.empty
+    other = type("Other", (made,), {"__init__": lambda self, x: None})
+    assert list(inspect.signature(other).parameters) == ["x"]
+
+
+def test_one_that_has_itself_is_shown_and_one_with_an_eq_has_a_hash(make: Make) -> None:
+    one = of(make)(1, [])
+    one.c = one
+    assert repr(one) == "Plain(a=1, b=[], c=...)"
+    body = {"__annotations__": {"a": int}, "__doc__": "One.", "__eq__": lambda self, other: True, "__hash__": None}
+    assert hash(make(frozen=True)(type("Alike", (), body))(1)) == hash((1,))
 
 
 @ours(frozen=True)

@@ -133,6 +133,7 @@ def test_a_file_that_is_cut_while_it_is_in_use_is_an_error(tmp_path: Path) -> No
     for use in (
         lambda: model.logits([1, 2, 3]), lambda: list(model.generate([1, 2, 3], max_tokens=2)),
         lambda: list(session.generate([1], max_tokens=2)), lambda: model.reader.metadata["general.name"],
+        lambda: model.reader.parts[0].metadata.encoded("general.name"),
     ):  # fmt: skip
         with pytest.raises(FormatError) as caught:
             use()

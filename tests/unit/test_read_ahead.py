@@ -1,6 +1,7 @@
 """Files that are not in the page cache are read ahead, and no others."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,5 +55,26 @@ def test_what_is_small_or_too_large_for_memory_is_left_alone(cold: Path, monkeyp
 
 def test_a_file_that_went_is_no_matter(cold: Path) -> None:
     assert read_ahead([cold.with_name("gone")]) is None
-    module._read([cold.with_name("gone"), cold])
+    module._read([cold.with_name("gone"), cold], lambda: True)
     assert not module._is_cold(cold)
+
+
+def test_what_is_not_wanted_any_more_is_not_read_on(cold: Path) -> None:
+    asked: list[bool] = []
+
+    def wanted() -> bool:
+        asked.append(len(asked) < 1)
+        return asked[-1]
+
+    thread = read_ahead([cold], wanted)
+    assert thread is not None
+    thread.join(30)
+    assert asked == [True, False]
+
+
+def test_without_a_thread_nothing_is_read_ahead(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert read_ahead([cold]) is None

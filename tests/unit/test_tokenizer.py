@@ -207,6 +207,14 @@ class TestNormalizer:
     def test_halves_of_characters_do_no_harm(self, text: str) -> None:
         small = byte_pair([], pre="qwen2")
         assert "\ud83d" not in small.decode(small.encode(text))
+        assert small.encode_further(text) == small.encode(text, add_special=False)
+
+
+    def test_the_first_space_of_a_merge_separates_its_pieces(self) -> None:
+        """A word of white space has spaces of its own: "\\t" and " \\n" merge, and "\\t " and "\\n" do not."""
+        tokens = ["\t", " ", "\n", "\t ", " \n", "\t \n"]
+        small = tokenizer("whitespace", tokens, [NORMAL] * 6, merges=["\t  ", "\t  \n"])
+        assert small.encode("\t \n") == [3, 2]
 
 
 class TestNotices:

@@ -75,6 +75,7 @@ def test_the_good_one_works() -> None:
         ("merges is missing", {"model": "gpt2", "merges": None}),
         ("merges do not fit", {"model": "gpt2", "merges": ["a zz"]}),
         ("merges do not fit", {"model": "gpt2", "merges": ["b a"]}),
+        ("merges do not fit", {"model": "gpt2", "merges": [" ".join(2 * [max(TOKENS, key=len)])]}),
         ("not two pieces", {"model": "gpt2", "merges": ["ab"]}),
         ("not UTF-8", {"model": "gpt2", "merges": [b"a \xff"]}),
         ("unknown token", {"model": "bert"}),

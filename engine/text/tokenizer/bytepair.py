@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.engine.text.tokenizer.merging import StagedEncoder, first_byte_pairs
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
+from qrun.formats.gguf.cursor import quote
 
 if TYPE_CHECKING:
     from tokenizers.models import BPE
@@ -76,6 +77,9 @@ def _model(vocabulary: Vocabulary) -> "BPE":
     pre = vocabulary.pre_tokenizer
     merges = vocabulary.merges()
     unknown = vocabulary.byte_pair_unknown
+    if merges.lengths.max(initial=0) - 1 > vocabulary.pieces.lengths.max():  # the library panics
+        longest = merges[int(merges.lengths.argmax())].decode(errors="replace")
+        raise vocabulary.error(f"tokenizer.ggml.merges do not fit the tokens: none is as long as {quote(longest)}")
     try:
         with _garbage_collection_paused():
             ids = {piece.decode(): id for id, piece in enumerate(vocabulary.pieces)}

@@ -88,7 +88,7 @@ def first_byte_pairs(vocabulary: Vocabulary, words: Callable[[str], list[str]]) 
     known: dict[str, list[int]] = {}
 
     def rank(left: bytes, right: bytes) -> int | None:
-        return ranks.first(left + b" " + right)
+        return None if b" " in left else ranks.first(left + b" " + right)  # the first space is what separates them
 
     def word_ids(word: str) -> list[int] | None:
         if ignore_merges and (id := pieces.last(word.encode())) is not None:

@@ -43,8 +43,7 @@ class Tokenizer(OfThisProcess):
         """add_special: with the tokens that the model wants at the start and end of a text (bos, eos).
         parse_special: control tokens that are spelt in the text ("<|im_start|>") become those tokens.
         mark: a character that is no part of the text, and keeps a spelling in which it stands from being found."""
-        # Halves of surrogate pairs are not text: no encoder takes them.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _whole_characters(text)
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         at_start = True
         for part in self._special.split(text, control=parse_special):
@@ -126,7 +125,7 @@ class Tokenizer(OfThisProcess):
     def encode_further(self, text: str, parse_special: bool = False) -> list[int]:
         """The token ids of a text that goes on from another: without the space that some models put before a text."""
         ids: list[int] = []
-        for part in self._special.split(text, control=parse_special):
+        for part in self._special.split(_whole_characters(text), control=parse_special):
             ids += [part] if isinstance(part, int) else self._encode_text(self._vocabulary.normalizer(part))
         return ids
 
@@ -189,6 +188,11 @@ class Tokenizer(OfThisProcess):
         from qrun.engine.text.tokenizer.sentencepiece_model import merging_encoder, unigram_encoder
 
         return (merging_encoder if self.kind == "llama" else unigram_encoder)(self._vocabulary)
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of surrogate pairs are not text: no encoder takes them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:
