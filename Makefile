@@ -155,8 +155,10 @@ docs: $(RUNTIME)
 	@$(BIN)/python docs/build.py
 
 # The wheel is made from the sources' archive, not from this folder, and answers from elsewhere, in an environment with
-# nothing else.
+# nothing else. That archive would hold whatever lies around here, so all must be committed.
 dist:
+	@left="$$(git status --porcelain 2>/dev/null)"; test -z "$$left" || { echo "not committed, and would be published:" \
+		"$$left" >&2; exit 1; }
 	@rm -rf $(DIST) dist
 	@$(PYTHON) -m venv $(DIST)/making </dev/null
 	@$(DIST)/making/bin/python -m pip install --quiet --disable-pip-version-check build twine </dev/null

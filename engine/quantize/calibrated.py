@@ -265,7 +265,7 @@ class Calibration:
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
         copy.unlink(missing_ok=True)
-        self._check_room(planned, [path for path in files.values() if path.is_file()])
+        self._check_room(planned, todo, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
         gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
         writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
@@ -303,9 +303,12 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _check_room(self, planned: Plan, there: Collection[Path]) -> None:
-        """Raises OSError if the disk is too small for rounding and for two results. there: what is rounded already."""
-        width = int(self.source.metadata.get(f"{self.source.metadata.get('general.architecture')}.embedding_length", 0))
+    def _check_room(self, planned: Plan, names: Collection[str], there: Collection[Path]) -> None:
+        """Raises OSError if the disk is too small for rounding some matrices and for two results. there: what is
+        rounded already."""
+        with GGUFReader(self.working) as reader:
+            graph = build_graph(reader, self.samples.taken.size)
+            width = max((cut.width for cut in starts(graph, self._bands(graph, names))), default=0)
         entering = 4 * width * len(self.samples.taken) * self.samples.taken.size
         needed = self.working.stat().st_size + 2 * entering + 3 * planned.n_bytes
         needed -= sum(path.stat().st_size for path in there)
@@ -380,7 +383,8 @@ class Calibration:
         with GGUFReader(self.working) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             places = [place for place in foldings(graph, self.source.tensors) if types.keys() & set(place.columns)]
-        digest = hashlib.sha256(repr(sorted(types.items())).encode()).hexdigest()[:8]
+        # Not that of `rounded` for the same types: what goes into a layer is the original's here.
+        digest = hashlib.sha256(repr(("scales", sorted(types.items()))).encode()).hexdigest()[:8]
         files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
         firsts = {next(name for name in place.columns if name in types): place for place in places}
         search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)

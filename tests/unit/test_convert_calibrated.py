@@ -254,6 +254,34 @@ def test_no_room_for_the_rounding_is_said_before_it_begins(
     assert not list((tmp_path / ".out.gguf.calibration").glob("rounded*"))
 
 
+def test_what_goes_into_layers_with_scales_is_kept_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales see the inputs of the original, and rounding those of what is rounded so far."""
+    source = tmp_path / "model.gguf"
+    with GGUFReader(folder / "model.gguf") as reader, GGUFWriter.from_reader(source, reader) as writer:
+        for name in sorted(reader.tensors):  # so that both have the same tensors in the same order
+            writer.add_tensor(name, TensorType.F32, reader.tensors[name].shape)
+        for name in sorted(reader.tensors):
+            writer.write_tensor(name, reader.tensors[name].dequantize())
+    shutil.copy(folder / "text.txt", tmp_path)
+    files: dict[str, set[str]] = {}
+
+    class Watched(calibrated.Relay):
+        def reach(self, band: int, step: Any) -> None:
+            super().reach(band, step)
+            files[method] |= {path.name for path in work.glob("entering-*")}
+
+    monkeypatch.setattr(calibrated, "Relay", Watched)
+    work = tmp_path / "work"
+    for method in ("awq", "gptq"):
+        files[method] = set()
+        arguments = calibrating(tmp_path, "model", tmp_path / f"{method}.gguf", "--type", "q4_0", "--method", method)
+        status, _, errors = run(*arguments, "--no-judge", "--measures", work, capsys=capsys)
+        assert status == 0, errors
+    assert files["awq"] and files["gptq"] and not files["awq"] & files["gptq"]
+
+
 # The folder of measures
 
 

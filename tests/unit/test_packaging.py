@@ -3,6 +3,7 @@
 import configparser
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,3 +88,21 @@ def test_the_archive_of_the_sources_holds_all_that_is_tracked() -> None:
         name for name in listed.split("\0") if name and name not in included and name.split("/")[0] not in grafted
     ]
     assert not missed
+
+
+def test_what_is_not_committed_is_not_published(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    if shutil.which("git") is None or shutil.which("make") is None:
+        pytest.skip("no git, or no make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "dist").mkdir()
+    git("init")
+    git("add", "Makefile")
+    git("commit", "-m", "All")
+    (tmp_path / "stray.py").touch()
+    made = subprocess.run(["make", "dist"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0 and "not committed, and would be published: ?? stray.py" in made.stderr
+    assert (tmp_path / "dist").is_dir()
