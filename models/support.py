@@ -18,6 +18,10 @@ EMBEDDERS = (
 the file says that they do not."""
 DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
 """Architectures that fill in what is masked, in any order."""
+CHOOSERS = (
+    "deepseek32", "glm-dsa", "dots3note", "hy_v4", "glm5-next", "qwen4exp", "minimax-m3", "deepseek4",
+)  # fmt: skip
+"""Architectures that attend to chosen positions of a long context, and keep for that what a short one does without."""
 
 # What architectures are that make no text one token after the other. Those that are supported all the same (see
 # ARCHITECTURES) never come here.

@@ -24,6 +24,7 @@ from qrun.engine.sampling import dry
 from qrun.engine.sampling.options import SamplingArguments, SamplingOptions
 from qrun.engine.sampling.sampler import Sampler
 from qrun.formats import FormatError
+from qrun.models.support import CHOOSERS
 
 if TYPE_CHECKING:
     from qrun.engine.generation.diffusion import Diffusion
@@ -275,7 +276,10 @@ class Session(OfThisProcess):
         except ValueError:
             raise FormatError(path, f"saved with adapters that are not loaded: {', '.join(saved.adapters)}") from None
         if saved.fingerprint != self._host.fingerprint(adapters):
-            raise FormatError(path, "saved by a session of another model")
+            other = "saved by a session of another model"
+            if runtime.graph.architecture in CHOOSERS:
+                other += ", or with a context of another length: this model keeps more of a text in a long one"
+            raise FormatError(path, other)
         if saved.cache_type != runtime.cache_type:
             raise FormatError(path, f"saved with cache type {saved.cache_type}, not {runtime.cache_type} as loaded")
         tokens = check_tokens(saved.tokens, runtime.n_vocab, self.context) if saved.tokens else []

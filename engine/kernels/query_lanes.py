@@ -24,8 +24,9 @@ POSITIONS = R.PAGE_POSITIONS
 # Positions of keys, or dimensions of values, that lie side by side once they are float32: a row of 64 bytes.
 COLUMNS = 16
 MATRIX_BYTES = 4 * POSITIONS * R.MAX_HEAD_DIM
-# Queries, and what is summed for them, take so much at most.
-QUERY_BYTES = 1 << 17
+# Queries, and what is summed for them, take so much at most: eight heads of 128 dimensions. All of that lies on the
+# stack, of which a thread of an app's may have no more than 512 KB.
+QUERY_BYTES = 1 << 16
 HIDDEN = float("-inf")
 
 

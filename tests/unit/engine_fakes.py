@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,7 @@ class FakeRuntime:
         self.closed = False
         self.on_batch: Callable[[], Any] = lambda: None
         self.lock = threading.Lock()
+        self.graph = SimpleNamespace(architecture="llama")
 
     def sequence(self) -> FakeSequence:
         assert not self.closed

@@ -9,6 +9,7 @@ from test_models import of_type
 from qrun.formats import FormatError
 from qrun.models import build_graph
 from qrun.models.graph import Attention, Choose, Graph
+from qrun.models.support import CHOOSERS
 from tests.reference import forward
 from tests.sketches import TOKENS, load, model
 
@@ -36,7 +37,7 @@ def with_budget(name: str, budget: int) -> Graph:
 
 
 def test_there_is_one_of_each_family() -> None:
-    assert {SKETCHES[name]["architecture"] for name in SPARSE} == set(STARTS)
+    assert {SKETCHES[name]["architecture"] for name in SPARSE} == set(STARTS) == set(CHOOSERS)
 
 
 @pytest.mark.parametrize("name", SPARSE)

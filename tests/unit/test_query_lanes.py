@@ -1,6 +1,7 @@
 """Attention of several rows at once, where a lane of a vector is a query: it is the definition, and every row has the
 bits that it has alone, with all that attention can be told to do."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +121,18 @@ def test_rows_together_are_the_definition_and_have_the_bits_of_each_alone(
         for first, rows in ((0, 16), (45, 16), (0, 3), (63, 2), (100, 11), (POSITIONS - 5, 5)):
             together = heads.attend(first, rows, fields)
             assert np.array_equal(together, alone[first : first + rows]), (options, first, rows)
+
+
+def test_a_small_stack_has_room(rng: np.random.Generator, harness: Callable[[str], Harness]) -> None:
+    """Threads of an app have 512 KB on some systems. Some of that has been used, and more heads together take more."""
+    heads = Heads(rng, harness("f16"), "f16", 3, 1, 256, 256)
+    alone = [heads.attend(i, 1, {}) for i in range(40, 56)]
+    results: list[np.ndarray] = []
+    before = threading.stack_size(400 << 10)
+    try:
+        thread = threading.Thread(target=lambda: results.append(heads.attend(40, 16, {})))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert np.array_equal(results[0], np.concatenate(alone))

@@ -265,6 +265,13 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     assert refused(make_session(fingerprint="other"), saved(tmp_path)) == "saved by a session of another model"
 
 
+def test_a_file_of_another_context_is_refused_where_that_decides_what_is_kept(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.graph.architecture = "deepseek32"
+    error = refused(make_session(runtime, fingerprint="of a long context"), saved(tmp_path))
+    assert error.startswith("saved by a session of another model, or with a context of another length: ")
+
+
 def test_a_file_of_another_cache_type_is_refused(tmp_path: Path) -> None:
     runtime = FakeRuntime()
     runtime.cache_type = "q8_0"

@@ -105,6 +105,35 @@ def test_entries_are_chosen_beside_a_window(rng: np.random.Generator, every: int
     check(maker.graph(y), rng.integers(0, 20, N_ROWS), 1e-4, "best")
 
 
+def test_a_context_of_many_pages(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are scored for a row at a time: in any batch, with others, forked and cut, to the same bits."""
+    n = 1100
+
+    def embed(maker: Maker, width: int, by_position: bool = False) -> G.Value:
+        weight = maker.weight(f"embed{len(maker.operations)}", n if by_position else 40, width)
+        return maker.add(G.Embed(maker.value(width), weight, 3.0, by_position))
+
+    monkeypatch.setattr(Maker, "embed", embed)
+    graph = (maker := Maker(rng)).graph(sparse(maker, PLAIN, replace(INDEXES["positions"], budget=70), weighted=True))
+    tokens = rng.integers(0, 20, n)
+    runtime = Runtime(graph, threads=2, context=n)
+    whole = runtime.evaluate(runtime.sequence(), tokens, "all")
+    assert whole is not None
+    sequence, short = runtime.sequence(), runtime.sequence()
+    ends = [0, 63, 66, 70, 71, 88, 600, 616, 633, 1030, 1040, n]
+    parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in itertools.pairwise(ends)]
+    assert np.array_equal(np.concatenate(parts), whole)  # type: ignore[arg-type]
+    assert sequence.truncate(1050) == 1050
+    twin = sequence.fork()
+    runtime.evaluate(sequence, tokens[:20])
+    together = runtime.evaluate_together([twin, short], [int(tokens[1050]), int(tokens[0])])
+    assert np.array_equal(together, whole[[1050, 0]])
+    assert np.array_equal(runtime.evaluate(twin, tokens[1051:], "all"), whole[1051:])  # type: ignore[arg-type]
+    runtime.close()
+    expected = forward(graph, tokens.tolist())
+    assert ((whole - expected) ** 2).sum() < 1e-5 * (expected**2).sum()
+
+
 def test_before_the_budget_is_used_up_nothing_changes(rng: np.random.Generator) -> None:
     """The bits are those of a graph without an index."""
     maker = Maker(rng)
