@@ -457,7 +457,7 @@ STREAMS = {f"hc_{n}_{k}": shape for n in ("attn", "ffn")
 POOLED_INDEXER = {
     "indexer.wq_b.weight": [16, 24], "indexer.wk.weight": [8, 32], "indexer.weights_proj.weight": [2, 32],
     "indexer.k_norm.weight": [8], "indexer.k_norm.bias": [8], "indexer.index_kpool_compress_ape": [4, 8],
-    "indexer.index_kpool_compress_gate": [8, 8],
+    "indexer.index_kpool_compress_gate": [8, 32],
 }  # fmt: skip
 STREAM_LATENT = {name: [16 if size == 20 else 32 if size == 48 and "q_b" in name else size for size in shape]
                  for name, shape in LATENT_NAMES.items()}  # fmt: skip

@@ -8,7 +8,7 @@ from test_operations import Maker, experts, heads
 
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.runtime import Runtime
-from qrun.formats import GGUFReader
+from qrun.formats import GGUFReader, TensorType
 from qrun.models import build_graph
 from qrun.models import graph as G
 
@@ -72,6 +72,6 @@ def test_what_depends_on_its_place_has_all_rows(kind: str, rng: np.random.Genera
 
 def test_a_graph_without_attention_stays_as_it_is() -> None:
     x = G.Value(0, 4)
-    weight = G.Weight("w", G.TensorType.F32, (3, 4), np.zeros(48, np.uint8))
+    weight = G.Weight("w", TensorType.F32, (3, 4), np.zeros(48, np.uint8))
     graph = G.Graph("test", [G.Embed(x, weight, 1.0)], x, [], 3, 4, 8)
     assert select_early(graph) is graph

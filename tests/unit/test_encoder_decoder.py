@@ -314,6 +314,8 @@ class Together:
 
     def flush(self) -> None: ...
 
+    def hurry(self, generation: Any) -> None: ...
+
     def run(self, generations: list[Generation]) -> None:
         for generation in (self.running, *generations):
             self.ended[id(generation)] = threading.Event()

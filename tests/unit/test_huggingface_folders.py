@@ -422,7 +422,7 @@ def test_strange_values_anywhere_are_refused_or_do_no_harm(name: str, rng: np.ra
 
 def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["convert", str(tmp_path), "--type", "q8_0"]) == 1
-    assert capsys.readouterr().err == f"qrun: {tmp_path / 'config.json'}: there is no such file\n"
+    assert capsys.readouterr().err == f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n"
 
 
 # The command

@@ -147,5 +147,5 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.gguf", tmp_path):
         with pytest.raises(OSError, match=path.name):
             Model.load(path)
-    with pytest.raises(ValueError, match="cache type"):
+    with pytest.raises(ValueError, match="cache_type 'f8'"):
         Model.load(ARCH / "llama-dense.gguf", cache_type="f8")

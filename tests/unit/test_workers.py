@@ -262,6 +262,7 @@ def test_what_a_program_keeps_from_the_collector_stays_with_it() -> None:
         with workers.little_to_collect() as pass_over:
             more = [[] for _ in range(1000)]
             pass_over()
-        assert gc.get_freeze_count() == frozen and len(objects) > len(more)
+        # A few of what was frozen may have gone meanwhile.
+        assert frozen - 100 < gc.get_freeze_count() <= frozen and len(objects) > len(more)
     finally:
         gc.unfreeze()

@@ -220,8 +220,8 @@ _INDEXER: tuple[Part, ...] = (
     tensor("self_attn.indexer.wk.weight", "indexer.attn_k.weight", "index_dim embd"),
     tensor("self_attn.indexer.weights_proj.weight", "indexer.proj.weight", "* embd"),
     *layer_norm("self_attn.indexer.k_norm", "indexer.k_norm", "index_dim"),
-    tensor("self_attn.indexer.index_kpool_compress_ape", "indexer_compressor_ape.weight", "* *", in_full),
-    tensor("self_attn.indexer.index_kpool_compress_gate", "indexer_compressor_gate.weight", "* *", in_full),
+    tensor("self_attn.indexer.index_kpool_compress_ape", "indexer_compressor_ape.weight", "* index_dim", in_full),
+    tensor("self_attn.indexer.index_kpool_compress_gate", "indexer_compressor_gate.weight", "index_dim embd", in_full),
 )
 _STREAMS: tuple[Part, ...] = tuple(
     tensor(f"hc_{half}_{kind}", f"hc_{half}_{kind}.weight", shape, in_full)
