@@ -13,7 +13,7 @@ from qrun.formats.on_demand import on_demand
 
 if TYPE_CHECKING:
     from qrun.engine.conversation import Conversation
-    from qrun.engine.errors import CacheWarning, Closed, ContextOverflow, GenerationCancelled
+    from qrun.engine.errors import CacheWarning, Closed, ContextOverflow, GenerationCancelled, NotFinite
     from qrun.engine.figures import MemoryUse
     from qrun.engine.generation.generation import Generation, GenerationStats
     from qrun.engine.generation.options import GenerationArguments, keep_newest
@@ -48,6 +48,7 @@ __all__ = [
     "GenerationStats",
     "MemoryUse",
     "Model",
+    "NotFinite",
     "NotPulled",
     "PackError",
     "Piece",
@@ -80,6 +81,7 @@ _MODULES = {
     "GenerationStats": "qrun.engine.generation.generation",
     "MemoryUse": "qrun.engine.figures",
     "Model": "qrun.engine.model",
+    "NotFinite": "qrun.engine.errors",
     "NotPulled": "qrun.models.store",
     "PackError": "qrun.engine.native.packs",
     "Piece": "qrun.engine.generation.piece",
