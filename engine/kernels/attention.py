@@ -119,11 +119,7 @@ def append(cache_type: str) -> Kernel:
                     place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_float else 4)
                     scale_place = scales + 2 * (block * POSITIONS + slot)
                     put_block(
-                        k + 128 * block,
-                        min(32, dim_k - 32 * block),
-                        place,
-                        4 * size * POSITIONS,
-                        key_apart,
+                        k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
                         scale_place,
                     )
                 x = v.load_i64(op + R.KV_V) + row * v.load_i64(op + R.KV_V_STRIDE) + 4 * head * dim_v
@@ -202,7 +198,7 @@ class _Keys(Rows):
 
 
 def score_quantised(cache_type: str, rows: int) -> Any:
-    """Scores of a page of quantised keys, as those of `_score_halves`. queries: a panel of `rows` packed columns."""
+    """Scores of a page of quantised keys, as those of `score_floats`. queries: a panel of `rows` packed columns."""
     spec = TYPES[cache_type.upper()]
     assert isinstance(spec, Quantised)
     lanes = v.target().lanes
@@ -228,47 +224,71 @@ def score_quantised(cache_type: str, rows: int) -> Any:
     return score_page
 
 
+class KeysInRows:
+    """Products of queries, which are float32, and keys that are laid out as values: [row][key], lane by lane.
+
+    rows: of queries. together: keys that are multiplied at a time, so that they share what is loaded of queries.
+    """
+
+    def __init__(self, cache_type: str, rows: int) -> None:
+        self.cache_type, self.rows = cache_type, rows
+        self.together = max((16 if v.target().lanes == 16 else 8) // rows, 1)
+        while POSITIONS % self.together:
+            self.together -= 1
+        self.vectors = self.together * rows
+
+    def add_block(
+        self, e: Emitter, tile: list[Vector], queries: ir.Value, keys: list[ir.Value], scales: list[ir.Value],
+        first: ir.Value,
+    ) -> list[Vector]:  # fmt: skip
+        """tile[row][key] += queries[row][d] * key[d] over the block of 32 dimensions that begins with `first`. keys,
+        scales: where each key lies, and its scale of the block."""
+        quantised = R.KIND_BITS[self.cache_type] < 16
+        b, block = e.builder, list(tile)
+        place = b.add(queries, b.shl(first, ir.Constant(I64, 2)))
+        for i in range(0, 32, e.lanes):
+            e.fence()
+            at = e.offset(first, i)
+            for number, key_place in enumerate(keys):
+                key = value_vector(e, self.cache_type, key_place, at)
+                for row in range(self.rows):
+                    query, index = e.load(place, row * ROW + 4 * i, F32, e.lanes), row * self.together + number
+                    block[index] = key * query if quantised and i == 0 else key.fma(query, block[index])
+        if not quantised:
+            return block
+        for number, scale_place in enumerate(scales):
+            scale = e.broadcast(scale_place, 0, F16).to_float()
+            for row in range(self.rows):
+                index = row * self.together + number
+                block[index] = block[index].fma(scale, tile[index])
+        return block
+
+    def finish(self) -> Any:
+        """finish(tile, scores): the sums of all lanes to [row][POSITIONS]."""
+
+        @operation(lambda *_: types.void)
+        def finish(e: Emitter, tile: list[Vector], scores: ir.Value) -> None:
+            for index, vector in enumerate(tile):
+                row, number = divmod(index, self.together)
+                e.store(vector.reduce("add"), scores, 4 * (row * POSITIONS + number))
+
+        return finish
+
+
 def _score_rows(cache_type: str, rows: int) -> Any:
     """Scores of a page of keys that are laid out as values, as those of `score_floats`. queries: float32."""
-    lanes, bits = v.target().lanes, R.KIND_BITS[cache_type]
-    quantised = bits < 16
-    registers = 16 if lanes == 16 else 8
-    together = max(registers // rows, 1)  # positions, which share what is loaded of queries
-    while POSITIONS % together:
-        together -= 1
-    vectors = together * rows
+    bits, products = R.KIND_BITS[cache_type], KeysInRows(cache_type, rows)
+    together, vectors, finish = products.together, products.vectors, products.finish()
 
     @operation(lambda tile, *_: tile)
     def score(
         e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value, apart: ir.Value,
         first: ir.Value,
     ) -> list[Vector]:  # fmt: skip
-        """tile[row][position] += queries[row][d] * keys[position][d] over a block of 32 dimensions, lane by lane."""
-        b, block = e.builder, list(tile)
-        place = b.add(queries, b.shl(first, ir.Constant(I64, 2)))
-        for i in range(0, 32, e.lanes):
-            e.fence()
-            at = e.offset(first, i)
-            for position in range(together):
-                row_of_keys = b.add(keys, b.mul(apart, ir.Constant(I64, position)))
-                key = value_vector(e, cache_type, row_of_keys, at)
-                for row in range(rows):
-                    query, index = e.load(place, row * ROW + 4 * i, F32, e.lanes), row * together + position
-                    block[index] = key * query if quantised and i == 0 else key.fma(query, block[index])
-        if not quantised:
-            return block
-        for position in range(together):
-            scale = e.broadcast(scales, 2 * position, F16).to_float()
-            for row in range(rows):
-                index = row * together + position
-                block[index] = block[index].fma(scale, tile[index])
-        return block
-
-    @operation(lambda *_: types.void)
-    def finish(e: Emitter, tile: list[Vector], scores: ir.Value) -> None:
-        for index, vector in enumerate(tile):
-            row, position = divmod(index, together)
-            e.store(vector.reduce("add"), scores, 4 * (row * POSITIONS + position))
+        b = e.builder
+        places = [b.add(keys, b.mul(apart, ir.Constant(I64, position))) for position in range(together)]
+        scale_places = [b.add(scales, ir.Constant(I64, 2 * position)) for position in range(together)]
+        return products.add_block(e, tile, queries, places, scale_places, first)
 
     @v.helper
     def score_page(queries, keys, scales, blocks, scores, asked):  # type: ignore[no-untyped-def]
@@ -314,6 +334,33 @@ def value_vector(e: Emitter, cache_type: str, values: ir.Value, first: ir.Value)
     return (((both >> e.splat(four_in_the_upper_half)) & 15) - 8).to_float()
 
 
+def weighing() -> Any:
+    """weigh(scores, largest, state, sums, dims): in the place of a page's scores, of which the largest is given, the
+    exponentials of what they are below the largest so far. state: float32, the largest so far and the sum of
+    exponentials; that sum and those of values, `dims` of them, fade where there is a larger one now."""
+    lanes = v.target().lanes
+
+    @v.helper
+    def weigh(scores, largest, state, sums, dims):  # type: ignore[no-untyped-def]
+        old = v.load_f32(state)
+        new = max(old, largest)
+        total = v.splat(v.float32(0.0))
+        for i in range(0, POSITIONS, lanes):
+            value = v.falling_exp(v.load(scores + 4 * i) - v.splat(new))
+            total = total + value
+            v.store(scores + 4 * i, value)
+        kept = v.load_f32(state + 4)
+        if old < new:  # else what there is would fade by 1
+            fading = v.falling_exp(v.splat(old - new))
+            kept *= v.first_lane(fading)
+            for i in range(0, dims, lanes):
+                v.store(sums + 4 * i, v.load(sums + 4 * i) * fading)
+        v.store_f32(state, new)
+        v.store_f32(state + 4, kept + v.sum_lanes(total))
+
+    return weigh
+
+
 def attention(variant: str) -> Kernel:
     """softmax(scale * q . k) . v over the positions that each row may see. The variant: cache type, heads together, and
     "rows" where keys are laid out as values, and values are the first dimensions of them; then also "entries" where a
@@ -333,6 +380,7 @@ def attention(variant: str) -> Kernel:
     lanes = v.target().lanes
     bits = R.KIND_BITS[cache_type]
     of_queries = bits >= 16 and not in_rows  # whether a lane can be a query
+    weigh = weighing()
 
     def tile_function(rows: int, of_heads: bool) -> Any:
         quantised = bits < 16
@@ -459,21 +507,7 @@ def attention(variant: str) -> Kernel:
                                 value = v.choose(before < number, value, v.splat(v.float32(HIDDEN)))
                             largest = v.maximum(largest, value)
                             v.store(place + 4 * i, value)
-                        old = v.load_f32(state + 8 * row)
-                        new = max(old, v.max_lanes(largest))
-                        total = v.splat(v.float32(0.0))
-                        for i in range(0, POSITIONS, lanes):
-                            value = v.falling_exp(v.load(place + 4 * i) - v.splat(new))
-                            total = total + value
-                            v.store(place + 4 * i, value)
-                        kept = v.load_f32(state + 8 * row + 4)
-                        if old < new:  # else what there is would fade by 1
-                            fading = v.falling_exp(v.splat(old - new))
-                            kept *= v.first_lane(fading)
-                            for i in range(0, blocks_v * 32, lanes):
-                                v.store(sums + row * ROW + 4 * i, v.load(sums + row * ROW + 4 * i) * fading)
-                        v.store_f32(state + 8 * row, new)
-                        v.store_f32(state + 8 * row + 4, kept + v.sum_lanes(total))
+                        weigh(place, v.max_lanes(largest), state + 8 * row, sums + row * ROW, blocks_v * 32)
                     visible = min(POSITIONS, last - page_position + 1)
                     next_page = v.load_i64(table + 8 * min(page_index + 1, last // POSITIONS))
                     asked = next_page + (keys - page)

@@ -21,17 +21,18 @@ from qrun.engine.kernels import records as R
 from qrun.engine.kernels.attention import (
     POSITIONS,
     ROW,
+    KeysInRows,
     mix_operation,
     score_floats,
     score_quantised,
-    value_vector,
     vectors_beside,
+    weighing,
 )
 from qrun.engine.kernels.columns import pack_quantised
 from qrun.engine.kernels.team import more_wanted
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
-from qrun.engine.simd.vector import F16, F32, I64, Emitter, Vector
+from qrun.engine.simd.vector import F16, I64, Emitter, Vector
 
 Kernel = Callable[[int, int, int], None]
 
@@ -259,43 +260,18 @@ def load_f16(e: Emitter, address: ir.Value) -> ir.Value:
 def _score_chosen(cache_type: str, rows: int) -> Any:
     """Scores of keys that are laid out as values: score(queries, places, scales, blocks, scores, count). places: where
     each key lies, as many as POSITIONS; scales: where its scales do. scores: [row][key]."""
-    lanes, quantised = v.target().lanes, R.KIND_BITS[cache_type] < 16
-    together = max((16 if lanes == 16 else 8) // rows, 1)  # keys, which share what is loaded of queries
-    while POSITIONS % together:
-        together -= 1
-    vectors = together * rows
+    products = KeysInRows(cache_type, rows)
+    together, vectors, finish = products.together, products.vectors, products.finish()
 
     @operation(lambda tile, *_: tile)
     def add_block(
         e: Emitter, tile: list[Vector], queries: ir.Value, places: ir.Value, scales: ir.Value, first: ir.Value
     ) -> list[Vector]:
-        """tile[row][key] += queries[row][d] * key[d] over a block of 32 dimensions, lane by lane."""
-        b, block = e.builder, list(tile)
-        query_place = b.add(queries, b.shl(first, ir.Constant(I64, 2)))
-        for i in range(0, 32, e.lanes):
-            e.fence()
-            at = e.offset(first, i)
-            for number in range(together):
-                key = value_vector(e, cache_type, e.load_scalar(places, 8 * number, I64), at)
-                for row in range(rows):
-                    query, index = e.load(query_place, row * ROW + 4 * i, F32, e.lanes), row * together + number
-                    block[index] = key * query if quantised and i == 0 else key.fma(query, block[index])
-        if not quantised:
-            return block
+        b = e.builder
         scale_offset = b.mul(b.lshr(first, ir.Constant(I64, 5)), ir.Constant(I64, 2 * POSITIONS))
-        for number in range(together):
-            place = b.add(e.load_scalar(scales, 8 * number, I64), scale_offset)
-            scale = e.broadcast(place, 0, F16).to_float()
-            for row in range(rows):
-                index = row * together + number
-                block[index] = block[index].fma(scale, tile[index])
-        return block
-
-    @operation(lambda *_: types.void)
-    def finish(e: Emitter, tile: list[Vector], scores: ir.Value) -> None:
-        for index, vector in enumerate(tile):
-            row, number = divmod(index, together)
-            e.store(vector.reduce("add"), scores, 4 * (row * POSITIONS + number))
+        keys = [e.load_scalar(places, 8 * number, I64) for number in range(together)]
+        scale_places = [b.add(e.load_scalar(scales, 8 * number, I64), scale_offset) for number in range(together)]
+        return products.add_block(e, tile, queries, keys, scale_places, first)
 
     @v.helper
     def score(queries, places, scales, blocks, scores, count):  # type: ignore[no-untyped-def]
@@ -320,6 +296,7 @@ def sparse_attention(variant: str) -> Kernel:
         score_chosen = score_page = _score_chosen(cache_type, n)
     else:
         score_page = score_chosen = score_quantised(cache_type, n) if quantised else score_floats(cache_type, n)
+    weigh = weighing()
     mix_parts = vectors_beside(n, 32 // lanes)
     mix = mix_operation(cache_type, n, mix_parts)
     mix_vectors, mix_width = mix_parts * n, mix_parts * lanes
@@ -418,23 +395,7 @@ def sparse_attention(variant: str) -> Kernel:
                         value = v.choose(seen, v.load(place + 4 * i) * scale, v.splat(v.float32(-1e30)))
                         largest = v.maximum(largest, value)
                         v.store(place + 4 * i, value)
-                    old = v.load_f32(state + 8 * r)
-                    new = max(old, v.max_lanes(largest))
-                    total = v.splat(v.float32(0.0))
-                    for i in range(0, POSITIONS, lanes):
-                        value = v.load(place + 4 * i)
-                        seen = v.splat(v.float32(-1e29)) < value
-                        value = v.choose(seen, v.exp(value - v.splat(new)), v.splat(v.float32(0.0)))
-                        total = total + value
-                        v.store(place + 4 * i, value)
-                    kept = v.load_f32(state + 8 * r + 4)
-                    if old < new:  # else what there is would fade by 1
-                        fading = v.exp(v.splat(old - new))
-                        kept *= v.first_lane(fading)
-                        for i in range(0, blocks_v * 32, lanes):
-                            v.store(sums + r * ROW + 4 * i, v.load(sums + r * ROW + 4 * i) * fading)
-                    v.store_f32(state + 8 * r, new)
-                    v.store_f32(state + 8 * r + 4, kept + v.sum_lanes(total))
+                    weigh(place, v.max_lanes(largest), state + 8 * r, sums + r * ROW, blocks_v * 32)
                 weights = scaled if quantised else scores
                 for start in range(0, blocks_v * 32, mix_width):
                     if quantised and start % 32 == 0:
