@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
+from qrun.engine import arguments
 from qrun.engine.errors import Closed, GenerationCancelled, OfThisProcess
 from qrun.engine.figures import Activity, MemoryUse, TokenLogprob
 from qrun.engine.finding import find_model
-from qrun.engine.generation import arguments
 from qrun.engine.generation.adapters import Adapters, LoraChoice, NamedAdapter
 from qrun.engine.generation.options import GenerationArguments
 from qrun.engine.generation.session import Host, Session, check_tokens

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
+from qrun.engine.arguments import optional_number, whole_number
 from qrun.engine.generation.adapters import LoraChoice
-from qrun.engine.generation.arguments import optional_number, whole_number
 from qrun.engine.sampling.options import SamplingArguments
 
 OnFull = Callable[[list[int]], Iterable[int] | None]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # rows are to be read take the shortest of these.
 BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
 LONG_PROMPT = 1024
-TILE_ROWS = 8  # of prompts: what attention takes at once
+TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 
+from qrun.engine import arguments
 from qrun.engine.errors import Closed, ContextOverflow, OfThisProcess
-from qrun.engine.generation import arguments
 from qrun.engine.generation.adapters import Adapters, Chosen, LoraChoice
 from qrun.engine.generation.draft import Draft, DraftGuesser
 from qrun.engine.generation.generation import Generation

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
+
+from qrun.engine.arguments import whole_number
 
 SAMPLERS = ("penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
 """Names and default order of the steps between the logits and the choice of a token."""
@@ -224,19 +225,11 @@ def _unknown_option(name: str) -> str:
 
 def _integer(minimum: int, values: tuple[int, ...] | None = None) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            # Metadata and JSON write 40.0 where 40 is meant.
-            if not (isinstance(value, float) and value.is_integer()):
-                raise ValueError(f"{name} must be a whole number, not {value!r}") from None
-            number = int(value)
-        if isinstance(value, bool):
-            raise ValueError(f"{name} must be a whole number, not {value!r}")
+        # Metadata and JSON write 40.0 where 40 is meant.
+        given = int(value) if isinstance(value, float) and value.is_integer() else value
+        number = whole_number(name, given, minimum if values is None else None, None)
         if values is not None and number not in values:
             raise ValueError(f"{name} must be {' or '.join(map(str, values))}, not {number}")
-        if number < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, not {number}")
         return number
 
     return check

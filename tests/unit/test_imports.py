@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 HOUSE = ["cli", "server", "engine", "models", "formats"]
 ENGINE = [
     "face", "pyinstaller", "quantize", "judging", "embedding", "generation", "text", "sampling", "program", "native",
-    "kernels", "simd", "cpu", "errors",
+    "kernels", "simd", "cpu", "arguments", "errors",
 ]  # fmt: skip
 FACE = ("__init__", "model", "figures", "finding", "identity", "conversation", "chat_template", "tokenizer")
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no options of sampling: a wrong one is a ValueError of one line that names it."""
+"""Checks of arguments: a wrong one is a ValueError of one line that names it."""
 
 import operator
 import os
@@ -11,17 +11,17 @@ MOST = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 
 
-def whole_number(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
-    """An integer of any kind, NumPy's among them, within bounds."""
+def whole_number(name: str, value: Any, least: int | None = 1, most: int | None = MOST) -> int:
+    """An integer of any kind, NumPy's among them, within bounds, where there are any."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise _wrong(name, "a whole number", value)
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, not {number}")
-    if number > most:
+    if most is not None and number > most:
         raise ValueError(f"{name} must be at most {most}, not {number}")
     return number
 
