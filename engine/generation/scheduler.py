@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import threading
 import time
 import weakref
@@ -43,7 +44,9 @@ WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
-_LEARNING = 0.3  # how much a step says about how long the next will take
+_LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
+_STEPS_KEPT = 15  # without prompts, whose median counts: one that something else slowed down says nothing of the next
+_FEWEST_STEPS = 3  # of those, before a long prompt is read beside as many generations
 
 
 class Sharing(Protocol):
@@ -216,7 +219,7 @@ class Scheduler:
         self._tasks: list[Task] = []
         self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
-        self._decode_seconds = 0.0  # of a step without rows of prompts
+        self._decode_times: dict[int, deque[float]] = {}  # of steps without rows of prompts, by who generates
         self._row_seconds = 0.0  # of a row of a prompt
 
     def _leave_parent(self) -> None:
@@ -426,7 +429,8 @@ class Scheduler:
         rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
         seconds = time.perf_counter() - begin
         reading = [task for task, _, _, _ in whose if not task.decoding]
-        self._learn(n_decode, sum(len(part.tokens) for part in parts) - n_decode, seconds, reading)
+        n_prompt = sum(len(part.tokens) for part in parts) - n_decode
+        self._learn(len(parts) - len(reading), n_prompt, seconds, reading)
         for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
             self._take(task, generation, tokens, guesser, logits, seconds)
 
@@ -495,21 +499,30 @@ class Scheduler:
 
     def _bearable(self, n_generating: int, n_waiting: int) -> tuple[float, float]:
         """How many seconds of a step those who generate bear with prompts; and with those of them that are long."""
-        ordinary = ORDINARY_STEPS * self._decode_seconds
+        ordinary = ORDINARY_STEPS * self._decode_seconds(n_generating)
         short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
-        return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
+        known = len(self._decode_times.get(n_generating, ())) >= _FEWEST_STEPS
+        return max(short, ordinary), min(ordinary, BESIDE_SECONDS) if known else 0.0
+
+    def _decode_seconds(self, n_generating: int) -> float:
+        """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""
+        if not self._decode_times:
+            return 0.0
+        nearest = min(self._decode_times, key=lambda n: (abs(n - n_generating), n))
+        return statistics.median(self._decode_times[nearest])
 
     def _rows_in(self, seconds: float, each: float) -> int:
         """How many rows of prompts take so long, if one takes so long."""
         rows = int(seconds / each) if each else TILE_ROWS
         return max(rows // TILE_ROWS * TILE_ROWS, FEWEST_ROWS)
 
-    def _learn(self, n_decode: int, n_prompt: int, seconds: float, reading: Sequence[Task]) -> None:
-        """A step with so many rows took so long, those of these tasks' prompts among them."""
+    def _learn(self, n_generating: int, n_prompt: int, seconds: float, reading: Sequence[Task]) -> None:
+        """A step of so many who generate, and so many rows of these tasks' prompts, took so long."""
         if not n_prompt:
-            self._decode_seconds = _learned(self._decode_seconds, seconds)
+            self._decode_times.setdefault(n_generating, deque(maxlen=_STEPS_KEPT)).append(seconds)
         elif n_prompt >= FEWEST_ROWS:
-            each = max(seconds - (self._decode_seconds if n_decode else 0.0), 0.1 * seconds) / n_prompt
+            others = self._decode_seconds(n_generating) if n_generating else 0.0
+            each = max(seconds - others, 0.1 * seconds) / n_prompt
             alone = reading[0] if len(reading) == 1 and reading[0].long else None
             if alone is not None:
                 alone.row_seconds = _learned(alone.row_seconds, each)

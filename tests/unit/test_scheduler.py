@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from qrun.engine import Model, Session, keep_newest
 from qrun.engine.generation import asynchronous
+from qrun.engine.generation import scheduler as scheduler_module
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
 
@@ -255,8 +257,13 @@ class TestPromptsBesideOthers:
         with Model.load(PATH, threads=1, context=4096) as model:
             scheduler = model._host.scheduler
             monkeypatch.setattr(scheduler, "_learn", lambda *_: None)
-            scheduler._row_seconds, scheduler._decode_seconds = 0.001, 0.01
+            scheduler._row_seconds = 0.001
+            self.takes(model, 0.01)
             yield model
+
+    def takes(self, model: Model, *seconds: float) -> None:
+        """Steps without prompts have taken so long, whoever generated."""
+        model._host.scheduler._decode_times = {n: deque(seconds * 3) for n in range(1, 9)}
 
     def read(self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]) -> list[list[int]]:
         """Prompts of these lengths come at once while others generate: the rows that steps have of each."""
@@ -301,14 +308,14 @@ class TestPromptsBesideOthers:
         assert self.read(model, monkeypatch, 3, [1100]) == [[4]] * 275
 
     def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        model._host.scheduler._decode_seconds = 1.0
+        self.takes(model, 1.0)
         assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
 
     def test_a_short_one_takes_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.read(model, monkeypatch, 3, [500]) == [[96]] * 5 + [[20]]
 
     def test_and_as_long_as_others_take_without_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        model._host.scheduler._decode_seconds = 0.2
+        self.takes(model, 0.2)
         assert self.read(model, monkeypatch, 3, [500]) == [[296], [204]]
 
     def test_they_take_longer_while_as_many_wait_as_generate(
@@ -318,6 +325,32 @@ class TestPromptsBesideOthers:
 
     def test_short_ones_go_before_a_long_one(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.read(model, monkeypatch, 4, [1500, 60, 60]) == [[60, 36], [24]] + [[8]] * 187 + [[4]]
+
+    def test_a_step_that_was_disturbed_does_not_make_it_longer(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.takes(model, 0.01, 0.01, 0.01, 0.09, 0.09)  # a request came, say, and its text was made tokens of
+        assert self.read(model, monkeypatch, 3, [1100]) == [[8]] * 137 + [[4]]
+
+    def test_before_a_long_one_is_read_it_is_known_what_others_take(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scheduler = model._host.scheduler
+        scheduler._decode_times = {5: deque([1.0])}
+        monkeypatch.undo()
+        learned: list[tuple[int, int]] = []
+        learn = scheduler._learn
+
+        def noted(n_generating: int, n_prompt: int, seconds: float, reading: Any) -> None:
+            learned.append((n_generating, n_prompt))
+            learn(n_generating, n_prompt, 0.01 if not n_prompt else 0.01 + 0.001 * n_prompt, reading)
+
+        monkeypatch.setattr(scheduler, "_learn", noted)
+        monkeypatch.setattr(scheduler_module, "_FEWEST_STEPS", 12)
+        self.read(model, monkeypatch, 3, [1100])
+        first = next(number for number, (n, rows) in enumerate(learned) if rows and n == 3)
+        assert sum(n == 3 and not rows for n, rows in learned[:first]) >= 12
+        assert max(rows for n, rows in learned if n == 3) == 8
 
 
 def test_what_rows_take_is_learned_from_long_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
