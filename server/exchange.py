@@ -158,6 +158,8 @@ class Exchange:
         """Begin a stream with its headers and first frames; end it after the `with` statement. While nothing else
         is written, `ping` is, every so many seconds."""
         self.started = True
+        if ping is not None and isinstance(told := self.request.scope.get("state"), dict):
+            told["pings"] = True  # see `server.connection`
         headers = [(b"content-type", content_type.encode()), *_STREAM_HEADERS]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         if first:

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from qrun.server.app import Application
+from qrun.server.connection import Connection
 
 _LAST_WORDS = 1  # seconds in which answers may end once the server is to
 
@@ -27,7 +28,7 @@ def config(application: Application, certificate: tuple[Path, Path] | None = Non
         more = {"ssl_certfile": os.fspath(certificate[0]), "ssl_keyfile": os.fspath(certificate[1])}
     return uvicorn.Config(
         application,
-        http="h11",
+        http=Connection,
         loop="asyncio",
         ws="none",
         lifespan="off",
