@@ -33,6 +33,8 @@ class ChatRequest:
     continue_last: bool = False
     one_call: bool = False
     """Whether at most one function may be called."""
+    old_calls: bool = False
+    """Whether a call is told as `function_call`, as before there were tools."""
     n: int = 1
     structure: dict[str, Any] = field(default_factory=dict)
     bias_body: Mapping[str, Any] = field(default_factory=dict)
@@ -96,7 +98,14 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
         raise APIError("messages must be a list of at least one message", param="messages")
     tools = functions(fields.items(body, "tools"))
     parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
-    tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
+    old = functions(fields.items(body, "functions"), "functions")
+    if old and tools:
+        raise APIError("functions and tools do not go together", param="functions")
+    if old:
+        tools, forced = tool_choice(old_choice(body), old, parallel=False, field="function_call")
+        parallel = False
+    else:
+        tools, forced = tool_choice(body.get("tool_choice"), tools, parallel=parallel)
     options = fields.sampling_options(body)
     options |= logprob_options(body)
     request = ChatRequest(
@@ -105,6 +114,7 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
         options,
         continue_last=continues(body, messages),
         one_call=not parallel,
+        old_calls=bool(old),
         n=choices(body),
         structure=structure(body, body.get("response_format")) | forced,
         bias_body=body,
@@ -113,16 +123,22 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
     return request
 
 
-def functions(tools: list[Any]) -> list[Any]:
+def old_choice(body: Mapping[str, Any]) -> Any:
+    """What `function_call` says, as `tool_choice` would."""
+    choice = body.get("function_call")
+    return {**choice, "type": "function"} if isinstance(choice, dict) else choice
+
+
+def functions(tools: list[Any], field: str = "tools") -> list[Any]:
     """The descriptions of functions among tools; of other kinds there are none here. Those without the object around
-    that this interface has (the Responses interface has none) get it."""
+    that this interface has (the Responses interface has none) get it. field: that they come from."""
     found = []
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type", "function") != "function":
             continue
         if not isinstance(tool.get("function"), dict):
             if not isinstance(tool.get("name"), str):
-                raise APIError(f"tools[{number}] has no function", param="tools")
+                raise APIError(f"{field}[{number}] has no function", param=field)
             tool = {"type": "function", "function": {key: tool[key] for key in tool if key not in ("type", "strict")}}
         found.append(tool)
     return found
@@ -138,17 +154,18 @@ def choices(body: Mapping[str, Any]) -> int:
 
 def logprob_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Of the chat interface: `logprobs` says whether, `top_logprobs` how many more."""
-    wanted = fields.field(body, "logprobs", fields.truth, False)
-    top = fields.field(body, "top_logprobs", fields.whole, 0)
-    if not 0 <= top <= fields.MAX_TOP_LOGPROBS:
-        raise fields.wrong("top_logprobs", f"from 0 to {fields.MAX_TOP_LOGPROBS}", top)
+    top = fields.top_count(body, "n_probs")  # llama-server's
+    wanted = fields.field(body, "logprobs", fields.truth, top > 0)
+    top = fields.top_count(body, "top_logprobs", top)
     return {"logprobs": wanted, "top_logprobs": top if wanted else 0}
 
 
 def continues(body: Mapping[str, Any], messages: list[Any]) -> bool:
     """Is the last message the beginning of the answer?"""
     last = messages[-1]
-    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return False
+    if last.get("tool_calls") or last.get("function_call"):
         return False
     if body.get("continue_final_message") is not None:
         return fields.truth("continue_final_message", body["continue_final_message"])

@@ -99,6 +99,8 @@ def read_request(body: dict[str, Any]) -> CompletionRequest:
         count = fields.whole("logprobs", wanted)
         if not 0 <= count <= fields.MAX_TOP_LOGPROBS:
             raise fields.wrong("logprobs", f"from 0 to {fields.MAX_TOP_LOGPROBS}", wanted)
+    else:
+        count = fields.top_count(body, "n_probs") or None  # llama-server's
     n = choices(body)
     best_of = fields.field(body, "best_of", fields.whole, n)
     if not n <= best_of <= fields.MAX_CHOICES:

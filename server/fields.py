@@ -201,13 +201,17 @@ SAMPLING = (
 )
 
 
-def prompt_logprobs(body: Body) -> int | None:
-    """vLLM's field of this name: how many of the likeliest tokens are told for each place of the prompt; None for no
-    such table."""
-    top = optional(body, "prompt_logprobs", whole)
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        raise wrong("prompt_logprobs", f"from 0 to {MAX_TOP_LOGPROBS}", top)
+def top_count(body: Body, name: str, default: int = 0) -> int:
+    """How many of the likeliest tokens are told, as a field of this name says."""
+    top = field(body, name, whole, default)
+    if not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise wrong(name, f"from 0 to {MAX_TOP_LOGPROBS}", top)
     return top
+
+
+def prompt_logprobs(body: Body) -> int | None:
+    """vLLM's field of this name: how many are told for each place of the prompt; None for no such table."""
+    return None if body.get("prompt_logprobs") is None else top_count(body, "prompt_logprobs")
 
 
 def sampling_options(body: Body) -> dict[str, Any]:

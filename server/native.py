@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from qrun.engine import __version__
 from qrun.server import fields
 from qrun.server.chat_requests import bias_option, openai_chat
-from qrun.server.errors import APIError
+from qrun.server.errors import APIError, not_supported
 from qrun.server.exchange import Exchange, dumps
-from qrun.server.openai_chat import comment, sse_error
+from qrun.server.openai_chat import comment, logprobs, sse_error
 from qrun.server.prompts import infill_tokens, prompt_tokens, read_prompts
 from qrun.server.running import Place, finish_reason
 from qrun.server.state import State, timings
 from qrun.server.structure import structure
 
 if TYPE_CHECKING:
-    from qrun.engine import Generation, Model
+    from qrun.engine import Generation, Model, Piece
     from qrun.server.hub import Entry
 
 
@@ -166,9 +166,11 @@ async def infill(state: State, exchange: Exchange) -> None:
 
 def _options(body: dict[str, Any]) -> dict[str, Any]:
     options = fields.sampling_options(body)
-    top = fields.field(body, "n_probs", fields.whole, 0)
-    if not 0 <= top <= fields.MAX_TOP_LOGPROBS:
-        raise fields.wrong("n_probs", f"from 0 to {fields.MAX_TOP_LOGPROBS}", top)
+    other = body.get("n_probs") is None and not isinstance(body.get("logprobs"), bool)
+    top = fields.top_count(body, "logprobs" if other else "n_probs")
+    if top and fields.field(body, "post_sampling_probs", fields.truth, False):
+        raise not_supported("post_sampling_probs is not supported: the probabilities of n_probs are those that the "
+                            "model gives", "post_sampling_probs")  # fmt: skip
     return options | {"logprobs": top > 0, "top_logprobs": top} | structure(body)
 
 
@@ -177,21 +179,31 @@ async def _answer(
 ) -> None:
     generation = generations[0]
     steps = state.steps(generations, place, exchange.arrived)
+    waiting: list[Piece] = []  # whose probabilities have not been told
+
+    def probabilities() -> dict[str, Any]:
+        """Those of the tokens that have come since the last time, if they are wanted."""
+        told = [piece for piece in waiting if piece.logprob is not None]
+        waiting.clear()
+        return {"completion_probabilities": logprobs(told, entry.loaded)} if told else {}
+
     if not fields.field(exchange.body, "stream", fields.truth, False):
         async with aclosing(steps) as found:  # type: ignore[type-var]
-            async for _ in found:
-                pass
-        await exchange.json(_end(generation, entry) | {"content": generation.text, "tokens": generation.tokens})
+            async for _, pieces in found:
+                waiting += pieces
+        whole = {"content": generation.text, "tokens": generation.tokens}
+        await state.answer(exchange, lambda: _end(generation, entry) | whole | probabilities())
         return
     exchange.error_frame = sse_error
     async with exchange.stream("text/event-stream", b"", comment, state.settings.ping_seconds):
         async with aclosing(steps) as found:  # type: ignore[type-var]
             async for _, pieces in found:
+                waiting += pieces
                 if text := "".join(pieces):
                     ids = [piece.token for piece in pieces if piece.token is not None]
-                    frame = f'data: {{"index":0,"content":{dumps(text)},"tokens":{dumps(ids)},"stop":false}}\n\n'
-                    await exchange.write(frame.encode())
-        await exchange.write(f"data: {dumps(_end(generation, entry))}\n\n".encode())
+                    frame = {"index": 0, "content": text, "tokens": ids, "stop": False} | probabilities()
+                    await exchange.write(f"data: {dumps(frame)}\n\n".encode())
+        await exchange.write(f"data: {dumps(_end(generation, entry) | probabilities())}\n\n".encode())
 
 
 def _end(generation: Generation, entry: Entry) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def completion(
             "index": index,
             "message": message(request, generation, model),
             "logprobs": {"content": logprobs(content, model), "refusal": None} if request.options["logprobs"] else None,
-            "finish_reason": finish_reason(generation),
+            "finish_reason": reason_of(request, generation),
         })  # fmt: skip
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -100,16 +100,23 @@ def message(request: ChatRequest, generation: Generation, model: Model) -> dict[
     told: dict[str, Any] = {"role": "assistant", "content": generation.text or (None if calls else ""), "refusal": None}
     if generation.reasoning:
         told["reasoning_content"] = told["reasoning"] = generation.reasoning
-    if calls:
+    functions = [
+        {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in calls
+    ]  # fmt: skip
+    if functions and request.old_calls:
+        told["function_call"] = functions[0]
+    elif functions:
         told["tool_calls"] = [
-            {
-                "id": call_id(call, model),
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-            }
-            for call in calls
+            {"id": call_id(call, model), "type": "function", "function": function}
+            for call, function in zip(calls, functions, strict=True)
         ]
     return told
+
+
+def reason_of(request: ChatRequest, generation: Generation) -> str:
+    """Why an answer has ended, to a client that knows tools or does not."""
+    reason = finish_reason(generation)
+    return "function_call" if reason == "tool_calls" and request.old_calls else reason
 
 
 def allowed_calls(request: ChatRequest, generation: Generation) -> list[ToolCall]:
@@ -228,12 +235,15 @@ class ChatStream:
         found = ""
         for index in range(self._n_calls[number], len(calls)):
             call = calls[index]
-            function = {"name": call.name, "arguments": ""}
-            begin = {"index": index, "id": call_id(call, self._model), "type": "function", "function": function}
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
-            rest = {"index": index, "function": {"arguments": arguments}}
-            found += self._frame(number, dumps({"tool_calls": [begin]}), None)
-            found += self._frame(number, dumps({"tool_calls": [rest]}), None)
+            name = {"name": call.name, "arguments": ""}
+            arguments = {"arguments": json.dumps(call.arguments, ensure_ascii=False)}
+            deltas: list[dict[str, Any]]
+            if self._request.old_calls:
+                deltas = [{"function_call": name}, {"function_call": arguments}]
+            else:
+                begin = {"index": index, "id": call_id(call, self._model), "type": "function", "function": name}
+                deltas = [{"tool_calls": [begin]}, {"tool_calls": [{"index": index, "function": arguments}]}]
+            found += "".join(self._frame(number, dumps(delta), None) for delta in deltas)
         self._n_calls[number] = len(calls)
         return found
 
@@ -255,7 +265,7 @@ class ChatStream:
             found += self._calls(number)
             if self._logprobs is not None and self._logprobs[number]:
                 found += self._frame(number, '{"content":""}', None)
-            found += self._frame(number, "{}", finish_reason(generation))
+            found += self._frame(number, "{}", reason_of(self._request, generation))
         if self._with_usage:
             found += f'{self._head},"choices":[],"usage":{dumps(usage(self._generations))}}}\n\n'
         return found.encode() + DONE

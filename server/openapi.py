@@ -93,7 +93,9 @@ _BODIES: dict[str, tuple[Schema, list[str]]] = {
         ["messages"],
     ),
     "/api/generate": ({"prompt": _TEXT, "options": _OBJECT, "format": {}, "stream": _TRUTH}, ["prompt"]),
-    "/completion": ({"prompt": _PROMPT, "stream": _TRUTH, "grammar": _TEXT, "json_schema": _OBJECT}, ["prompt"]),
+    "/completion": (
+        {"prompt": _PROMPT, "stream": _TRUTH, "grammar": _TEXT, "json_schema": _OBJECT, "n_probs": _WHOLE}, ["prompt"],
+    ),
     "/infill": ({"input_prefix": _TEXT, "input_suffix": _TEXT, "stream": _TRUTH}, []),
     "/v1/tokenize": ({"content": _TEXT, "add_special": _TRUTH, "parse_special": _TRUTH, "with_pieces": _TRUTH}, []),
     "/v1/detokenize": ({"tokens": {"type": "array", "items": _WHOLE}}, ["tokens"]),

@@ -130,8 +130,11 @@ _FIELDS: dict[str, Callable[[str, Any], Arguments]] = {
 }
 
 
-def tool_choice(choice: Any, tools: list[Any], *, parallel: bool = True) -> tuple[list[Any], Arguments]:
-    """The tools that a model is told of, and the arguments that say whether it has to call one, and how many."""
+def tool_choice(
+    choice: Any, tools: list[Any], *, parallel: bool = True, field: str = "tool_choice"
+) -> tuple[list[Any], Arguments]:
+    """The tools that a model is told of, and the arguments that say whether it has to call one, and how many. field:
+    where the choice stands."""
     mode: Any = choice
     if isinstance(choice, dict):
         mode = choice.get("type")
@@ -151,9 +154,9 @@ def tool_choice(choice: Any, tools: list[Any], *, parallel: bool = True) -> tupl
     if mode in ("function", "tool", "custom"):
         name = _name(choice)
         if name not in [_name(tool) for tool in tools]:
-            raise APIError("tool_choice names a function that is not among the tools", param="tool_choice")
+            raise APIError(f"{field} names a function that is not among the tools", param=field)
         return tools, {"tool_choice": {"name": name}} | one
-    raise APIError("tool_choice must be auto, none, required or an object that names a function", param="tool_choice")
+    raise APIError(f"{field} must be auto, none, required or an object that names a function", param=field)
 
 
 def _name(tool: Mapping[str, Any]) -> Any:

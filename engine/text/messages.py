@@ -82,6 +82,8 @@ def _read_message(given: Any, where: str) -> Message:
     for name in REASONING:
         if not isinstance(message.get(name, ""), str):
             raise WrongType(f"{where}: {name} is {_kind(message[name])}: a text is wanted")
+    if (function := message.pop("function_call", None)) is not None:  # of the time when a message had one at most
+        message.setdefault("tool_calls", [{"type": "function", "function": function}])
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list):
         raise WrongType(f"{where}: tool_calls is {_kind(calls)}: a list is wanted")

@@ -110,6 +110,13 @@ def test_a_bias() -> None:
     assert error(ask(logit_bias={"99999": 1}))["param"] == "logit_bias"
 
 
+def test_probabilities_as_llama_servers_clients_ask_for_them() -> None:
+    told = ask(n_probs=2, max_tokens=3).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in told] == list("Hel") and {len(one["top_logprobs"]) for one in told} == {2}
+    assert ask(n_probs=2, logprobs=False).json()["choices"][0]["logprobs"] is None
+    assert error(ask(n_probs=21))["param"] == "n_probs"
+
+
 def test_an_answer_that_may_not_end() -> None:
     told = ask(make_model("Hi"), ignore_eos=True, max_tokens=9).json()
     assert told["usage"]["completion_tokens"] == 9
@@ -220,6 +227,61 @@ def test_a_budget_for_thoughts() -> None:
     thinking = {"type": "enabled", "budget_tokens": 4}  # of which the end of the mark is one
     told = ask(make_model("<think>" + "x" * 50), thinking=thinking, max_tokens=40).json()
     assert told["choices"][0]["message"]["reasoning"] == "xxx"
+
+
+# Functions, as they were before tools
+
+FUNCTION = WEATHER["function"]
+
+
+@pytest.mark.parametrize("choice", [None, "auto", {"name": "weather"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_are_called_one_at_a_time(choice: Any, stream: bool) -> None:
+    answer = ask(make_model(CALL + CALL), functions=[FUNCTION], function_call=choice, stream=stream)
+    if stream:
+        calls = [delta["function_call"] for delta in deltas(answer) if "function_call" in delta]
+        assert [call.get("name") for call in calls] == ["weather", None]
+        told, reason = "".join(call["arguments"] for call in calls), answer.events[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = answer.json()["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+        assert message["content"] is None and "tool_calls" not in message
+        assert message["function_call"]["name"] == "weather"
+        told = message["function_call"]["arguments"]
+    assert json.loads(told) == {"city": "Köln"} and reason == "function_call"
+
+
+def test_the_model_is_told_of_functions() -> None:
+    for more, told in (({}, "[weather](u)Hi"), ({"function_call": "none"}, "(u)Hi")):
+        answer = ask(make_model(lambda before: before), functions=[FUNCTION], **more)
+        assert answer.json()["choices"][0]["message"]["content"] == told
+
+
+def test_calls_of_functions_in_a_conversation() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+        {"role": "function", "name": "weather", "content": "rain"},
+        {"role": "assistant", "function_call": {"name": "weather", "arguments": '{"x": 1}'}},
+    ]
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ c.function.arguments|tojson }}{% endfor %}{{ m.content or '' }};{% endfor %}~"
+    )
+    answer = ask(make_model(lambda before: before, template=template), messages=messages)
+    told = answer.json()["choices"][0]["message"]["content"]
+    assert told == 'user:a;assistant:weather{};tool:rain;assistant:weather{"x": 1};'
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [("functions", {"functions": [FUNCTION], "tools": [WEATHER]}), ("functions", {"functions": [{}]}),
+     ("functions", {"functions": "x"}), ("function_call", {"functions": [FUNCTION], "function_call": {"name": "x"}}),
+     ("function_call", {"functions": [FUNCTION], "function_call": 3})],
+)  # fmt: skip
+def test_functions_that_are_none(field: str, more: dict[str, Any]) -> None:
+    answer = ask(**more)
+    assert answer.status == 400 and error(answer)["param"] == field and field in error(answer)["message"]
 
 
 # Messages

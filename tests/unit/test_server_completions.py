@@ -223,6 +223,28 @@ def test_llama_servers_completion() -> None:
     assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["n_probs", "logprobs"])
+def test_llama_servers_probabilities(stream: bool, name: str) -> None:
+    answer = ask(path="/completion", prompt="~", n_predict=5, stream=stream, **{name: 2})
+    whole = answer.events if stream else [answer.json()]
+    told = [one for event in whole for one in event.get("completion_probabilities", ())]
+    assert "".join(one["token"] for one in told) == "Hello" and [one["id"] for one in told] == ids_of("Hello")
+    for one in told:
+        assert set(one) == {"id", "token", "bytes", "logprob", "top_logprobs"}
+        assert len(one["top_logprobs"]) == 2 and one["top_logprobs"][0]["id"] == one["id"] and one["logprob"] <= 0
+
+
+def test_no_probabilities_of_llama_servers() -> None:
+    for more in ({}, {"n_probs": 0}, {"n_probs": None}, {"logprobs": False}):
+        assert "completion_probabilities" not in ask(path="/completion", prompt="~", **more).json()
+    answer = ask(path="/completion", prompt="~", n_probs=2, post_sampling_probs=True)
+    assert answer.status == 400 and answer.json()["error"]["param"] == "post_sampling_probs"
+    assert ask(path="/completion", prompt="~", n_probs=21).json()["error"]["param"] == "n_probs"
+    legacy = ask(prompt="~", max_tokens=5, n_probs=2).json()["choices"][0]["logprobs"]
+    assert legacy["tokens"] == list("Hello")
+
+
 def test_tokens_and_texts() -> None:
     told = ask(path="/tokenize", content="Hé").json()
     assert told["tokens"] == ids_of("Hé") and told["count"] == 3
