@@ -54,11 +54,15 @@ def test_every_published_text_gives_the_published_ids(name: str, tokenizer: Toke
 @pytest.mark.usefixtures("tokenizer")
 def test_the_first_texts_of_a_process_give_them_too(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those are encoded without a library: for as long as this is allowed, here."""
-    monkeypatch.setattr(merging, "FIRST_CHARACTERS", 1 << 30)
-    monkeypatch.setattr(merging.StagedEncoder, "__call__", lambda self, text: self._first(text))
+    monkeypatch.setattr(merging.StagedEncoder, "__call__", lambda self, text: self._first(text, 1 << 30)[0])
     tokenizer = Tokenizer.load(folder / f"{name}.gguf")
     for text, ids in published(name):
         assert tokenizer.encode(text, add_special=False) == ids, text
+    whole = "".join(text for text, _ in published(name))
+    found = tokenizer.encode(whole, add_special=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(merging, "first_characters", lambda n_strings: 0)
+    assert found == Tokenizer.load(folder / f"{name}.gguf").encode(whole, add_special=False)
 
 
 def test_every_published_text_gives_the_published_word_pieces(tmp_path: Path) -> None:

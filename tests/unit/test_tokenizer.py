@@ -18,7 +18,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first texts of a process are encoded without the libraries that encode all others."""
     if request.param == "later texts":
-        monkeypatch.setattr(merging, "FIRST_CHARACTERS", 0)
+        monkeypatch.setattr(merging, "first_characters", lambda n_strings: 0)
 
 
 def tokenizer(

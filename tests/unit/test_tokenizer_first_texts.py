@@ -1,6 +1,8 @@
 """The first texts of a process are encoded without a library, to the same tokens."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_neighbours_are_merged_by_rank_and_from_the_left() -> None:
 
 
 def test_the_library_is_made_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "FIRST_CHARACTERS", 10)
+    monkeypatch.setattr(merging, "first_characters", lambda n_strings: n_strings)
     made = 0
 
     def library() -> merging.Encoder:
@@ -64,9 +66,59 @@ def test_the_library_is_made_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) 
         made += 1
         return lambda text: [2] * len(text)
 
-    encode = StagedEncoder(lambda text: [1] * len(text) if text.isascii() else None, library)
-    assert encode("12345") == [1] * 5 and encode("1234") == [1] * 4 and made == 0
-    assert encode("12") == [2] * 2 and encode("1") == [2] and made == 1
-    encode = StagedEncoder(lambda text: [1] * len(text) if text.isascii() else None, library)
-    assert encode("é") == [2] and encode("e") == [2] and made == 2
-    assert StagedEncoder(None, library)("e") == [2]
+    def word_ids(word: str) -> list[int] | None:
+        return [1] * len(word) if word.isascii() else None
+
+    def staged() -> StagedEncoder:
+        return StagedEncoder(merging._word_by_word(str.split, word_ids), library, 10)
+
+    encode = staged()
+    assert encode("12345 67") == [1] * 7 and made == 0
+    assert encode("67 12345 67 12345") == [1] * 14 and made == 0  # nothing new
+    assert encode("67 8") == [1] * 3 and encode("9") == [1] and made == 0
+    assert encode("ab") == [2] * 2 and encode("1") == [2] and made == 1
+    encode = staged()
+    assert encode("a é") == [2] * 3 and encode("e") == [2] and made == 2
+    encode = staged()
+    assert encode("a " * 41) == [2] * 82 and made == 3  # to cut it takes long too
+    assert StagedEncoder(None, library, 10)("e") == [2]
+
+
+def test_more_is_merged_here_the_longer_the_library_would_take() -> None:
+    assert merging.first_characters(100) == merging.first_characters(30_000) < merging.first_characters(300_000)
+
+
+def test_words_are_cut_at_spaces_unless_a_piece_goes_on_behind_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_LONG", 3)
+    pieces = ["a", "b", "\u2581", "\u2581\u2581", "\u2581a", "ab", "b\u2581", "b\u2581a", "<0x41>"]
+    strings = Strings.of([piece.encode() for piece in pieces])
+    assert merging._spaced_pieces(strings) == ["b\u2581", "b\u2581a"]
+    scores = -np.arange(len(pieces), dtype=np.float32)
+    vocabulary: Any = SimpleNamespace(pieces=strings, spellings=Spellings(strings), scores=scores)
+    long, cut = merging.first_scored(vocabulary, [8] * 256), []
+    real = merged
+
+    def noted(symbols: list[bytes], rank: merging.Rank) -> list[bytes]:
+        cut.append(b"".join(symbols).decode().replace("\u2581", " "))
+        return real(symbols, rank)
+
+    monkeypatch.setattr(merging, "merged", noted)
+    assert long(" a  a aa a", 99) == ([4, 3, 0, 4, 0, 4], 8) and sorted(cut) == ["  a", " a", " aa"]
+    cut.clear()
+    assert long("a b a b", 99)[0] == [0, 2, 7, 2, 1] and cut == ["a b a b"]
+
+
+def test_random_texts_give_the_same_tokens_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_LONG", -1)
+    draw = random.Random(3)
+    for _ in range(50):
+        letters = ["a", "b", "\u2581"]
+        made = {"".join(draw.choices(letters, k=draw.randint(2, 4))) for _ in range(draw.randint(1, 12))}
+        strings = Strings.of([piece.encode() for piece in [*letters, *sorted(made)]])
+        scores = np.array([draw.random() for _ in range(len(strings))], np.float32)
+        vocabulary: Any = SimpleNamespace(pieces=strings, spellings=Spellings(strings), scores=scores)
+        text = "".join(draw.choices("ab ", k=40))
+        found = merging.first_scored(vocabulary, [0] * 256)(text, 99)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "_LONG", 1 << 30)
+            assert found == merging.first_scored(vocabulary, [0] * 256)(text, 99)[0], (text, made)

@@ -20,7 +20,9 @@ _UNSPELT = ""  # no piece of any vocabulary is empty
 def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Raises FormatError where the merges do not fit the pieces."""
     _ = vocabulary.byte_pair_unknown, vocabulary.fuse_unknown  # which may be refused
-    encode = StagedEncoder(first_byte_pairs(vocabulary, _words(vocabulary)), lambda: _library_encoder(vocabulary))
+    first = first_byte_pairs(vocabulary, _words(vocabulary))
+    n_strings = len(vocabulary) + len(vocabulary.merges())
+    encode = StagedEncoder(first, lambda: _library_encoder(vocabulary), n_strings)
     return encode if vocabulary.pre_tokenizer.alphabet != "metaspace" else lambda text: encode(text.replace(" ", SPACE))
 
 

@@ -5,7 +5,8 @@ The tokens are the same. What is out of the ordinary is left to the libraries: t
 and vocabularies that contradict themselves, which they refuse.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -16,29 +17,38 @@ from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 from qrun.formats.gguf.strings import LENGTH_BYTES, Strings
 
 Encoder = Callable[[str], list[int]]
-FirstEncoder = Callable[[str], list[int] | None]
-"""None: the text is for the library."""
+FirstEncoder = Callable[[str, int], tuple[list[int] | None, int]]
+"""Takes a text, and how many characters of words it may merge that it has not met. Gives the ids, and how many
+characters those words had; None for ids: the text is for the library."""
 Rank = Callable[[bytes, bytes], float | None]
 
-FIRST_CHARACTERS = 4000
-"""Of all texts together. Much more of them would take longer here than the library needs to begin."""
+_FIRST_CHARACTERS = 4000
+_STRINGS_A_CHARACTER = 8  # of a vocabulary, which a library takes in while one character is merged here
+_REPEATED = 8  # in long texts, words have so many times the characters of those that differ, or fewer
+
+
+def first_characters(n_strings: int) -> int:
+    """How many characters are merged here for a vocabulary of so many pieces and merges: as many as take as long as the
+    library needs to begin. In its time no other thread can do anything, in this one all can."""
+    return max(_FIRST_CHARACTERS, n_strings // _STRINGS_A_CHARACTER)
 
 
 class StagedEncoder:
     """Encodes the first texts here, and has a library made when there are more. May be called from any thread."""
 
-    def __init__(self, first: FirstEncoder | None, make_library: Callable[[], Encoder]) -> None:
+    def __init__(self, first: FirstEncoder | None, make_library: Callable[[], Encoder], n_strings: int) -> None:
         self._first = first
-        self._left = FIRST_CHARACTERS
+        self._left = first_characters(n_strings)
         self._make_library = make_library
         self._library: Encoder | None = None
         self._lock = ForkAwareLock()  # held while the library is made
 
     def __call__(self, text: str) -> list[int]:
         first = self._first
-        if first is not None and len(text) <= self._left:
-            self._left -= len(text)
-            if (ids := first(text)) is not None:
+        if first is not None and len(text) <= self._left * _REPEATED:
+            ids, n_new = first(text, self._left)
+            self._left -= n_new
+            if ids is not None:
                 return ids
         if self._library is None:
             with self._lock:
@@ -46,6 +56,25 @@ class StagedEncoder:
                     self._library = self._make_library()
                     self._first = None
         return self._library(text)
+
+
+def _word_by_word(words: Callable[[str], Sequence[str]], word_ids: Callable[[str], list[int] | None]) -> FirstEncoder:
+    """words: cuts a text where nothing merges across. word_ids: encodes one, if it can be done here."""
+    known: dict[str, list[int]] = {}
+
+    def encode(text: str, most: int) -> tuple[list[int] | None, int]:
+        found = words(text)
+        new = {word for word in found if word not in known}
+        n_new = sum(map(len, new))
+        if n_new > most:
+            return None, 0
+        for word in new:
+            if (ids := word_ids(word)) is None:
+                return None, n_new
+            known[word] = ids
+        return [id for word in found for id in known[word]], n_new
+
+    return encode
 
 
 def merged(symbols: list[bytes], rank: Rank) -> list[bytes]:
@@ -85,7 +114,6 @@ def first_byte_pairs(vocabulary: Vocabulary, words: Callable[[str], list[str]]) 
         return None
     pieces, ranks = vocabulary.spellings, Spellings(merges)
     ignore_merges = vocabulary.pre_tokenizer.ignore_merges
-    known: dict[str, list[int]] = {}
 
     def rank(left: bytes, right: bytes) -> int | None:
         return None if b" " in left else ranks.first(left + b" " + right)  # the first space is what separates them
@@ -99,17 +127,7 @@ def first_byte_pairs(vocabulary: Vocabulary, words: Callable[[str], list[str]]) 
         found = [pieces.last(symbol) for symbol in merged(characters, rank)]
         return [id for id in found if id is not None] if None not in found else None
 
-    def encode(text: str) -> list[int] | None:
-        ids: list[int] = []
-        for word in words(text):
-            found = known.get(word) or word_ids(word)
-            if found is None:
-                return None
-            known[word] = found
-            ids += found
-        return ids
-
-    return encode
+    return _word_by_word(words, word_ids)
 
 
 def _fit(vocabulary: Vocabulary, merges: Strings) -> bool:
@@ -155,12 +173,38 @@ def first_scored(vocabulary: Vocabulary, byte_ids: list[int]) -> FirstEncoder:
         id = pieces.last(left + right)
         return None if id is None or id in of_bytes else -scores.item(id)
 
-    def encode(text: str) -> list[int] | None:
-        symbols = [space if character == " " else character.encode() for character in text]
+    def word_ids(word: str) -> list[int]:
+        symbols = [space if character == " " else character.encode() for character in word]
         ids: list[int] = []
         for symbol in merged(symbols, rank):
             id = pieces.last(symbol)
             ids += [byte_ids[byte] for byte in symbol] if id is None else [id]
         return ids
 
-    return encode
+    spaced: list[str] | None = None  # see below, once it is worth to know
+
+    def words(text: str) -> list[str]:
+        nonlocal spaced
+        if len(text) <= _LONG:
+            return [text] if text else []
+        if spaced is None:
+            spaced = _spaced_pieces(vocabulary.pieces)
+        text = text.replace(" ", SPACE)
+        return [text] if any(piece in text for piece in spaced) else _WORDS.findall(text)
+
+    return _word_by_word(words, word_ids)
+
+
+_LONG = 500  # characters of a text in which words come again
+_WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+
+
+def _spaced_pieces(pieces: Strings) -> list[str]:
+    """Those in which a space comes after something else: in a text without them nothing merges with the space after
+    it. Of many, the space alone."""
+    data = np.frombuffer(pieces.data, np.uint8)
+    first, second, third = SPACE.encode()
+    places = np.flatnonzero((data[:-2] == first) & (data[1:-1] == second) & (data[2:] == third))
+    begins = np.isin(places, pieces.starts) | np.isin(places - len(SPACE.encode()), places)
+    numbers = sorted(set((pieces.starts.searchsorted(places[~begins], "right") - 1).tolist()))  # of few
+    return [piece.decode(errors="replace") for piece in pieces.some(numbers)] if len(numbers) < 64 else [SPACE]

@@ -33,7 +33,9 @@ def merging_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     normalizer = _normalizer(vocabulary, adds_prefix, removes_spaces)
     is_plain = has_all_bytes and not removes_spaces and not vocabulary.charsmap()
     first = first_scored(vocabulary, byte_ids) if is_plain else None
-    return StagedEncoder(first, lambda: _encoder(vocabulary, types, _BPE, has_all_bytes, normalizer))
+    return StagedEncoder(
+        first, lambda: _encoder(vocabulary, types, _BPE, has_all_bytes, normalizer), len(vocabulary)
+    )
 
 
 def unigram_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
