@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,9 @@ def read_message(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
             if block.get("is_error"):
                 result = f"Error: {result}"
             results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": result})
-        elif kind in ("image", "document"):
+        elif kind in ("document", "search_result"):
+            texts.append(document_text(block, f"{where}.content.{number}"))
+        elif kind == "image":
             raise APIError(f"{where}.content.{number} is of type {kind}: this model reads text alone", param="messages")
     told = list(results)
     if texts or calls or thoughts or not results:
@@ -167,6 +169,26 @@ def read_message(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return told
 
 
+def document_text(block: Mapping[str, Any], where: str) -> str:
+    """A document, or what a search has found, under its title. APIError where it is no text."""
+    source = block.get("source")
+    if block.get("type") == "search_result":
+        content, heading = block.get("content"), [block.get("title"), source]
+    else:
+        source = fields.mapping(f"{where}.source", source)
+        heading = [block.get("title"), block.get("context")]
+        if source.get("type") not in ("text", "content"):
+            raise APIError(f"{where}.source is of type {source.get('type')}: this model reads text alone",
+                           param="messages")  # fmt: skip
+        content = source.get("data") if source["type"] == "text" else source.get("content")
+    if not isinstance(content, str):
+        content = "\n".join(
+            fields.text(f"{where}.content.{number}.text", part.get("text") if isinstance(part, dict) else None)
+            for number, part in enumerate(fields.sequence(f"{where}.content", content))
+        )
+    return "\n".join([*(one for one in heading if isinstance(one, str) and one), content])
+
+
 def result_text(content: Any) -> str:
     """What a tool has said: a text, or blocks."""
     if content is None:
@@ -177,8 +199,11 @@ def result_text(content: Any) -> str:
         return json.dumps(content, ensure_ascii=False)
     texts = []
     for block in content:
-        if isinstance(block, dict) and block.get("type") in ("image", "document"):
+        if isinstance(block, dict) and block.get("type") == "image":
             raise APIError("the result of a tool is a picture: this model reads text alone", param="messages")
+        if isinstance(block, dict) and block.get("type") in ("document", "search_result"):
+            texts.append(document_text(block, "the result of a tool"))
+            continue
         is_text = isinstance(block, dict) and isinstance(block.get("text"), str)
         texts.append(block["text"] if is_text else json.dumps(block, ensure_ascii=False))
     return "\n".join(texts)

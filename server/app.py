@@ -77,6 +77,9 @@ _ROUTES: tuple[tuple[str, str, Handler], ...] = (
 )
 
 
+_ORIGIN = re.compile("https?://[^/]*", re.IGNORECASE)
+
+
 class Application:
     """An ASGI application that serves models: made by `app`."""
 
@@ -104,8 +107,10 @@ class Application:
 
 
 def _plain(path: str, root: str) -> str:
-    """A path without slashes too many, as clients make whose base URL ends in one. root: where the application is
-    mounted in another one, whose own page is there with a slash."""
+    """A path without slashes too many, as clients make whose base URL ends in one, and without the origin that clients
+    of proxies put before it. root: where the application is mounted in another one, whose own page is there with a
+    slash."""
+    path = _ORIGIN.sub("", path, count=1)
     plain = re.sub("/{2,}", "/", path).rstrip("/")
     return plain if plain and plain != root.rstrip("/") else f"{plain}/"
 

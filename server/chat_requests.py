@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qrun.server import fields
-from qrun.server.errors import APIError
+from qrun.server.errors import APIError, not_supported
 from qrun.server.structure import structure, tool_choice
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def openai_chat(body: Mapping[str, Any]) -> ChatRequest:
     messages = fields.items(body, "messages")
     if not messages:
         raise APIError("messages must be a list of at least one message", param="messages")
+    if any(kind != "text" for kind in fields.items(body, "modalities")):
+        raise not_supported("modalities can be text alone: this model writes nothing else", "modalities")
     tools = functions(fields.items(body, "tools"))
     parallel = fields.field(body, "parallel_tool_calls", fields.truth, True)
     old = functions(fields.items(body, "functions"), "functions")
@@ -153,10 +155,10 @@ def choices(body: Mapping[str, Any]) -> int:
 
 
 def logprob_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the chat interface: `logprobs` says whether, `top_logprobs` how many more."""
-    top = fields.top_count(body, "n_probs")  # llama-server's
+    """Of the chat interface: `logprobs` says whether, `top_logprobs` how many more, and so whether, if nothing else
+    does."""
+    top = fields.top_count(body, "top_logprobs", fields.top_count(body, "n_probs"))  # the second is llama-server's
     wanted = fields.field(body, "logprobs", fields.truth, top > 0)
-    top = fields.top_count(body, "top_logprobs", top)
     return {"logprobs": wanted, "top_logprobs": top if wanted else 0}
 
 

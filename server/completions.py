@@ -25,6 +25,7 @@ from qrun.server.threads import in_daemon
 if TYPE_CHECKING:
     from qrun.engine import Generation, Model, Piece
     from qrun.engine.figures import TokenLogprob
+    from qrun.engine.text.tokenizer import StreamDecoder
     from qrun.server.hub import Entry
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's interface has it
@@ -195,7 +196,10 @@ def choice(
     table = Legacy(model) if request.logprobs is not None else None
     if request.echo:
         if table is not None:
-            table.add_prompt(request.tokens[number], request.scored[number], request.logprobs or 0)
+            of_text = isinstance(request.prompts[number], str)
+            table.add_prompt(
+                request.tokens[number], request.scored[number], request.logprobs or 0, of_text=of_text
+            )
         text = echoed(request, model, number) + text
     if table is not None:
         table.add_pieces(pieces)
@@ -222,6 +226,7 @@ class Legacy:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._offset = 0
+        self._decoder: StreamDecoder | None = None
         self.told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _add(self, id: int, logprob: float | None, top: Sequence[tuple[int, float]] | None) -> None:
@@ -230,13 +235,23 @@ class Legacy:
         told["token_logprobs"].append(logprob if logprob is None else max(logprob, -9999.0))
         told["top_logprobs"].append({self._text(one): max(value, -9999.0) for one, value in top} if top else None)
         told["text_offset"].append(self._offset)
-        self._offset += len(text)
+        self._offset += len(self._decoder.push(id)) if self._decoder is not None else 0
 
-    def add_prompt(self, tokens: Sequence[int], scored: Sequence[TokenLogprob | None], top: int) -> None:
-        for id, one in zip(tokens, scored, strict=True):
+    def add_prompt(
+        self, tokens: Sequence[int], scored: Sequence[TokenLogprob | None], top: int, *, of_text: bool
+    ) -> None:
+        """of_text: the prompt was a text, and not its tokens."""
+        tokenizer = self._model.tokenizer
+        self._decoder = tokenizer.stream(at_start=True) if tokenizer is not None else None
+        for number, (id, one) in enumerate(zip(tokens, scored, strict=True)):
             self._add(id, None if one is None else one.logprob, None if one is None else one.top[:top])
+            if number == 0 and of_text and tokenizer is not None and tokenizer.add_bos and id == tokenizer.bos_id:
+                self._offset = 0  # that is put before every text
+        self._decoder = tokenizer.stream(skip_special=True, after=tokens[-1:]) if tokenizer is not None else None
 
     def add_pieces(self, pieces: Sequence[Piece]) -> None:
+        if self._decoder is None and self._model.tokenizer is not None:
+            self._decoder = self._model.tokenizer.stream(skip_special=True)
         for piece in pieces:
             if piece.token is not None:
                 self._add(piece.token, piece.logprob, piece.top_logprobs)
@@ -287,8 +302,9 @@ class CompletionStream:
             number = index // self._request.best_of
             if (table := self._tables[index]) is not None:
                 table.add_prompt(
-                    self._request.tokens[number], self._request.scored[number], self._request.logprobs or 0
-                )
+                    self._request.tokens[number], self._request.scored[number], self._request.logprobs or 0,
+                    of_text=isinstance(self._request.prompts[number], str),
+                )  # fmt: skip
             found += self._frame(index, echoed(self._request, self._model, number), None)
         return found.encode()
 

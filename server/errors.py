@@ -120,6 +120,12 @@ def shape_of(scope: Mapping[str, Any]) -> Shape:
     path = path_of(scope)
     if path.startswith("/api/") and not path.startswith("/api/v0/"):
         return ollama_shape
-    if path.removeprefix("/v1").startswith("/messages"):
+    path = path.removeprefix("/v1")
+    if path.startswith("/messages") or (path.startswith("/models") and is_anthropic(scope)):
         return anthropic_shape
     return openai_shape
+
+
+def is_anthropic(scope: Mapping[str, Any]) -> bool:
+    """Does the client speak Anthropic's interface, where a path alone does not say so?"""
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])

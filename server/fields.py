@@ -254,5 +254,6 @@ def _ids(key: Any, encode: Callable[[str], list[int]]) -> list[int]:
     if isinstance(key, int) and not isinstance(key, bool):
         return [key]
     if isinstance(key, str):
-        return [int(key)] if key.strip().isdecimal() and len(key) < 12 else encode(key)
+        is_id = key.strip().removeprefix("-").isdecimal() and len(key) < 12
+        return [int(key)] if is_id else encode(key)
     raise wrong("logit_bias", "an object of token ids and numbers", key)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrun.server.errors import APIError
+from qrun.server.errors import APIError, is_anthropic
 from qrun.server.exchange import Exchange
 from qrun.server.facts import facts_of
 from qrun.server.state import State
@@ -81,16 +82,28 @@ def describe(entry: Entry, adapter: NamedAdapter | None = None) -> dict[str, Any
     return told
 
 
+def for_anthropic(told: dict[str, Any]) -> dict[str, Any]:
+    """The description of a model with what Anthropic's clients read of it."""
+    created = datetime.fromtimestamp(told["created"], UTC).isoformat().replace("+00:00", "Z")
+    return told | {"type": "model", "display_name": told["id"], "created_at": created}
+
+
 async def list_models(state: State, exchange: Exchange) -> None:
     await state.hub.refresh()
     data = [describe(entry, adapter) for entry in state.hub.entries for adapter in (None, *entry.adapters)]
-    await exchange.json({"object": "list", "data": data})
+    told: dict[str, Any] = {"object": "list", "data": data}
+    if is_anthropic(exchange.request.scope):  # all at once, whatever `limit` says
+        told["data"] = data = [for_anthropic(one) for one in data]
+        told |= {"has_more": False, "first_id": data[0]["id"] if data else None,
+                 "last_id": data[-1]["id"] if data else None}  # fmt: skip
+    await exchange.json(told)
 
 
 async def one_model(state: State, exchange: Exchange) -> None:
     name = exchange.path_parameters["name"]
     entry = await state.hub.find(name, exact=True)
-    await exchange.json(describe(entry, entry.adapter_of(name)))
+    told = describe(entry, entry.adapter_of(name))
+    await exchange.json(for_anthropic(told) if is_anthropic(exchange.request.scope) else told)
 
 
 async def lora_adapters(state: State, exchange: Exchange) -> None:

@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from qrun.server import fields
 from qrun.server.blocks import Part, Parts
-from qrun.server.chat_requests import ChatRequest, bias_option, call_id, continues, functions, read_thinking
+from qrun.server.chat_requests import (
+    ChatRequest,
+    bias_option,
+    call_id,
+    continues,
+    functions,
+    logprob_options,
+    read_thinking,
+)
 from qrun.server.errors import APIError, ollama_shape, path_of
 from qrun.server.exchange import Exchange, encode
 from qrun.server.facts import Facts, facts_of
 from qrun.server.models_api import capabilities
+from qrun.server.openai_chat import logprobs
 from qrun.server.prompts import infill_tokens, prompt_tokens
 from qrun.server.running import finish_reason
 from qrun.server.state import State
@@ -92,7 +101,7 @@ def read_options(body: dict[str, Any], messages: list[dict[str, Any]]) -> ChatRe
     request = ChatRequest(
         messages,
         functions(fields.items(body, "tools")),
-        fields.sampling_options(options) | {"logprobs": False},
+        fields.sampling_options(options) | logprob_options(body),
         structure=structure({}, body.get("format"), "format"),
         bias_body=options,
     )
@@ -145,6 +154,9 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
                     for index, call in enumerate(calls, n_calls)
                 ]
                 n_calls += len(calls)
+            if parts.tokens and request.options["logprobs"]:
+                told["logprobs"] = [without_id(one) for one in logprobs(parts.tokens, entry.loaded)]
+                parts.tokens = []
             return told | more
 
         if not stream:
@@ -163,6 +175,14 @@ async def answer(state: State, exchange: Exchange, request: ChatRequest, *, is_c
                     if some := list(parts.of(pieces)):
                         await exchange.write(encode(line(some, done=False)) + b"\n")
             await exchange.write(encode(line(list(parts.calls()), **last(generation, exchange))) + b"\n")
+
+
+def without_id(told: dict[str, Any]) -> dict[str, Any]:
+    """How likely a token was, with the likeliest in its place if there are any."""
+    found = {name: told[name] for name in ("token", "logprob", "bytes")}
+    if top := told.get("top_logprobs"):
+        found["top_logprobs"] = [without_id(one) for one in top]
+    return found
 
 
 def last(generation: Generation, exchange: Exchange) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CALLS = ("function_call", "custom_tool_call")
 _LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 _RESULTS = ("function_call_output", "custom_tool_call_output")
+_KEPT_ELSEWHERE = {"previous_response_id": "conversations", "conversation": "conversations", "prompt": "prompts"}
 
 
 async def responses(state: State, exchange: Exchange) -> None:
@@ -66,10 +67,9 @@ async def input_tokens(state: State, exchange: Exchange) -> None:
 
 
 def read_request(body: dict[str, Any]) -> ChatRequest:
-    for name in ("previous_response_id", "conversation"):
-        if body.get(name) is not None:
-            raise not_supported(f"{name} is not supported: this server keeps no conversations, send all of it as input",
-                                name)  # fmt: skip
+    for name, what in _KEPT_ELSEWHERE.items():
+        if body.get(name) not in (None, ""):
+            raise not_supported(f"{name} is not supported: this server keeps no {what}, send all of it as input", name)
     messages: list[dict[str, Any]] = []
     instructions = fields.field(body, "instructions", fields.text, "")
     if instructions:

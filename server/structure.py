@@ -16,6 +16,9 @@ from qrun.server.errors import APIError, not_supported
 
 Arguments = dict[str, Any]
 
+_ANY_OBJECT = {"type": "object"}
+"""What clients that ask for JSON without a schema go on to read: no number, and no list."""
+
 
 def structure(body: Mapping[str, Any], form: Any = None, form_name: str = "response_format") -> Arguments:
     """The arguments for a request. form: what the interface's own field says, in OpenAI's nested form, its flat form
@@ -35,15 +38,15 @@ def _form(name: str, form: Any) -> Arguments:
     """OpenAI's `response_format`, `text.format` and their relatives."""
     if form in (None, "", {}) or form == "text":
         return {}
-    if form == "json":  # Ollama's
-        return {"schema": {}}
+    if form == "json" and name == "format":  # Ollama's
+        return {"schema": _ANY_OBJECT}
     if not isinstance(form, dict):
-        raise APIError(f"{name} must be an object", param=name)
+        raise APIError(f"{name} must be {'json or a JSON schema' if name == 'format' else 'an object'}", param=name)
     kind = form.get("type")
     if kind == "text":
         return {}
     if kind == "json_object":
-        return {"schema": form.get("schema") or {}}
+        return {"schema": form.get("schema") or _ANY_OBJECT}
     if kind == "json_schema":
         inner = form.get("json_schema")
         schema = (inner if isinstance(inner, dict) else form).get("schema")
@@ -107,7 +110,7 @@ def _outputs(name: str, value: Any) -> Arguments:
         if arguments := read(f"{name}.{kind}", value.get(kind)):
             return arguments
     if value.get("json_object"):
-        return {"schema": {}}
+        return {"schema": _ANY_OBJECT}
     raise not_supported(f"{name} has nothing in it that is supported", name)
 
 

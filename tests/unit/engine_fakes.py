@@ -72,7 +72,9 @@ class FakeTokenizer:
     def encode_further(self, text: str, parse_special: bool = False) -> list[int]:
         return self.encode(text, add_special=False, parse_special=parse_special)
 
-    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> FakeDecoder:
+    def stream(
+        self, skip_special: bool = False, after: Sequence[int] = (), *, at_start: bool = False
+    ) -> FakeDecoder:
         return FakeDecoder()
 
 

@@ -134,3 +134,46 @@ def test_errors_have_their_shape(body: dict[str, Any]) -> None:
 def test_a_prompt_that_is_too_long() -> None:
     message = ask(messages=[{"role": "user", "content": "x" * 500}]).json()["error"]["message"]
     assert message.startswith("prompt is too long: 504 tokens > 400 maximum")
+
+
+def test_documents_are_read() -> None:
+    blocks = [
+        {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "abc"}},
+        {"type": "document", "context": "C", "source": {"type": "content", "content": [{"type": "text", "text": "d"}]}},
+        {"type": "document", "source": {"type": "content", "content": "e"}},
+        {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "f"}]},
+        {"type": "text", "text": "Which?"},
+    ]
+    told = prompt(messages=[{"role": "user", "content": blocks}])
+    assert told == "(u)T\nabc\n\nC\nd\n\ne\n\nt\ns\nf\n\nWhich?"
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [blocks[0], {"type": "text", "text": "x"}]}
+    use = {"type": "tool_use", "id": "1", "name": "weather", "input": {}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [use]},
+                {"role": "user", "content": [result]}]  # fmt: skip
+    assert prompt(messages=messages).endswith("(t)T\nabc\nx")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA"}},
+     {"type": "document", "source": {"type": "url", "url": "http://example.org"}}, {"type": "document"},
+     {"type": "document", "source": {"type": "text"}}, {"type": "search_result", "content": [{"type": "image"}]},
+     {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": {}}]}}],
+)  # fmt: skip
+def test_documents_that_are_no_text(block: dict[str, Any]) -> None:
+    answer = ask(messages=[{"role": "user", "content": [block]}])
+    assert answer.status == 400 and "messages.0.content.0" in answer.json()["error"]["message"]
+
+
+def test_models_as_these_clients_read_them() -> None:
+    served = app(make_model())
+    headers = {"anthropic-version": "2023-06-01"}
+    told = call(served, "GET", "/v1/models?limit=1000", headers=headers).json()
+    assert (told["has_more"], told["first_id"], told["last_id"]) == (False, "fake", "fake")
+    (one,) = told["data"]
+    assert (one["id"], one["type"], one["display_name"]) == ("fake", "model", "fake") and one["created_at"][-1] == "Z"
+    assert call(served, "GET", "/v1/models/fake", headers=headers).json() == one
+    error = call(served, "GET", "/v1/models/other", headers=headers).json()
+    assert error["type"] == "error" and error["error"]["type"] == "not_found_error"
+    others = call(served, "GET", "/v1/models").json()
+    assert set(others) == {"object", "data"} and "type" not in others["data"][0]

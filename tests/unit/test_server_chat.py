@@ -107,12 +107,15 @@ def test_a_bias() -> None:
     for bias in ({str(h): -100}, {"H": False}, [[h, -100.0]], [["H", False]]):
         content = ask(logit_bias=bias, max_tokens=1).json()["choices"][0]["message"]["content"]
         assert not content.startswith("H")
-    assert error(ask(logit_bias={"99999": 1}))["param"] == "logit_bias"
+    for id in ("99999", "-1"):
+        assert error(ask(logit_bias={id: 1}))["param"] == "logit_bias"
 
 
 def test_probabilities_as_llama_servers_clients_ask_for_them() -> None:
     told = ask(n_probs=2, max_tokens=3).json()["choices"][0]["logprobs"]["content"]
     assert [one["token"] for one in told] == list("Hel") and {len(one["top_logprobs"]) for one in told} == {2}
+    told = ask(top_logprobs=2, max_tokens=3).json()["choices"][0]["logprobs"]["content"]
+    assert {len(one["top_logprobs"]) for one in told} == {2}
     assert ask(n_probs=2, logprobs=False).json()["choices"][0]["logprobs"] is None
     assert error(ask(n_probs=21))["param"] == "n_probs"
 
@@ -325,6 +328,12 @@ def test_pictures_are_refused_in_words() -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     answer = ask(messages=[{"role": "user", "content": [part]}])
     assert answer.status == 400 and "text alone" in error(answer)["message"]
+
+
+def test_nothing_but_text_is_written() -> None:
+    assert ask(modalities=["text"]).status == 200
+    answer = ask(modalities=["text", "audio"], audio={"voice": "a", "format": "wav"})
+    assert answer.status == 400 and error(answer)["param"] == "modalities"
 
 
 def test_a_template_that_refuses() -> None:

@@ -309,3 +309,16 @@ def test_a_seeded_answer_is_the_same_whoever_else_asks(tiny: Model) -> None:
 
     assert [said(answer) for answer in asyncio.run(together())] == alone
     assert len({text for text, _ in alone}) > 4
+
+
+def test_offsets_are_those_of_characters() -> None:
+    """Of a character that several tokens spell, where it begins."""
+    for prompt in ("é~", ids_of("é~")):
+        for stream in (False, True):
+            answer = ask(make_model("à b"), prompt=prompt, echo=True, logprobs=0, stream=stream)
+            choices = [event["choices"][0] for event in (answer.events if stream else [answer.json()])]
+            assert "".join(choice["text"] for choice in choices) == "é~à b"
+            told = [offset for choice in choices for offset in (choice["logprobs"] or {"text_offset": []})["text_offset"]]
+            assert told == [0, 0, 1, 2, 2, 3, 4]
+    told = ask(make_model("à b"), prompt="~", logprobs=0).json()["choices"][0]["logprobs"]
+    assert told["text_offset"] == [0, 0, 1, 2]

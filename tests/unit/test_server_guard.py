@@ -185,7 +185,9 @@ def test_an_application_in_another_one() -> None:
         assert answer.status == 200 and "<html" in answer.text
 
 
-@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "//v1/models//"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "//v1/models", "/v1//models", "//v1/models//", "http://localhost:8080/v1/models/"]
+)
 def test_slashes_too_many(path: str) -> None:
     assert get(path).json()["object"] == "list"
     assert call(app(make_model()), "POST", path.replace("models", "chat/completions"), CHAT).status == 200

@@ -241,3 +241,24 @@ def test_who_asks_for_a_model_that_is_not_there() -> None:
     served = app(make_model())
     assert call(served, "POST", "/api/show", {"model": "other"}).status == 404
     assert call(served, "POST", "/api/show", {"model": "fake:latest"}).status == 200
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(path: str, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]} if path == "/api/chat" else {"prompt": "Hi"}
+    served = app(make_model())
+    body |= {"stream": stream, "logprobs": True, "top_logprobs": 2}
+    lines = call(served, "POST", path, body).lines
+    told = [one for line in lines for one in line.get("logprobs", ())]
+    assert "".join(one["token"] for one in told) == "Hello there."
+    for one in told:
+        assert set(one) == {"token", "logprob", "bytes", "top_logprobs"} and one["logprob"] <= 0
+        assert [set(other) for other in one["top_logprobs"]] == [{"token", "logprob", "bytes"}] * 2
+    assert "logprobs" not in call(served, "POST", path, body | {"logprobs": False}).text
+    assert "top_logprobs" not in call(served, "POST", path, body | {"top_logprobs": 0}).text
+
+
+def test_a_form_that_is_none() -> None:
+    told = ask(stream=False, format="xml").json()["error"]
+    assert "json" in told and "schema" in told

@@ -129,6 +129,7 @@ def test_counting() -> None:
         {"input": None}, {"input": []}, {"input": 3}, {"input": [3]}, {"input": [{"role": "alien", "content": "x"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         {"input": [{"role": "user", "content": 3}]}, {"previous_response_id": "x"}, {"conversation": "x"},
+        {"prompt": {"id": "x"}},
         {"text": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, {"tools": [3]},
         {"instructions": 3}, {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}},
         {"input": [{"type": "function_call", "arguments": "{}"}]},

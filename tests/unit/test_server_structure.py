@@ -20,7 +20,7 @@ TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")
         ({"type": "json_schema", "json_schema": {"name": "n", "strict": "true", "schema": SCHEMA}}, {"schema": SCHEMA}),
         ({"type": "json_schema", "schema": SCHEMA}, {"schema": SCHEMA}),
         ({"type": "json_object", "schema": SCHEMA}, {"schema": SCHEMA}),
-        ({"type": "json_object"}, {"schema": {}}),
+        ({"type": "json_object"}, {"schema": {"type": "object"}}),
         ({"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}, {"schema": SCHEMA}),
     ],
 )  # fmt: skip
@@ -28,7 +28,7 @@ def test_openai(form: Any, expected: Any) -> None:
     assert structure({}, form) == expected
 
 
-@pytest.mark.parametrize(("form", "expected"), [("json", {"schema": {}}), (SCHEMA, {"schema": SCHEMA}), ("", {})])
+@pytest.mark.parametrize(("form", "expected"), [("json", {"schema": {"type": "object"}}), (SCHEMA, {"schema": SCHEMA}), ("", {})])
 def test_ollama(form: Any, expected: Any) -> None:
     assert structure({}, form, "format") == expected
 
@@ -42,7 +42,7 @@ def test_ollama(form: Any, expected: Any) -> None:
         ({"guided_regex": "a+"}, {"regex": "a+"}), ({"guided_choice": ["a.b", "c"]}, {"regex": r"a\.b|c"}),
         ({"structured_outputs": {"choice": ["x"]}}, {"regex": "x"}),
         ({"structured_outputs": {"json": SCHEMA}}, {"schema": SCHEMA}),
-        ({"structured_outputs": {"json_object": True}}, {"schema": {}}),
+        ({"structured_outputs": {"json_object": True}}, {"schema": {"type": "object"}}),
         ({"grammar": "", "json_schema": None, "structured_outputs": {}}, {}),
     ],
 )  # fmt: skip

@@ -88,7 +88,7 @@ class Tokenizer(OfThisProcess):
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
 
         skip_special: leave out control tokens. Raises ValueError if an id is not in the vocabulary."""
-        stream = StreamDecoder(self, skip_special, at_start=True)
+        stream = self.stream(skip_special, at_start=True)
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
     def token_bytes(self, id: int) -> bytes:
@@ -144,12 +144,14 @@ class Tokenizer(OfThisProcess):
         always = spelt(PieceType.USER_DEFINED)
         return spelt(PieceType.CONTROL, PieceType.UNKNOWN) - always, always
 
-    def stream(self, skip_special: bool = False, after: Sequence[int] = ()) -> "StreamDecoder":
+    def stream(
+        self, skip_special: bool = False, after: Sequence[int] = (), *, at_start: bool = False
+    ) -> "StreamDecoder":
         """A decoder for tokens as they are generated.
 
-        after: the tokens before them; if the last is special, a space that models of SentencePiece's kind put at the
-        start of every text is left out, as `decode` does."""
-        at_start = len(after) > 0 and after[-1] in self._special.ids
+        after: the tokens before them; if the last is special, or the tokens are `at_start` of a text, a space that
+        models of SentencePiece's kind put at the start of every text is left out, as `decode` does."""
+        at_start = at_start or (len(after) > 0 and after[-1] in self._special.ids)
         return StreamDecoder(self, skip_special, at_start)
 
     @property
