@@ -28,7 +28,9 @@ def test_openai(form: Any, expected: Any) -> None:
     assert structure({}, form) == expected
 
 
-@pytest.mark.parametrize(("form", "expected"), [("json", {"schema": {"type": "object"}}), (SCHEMA, {"schema": SCHEMA}), ("", {})])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("json", {"schema": {"type": "object"}}), (SCHEMA, {"schema": SCHEMA}), ("", {})]
+)
 def test_ollama(form: Any, expected: Any) -> None:
     assert structure({}, form, "format") == expected
 
