@@ -85,7 +85,11 @@ def describe(entry: Entry, adapter: NamedAdapter | None = None) -> dict[str, Any
 def for_anthropic(told: dict[str, Any]) -> dict[str, Any]:
     """The description of a model with what Anthropic's clients read of it."""
     created = datetime.fromtimestamp(told["created"], UTC).isoformat().replace("+00:00", "Z")
-    return told | {"type": "model", "display_name": told["id"], "created_at": created}
+    context = told.get("context_length")
+    return told | {
+        "type": "model", "display_name": told["id"], "created_at": created, "lifecycle": "active",
+        "max_input_tokens": context, "max_tokens": context, "capabilities": None,  # theirs are an object
+    }  # fmt: skip
 
 
 async def list_models(state: State, exchange: Exchange) -> None:

@@ -172,6 +172,7 @@ def test_models_as_these_clients_read_them() -> None:
     assert (told["has_more"], told["first_id"], told["last_id"]) == (False, "fake", "fake")
     (one,) = told["data"]
     assert (one["id"], one["type"], one["display_name"]) == ("fake", "model", "fake") and one["created_at"][-1] == "Z"
+    assert (one["max_input_tokens"], one["max_tokens"], one["capabilities"]) == (400, 400, None)
     assert call(served, "GET", "/v1/models/fake", headers=headers).json() == one
     error = call(served, "GET", "/v1/models/other", headers=headers).json()
     assert error["type"] == "error" and error["error"]["type"] == "not_found_error"
