@@ -91,6 +91,8 @@ class Exchange:
         self.request = Request(scope, receive)
         self.shape = shape
         self.body: dict[str, Any] = {}
+        self.size = 0
+        """Bytes of that."""
         self.started = False
         """Whether the answer has begun, so that its status cannot change."""
         self.arrived = time.perf_counter()
@@ -122,6 +124,7 @@ class Exchange:
                 raise too_large
             parts.append(part)
         raw = b"".join(parts)
+        self.size = size
         if not raw.strip():
             return
         if len(raw) > _LARGE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -136,13 +137,13 @@ def _operation(method: str, path: str, handler: Callable[..., Any]) -> dict[str,
     error = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
     operation: dict[str, Any] = {
         "summary": (inspect.getdoc(handler) or path).partition("\n\n")[0].replace("\n", " "),
-        "operationId": f"{method.lower()}{path.replace('/', '_').replace('{name:path}', 'name')}",
+        "operationId": f"{method.lower()}{re.sub('{name(:path)?}', 'name', path).replace('/', '_')}",
         "responses": {
             "200": {"description": "The answer.", "content": {kind: {} for kind in kinds}},
             "default": {"description": "What is wrong.", "content": error},
         },
     }
-    if "{name:path}" in path:
+    if "{name" in path:
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _TEXT}]
     if method != "GET":
         properties, required = _BODIES.get(path, ({}, []))

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/responses`. Nothing is kept: each request has the whole conversation in it."""
+"""OpenAI's `/v1/responses`. Answers are kept in memory for a while, unless `store` is false."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CALLS = ("function_call", "custom_tool_call")
 _LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 _RESULTS = ("function_call_output", "custom_tool_call_output")
-_KEPT_ELSEWHERE = {"previous_response_id": "conversations", "conversation": "conversations", "prompt": "prompts"}
+_KEPT_ELSEWHERE = {"conversation": "conversations", "prompt": "prompts"}
 
 
 async def responses(state: State, exchange: Exchange) -> None:
     body = exchange.body
-    request = read_request(body)
+    items, n_bytes = whole_input(state, exchange)
+    request = read_request(body, items)
     stream = fields.field(body, "stream", fields.truth, False)
+    store = fields.field(body, "store", fields.truth, True)
     async with state.begin(body.get("model"), request.start) as (entry, generations, place):
         (generation,) = generations
         writer = ResponseStream(request, body, generation, entry)
@@ -44,7 +46,10 @@ async def responses(state: State, exchange: Exchange) -> None:
                 async for _, pieces in found:
                     writer.frames(writer.parts.of(pieces))
             writer.close()
-            await exchange.json(writer.response(writer.status))
+            response = writer.response(writer.status)
+            if store:
+                state.responses.keep(items, response, n_bytes)
+            await exchange.json(response)
             return
         exchange.error_frame = writer.failed
         async with exchange.stream("text/event-stream", writer.begin(), comment, state.settings.ping_seconds):
@@ -52,12 +57,40 @@ async def responses(state: State, exchange: Exchange) -> None:
                 async for _, pieces in found:
                     if frames := writer.frames(writer.parts.of(pieces)):
                         await exchange.write(frames)
-            await exchange.write(writer.end())
+            end = writer.end()
+            if store:
+                state.responses.keep(items, writer.response(writer.status), n_bytes)
+            await exchange.write(end)
+
+
+async def one_response(state: State, exchange: Exchange) -> None:
+    """An answer that was stored."""
+    await exchange.json(state.responses.get(exchange.path_parameters["name"]).response)
+
+
+async def delete_response(state: State, exchange: Exchange) -> None:
+    """Forget an answer."""
+    id = exchange.path_parameters["name"]
+    state.responses.delete(id)
+    await exchange.json({"id": id, "object": "response", "deleted": True})
+
+
+async def input_items(state: State, exchange: Exchange) -> None:
+    """What a stored answer was given, the newest first unless `order` says otherwise."""
+    id = exchange.path_parameters["name"]
+    items = [item if isinstance(item, dict) else {"role": "user", "content": item}
+             for item in state.responses.get(id).items]  # fmt: skip
+    told = [{"id": f"{id}_{number}", "type": "message"} | item for number, item in enumerate(items)]
+    if exchange.request.query_params.get("order") != "asc":
+        told.reverse()
+    ends = {"first_id": told[0]["id"] if told else None, "last_id": told[-1]["id"] if told else None}
+    await exchange.json({"object": "list", "data": told, **ends, "has_more": False})
 
 
 async def input_tokens(state: State, exchange: Exchange) -> None:
     """How many tokens a request has."""
-    request = read_request(exchange.body)
+    items, _ = whole_input(state, exchange)
+    request = read_request(exchange.body, items)
     async with state.hub.use(exchange.body.get("model")) as entry:
         tokens = await state.in_thread(request.prompt_tokens, entry.loaded)
         await exchange.json({"object": "response.input_tokens", "input_tokens": len(tokens)})
@@ -66,7 +99,23 @@ async def input_tokens(state: State, exchange: Exchange) -> None:
 # Requests
 
 
-def read_request(body: dict[str, Any]) -> ChatRequest:
+def whole_input(state: State, exchange: Exchange) -> tuple[list[Any], int]:
+    """The items of a request, behind those of the conversation that it goes on from; and how many bytes they have."""
+    body = exchange.body
+    given = body.get("input")
+    items = [given] if isinstance(given, str) else fields.items(body, "input")
+    previous = body.get("previous_response_id")
+    if previous in (None, ""):
+        return items, exchange.size
+    found = state.responses.find(previous)
+    if found is None:
+        raise APIError(f"previous_response_id: there is no response {previous!r} here: send the whole conversation as "
+                       "input", param="previous_response_id", code="previous_response_not_found")  # fmt: skip
+    return [*found.conversation, *items], found.n_bytes + exchange.size
+
+
+def read_request(body: dict[str, Any], items: list[Any]) -> ChatRequest:
+    """items: see `whole_input`."""
     for name, what in _KEPT_ELSEWHERE.items():
         if body.get(name) not in (None, ""):
             raise not_supported(f"{name} is not supported: this server keeps no {what}, send all of it as input", name)
@@ -74,11 +123,7 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
     instructions = fields.field(body, "instructions", fields.text, "")
     if instructions:
         messages.append({"role": "system", "content": instructions})
-    given = body.get("input")
-    if isinstance(given, str):
-        messages.append({"role": "user", "content": given})
-    else:
-        messages += read_items(fields.items(body, "input"))
+    messages += read_items(items)
     if not any(message["role"] != "system" for message in messages):
         raise APIError("input must be a text or a list of at least one message", param="input")
     tools = [tool for one in fields.items(body, "tools") if (tool := read_tool(one)) is not None]
@@ -232,9 +277,9 @@ class ResponseStream:
             "model": self._entry.id,
             "output": self._items,
             "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.get("previous_response_id") or None,
             "reasoning": body["reasoning"] if isinstance(body.get("reasoning"), dict) else {"effort": None},
-            "store": False,
+            "store": body.get("store") is not False,
             "temperature": body.get("temperature"),
             "text": {"format": {"type": "text"}} | (body["text"] if isinstance(body.get("text"), dict) else {}),
             "tool_choice": body.get("tool_choice") or "auto",

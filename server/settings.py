@@ -27,6 +27,8 @@ class Settings:
     """The most requests that wait for their turn; more are answered with 503."""
     parallel: int = 32
     """The most requests that are computed at a time."""
+    stored_bytes: int = 64 << 20
+    """The most memory for answers of `/v1/responses` that later requests go on from; 0 keeps none."""
     ping_seconds: float = 1.0
     """How long a stream may be silent before it says that it lives."""
     ttl: float | None = None

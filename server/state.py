@@ -14,6 +14,7 @@ from qrun.server.hub import Entry, Hub
 from qrun.server.metrics import Metrics
 from qrun.server.running import Place, Steps, Turns, counted
 from qrun.server.settings import Settings
+from qrun.server.stored import StoredResponses
 
 if TYPE_CHECKING:
     from qrun.engine import Generation
@@ -32,6 +33,7 @@ class State:
         self.texts = texts
         self.metrics = Metrics()
         self.turns = Turns(settings.parallel, settings.max_queue)
+        self.responses = StoredResponses(settings.stored_bytes)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns that takes a while."""

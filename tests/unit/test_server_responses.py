@@ -129,7 +129,7 @@ def test_counting() -> None:
         {"input": None}, {"input": []}, {"input": 3}, {"input": [3]}, {"input": [{"role": "alien", "content": "x"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         {"input": [{"role": "user", "content": 3}]}, {"previous_response_id": "x"}, {"conversation": "x"},
-        {"prompt": {"id": "x"}},
+        {"previous_response_id": 3}, {"prompt": {"id": "x"}},
         {"text": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, {"tools": [3]},
         {"instructions": 3}, {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}},
         {"input": [{"type": "function_call", "arguments": "{}"}]},
@@ -150,3 +150,69 @@ def test_what_goes_wrong_in_a_stream() -> None:
     answer = ask(model, stream=True)
     assert answer.event_names[-1] == "response.failed" and answer.ended
     assert answer.events[-1]["response"]["error"]["message"]
+
+
+# What is stored
+
+
+def follow(served: Any, **body: Any) -> dict[str, Any]:
+    answer = call(served, "POST", "/v1/responses", {"model": "m", **body})
+    return answer.events[-1]["response"] if body.get("stream") else answer.json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_goes_on_from_an_answer(stream: bool) -> None:
+    served = app(make_model(lambda before: before))
+    first = follow(served, input="a", instructions="be brief", stream=stream)
+    assert first["store"] is True and first["previous_response_id"] is None
+    second = follow(served, input=[{"role": "user", "content": "b"}], previous_response_id=first["id"], stream=stream)
+    assert second["output"][0]["content"][0]["text"] == "(u)a(a)(s)be brief(u)a(u)b"  # instructions are of one request
+    assert second["previous_response_id"] == first["id"]
+    third = follow(served, input="c", previous_response_id=second["id"])
+    assert third["output"][0]["content"][0]["text"].startswith("(u)a(a)(s)be brief(u)a(u)b(a)(u)a")
+    other = follow(served, input="d", previous_response_id=first["id"])  # from the same answer, elsewhere
+    assert other["output"][0]["content"][0]["text"] == "(u)a(a)(s)be brief(u)a(u)d"
+    count = call(served, "POST", "/v1/responses/input_tokens", {"input": "b", "previous_response_id": first["id"]})
+    assert count.json()["input_tokens"] == len("(u)a(a)(s)be brief(u)a(u)b~")
+
+
+def test_results_of_calls_go_on_from_an_answer() -> None:
+    served = app(make_model(lambda before: CALL if "(t)" not in before else before))
+    first = follow(served, input="a", tools=[TOOL])
+    (made,) = (item for item in first["output"] if item["type"] == "function_call")
+    result = {"type": "function_call_output", "call_id": made["call_id"], "output": "rain"}
+    second = follow(served, input=[result], tools=[TOOL], previous_response_id=first["id"])
+    assert second["output"][-1]["content"][0]["text"] == "(t)rain"
+
+
+def test_stored_answers_can_be_read_and_deleted() -> None:
+    served = app(make_model())
+    told = follow(served, input="a", metadata={"x": "y"})
+    path = f"/v1/responses/{told['id']}"
+    assert call(served, "GET", path).json() == told
+    given = call(served, "GET", f"{path}/input_items").json()
+    assert [(one["type"], one["role"], one["content"]) for one in given["data"]] == [("message", "user", "a")]
+    assert call(served, "DELETE", path).json() == {"id": told["id"], "object": "response", "deleted": True}
+    for method, gone in (("GET", path), ("DELETE", path), ("GET", f"{path}/input_items")):
+        answer = call(served, method, gone)
+        assert answer.status == 404 and answer.json()["error"]["code"] == "response_not_found"
+    answer = call(served, "POST", "/v1/responses", {"input": "b", "previous_response_id": told["id"]})
+    assert answer.status == 400 and answer.json()["error"]["code"] == "previous_response_not_found"
+
+
+def test_what_is_not_to_be_stored_is_not() -> None:
+    served = app(make_model())
+    told = follow(served, input="a", store=False)
+    assert told["store"] is False and call(served, "GET", f"/v1/responses/{told['id']}").status == 404
+    served = app(make_model(), stored_bytes=0)
+    assert call(served, "GET", f"/v1/responses/{follow(served, input='a')['id']}").status == 404
+
+
+def test_the_oldest_are_forgotten_when_memory_is_full() -> None:
+    size = len(json.dumps(follow(app(make_model()), input="a")))
+    served = app(make_model(), stored_bytes=int(2.5 * size))
+    first, second = (follow(served, input="a")["id"] for _ in range(2))
+    assert call(served, "GET", f"/v1/responses/{first}").status == 200  # which is asked for again
+    third = follow(served, input="a")["id"]
+    found = [call(served, "GET", f"/v1/responses/{id}").status for id in (first, second, third)]
+    assert found == [200, 404, 200]
