@@ -78,9 +78,13 @@ async def delete_response(state: State, exchange: Exchange) -> None:
 async def input_items(state: State, exchange: Exchange) -> None:
     """What a stored answer was given, the newest first unless `order` says otherwise."""
     id = exchange.path_parameters["name"]
-    items = [item if isinstance(item, dict) else {"role": "user", "content": item}
-             for item in state.responses.get(id).items]  # fmt: skip
-    told = [{"id": f"{id}_{number}", "type": "message"} | item for number, item in enumerate(items)]
+    told = []
+    for number, item in enumerate(state.responses.get(id).items):
+        one: dict[str, Any] = {"id": f"{id}_{number}", "type": "message"}
+        one |= item if isinstance(item, dict) else {"role": "user", "content": item}
+        if isinstance(one.get("content"), str) and one.get("role") != "assistant":
+            one |= {"content": [{"type": "input_text", "text": one["content"]}]}
+        told.append(one)
     if exchange.request.query_params.get("order") != "asc":
         told.reverse()
     ends = {"first_id": told[0]["id"] if told else None, "last_id": told[-1]["id"] if told else None}
