@@ -396,6 +396,7 @@ class Scheduler:
             short, seconds_for_long = self._bearable(len(parts), len(prompts))
             room = min(room, self._rows_in(short, self._row_seconds))
         planned = 0  # bytes of those that begin now
+        first_long = True  # which gets its fewest rows, however long they take
         for task, generation in prompts:
             if room <= 0:
                 break
@@ -412,8 +413,10 @@ class Scheduler:
             each = task.row_seconds or self._row_seconds
             count = room
             if task.long and seconds_for_long < math.inf:
-                if seconds_for_long <= 0:
+                enough = 0.0 if first_long else FEWEST_ROWS * each
+                if seconds_for_long <= enough:
                     continue
+                first_long = False
                 count = min(room, self._rows_in(seconds_for_long, each))
             if n_source := task.source_left:  # read as a whole, before the step: its first row is one of the next
                 room, seconds_for_long = room - n_source, seconds_for_long - n_source * each

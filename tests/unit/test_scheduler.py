@@ -307,6 +307,14 @@ class TestPromptsBesideOthers:
         model._host.scheduler._row_seconds = 0.0025
         assert self.read(model, monkeypatch, 3, [1100]) == [[4]] * 275
 
+    def test_two_take_no_longer_than_one(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        model._host.scheduler._row_seconds = 0.0025
+        assert self.read(model, monkeypatch, 3, [1100, 1100]) == [[4]] * 550
+
+    def test_two_share_the_time_that_there_is(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.read(model, monkeypatch, 3, [1100, 1100])
+        assert found[0] == [8, 4] and max(map(sum, found)) == 12
+
     def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         self.takes(model, 1.0)
         assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
