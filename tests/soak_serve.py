@@ -156,9 +156,12 @@ class Soak:
         raw = json.dumps(body).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            writer.write(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
+            writer.write(head.encode() + raw)
             writer.write_eof()
-            await reader.read()
+            answer = await reader.read()
+            if b"HTTP/1.1 200" not in answer:
+                self.faults.append(f"{path}, half closed: {answer[:200]!r}")
         finally:
             writer.close()
 
