@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.text.tokenizer import merging
+from qrun.engine.text.tokenizer import bytepair, merging, pretokenizers
 from qrun.engine.text.tokenizer import spellings as module
 from qrun.engine.text.tokenizer.merging import StagedEncoder, merged
 from qrun.engine.text.tokenizer.spellings import Spellings, hash_of, hashes_of
@@ -122,3 +122,25 @@ def test_random_texts_give_the_same_tokens_word_by_word(monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(merging, "_LONG", 1 << 30)
             assert found == merging.first_scored(vocabulary, [0] * 256)(text, 99)[0], (text, made)
+
+
+@pytest.mark.parametrize("pre", sorted({family for _, family in pretokenizers._FAMILIES}, key=repr), ids=str)
+def test_long_texts_are_cut_where_words_end(pre: pretokenizers.PreTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pre.alphabet == "metaspace":
+        pytest.skip("is not cut")
+    monkeypatch.setattr(bytepair, "_SLICE", 7)
+    vocabulary: Any = SimpleNamespace(pre_tokenizer=pre)
+    cut = bytepair._pre_tokenizer(vocabulary)
+    places = bytepair.safe_cuts(cut)
+    draw = random.Random(7)
+    words = ["ab", "don't", "Dog", "x1", "1234567", "12", "0", " ", "  ", "\n", "\r\n", "\t", "...", "!", "'s", "é",
+             "ü", "\u65e5\u672c", "\ud55c\uad6d", "\u0301", "\u3000", "(", "<|a|>", "camelCase", "HTTPServer", "½", "\u0663",
+             "\U0001f600", "_", "-"]  # fmt: skip
+    for _ in range(60):
+        text = "".join(draw.choice(words) + draw.choice(("", "", " ")) for _ in range(80))
+        parts = list(bytepair.slices(text, places))
+        assert "".join(parts) == text
+        found = [word for part in parts for word, _ in cut.pre_tokenize_str(part)]
+        assert found == [word for word, _ in cut.pre_tokenize_str(text)], text
+    if pre.patterns == pretokenizers._GPT2_WORDS.patterns:
+        assert len(parts) > 2
