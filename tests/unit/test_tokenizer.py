@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrun.engine.text.tokenizer import Tokenizer, merging
+from qrun.engine.text.tokenizer import Tokenizer, merging, slices
 from qrun.engine.text.tokenizer.vocabulary import PieceType, Vocabulary
 from qrun.formats.gguf.strings import Strings
 
@@ -294,7 +294,7 @@ def test_rwkv_takes_the_longest_piece_from_the_left() -> None:
     assert small.encode("[PAD14]") == []
 
 
-def test_bert_cuts_words_greedily() -> None:
+def test_bert_cuts_words_greedily(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = ["[UNK]", "[CLS]", "[SEP]", "▁un", "▁u", "able", "▁!"]
     small = tokenizer(
         "bert",
@@ -305,6 +305,8 @@ def test_bert_cuts_words_greedily() -> None:
         seperator_token_id=2,
     )
     assert small.encode("Ünable! xyz") == [1, 3, 5, 6, 0, 2]
+    monkeypatch.setattr(slices, "SLICE", 2)
+    assert small.encode("Ünable able! unable xyz\nUnable") == [1, 3, 5, 0, 6, 3, 5, 0, 3, 5, 2]
 
 
 def test_t5_takes_the_likeliest_pieces() -> None:

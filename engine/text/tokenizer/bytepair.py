@@ -1,12 +1,12 @@
 """Byte-pair encoding through the `tokenizers` library."""
 
 import gc
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qrun.engine.text.tokenizer.merging import StagedEncoder, first_byte_pairs
+from qrun.engine.text.tokenizer.slices import in_slices, safe_cuts
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 from qrun.formats.gguf.cursor import quote
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 _UNSPELT = ""  # no piece of any vocabulary is empty
-_SLICE = 1 << 15  # characters, which the library reads in some fifteen milliseconds
-_CUTS = {r"(?<=[a-z])(?= [a-z])": "ab cd", r"(?<=[a-z])(?=[0-9])": "ab12"}
-"""Where words may end, and texts that show whether they do."""
 
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
@@ -27,35 +24,10 @@ def byte_pair_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     first = first_byte_pairs(vocabulary, _words(vocabulary))
     n_strings = len(vocabulary) + len(vocabulary.merges())
     encode = StagedEncoder(first, lambda: _library_encoder(vocabulary), n_strings)
-    if vocabulary.pre_tokenizer.alphabet == "metaspace":
-        return lambda text: encode(text.replace(" ", SPACE))
-    cut: re.Pattern[str] | None = None
-
-    def encode_slices(text: str) -> list[int]:
-        nonlocal cut
-        if len(text) < 2 * _SLICE:
-            return encode(text)
-        if cut is None:
-            cut = safe_cuts(_pre_tokenizer(vocabulary))
-        return [id for part in slices(text, cut) for id in encode(part)]
-
-    return encode_slices
-
-
-def safe_cuts(cut: "PreTokenizer") -> re.Pattern[str]:
-    """Finds places where every text can be cut, to the same tokens: words end there, and no expression looks back, or
-    further on than digits and spaces."""
-    found = [place for place, text in _CUTS.items() if next(iter(cut.pre_tokenize_str(text)))[0] == "ab"]
-    return re.compile("|".join(found) or "(?!)")
-
-
-def slices(text: str, cut: re.Pattern[str]) -> Iterator[str]:
-    """The text in parts: the library lets no other thread run until it has read one."""
-    start = 0
-    while len(text) - start > _SLICE and (place := cut.search(text, start + _SLICE)) is not None:
-        yield text[start : place.start()]
-        start = place.start()
-    yield text[start:]
+    space = SPACE if vocabulary.pre_tokenizer.alphabet == "metaspace" else " "
+    return in_slices(
+        lambda text: encode(text.replace(" ", space)), lambda: safe_cuts(_pre_tokenizer(vocabulary), space)
+    )
 
 
 def _library_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
