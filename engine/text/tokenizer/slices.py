@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-SLICE = 1 << 15
-"""Characters, which the library reads in some fifteen milliseconds."""
+SLICE = 1 << 13
+"""Characters, which the library reads in some four milliseconds."""
 _CUTS = {r"(?<=[a-z])(?= [a-z])": "ab cd", r"(?<=[a-z])(?=[0-9])": "ab12", r"(?<=[a-z])(?=\n)": "ab\ncd"}
 """Where words may end, and texts that show whether they do."""
 
