@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
 LONG_PROMPT = 1024
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
-FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many
+FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many,
+FEW_COST = 0.75  # so that each of those takes so much of one of these
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
@@ -47,6 +48,7 @@ LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the ste
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
 _STEPS_KEPT = 15  # without prompts, whose median counts: one that something else slowed down says nothing of the next
 _FEWEST_STEPS = 3  # of those, before a long prompt is read beside as many generations
+_ROWS_KEPT = 5  # steps of a long prompt, likewise
 
 
 class Sharing(Protocol):
@@ -124,7 +126,8 @@ class Task:
         self.marks: deque[int] = deque()
         self.begun = self.fetching = self.long = False
         """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
-        self.row_seconds = 0.0  # of a row of a long prompt: the deeper in the text, the longer
+        self.row_times: deque[float] = deque(maxlen=_ROWS_KEPT)
+        """Of rows of a long prompt, step by step: the deeper in the text, the longer."""
         self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
@@ -132,6 +135,11 @@ class Task:
         self.error: BaseException | None = None
         self.over = False
         self.ready = threading.Condition(scheduler.lock)
+
+    @property
+    def row_seconds(self) -> float:
+        """Of a row of a long prompt, where as many are read as attention takes at once; 0 if that is not known."""
+        return statistics.median(self.row_times) if self.row_times else 0.0
 
     @property
     def held(self) -> bool:
@@ -526,9 +534,11 @@ class Scheduler:
         elif n_prompt >= FEWEST_ROWS:
             others = self._decode_seconds(n_generating) if n_generating else 0.0
             each = max(seconds - others, 0.1 * seconds) / n_prompt
+            if n_prompt < TILE_ROWS:  # or once few were read, more would seem too dear for ever
+                each *= FEW_COST
             alone = reading[0] if len(reading) == 1 and reading[0].long else None
             if alone is not None:
-                alone.row_seconds = _learned(alone.row_seconds, each)
+                alone.row_times.append(each)
             if alone is None or not self._row_seconds or len(alone.cache.tokens) < LONG_PROMPT:  # not deep in its text
                 self._row_seconds = _learned(self._row_seconds, each)
 

@@ -361,6 +361,25 @@ class TestPromptsBesideOthers:
         assert max(rows for n, rows in learned if n == 3) == 8
 
 
+def test_a_long_prompt_that_was_disturbed_goes_on_as_fast_as_before(model: Model) -> None:
+    """Four rows take two thirds as long as eight: what they take for each says nothing of what eight would."""
+    scheduler = model._host.scheduler
+    scheduler._decode_times = {3: deque([0.01] * 3)}
+    collector = Collector()
+    generation = model.generate([1, 2], max_tokens=1)
+    generation.start(collector)
+    assert collector.ended.acquire(timeout=20) and generation._task is not None
+    task, n_rows = generation._task, []
+    task.long = True
+    for seconds in (0.012, 0.012, 0.05, 0.012, 0.012):  # of eight rows: each takes a millisecond and a half
+        scheduler._learn(3, 8, 0.01 + seconds, [task])
+        n_rows.append(scheduler._rows_in(0.015, task.row_seconds))
+    assert n_rows == [8] * 5
+    for _ in range(20):
+        scheduler._learn(3, 4, 0.01 + 0.008, [task])
+    assert scheduler._rows_in(0.015, task.row_seconds) == 8
+
+
 def test_what_rows_take_is_learned_from_long_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a server that is only asked long questions would read them eight rows at a time beside others."""
     with Model.load(PATH, threads=1, context=4096) as model:
