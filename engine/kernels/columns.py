@@ -78,12 +78,10 @@ def _split(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride:
     first, second = (e.load(x, 64 * half, F32, 16) for half in range(2))
     if pairs == "neighbours":
         first, second = first.shuffle(second, range(0, 32, 2)), first.shuffle(second, range(1, 32, 2))
-    low, high = rounded(first), rounded(second)
-    parts = [(low, high)]
-    parts.append(tuple(rounded(x - (top << 16).bits_as(F32)) for x, top in ((first, low), (second, high))))
-    for i, (low, high) in enumerate(parts):
+    tops = [rounded(x) for x in (first, second)]
+    rests = [rounded(x - (top << 16).bits_as(F32)) for x, top in zip((first, second), tops, strict=True)]
+    for place, (low, high) in ((out, tops), (e.builder.add(out, e.index(rest)), rests)):
         words = low | (high << 16)
-        place = e.builder.add(out, e.index(rest)) if i else out
         for row in range(16):
             e.store(words.lane(row), place)
             place = e.builder.add(place, stride)

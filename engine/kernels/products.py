@@ -140,8 +140,8 @@ def kernel_of(
     pass_bytes: int = 1 << 60, begin_kernel: Any = nothing, end_kernel: Any = nothing, least_columns: int = 256,
 ) -> Callable[[int, int, int], None]:  # fmt: skip
     """The kernel that takes chunks of rows until none is left. many_rows, most_columns: how many rows, and columns at
-    most, `many_columns` takes; fewer columns, but `least_columns`, where these would be more than `pass_bytes`. All rows
-    are multiplied by so many columns, then by the next ones.
+    most, `many_columns` takes; fewer columns, down to `least_columns`, where these would be more than `pass_bytes`. All
+    rows are multiplied by so many columns, then by the next ones.
 
     A thread calls `begin_kernel` and `end_kernel` with the number of all columns before the first chunk and after the
     last one."""

@@ -67,14 +67,11 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
     """Bytes of weights, keys and values that have to be read to generate the token at a position."""
     total = 0.0
     for operation in graph.operations:
-        if isinstance(operation, G.Linear | G.HeadLinear):
-            total += operation.weight.raw.nbytes
-        elif isinstance(operation, G.MoE):
-            weights = [operation.router, *operation.matrices]
-            weights += [weight for change in operation.changes for weight in (change.a, change.b)]
-            for weight in weights:  # those of experts have three dimensions
-                used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
-                total += weight.raw.nbytes * used
+        for weight in matrices(operation):
+            used = 1.0
+            if isinstance(operation, G.MoE) and len(weight.shape) == 3:  # of experts
+                used = operation.n_used / weight.shape[0]
+            total += weight.raw.nbytes * used
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     for (window, every), page_bytes in zip(layout.groups, layout.page_bytes, strict=True):
         seen = position / every if window is None else min(position, window)

@@ -96,8 +96,8 @@ def _is_arm(triple: str) -> bool:
 def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str = "best") -> Target:
     """The best of what a CPU has: LLVM's triple and name for it, and LLVM's names of features, present or not.
 
-    form: "best", or another: "amx", "amx-floats", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either), "avx-vnni" (no
-    AVX-512), "avx2", "plain".
+    form: "best", or another: "amx", "amx-floats" (for float16 and bfloat16 alone), "avx512-vnni" (no AMX), "avx512" (no
+    VNNI, no VBMI either), "avx-vnni" (no AVX-512), "avx2", "plain".
 
     "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.7 times less with it, and prompts of SmolLM2 1.7 times
     less, but a column alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07
@@ -109,7 +109,8 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
     has = {name for name, present in features.items() if present}
     tiles, float_tiles = form == "amx", form in ("amx", "amx-floats")
     if float_tiles and not has >= AMX:
-        raise ValueError(f"QRUN_SIMD is {form!r}, and this machine (or its system) lacks {', '.join(sorted(AMX - has))}")
+        lacking = ", ".join(sorted(AMX - has))
+        raise ValueError(f"QRUN_SIMD is {form!r}, and this machine (or its system) lacks {lacking}")
     if not float_tiles:
         features = {name: present and not name.startswith("amx") for name, present in features.items()}
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in FORMS[:5]
@@ -168,8 +169,8 @@ def machine_name(target: Target) -> str | None:
 
 def usable_machines() -> list[str]:
     """The kinds of machines whose code runs here, the best one first, but for those with tiles, which are for who asks
-    for them, or for some models (`model_target`). Which instructions kernels may use hangs on nothing else, so that machine
-    code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
+    for them, or for some models (`model_target`). Which instructions kernels may use hangs on nothing else, so that
+    machine code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
