@@ -490,7 +490,7 @@ def test_a_client_that_leaves_while_the_prompt_is_read(stream: bool) -> None:
 
 def test_a_client_that_leaves_a_stream() -> None:
     model = make_model("x" * 300)
-    runtime_of(model).on_batch = lambda: time.sleep(0.002)  # or all is computed before a busy machine's loop comes round
+    runtime_of(model).on_batch = lambda: time.sleep(0.002)  # or all is computed before the event loop comes round
     served = app(model)
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
