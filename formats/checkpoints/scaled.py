@@ -1,7 +1,8 @@
 """Weights of 8 bits with scales beside them, and perhaps zero points: w = (q - zero) * scale.
 
 The weight is of type F8_E4M3, F8_E5M2 or I8; the scale is a tensor NAME_scale or NAME_scale_inv (DeepSeek's name: the
-inverse of what the floats were multiplied by, so it too is multiplied with). One scale serves the whole matrix, a row,
+inverse of what the floats were multiplied by, so it too is multiplied with), or X.scale beside X.weight, which may be a
+bare exponent of a byte. One scale serves the whole matrix, a row,
 a group of inputs in a row, or a block of 128 x 128 weights: its shape says which. Asymmetric weights have a tensor
 NAME_zero_point too, in the shape of the scale. Such files come from the methods that Hugging Face calls fp8, fbgemm_fp8
 and compressed-tensors.
@@ -28,16 +29,23 @@ SUFFIXES = ("_scale_inv", "_scale")
 ZERO_POINT = "_zero_point"
 ZERO_TYPES = frozenset({*FLOATS, "I8", "I16", "I32", "I64"})
 DEFAULT_BLOCK = (128, 128)
+DEVICES = (8, 4)
+EXPONENTS = "F8_E8M0"
+POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledTensor(SourceTensor):
-    """scale, zero: float32 [row blocks, column blocks], each for a block of `block` weights; zero may be None."""
+    """scale, zero: float32 [row blocks, column blocks], each for a block of `block` weights; zero may be None.
+
+    parts: of how many equal parts of the rows each has blocks of its own.
+    """
 
     stored: StoredTensor
     scale: F32Array
     zero: F32Array | None
     block: tuple[int, int]
+    parts: int = 1
 
     def rows(self, start: int, end: int) -> F32Array:
         weights = decode_floats(self.stored, self.stored.raw[start * self.row : end * self.row])
@@ -48,7 +56,8 @@ class ScaledTensor(SourceTensor):
 
     def _spread(self, values: F32Array, start: int, end: int) -> F32Array:
         """The values that belong to rows start to end, as broadcasting wants them."""
-        per_row = values[np.arange(start, end) // self.block[0]]
+        part, row = np.divmod(np.arange(start, end), max(self.n_rows // self.parts, 1))
+        per_row = values[part * (len(values) // self.parts) + row // self.block[0]]
         return np.repeat(per_row, self.block[1], axis=1)[:, : self.row] if per_row.shape[1] > 1 else per_row
 
     def forget(self) -> None:
@@ -72,10 +81,16 @@ def decode(
     for name in [name for name, tensor in tensors.items() if tensor.dtype in BYTE_TYPES]:
         if name not in tensors:  # it was the scale of another one
             continue
-        scale = next((found for suffix in SUFFIXES if (found := tensors.pop(name + suffix, None)) is not None), None)
+        names = [*(name + suffix for suffix in SUFFIXES), scale_beside(name)]
+        scale = next((found for name in names if (found := tensors.pop(name, None)) is not None), None)
         if scale is not None:
             weights[name] = _scaled(tensors.pop(name), scale, tensors.pop(name + ZERO_POINT, None), block)
     return weights
+
+
+def scale_beside(name: str) -> str:
+    """The name of the scale of X.weight that is called X.scale; "" where a tensor is called otherwise."""
+    return f"{name.removesuffix('weight')}scale" if name.endswith(".weight") else ""
 
 
 def _block(quantization: Mapping[str, Any], path: Path) -> tuple[int, int]:
@@ -92,22 +107,34 @@ def _scaled(
 ) -> ScaledTensor:
     if len(stored.shape) != 2:
         raise stored.error(f"has scales and the shape {stored.shape}, expected a matrix")
-    if scale.dtype not in FLOATS:
+    if scale.dtype not in (*FLOATS, EXPONENTS):
         raise scale.error(f"is of type {scale.dtype}, expected floats")
     rows, columns = stored.shape
-    values = decode_floats(scale, scale.raw)
+    parts = 0
+    values = POWERS[scale.raw] if scale.dtype == EXPONENTS else decode_floats(scale, scale.raw)
     if values.size == 1:
         block, shape = (max(rows, 1), max(columns, 1)), (1, 1)
     elif scale.shape in ((rows,), (rows, 1)):
         block, shape = (1, max(columns, 1)), (rows, 1)
-    elif scale.shape == (-(-rows // block[0]), -(-columns // block[1])):
+    elif parts := _parts(stored.shape, scale.shape, block):
         shape = (scale.shape[0], scale.shape[1])
     elif len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and columns % scale.shape[1] == 0:
         block, shape = (1, columns // scale.shape[1]), (rows, scale.shape[1])
     else:
         raise scale.error(f"has the shape {scale.shape}, which does not fit a weight of {stored.shape}")
     zeros = None if zero is None else _zeros(zero, values.size).reshape(shape)
-    return ScaledTensor(stored.name, TensorType.BF16, stored.shape, stored, values.reshape(shape), zeros, block)
+    return ScaledTensor(
+        stored.name, TensorType.BF16, stored.shape, stored, values.reshape(shape), zeros, block, parts or 1
+    )
+
+
+def _parts(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> int:
+    """How many parts of the rows have blocks of their own: of a matrix that several devices had parts of more than one.
+    0: scales are not those of blocks."""
+    rows, columns = shape
+    if len(scales) != 2 or scales[1] != -(columns // -block[1]):
+        return 0
+    return next((n for n in (1, *DEVICES) if rows % n == 0 and scales[0] == n * -(rows // n // -block[0])), 0)
 
 
 def _zeros(zero: StoredTensor, count: int) -> F32Array:

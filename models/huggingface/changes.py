@@ -174,6 +174,26 @@ class _PaddedTensor(_Changed):
         return np.concatenate([self.base.raw(start, there).reshape(-1), zeros])
 
 
+@dataclass(frozen=True, eq=False)
+class _WideTensor(_Changed):
+    """Columns of another tensor, and those of a second one beside them."""
+
+    second: SourceTensor
+
+    def rows(self, start: int, end: int) -> F32Array:
+        return np.concatenate([_decoded(self.base, start, end), _decoded(self.second, start, end)], axis=1)
+
+    def forget(self) -> None:
+        self.base.forget()
+        self.second.forget()
+
+
+def beside(left: SourceTensor, right: SourceTensor) -> SourceTensor:
+    """Two matrices of as many rows as one."""
+    type = left.type if left.type == right.type and left.type in FLOATS else TensorType.F32
+    return _WideTensor(left.name, type, (left.n_rows, left.row + right.row), left, right)
+
+
 def padded_rows(count: str) -> Change:
     """As many rows as a dimension says: those that the tensor lacks are zeros."""
 

@@ -74,6 +74,7 @@ HARMLESS = (
     | _words("""
         attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
         ffn_dim_multiplier multiple_of use_qkv_bias use_expert_bias attention_k_eq_v mamba_conv_bias mamba_proj_bias
+        add_swa_attention_sink_bias add_full_attention_sink_bias
         use_conv_bias conv_bias use_mamba_kernels mlp_layer_types
         decay_low_rank_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim attention_hidden_size value_dim hidden_ratio
     """)

@@ -213,7 +213,7 @@ def _hybrid(name: str, feed_forward: tuple[Part, ...], tiled: bool) -> Architect
 
 _EITHER_FF = (either((*experts(), *SHARED_EXPERT), FEED_FORWARD),)
 _QWEN35 = _hybrid("qwen35", FEED_FORWARD, True)
-_QWEN35_MOE = _hybrid("qwen35moe", _EITHER_FF, True)
+QWEN35_MOE = _hybrid("qwen35moe", _EITHER_FF, True)
 
 # Those that see: their language model alone.
 
@@ -273,8 +273,8 @@ CLASSES = {
     "Qwen3_5ForCausalLM": _QWEN35,
     "Qwen3_5ForConditionalGeneration": _QWEN35,
     "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
-    "Qwen3_5MoeForCausalLM": _QWEN35_MOE,
-    "Qwen3_5MoeForConditionalGeneration": _QWEN35_MOE,
+    "Qwen3_5MoeForCausalLM": QWEN35_MOE,
+    "Qwen3_5MoeForConditionalGeneration": QWEN35_MOE,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5OmniModel": _QWEN2_VL,
