@@ -19,6 +19,7 @@ from qrun.models.huggingface.families import (
     mixtures,
     qwen,
     qwen4,
+    rare,
     recurrent,
     rwkv,
     single,
@@ -34,5 +35,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     **recurrent.CLASSES, **mixtures.CLASSES, **classic.CLASSES, **various.CLASSES,
     **encoders.CLASSES, **rwkv.CLASSES, **t5.CLASSES, **single.CLASSES,
     **windowed.CLASSES, **latent.CLASSES, **qwen4.CLASSES,
+    **rare.CLASSES,
 }  # fmt: skip
 """By the class's name."""

@@ -56,7 +56,7 @@ HARMLESS = (
         pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality
         sparse_pred_ignore_index sparse_prediction deterministic_flash_attn repad_logits_with_grad reference_compile
         qa_dropout seq_classif_dropout
-        fused_bias_fc fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
+        fused_bias_fc fused_add_norm fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
         reorder_and_upcast_attn output_past attn_mode fuse_cross_entropy fuse_linear_cross_entropy fuse_norm
     """)
     # Of training.
@@ -69,6 +69,7 @@ HARMLESS = (
         embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
         output_router_logits router_aux_loss_coef router_jitter_noise router_z_loss_coef input_jitter_noise
         aux_loss_coef z_loss_coefficient altup_coef_clip label_smoothing neftune_noise_alpha loss_type
+        moe_jitter_eps moe_loss_weight
     """)
     # What the weights say by being there.
     | _words("""

@@ -329,6 +329,14 @@ def whole_tensor(name: str, tensor: SourceTensor) -> SourceTensor:
     return MappedTensor(name, type, tensor.shape, (Segment(tensor, 0, tensor.n_rows),))
 
 
+def layer_of(tensor: SourceTensor, sizes: Sizes) -> int:
+    """The layer that a tensor belongs to; one behind the others where it is of those that predict further ahead."""
+    match = re.search(r"(mtp\.)?layers\.(\d{1,4})\.", tensor.name)
+    if match is None:
+        raise tensor.error("is of no layer")
+    return int(match[2]) + (sizes["layers"] if match[1] else 0)
+
+
 def short_name(name: str) -> str:
     """A tensor's or a module's name without "model." and the like, by which models of other kinds hold this one."""
     while True:

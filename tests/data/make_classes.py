@@ -283,7 +283,9 @@ READ_PLAINLY = (
     "GPTNeoXForCausalLM", "HrmTextForCausalLM", "Cohere2MoeForCausalLM", "PaddleOCRVLForConditionalGeneration",
     "HunYuanVLForConditionalGeneration", "DeepseekV4ForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM",
     "Step3p5ForCausalLM", "Step3p7ForConditionalGeneration", "Dots3NoteForCausalLM", "HYV4ForCausalLM",
-    "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration",
+    "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "SarvamMoEForCausalLM", "DbrxForCausalLM",
+    "JAISLMHeadModel", "EuroBertModel", "NeoBERT", "JinaBertModel", "JinaBertForMaskedLM", "BitnetForCausalLM",
+    "MiniMaxText01ForCausalLM", "TalkieForCausalLM", "Grok1ForCausalLM", "DeciLMForCausalLM",
 )
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
@@ -932,6 +934,147 @@ PUBLISHED |= {
         {"text_config": QWEN4, "vision_config": VISION, "image_token_id": 5, "tie_word_embeddings": False,
          "model_type": "qwen4_exp"}, QWEN4_SHAPES),
 }  # fmt: skip
+# Encoders, and others of a kind.
+
+DBRX = {
+    "vocab_size": N_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "model_type": "dbrx",
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500000, "attn_pdrop": 0.0},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01,
+                   "moe_loss_weight": 0.05, "ffn_act_fn": {"name": "silu"}, "moe_normalize_expert_weights": 1},
+    "tie_word_embeddings": False, "emb_pdrop": 0.0}  # fmt: skip
+JAIS = {
+    "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64,
+    "activation_function": "swiglu", "position_embedding_type": "alibi", "layer_norm_epsilon": 1e-5,
+    "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22, "mup_width_scale": 0.125, "scale_attn_weights": True,
+    "mup_scale_qk_dot_by_d": True, "tie_word_embeddings": True, "model_type": "jais"}  # fmt: skip
+JAIS_SHAPES = named("transformer.h", 2, {
+    **normed("ln_1"), **normed("ln_2"), "attn.c_attn.weight": [32, 96], "attn.c_attn.bias": [96],
+    "attn.c_proj.weight": [32, 32], "attn.c_proj.bias": [32], "mlp.c_fc.weight": [32, 48], "mlp.c_fc.bias": [48],
+    "mlp.c_fc2.weight": [32, 48], "mlp.c_fc2.bias": [48], "mlp.c_proj.weight": [48, 32], "mlp.c_proj.bias": [32],
+}, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.relative_pe.slopes": [4], "lm_head.weight": [N_VOCAB, 32],
+    **normed("transformer.ln_f")})  # fmt: skip
+JINA_ATTENTION = {
+    **{f"attention.self.{n}.{k}": s for n in ("query", "key", "value") for k, s in (
+        ("weight", [32, 32]), ("bias", [32]))},
+    "attention.output.dense.weight": [32, 32], "attention.output.dense.bias": [32],
+    **normed("attention.output.LayerNorm")}  # fmt: skip
+JINA_OUTER = {"embeddings.word_embeddings.weight": [N_VOCAB, 32], "embeddings.token_type_embeddings.weight": [2, 32],
+              **normed("embeddings.LayerNorm")}  # fmt: skip
+JINA = {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_act": "gelu", "intermediate_size": 48, "max_position_embeddings": 128, "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
+        "position_embedding_type": "alibi", "feed_forward_type": "geglu", "emb_pooler": "mean",
+        "model_type": "bert"}  # fmt: skip
+GROK = USUAL | {
+    "hidden_act": "gelu", "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "head_dim": 8, "attn_logit_softcapping": 30.0, "router_logit_softcapping": 30.0, "final_logit_softcapping": 50,
+    "rope_type": "original", "scaling_factor": 16.0, "original_max_position_embeddings": 64,
+    "extrapolation_factor": 1.0, "attn_factor": 1.0, "beta_fast": 8, "beta_slow": 1, "attn_temperature_len": 1024,
+    "embedding_multiplier_scale": 90.5, "output_multiplier_scale": 0.5, "residual_moe": True,
+    "model_type": "grok-1"}  # fmt: skip
+GROK_LAYER = QKVO | FORWARD | {
+    **{f"{n}_norm.weight": [32] for n in ("pre_attn", "post_attn", "pre_moe", "post_moe")},
+    **{n: s for n, s in SPARSE_MOE.items() if "shared" not in n and "bias" not in n}}  # fmt: skip
+DECI = {k: v for k, v in USUAL.items() if k not in ("num_key_value_heads", "intermediate_size")} | {
+    "num_hidden_layers": 4, "num_key_value_heads": None, "intermediate_size": None, "rope_scaling": {
+        k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "model_type": "nemotron-nas", "block_configs": [
+        {"attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": 4, "no_op": False, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 20.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": None, "no_op": False, "replace_with_linear": True},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}}]}  # fmt: skip
+
+
+def deci_forward(width: int) -> dict[str, list[int]]:
+    return {"post_attention_layernorm.weight": [32], "mlp.gate_proj.weight": [width, 32],
+            "mlp.up_proj.weight": [width, 32], "mlp.down_proj.weight": [32, width]}  # fmt: skip
+
+
+TALKIE_LAYER = {
+    **{f"attn.attn_{n}.weight": [32, 32] for n in ("query", "key", "value", "resid")}, "attn.head_gain.head_g": [4],
+    "attn_gain.a_g": [1], "mlp.mlp_gate.weight": [48, 32], "mlp.mlp_linear.weight": [48, 32],
+    "mlp.mlp_resid.weight": [32, 48], "mlp_gain.a_g": [1], "embed_skip.a_g": [1]}  # fmt: skip
+BASE = {n: s for n, s in OUTER.items() if "lm_head" not in n}  # of models without a head
+
+
+def bare(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name.removeprefix("model."): shape for name, shape in shapes.items()}
+
+
+SARVAM = USUAL | MIXTURE | {
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "score_function": "sigmoid", "head_dim": 8, "model_type": "sarvam_moe"}  # fmt: skip
+PUBLISHED |= {
+    "SarvamMoEForCausalLM": (SARVAM, {**named("model.layers", 2, {
+        **NORMS, "attention.query_key_value.weight": [64, 32], "attention.dense.weight": [32, 32],
+        "attention.query_layernorm.weight": [8], "attention.key_layernorm.weight": [8]},
+        {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED | {"mlp.gate.expert_bias": [4]}).items()}}),
+    "DbrxForCausalLM": (DBRX, named("transformer.blocks", 2, {
+        "norm_attn_norm.norm_1.weight": [32], "norm_attn_norm.norm_2.weight": [32],
+        "norm_attn_norm.attn.Wqkv.weight": [64, 32], "norm_attn_norm.attn.out_proj.weight": [32, 32],
+        "ffn.router.layer.weight": [4, 32], "ffn.experts.mlp.w1": [192, 32], "ffn.experts.mlp.v1": [192, 32],
+        "ffn.experts.mlp.w2": [192, 32],
+    }, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.norm_f.weight": [32], "lm_head.weight": [N_VOCAB, 32]})),
+    "JAISLMHeadModel": (JAIS, JAIS_SHAPES),
+    "EuroBertModel": (USUAL | {"model_type": "eurobert", "is_causal": False, "num_key_value_heads": 2}, bare(
+        named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "NeoBERT": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 72, "max_length": 128, "norm_eps": 1e-5, "hidden_act": "SwiGLU", "rms_norm": True,
+        "rope": True, "model_type": "neobert"}, named("model.transformer_encoder", 2, {
+            "qkv.weight": [96, 32], "wo.weight": [32, 32], "ffn.w12.weight": [96, 32], "ffn.w3.weight": [32, 48],
+            "attention_norm.weight": [32], "ffn_norm.weight": [32]}, {
+            "model.encoder.weight": [N_VOCAB, 32], "model.layer_norm.weight": [32], "decoder.weight": [2],
+            "decoder.bias": [2]})),
+    "JinaBertModel": (JINA, JINA_OUTER | named("encoder.layer", 2, {
+        **JINA_ATTENTION, "mlp.gated_layers.weight": [96, 32], "mlp.wo.weight": [32, 48], "mlp.wo.bias": [32],
+        **normed("mlp.layernorm")}, {"pooler.dense.weight": [2]})),
+    "JinaBertForMaskedLM": (JINA, JINA_OUTER | named("encoder.layer", 2, {
+        **JINA_ATTENTION, **normed("attention.self.layer_norm_q"), **normed("attention.self.layer_norm_k"),
+        **normed("layer_norm_1"), **normed("layer_norm_2"), "mlp.up_gated_layer.weight": [96, 32],
+        "mlp.down_layer.weight": [32, 48], "mlp.down_layer.bias": [32]}, {"cls.predictions.bias": [2]})),
+    "BitnetForCausalLM": (USUAL | {"tie_word_embeddings": True, "weight_bits": 1, "input_bits": 8,
+                                   "model_type": "llama"}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.inner_attn_ln.weight": [32], "mlp.ffn_layernorm.weight": [48]}, BASE)),
+    "MiniMaxText01ForCausalLM": (USUAL | {
+        "head_dim": 8, "rotary_dim": 4, "num_hidden_layers": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 24, "attn_type_list": [0] * 7 + [1], "postnorm": True, "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid", **{f"layernorm_{n}_{k}": v for n in ("full_attention", "linear_attention", "mlp")
+                                         for k, v in (("alpha", 3.5565588200778455), ("beta", 1.0))},
+        "model_type": "minimax_text_01"}, OUTER | in_layers("model.layers", *[
+            NORMS | {n: s for n, s in SPARSE_MOE.items() if "shared" not in n and "bias" not in n} | within(
+                "self_attn", {"qkv_proj.weight": [96, 32], "output_gate.weight": [32, 32], "norm.weight": [32],
+                              "out_proj.weight": [32, 32]} if layer < 7 else {
+                    "q_proj.weight": [32, 32], "k_proj.weight": [16, 32], "v_proj.weight": [16, 32],
+                    "o_proj.weight": [32, 32]}) for layer in range(8)])),
+    "TalkieForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "head_dim": 8, "max_position_embeddings": 128, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "model_type": "talkie"}, named("model.blocks", 2, TALKIE_LAYER, {
+            "model.embed.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32], "lm_head_gain.w_g": [1]})),
+    "Grok1ForCausalLM": (GROK, named("model.layers", 2, GROK_LAYER, OUTER)),
+    "DeciLMForCausalLM": (DECI, OUTER | in_layers(
+        "model.layers", NORMS | gqa(4, 2) | deci_forward(256), NORMS | gqa(4, 1) | deci_forward(512),
+        NORMS | {"self_attn.linear_attn.weight": [32, 32]} | deci_forward(256), deci_forward(256))),
+    "LlamaModel": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "LlamaBidirectionalModel": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "Qwen2Model": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "Qwen3Model": (USUAL | {"head_dim": 8}, bare(named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_norm.weight": [8], "self_attn.k_norm.weight": [8]}, BASE))),
+    "MambaLMHeadModel": ({"vocab_size": N_VOCAB, "d_model": 32, "n_layer": 2, "ssm_cfg": {}, "rms_norm": True,
+                          "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}, named(
+        "backbone.layers", 2, {
+            "norm.weight": [32], "mixer.in_proj.weight": [128, 32], "mixer.conv1d.weight": [64, 1, 4],
+            "mixer.conv1d.bias": [64], "mixer.x_proj.weight": [34, 64], "mixer.dt_proj.weight": [64, 2],
+            "mixer.dt_proj.bias": [64], "mixer.A_log": [64, 16], "mixer.D": [64], "mixer.out_proj.weight": [32, 64]},
+        {"backbone.embedding.weight": [N_VOCAB, 32], "backbone.norm_f.weight": [32],
+         "lm_head.weight": [N_VOCAB, 32]})),
+}  # fmt: skip
 # Tensors that are not BF16, by patterns of which the last counts.
 DTYPES: dict[str, dict[str, str]] = {
     "DeepseekV4ForCausalLM": {
@@ -941,6 +1084,8 @@ DTYPES: dict[str, dict[str, str]] = {
     "MiMoV2ForCausalLM": {
         r".*\.layers\.[01]\.self_attn\.qkv_proj\.weight": "F8_E4M3", r".*mtp.*qkv.*": "BF16",
         r".*scale_inv": "F32", r".*experts.*": "U8"},
+    "JAISLMHeadModel": {r".*slopes": "F32"},
+    "TalkieForCausalLM": {r".*w_g": "F32"},
     "HYV4ForCausalLM": {r".*\.hc_.*|.*sink.*|.*e_score.*": "F32"},
     "Qwen4ExpForCausalLM": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
     "Qwen4ExpForConditionalGeneration": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
@@ -1013,8 +1158,11 @@ def converted(
         if kind.__name__ == "BaichuanModel":  # calls itself without end for all tensors but one
             unpack = kind.modify_tensors
             kind.modify_tensors = lambda *given: (unpack if "W_pack" in given[2] else TextModel.modify_tensors)(*given)
+        if kind.__name__ == "MiniMaxText01Model":
+            kind._get_suppress_tokens = lambda self: None  # it wants an index of files
         out = Path(temporary) / "out.gguf"
-        kind(folder, gguf.LlamaFileType.GUESSED, out).write()
+        eager = kind.__name__ == "JaisModel"  # which looks at a number
+        kind(folder, gguf.LlamaFileType.GUESSED, out, eager=eager).write()
         base.AutoConfig = transformers.AutoConfig
         reader = gguf.GGUFReader(out)
         tensors = {

@@ -28,10 +28,10 @@ def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def stored(name: str, shape: Sequence[int], dtype: str) -> bytes:
-    """Numbers of another type than BF16: random ones of few bits, none of which is NaN or infinite."""
+    """Random numbers of a type: few bits, none NaN or infinite, and those of F32 greater than 0."""
     if dtype in ("BF16", "F32"):
         codes = bfloat16(name, shape)
-        return (codes if dtype == "BF16" else codes.astype("<u4") << 16).tobytes()
+        return (codes if dtype == "BF16" else (codes.astype("<u4") & 0x7FFF) << 16).tobytes()
     raw = np.random.PCG64(crc32(name.encode())).random_raw(prod(shape))
     match dtype:
         case "F8_E4M3":  # up to 1.875 of both signs

@@ -12,7 +12,6 @@ from qrun.models.huggingface.changes import in_full, ordered, scaled_by, then, t
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import GATING, Facts
 from qrun.models.huggingface.families.deepseek import INDEXER, LATENT_ATTENTION, MIXTURE, latent_entries, latent_sizes
-from qrun.models.huggingface.families.windowed import layer_of
 from qrun.models.huggingface.layout import (
     DRAFT,
     FEED_FORWARD,
@@ -30,6 +29,7 @@ from qrun.models.huggingface.layout import (
     reals,
     tensor,
 )
+from qrun.models.huggingface.tensors import layer_of
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEADS
 
 # dots3-note

@@ -253,6 +253,7 @@ _DOTS1 = Architecture(
 
 CLASSES = {
     "Qwen2ForCausalLM": _QWEN2,
+    "Qwen2Model": replace(_QWEN2, embeds=True),
     "Qwen2AudioForConditionalGeneration": _QWEN2,
     "AudioFlamingo3ForConditionalGeneration": _QWEN2,
     "DotsOCRForCausalLM": _QWEN2,
@@ -263,6 +264,8 @@ CLASSES = {
         ), windows="",
     ),
     "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3Model": replace(_QWEN3, embeds=True),
+    "StepVLForConditionalGeneration": _QWEN3,
     "Qwen3MoeForCausalLM": _QWEN3_MOE,
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
@@ -278,6 +281,7 @@ CLASSES = {
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5OmniModel": _QWEN2_VL,
+    "Qwen2VLModel": _QWEN2_VL,
     "Qwen3VLForConditionalGeneration": _QWEN3_VL,
     "Qwen3ASRForConditionalGeneration": _QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL_MOE,

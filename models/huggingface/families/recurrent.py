@@ -88,8 +88,8 @@ _POSITIONS = {"num_attention_heads": 1, "head_dim": 1, "max_position_embeddings"
               "tie_word_embeddings": None}  # fmt: skip
 _MAMBA = Architecture(
     "mamba", (norm("norm", "attn_norm"), *_mamba_mixer("mixer")), sizes=_mamba_sizes, entries=_mamba_entries,
-    embedding="embeddings", outer=(norm("norm_f", "output_norm"),), ffn=False,
-    defaults=_POSITIONS | {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5},
+    embedding="embeddings", embedding_aliases=("embedding",), outer=(norm("norm_f", "output_norm"),), ffn=False,
+    defaults=_POSITIONS | {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5}, fixed={"rms_norm": True},
 )  # fmt: skip
 
 # Mamba 2
@@ -411,6 +411,7 @@ _LFM2_MOE = Architecture(
 
 CLASSES = {
     "MambaForCausalLM": _MAMBA,
+    "MambaLMHeadModel": _MAMBA,
     "FalconMambaForCausalLM": _MAMBA,
     "Mamba2ForCausalLM": _MAMBA2,
     "FalconH1ForCausalLM": _FALCON_H1,

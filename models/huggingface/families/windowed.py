@@ -34,16 +34,8 @@ from qrun.models.huggingface.layout import (
     reals,
     tensor,
 )
+from qrun.models.huggingface.tensors import layer_of
 from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, MAX_HEADS
-
-
-def layer_of(tensor: SourceTensor, sizes: Sizes) -> int:
-    """The layer that a tensor belongs to; one behind the others where it is of those that predict further ahead."""
-    match = re.search(r"(mtp\.)?layers\.(\d{1,4})\.", tensor.name)
-    if match is None:
-        raise tensor.error("is of no layer")
-    return int(match[2]) + (sizes["layers"] if match[1] else 0)
-
 
 # MiMo V2
 
