@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
@@ -418,6 +418,15 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
         b.forget()
 
 
+def _of_one_shape(tensors: Sequence[SourceTensor | None]) -> list[Segment]:
+    """Tensors that become one, whatever shape that is."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    for tensor in found[1:]:
+        if tensor.shape != found[0].shape:
+            raise tensor.error(f"has shape {tensor.shape}, and {quote(found[0].name)} has {found[0].shape}")
+    return [Segment(tensor, 0, tensor.n_rows) for tensor in found]
+
+
 class _Mapper:
     def __init__(
         self, weights: dict[str, SourceTensor], architecture: Architecture, sizes: Sizes, config: Config
@@ -449,8 +458,7 @@ class _Mapper:
                 shape = (self.sizes[part.count], *self._shape(part.shape, segments[0].tensor))
                 self._put(gguf_prefix + part.gguf, shape, segments)
             case Stacked():
-                tensors = [self._take(hf_prefix + name, part.shape) for name in part.hf]
-                pieces = [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+                pieces = _of_one_shape([self._take(hf_prefix + name, part.shape) for name in part.hf])
                 self._put(gguf_prefix + part.gguf, (len(part.hf), *pieces[0].tensor.shape), pieces)
             case Joined():
                 tensors = [self._take(hf_prefix + part.hf.format(i), part.shape) for i in range(self.sizes[part.count])]
@@ -595,7 +603,7 @@ class _Mapper:
             starts = [(expert * parts + no) * out for expert in range(n_experts)]
             return [Segment(tensor, start, start + out) for start in starts]
         tensors = [self._take(prefix + part.hf.format(expert), part.shape) for expert in range(n_experts)]
-        return [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+        return _of_one_shape(tensors)
 
     def _shape(self, names: tuple[str, ...], tensor: SourceTensor) -> tuple[int, ...]:
         """What the names stand for. Where they say "*", it is as the tensor has it."""

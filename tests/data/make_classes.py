@@ -286,6 +286,8 @@ READ_PLAINLY = (
     "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "SarvamMoEForCausalLM", "DbrxForCausalLM",
     "JAISLMHeadModel", "EuroBertModel", "NeoBERT", "JinaBertModel", "JinaBertForMaskedLM", "BitnetForCausalLM",
     "MiniMaxText01ForCausalLM", "TalkieForCausalLM", "Grok1ForCausalLM", "DeciLMForCausalLM",
+    "RWKV6Qwen2ForCausalLM", "RwkvHybridForCausalLM", "NemotronHPuzzleForCausalLM",
+    "GraniteSpeechForConditionalGeneration",
 )
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
@@ -1074,6 +1076,71 @@ PUBLISHED |= {
             "mixer.dt_proj.bias": [64], "mixer.A_log": [64, 16], "mixer.D": [64], "mixer.out_proj.weight": [32, 64]},
         {"backbone.embedding.weight": [N_VOCAB, 32], "backbone.norm_f.weight": [32],
          "lm_head.weight": [N_VOCAB, 32]})),
+}  # fmt: skip
+# Qwen 2 with mixers of RWKV, and a mixture whose blocks differ.
+
+SWIFT = {
+    **NORMS, **FORWARD, **{f"self_attn.time_maa_{n}": [1, 1, 32] for n in "xrkvwg"},
+    "self_attn.time_maa_w1": [32, 40], "self_attn.time_maa_w2": [5, 8, 32], "self_attn.time_decay": [1, 1, 32],
+    "self_attn.time_decay_w1": [32, 12], "self_attn.time_decay_w2": [12, 32],
+    **{n: s for n, s in QKVO.items()}, "self_attn.q_proj.bias": [32], "self_attn.k_proj.bias": [16],
+    "self_attn.v_proj.bias": [16], "self_attn.gate.weight": [32, 32]}  # fmt: skip
+HYBRID_RANKS = {"w": 64, "a": 64, "g": 128}
+HYBRID = NORMS | FORWARD | within("self_attn.time_mixer", {
+    **{f"x_{n}": [1, 1, 32] for n in "rwkvag"}, **{f"{n}0": [1, 1, 32] for n in "wa"},
+    **{f"{n}1": [32, rank] for n, rank in HYBRID_RANKS.items()},
+    **{f"{n}2": [rank, 32] for n, rank in HYBRID_RANKS.items()},
+    "k_k": [1, 1, 32], "k_a": [1, 1, 32], "r_k": [2, 16], **{f"{n}.weight": [32, 32] for n in (
+        "receptance", "key", "value", "output")}, **normed("ln_x")})  # fmt: skip
+HYBRID_VALUES = within("self_attn.time_mixer", {"v0": [1, 1, 32], "v1": [32, 32], "v2": [32, 32]})
+PUZZLE_MAMBA = {
+    "norm.weight": [32], "mixer.in_proj.weight": [200, 32], "mixer.conv1d.weight": [128, 1, 4],
+    "mixer.conv1d.bias": [128], "mixer.dt_bias": [8], "mixer.A_log": [8], "mixer.D": [8], "mixer.norm.weight": [64],
+    "mixer.out_proj.weight": [32, 64]}  # fmt: skip
+PUZZLE_ATTENTION = {"norm.weight": [32], "mixer.q_proj.weight": [64, 32], "mixer.k_proj.weight": [32, 32],
+                    "mixer.v_proj.weight": [32, 32], "mixer.o_proj.weight": [32, 64]}  # fmt: skip
+
+
+def puzzle_experts(width: int) -> dict[str, list[int]]:
+    return {
+        "norm.weight": [32], "mixer.gate.weight": [4, 32], "mixer.gate.e_score_correction_bias": [4],
+        **{f"mixer.experts.{e}.up_proj.weight": [width, 16] for e in range(4)},
+        **{f"mixer.experts.{e}.down_proj.weight": [16, width] for e in range(4)},
+        "mixer.shared_experts.up_proj.weight": [40, 32], "mixer.shared_experts.down_proj.weight": [32, 40],
+        "mixer.fc1_latent_proj.weight": [16, 32], "mixer.fc2_latent_proj.weight": [32, 16]}  # fmt: skip
+
+
+PUBLISHED |= {
+    "GraniteSpeechForConditionalGeneration": ({
+        "text_config": USUAL | {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0,
+                                "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625,
+                                "model_type": "granite"},
+        "encoder_config": {"hidden_dim": 8}, "projector_config": {"hidden_size": 8}, "has_lora_adapter": False,
+        "downsample_rate": 5, "window_size": 15, "audio_token_index": 5, "tie_word_embeddings": False,
+        "model_type": "granite_speech"}, {
+        **{f"language_model.{n}": s for n, s in named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()},
+        "encoder.input_linear.weight": [2], "projector.qformer.layernorm.weight": [2]}),
+    "RWKV6Qwen2ForCausalLM": (USUAL | {
+        "rms_norm_eps": 1e-6, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_hidden_size": 32,
+        "lora_rank_tokenshift": 8, "lora_rank_decay": 12,
+        "model_type": "rwkv6qwen2"}, named("model.layers", 2, SWIFT, OUTER)),
+    "RwkvHybridForCausalLM": (USUAL | {
+        "head_size": 16, "wkv_version": 7, "wkv_has_gate": True, "model_type": "rwkv_hybrid"}, OUTER | in_layers(
+            "model.layers", HYBRID, HYBRID | HYBRID_VALUES)),
+    "NemotronHPuzzleForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "conv_kernel": 4, "expand": 2, "mamba_head_dim": 8, "mamba_num_heads": 8, "n_groups": 2, "ssm_state_size": 16,
+        "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "max_position_embeddings": 128, "n_routed_experts": 4,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 40, "moe_latent_size": 16, "intermediate_size": 48,
+        "num_hidden_layers": 4, "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "block_configs": [
+            {"block_type": "mamba"}, {"block_type": "attention"},
+            {"block_type": "moe", "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+            {"block_type": "moe", "moe_intermediate_size": 16, "num_experts_per_tok": 1}],
+        "model_type": "nemotron_h_puzzle"}, {
+        "model.embeddings.weight": [N_VOCAB, 32], "model.norm_f.weight": [32], "lm_head.weight": [N_VOCAB, 32],
+        "mtp.layers.0.norm.weight": [2], **in_layers("model.layers", PUZZLE_MAMBA, PUZZLE_ATTENTION, puzzle_experts(24),
+                                                     puzzle_experts(16))}),
 }  # fmt: skip
 # Tensors that are not BF16, by patterns of which the last counts.
 DTYPES: dict[str, dict[str, str]] = {

@@ -196,6 +196,16 @@ def test_tensors_that_go_together_have_shapes_that_do(
     assert tensor in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"])
+def test_experts_are_of_one_shape(name: str, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    tensor = next(key for key in case["shapes"] if ".2.mixer.experts.3.up_proj" in key)
+    shapes = case["shapes"] | {tensor: [case["shapes"][tensor][0], 8]}
+    folder = write_checkpoint(tmp_path / "model", case["config"], shapes)
+    with pytest.raises(FormatError, match=r"experts\.3\.up_proj\.weight' has shape .*experts\.0\.up_proj"):
+        CheckpointSource(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "embedding", "head"),
     [

@@ -191,8 +191,8 @@ def _dbrx_entries(facts: Facts) -> None:
     facts.real("attention.layer_norm_epsilon", 1e-5)
     facts.entries.remove(f"{facts.name}.attention.layer_norm_rms_epsilon")
     act = facts.config.section("ffn_act_fn")
-    if act.get("name", "silu") not in SILU:
-        raise act.error("name", f"is {act.get('name')!r}, which is not supported")
+    if (name := act.text("name", "silu")) not in SILU:
+        raise act.error("name", f"is {name!r}, which is not supported")
 
 
 def _in_matrices(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
