@@ -874,10 +874,10 @@ QWEN4_ATTENTION = QWEN4_BLOCK | {
     "self_attn.indexer.index_qk_proj.weight": [24, 32], "self_attn.indexer.q_layernorm.weight": [8],
     "self_attn.indexer.k_layernorm.weight": [8]}  # fmt: skip
 QWEN4_NET = QWEN4_BLOCK | {
-    "linear_attn.in_proj_qkv.weight": [80, 32], "linear_attn.in_proj_z.weight": [48, 32],
+    "linear_attn.in_proj_qkv.weight": [64, 32], "linear_attn.in_proj_z.weight": [32, 32],
     "linear_attn.in_proj_b.weight": [4, 32], "linear_attn.in_proj_a.weight": [4, 32], "linear_attn.A_log": [4],
-    "linear_attn.dt_bias": [4], "linear_attn.conv1d.weight": [80, 1, 4], "linear_attn.norm.weight": [12],
-    "linear_attn.out_proj.weight": [32, 48]}  # fmt: skip
+    "linear_attn.dt_bias": [4], "linear_attn.conv1d.weight": [64, 1, 4], "linear_attn.norm.weight": [8],
+    "linear_attn.out_proj.weight": [32, 32]}  # fmt: skip
 QWEN4_TABLE = {
     "ple.key_proj.weight": [64, 32], "ple.value_proj.weight": [32, 32], "ple.norm_key.weight": [64],
     "ple.norm_query.weight": [64], "ple.norm_conv.weight": [64], "ple.conv1d.weight": [64, 1, 4],
@@ -886,7 +886,7 @@ QWEN4_TABLE = {
     **{f"ple.ple_embedding.ngram_embedding.shard_{n}.weight": [12, 8] for n in (1, 0, 2)}}  # fmt: skip
 QWEN4 = USUAL | DELTA | MIXTURE | {
     "num_hidden_layers": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
-    "linear_conv_kernel_dim": 4,
+    "linear_conv_kernel_dim": 4, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 40, "hc_count": 2, "hc_lowrank": 6, "indexer_n_heads": 2, "indexer_kv_heads": 1,
     "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "ple_layer_ids": [1],
     "ple_embed_dim": 32, "ple_conv_kernel_size": 4, "ngram_size": 3, "heads_per_ngram": 2, "split_ngram_parts": 3,

@@ -20,7 +20,7 @@ from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
 from huggingface_folders import places
 
 from qrun.engine.text.tokenizer import Tokenizer
-from qrun.formats import FormatError, GGUFReader
+from qrun.formats import FormatError, GGUFReader, ValueType
 from qrun.models import ARCHITECTURES as RUNNABLE
 from qrun.models import build_graph
 from qrun.models.huggingface import CheckpointSource
@@ -194,6 +194,17 @@ def test_tensors_that_go_together_have_shapes_that_do(
     with pytest.raises(FormatError, match=re.escape(reason)) as caught:
         CheckpointSource(folder)
     assert tensor in str(caught.value)
+
+
+def test_constants_of_hashes_are_wide(tmp_path: Path) -> None:
+    """Engines take no other type, and multipliers have 45 bits."""
+    case, key = CLASSES["Qwen4ExpForCausalLM"], "qwen4exp.ple.layer_multipliers"
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"], case["dtypes"])
+    with closing(CheckpointSource(folder)) as source:
+        assert source.metadata_types[key] == (ValueType.ARRAY, ValueType.UINT64)
+        source.writer(tmp_path / "model.gguf").close()
+    with GGUFReader(tmp_path / "model.gguf") as reader:
+        assert reader.metadata[key].dtype == np.uint64 and list(reader.metadata[key]) == case["metadata"][key]
 
 
 @pytest.mark.parametrize("name", ["NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"])

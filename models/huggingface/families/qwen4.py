@@ -123,7 +123,7 @@ def _of_weights(facts: Facts, weights: Mapping[str, SourceTensor]) -> None:
         tensor = found.get(name)
         if not isinstance(tensor, UnreadTensor) or tensor.stored.dtype not in INDEX_TYPES:
             raise FormatError(facts.config.path.parent, f"tensor {TABLE}.{name}, of whole numbers, is missing")
-        facts.array(key, [int(value) for value in tensor.stored.array().reshape(-1)], ValueType.INT64)
+        facts.array(key, [int(value) for value in tensor.stored.array().reshape(-1)], ValueType.UINT64)
     width = next((tensor.shape[-1] for name, tensor in weights.items() if f"{TABLE}.ngram_embedding.shard_" in name), 0)
     facts.count("embedding_length_per_layer_input", width)
 
