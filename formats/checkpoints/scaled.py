@@ -2,7 +2,8 @@
 
 The weight is of type F8_E4M3, F8_E5M2 or I8; the scale is a tensor NAME_scale or NAME_scale_inv (DeepSeek's name: the
 inverse of what the floats were multiplied by, so it too is multiplied with), or X.scale beside X.weight, which may be a
-bare exponent of a byte. One scale serves the whole matrix, a row,
+bare exponent of a byte. A matrix that several devices had a part of each has blocks that begin anew with each part.
+One scale serves the whole matrix, a row,
 a group of inputs in a row, or a block of 128 x 128 weights: its shape says which. Asymmetric weights have a tensor
 NAME_zero_point too, in the shape of the scale. Such files come from the methods that Hugging Face calls fp8, fbgemm_fp8
 and compressed-tensors.

@@ -196,6 +196,8 @@ class Architecture:
     entries: Callable[[Facts], None] | None = None
     sizes: Callable[[Config, Sizes], Mapping[str, int]] | None = None
     rotated: Literal["", "all", "part"] = ""
+    within: str = ""
+    """What the names of the language model's tensors begin with, where others end as these do."""
     rename: Callable[[str, Sizes], str] | None = None
     extra_layers: str = ""
     draft: tuple[Part, ...] = ()

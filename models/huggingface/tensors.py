@@ -366,7 +366,7 @@ def _text_part(
     cache_scales: list[SourceTensor] = []
     others: list[SourceTensor] = []
     for name, tensor in weights.items():
-        if is_other_part(name):
+        if is_other_part(name) or not name.startswith(architecture.within):
             others.append(tensor)
             continue
         short = _renamed(short_name(name), architecture, sizes)

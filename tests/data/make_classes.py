@@ -287,7 +287,7 @@ READ_PLAINLY = (
     "JAISLMHeadModel", "EuroBertModel", "NeoBERT", "JinaBertModel", "JinaBertForMaskedLM", "BitnetForCausalLM",
     "MiniMaxText01ForCausalLM", "TalkieForCausalLM", "Grok1ForCausalLM", "DeciLMForCausalLM",
     "RWKV6Qwen2ForCausalLM", "RwkvHybridForCausalLM", "NemotronHPuzzleForCausalLM",
-    "GraniteSpeechForConditionalGeneration",
+    "GraniteSpeechForConditionalGeneration", "Sarashina2VisionForCausalLM",
 )
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
@@ -1120,6 +1120,12 @@ PUBLISHED |= {
         "model_type": "granite_speech"}, {
         **{f"language_model.{n}": s for n, s in named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()},
         "encoder.input_linear.weight": [2], "projector.qformer.layernorm.weight": [2]}),
+    "Sarashina2VisionForCausalLM": ({
+        "text_config": USUAL | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "vision_config": VISION, "image_token_index": 5, "tie_word_embeddings": False,
+        "model_type": "sarashina2_vision"}, {
+        **{f"llm.{n}": s for n, s in named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()},
+        "norm.weight": [2], "norm.bias": [2], "visual.patch_embed.proj.weight": [2]}),
     "RWKV6Qwen2ForCausalLM": (USUAL | {
         "rms_norm_eps": 1e-6, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_hidden_size": 32,
         "lora_rank_tokenshift": 8, "lora_rank_decay": 12,

@@ -178,16 +178,12 @@ _MOE_SWA = replace(
 
 
 
-def _without_hearing(name: str, sizes: Sizes) -> str:
-    return "" if name.startswith(("encoder.", "projector.")) else name
-
-
 def _speech_entries(facts: Facts) -> None:
     for key in ("encoder_config", "projector_config", "downsample_rate", "window_size", "has_lora_adapter"):
         facts.config.get(key)
 
 
-_SPEECH = replace(_GRANITE, rename=_without_hearing, entries=_speech_entries)
+_SPEECH = replace(_GRANITE, within="language_model.", entries=_speech_entries)
 
 CLASSES = {
     "GraniteForCausalLM": _GRANITE,

@@ -255,6 +255,7 @@ CLASSES = {
     "LlamaForCausalLM": _LLAMA,
     "LLaMAForCausalLM": _LLAMA,
     "LlamaModel": replace(_LLAMA, embeds=True),
+    "Sarashina2VisionForCausalLM": replace(_LLAMA, within="llm."),
     "LlamaBidirectionalModel": replace(_LLAMA, name="llama-embed", embeds=True),
     "IQuestCoderForCausalLM": _LLAMA,
     "VLlama3ForCausalLM": _LLAMA,
