@@ -3,14 +3,15 @@
 The weight is of type F8_E4M3, F8_E5M2 or I8; the scale is a tensor NAME_scale or NAME_scale_inv (DeepSeek's name: the
 inverse of what the floats were multiplied by, so it too is multiplied with), or X.scale beside X.weight, which may be a
 bare exponent of a byte. A matrix that several devices had a part of each has blocks that begin anew with each part.
-One scale serves the whole matrix, a row,
-a group of inputs in a row, or a block of 128 x 128 weights: its shape says which. Asymmetric weights have a tensor
+One scale serves the whole matrix, a row, a group of inputs in a row, or a block of 128 x 128 weights: its shape says
+which. Matrices of experts may lie in one tensor, and so may their scales. Asymmetric weights have a tensor
 NAME_zero_point too, in the shape of the scale. Such files come from the methods that Hugging Face calls fp8, fbgemm_fp8
 and compressed-tensors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +107,22 @@ def _block(quantization: Mapping[str, Any], path: Path) -> tuple[int, int]:
 def _scaled(
     stored: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, block: tuple[int, int]
 ) -> ScaledTensor:
-    if len(stored.shape) != 2:
-        raise stored.error(f"has scales and the shape {stored.shape}, expected a matrix")
+    if len(stored.shape) not in (2, 3):
+        raise stored.error(f"has scales and the shape {stored.shape}, expected a matrix, or several")
     if scale.dtype not in (*FLOATS, EXPONENTS):
         raise scale.error(f"is of type {scale.dtype}, expected floats")
-    rows, columns = stored.shape
+    rows, columns = prod(stored.shape[:-1]), stored.shape[-1]
     parts = 0
     values = POWERS[scale.raw] if scale.dtype == EXPONENTS else decode_floats(scale, scale.raw)
     if values.size == 1:
         block, shape = (max(rows, 1), max(columns, 1)), (1, 1)
+    elif len(stored.shape) == 3:
+        parts, height = stored.shape[0], stored.shape[1]
+        block, per_part = _of_each(scale, (height, columns), parts, block)
+        shape = (parts * per_part[0], per_part[1])
     elif scale.shape in ((rows,), (rows, 1)):
         block, shape = (1, max(columns, 1)), (rows, 1)
-    elif parts := _parts(stored.shape, scale.shape, block):
+    elif parts := _parts((rows, columns), scale.shape, block):
         shape = (scale.shape[0], scale.shape[1])
     elif len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and columns % scale.shape[1] == 0:
         block, shape = (1, columns // scale.shape[1]), (rows, scale.shape[1])
@@ -129,7 +134,22 @@ def _scaled(
     )
 
 
-def _parts(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> int:
+def _of_each(
+    scale: StoredTensor, shape: tuple[int, int], count: int, block: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of matrices of one shape: the block that shares a scale, and the scales of each matrix."""
+    height, columns = shape
+    blocks = (-(height // -block[0]), -(columns // -block[1]))
+    if scale.shape in ((count,), (count, 1, 1)):
+        return (max(height, 1), max(columns, 1)), (1, 1)
+    if scale.shape in ((count, height), (count, height, 1)):
+        return (1, max(columns, 1)), (height, 1)
+    if scale.shape == (count, *blocks):
+        return block, blocks
+    raise scale.error(f"has the shape {scale.shape}, which does not fit {count} weights of {shape}")
+
+
+def _parts(shape: tuple[int, int], scales: tuple[int, ...], block: tuple[int, int]) -> int:
     """How many parts of the rows have blocks of their own: of a matrix that several devices had parts of more than one.
     0: scales are not those of blocks."""
     rows, columns = shape

@@ -926,8 +926,11 @@ PUBLISHED |= {
     "Step3p5ForCausalLM": (STEP, STEP_SHAPES),
     "Step3p7ForConditionalGeneration": (
         {"text_config": STEP | {"num_nextn_predict_layers": 0}, "vision_config": VISION, "model_type": "step3p7",
-         "num_nextn_predict_layers": 0, "tie_word_embeddings": False},
-        {n: s for n, s in STEP_SHAPES.items() if "layers.3." not in n} | {"vision_model.conv1.weight": [2]}),
+         "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "quantization_config": {
+             "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}},
+        {n: s for n, s in STEP_SHAPES.items() if "layers.3." not in n} | {"vision_model.conv1.weight": [2]} | {
+            f"model.layers.{n}.moe.{part}_proj.weight_scale_inv": [4, 2, 2] for n in (1, 2)
+            for part in ("gate", "up", "down")}),
     "Dots3NoteForCausalLM": (DOTS3, DOTS3_SHAPES),
     "HYV4ForCausalLM": (HY4, HY4_SHAPES),
     "Qwen4ExpForCausalLM": (QWEN4, {n.replace("language_model.", ""): s for n, s in QWEN4_SHAPES.items()
@@ -1159,6 +1162,7 @@ DTYPES: dict[str, dict[str, str]] = {
         r".*scale_inv": "F32", r".*experts.*": "U8"},
     "JAISLMHeadModel": {r".*slopes": "F32"},
     "TalkieForCausalLM": {r".*w_g": "F32"},
+    "Step3p7ForConditionalGeneration": {r".*moe\.(gate|up|down)_proj\.weight": "F8_E4M3", r".*scale_inv": "F32"},
     "HYV4ForCausalLM": {r".*\.hc_.*|.*sink.*|.*e_score.*": "F32"},
     "Qwen4ExpForCausalLM": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
     "Qwen4ExpForConditionalGeneration": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
