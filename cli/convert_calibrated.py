@@ -166,7 +166,9 @@ def convert_calibrated(
         # What the source is judged by; an adapter that is merged into it is in the working file alone.
         reference = calibration.working if merged else find_original(str(path))
         planned, result, judged = make(calibration, wishes, planned, imatrix, reference, out, values)
-        if not wishes.keep:
+        if wishes.keep:
+            calibration.clean_up()
+        else:
             calibration.clean()
     show_result(planned, result)
     for line in judged:

@@ -57,11 +57,11 @@ MOMENT_BYTES = 1 << 30
 PASSES = 2
 # Of the files in the folder, the one that says of what they are: it comes first and goes last.
 KEY = "key"
-# Those files, and what is left of one that was not completed.
-OWN = re.compile(
-    r"(working\.gguf|rounded\.gguf|imatrix\.gguf|slopes|probing|logits|result\.gguf|named\.gguf"
-    r"|(rounded|scales|entering)-[0-9a-f]{8}-\d+)"
-)
+# Those files: what was found, and what only helps to go on with a result that was broken off.
+FOUND = r"working\.gguf|imatrix\.gguf|slopes|probing|(rounded|scales)-[0-9a-f]{8}-\d+"
+PASSING = r"rounded\.gguf|result\.gguf|named\.gguf|logits|entering-[0-9a-f]{8}-\d+"
+OWN = re.compile(f"({FOUND}|{PASSING})")
+# What is left of one that was not completed.
 UNFINISHED = re.compile(rf"\.({KEY}|{OWN.pattern})\.[0-9a-f]{{8}}\.part")
 # A folder in it, of the model with scales.
 SCALED = "scaled"
@@ -153,17 +153,28 @@ class Calibration:
         """Is there anything that a later run could use?"""
         return any(OWN.fullmatch(path.name) for path in self.folder.iterdir())
 
+    def clean_up(self) -> None:
+        """Once a result is complete: what only helps to go on with one that was broken off goes. What was found of the
+        model stays, for other types."""
+        for path in (*self.folder.iterdir(), *self._of_scaled()):
+            if re.fullmatch(PASSING, path.name) or UNFINISHED.fullmatch(path.name):
+                path.unlink()
+
     def clean(self) -> None:
-        """Once the result is complete."""
+        """Once the result is complete, and no other is wished for."""
         self._remove()
         (self.folder / KEY).unlink(missing_ok=True)
         with suppress(OSError):  # something of somebody else's is there
             self.folder.rmdir()
 
+    def _of_scaled(self) -> list[Path]:
+        """What lies in the folder of the model with scales, if that is one of ours."""
+        folder = self.folder / SCALED
+        return list(folder.iterdir()) if (folder / KEY).is_file() else []
+
     def _remove(self) -> None:
-        scaled = replace(self, folder=self.folder / SCALED)
-        if (scaled.folder / KEY).is_file():
-            scaled.clean()
+        if self._of_scaled():
+            replace(self, folder=self.folder / SCALED).clean()
         for path in self.folder.iterdir():
             if OWN.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
                 path.unlink()
@@ -265,12 +276,13 @@ class Calibration:
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
         copy.unlink(missing_ok=True)
-        self._check_room(planned, todo, [path for path in files.values() if path.is_file()])
+        with self._banded(self.working, todo, digest) as (_, relay):
+            self._check_room(planned, relay, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
         gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
         writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
         kept: set[str] = set()
-        with self._banded(copy, todo, f"entering-{digest}") as (bands, relay):
+        with self._banded(copy, todo, digest) as (bands, relay):
             progress = Steps(self.stage("rounding"), (2 + PASSES) * len(bands) * len(self.samples.taken))
             for number, band in enumerate(bands):
                 missing = [name for name in band if not files[name].is_file()]
@@ -303,14 +315,11 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _check_room(self, planned: Plan, names: Collection[str], there: Collection[Path]) -> None:
-        """Raises OSError if the disk is too small for rounding some matrices and for two results. there: what is
-        rounded already."""
-        with GGUFReader(self.working) as reader:
-            graph = build_graph(reader, self.samples.taken.size)
-            width = max((cut.width for cut in starts(graph, self._bands(graph, names))), default=0)
-        entering = 4 * width * len(self.samples.taken) * self.samples.taken.size
-        needed = self.working.stat().st_size + 2 * entering + 3 * planned.n_bytes
+    def _check_room(self, planned: Plan, relay: Relay, there: Collection[Path]) -> None:
+        """Raises OSError if the disk is too small for rounding what the relay is for, and for two results. there: what
+        is rounded already."""
+        # What goes into a band is made from what went into one before.
+        needed = self.working.stat().st_size + 2 * relay.largest_file + 3 * planned.n_bytes
         needed -= sum(path.stat().st_size for path in there)
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise OSError(
@@ -318,13 +327,19 @@ class Calibration:
             )
 
     @contextmanager
-    def _banded(self, path: Path, names: Collection[str], entering: str) -> Iterator[tuple[list[list[str]], Relay]]:
-        """Some matrices in bands, and the samples on their way through the model that lies at `path`. entering: of the
-        files for what goes into the bands."""
+    def _banded(self, path: Path, names: Collection[str], digest: str) -> Iterator[tuple[list[list[str]], Relay]]:
+        """Some matrices in bands, and the samples on their way through the model that lies at `path`.
+
+        digest: of what is done with the matrices. The files for what goes into the bands are named by it; those of
+        something else go: they are large, and it may never be asked for again.
+        """
+        for other in self.folder.glob("entering-*"):
+            if OWN.fullmatch(other.name) and not other.name.startswith(f"entering-{digest}-"):
+                other.unlink()
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             bands = self._bands(graph, names)
-            yield bands, Relay(graph, bands, self.samples.taken, self.folder / entering, self._at_work)
+            yield bands, Relay(graph, bands, self.samples.taken, self.folder / f"entering-{digest}", self._at_work)
 
     def _bands(self, graph: Graph, names: Collection[str]) -> list[list[str]]:
         """Names of matrices that the graph uses once, in the order of the layers. Each layer is a band; but those
@@ -388,7 +403,7 @@ class Calibration:
         files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
         firsts = {next(name for name in place.columns if name in types): place for place in places}
         search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
-        with self._banded(self.working, firsts, f"entering-{digest}") as (bands, relay):
+        with self._banded(self.working, firsts, digest) as (bands, relay):
             progress = Steps(self.stage("scales"), (2 + PASSES) * len(bands) * len(self.samples.taken))
             for number, band in enumerate(bands):
                 missing = [name for name in band if not files[firsts[name]].is_file()]

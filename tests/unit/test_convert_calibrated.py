@@ -282,6 +282,47 @@ def test_what_goes_into_layers_with_scales_is_kept_apart(
     assert files["awq"] and files["gptq"] and not files["awq"] & files["gptq"]
 
 
+def test_what_helps_to_go_on_stays_until_a_result_is_complete(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that is kept, too, and whatever result that is."""
+
+    class BrokenOff(calibrated.Relay):
+        def observe(self, band: int, names: Any, *more: Any) -> None:
+            if band:
+                raise KeyboardInterrupt
+            super().observe(band, names, *more)
+
+    monkeypatch.setattr(calibrated, "MOMENT_BYTES", 1)  # a layer at a time
+    work = tmp_path / "work"
+
+    def convert_to(type: str, method: str) -> int:
+        out = tmp_path / f"{type}.gguf"
+        arguments = calibrating(folder, "model", out, "--type", type, "--method", method, "--measures", work)
+        return run(*arguments, capsys=capsys)[0]
+
+    def passing() -> set[str]:
+        found = {path.name for path in work.rglob("*") if re.fullmatch(calibrated.PASSING, path.name)}
+        return {re.sub("-.*", "", name) for name in found}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "Relay", BrokenOff)
+        assert convert_to("q4_0", "gptq") == 130
+        before = set(work.glob("entering-*"))
+        assert before and passing() == {"entering", "rounded.gguf"}
+        assert convert_to("q5_0", "gptq") == 130
+        assert passing() == {"entering", "rounded.gguf"} and not before & set(work.glob("entering-*"))
+        (work / calibrated.SCALED).mkdir()
+        (work / calibrated.SCALED / "key").write_text("0123456789abcdef")
+        (work / calibrated.SCALED / ".entering-01234567-9.12345678.part").touch()
+        (work / calibrated.SCALED / "entering-01234567-9").touch()
+        (work / "named.gguf").touch()
+    assert convert_to("q8_0", "imatrix") == 0
+    assert not passing() and not list((work / calibrated.SCALED).glob(".*"))
+    assert {"working.gguf", "imatrix.gguf"} <= {path.name for path in work.iterdir()}
+    assert list(work.glob("rounded-*"))
+
+
 # The folder of measures
 
 
