@@ -14,7 +14,7 @@ import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names, Size, said_options
+from qrun.cli.options import FilePath, Names, Size, said_options
 from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def calibration_options(function: Command) -> Command:
 
     command: Any = gather
     for option in reversed((
-        click.option("--calibrate", "texts", type=click.Path(path_type=Path), multiple=True, metavar="TEXT",
+        click.option("--calibrate", "texts", type=FilePath(path_type=Path), multiple=True, metavar="TEXT",
                      help="Find the importance of inputs from this text: plain, or JSON lines with \"text\" or "
                           "\"messages\" (.jsonl). May be given several times."),
         click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True, metavar="N",
@@ -116,7 +116,7 @@ def calibration_options(function: Command) -> Command:
         click.option("--candidates", type=Names(), show_default="K types, legacy types, IQ4_NL and IQ4_XS; those of "
                      "less than four bits too where the size asks for them",
                      help="The types of tensors to choose from."),
-        click.option("--measures", "keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+        click.option("--measures", "keep", type=FilePath(path_type=Path, file_okay=False), metavar="FOLDER",
                      help="Keep what was found of the model in this folder, for other sizes and types.",
                      show_default="a folder beside OUT, until that is complete"),
         click.option("--judge/--no-judge", default=True, show_default=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qrun.cli.console import echo
-from qrun.cli.options import chunk_options, lora_option, model_argument, threads_option
+from qrun.cli.options import FilePath, chunk_options, lora_option, model_argument, threads_option
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("imatrix.gguf"), show_default=True,
+@click.argument("file", type=FilePath(path_type=Path))
+@click.option("-o", "--out", type=FilePath(path_type=Path), default=Path("imatrix.gguf"), show_default=True,
               metavar="OUT", help="The file to write.")  # fmt: skip
 @chunk_options()
 @threads_option()

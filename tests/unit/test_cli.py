@@ -236,6 +236,28 @@ def test_a_folder_is_one_line(command: list[str], capsys: pytest.CaptureFixture[
     assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["chat {}", "run {} x", "info {}", "serve {}", "pull {}", "rm {}", "tokenize {} x", "embed {} x", "warmup {}",
+     "bench {}", "convert {}", "imatrix {} text", "perplexity {} text", "compare {} --text text", "pack {} --out to",
+     "run x y --draft {}"],
+)  # fmt: skip
+def test_an_empty_name_of_a_model_is_said_to_be_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", " ", "\n"):
+        status, out, err = run(*(word.format(name) for word in command.split(" ")), capsys=capsys)
+        assert (status, out) == (2, "") and "the name is empty" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["convert x {} --type q8_0", "convert x --type q8_0 --imatrix {}", "convert x --calibrate {}", "imatrix x {}",
+     "run x y --cache-disk {}", "run x y --lora {}", "embed x y -o {}", "pack x --out {}", "serve --models-dir {}"],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_working_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(*(word.format("") for word in command.split(" ")), capsys=capsys)
+    assert (status, out) == (2, "") and "the path is empty" in err.splitlines()[-1]
+
+
 def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run("info", "gemma-3-270m", capsys=capsys)
     assert (status, err) == (1, "qrun: gemma-3-270m: not pulled yet; fetch it with: qrun pull gemma-3-270m\n")
