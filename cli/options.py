@@ -278,8 +278,8 @@ def said_options(options: Mapping[str, str]) -> list[str]:
 
 
 def loading_options(function: Command, *, named_loras: bool = False) -> Command:
-    """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --lora, --type and --draft; the command
-    gets them as Model.load's arguments, as `loading`. named_loras: adapters can have names."""
+    """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --mlock, --lora, --type and --draft; the
+    command gets them as Model.load's arguments, as `loading`. named_loras: adapters can have names."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -289,6 +289,7 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
             "cache_type": kwargs.pop("cache_type"),
             "cache_disk": kwargs.pop("cache_disk"),
             "cache_disk_bytes": kwargs.pop("cache_disk_bytes"),
+            "mlock": kwargs.pop("mlock"),
             "loras": kwargs.pop("loras"),
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
@@ -309,6 +310,9 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
         click.option("--cache-disk-bytes", type=Size(), metavar="SIZE",
                      help="What that folder's files may take, such as 20G.",
                      show_default="10G, or a tenth of what is free"),
+        click.option("--mlock", is_flag=True,
+                     help="Keep the weights in memory: read them all at once, and let the system not take them back "
+                          "when memory gets short."),
         lora_option(named_loras),
         type_option(),
         draft_option(),

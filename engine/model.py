@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ class Model(OfThisProcess):
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
         kernels: str | os.PathLike[str] | None = None,
+        mlock: bool = False,
         progress: Callable[[int, int], None] | None = None,
         converting: Callable[[int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
@@ -153,11 +155,14 @@ class Model(OfThisProcess):
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         kernels: a folder that `qrun pack` made: machine code that is searched first, so that nothing is compiled.
+        mlock: keep the weights in memory: they are read at once, and the system may not take them back when memory
+            gets short.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine; ten times
             a second, or as each is done where they are compiled in this process. What it raises ends the loading.
         converting: called with (done, total), in bytes, while a folder is quantised.
         notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised, and about
-            what is wrong with `cache_disk`; without it, that is a CacheWarning.
+            what is wrong with `cache_disk`, or why weights are not locked; without it, the one is a CacheWarning, and
+            the other a RuntimeWarning.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -233,6 +238,8 @@ class Model(OfThisProcess):
                 drafting = load_draft(draft, reader, runtime, find, progress)
             if drafting is not None:
                 undo.callback(drafting.close)
+            if mlock:
+                lock_weights([runtime, *(drafting.runtimes if drafting is not None else ())], notice)
             named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
             model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
             undo.pop_all()  # they are the model's now
@@ -844,6 +851,18 @@ def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":
     if graph.architecture not in DIFFUSION or type(mask) is not int or not 0 <= mask < graph.n_vocab:
         return None
     return Diffusion(mask, reader.metadata.get("diffusion.shift_logits", True) is not False)
+
+
+def lock_weights(runtimes: "Iterable[Runtime]", notice: Callable[[str], None] | None) -> None:
+    """Keep the files of runtimes in memory. Says, or warns, where the system does not do that."""
+    from qrun.engine.native.memory_lock import lock_in_memory
+
+    files = {id(file): file for runtime in runtimes for file in runtime.files}
+    if problem := lock_in_memory(files.values()):
+        if notice is not None:
+            notice(problem)
+        else:
+            warnings.warn(problem, RuntimeWarning, stacklevel=3)  # at the line that loads
 
 
 def cache_limit(runtime: "Runtime", wanted: int | None) -> int:

@@ -120,7 +120,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
     arguments = (
         "--temperature 0.5 --top-k 3 --max-tokens 7 --seed 1 --logit-bias 5=-inf --logit-bias 6=1.5 --stop a --stop b "
         "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0 --type q4_0 "
-        "--cache-disk kept --cache-disk-bytes 1.5GiB "
+        "--cache-disk kept --cache-disk-bytes 1.5GiB --mlock "
         "--lora a.gguf --lora b.gguf=0.5 --draft small.gguf"
     )
     result = CliRunner().invoke(cli, ["run", "m.gguf", "hi", *arguments.split()])
@@ -130,7 +130,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
         "logit_bias": {5: float("-inf"), 6: 1.5}, "stop": ("a", "b"), "samplers": ("top_k", "temperature"),
         "dry_breakers": ("x",), "threads": 2, "context": 64, "cache_type": "q8_0", "type": "q4_0",
         "cache_disk": Path("kept"), "cache_disk_bytes": 3 << 29,
-        "draft": "small.gguf",
+        "draft": "small.gguf", "mlock": True,
         "loras": (Lora(Path("a.gguf")), Lora(Path("b.gguf"), 0.5)),
     }  # fmt: skip
 
