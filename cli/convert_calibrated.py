@@ -153,7 +153,7 @@ def convert_calibrated(
         compiling=CompileProgress(), notice=notice, variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
     )  # fmt: skip
     with ExitStack() as stack:
-        stack.enter_context(calibration.opened())
+        stack.enter_context(calibration.measures.opened())
         if not wishes.keep:
             stack.enter_context(saying_what_stays(calibration))
         remove_unfinished(out)  # of a run that was killed
@@ -167,9 +167,9 @@ def convert_calibrated(
         reference = calibration.working if merged else find_original(str(path))
         planned, result, judged = make(calibration, wishes, planned, imatrix, reference, out, values)
         if wishes.keep:
-            calibration.clean_up()
+            calibration.measures.clean_up()
         else:
-            calibration.clean()
+            calibration.measures.clean()
     show_result(planned, result)
     for line in judged:
         echo(line)
@@ -262,8 +262,8 @@ def saying_what_stays(calibration: Calibration) -> Iterator[None]:
         yield
     finally:
         folder = calibration.folder
-        if folder.is_dir() and not calibration.has_measures:
-            calibration.clean()
+        if folder.is_dir() and not calibration.measures.has_any:
+            calibration.measures.clean()
         elif folder.is_dir():
             notice(f"what was measured stays in {folder}, for another run with this result: else remove it")
 

@@ -7,14 +7,13 @@ is measured, the importance matrix, and what each tensor's errors do. A run that
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert,
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
+from qrun.engine.quantize.measure_folder import SCALED, MeasureFolder
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
 from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
@@ -55,16 +55,6 @@ WORKING_TYPE = "Q8_0"
 MOMENT_BYTES = 1 << 30
 # What it takes to round the matrices of a layer, in passes of the samples through it.
 PASSES = 2
-# Of the files in the folder, the one that says of what they are: it comes first and goes last.
-KEY = "key"
-# Those files: what was found, and what only helps to go on with a result that was broken off.
-FOUND = r"working\.gguf|imatrix\.gguf|slopes|probing|(rounded|scales)-[0-9a-f]{8}-\d+"
-PASSING = r"rounded\.gguf|result\.gguf|named\.gguf|logits|entering-[0-9a-f]{8}-\d+"
-OWN = re.compile(f"({FOUND}|{PASSING})")
-# What is left of one that was not completed.
-UNFINISHED = re.compile(rf"\.({KEY}|{OWN.pattern})\.[0-9a-f]{{8}}\.part")
-# A folder in it, of the model with scales.
-SCALED = "scaled"
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
@@ -122,62 +112,10 @@ class Calibration:
                 digest.update(part)
         return digest.hexdigest()[:16]
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """The folder, with what an earlier run on the same left there, and is whole; within it it is no other run's.
-        Raises ValueError if it is at work for another run, or holds what is not of this kind."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
-            self._prepare()
-            yield
-
-    def _prepare(self) -> None:
-        mark = self.folder / KEY
-        key = mark.read_bytes() if mark.is_file() else None
-        theirs = key is None and any(not UNFINISHED.fullmatch(path.name) for path in self.folder.iterdir())
-        if theirs or (key is not None and not re.fullmatch(rb"[0-9a-f]{16}", key)):
-            raise ValueError(f"{self.folder}: other things than measures lie here: name a new folder, or an empty one")
-        for path in self.folder.iterdir():
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink()
-        if key != self.key.encode():
-            self._remove()
-            write_whole(mark, self.key)
-        probing = self.folder / "probing"
-        if probing.exists():  # a run that was killed may have left a tensor rounded
-            (self.folder / "working.gguf").unlink(missing_ok=True)
-            probing.unlink()
-
-    @property
-    def has_measures(self) -> bool:
-        """Is there anything that a later run could use?"""
-        return any(OWN.fullmatch(path.name) for path in self.folder.iterdir())
-
-    def clean_up(self) -> None:
-        """Once a result is complete: what only helps to go on with one that was broken off goes. What was found of the
-        model stays, for other types."""
-        for path in (*self.folder.iterdir(), *self._of_scaled()):
-            if re.fullmatch(PASSING, path.name) or UNFINISHED.fullmatch(path.name):
-                path.unlink()
-
-    def clean(self) -> None:
-        """Once the result is complete, and no other is wished for."""
-        self._remove()
-        (self.folder / KEY).unlink(missing_ok=True)
-        with suppress(OSError):  # something of somebody else's is there
-            self.folder.rmdir()
-
-    def _of_scaled(self) -> list[Path]:
-        """What lies in the folder of the model with scales, if that is one of ours."""
-        folder = self.folder / SCALED
-        return list(folder.iterdir()) if (folder / KEY).is_file() else []
-
-    def _remove(self) -> None:
-        if self._of_scaled():
-            replace(self, folder=self.folder / SCALED).clean()
-        for path in self.folder.iterdir():
-            if OWN.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
-                path.unlink()
+    @cached_property
+    def measures(self) -> MeasureFolder:
+        """Its folder."""
+        return MeasureFolder(self.folder, self.key)
 
     @property
     def working(self) -> Path:
@@ -333,9 +271,7 @@ class Calibration:
         digest: of what is done with the matrices. The files for what goes into the bands are named by it; those of
         something else go: they are large, and it may never be asked for again.
         """
-        for other in self.folder.glob("entering-*"):
-            if OWN.fullmatch(other.name) and not other.name.startswith(f"entering-{digest}-"):
-                other.unlink()
+        self.measures.forget_entering(digest)
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             bands = self._bands(graph, names)
@@ -425,7 +361,7 @@ class Calibration:
         digest = hashlib.sha256(b"".join(name.encode() + source.columns[name].tobytes() for name in source.columns))
         result = replace(self, source=source, folder=self.folder / SCALED, variant=self.variant + digest.hexdigest())
         result.folder.mkdir(exist_ok=True)
-        result._prepare()
+        result.measures.prepare()
         return result
 
     def mix(
@@ -472,48 +408,6 @@ class Calibration:
         self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
     ) -> int:
         return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within it no other process has the folder so. Raises ValueError if one has it now."""
-    if os.name != "posix":  # no locks of folders
-        with _locked_beside(folder):
-            yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _at_work(folder) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked_beside(folder: Path) -> Iterator[None]:
-    """The same by a file beside the folder: one within would be taken for somebody else's."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _at_work(folder) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _at_work(folder: Path) -> ValueError:
-    return ValueError(f"{folder}: another run is at work here: name another folder, or wait for it")
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

@@ -21,7 +21,7 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import against, console, convert_calibrated
 from qrun.engine import Tokenizer
-from qrun.engine.quantize import calibrated
+from qrun.engine.quantize import calibrated, measure_folder
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
@@ -302,7 +302,7 @@ def test_what_helps_to_go_on_stays_until_a_result_is_complete(
         return run(*arguments, capsys=capsys)[0]
 
     def passing() -> set[str]:
-        found = {path.name for path in work.rglob("*") if re.fullmatch(calibrated.PASSING, path.name)}
+        found = {path.name for path in work.rglob("*") if re.fullmatch(measure_folder.PASSING, path.name)}
         return {re.sub("-.*", "", name) for name in found}
 
     with monkeypatch.context() as patch:
@@ -312,13 +312,13 @@ def test_what_helps_to_go_on_stays_until_a_result_is_complete(
         assert before and passing() == {"entering", "rounded.gguf"}
         assert convert_to("q5_0", "gptq") == 130
         assert passing() == {"entering", "rounded.gguf"} and not before & set(work.glob("entering-*"))
-        (work / calibrated.SCALED).mkdir()
-        (work / calibrated.SCALED / "key").write_text("0123456789abcdef")
-        (work / calibrated.SCALED / ".entering-01234567-9.12345678.part").touch()
-        (work / calibrated.SCALED / "entering-01234567-9").touch()
+        (work / measure_folder.SCALED).mkdir()
+        (work / measure_folder.SCALED / "key").write_text("0123456789abcdef")
+        (work / measure_folder.SCALED / ".entering-01234567-9.12345678.part").touch()
+        (work / measure_folder.SCALED / "entering-01234567-9").touch()
         (work / "named.gguf").touch()
     assert convert_to("q8_0", "imatrix") == 0
-    assert not passing() and not list((work / calibrated.SCALED).glob(".*"))
+    assert not passing() and not list((work / measure_folder.SCALED).glob(".*"))
     assert {"working.gguf", "imatrix.gguf"} <= {path.name for path in work.iterdir()}
     assert list(work.glob("rounded-*"))
 
@@ -386,7 +386,7 @@ def test_a_folder_at_which_another_run_is_at_work_is_refused(
 
 def test_a_lock_beside_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     """What stands in for locks of folders where a system has none."""
-    locked, work = calibrated._locked_beside, tmp_path / "work"
+    locked, work = measure_folder.locked_beside, tmp_path / "work"
     with locked(work):
         with pytest.raises(ValueError, match="work: another run is at work here"), locked(work):
             pass
