@@ -47,8 +47,8 @@ def command(
         text_chunks,
     )
     from qrun.cli.perplexity import plus_minus, so_far
-    from qrun.engine.quantize.calibration import collect
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
+    from qrun.engine.quantize.importance import collect
 
     path = find_original(model)
     check_predicts(path, "importance matrix")

@@ -280,7 +280,7 @@ class Model(OfThisProcess):
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for, else None."""
+        """That the context is longer than what the model was trained for, in a line; None if it is not."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -822,7 +822,7 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:
-    """The same of a model that is not loaded."""
+    """A line for whoever runs a model with more context than it was trained for, else None."""
     if context <= graph.context_length:
         return None
     return (

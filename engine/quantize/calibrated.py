@@ -27,11 +27,11 @@ from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
-from qrun.engine.quantize.calibration import observe
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
+from qrun.engine.quantize.importance import observe
 from qrun.engine.quantize.measure_folder import SCALED, MeasureFolder
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
 from qrun.engine.quantize.samples import Samples

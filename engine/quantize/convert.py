@@ -110,7 +110,8 @@ class Loss:
 
     @property
     def weighted_rmse(self) -> float:
-        """The same with every weight counted by its importance (by 1 where there is none): what has been minimised."""
+        """`relative_rmse` with every weight counted by its importance (by 1 where there is none): what has been
+        minimised."""
         return float(np.sqrt(self.weighted_error / self.weighted_energy)) if self.weighted_energy > 0 else 0.0
 
 
