@@ -140,8 +140,6 @@ def convert_calibrated(
     check_not_quantised(source, allow_requantize)
     if not named:
         out = default_out(out, label(wishes) if wishes.sized else choice.file_type)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
     check_target(source, out)
     samples = read(path, source, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)

@@ -9,6 +9,7 @@ import click
 
 from qrun.cli.console import echo
 from qrun.cli.options import FilePath, chunk_options, lora_option, model_argument, threads_option
+from qrun.formats.whole_file import check_place
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora
@@ -54,8 +55,7 @@ def command(
     check_predicts(path, "importance matrix")
     if out.exists() and out.samefile(path):
         raise ValueError(f"{out}: this is the model itself: name another file")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
+    check_place(out)
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     with (
         open_runtime(path, RunOptions(threads, loras=loras), ctx, observe=True) as runtime,
