@@ -37,7 +37,7 @@ if TYPE_CHECKING:
               help="Repetitions; the best counts. One more goes before them as a warm-up.")  # fmt: skip
 @click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, metavar="TOKENS",
               help="Tokens in the cache already.")  # fmt: skip
-@click.option("--seqs", type=click.IntRange(min=1), default=1, show_default=True, metavar="SEQUENCES",
+@click.option("--seqs", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="SEQUENCES",
               help="Also measure so many sequences that are decoded together.")  # fmt: skip
 @cache_type_option()
 @lora_option()
