@@ -31,8 +31,8 @@ class Targets(click.ParamType):
             name = name.strip().lower()
             if name == "host":
                 names.append(usable_machines()[0])
-            elif name == "all":  # code for AMX is used by who asks for it alone
-                names += [machine for machine in MACHINES if machine != "amx"]
+            elif name == "all":  # few computers of an app's users have AMX
+                names += [machine for machine in MACHINES if not machine.startswith("amx")]
             elif name in MACHINES:
                 names.append(name)
             else:
@@ -46,8 +46,9 @@ class Targets(click.ParamType):
               help="Where the pack is written; one that is there is replaced.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="all", show_default=True,
               help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "
-                   "apple, neon-dotprod, neon; host for the kind that this one is. all leaves out amx, which is for "
-                   "apps that set QRUN_SIMD to it. The same code runs on Linux, macOS and Windows.")  # fmt: skip
+                   "apple, neon-dotprod, neon; host for the kind that this one is. all leaves out amx-floats, "
+                   "for F16 and BF16 on Intel's servers, and amx, for apps that set QRUN_SIMD to it. The same "
+                   "code runs on Linux, macOS and Windows.")  # fmt: skip
 @click.option("--cache-type", "cache_types", type=click.Choice(CACHE_TYPES), multiple=True, default=["f16"],
               show_default=True, help="How the app keeps keys and values. May be given several times.")  # fmt: skip
 @lora_option()

@@ -96,7 +96,9 @@ class Harness:
         rows, width = x.shape
         blocks, tail = blocks_and_tail(type_, width)
         block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
+        tiled = self.target.float_tiles and type_name in ("F16", "BF16") and width % 32 == 0
         packing, column_bytes = ("f32", width * 4) if type_ in FLOAT_TYPES else ("q8", width // 32 * block_bytes)
+        packing = type_name.lower() if tiled else packing
         row_bytes = len(weights) // n_rows
         packed = self.packed(np.ascontiguousarray(x, np.float32), packing)
         out = np.full((rows, n_rows), np.nan, np.float32)
@@ -106,7 +108,7 @@ class Harness:
             R.MM_OUT: out.ctypes.data, R.MM_OUT_STRIDE: n_rows * 4, R.MM_SCALE: 1.0, R.MM_CHUNK: 32,
             R.MM_RANGES: IN_STEP + R.ROW_RANGES, **(extra or {}),
         }  # fmt: skip
-        self.run(f"matmul-{type_name}", fields, rows)
+        self.run(f"matmul-{type_name}{'-tiles' if tiled else ''}", fields, rows)
         return out
 
     def embed(

@@ -67,6 +67,50 @@ def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-d
         v.store_f32(panel + i * 4 * columns, v.load_f32(row + 4 * i))
 
 
+# Where matrices of float16 or bfloat16 are tiles, a panel always has so many columns. It lies in tiles of 32
+# activations of each column: 16 rows of pairs, of all columns' first eight bits, then of what is left of them.
+SPLIT_COLUMNS = 8
+
+
+def _split(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value, pairs: str) -> None:
+    """32 floats at `x` as the sums of two bfloat16, in rows of pairs `stride` bytes apart, the second ones `rest` bytes
+    behind the first ones. pairs: of "neighbours", or of what is 16 "apart"."""
+    first, second = (e.load(x, 64 * half, F32, 16) for half in range(2))
+    if pairs == "neighbours":
+        first, second = first.shuffle(second, range(0, 32, 2)), first.shuffle(second, range(1, 32, 2))
+    tops = [rounded(x) for x in (first, second)]
+    rests = [rounded(x - (top << 16).bits_as(F32)) for x, top in zip((first, second), tops, strict=True)]
+    for place, (low, high) in ((out, tops), (e.builder.add(out, e.index(rest)), rests)):
+        words = low | (high << 16)
+        for row in range(16):
+            e.store(words.lane(row), place)
+            place = e.builder.add(place, stride)
+
+
+@operation(lambda *_: v.types.void)
+def split_neighbours(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value) -> None:
+    _split(e, x, out, rest, stride, "neighbours")
+
+
+@operation(lambda *_: v.types.void)
+def split_apart(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value) -> None:
+    _split(e, x, out, rest, stride, "apart")
+
+
+def _split_packer(split: Any) -> Any:
+    @v.helper
+    def pack_split(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+        """A row of `width` floats as column `place`: of a panel, or with one column for itself."""
+        stride = 8 if columns == 1 else 8 * SPLIT_COLUMNS
+        of_panel = 1 if columns == 1 else SPLIT_COLUMNS
+        out = packed + place // of_panel * (4 * width * of_panel) + 4 * (place % of_panel)
+        for first in range(0, width, 32):
+            split(row + 4 * first, out, 4 * of_panel, stride)
+            out += 16 * stride
+
+    return pack_split
+
+
 # The order of four neighbouring activations where matrices are tiles: in pairs, as `tiles.fold` makes pairs of weights.
 PAIRED = (0, 2, 1, 3)
 
@@ -77,11 +121,15 @@ def round_block(e: Emitter, x: ir.Value, out: ir.Value) -> None:
     order = [4 * four + i for four in range(4) for i in PAIRED]
     for half in range(2):
         values = e.load(x, 64 * half, F32, 16).permute(order)
-        bits = values.bits_as(I32)
-        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
-        finite_or_infinite = (bits & 0x7FFFFFFF).less(0x7F800001)
-        rounded = finite_or_infinite.choose(rounded, rounded.constant(0x7FC0))
-        e.store(rounded.narrow(I16).value, out, 32 * half)
+        e.store(rounded(values).narrow(I16).value, out, 32 * half)
+
+
+def rounded(values: Vector) -> Vector:
+    """float32 to bfloat16, ties to even: the bits, in int32."""
+    bits = values.bits_as(I32)
+    result = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    finite_or_infinite = (bits & 0x7FFFFFFF).less(0x7F800001)
+    return finite_or_infinite.choose(result, result.constant(0x7FC0))
 
 
 @v.helper
@@ -93,7 +141,10 @@ def pack_rounded(row, width, packed, place, columns):  # type: ignore[no-untyped
 
 
 def packer_of(packing: str) -> Any:
-    """How rows are packed for matrices of quantised weights ("q8") or of floats ("f32")."""
+    """How rows are packed for matrices of quantised weights ("q8"), of floats ("f32"), or of those that are multiplied
+    by tiles ("f16", "bf16")."""
+    if packing in ("f16", "bf16"):
+        return _split_packer(split_apart if packing == "f16" else split_neighbours)
     if packing == "f32":
         return pack_float
     return pack_rounded if v.target().tiles else pack_quantised

@@ -28,6 +28,7 @@ from numba.core import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised
+from qrun.engine.kernels.float_tiles import float_tile_matmul
 from qrun.engine.kernels.products import (
     AHEAD_BYTES,
     few_columns_of,
@@ -154,8 +155,12 @@ def _tail_operation(spec: Quantised | Float) -> Any:
     return dot_one
 
 
-def matmul(type_name: str) -> Callable[[int, int, int], None]:
-    """The kernel for weights of one tensor type."""
+def matmul(variant: str) -> Callable[[int, int, int], None]:
+    """The kernel for weights of one tensor type. The variant: the type, and "tiles" for floats that are multiplied by
+    AMX."""
+    type_name, _, tiles = variant.partition("-")
+    if tiles:
+        return float_tile_matmul(type_name)
     spec = TYPES[type_name]
     if v.target().tiles and isinstance(spec, Quantised):
         return tile_matmul(spec)

@@ -137,11 +137,11 @@ def nothing(_):  # type: ignore[no-untyped-def]
 
 def kernel_of(
     few_columns: Any, many_columns: Any, unpacked_bytes: int, totals_bytes: int, many_rows: int, most_columns: int,
-    pass_bytes: int = 1 << 60, begin_kernel: Any = nothing, end_kernel: Any = nothing,
+    pass_bytes: int = 1 << 60, begin_kernel: Any = nothing, end_kernel: Any = nothing, least_columns: int = 256,
 ) -> Callable[[int, int, int], None]:  # fmt: skip
     """The kernel that takes chunks of rows until none is left. many_rows, most_columns: how many rows, and columns at
-    most, `many_columns` takes; half as many columns where these would be more than `pass_bytes`. All rows are
-    multiplied by so many columns, then by the next ones.
+    most, `many_columns` takes; fewer columns, down to `least_columns`, where these would be more than `pass_bytes`. All
+    rows are multiplied by so many columns, then by the next ones.
 
     A thread calls `begin_kernel` and `end_kernel` with the number of all columns before the first chunk and after the
     last one."""
@@ -155,8 +155,9 @@ def kernel_of(
         chunk_rows = v.load_i64(op + R.MM_CHUNK) if all_columns <= columns else many_rows
         chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
-        fit = v.load_i64(op + R.MM_COLUMN_BYTES) * most_columns <= pass_bytes
-        pass_columns = most_columns if fit else most_columns // 2
+        pass_columns = most_columns
+        while pass_columns > least_columns and v.load_i64(op + R.MM_COLUMN_BYTES) * pass_columns > pass_bytes:
+            pass_columns //= 2
         pass_chunks = chunks * v.load_i64(ranges)
         n_chunks = (all_columns + pass_columns - 1) // pass_columns * pass_chunks
         next_bytes = v.load_i64(op + R.MM_NEXT_BYTES)

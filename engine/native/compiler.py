@@ -22,7 +22,7 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image, LinkError, placed
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.object_cache import ObjectCache, warn_once
 from qrun.engine.native.packs import Pack, PackError, packs
-from qrun.engine.simd.target import Target, host_target, machine_name, machine_target, reading_target, usable_machines
+from qrun.engine.simd.target import Target, host_target, machine_name, machine_target, model_target, usable_machines
 
 __all__ = [
     "CompileError", "Kernels", "Progress", "cache_folder", "compile_kernels", "default_target", "load_images",
@@ -50,17 +50,16 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     return kernels
 
 
-def default_target(reads_only: bool = False) -> Target:
+def default_target(tiles: str = "") -> Target:
     """The machine that kernels are loaded for if nobody says which: this one. Where nothing can be compiled and packs
     have nothing for it, the best that they have for lesser ones.
 
-    reads_only: for a model that reads whole texts and writes none: see `reading_target`. Packs decide, if there are
-    some.
+    tiles: what a model gains by: see `model_target`. Packs decide, if there are some.
     """
     best = host_target()
     packed = {machine for pack in packs() for machine in pack.targets}
-    if reads_only and (not packed or "amx" in packed):
-        best = reading_target()
+    if not packed or tiles in packed:
+        best = model_target(tiles)
     if packed and machine_name(best) not in packed and any(compiler_place(name) is None for name in OLDEST):
         return next((machine_target(name) for name in usable_machines() if name in packed), best)
     return best

@@ -11,6 +11,7 @@ from qrun.engine.native.team import TEAM_KERNELS
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
+from qrun.engine.program.record_writer import matrices, tiles_for
 from qrun.engine.program.state_blocks import state_sizes
 from qrun.engine.simd.target import Target
 from qrun.models import graph as G
@@ -21,7 +22,7 @@ def kernels_of(
 ) -> list[str]:
     """The keys of the kernels that a model needs, with that many threads (one for each core) or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    target = target or default_target(reads_only=graph.embeds)
+    target = target or default_target(tiles_for(graph))
     halves = [graph] if graph.encoder is None else [graph.encoder, graph]
     lowered = [
         Lowering(to_lower, layout, target, batch=1, head_rows=1, context=1, threads=1)
@@ -57,8 +58,8 @@ def warm_up(
     from qrun.engine.kernels import all_keys
 
     keys = kernels_of(graph, cache_type) if graph is not None else all_keys()
-    reads_only = graph is not None and graph.embeds
-    compiled = compile_kernels(keys, default_target(reads_only), progress)
+    target = default_target(tiles_for(graph) if graph is not None else "")
+    compiled = compile_kernels(keys, target, progress)
     return compiled, len(set(keys)) - compiled
 
 
@@ -66,14 +67,11 @@ def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:
     """Bytes of weights, keys and values that have to be read to generate the token at a position."""
     total = 0.0
     for operation in graph.operations:
-        if isinstance(operation, G.Linear | G.HeadLinear):
-            total += operation.weight.raw.nbytes
-        elif isinstance(operation, G.MoE):
-            weights = [operation.router, *operation.matrices]
-            weights += [weight for change in operation.changes for weight in (change.a, change.b)]
-            for weight in weights:  # those of experts have three dimensions
-                used = operation.n_used / weight.shape[0] if len(weight.shape) == 3 else 1
-                total += weight.raw.nbytes * used
+        for weight in matrices(operation):
+            used = 1.0
+            if isinstance(operation, G.MoE) and len(weight.shape) == 3:  # of experts
+                used = operation.n_used / weight.shape[0]
+            total += weight.raw.nbytes * used
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
     for (window, every), page_bytes in zip(layout.groups, layout.page_bytes, strict=True):
         seen = position / every if window is None else min(position, window)

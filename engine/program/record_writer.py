@@ -25,6 +25,8 @@ ALONE_KERNELS: dict[str, str] = {
     "gelu": "gelu_alone", "relu": "relu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone",
     "sigmoid": "sigmoid", "softplus": "softplus", "signed_root": "signed_root", "exp": "exp",
 }  # fmt: skip
+# How rows are packed for matrices of these types where tiles multiply them.
+TILED = ("f16", "bf16")
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024
 
@@ -118,13 +120,15 @@ class RecordWriter:
         return place
 
     def packing(self, weight: G.Weight) -> str:
+        if self.target.float_tiles and gains_by_tiles(weight):
+            return weight.type.name.lower()
         return "f32" if weight.type in FLOAT_TYPES else "q8"
 
     def packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
         """Where value's packed columns go. They live as long as the value."""
         columns = -(-(rows or self.rows) // self.target.columns) * self.target.columns
         block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
-        column_bytes = value.width * 4 if packing == "f32" else -(-value.width // 32) * block_bytes
+        column_bytes = value.width * 4 if packing != "q8" else -(-value.width // 32) * block_bytes
         last = self._last_use(value) if last is None else last
         return Place(self.arena.buffer(columns * column_bytes, self.index, last), 0, column_bytes)
 
@@ -196,7 +200,7 @@ class RecordWriter:
         share = -(-rows // (self.threads * 4))
         chunk = max(-(-min(wanted, share) // lanes) * lanes, lanes)
         self.emit(
-            f"matmul-{weight.type.name}",
+            f"matmul-{weight.type.name}{'-tiles' if self.packing(weight) in TILED else ''}",
             {
                 R.MM_WEIGHTS: weight.raw, R.MM_ROW_BYTES: row_bytes, R.MM_MATRIX_BYTES: rows * row_bytes,
                 R.MM_ROWS: rows,
@@ -215,6 +219,30 @@ class RecordWriter:
 
     def taken_by_experts(self, weights: list[G.Weight], x: Place, routing: Routing) -> None:
         """Matmuls of experts are about to take the float32 rows at x."""
+
+
+def matrices(operation: G.Operation) -> Iterator[G.Weight]:
+    """The weights of the matmuls that an operation becomes."""
+    if isinstance(operation, G.Linear | G.HeadLinear):
+        yield operation.weight
+    elif isinstance(operation, G.MoE):
+        yield from (operation.router, *operation.matrices)
+        for change in operation.changes:
+            yield from (change.a, change.b)
+
+
+def gains_by_tiles(weight: G.Weight) -> bool:
+    """Whether a matrix is one of those that `kernels.float_tiles` multiplies."""
+    return weight.type in (TensorType.F16, TensorType.BF16) and weight.shape[-1] % 32 == 0
+
+
+def tiles_for(graph: G.Graph) -> str:
+    """The form of kernels that a model gains by, where there is AMX: "amx" if it reads whole texts and writes none, as
+    a column alone does not count there; "amx-floats" if it has matrices for that; or ""."""
+    if graph.embeds:
+        return "amx"
+    operations = [*graph.operations, *(graph.encoder.operations if graph.encoder else [])]
+    return "amx-floats" if any(gains_by_tiles(weight) for one in operations for weight in matrices(one)) else ""
 
 
 def limits(operation: G.Activate | G.MoE) -> object:

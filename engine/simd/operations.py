@@ -483,9 +483,9 @@ def store_rows(e: Emitter, tile: list[Vector], parts: int, address: ir.Value, st
 
 
 @operation(_void)
-def configure_tiles(e: Emitter, columns: int) -> None:
+def configure_tiles(e: Emitter, rows: int, row_bytes: int) -> None:
     """All that follow take literals for the numbers of tiles: see `Emitter.configure_tiles`."""
-    e.configure_tiles(columns)
+    e.configure_tiles(rows, row_bytes)
 
 
 @operation(_void)
@@ -499,18 +499,18 @@ def zero_matrix(e: Emitter, tile: int) -> None:
 
 
 @operation(_void)
-def load_matrix(e: Emitter, tile: int, address: ir.Value) -> None:
-    e.load_matrix(tile, address)
+def load_matrix(e: Emitter, tile: int, address: ir.Value, stride: Any) -> None:
+    e.load_matrix(tile, address, stride)
 
 
 @operation(_void)
-def store_matrix(e: Emitter, tile: int, address: ir.Value) -> None:
-    e.store_matrix(tile, address)
+def store_matrix(e: Emitter, tile: int, address: ir.Value, stride: Any) -> None:
+    e.store_matrix(tile, address, stride)
 
 
 @operation(_void)
-def multiply_matrices(e: Emitter, sums: int, activations: int, weights: int) -> None:
-    e.multiply_matrices(sums, activations, weights)
+def multiply_matrices(e: Emitter, sums: int, left: int, right: int) -> None:
+    e.multiply_matrices(sums, left, right)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

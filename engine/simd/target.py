@@ -14,7 +14,7 @@ from qrun.engine.cpu.features import V8_2, architecture, host_features
 from qrun.engine.errors import QrunError
 from qrun.formats.dataclass import dataclass
 
-FORMS = ("best", "amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
+FORMS = ("best", "amx", "amx-floats", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
 # What tiles are made with: all CPUs with AMX have it.
 AMX = frozenset(
     {"amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512fp16"}
@@ -30,6 +30,7 @@ class Target:
     "neon" (smull, saddlp) or "plain" (vector arithmetic that every LLVM target has).
     columns: how many columns a matrix tile has, so that its accumulators stay in registers.
     tiles: whether quantised matrices are multiplied by AMX: tiles of bfloat16, in the place of int8 products.
+    float_tiles: whether matrices of float16 and bfloat16 are.
 
     Arm CPUs with matrix products of int8 (i8mm) get "dotprod", too. With smmla the loop over unpacked weights would
     have 135 instructions in the place of 154 for Q4_K (8 columns of 4 rows and 32 weights), 133 of 149 for Q4_0, 118
@@ -44,12 +45,13 @@ class Target:
     dot: str
     columns: int
     tiles: bool = False
+    float_tiles: bool = False
 
     @property
     def form(self) -> str:
         """The name of its form: what QRUN_SIMD calls it, or what a kind of machine in MACHINES is called."""
-        if self.tiles:
-            return "amx"
+        if self.tiles or self.float_tiles:
+            return "amx" if self.tiles else "amx-floats"
         if self.dot == "vnni":
             return "avx512-vnni" if self.lanes == 16 else "avx-vnni"
         if self.dot == "avx2":
@@ -94,8 +96,8 @@ def _is_arm(triple: str) -> bool:
 def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str = "best") -> Target:
     """The best of what a CPU has: LLVM's triple and name for it, and LLVM's names of features, present or not.
 
-    form: "best", or another: "amx", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either), "avx-vnni" (no
-    AVX-512), "avx2", "plain".
+    form: "best", or another: "amx", "amx-floats" (for float16 and bfloat16 alone), "avx512-vnni" (no AMX), "avx512" (no
+    VNNI, no VBMI either), "avx-vnni" (no AVX-512), "avx2", "plain".
 
     "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.7 times less with it, and prompts of SmolLM2 1.7 times
     less, but a column alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07
@@ -105,12 +107,13 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
         raise ValueError(f"QRUN_SIMD is {form!r}: it can be {', '.join(FORMS[:-1])} or {FORMS[-1]}")
     features = dict(sorted(features.items()))
     has = {name for name, present in features.items() if present}
-    tiles = form == "amx"
-    if tiles and not has >= AMX:
-        raise ValueError(f"QRUN_SIMD is 'amx', and this machine (or its system) lacks {', '.join(sorted(AMX - has))}")
-    if not tiles:
+    tiles, float_tiles = form == "amx", form in ("amx", "amx-floats")
+    if float_tiles and not has >= AMX:
+        lacking = ", ".join(sorted(AMX - has))
+        raise ValueError(f"QRUN_SIMD is {form!r}, and this machine (or its system) lacks {lacking}")
+    if not float_tiles:
         features = {name: present and not name.startswith("amx") for name, present in features.items()}
-    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in FORMS[:4]
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in FORMS[:5]
     if not wide:
         # AVX10 names imply AVX-512.
         features = {name: present and not name.startswith(("avx512", "avx10")) for name, present in features.items()}
@@ -128,7 +131,7 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
     else:
         lanes, dot, columns = 4, "plain", 4
     text = ",".join(("+" if present else "-") + name for name, present in features.items())
-    return Target(triple, cpu, text, lanes, dot, columns, tiles)
+    return Target(triple, cpu, text, lanes, dot, columns, tiles, float_tiles)
 
 
 # Kinds of machines by name, of each family from the one that has most: triple, LLVM's name of a CPU that has no more
@@ -139,8 +142,8 @@ _V2 = ("sse2", "cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2")
 _AVX2 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512vl", "avx512dq")
 MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "amx": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi", "avx512bf16", "avx512fp16", "amx-tile",
-                                "amx-bf16")),
+    **dict.fromkeys(("amx", "amx-floats"), (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi", "avx512bf16",
+                                                                 "avx512fp16", "amx-tile", "amx-bf16"))),
     "avx512-vbmi": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi")),
     "avx512-vnni": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni")),
     "avx512": (_X86, "x86-64-v4", _AVX512),
@@ -156,7 +159,7 @@ MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def machine_target(name: str) -> Target:
     """A kind of machine that is common, by its name in MACHINES."""
     triple, cpu, features = MACHINES[name]
-    return choose_target(triple, cpu, dict.fromkeys(features, True), "amx" if name == "amx" else "best")
+    return choose_target(triple, cpu, dict.fromkeys(features, True), name if name.startswith("amx") else "best")
 
 
 def machine_name(target: Target) -> str | None:
@@ -166,12 +169,12 @@ def machine_name(target: Target) -> str | None:
 
 def usable_machines() -> list[str]:
     """The kinds of machines whose code runs here, the best one first, but for those with tiles, which are for who asks
-    for them, or for models that only read. Which instructions kernels may use hangs on nothing else, so that machine
-    code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
+    for them, or for some models (`model_target`). Which instructions kernels may use hangs on nothing else, so that
+    machine code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
-        if triple.startswith(family) and present >= set(features) and name != "amx"
+        if triple.startswith(family) and present >= set(features) and not name.startswith("amx")
         and (name != "apple" or sys.platform == "darwin")
     ]  # fmt: skip
     if not usable:
@@ -183,7 +186,7 @@ def usable_machines() -> list[str]:
 def host_target(form: str | None = None) -> Target:
     """The machine that runs this process. `form` (or QRUN_SIMD) forces another form: see `choose_target`."""
     form = form or os.environ.get("QRUN_SIMD") or "best"
-    if form == "amx":
+    if form.startswith("amx"):
         triple, cpu, features = MACHINES[form]
         present = host_features()
         if not _may_use_tiles():
@@ -197,12 +200,12 @@ def host_target(form: str | None = None) -> Target:
     raise AssertionError("every form is that of some machine")
 
 
-def reading_target() -> Target:
-    """The machine for models that read whole texts and write none: with AMX where there is some, unless QRUN_SIMD says
-    otherwise, as a column alone does not count there."""
+def model_target(tiles: str) -> Target:
+    """The machine for models whose matrices gain by AMX: "amx" or "amx-floats", or "". Where there is none, or
+    QRUN_SIMD says otherwise, it is that for all models."""
     asked = os.environ.get("QRUN_SIMD")
-    tiles = not asked and host_features() >= set(MACHINES["amx"][2]) and _may_use_tiles()
-    return host_target("amx") if tiles else host_target()
+    use = tiles and not asked and host_features() >= set(MACHINES[tiles][2]) and _may_use_tiles()
+    return host_target(tiles) if use else host_target()
 
 
 def _may_use_tiles() -> bool:

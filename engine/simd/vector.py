@@ -417,13 +417,14 @@ class Emitter:
         constant = factors.constant(factor)
         return self._target_call("llvm.x86.avx512.pmul.hr.sw.512", factors.value.type, factors, constant)
 
-    def configure_tiles(self, columns: int) -> None:
-        """Give this thread AMX's tiles: 0 to 3 hold sums [columns, 16] in float32, 4 and 5 activations [columns, 32],
-        6 and 7 weights [16, 16 pairs], both in bfloat16. It costs 75 nanoseconds."""
-        rows = [columns] * 6 + [16] * 2 + [0] * 8
-        row_bytes = b"".join((64 if i < 8 else 0).to_bytes(2, "little") for i in range(16))
-        content = bytes([1, 0]) + bytes(14) + row_bytes + bytes(rows)
-        address = self.table(f"tiles_{columns}", content)
+    def configure_tiles(self, rows: int, row_bytes: int) -> None:
+        """Give this thread AMX's tiles: 0 to 3 hold float32 sums of so many rows, 4 and 5 left factors, rows of 32
+        bfloat16, 6 and 7 right factors, 16 rows of pairs. Sums and right factors have rows of `row_bytes`. It costs 75
+        nanoseconds."""
+        sizes = [(rows, row_bytes)] * 4 + [(rows, 64)] * 2 + [(16, row_bytes)] * 2 + [(0, 0)] * 8
+        widths = b"".join(size.to_bytes(2, "little") for _, size in sizes)
+        content = bytes([1, 0]) + bytes(14) + widths + bytes(count for count, _ in sizes)
+        address = self.table(f"tiles_{rows}_{row_bytes}", content)
         self._tile_call("ldtilecfg", self.pointer(address, 0, I8))
 
     def release_tiles(self) -> None:
@@ -433,16 +434,16 @@ class Emitter:
     def zero_matrix(self, tile: int) -> None:
         self._tile_call("tilezero", ir.Constant(I8, tile))
 
-    def load_matrix(self, tile: int, address: ir.Value) -> None:
-        """Rows of 64 bytes, one behind the other."""
-        self._tile_call("tileloadd64", ir.Constant(I8, tile), self.pointer(address, 0, I8), ir.Constant(I64, 64))
+    def load_matrix(self, tile: int, address: ir.Value, stride: ir.Value | int) -> None:
+        """Rows that are `stride` bytes apart."""
+        self._tile_call("tileloadd64", ir.Constant(I8, tile), self.pointer(address, 0, I8), self.index(stride))
 
-    def store_matrix(self, tile: int, address: ir.Value) -> None:
-        self._tile_call("tilestored64", ir.Constant(I8, tile), self.pointer(address, 0, I8), ir.Constant(I64, 64))
+    def store_matrix(self, tile: int, address: ir.Value, stride: ir.Value | int) -> None:
+        self._tile_call("tilestored64", ir.Constant(I8, tile), self.pointer(address, 0, I8), self.index(stride))
 
-    def multiply_matrices(self, sums: int, activations: int, weights: int) -> None:
-        """Tile `sums` += activations x weights."""
-        self._tile_call("tdpbf16ps", *(ir.Constant(I8, tile) for tile in (sums, activations, weights)))
+    def multiply_matrices(self, sums: int, left: int, right: int) -> None:
+        """Tile `sums` += left x right."""
+        self._tile_call("tdpbf16ps", *(ir.Constant(I8, tile) for tile in (sums, left, right)))
 
     def _tile_call(self, name: str, *arguments: ir.Value) -> None:
         type_ = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])

@@ -89,19 +89,21 @@ def test_a_machine_that_lacks_something_gets_the_next_form(
         assert host_target.__wrapped__("best") == machine_target(best)
 
 
-def test_models_that_only_read_use_tiles_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_gain_by_tiles_use_them_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(target, "architecture", lambda: "x86_64")
     monkeypatch.setattr(target, "host_features", lambda: frozenset(MACHINES["amx"][2]))
     monkeypatch.setattr(target, "_may_use_tiles", lambda: True)
     monkeypatch.setattr(target, "host_target", host_target.__wrapped__)
     monkeypatch.delenv("QRUN_SIMD", raising=False)
-    assert target.reading_target() == machine_target("amx")
+    for tiles in ("amx", "amx-floats"):
+        assert target.model_target(tiles) == machine_target(tiles)
+    assert target.model_target("") == machine_target("avx512-vbmi")
     monkeypatch.setenv("QRUN_SIMD", "avx512-vnni")
-    assert target.reading_target() == machine_target("avx512-vbmi")
+    assert target.model_target("amx") == machine_target("avx512-vbmi")
     monkeypatch.delenv("QRUN_SIMD")
     monkeypatch.setattr(target, "_may_use_tiles", lambda: False)
-    assert target.reading_target() == machine_target("avx512-vbmi")
+    assert target.model_target("amx-floats") == machine_target("avx512-vbmi")
 
 
 def test_a_cpu_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,16 +78,16 @@ def test_threads_and_callers_change_no_bit(model: Model, path: Path) -> None:
 
 
 def test_kernels_are_those_for_models_that_only_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    asked: list[str] = []
 
-    def default_target(reads_only: bool = False) -> Target:
-        asked.append(reads_only)
+    def default_target(tiles: str = "") -> Target:
+        asked.append(tiles)
         return host_target()
 
     monkeypatch.setattr(runtime, "default_target", default_target)
     with Model.load(path, threads=1) as loaded:
         loaded.embed("a")
-    assert asked == [True]
+    assert asked == ["amx"]
 
 
 def test_poolings_are_what_they_say(model: Model) -> None:

@@ -17,7 +17,9 @@ FORMS = [*EXACT_FORMS, *(["amx"] if has_tiles() else [])]
 @pytest.fixture(scope="module")
 def harness(request: pytest.FixtureRequest) -> Harness:
     keys = [f"{kernel}-{name}" for name in types_of(request.param) for kernel in ("matmul", "embed")]
-    return Harness(host_target(request.param), [*keys, "pack-q8", "pack-f32"])
+    target = host_target(request.param)
+    tiled = [key for name in ("F16", "BF16") for key in (f"matmul-{name}-tiles", f"pack-{name.lower()}")]
+    return Harness(target, [*keys, "pack-q8", "pack-f32", *(tiled if target.float_tiles else [])])
 
 
 EACH = pytest.mark.parametrize(
@@ -56,6 +58,22 @@ def test_matmul_is_the_product(
     result = harness.matmul(name, raw, rows, x)
     # In tiles activations and weights have 8 bits each: neither is off by more than a 256th.
     assert np.all(np.abs(result - expected) <= (2.1 / 256 if tiles else 3e-6) * size + 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("harness", "name"), [(form, name) for form in FORMS for name in ("F16", "BF16")], indirect=["harness"]
+)
+@pytest.mark.parametrize("shape", [(64, 32, 1), (37, 544, 1), (5, 96, 3), (1, 32, 9), (79, 1056, 45), (40, 64, 530)])
+def test_floats_in_whole_tiles(
+    rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]
+) -> None:
+    rows, width, columns = shape
+    raw, weights = random_tensor(rng, name, rows, width)
+    x = rng.normal(size=(columns, width)).astype(np.float32)
+    expected = x.astype(np.float64) @ weights.T.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
+    # In tiles an activation has 16 bits.
+    assert np.all(np.abs(harness.matmul(name, raw, rows, x) - expected) <= 1e-5 * size)
 
 
 @EACH

@@ -19,7 +19,7 @@ AVX512 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
     ("name", "lanes", "dot"),
     [("avx2", 8, "avx2"), ("avx512", 16, "avx2"), ("avx512-vnni", 16, "vnni"), ("avx-vnni", 8, "vnni"),
      ("neon", 4, "neon"), ("neon-dotprod", 4, "dotprod"), ("apple", 4, "dotprod"),
-     ("x86-64", 4, "plain"), ("amx", 16, "vnni")],
+     ("x86-64", 4, "plain"), ("amx", 16, "vnni"), ("amx-floats", 16, "vnni")],
 )  # fmt: skip
 def test_every_kind_of_machine_gets_its_form(name: str, lanes: int, dot: str) -> None:
     target = machine_target(name)
@@ -62,7 +62,10 @@ def test_tiles_are_used_where_they_are_asked_for_and_there() -> None:
     features = dict.fromkeys(names, True)
     assert not choose_target(triple, cpu, features, "avx512-vnni").has("amx-tile")
     assert choose_target(triple, cpu, features, "avx512-vnni").dot == "vnni"
-    assert not choose_target(triple, cpu, features).tiles
+    assert not choose_target(triple, cpu, features).float_tiles
+    floats, every = (choose_target(triple, cpu, features, form) for form in ("amx-floats", "amx"))
+    assert floats.float_tiles and every.float_tiles and every.tiles and not floats.tiles
+    assert floats.columns == choose_target(triple, cpu, features).columns
     with pytest.raises(ValueError, match=r"QRUN_SIMD is 'amx', and this machine \(or its system\) lacks amx-tile$"):
         choose_target(triple, cpu, features | {"amx-tile": False}, "amx")
 
@@ -122,6 +125,20 @@ def test_matrices_are_tiles_in_the_machine_code_for_amx(kernel: str) -> None:
     loop = max(blocks, key=lambda block: block.count("tdpbf16ps") / (block.count("\n") + 1))
     products, loads = loop.count("tdpbf16ps"), loop.count("tileloadd")
     assert products % 4 == 0 and loads == products and loop.count("\n") < 4 * products
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_floats_are_tiles_in_the_machine_code_for_amx(name: str) -> None:
+    code = assembly(f"matmul-{name}-tiles", machine_target("amx-floats"))
+    for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
+    assert calls_to_elsewhere(code) == set()
+    blocks = re.split(r"^(?:\.?[A-Za-z_]\w*:.*|\s+j\w+\s.*)$", code, flags=re.M)
+    loop = max(blocks, key=lambda block: block.count("tdpbf16ps") / (block.count("\n") + 1))
+    products, loads = loop.count("tdpbf16ps"), loop.count("tileloadd")
+    # Four row groups take a tile of activations, and nothing but addresses is beside them.
+    assert products % (8 if name == "F16" else 4) == 0 and loads == products + products // (8 if name == "F16" else 4)
+    assert loop.count("\n") < 4 * products and not re.search(r"%[xyz]mm", loop)
 
 
 @pytest.mark.parametrize("kernel", ["matmul-IQ3_S", "matmul-IQ2_XXS", "embed-IQ1_M"])

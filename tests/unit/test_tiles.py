@@ -34,20 +34,42 @@ def folded(quants: np.ndarray, scales: np.ndarray, minimums: np.ndarray, bits: i
     return ((pattern & 0x8000 | size + moved) << 16).astype(np.uint32).view(np.float32)
 
 
-def tile_product(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """x [m, k] times weights [n, k], both bfloat16, as tiles of 32 do it: of each four, the first and the third are a
-    pair, and so are the others. First weights of pairs are added apart from second ones, then both to the sum."""
+# Of each four neighbouring weights, the first and the third are a pair, and so are the others.
+OF_FOUR = [(first + i, first + i + 2) for first in range(0, 32, 4) for i in range(2)]
+
+
+def tile_product(x: np.ndarray, weights: np.ndarray, pairs: list[tuple[int, int]] = OF_FOUR) -> np.ndarray:
+    """x [m, k] times weights [n, k], both bfloat16, as tiles of 32 do it. First weights of pairs are added apart from
+    second ones, then both to the sum."""
     total = np.zeros((len(x), len(weights)), np.float32)
     for start in range(0, x.shape[1], 32):
-        sums = np.zeros((2, *total.shape), np.float32)
-        for first in range(start, start + 32, 4):
-            for pair in (0, 1):
-                for half in (0, 1):
-                    k = first + pair + 2 * half
-                    product = x[:, k, None].astype(np.float64) * weights[None, :, k]  # exact, also as float32
-                    sums[half] = (sums[half] + product).astype(np.float32)
-        total = total + (sums[0] + sums[1])
+        total = add_tile(total, x[:, start : start + 32], weights[:, start : start + 32], pairs)
     return total
+
+
+def add_tile(total: np.ndarray, x: np.ndarray, weights: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
+    sums = np.zeros((2, *total.shape), np.float32)
+    for pair in pairs:
+        for half, k in enumerate(pair):
+            product = x[:, k, None].astype(np.float64) * weights[None, :, k]  # exact, also as float32
+            sums[half] = (sums[half] + product).astype(np.float32)
+    return total + (sums[0] + sums[1])
+
+
+def float_product(x: np.ndarray, weights: np.ndarray, parts: int, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """x [m, k] times weights [n, k], both float32, as tiles do it: x is the sum of two bfloat16, and each weight of one
+    or two, of which the first has the first eight bits."""
+    tops = rounded(x)
+    of_x = [tops, rounded(x - tops)]
+    first = (weights.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    of_weights = [first, weights - first][:parts]
+    totals = np.zeros((2, len(x), len(weights)), np.float32)
+    for start in range(0, x.shape[1], 32):
+        here = slice(start, start + 32)
+        for part in of_weights:
+            for i in range(2):
+                totals[i] = add_tile(totals[i], of_x[i][:, here], part[:, here], pairs)
+    return totals[0] + totals[1]
 
 
 def unpacked(name: str, raw: np.ndarray, rows: int) -> np.ndarray:
@@ -101,6 +123,43 @@ def test_kernels_do_what_tiles_do(
     result = harness.matmul(name, raw, rows, x)
     expected = tile_product(rounded(x), unpacked(name, raw, rows))
     assert np.array_equal(result.view(np.int32), expected.view(np.int32))
+
+
+@pytest.fixture(scope="module")
+def floats() -> Harness:
+    if not has_tiles():
+        pytest.skip("needs AMX")
+    return Harness(host_target("amx-floats"), ["matmul-F16-tiles", "matmul-BF16-tiles", "pack-f16", "pack-bf16"])
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+@pytest.mark.parametrize("shape", [(37, 96, 1), (5, 352, 3), (16, 64, 16), (79, 608, 45), (130, 32, 270)])
+def test_float_kernels_do_what_tiles_do(
+    rng: np.random.Generator, floats: Harness, name: str, shape: tuple[int, int, int]
+) -> None:
+    rows, width, columns = shape
+    raw, weights = random_tensor(rng, name, rows, width)
+    x = (rng.normal(size=(columns, width)) * np.exp2(rng.integers(-6, 6, (columns, width)))).astype(np.float32)
+    apart, neighbours = [(i, i + 16) for i in range(16)], [(2 * i, 2 * i + 1) for i in range(16)]
+    expected = float_product(x, weights, *((2, apart) if name == "F16" else (1, neighbours)))
+    for count in (columns, 1, 2, 7, 11):
+        parts = [floats.matmul(name, raw, rows, x[i : i + count]) for i in range(0, columns, count)]
+        assert np.array_equal(np.concatenate(parts).view(np.int32), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_the_smallest_and_the_largest_floats_are_multiplied(
+    rng: np.random.Generator, floats: Harness, name: str
+) -> None:
+    """float16 without a leading bit, and bfloat16 near both ends."""
+    raw = np.arange(1 << 16, dtype=np.uint16).view(np.float16 if name == "F16" else np.uint16)
+    values = raw.astype(np.float32) if name == "F16" else (raw.astype(np.uint32) << 16).view(np.float32)
+    usable = np.isfinite(values) & (np.abs(values) > 1e-30) & (np.abs(values) < 1e30)
+    raw, values = (np.resize(array[usable], (len(raw) // 64 - 8, 64)) for array in (raw, values))
+    x = np.zeros((64, 64), np.float32)
+    np.fill_diagonal(x, 1.5)  # each column takes one weight of each row
+    result = floats.matmul(name, np.ascontiguousarray(raw).view(np.uint8).reshape(-1), len(raw), x)
+    np.testing.assert_array_equal(result, 1.5 * values.T)
 
 
 def test_activations_that_are_no_numbers_stay_so(rng: np.random.Generator, harness: Harness) -> None:
