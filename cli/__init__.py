@@ -1,4 +1,15 @@
-"""The command line: one file per command."""
+"""The command line: one file per command, which has the command's name, and what commands share.
+
+    main           finds the command, and turns every error into one line
+    options        arguments and options of several commands;  loading: models with progress
+    console        all that is printed; answer, markdown (markdown_inline, markdown_table), wrapping, painter: how an
+                   answer looks at a terminal
+    repl           the chat at a terminal: editor, history, interrupts
+    conversion     what convert, convert_adapter and convert_calibrated share
+    bench_compare, peer_bench; comparison, compare_mixes, compare_plot; against: parts of bench, compare, perplexity
+    plot           what commands that draw share; plot_labels
+    docs           writes the generated parts of the documentation
+"""
 
 from typing import TYPE_CHECKING
 

@@ -11,6 +11,7 @@ import click
 
 from qrun.cli.console import echo
 from qrun.cli.options import (
+    FilePath,
     cache_type_option,
     draft_option,
     lora_option,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
               help="Repetitions; the best counts. One more goes before them as a warm-up.")  # fmt: skip
 @click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, metavar="TOKENS",
               help="Tokens in the cache already.")  # fmt: skip
-@click.option("--seqs", type=click.IntRange(min=1), default=1, show_default=True, metavar="SEQUENCES",
+@click.option("--seqs", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="SEQUENCES",
               help="Also measure so many sequences that are decoded together.")  # fmt: skip
 @cache_type_option()
 @lora_option()
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     "and {seqs} in it, which prints figures as --json does, or as llama-bench -o json.",
 )  # fmt: skip
 @click.option(
-    "--plot", type=click.Path(dir_okay=False), metavar="FILE",
+    "--plot", type=FilePath(dir_okay=False), metavar="FILE",
     help="With --compare: draw the comparison, as PNG or SVG by the file's ending (needs matplotlib).",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help='Print {"pp512": tokens/s, "tg64": tokens/s, ...} last.')

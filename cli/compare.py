@@ -15,7 +15,7 @@ import click
 from qrun.cli.against import score_against, write_logits
 from qrun.cli.comparison import Comparison, Measured
 from qrun.cli.console import echo
-from qrun.cli.options import ModelName, Names, cache_type_option, chunk_options, said_options, threads_option
+from qrun.cli.options import FilePath, ModelName, Names, cache_type_option, chunk_options, said_options, threads_option
 
 if TYPE_CHECKING:
     from qrun.cli.loading import RunOptions
@@ -32,27 +32,27 @@ DEFAULT_TYPES = "q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k"
 
 @click.command()
 @click.argument("source", type=ModelName())
-@click.option("--text", "file", required=True, type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--text", "file", required=True, type=FilePath(path_type=Path), metavar="FILE",
               help="The text that the models are to predict.")  # fmt: skip
 @click.option("--types", type=Names(), default=DEFAULT_TYPES, show_default=True,
               help="The types to compare: those of `qrun convert --type`.")  # fmt: skip
-@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--imatrix", type=FilePath(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from `qrun imatrix`.")  # fmt: skip
-@click.option("--calibrate", "texts", type=click.Path(path_type=Path), multiple=True, metavar="TEXT",
+@click.option("--calibrate", "texts", type=FilePath(path_type=Path), multiple=True, metavar="TEXT",
               help="Find the importance of inputs from this text, as `qrun convert` does, and compare mixes of "
                    "measured sensitivity too: for each type one of its size. May be given several times.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True, metavar="N",
               help="Samples of the texts to calibrate by.")  # fmt: skip
 @click.option("--length", type=click.IntRange(min=16), default=512, show_default=True, metavar="TOKENS",
               help="Tokens in a sample.")  # fmt: skip
-@click.option("--measures", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+@click.option("--measures", type=FilePath(path_type=Path, file_okay=False), metavar="FOLDER",
               help="Keep what was found of the model in this folder, for the next time.")  # fmt: skip
-@click.option("--tasks", "questions", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--tasks", "questions", type=FilePath(path_type=Path), metavar="FILE",
               help="Also ask questions with right and wrong answers, as `qrun perplexity --tasks` does.")  # fmt: skip
 @click.option("--allow-requantize", is_flag=True, help="Also take a source that is quantised already.")
-@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+@click.option("--keep", type=FilePath(path_type=Path, file_okay=False), metavar="FOLDER",
               help="Keep the models that are made, in this folder.")  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--plot", type=FilePath(dir_okay=False), metavar="FILE",
               help="Draw size against loss, as PNG or SVG by the file's ending (needs matplotlib).")  # fmt: skip
 @chunk_options(16)
 @threads_option()

@@ -37,7 +37,7 @@ def calibrated_plans(
         calibration = Calibration(
             source, found, folder, threads, allow_requantize, stage=stage, compiling=CompileProgress(), notice=notice
         )
-        stack.enter_context(calibration.opened())
+        stack.enter_context(calibration.measures.opened())
         imatrix = calibration.imatrix()
 
         def planned(choice: Choice) -> Plan:

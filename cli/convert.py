@@ -12,7 +12,7 @@ import click
 from qrun.cli.console import notice
 from qrun.cli.conversion import default_out, metadata_value, show_plan, show_result, tensor_type, write
 from qrun.cli.convert_calibrated import Wishes, calibration_options, convert_calibrated
-from qrun.cli.options import LoraFile, ModelName, Size, threads_option
+from qrun.cli.options import FilePath, LoraFile, ModelName, Size, threads_option
 
 if TYPE_CHECKING:
     from qrun.engine.quantize.source import Source
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", type=ModelName())
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("out", type=FilePath(path_type=Path), required=False)
 @click.option("--type", "type_name", metavar="TYPE",
               help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, "
                    "IQ4_XS, MXFP4 (of experts), NVFP4, Q3_K_L, Q3_K_M, Q3_K_S, IQ3_M, IQ3_S, IQ3_XS, Q2_K, Q2_0, "
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
               help="The type of all tensors in whose name the pattern (a regular expression) is found.")  # fmt: skip
 @click.option("--output-type", metavar="TYPE", help="The type of the output tensor.")
 @click.option("--embedding-type", metavar="TYPE", help="The type of the token embedding.")
-@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--imatrix", type=FilePath(path_type=Path), metavar="FILE",
               help="Importance of the inputs, from a calibration run (GGUF or .dat).")  # fmt: skip
 @calibration_options
 @click.option("--allow-requantize", is_flag=True, help="Also take tensors that are quantised already, at a loss.")

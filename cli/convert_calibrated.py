@@ -14,7 +14,7 @@ import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, notice, step_bar
 from qrun.cli.conversion import default_out, show_plan, show_result, tensor_type, write
-from qrun.cli.options import Names, Size, said_options
+from qrun.cli.options import FilePath, Names, Size, said_options
 from qrun.formats.whole_file import remove_unfinished
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def calibration_options(function: Command) -> Command:
 
     command: Any = gather
     for option in reversed((
-        click.option("--calibrate", "texts", type=click.Path(path_type=Path), multiple=True, metavar="TEXT",
+        click.option("--calibrate", "texts", type=FilePath(path_type=Path), multiple=True, metavar="TEXT",
                      help="Find the importance of inputs from this text: plain, or JSON lines with \"text\" or "
                           "\"messages\" (.jsonl). May be given several times."),
         click.option("--samples", type=click.IntRange(min=2), default=128, show_default=True, metavar="N",
@@ -116,7 +116,7 @@ def calibration_options(function: Command) -> Command:
         click.option("--candidates", type=Names(), show_default="K types, legacy types, IQ4_NL and IQ4_XS; those of "
                      "less than four bits too where the size asks for them",
                      help="The types of tensors to choose from."),
-        click.option("--measures", "keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+        click.option("--measures", "keep", type=FilePath(path_type=Path, file_okay=False), metavar="FOLDER",
                      help="Keep what was found of the model in this folder, for other sizes and types.",
                      show_default="a folder beside OUT, until that is complete"),
         click.option("--judge/--no-judge", default=True, show_default=True,
@@ -140,8 +140,6 @@ def convert_calibrated(
     check_not_quantised(source, allow_requantize)
     if not named:
         out = default_out(out, label(wishes) if wishes.sized else choice.file_type)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
     check_target(source, out)
     samples = read(path, source, wishes.texts, length=wishes.length, samples=wishes.samples, seed=wishes.seed)
     say_samples(samples)
@@ -153,7 +151,7 @@ def convert_calibrated(
         compiling=CompileProgress(), notice=notice, variant="".join(f"{lora.path}={lora.scale}" for lora in merged),
     )  # fmt: skip
     with ExitStack() as stack:
-        stack.enter_context(calibration.opened())
+        stack.enter_context(calibration.measures.opened())
         if not wishes.keep:
             stack.enter_context(saying_what_stays(calibration))
         remove_unfinished(out)  # of a run that was killed
@@ -166,8 +164,10 @@ def convert_calibrated(
         # What the source is judged by; an adapter that is merged into it is in the working file alone.
         reference = calibration.working if merged else find_original(str(path))
         planned, result, judged = make(calibration, wishes, planned, imatrix, reference, out, values)
-        if not wishes.keep:
-            calibration.clean()
+        if wishes.keep:
+            calibration.measures.clean_up()
+        else:
+            calibration.measures.clean()
     show_result(planned, result)
     for line in judged:
         echo(line)
@@ -260,8 +260,8 @@ def saying_what_stays(calibration: Calibration) -> Iterator[None]:
         yield
     finally:
         folder = calibration.folder
-        if folder.is_dir() and not calibration.has_measures:
-            calibration.clean()
+        if folder.is_dir() and not calibration.measures.has_any:
+            calibration.measures.clean()
         elif folder.is_dir():
             notice(f"what was measured stays in {folder}, for another run with this result: else remove it")
 

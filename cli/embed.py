@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import echo
-from qrun.cli.options import lora_option, model_argument, threads_option, type_option
+from qrun.cli.options import FilePath, lora_option, model_argument, threads_option, type_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +26,10 @@ AT_A_TIME = 64
 @click.command()
 @model_argument()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
-@click.option("-f", "--file", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("-f", "--file", type=FilePath(path_type=Path), metavar="FILE",
               help="Take the lines of FILE as texts (- is standard input); those of a .jsonl file are JSON: texts, or "
                    "objects with a text.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.npy",
+@click.option("-o", "--output", type=FilePath(path_type=Path), metavar="FILE.npy",
               help="Write a NumPy file, float32 [texts, width], in place of lines.")  # fmt: skip
 @click.option("--query", metavar="TEXT", help="Say of each text how well it answers this one, with a model that ranks.")
 @click.option("--pooling", type=click.Choice(POOLINGS), help="How a text's rows become one vector: their mean, the "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qrun.cli.console import echo
-from qrun.cli.options import chunk_options, lora_option, model_argument, threads_option
+from qrun.cli.options import FilePath, chunk_options, lora_option, model_argument, threads_option
+from qrun.formats.whole_file import check_place
 
 if TYPE_CHECKING:
     from qrun.models.adapter import Lora
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("imatrix.gguf"), show_default=True,
+@click.argument("file", type=FilePath(path_type=Path))
+@click.option("-o", "--out", type=FilePath(path_type=Path), default=Path("imatrix.gguf"), show_default=True,
               metavar="OUT", help="The file to write.")  # fmt: skip
 @chunk_options()
 @threads_option()
@@ -47,15 +48,14 @@ def command(
         text_chunks,
     )
     from qrun.cli.perplexity import plus_minus, so_far
-    from qrun.engine.quantize.calibration import collect
     from qrun.engine.quantize.imatrix import unused_experts, write_imatrix
+    from qrun.engine.quantize.importance import collect
 
     path = find_original(model)
     check_predicts(path, "importance matrix")
     if out.exists() and out.samefile(path):
         raise ValueError(f"{out}: this is the model itself: name another file")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "no such folder to write into", str(out.absolute().parent))
+    check_place(out)
     text = text_chunks(file, load_tokenizer(path), ctx, chunks)
     with (
         open_runtime(path, RunOptions(threads, loras=loras), ctx, observe=True) as runtime,

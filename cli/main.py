@@ -143,13 +143,15 @@ def cli() -> None:
 
 def one_line(error: BaseException) -> str:
     """What an error says, as one line that begins with the file where there is one."""
+    from qrun.formats import QrunError
+
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{os.fspath(error.filename)}: {error.strerror or error}"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
     elif isinstance(error, KeyError | LookupError) and error.args:
         text = str(error.args[0])  # str() of a KeyError is its repr
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) and not isinstance(error, QrunError):
         # NumPy says besides for which of its arrays.
         text = f"not enough memory: {str(error).partition(' for an array')[0]}" if str(error) else "not enough memory"
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -33,6 +34,12 @@ class ModelName(click.ParamType):
 
     name = "model"
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name: str = value
+        if not name.strip() and not os.path.exists(name):
+            self.fail("the name is empty", param, ctx)
+        return name
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from qrun.models.catalog import catalog_names
         from qrun.models.store import stored_models
@@ -40,6 +47,15 @@ class ModelName(click.ParamType):
         names = dict.fromkeys([*catalog_names(), *(model.name for model in stored_models())])
         matching = [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
         return [*matching, CompletionItem(incomplete, type="file")]
+
+
+class FilePath(click.Path):
+    """A path, but not an empty one: that would be the working directory, and mostly is a variable that is not set."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class LogitBias(click.ParamType):
@@ -70,6 +86,8 @@ class LoraFile(click.ParamType):
 
         if isinstance(value, Lora):
             return value
+        if not value:
+            self.fail("the path is empty", param, ctx)
         if Path(value).exists():
             return Lora(Path(value))
         name, equals, rest = value.partition("=")
@@ -203,7 +221,7 @@ def grammar_options(function: Command) -> Command:
         return function(*args, wanted=wanted, **kwargs)
 
     command: Command = gather
-    file = click.Path(exists=True, dir_okay=False)
+    file = FilePath(exists=True, dir_okay=False)
     for option in reversed((
         click.option("--schema", type=file, metavar="FILE",
                      help="Write JSON that the JSON schema in FILE allows. Needs qrun-gguf[grammar], as the next two."),
@@ -260,8 +278,8 @@ def said_options(options: Mapping[str, str]) -> list[str]:
 
 
 def loading_options(function: Command, *, named_loras: bool = False) -> Command:
-    """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --lora, --type and --draft; the command
-    gets them as Model.load's arguments, as `loading`. named_loras: adapters can have names."""
+    """Adds --threads, --ctx, --cache-type, --cache-disk, --cache-disk-bytes, --mlock, --lora, --type and --draft; the
+    command gets them as Model.load's arguments, as `loading`. named_loras: adapters can have names."""
 
     @functools.wraps(function)
     def gather(*args: Any, **kwargs: Any) -> Any:
@@ -271,6 +289,7 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
             "cache_type": kwargs.pop("cache_type"),
             "cache_disk": kwargs.pop("cache_disk"),
             "cache_disk_bytes": kwargs.pop("cache_disk_bytes"),
+            "mlock": kwargs.pop("mlock"),
             "loras": kwargs.pop("loras"),
             "type": kwargs.pop("type_name"),
             "draft": kwargs.pop("draft"),
@@ -285,12 +304,15 @@ def loading_options(function: Command, *, named_loras: bool = False) -> Command:
         click.option("--ctx", type=click.IntRange(min=1), metavar="TOKENS",
                      help="Tokens that the context holds.", show_default="the model's, at most 4096"),
         cache_type_option(),
-        click.option("--cache-disk", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+        click.option("--cache-disk", type=FilePath(file_okay=False, path_type=Path), metavar="FOLDER",
                      help="Keep the beginnings of long prompts and talks in FOLDER, so that they are read once, and "
                           "not once in each process. What people have said lies there, for its owner alone."),
         click.option("--cache-disk-bytes", type=Size(), metavar="SIZE",
                      help="What that folder's files may take, such as 20G.",
                      show_default="10G, or a tenth of what is free"),
+        click.option("--mlock", is_flag=True,
+                     help="Keep the weights in memory: read them all at once, and let the system not take them back "
+                          "when memory gets short."),
         lora_option(named_loras),
         type_option(),
         draft_option(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import CompileProgress, echo, human_bytes, plural
-from qrun.cli.options import CACHE_TYPES, ModelName, lora_option, type_option
+from qrun.cli.options import CACHE_TYPES, FilePath, ModelName, lora_option, type_option
 
 if TYPE_CHECKING:
     from qrun.models import Graph
@@ -42,7 +42,7 @@ class Targets(click.ParamType):
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=ModelName(), metavar="MODEL...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER",
+@click.option("--out", required=True, type=FilePath(path_type=Path), metavar="FOLDER",
               help="Where the pack is written; one that is there is replaced.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="all", show_default=True,
               help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "

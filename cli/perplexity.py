@@ -14,6 +14,7 @@ import click
 
 from qrun.cli.console import echo, plural
 from qrun.cli.options import (
+    FilePath,
     ModelName,
     cache_type_option,
     chunk_options,
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath(path_type=Path))
 @chunk_options()
 @click.option("--against", type=ModelName(), metavar="REFERENCE",
               help="Another model with the same vocabulary, the original of this one, say: also measure how far MODEL "
                    "is from it.")  # fmt: skip
-@click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--tasks", type=FilePath(path_type=Path), metavar="FILE",
               help="Also ask the questions in FILE, JSON lines with \"question\", \"right\" and \"wrong\" answers: how "
                    "often is a right one the likeliest?")  # fmt: skip
 @threads_option()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrun.formats.whole_file import whole_file
+from qrun.formats.whole_file import check_place, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +20,11 @@ ORANGE = "#d9822b"
 
 
 def check_plot(path: str) -> None:
-    """Raises click.UsageError for a file that is neither PNG nor SVG, or if there is nothing to draw with."""
+    """Raises click.UsageError for a file that is neither PNG nor SVG, or if there is nothing to draw with, and OSError
+    where no file can be written."""
     if Path(path).suffix.lower() not in ENDINGS:
         raise click.UsageError(f"--plot: {path} must end in .png or .svg.")
+    check_place(Path(path))
     try:
         import matplotlib  # noqa: F401
     except ImportError:

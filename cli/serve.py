@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrun.cli.console import echo
-from qrun.cli.options import ModelName, loading_options
+from qrun.cli.options import FilePath, ModelName, loading_options
 
 if TYPE_CHECKING:
     from qrun.engine import Model
@@ -34,19 +34,19 @@ model."""
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
               help="The port to listen on; 0 takes one that is free.")  # fmt: skip
-@click.option("--unix-socket", type=click.Path(path_type=Path), metavar="PATH",
+@click.option("--unix-socket", type=FilePath(path_type=Path), metavar="PATH",
               help="Listen on a socket in the file system instead.")  # fmt: skip
 @click.option("--api-key", "api_keys", multiple=True, metavar="KEY", envvar="QRUN_API_KEY",
               help="A key that requests have to show; may be given several times.")  # fmt: skip
-@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="A file with a key on each line.")
+@click.option("--api-key-file", type=FilePath(path_type=Path), metavar="FILE", help="A file with a key on each line.")
 @click.option("--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
               help="An origin whose pages may call the server, such as https://example.org or chrome-extension://*; * "
                    "for any. Pages of this machine may always.")  # fmt: skip
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME",
               help="A host name by which the server may be called, besides localhost; * for any.")  # fmt: skip
-@click.option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="A certificate (PEM): serve HTTPS.")
-@click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its key (PEM).")
-@click.option("--models-dir", type=click.Path(path_type=Path), metavar="FOLDER",
+@click.option("--tls-cert", type=FilePath(path_type=Path), metavar="FILE", help="A certificate (PEM): serve HTTPS.")
+@click.option("--tls-key", type=FilePath(path_type=Path), metavar="FILE", help="Its key (PEM).")
+@click.option("--models-dir", type=FilePath(path_type=Path), metavar="FOLDER",
               help="Serve all models of a folder too, loaded when they are first asked for.")  # fmt: skip
 @click.option("--store", "with_store", is_flag=True,
               help="Serve all models of the store too, and let clients of Ollama's interface fetch and delete "

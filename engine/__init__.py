@@ -13,7 +13,14 @@ from qrun.formats.on_demand import on_demand
 
 if TYPE_CHECKING:
     from qrun.engine.conversation import Conversation
-    from qrun.engine.errors import CacheWarning, Closed, ContextOverflow, GenerationCancelled, NotFinite
+    from qrun.engine.errors import (
+        CacheWarning,
+        Closed,
+        ContextOverflow,
+        GenerationCancelled,
+        NotEnoughMemory,
+        NotFinite,
+    )
     from qrun.engine.figures import MemoryUse
     from qrun.engine.generation.generation import Generation, GenerationStats
     from qrun.engine.generation.options import GenerationArguments, keep_newest
@@ -48,6 +55,7 @@ __all__ = [
     "GenerationStats",
     "MemoryUse",
     "Model",
+    "NotEnoughMemory",
     "NotFinite",
     "NotPulled",
     "PackError",
@@ -81,6 +89,7 @@ _MODULES = {
     "GenerationStats": "qrun.engine.generation.generation",
     "MemoryUse": "qrun.engine.figures",
     "Model": "qrun.engine.model",
+    "NotEnoughMemory": "qrun.engine.errors",
     "NotFinite": "qrun.engine.errors",
     "NotPulled": "qrun.models.store",
     "PackError": "qrun.engine.native.packs",

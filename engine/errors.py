@@ -38,6 +38,11 @@ class NotFinite(QrunError, ValueError):
     """What a model has computed are no numbers: the file is damaged, or the engine is wrong."""
 
 
+class NotEnoughMemory(QrunError, MemoryError):
+    """This machine has less memory than something takes. The message is one line: what, how much, and how much is free.
+    """
+
+
 class GenerationCancelled(QrunError):
     """An evaluation was stopped between two batches because its caller asked for that.
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import numpy as np
 
 from qrun.engine import arguments
+from qrun.engine.embedding.texts import TextEmbedder
 from qrun.engine.errors import Closed, GenerationCancelled, OfThisProcess
 from qrun.engine.figures import Activity, MemoryUse, TokenLogprob
 from qrun.engine.finding import find_model
@@ -24,7 +26,6 @@ from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.catalog import entry_of_file
 
 if TYPE_CHECKING:
-    from qrun.engine.embedding.embedder import Embedder
     from qrun.engine.generation.diffusion import Diffusion
     from qrun.engine.generation.draft_loading import LoadedDraft
     from qrun.engine.generation.generation import Generation
@@ -99,13 +100,12 @@ class Model(OfThisProcess):
             runtime, tokenizer, self.defaults, self._fingerprint, make_draft, room,
             None if graph.causal else _diffusion(reader, graph), Adapters(adapters),
         )  # fmt: skip
+        self._texts = TextEmbedder(path, reader, graph, runtime)
         self._closed = False
         # Guards what follows.
         self._lock = ForkAwareLock()
         # Sessions of chat, generate and complete whose generations may be under way.
         self._pool: set[Session] = set()  # changed without the lock by those that end
-        self._made_embedder: Embedder | None = None
-        self._embedding = ForkAwareLock()  # guards that; held while kernels are compiled
 
     @classmethod
     def load(
@@ -124,6 +124,7 @@ class Model(OfThisProcess):
         type: str | None = None,
         draft: str | os.PathLike[str] | None = None,
         kernels: str | os.PathLike[str] | None = None,
+        mlock: bool = False,
         progress: Callable[[int, int], None] | None = None,
         converting: Callable[[int, int], None] | None = None,
         notice: Callable[[str], None] | None = None,
@@ -153,11 +154,14 @@ class Model(OfThisProcess):
         draft: a smaller model with the same vocabulary, named as the model is. It guesses tokens, of which the model
             checks several at a time: the same text, and sooner. "mtp" stands for draft layers in the model's own file.
         kernels: a folder that `qrun pack` made: machine code that is searched first, so that nothing is compiled.
+        mlock: keep the weights in memory: they are read at once, and the system may not take them back when memory
+            gets short.
         progress: called with (done, total) while kernels are compiled, which happens once on each machine; ten times
             a second, or as each is done where they are compiled in this process. What it raises ends the loading.
         converting: called with (done, total), in bytes, while a folder is quantised.
         notice: called with lines about what of a folder is not used, or may be wrong, when it is quantised, and about
-            what is wrong with `cache_disk`; without it, that is a CacheWarning.
+            what is wrong with `cache_disk`, or why weights are not locked; without it, the one is a CacheWarning, and
+            the other a RuntimeWarning.
 
         Raises FormatError (a ValueError) for a file that is damaged or not supported, OSError or NotPulled for one
         that is not there, ValueError for a wrong argument: all with one line that says what and where. A file whose
@@ -233,6 +237,8 @@ class Model(OfThisProcess):
                 drafting = load_draft(draft, reader, runtime, find, progress)
             if drafting is not None:
                 undo.callback(drafting.close)
+            if mlock:
+                lock_weights([runtime, *(drafting.runtimes if drafting is not None else ())], notice)
             named = [NamedAdapter(name, lora.path, lora.scale) for name, lora in switched.items()]
             model = cls(path, reader, graph, runtime, tokenizer, problem, opened, drafting, cache_bytes, named)
             undo.pop_all()  # they are the model's now
@@ -274,7 +280,7 @@ class Model(OfThisProcess):
 
     @property
     def context_notice(self) -> str | None:
-        """A line for whoever loads a model with more context than it was trained for, else None."""
+        """That the context is longer than what the model was trained for, in a line; None if it is not."""
         return context_notice(self.graph, self.context)
 
     def chat(
@@ -505,16 +511,17 @@ class Model(OfThisProcess):
         if instruction is not None:
             arguments.text("instruction", instruction)
         dimensions = arguments.optional_number("dimensions", dimensions)
-        embedder = self._embedder
+        self._check_open()
+        embedder = self._texts.embedder
         kind = pooling or embedder.kind
-        self._check_pooling(kind)
+        self._texts.check_pooling(kind)
         width = embedder.width(kind)
         if dimensions is not None and dimensions > width:
             raise ValueError(f"dimensions is {dimensions}, and the model's vectors have {width}")
         tokens = [
             self._text_to_embed(text, name, instruction, truncate) for text, name in zip(chosen, names, strict=True)
         ]
-        vectors = self._vectors(embedder, tokens, kind, names)
+        vectors = self._texts.vectors(tokens, kind, names)
         if kind == "none":
             vectors = [row for rows in vectors for row in rows]
         vectors = [vector[:dimensions] for vector in vectors]
@@ -530,7 +537,8 @@ class Model(OfThisProcess):
 
         Raises ValueError for a model that was not trained for that, ContextOverflow for a pair that is too long.
         """
-        self._check_pooling("rank")
+        self._check_open()
+        self._texts.check_pooling("rank")
         pairs = [self.pair_tokens(query, document, truncate=truncate) for document in documents]
         return self.embed(pairs, pooling="rank", names=names)[:, 0].copy()
 
@@ -542,7 +550,8 @@ class Model(OfThisProcess):
     @property
     def pooling(self) -> "PoolingKind":
         """How `embed` makes vectors, if it is not told: "rank" of a model that compares texts."""
-        return self._embedder.kind
+        self._check_open()
+        return self._texts.embedder.kind
 
     def embedding_tokens(self, text: str, instruction: str | None = None) -> list[int]:
         """The tokens of a text as `embed` takes it."""
@@ -562,68 +571,14 @@ class Model(OfThisProcess):
                 tokens = check_tokens(text, self._runtime.n_vocab, len(text))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        return self._shortened(tokens) if truncate else tokens
+        return self._texts.shortened(self.tokenizer, tokens) if truncate else tokens
 
     def pair_tokens(self, query: str, document: str, *, truncate: bool = False) -> list[int]:
         """The tokens of a query and a document as `rerank` takes them."""
         self._check_open()
         arguments.text("query", query)
         arguments.text("document", document)
-        tokenizer = self._known_tokenizer()
-        template = self.reader.metadata.get("tokenizer.chat_template.rerank")
-        if not isinstance(template, str):
-            tokens = tokenizer.encode_pair(query, document)
-            return self._shortened(tokens) if truncate else tokens
-        from qrun.engine.embedding.pairs import fill_pair
-
-        return fill_pair(tokenizer, template, query, document, self.context if truncate else None)
-
-    def _shortened(self, tokens: list[int]) -> list[int]:
-        """No more tokens than fit, with the one that ends a text."""
-        if len(tokens) <= self.context:
-            return tokens
-        end = self.tokenizer.end_id if self.tokenizer is not None else None
-        kept = 1 if end is not None and tokens[-1] == end and self.context > 1 else 0
-        return [*tokens[: self.context - kept], *tokens[len(tokens) - kept :]]
-
-    def _check_pooling(self, kind: str) -> None:
-        from qrun.models.pooling import POOLINGS
-
-        if not isinstance(kind, str) or kind not in POOLINGS:
-            raise ValueError(f"pooling is {kind!r}, expected one of {', '.join(POOLINGS)}")
-        pooling = self._embedder.pooling
-        if kind == "rank" and not pooling.rank_steps and pooling.kind != "rank":
-            raise ValueError(f"{self.path.name}: the model compares no texts: it has no classifier")
-
-    def _vectors(
-        self, embedder: "Embedder", tokens: Sequence[Sequence[int]], kind: "PoolingKind", names: Sequence[str]
-    ) -> list[np.ndarray]:
-        try:
-            vectors: list[np.ndarray] = list(embedder.vectors(tokens, kind, lambda: self._closed, names))
-        except GenerationCancelled:
-            self._check_open()
-            raise
-        return vectors
-
-    @property
-    def _embedder(self) -> "Embedder":
-        with self._embedding:
-            self._check_open()
-            if self._made_embedder is None:
-                self._made_embedder = self._make_embedder()
-            return self._made_embedder
-
-    def _make_embedder(self) -> "Embedder":
-        from qrun.engine.embedding.embedder import Embedder
-        from qrun.engine.generation.draft_loading import beside
-        from qrun.models.pooling import read_pooling, rows_graph
-
-        pooling = read_pooling(self.reader)
-        if self.graph.encoder is not None:
-            raise ValueError(f"{self.path.name}: embeddings of models with an encoder and a decoder are not supported")
-        if self.graph.embeds:
-            return Embedder(self._runtime, pooling, owned=False)
-        return Embedder(beside(self._runtime, rows_graph(self.graph, self.reader)), pooling, owned=True)
+        return self._texts.pair_tokens(self._known_tokenizer(), query, document, truncate=truncate)
 
     def prompt_logprobs(
         self, tokens: Iterable[int], top: int = 0, lora: LoraChoice | None = None
@@ -705,8 +660,8 @@ class Model(OfThisProcess):
         """What the model takes of memory now."""
         self._check_open()
         runtimes = [self._runtime, *(self._draft.runtimes if self._draft else ())]
-        if self._made_embedder is not None and not self.graph.embeds:
-            runtimes.append(self._made_embedder.runtime)
+        if (of_texts := self._texts.own_runtime) is not None:
+            runtimes.append(of_texts)
         uses = [runtime.memory() for runtime in runtimes]
         return MemoryUse(
             file=sum(os.path.getsize(file) for file in self.reader.files),
@@ -771,9 +726,7 @@ class Model(OfThisProcess):
         self._host.prefixes.clear()  # of what all of them held, as much is written as there is time for
         if self._draft is not None:
             self._draft.close()
-        with self._embedding:  # one that is being made has been made then
-            if self._made_embedder is not None:
-                self._made_embedder.close()
+        self._texts.close()
         self._runtime.close()
         # What takes memory goes, even if the caller keeps this object: a tokenizer can take more than the weights,
         # which the operations keep mapped. The graph's figures stay.
@@ -846,6 +799,18 @@ def _diffusion(reader: "GGUFReader", graph: "Graph") -> "Diffusion | None":
     return Diffusion(mask, reader.metadata.get("diffusion.shift_logits", True) is not False)
 
 
+def lock_weights(runtimes: "Iterable[Runtime]", notice: Callable[[str], None] | None) -> None:
+    """Keep the files of runtimes in memory. Says, or warns, where the system does not do that."""
+    from qrun.engine.native.memory_lock import lock_in_memory
+
+    files = {id(file): file for runtime in runtimes for file in runtime.files}
+    if problem := lock_in_memory(files.values()):
+        if notice is not None:
+            notice(problem)
+        else:
+            warnings.warn(problem, RuntimeWarning, stacklevel=3)  # at the line that loads
+
+
 def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
     """How many bytes sequences may hold."""
     if wanted is not None:
@@ -857,7 +822,7 @@ def cache_limit(runtime: "Runtime", wanted: int | None) -> int:
 
 
 def context_notice(graph: "Graph", context: int) -> str | None:
-    """The same of a model that is not loaded."""
+    """A line for whoever runs a model with more context than it was trained for, else None."""
     if context <= graph.context_length:
         return None
     return (

@@ -19,6 +19,7 @@ LOOKALIKES = {
     b"<": "a web page: the download did not give the file itself",
     b"PK": "a zip archive, such as PyTorch writes: get the model as GGUF or safetensors",
     b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x80\x02": "a pickle, such as PyTorch wrote once: get the model as GGUF or safetensors",
     b"lmgg": "a GGML file, older than GGUF: get the model again as GGUF",
     b"tjgg": "a GGJT file, older than GGUF: get the model again as GGUF",
     b"GGUF": "a GGUF file",

@@ -7,7 +7,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EXDEV
+from errno import EACCES, EISDIR, ENOENT, EXDEV
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,6 +52,20 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, private: 
     """Writes a file by `whole_file`; a text as UTF-8."""
     with whole_file(path, private=private) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_place(path: Path) -> None:
+    """Raises OSError if no file can be written there, for who has much to compute before: it names the path, or the
+    folder."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(ENOENT, "no such folder to write into", str(path.absolute().parent))
+    mode = _mode(target)
+    written = target.parent if mode is None or stat.S_ISREG(mode) else target
+    if not os.access(written, os.W_OK):
+        raise PermissionError(EACCES, os.strerror(EACCES), str(path))
 
 
 def move_whole(source: Path, target: Path) -> None:

@@ -266,9 +266,11 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     """The file of a model that is named by a path, by the catalog, by a spec of the hub (`hf:...`), or by the store.
 
     Raises NotPulled for a name of the catalog or the hub whose file is not in the store yet, FileNotFoundError for
-    anything unknown and IsADirectoryError for a folder.
+    anything unknown, IsADirectoryError for a folder and ValueError for an empty name.
     """
     text = os.fspath(source)
+    if not text:  # as a path, that is the working directory
+        raise ValueError("the name of the model is empty")
     path = Path(text)
     if path.is_file():
         return path

@@ -20,7 +20,8 @@ def examine(reader: GGUFReader, context: int | None = None) -> tuple[Support, Gr
 
 
 def glance(reader: GGUFReader) -> Support:
-    """The same without looking at every tensor: what is missing among them, or has the wrong shape, is not seen."""
+    """Whether a file runs here, without looking at every tensor: what is missing among them, or has the wrong shape, is
+    not seen."""
     support = _without_graph(reader)
     if support is None and unsupported_types(reader.tensors.values()):
         support, _ = examine(reader)  # they may be of those that are not needed

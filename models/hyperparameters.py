@@ -159,6 +159,12 @@ SYMMETRIC_WINDOWS = ("gemma-embedding", "modern-bert")
 """Architectures whose windows reach to either side."""
 WHOLE_HEADS = ("deepseek2-ocr",)
 """Architectures whose heads turn as a whole, whatever the file says, which may be 0."""
+TURNED_AS_FIRST = {
+    "afmoe": 4, "cohere2": 4, "deepseek4": 0, "exaone-moe": 4, "gemma-embedding": 6, "gemma2": 2, "gemma3": 6,
+    "gemma3n": 5, "gpt-oss": 2, "lfm2": 0, "llama4": 4, "mellum": 4, "olmo2": 4, "plamo3": 8,
+}  # fmt: skip
+"""Architectures whose heads turn on all layers as the reference engine has it for the first; and after how many layers
+of which the last sees everything, where the file does not say it (0: never)."""
 WITHOUT_POSITIONS = ("glm5-next",)
 """Architectures of which nothing turns, and which say so with a 0."""
 
@@ -284,9 +290,26 @@ def read_head_dims(metadata: Metadata, n_embd: int, n_heads: tuple[int, ...]) ->
         return head_dim_k, head_dim_v, metadata.integer("rope.dimension_count", 0, low=0, high=0)
     whole = metadata.architecture in WHOLE_HEADS
     n_rot = head_dim_k if whole else metadata.integer("rope.dimension_count", head_dim_k, low=2, high=head_dim_k)
+    key = "rope.dimension_count"
+    if not whole and turns_as_windows(metadata):
+        key = "rope.dimension_count_swa"
+        n_rot = metadata.integer(key, n_rot, low=2, high=head_dim_k)
     if n_rot % 2:
-        raise metadata.error("rope.dimension_count", f"is {n_rot}, expected an even number")
+        raise metadata.error(key, f"is {n_rot}, expected an even number")
     return head_dim_k, head_dim_v, n_rot
+
+
+def turns_as_windows(metadata: Metadata) -> bool:
+    """Do heads of all layers turn as those of layers with a window: does the first see one, and is that what counts?"""
+    period = TURNED_AS_FIRST.get(metadata.architecture)
+    if period is None or not metadata.integer("attention.sliding_window", 1, low=0, high=MAX_CONTEXT):
+        return False
+    key = "attention.head_count_kv"
+    if metadata.is_array(key) and not metadata.integers(key, 1)[0]:  # the first layer has no attention
+        return False
+    key = "attention.sliding_window_pattern"
+    flags = metadata.flags(key, 1)
+    return flags[0] if flags is not None else metadata.integer(key, period, low=0, high=MAX_LAYERS) != 1
 
 
 def read_used(metadata: Metadata, n_expert: int, n_blocks: int) -> tuple[int, ...]:

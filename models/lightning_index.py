@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from qrun.models.graph import Chosen, GraphBuilder, Index, Rotation, Value
-from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, Hyperparameters, Metadata
+from qrun.models.hyperparameters import Hyperparameters, Metadata
+from qrun.models.sparse_index import read_index
 
 
 @dataclass
@@ -34,21 +35,12 @@ class LightningIndex:
 
         turned_last: do the last dimensions turn, and not the first? with_own: by default all layers. every, of_entries:
         as in `Index`."""
-        key = "attention.indexer.top_k"
-        budget = metadata.integer(key, high=MAX_CONTEXT)
-        if not of_entries:  # then it is one of positions
-            if budget % every:
-                raise metadata.error(key, f"is {budget}, which is not divisible by {every}")
-            budget //= every
-        if context <= Index(1, 1, budget, every).start:
-            return None
-        n_heads = metadata.integer("attention.indexer.head_count", high=MAX_HEADS)
-        dim = metadata.integer("attention.indexer.key_length", high=MAX_HEAD_DIM)
         n_rot = 0 if rotation is None else 2 * len(rotation.frequencies)
-        if dim < n_rot:
-            raise metadata.error("attention.indexer.key_length", f"is {dim}, expected {n_rot} or more")
-        index = Index(n_heads, dim, budget, every, of_entries=of_entries)
-        return cls(index, rotation, dim - n_rot if turned_last else 0, eps, with_own or (True,) * h.n_layer)
+        index = read_index(metadata, context, n_rot, every=every, of_entries=of_entries)
+        if index is None:
+            return None
+        turned_from = index.dim - n_rot if turned_last else 0
+        return cls(index, rotation, turned_from, eps, with_own or (True,) * h.n_layer)
 
     def of_layer(self, builder: GraphBuilder, x: Value, layer: int) -> Callable[[Value], Chosen]:
         """For `latent_attention.attend`. x: what goes into the attention of a layer."""

@@ -1,22 +1,18 @@
 """MiniMax M3: gpt-oss's SwiGLU in all networks, experts chosen by biases beside one that all tokens share, and
 attention to the best blocks of a long context alone."""
 
+from dataclasses import replace
+
 from qrun.models.graph import Chosen, GraphBuilder, Index, Rotation, Value
-from qrun.models.hyperparameters import (
-    MAX_CONTEXT,
-    MAX_EXPERTS,
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    Hyperparameters,
-    Metadata,
-)
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_EXPERTS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
+from qrun.models.sparse_index import read_index
 from qrun.models.transformer import Shares, attention, dense_or_experts, head
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
-    index = read_index(metadata, h, context)
+    index = read_blocks(metadata, h, context)
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     shares = Shares.read(metadata, "sigmoid")
     n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
@@ -37,20 +33,16 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     return head(builder, x, h)
 
 
-def read_index(metadata: Metadata, h: Hyperparameters, context: int) -> Index | None:
+def read_blocks(metadata: Metadata, h: Hyperparameters, context: int) -> Index | None:
     """What chooses blocks of positions for each head of keys and values, or None if all are seen."""
-    budget = metadata.integer("attention.indexer.top_k", high=MAX_CONTEXT)
     size = metadata.integer("attention.indexer.block_size", high=MAX_CONTEXT)
-    if context <= budget * size:
+    index = read_index(metadata, context, h.n_rot, block=size)
+    if index is None:
         return None
-    n_heads = metadata.integer("attention.indexer.head_count", high=MAX_HEADS)
-    if set(h.n_kv_heads[h.n_dense :]) - {n_heads}:
-        raise metadata.error("attention.indexer.head_count", f"is {n_heads}, expected one for each head of keys")
-    dim = metadata.integer("attention.indexer.key_length", high=MAX_HEAD_DIM)
-    if dim < h.n_rot:
-        raise metadata.error("attention.indexer.key_length", f"is {dim}, expected {h.n_rot} or more")
-    n_local = metadata.integer("attention.indexer.local_blocks", low=0, high=budget)
-    return Index(n_heads, dim, budget, block=size, n_local=n_local, n_groups=n_heads, clipped=False)
+    if set(h.n_kv_heads[h.n_dense :]) - {index.n_heads}:
+        raise metadata.error("attention.indexer.head_count", f"is {index.n_heads}, expected one for each head of keys")
+    n_local = metadata.integer("attention.indexer.local_blocks", low=0, high=index.budget)
+    return replace(index, n_local=n_local, n_groups=index.n_heads, clipped=False)
 
 
 def choose(

@@ -4,9 +4,10 @@ best blocks of positions of a long context alone."""
 
 from qrun.models.graph import Chosen, GraphBuilder, Hashes, Index, Rotation, Value
 from qrun.models.hyper_connections import GatedStreams
-from qrun.models.hyperparameters import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_TAPS, Hyperparameters, Metadata
+from qrun.models.hyperparameters import MAX_CONTEXT, MAX_TAPS, Hyperparameters, Metadata
 from qrun.models.qwen35 import DeltaNet, delta_net, gated_attention, gated_experts
 from qrun.models.rope import RopeScaling
+from qrun.models.sparse_index import read_index
 from qrun.models.transformer import recurrent_layers
 
 MAX_LENGTH, MAX_HASHES = 8, 64
@@ -16,7 +17,7 @@ MAX_LENGTH, MAX_HASHES = 8, 64
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
     """Token ids to logits."""
     ratios = metadata.per_layer("attention.compress_ratios", h.n_blocks, 0, low=0, high=MAX_CONTEXT)
-    index = read_index(metadata, set(ratios) - {0}, context)
+    index = read_blocks(metadata, h, set(ratios) - {0}, context)
     rotation = RopeScaling.read(metadata, h).rotation(h.n_rot)
     net, streams, network = DeltaNet.read(metadata), GatedStreams.read(metadata), gated_experts(metadata)
     recurrent = recurrent_layers(metadata, h, period=4)
@@ -44,27 +45,20 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
     return builder.linear(y, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=False)
 
 
-def read_index(metadata: Metadata, ratios: set[int], context: int) -> Index | None:
+def read_blocks(metadata: Metadata, h: Hyperparameters, ratios: set[int], context: int) -> Index | None:
     """What chooses blocks of positions on layers with a ratio, which is how many a block has; None if all are seen."""
     if not ratios:
         return None
-    ratio, budget = min(ratios), metadata.integer("attention.indexer.top_k", high=MAX_CONTEXT)
-    if context <= budget:
-        return None
-    if len(ratios) > 1 or ratio == 1 or budget % ratio:
-        problem = f"are {sorted(ratios)}, expected one that is more than 1 and divides {budget}"
-        raise metadata.error("attention.compress_ratios", problem)
-    n_heads = metadata.integer("attention.indexer.head_count", high=MAX_HEADS)
-    dim = metadata.integer("attention.indexer.key_length", high=MAX_HEAD_DIM)
-    return Index(n_heads, dim, budget // ratio, ratio)
+    index = read_index(metadata, context, h.n_rot, every=min(ratios))
+    if index is not None and (len(ratios) > 1 or index.every == 1):
+        raise metadata.error("attention.compress_ratios", f"are {sorted(ratios)}, expected one that is more than 1")
+    return index
 
 
 def choose(
     builder: GraphBuilder, h: Hyperparameters, x: Value, block: str, index: Index, rotation: Rotation
 ) -> Chosen:
     """What rows of a layer attend to. The key of a block is the mean of its positions' keys, turned as the first."""
-    if index.dim < 2 * len(rotation.frequencies):
-        raise h.metadata.error("attention.indexer.key_length", f"is {index.dim}: less than what turns of a head")
     q = builder.linear(x, f"{block}.indexer.q_proj", index.n_heads * index.dim)
     q = builder.rms_norm(q, f"{block}.indexer.q_norm", h.rms_eps, index.n_heads)
     k = builder.linear(x, f"{block}.indexer.k_proj", index.dim)

@@ -93,7 +93,7 @@ def report_tests() -> None:
         command = [sys.executable, "-m", "pytest", "-v", "-n", "0", *(str(folder / file) for file in files)]
         last = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1:]
         found = re.search(r"\d+ (passed|failed).*", "".join(last)) or re.search(r".*", "".join(last))
-        print(f"{what}: {found[0] if found else 'no result'}")
+        print(f"{what}: {found[0].strip(' =') if found else 'no result'}")
 
 
 def report_speed(peer: str, shapes: Sequence[str]) -> None:

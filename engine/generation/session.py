@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qrun.engine.program.runtime import Runtime
     from qrun.engine.text.response_parser import ResponseParser
     from qrun.engine.text.tokenizer import Tokenizer
+    from qrun.models import Graph
 
 
 def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]:
@@ -49,6 +50,20 @@ def check_tokens(tokens: Iterable[int], n_vocab: int, context: int) -> list[int]
         message = f"the prompt has {ids.size} tokens, and the context holds {context}"
         raise ContextOverflow(message, int(ids.size), context)
     return ids.tolist()
+
+
+def another_model(graph: "Graph") -> str:
+    """What is wrong with a session that was not saved by this model, as it is."""
+    from qrun.models.graph import Choose
+
+    other = "saved by a session of another model"
+    if graph.architecture not in CHOOSERS:
+        return other
+    # What such a model keeps of a text is not the same in a short context.
+    starts = [each.index.start for each in graph.operations if isinstance(each, Choose)]
+    if starts:
+        return f"{other}, or of this one with a context of at most {min(starts)} tokens: it goes on in such a one only"
+    return f"{other}, or of this one with a longer context, in which more of a text is kept: it goes on in that only"
 
 
 class Host:
@@ -276,10 +291,7 @@ class Session(OfThisProcess):
         except ValueError:
             raise FormatError(path, f"saved with adapters that are not loaded: {', '.join(saved.adapters)}") from None
         if saved.fingerprint != self._host.fingerprint(adapters):
-            other = "saved by a session of another model"
-            if runtime.graph.architecture in CHOOSERS:
-                other += ", or with a context of another length: this model keeps more of a text in a long one"
-            raise FormatError(path, other)
+            raise FormatError(path, another_model(runtime.graph))
         if saved.cache_type != runtime.cache_type:
             raise FormatError(path, f"saved with cache type {saved.cache_type}, not {runtime.cache_type} as loaded")
         tokens = check_tokens(saved.tokens, runtime.n_vocab, self.context) if saved.tokens else []

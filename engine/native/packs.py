@@ -13,6 +13,7 @@ lies in the packed app's own folder. It is never looked for in the working direc
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -155,29 +156,18 @@ def _folders_of_the_app() -> list[Path]:
 def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]]) -> int:
     """Writes a pack: images by the names of machines and kernels. A pack that was there before is replaced, as a whole;
     any other folder with something in it is not: FileExistsError. Returns the bytes written."""
+    from qrun.formats.whole_file import naming_file  # no start needs it
+
     check_writable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, before = (folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp") for _ in range(2))
-    temporary.mkdir()
     try:
-        targets = {}
-        for machine, kernels in images.items():
-            places, parts, offset = {}, [], 0
-            for key, content in sorted(kernels.items()):
-                Image.from_bytes(content)
-                digest = hashlib.sha256(content).hexdigest()
-                places[key] = {"offset": offset, "bytes": len(content), "sha256": digest}
-                parts.append(content)
-                offset += len(content)
-            name = f"{machine}.code"
-            (temporary / name).write_bytes(b"".join(parts))
-            targets[machine] = {"file": name, "kernels": places}
-        manifest = {"format": FORMAT, "qrun": version, "sources": sources_digest(), "targets": targets}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-        size = sum(path.stat().st_size for path in temporary.iterdir())
-        if folder.exists():
-            os.replace(folder, before)
-        os.replace(temporary, folder)
+        with naming_file(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            size = _fill(temporary, version, images)
+            if folder.exists():
+                os.replace(folder, before)
+            os.replace(temporary, folder)
         return size
     except LinkError as error:
         raise PackError(str(error)) from error
@@ -186,8 +176,26 @@ def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]])
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _fill(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]]) -> int:
+    targets = {}
+    for machine, kernels in images.items():
+        places, parts, offset = {}, [], 0
+        for key, content in sorted(kernels.items()):
+            Image.from_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            places[key] = {"offset": offset, "bytes": len(content), "sha256": digest}
+            parts.append(content)
+            offset += len(content)
+        name = f"{machine}.code"
+        (folder / name).write_bytes(b"".join(parts))
+        targets[machine] = {"file": name, "kernels": places}
+    manifest = {"format": FORMAT, "qrun": version, "sources": sources_digest(), "targets": targets}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def check_writable(folder: Path) -> None:
-    """Raises FileExistsError if something is there that is no pack."""
+    """Raises FileExistsError if something is there that is no pack, OSError if it cannot be made."""
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
         others = {name for name in names if name != MANIFEST and not name.endswith(".code")}
@@ -195,3 +203,8 @@ def check_writable(folder: Path) -> None:
             raise FileExistsError(f"{folder} has files in it, and is no pack of kernels: name another folder")
     elif folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder} is no folder: name another one")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))

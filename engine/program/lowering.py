@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from qrun.engine.kernels import records as R
-from qrun.engine.program.arena import Place
+from qrun.engine.program.arena import Place, reserve
 from qrun.engine.program.kv_cache import LayerPlace
 from qrun.engine.program.lowering_experts import lower_experts
 from qrun.engine.program.record_writer import ALONE_KERNELS, RecordWriter, blocks_and_tail, inputs, limits
 from qrun.engine.program.rope_table import RopeTable
 from qrun.engine.program.state_blocks import head_size
+from qrun.formats import FormatError
 from qrun.models import graph as G
 
 EVERYTHING = 1 << 40
@@ -61,6 +62,10 @@ class Lowering(RecordWriter):
                     self._residual[value.id] = (other, operation.out)
                     self._fused.add(operation.out.id)
                     break
+
+    def _refused(self, problem: str) -> FormatError:
+        """The error to raise about a model that no kernel can run."""
+        return FormatError(self.graph.path, problem)
 
     # One method for each operation
 
@@ -184,7 +189,8 @@ class Lowering(RecordWriter):
             same = (table.magnitude, table.temperature) == (o.magnitude, o.temperature)
             if same and np.array_equal(table.frequencies, o.frequencies):
                 return table
-        values = np.empty((self.context, o.n_rot // 2, 2), np.float32)
+        memory = reserve(4 * self.context * o.n_rot, f"a context of {self.context} tokens", self.graph.path)
+        values = memory.view(np.float32).reshape(self.context, o.n_rot // 2, 2)
         frequencies = np.asarray(o.frequencies, np.float32)
         self.rope_tables.append(RopeTable(frequencies, o.magnitude, values, temperature=o.temperature))
         return self.rope_tables[-1]
@@ -194,7 +200,7 @@ class Lowering(RecordWriter):
         q = self.places[o.q.id]
         cache = f"cache of layer {o.layer}"
         if max(layer.head_dim_k, layer.head_dim_v) > R.MAX_HEAD_DIM:
-            raise ValueError(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+            raise self._refused(f"layer {o.layer} has heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
         if o.k is not None and o.v is None:  # keys are kept as if they were values, and nothing else
             self._append_rows(self.places[o.k.id], layer, place, place.k_offset, cache, layer.n_kv_heads)
         elif o.k is not None and o.v is not None:
@@ -257,7 +263,7 @@ class Lowering(RecordWriter):
     def _lower_choose(self, o: G.Choose) -> None:
         index, layer, place = o.index, self.graph.cache_layers[o.layer], self.layout.places[o.layer]
         if index.dim > R.MAX_HEAD_DIM:
-            raise ValueError(f"an index with heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
+            raise self._refused(f"an index with heads of more than {R.MAX_HEAD_DIM} dimensions: not supported")
         q, k = self.places[o.q.id], self.places[o.k.id]
         weights = None if o.weights is None else self.places[o.weights.id]
         cache = f"cache of layer {o.layer}"
@@ -347,7 +353,8 @@ class Lowering(RecordWriter):
 
     def _lower_linearattention(self, o: G.LinearAttention) -> None:
         if max(o.dim_k, o.dim_v) > R.MAX_STATE_DIM:
-            raise ValueError(f"linear attention with heads of more than {R.MAX_STATE_DIM} dimensions: not supported")
+            most = R.MAX_STATE_DIM
+            raise self._refused(f"linear attention with heads of more than {most} dimensions: not supported")
         q, k, v = (self.places[value.id] for value in (o.q, o.k, o.v))
         decay = self.places[o.decay.id] if isinstance(o.decay, G.Value) else None
         beta = None if o.beta is None else self.places[o.beta.id]
@@ -370,7 +377,7 @@ class Lowering(RecordWriter):
     def _lower_selectivescan(self, o: G.SelectiveScan) -> None:
         x, time, b, c = (self.places[value.id] for value in (o.x, o.time, o.b, o.c))
         if o.n_state > R.MAX_STATE_DIM:
-            raise ValueError(f"a scan with more than {R.MAX_STATE_DIM} numbers for each channel: not supported")
+            raise self._refused(f"a scan with more than {R.MAX_STATE_DIM} numbers for each channel: not supported")
         out = self.new(o.out)
         # Groups of channels, the last one padded.
         groups = -(-o.x.width // R.SCAN_CHANNELS)
@@ -390,7 +397,7 @@ class Lowering(RecordWriter):
 
     def _lower_wkv(self, o: G.WKV) -> None:
         if o.dim > R.MAX_STATE_DIM or o.dim % R.SCAN_CHANNELS:
-            raise ValueError(f"heads of {o.dim} dimensions are not supported here")
+            raise self._refused(f"heads of {o.dim} dimensions are not supported here")
         r, kept, k, v = (self.places[value.id] for value in (o.r, o.kept, o.k, o.v))
         a, b = (None if value is None else self.places[value.id] for value in (o.a, o.b))
         out = self.new(o.out)
@@ -441,7 +448,7 @@ class Lowering(RecordWriter):
     def _lower_mixbyscore(self, o: G.MixByScore) -> None:
         n = o.x.width // o.z.width
         if n > R.MAX_STREAMS:
-            raise ValueError(f"more than {R.MAX_STREAMS} streams: not supported")
+            raise self._refused(f"more than {R.MAX_STREAMS} streams: not supported")
         x, z = self.places[o.x.id], self.places[o.z.id]
         self._produce("mix_by_score", o.out, x, z, factor=o.eps, row_groups=n, row_weight=floats(o.weight))
 

@@ -8,6 +8,7 @@ from dataclasses import field
 import numpy as np
 from numpy.typing import NDArray
 
+from qrun.engine.program.arena import not_enough
 from qrun.formats.dataclass import dataclass
 
 
@@ -46,7 +47,11 @@ class PagePool:
             return Page(self.free.pop())
         self.allocated += 1
         # Zeros: a position that was never written counts nothing in attention, but must be a finite number.
-        whole = np.zeros(self.page_bytes + 64, np.uint8)
+        try:
+            whole = np.zeros(self.page_bytes + 64, np.uint8)
+        except MemoryError:
+            self.allocated -= 1
+            raise not_enough(self.page_bytes, "what is kept of the next tokens") from None
         start = -int(whole.ctypes.data) % 64
         return Page(whole[start : start + self.page_bytes])
 

@@ -43,7 +43,8 @@ class Program:
         self, lowering: Lowering, kernels: Addresses, step_address: int, beside: Program | None = None
     ) -> None:
         self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
-        self.arena.place(beside.arena if beside else None)
+        within, what = beside.arena if beside else None, f"a step of {lowering.batch} tokens"
+        self.arena.place(within, path=lowering.graph.path, what=what)
         place_barriers(self.records, lowering.n_body)
         self._held: list[object] = [kernels]  # whose addresses the records have
         self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)

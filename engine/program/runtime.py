@@ -27,7 +27,7 @@ from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorInfo
 from qrun.formats.dataclass import dataclass
-from qrun.formats.mapping import map_under
+from qrun.formats.mapping import FileMap, map_under
 from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 
@@ -139,6 +139,11 @@ class Runtime:
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
         self._logits = np.empty((0, self.width), np.float32)  # of `step`
+
+    @property
+    def files(self) -> list[FileMap]:
+        """Those in which the weights lie."""
+        return list(self._files.values())
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence."""

@@ -7,14 +7,13 @@ is measured, the importance matrix, and what each tensor's errors do. A run that
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,12 @@ from qrun.engine.program.runtime import Runtime
 from qrun.engine.quantize import sensitivity
 from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
-from qrun.engine.quantize.calibration import observe
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
+from qrun.engine.quantize.importance import observe
+from qrun.engine.quantize.measure_folder import SCALED, MeasureFolder
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
 from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
@@ -55,16 +55,6 @@ WORKING_TYPE = "Q8_0"
 MOMENT_BYTES = 1 << 30
 # What it takes to round the matrices of a layer, in passes of the samples through it.
 PASSES = 2
-# Of the files in the folder, the one that says of what they are: it comes first and goes last.
-KEY = "key"
-# Those files, and what is left of one that was not completed.
-OWN = re.compile(
-    r"(working\.gguf|rounded\.gguf|imatrix\.gguf|slopes|probing|logits|result\.gguf|named\.gguf"
-    r"|(rounded|scales|entering)-[0-9a-f]{8}-\d+)"
-)
-UNFINISHED = re.compile(rf"\.({KEY}|{OWN.pattern})\.[0-9a-f]{{8}}\.part")
-# A folder in it, of the model with scales.
-SCALED = "scaled"
 
 Stage = Callable[[str], "Reporter"]
 Reporter = Callable[[int, int], None]
@@ -122,51 +112,10 @@ class Calibration:
                 digest.update(part)
         return digest.hexdigest()[:16]
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """The folder, with what an earlier run on the same left there, and is whole; within it it is no other run's.
-        Raises ValueError if it is at work for another run, or holds what is not of this kind."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
-            self._prepare()
-            yield
-
-    def _prepare(self) -> None:
-        mark = self.folder / KEY
-        key = mark.read_bytes() if mark.is_file() else None
-        theirs = key is None and any(not UNFINISHED.fullmatch(path.name) for path in self.folder.iterdir())
-        if theirs or (key is not None and not re.fullmatch(rb"[0-9a-f]{16}", key)):
-            raise ValueError(f"{self.folder}: other things than measures lie here: name a new folder, or an empty one")
-        for path in self.folder.iterdir():
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink()
-        if key != self.key.encode():
-            self._remove()
-            write_whole(mark, self.key)
-        probing = self.folder / "probing"
-        if probing.exists():  # a run that was killed may have left a tensor rounded
-            (self.folder / "working.gguf").unlink(missing_ok=True)
-            probing.unlink()
-
-    @property
-    def has_measures(self) -> bool:
-        """Is there anything that a later run could use?"""
-        return any(OWN.fullmatch(path.name) for path in self.folder.iterdir())
-
-    def clean(self) -> None:
-        """Once the result is complete."""
-        self._remove()
-        (self.folder / KEY).unlink(missing_ok=True)
-        with suppress(OSError):  # something of somebody else's is there
-            self.folder.rmdir()
-
-    def _remove(self) -> None:
-        scaled = replace(self, folder=self.folder / SCALED)
-        if (scaled.folder / KEY).is_file():
-            scaled.clean()
-        for path in self.folder.iterdir():
-            if OWN.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
-                path.unlink()
+    @cached_property
+    def measures(self) -> MeasureFolder:
+        """Its folder."""
+        return MeasureFolder(self.folder, self.key)
 
     @property
     def working(self) -> Path:
@@ -265,12 +214,13 @@ class Calibration:
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
         copy.unlink(missing_ok=True)
-        self._check_room(planned, todo, [path for path in files.values() if path.is_file()])
+        with self._banded(self.working, todo, digest) as (_, relay):
+            self._check_room(planned, relay, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
         gptq = Gptq({tensor.type for tensor in todo.values()}, progress=self.compiling)
         writer = RowWriter(copy, Encoder([TensorType.Q8_0], progress=self.compiling))
         kept: set[str] = set()
-        with self._banded(copy, todo, f"entering-{digest}") as (bands, relay):
+        with self._banded(copy, todo, digest) as (bands, relay):
             progress = Steps(self.stage("rounding"), (2 + PASSES) * len(bands) * len(self.samples.taken))
             for number, band in enumerate(bands):
                 missing = [name for name in band if not files[name].is_file()]
@@ -303,14 +253,11 @@ class Calibration:
 
         return replace(planned, parts=[[as_made(tensor) for tensor in part] for part in planned.parts])
 
-    def _check_room(self, planned: Plan, names: Collection[str], there: Collection[Path]) -> None:
-        """Raises OSError if the disk is too small for rounding some matrices and for two results. there: what is
-        rounded already."""
-        with GGUFReader(self.working) as reader:
-            graph = build_graph(reader, self.samples.taken.size)
-            width = max((cut.width for cut in starts(graph, self._bands(graph, names))), default=0)
-        entering = 4 * width * len(self.samples.taken) * self.samples.taken.size
-        needed = self.working.stat().st_size + 2 * entering + 3 * planned.n_bytes
+    def _check_room(self, planned: Plan, relay: Relay, there: Collection[Path]) -> None:
+        """Raises OSError if the disk is too small for rounding what the relay is for, and for two results. there: what
+        is rounded already."""
+        # What goes into a band is made from what went into one before.
+        needed = self.working.stat().st_size + 2 * relay.largest_file + 3 * planned.n_bytes
         needed -= sum(path.stat().st_size for path in there)
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise OSError(
@@ -318,13 +265,17 @@ class Calibration:
             )
 
     @contextmanager
-    def _banded(self, path: Path, names: Collection[str], entering: str) -> Iterator[tuple[list[list[str]], Relay]]:
-        """Some matrices in bands, and the samples on their way through the model that lies at `path`. entering: of the
-        files for what goes into the bands."""
+    def _banded(self, path: Path, names: Collection[str], digest: str) -> Iterator[tuple[list[list[str]], Relay]]:
+        """Some matrices in bands, and the samples on their way through the model that lies at `path`.
+
+        digest: of what is done with the matrices. The files for what goes into the bands are named by it; those of
+        something else go: they are large, and it may never be asked for again.
+        """
+        self.measures.forget_entering(digest)
         with GGUFReader(path) as reader:
             graph = build_graph(reader, self.samples.taken.size)
             bands = self._bands(graph, names)
-            yield bands, Relay(graph, bands, self.samples.taken, self.folder / entering, self._at_work)
+            yield bands, Relay(graph, bands, self.samples.taken, self.folder / f"entering-{digest}", self._at_work)
 
     def _bands(self, graph: Graph, names: Collection[str]) -> list[list[str]]:
         """Names of matrices that the graph uses once, in the order of the layers. Each layer is a band; but those
@@ -388,7 +339,7 @@ class Calibration:
         files = {place: self.folder / f"scales-{digest}-{i}" for i, place in enumerate(places)}
         firsts = {next(name for name in place.columns if name in types): place for place in places}
         search = Search(types, Encoder(set(types.values()), progress=self.compiling), self.source)
-        with self._banded(self.working, firsts, f"entering-{digest}") as (bands, relay):
+        with self._banded(self.working, firsts, digest) as (bands, relay):
             progress = Steps(self.stage("scales"), (2 + PASSES) * len(bands) * len(self.samples.taken))
             for number, band in enumerate(bands):
                 missing = [name for name in band if not files[firsts[name]].is_file()]
@@ -410,7 +361,7 @@ class Calibration:
         digest = hashlib.sha256(b"".join(name.encode() + source.columns[name].tobytes() for name in source.columns))
         result = replace(self, source=source, folder=self.folder / SCALED, variant=self.variant + digest.hexdigest())
         result.folder.mkdir(exist_ok=True)
-        result._prepare()
+        result.measures.prepare()
         return result
 
     def mix(
@@ -457,48 +408,6 @@ class Calibration:
         self, kept: Mapping[str, TensorType], chosen: Mapping[str, Option], imatrix: Imatrix, metadata: Metadata
     ) -> int:
         return file_bytes(plan(self.source, _as_choice(kept, chosen), imatrix=imatrix, allow_requantize=True), metadata)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within it no other process has the folder so. Raises ValueError if one has it now."""
-    if os.name != "posix":  # no locks of folders
-        with _locked_beside(folder):
-            yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _at_work(folder) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked_beside(folder: Path) -> Iterator[None]:
-    """The same by a file beside the folder: one within would be taken for somebody else's."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _at_work(folder) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _at_work(folder: Path) -> ValueError:
-    return ValueError(f"{folder}: another run is at work here: name another folder, or wait for it")
 
 
 def _as_choice(kept: Mapping[str, TensorType], chosen: Mapping[str, Option]) -> Choice:

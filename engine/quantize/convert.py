@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from errno import EINVAL, EISDIR
+from errno import EINVAL
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from qrun.formats.blocks import BLOCK_FORMATS, BLOCK_SIZES, dequantize
 from qrun.formats.gguf.file import ALIGNMENT_KEY, DEFAULT_ALIGNMENT
 from qrun.formats.gguf.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_name
 from qrun.formats.tensors import n_weights
+from qrun.formats.whole_file import check_place
 
 # Weights in a chunk: 1 MB as they are mostly stored, so that what a thread works on stays in its cache.
 CHUNK_WEIGHTS = 1 << 19
@@ -110,7 +111,8 @@ class Loss:
 
     @property
     def weighted_rmse(self) -> float:
-        """The same with every weight counted by its importance (by 1 where there is none): what has been minimised."""
+        """`relative_rmse` with every weight counted by its importance (by 1 where there is none): what has been
+        minimised."""
         return float(np.sqrt(self.weighted_error / self.weighted_energy)) if self.weighted_energy > 0 else 0.0
 
 
@@ -169,8 +171,7 @@ def check_target(source: Source, path: Path) -> None:
     """Raises ValueError or OSError if a result cannot take this place: the source lies there, a folder, or a device."""
     if path.exists() and any(path.samefile(file) for file in source.files):
         raise ValueError(f"{path}: this is the source itself: name another file")
-    if path.is_dir():
-        raise IsADirectoryError(EISDIR, "is a folder: name a file", str(path))
+    check_place(path)
     if path.exists() and not path.is_file():
         raise OSError(EINVAL, "is a device: name a file to write", str(path))
 

@@ -102,7 +102,7 @@ class GGUFSource:
 
 
 # What a checkpoint may have been made in already, and is kept in unless another type is asked for.
-KEPT_TYPES = (TensorType.NVFP4, TensorType.MXFP4)
+KEPT_TYPES = (TensorType.NVFP4, TensorType.MXFP4, TensorType.Q8_0)
 
 
 def open_source(path: Path, *, keep: bool = False) -> Source:

@@ -109,6 +109,11 @@ class Relay:
         self._graph, self._bands, self._samples, self._name, self._open = graph, bands, samples, name, open
         self._starts = starts(graph, bands)
 
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file that it makes. There are two of them at most."""
+        return 4 * max(start.width for start in self._starts) * len(self._samples) * self._samples.size
+
     def observe(self, band: int, names: Collection[str], take: Take, step: Step) -> None:
         """Shows the inputs of some of a band's matrices. step: called after each sample."""
         start = self._starts[band]

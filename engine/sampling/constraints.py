@@ -31,6 +31,8 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator":
 """JSON without white space: fewer tokens, more of which are known beforehand, and no model writes blanks for ever."""
 
 _LONGEST_REASON = 300
+# What the parser says by the names of its own.
+_PLAINLY = {"NoExtensionBias": "no text comes to an end in it"}
 
 
 class Tokenizer(Protocol):
@@ -171,7 +173,9 @@ def schema_text(schema: Any) -> str:
         text = json.dumps(schema, ensure_ascii=False)
         if depth(schema) >= MAX_DEPTH:
             raise ValueError(f"schema: its values are nested more than {MAX_DEPTH} deep")
-    except (TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"schema: its values are nested more than {MAX_DEPTH} deep") from None
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"schema: it is no JSON: {_reason(str(error))}") from None
     _check_text(text, "schema")
     return text
@@ -201,6 +205,8 @@ def grammar_source(grammar: str) -> str:
 
         try:
             grammar = gbnf_to_lark(grammar)
+        except RecursionError:
+            raise ValueError("grammar: it is nested too deeply") from None
         except Exception as error:
             raise ValueError(f"grammar: neither Lark nor GBNF: {_reason(str(error))}") from None
     return lark_source(grammar)
@@ -278,4 +284,5 @@ def _reason(text: str) -> str:
     if first.endswith("regex parse error:"):
         last = [line.strip() for line in text.splitlines() if line.strip().startswith("error:")]
         first = f"{first} {last[-1].removeprefix('error:').strip()}" if last else first
+    first = _PLAINLY.get(first, first)
     return " ".join(first.split())[:_LONGEST_REASON]

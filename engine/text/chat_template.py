@@ -391,7 +391,7 @@ class ChatTemplate:
     def _guarded(
         self, fitting: Fitting, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]
     ) -> tuple[list[Message], list[Any] | None, dict[str, Any], str]:
-        """The same with a mark in what spells a special token; and the mark, empty where there is none."""
+        """The arguments with a mark in what spells a special token; and the mark, empty where there is none."""
         ordinary, in_results = self._spellings(fitting)
         kept = {name: value for name, value in variables.items() if name.endswith("_token")}
         others = {name: value for name, value in variables.items() if name not in kept}

@@ -29,3 +29,13 @@ def quantize(values: F32Array, importance: F32Array | None = None) -> U8Array:
     found = fit(SEARCH, values, importance)
     q = (found.codes.astype(np.int16) - 127).astype(np.int8)
     return np.concatenate([write_f16(found.scale), q.view(np.uint8)], axis=-1)
+
+
+def round_to_nearest(values: F32Array) -> U8Array:
+    """[n, 32] -> uint8 [n, 34]. The scale is what the largest weight asks for: as most engines make these blocks."""
+    scale = np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore"):
+        scaled = values * np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    whole = np.floor(np.abs(scaled))
+    q = np.sign(scaled) * (whole + np.floor(2 * (np.abs(scaled) - whole)))  # halves go away from zero
+    return np.concatenate([write_f16(scale[:, 0]), q.astype(np.int8).view(np.uint8)], axis=-1)

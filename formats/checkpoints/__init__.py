@@ -11,13 +11,14 @@ from typing import Any
 
 from qrun.formats.checkpoints import microscaled, mlx, packed, scaled
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
+from qrun.formats.checkpoints.scaled import ScaledTensor
 from qrun.formats.checkpoints.unread import UnreadTensor
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.safetensors import StoredTensor
 from qrun.formats.tensors import SourceTensor
 
-__all__ = ["QUANT_METHODS", "PlainTensor", "UnreadTensor", "decode_tensors"]
+__all__ = ["QUANT_METHODS", "PlainTensor", "ScaledTensor", "UnreadTensor", "decode_tensors"]
 
 Decoder = Callable[[dict[str, StoredTensor], Mapping[str, Any], Path], dict[str, SourceTensor]]
 """decode(tensors, quantization, path): takes the tensors of its method out of the dict, and returns the weights that
@@ -25,7 +26,7 @@ they make, under the names that those would have if they were plain ("...q_proj.
 from the file `path`. Raises FormatError where they, or the tensors, contradict themselves."""
 
 QUANT_METHODS: dict[str, Decoder] = {
-    "fp8": scaled.decode,
+    "fp8": microscaled.decode,
     "fbgemm_fp8": scaled.decode,
     "compressed-tensors": microscaled.decode,
     "modelopt": microscaled.decode,

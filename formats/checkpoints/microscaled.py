@@ -5,6 +5,7 @@ weights (NVFP4), and then there is a float for the whole matrix too, or a bare e
 
     compressed-tensors   X.weight_packed, X.weight_scale, and for NVFP4 X.weight_global_scale, by which is divided
     modelopt             X.weight, X.weight_scale, X.weight_scale_2, by which is multiplied
+    fp8 (DeepSeek V4)    X.weight, which may be I8, X.scale
     mxfp4 (gpt-oss)      X_blocks [experts, out, in / 32, 16], X_scales [experts, out, in / 32]
 
 GGUF has the same numbers in other places (`formats.blocks.nvfp4`, `mxfp4`), so that weights can be moved there as they
@@ -104,8 +105,8 @@ def decode(
 ) -> dict[str, SourceTensor]:
     """See `formats.checkpoints.Decoder`. What is not of four-bit floats is left to `scaled`."""
     weights: dict[str, SourceTensor] = {}
-    for name in [name for name, tensor in tensors.items() if tensor.dtype == "U8"]:
-        found = _parts(name, tensors)
+    for name in [name for name, tensor in tensors.items() if tensor.dtype in ("U8", "I8")]:
+        found = _parts(name, tensors) if name in tensors else None  # it was the scale of another one
         if found is None:
             continue
         weight, scales, divisor, factor = found
@@ -125,6 +126,11 @@ def _parts(name: str, tensors: Mapping[str, StoredTensor]) -> Found | None:
     """Of what may be the codes of a weight: its name, that of its scales, and what it is divided and multiplied by."""
     if name.endswith("_blocks") and (scales := f"{name.removesuffix('_blocks')}_scales") in tensors:
         return name.removesuffix("_blocks"), scales, None, None
+    exponents = tensors.get(scaled.scale_beside(name))
+    if exponents is not None and exponents.dtype == scaled.EXPONENTS:
+        return name, exponents.name, None, None
+    if tensors[name].dtype != "U8":
+        return None
     for suffix in (".weight_packed", ".weight"):
         weight = f"{name.removesuffix(suffix)}.weight"
         scales = f"{weight}_scale"

@@ -46,8 +46,8 @@ class GGUFReader:
         return list(self.strings(key))
 
     def strings(self, key: str) -> Strings:
-        """The same without an object for each: quicker still, for those who want a few of very many. They outlive this
-        reader."""
+        """The items of an array of strings, not decoded, and without an object for each until it is asked for: for
+        those who want a few of very many. They outlive this reader. Errors are those of `raw_strings`."""
         return self.parts[0].metadata.strings(key)
 
     def close(self) -> None:

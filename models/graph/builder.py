@@ -449,7 +449,7 @@ class GraphBuilder(FileTensors):
         return Graph(
             architecture, self.operations, logits, self.cache_layers, n_vocab, n_embd, context_length, context,
             n_states=self._n_states, embeds=embeds_tokens is not None,
-            uses=self._uses, encoder=self.encoder, start=self.start,
+            uses=self._uses, encoder=self.encoder, start=self.start, path=self.reader.path,
         )  # fmt: skip
 
     def _append(self, operation: Operation) -> Value:

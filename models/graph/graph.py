@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 
 from qrun.formats.dataclass import dataclass
 from qrun.models.graph.experts import MoE
@@ -81,6 +82,8 @@ class Graph:
     some of the cache's layers, which both share."""
     start: int = 0
     """The token with which an answer to a source begins."""
+    path: Path = Path()
+    """The file that it was read from."""
 
     @property
     def causal(self) -> bool:

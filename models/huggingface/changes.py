@@ -27,7 +27,9 @@ MAX_GAP = 64  # rows that are read for nothing rather than in two pieces
 
 
 @dataclass(frozen=True, eq=False)
-class _Changed(SourceTensor):
+class ChangedTensor(SourceTensor):
+    """What has become of another tensor."""
+
     base: SourceTensor
 
     @property
@@ -42,7 +44,7 @@ class _Changed(SourceTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class OrderedTensor(_Changed):
+class OrderedTensor(ChangedTensor):
     """Row i is row order[i] of another tensor."""
 
     order: Order
@@ -66,17 +68,17 @@ class OrderedTensor(_Changed):
 
 
 @dataclass(frozen=True, eq=False)
-class _ColumnsTensor(_Changed):
+class _ColumnsTensor(ChangedTensor):
     """Column i is column order[i] of another tensor."""
 
     order: Order
 
     def rows(self, start: int, end: int) -> F32Array:
-        return np.ascontiguousarray(_decoded(self.base, start, end)[:, self.order])
+        return np.ascontiguousarray(decoded(self.base, start, end)[:, self.order])
 
 
 @dataclass(frozen=True, eq=False)
-class _TransposedTensor(_Changed):
+class _TransposedTensor(ChangedTensor):
     """Each matrix of another tensor, turned about."""
 
     def rows(self, start: int, end: int) -> F32Array:
@@ -84,40 +86,41 @@ class _TransposedTensor(_Changed):
         parts = []
         for matrix in range(start // height, -(-end // height)):
             first, last = max(start - matrix * height, 0), min(end - matrix * height, height)
-            parts.append(_decoded(self.base, matrix * width, (matrix + 1) * width)[:, first:last].T)
+            parts.append(decoded(self.base, matrix * width, (matrix + 1) * width)[:, first:last].T)
         return np.ascontiguousarray(np.concatenate(parts))
 
 
 @dataclass(frozen=True, eq=False)
-class _ComputedTensor(_Changed):
+class _ComputedTensor(ChangedTensor):
     """All at once: of what is small."""
 
     compute: Callable[[F32Array], F32Array]
 
     def rows(self, start: int, end: int) -> F32Array:
-        stored = _decoded(self.base, 0, self.base.n_rows).reshape(self.base.shape)
+        stored = decoded(self.base, 0, self.base.n_rows).reshape(self.base.shape)
         return np.ascontiguousarray(self.compute(stored), np.float32).reshape(-1, self.row)[start:end]
 
 
 @dataclass(frozen=True, eq=False)
-class _ScaledTensor(_Changed):
+class _ScaledTensor(ChangedTensor):
     """Row by row, times a number each."""
 
     factors: F32Array  # [number of factors, rows]: one after the other, each product rounded
 
     def rows(self, start: int, end: int) -> F32Array:
-        values = _decoded(self.base, start, end)
+        values = decoded(self.base, start, end)
         for each in self.factors:
             values = values * each[start:end, None]
         return values
 
 
-def _decoded(base: SourceTensor, start: int, end: int) -> F32Array:
+def decoded(base: SourceTensor, start: int, end: int) -> F32Array:
+    """Rows with all that they are to be multiplied by."""
     rows = base.rows(start, end)
     return rows if base.tensor_scale == 1 else rows * base.tensor_scale
 
 
-def _floats(base: SourceTensor) -> TensorType:
+def floats_of(base: SourceTensor) -> TensorType:
     """The type of what is no longer made of the same rows."""
     return base.type if base.type in FLOATS else TensorType.F32
 
@@ -159,12 +162,12 @@ def rows(start: str, count: str) -> Change:
 
 
 @dataclass(frozen=True, eq=False)
-class _PaddedTensor(_Changed):
+class _PaddedTensor(ChangedTensor):
     """Rows of zeros behind those of another tensor."""
 
     def rows(self, start: int, end: int) -> F32Array:
         there = min(max(self.base.n_rows, start), end)
-        return np.concatenate([_decoded(self.base, start, there), np.zeros((end - there, self.row), np.float32)])
+        return np.concatenate([decoded(self.base, start, there), np.zeros((end - there, self.row), np.float32)])
 
     def raw(self, start: int, end: int) -> U8Array:
         if self.type != self.base.type:
@@ -174,13 +177,33 @@ class _PaddedTensor(_Changed):
         return np.concatenate([self.base.raw(start, there).reshape(-1), zeros])
 
 
+@dataclass(frozen=True, eq=False)
+class _WideTensor(ChangedTensor):
+    """Columns of another tensor, and those of a second one beside them."""
+
+    second: SourceTensor
+
+    def rows(self, start: int, end: int) -> F32Array:
+        return np.concatenate([decoded(self.base, start, end), decoded(self.second, start, end)], axis=1)
+
+    def forget(self) -> None:
+        self.base.forget()
+        self.second.forget()
+
+
+def beside(left: SourceTensor, right: SourceTensor) -> SourceTensor:
+    """Two matrices of as many rows as one."""
+    type = left.type if left.type == right.type and left.type in FLOATS else TensorType.F32
+    return _WideTensor(left.name, type, (left.n_rows, left.row + right.row), left, right)
+
+
 def padded_rows(count: str) -> Change:
     """As many rows as a dimension says: those that the tensor lacks are zeros."""
 
     def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
         if tensor.n_rows >= sizes[count]:
             return tensor
-        return _PaddedTensor(tensor.name, _floats(tensor), (sizes[count], tensor.row), tensor)
+        return _PaddedTensor(tensor.name, floats_of(tensor), (sizes[count], tensor.row), tensor)
 
     return change
 
@@ -219,7 +242,7 @@ def every(number: int, step: int) -> Change:
 
 def transposed(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
-    return _TransposedTensor(tensor.name, _floats(tensor), shape, tensor)
+    return _TransposedTensor(tensor.name, floats_of(tensor), shape, tensor)
 
 
 def then(*changes: Change) -> Change:
@@ -250,7 +273,7 @@ def by_columns(order: Callable[[Sizes], Order]) -> Change:
         wanted = order(sizes)
         if len(wanted) != tensor.row:
             raise tensor.error(f"has {tensor.row} columns, expected {len(wanted)}")
-        return _ColumnsTensor(tensor.name, _floats(tensor), tensor.shape, tensor, wanted)
+        return _ColumnsTensor(tensor.name, floats_of(tensor), tensor.shape, tensor, wanted)
 
     return change
 
@@ -259,7 +282,7 @@ def scaled(factors: Callable[[Sizes, int], F32Array]) -> Change:
     """factors: some of each row [number of factors, rows], from the sizes and the number of rows."""
 
     def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
-        return _ScaledTensor(tensor.name, _floats(tensor), tensor.shape, tensor, factors(sizes, tensor.n_rows))
+        return _ScaledTensor(tensor.name, floats_of(tensor), tensor.shape, tensor, factors(sizes, tensor.n_rows))
 
     return change
 
@@ -269,7 +292,7 @@ def scaled_by(tensor: SourceTensor, factor: float) -> SourceTensor:
     if isclose(factor, 1.0, rel_tol=1e-6):
         return tensor
     factors = np.full((1, tensor.n_rows), factor, np.float32)
-    return _ScaledTensor(tensor.name, _floats(tensor), tensor.shape, tensor, factors)
+    return _ScaledTensor(tensor.name, floats_of(tensor), tensor.shape, tensor, factors)
 
 
 def side_by_side(n_rows: int, heads: int) -> Order:

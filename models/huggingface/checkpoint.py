@@ -29,6 +29,7 @@ from qrun.models.huggingface.tensors import (
     ConstantTensor,
     count_drafts,
     dimensions,
+    keep_scaled,
     map_tensors,
     scale_tensors,
     whole_tensor,
@@ -86,6 +87,8 @@ class CheckpointSource:
             for name, values in rope_factors(config, sizes).items():
                 tensors[name] = ConstantTensor.of(name, values, config)
             tensors |= scale_tensors(tensors, config)
+            if keep and self.architecture.eight_bits_kept:
+                keep_scaled(tensors)
             if self.architecture.embeds:
                 tensors |= self._dense_tensors(entries, sizes)
         except BaseException:
@@ -157,6 +160,8 @@ def read_config(folder: Path) -> tuple[Architecture, Config]:
             inner = inner.get("text_config")
         if isinstance(inner, dict):
             values = {**values, **inner, TIED_OUTSIDE: values.get("tie_word_embeddings")}
+    if architecture.settings:
+        values = {**architecture.settings(values)}
     for usual, others in SYNONYMS.items():
         if values.get(usual) is None and (other := next((o for o in others if values.get(o) is not None), None)):
             values[usual] = values[other]

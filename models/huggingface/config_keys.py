@@ -56,7 +56,7 @@ HARMLESS = (
         pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality
         sparse_pred_ignore_index sparse_prediction deterministic_flash_attn repad_logits_with_grad reference_compile
         qa_dropout seq_classif_dropout
-        fused_bias_fc fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
+        fused_bias_fc fused_add_norm fused_dropout_add_ln pad_vocab_size_multiple use_xentropy max_trained_positions
         reorder_and_upcast_attn output_past attn_mode fuse_cross_entropy fuse_linear_cross_entropy fuse_norm
     """)
     # Of training.
@@ -69,11 +69,13 @@ HARMLESS = (
         embd_pdrop resid_pdrop dropout dropout_rate classifier_dropout summary_first_dropout layerdrop
         output_router_logits router_aux_loss_coef router_jitter_noise router_z_loss_coef input_jitter_noise
         aux_loss_coef z_loss_coefficient altup_coef_clip label_smoothing neftune_noise_alpha loss_type
+        moe_jitter_eps moe_loss_weight
     """)
     # What the weights say by being there.
     | _words("""
         attention_bias mlp_bias lm_head_bias qkv_bias use_qkv_bias bias use_bias use_qk_norm qk_norm qk_layernorm
         ffn_dim_multiplier multiple_of use_qkv_bias use_expert_bias attention_k_eq_v mamba_conv_bias mamba_proj_bias
+        add_swa_attention_sink_bias add_full_attention_sink_bias
         use_conv_bias conv_bias use_mamba_kernels mlp_layer_types
         decay_low_rank_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim attention_hidden_size value_dim hidden_ratio
     """)

@@ -105,7 +105,35 @@ class Made:
     values: Callable[[Config, Sizes], Any]
 
 
-Part = Mapped | Experts | Stacked | Product | Choice | Made
+@dataclass(frozen=True)
+class Indices:
+    """A table of whole numbers, as I32."""
+
+    hf: str
+    gguf: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows of several tensors one after another, as one. hf: the name, with {} for a number. count: as in Experts."""
+
+    hf: str
+    gguf: str
+    shape: tuple[str, ...]
+    count: str
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Columns of two matrices beside each other, as one."""
+
+    hf: tuple[str, str]
+    gguf: str
+    shape: tuple[str, ...]
+
+
+Part = Mapped | Experts | Stacked | Product | Choice | Made | Indices | Joined | Beside
 
 
 @dataclass(frozen=True)
@@ -168,6 +196,8 @@ class Architecture:
     entries: Callable[[Facts], None] | None = None
     sizes: Callable[[Config, Sizes], Mapping[str, int]] | None = None
     rotated: Literal["", "all", "part"] = ""
+    within: str = ""
+    """What the names of the language model's tensors begin with, where others end as these do."""
     rename: Callable[[str, Sizes], str] | None = None
     extra_layers: str = ""
     draft: tuple[Part, ...] = ()
@@ -180,6 +210,12 @@ class Architecture:
     """Whether engines want the head as a tensor of its own, also where it is the embedding."""
     ffn: bool = True
     """Whether a model has a width of feed-forward layers."""
+    routers_in_full: bool = True
+    """Whether matrices on which much depends are F32, whatever the checkpoint has."""
+    eight_bits_kept: bool = False
+    """Whether matrices of 8-bit floats become Q8_0 where those of 4-bit ones are kept, and not BF16."""
+    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """What config.json says, in the usual words, where a family has others."""
     variant: Callable[[Config], Architecture | None] | None = None
     """What a configuration is instead, if it is one of another kind."""
 

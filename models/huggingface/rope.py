@@ -109,7 +109,9 @@ def rope_factors(config: Config, sizes: Mapping[str, int]) -> dict[str, F32Array
     rope, _ = rope_section(config)
     match _kind(rope):
         case "llama3":
-            return {"rope_freqs.weight": _llama3_factors(rope, sizes.get("rope_head", sizes["head"]))}
+            factors = _llama3_factors(rope, sizes.get("rope_head", sizes["head"]))
+            rest = max(sizes.get("pairs", 0) - len(factors), 0)  # pairs that turn on some layers only, as they are
+            return {"rope_freqs.weight": np.append(factors, np.ones(rest, np.float32))}
         case "longrope":
             pairs = _rotated(rope, sizes.get("rope_head", sizes["head"])) // 2
             return {

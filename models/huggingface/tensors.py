@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrun.formats import FormatError, TensorType
+from qrun.formats.blocks import BLOCK_SIZES
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.blocks.layout import F32Array, U8Array
-from qrun.formats.checkpoints import UnreadTensor
+from qrun.formats.blocks.q8_0 import round_to_nearest
+from qrun.formats.checkpoints import ScaledTensor, UnreadTensor
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.changes import beside
 from qrun.models.huggingface.config import Config
-from qrun.models.huggingface.layout import Architecture, Choice, Experts, Made, Mapped, Part, Product, Sizes, Stacked
+from qrun.models.huggingface.layout import (
+    Architecture,
+    Beside,
+    Choice,
+    Experts,
+    Indices,
+    Joined,
+    Made,
+    Mapped,
+    Part,
+    Product,
+    Sizes,
+    Stacked,
+)
 from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
 # Stored in full: few, and much depends on them. (Everything of one dimension is too.)
@@ -29,6 +45,8 @@ ALWAYS_F32 = (
     "time_mix_lerp_fused.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_first.weight",
     "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
 )  # fmt: skip
+NORMS = "_norm.weight"  # of which the first of these is all that some models have so
+INDEX_TYPES = ("I32", "I64")
 # By which other models hold a language model.
 PREFIXES = (
     "model.", "language_model.", "text_model.", "thinker.", "transformer.", "gpt_neox.", "backbone.", "lfm.", "ernie.",
@@ -169,6 +187,47 @@ class ConstantTensor(SourceTensor):
         return self.config.error(self.name, reason)
 
 
+@dataclass(frozen=True, eq=False)
+class IndexTensor(SourceTensor):
+    """Whole numbers, which are no weights."""
+
+    base: UnreadTensor
+
+    def rows(self, start: int, end: int) -> F32Array:
+        return self._numbers(start, end).astype(np.float32)
+
+    def raw(self, start: int, end: int) -> U8Array:
+        return np.ascontiguousarray(self._numbers(start, end), "<i4").reshape(-1).view(np.uint8)
+
+    def _numbers(self, start: int, end: int) -> NDArray[np.integer[Any]]:
+        return self.base.stored.array().reshape(-1, self.row)[start:end]
+
+    def forget(self) -> None:
+        self.base.forget()
+
+    def error(self, reason: str) -> FormatError:
+        return self.base.error(reason)
+
+
+@dataclass(frozen=True, eq=False)
+class EightBitTensor(MappedTensor):
+    """Floats of 8 bits as Q8_0."""
+
+    def raw(self, start: int, end: int) -> U8Array:
+        return round_to_nearest(self.rows(start, end).reshape(-1, 32)).reshape(-1)
+
+
+def keep_scaled(tensors: dict[str, SourceTensor]) -> None:
+    """Matrices of 8-bit floats become Q8_0; those of which a row is not whole blocks, F16."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, MappedTensor) or tensor.type == TensorType.F32:
+            continue
+        if all(isinstance(segment.tensor, ScaledTensor) for segment in tensor.segments):
+            fits = tensor.row % BLOCK_SIZES[TensorType.Q8_0][0] == 0
+            type, kind = (TensorType.Q8_0, EightBitTensor) if fits else (TensorType.F16, MappedTensor)
+            tensors[name] = kind(name, type, tensor.shape, tensor.segments, tensor.heads, tensor.shift)
+
+
 def dimensions(config: Config, architecture: Architecture) -> Sizes:
     """The sizes that shapes are made of, by the names of architectures.py, and the counts of layers and heads."""
     embd = config.integer("hidden_size")
@@ -270,6 +329,14 @@ def whole_tensor(name: str, tensor: SourceTensor) -> SourceTensor:
     return MappedTensor(name, type, tensor.shape, (Segment(tensor, 0, tensor.n_rows),))
 
 
+def layer_of(tensor: SourceTensor, sizes: Sizes) -> int:
+    """The layer that a tensor belongs to; one behind the others where it is of those that predict further ahead."""
+    match = re.search(r"(mtp\.)?layers\.(\d{1,4})\.", tensor.name)
+    if match is None:
+        raise tensor.error("is of no layer")
+    return int(match[2]) + (sizes["layers"] if match[1] else 0)
+
+
 def short_name(name: str) -> str:
     """A tensor's or a module's name without "model." and the like, by which models of other kinds hold this one."""
     while True:
@@ -299,7 +366,7 @@ def _text_part(
     cache_scales: list[SourceTensor] = []
     others: list[SourceTensor] = []
     for name, tensor in weights.items():
-        if is_other_part(name):
+        if is_other_part(name) or not name.startswith(architecture.within):
             others.append(tensor)
             continue
         short = _renamed(short_name(name), architecture, sizes)
@@ -351,6 +418,15 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
         b.forget()
 
 
+def _of_one_shape(tensors: Sequence[SourceTensor | None]) -> list[Segment]:
+    """Tensors that become one, whatever shape that is."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    for tensor in found[1:]:
+        if tensor.shape != found[0].shape:
+            raise tensor.error(f"has shape {tensor.shape}, and {quote(found[0].name)} has {found[0].shape}")
+    return [Segment(tensor, 0, tensor.n_rows) for tensor in found]
+
+
 class _Mapper:
     def __init__(
         self, weights: dict[str, SourceTensor], architecture: Architecture, sizes: Sizes, config: Config
@@ -382,9 +458,20 @@ class _Mapper:
                 shape = (self.sizes[part.count], *self._shape(part.shape, segments[0].tensor))
                 self._put(gguf_prefix + part.gguf, shape, segments)
             case Stacked():
-                tensors = [self._take(hf_prefix + name, part.shape) for name in part.hf]
-                pieces = [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+                pieces = _of_one_shape([self._take(hf_prefix + name, part.shape) for name in part.hf])
                 self._put(gguf_prefix + part.gguf, (len(part.hf), *pieces[0].tensor.shape), pieces)
+            case Joined():
+                tensors = [self._take(hf_prefix + part.hf.format(i), part.shape) for i in range(self.sizes[part.count])]
+                pieces = [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+                widths = {piece.tensor.row for piece in pieces}
+                if len(widths) != 1:
+                    raise pieces[0].tensor.error(f"and its like have rows of {sorted(widths)} numbers, not of as many")
+                self._put(gguf_prefix + part.gguf, (sum(piece.end for piece in pieces), *widths), pieces)
+            case Beside():
+                left, right = (self._take(hf_prefix + name, part.shape) for name in part.hf)
+                assert left is not None and right is not None
+                both = beside(left, right)
+                self._put(gguf_prefix + part.gguf, both.shape, [Segment(both, 0, both.n_rows)])
             case Product():
                 name = gguf_prefix + part.gguf
                 product = np.prod([self._row(hf_prefix + hf, self.sizes[part.width]) for hf in part.hf], axis=0)
@@ -393,6 +480,8 @@ class _Mapper:
                 values = np.asarray(part.values(self.config, self.sizes), np.float32)
                 name = gguf_prefix + part.gguf
                 self.tensors[name] = ConstantTensor.of(name, values, self.config)
+            case Indices():
+                self._add_indices(part, hf_prefix + part.hf, gguf_prefix + part.gguf)
             case Mapped():
                 self._add_mapped(part, hf_prefix + part.hf, gguf_prefix + part.gguf)
 
@@ -404,9 +493,11 @@ class _Mapper:
                 return prefix + part.hf.format(0) in self.weights or (
                     part.joined is not None and prefix + part.joined[0] in self.weights
                 )
-            case Mapped():
+            case Mapped() | Indices():
                 return prefix + part.hf in self.weights
-            case Stacked() | Product():
+            case Joined():
+                return prefix + part.hf.format(0) in self.weights
+            case Stacked() | Product() | Beside():
                 return prefix + part.hf[0] in self.weights
         return True
 
@@ -421,6 +512,13 @@ class _Mapper:
         if part.change is not None:
             tensor, shift = part.change(tensor, self.sizes), 0.0
         self._put(gguf, tensor.shape, [Segment(tensor, 0, tensor.n_rows)], heads, shift)
+
+    def _add_indices(self, part: Indices, hf: str, gguf: str) -> None:
+        tensor = self._take(hf, part.shape, indices=True)
+        if not isinstance(tensor, UnreadTensor) or tensor.stored.dtype not in INDEX_TYPES:
+            assert tensor is not None
+            raise tensor.error(f"is not of one of the types {', '.join(INDEX_TYPES)}")
+        self.tensors[gguf] = IndexTensor(gguf, TensorType.I32, tensor.shape, tensor)
 
     def add_embedding(self, notice: Callable[[str], None]) -> bool:
         """The embedding. Returns whether it is the head too: if config.json says so, and the weights do not differ.
@@ -461,11 +559,14 @@ class _Mapper:
         self, name: str, shape: tuple[int, ...], segments: list[Segment], heads: int = 0, shift: float = 0.0
     ) -> None:
         types = {segment.tensor.type for segment in segments}
-        in_full = len(shape) == 1 or name.endswith(ALWAYS_F32) or not name.endswith(".weight") or len(types) > 1
+        always = ALWAYS_F32 if self.architecture.routers_in_full else NORMS
+        in_full = len(shape) == 1 or name.endswith(always) or not name.endswith(".weight") or len(types) > 1
         type = TensorType.F32 if in_full else types.pop()
         self.tensors[name] = MappedTensor(name, type, shape, tuple(segments), heads, shift)
 
-    def _take(self, name: str, shape: tuple[str, ...], optional: bool = False) -> SourceTensor | None:
+    def _take(
+        self, name: str, shape: tuple[str, ...], optional: bool = False, *, indices: bool = False
+    ) -> SourceTensor | None:
         tensor = self.weights.get(name)
         if tensor is None:
             if optional:
@@ -473,7 +574,7 @@ class _Mapper:
             self._check_read()
             full = name if name.startswith("lm_head.") else f"model.{name}"
             raise FormatError(self.config.path.parent, f"tensor {quote(full)} is missing")
-        if isinstance(tensor, UnreadTensor):
+        if isinstance(tensor, UnreadTensor) and not indices:
             raise tensor.unread()
         expected = self._shape(shape, tensor)
         if tensor.shape != expected:
@@ -502,7 +603,7 @@ class _Mapper:
             starts = [(expert * parts + no) * out for expert in range(n_experts)]
             return [Segment(tensor, start, start + out) for start in starts]
         tensors = [self._take(prefix + part.hf.format(expert), part.shape) for expert in range(n_experts)]
-        return [Segment(tensor, 0, tensor.n_rows) for tensor in tensors if tensor is not None]
+        return _of_one_shape(tensors)
 
     def _shape(self, names: tuple[str, ...], tensor: SourceTensor) -> tuple[int, ...]:
         """What the names stand for. Where they say "*", it is as the tensor has it."""

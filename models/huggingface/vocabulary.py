@@ -272,7 +272,7 @@ def _unigram(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) -> V
 
 
 def _unigram_pieces(files: TokenizerFiles, model: SentencePieceModel, n_vocab: int) -> Vocabulary:
-    """The same, of a file of SentencePiece's own."""
+    """A vocabulary of likeliest pieces, of a file of SentencePiece's own."""
     vocabulary = _sentencepiece(files, model, sentencepiece_rules(model), n_vocab, "t5")
     vocabulary.pre = "default"
     assert vocabulary.scores is not None

@@ -281,7 +281,13 @@ PUBLISHED_CONFIG: dict[str, dict[str, Any]] = {
 # The converter does not know what Transformers makes of their config.json.
 READ_PLAINLY = (
     "GPTNeoXForCausalLM", "HrmTextForCausalLM", "Cohere2MoeForCausalLM", "PaddleOCRVLForConditionalGeneration",
-    "HunYuanVLForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration", "DeepseekV4ForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM",
+    "Step3p5ForCausalLM", "Step3p7ForConditionalGeneration", "Dots3NoteForCausalLM", "HYV4ForCausalLM",
+    "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "SarvamMoEForCausalLM", "DbrxForCausalLM",
+    "JAISLMHeadModel", "EuroBertModel", "NeoBERT", "JinaBertModel", "JinaBertForMaskedLM", "BitnetForCausalLM",
+    "MiniMaxText01ForCausalLM", "TalkieForCausalLM", "Grok1ForCausalLM", "DeciLMForCausalLM",
+    "RWKV6Qwen2ForCausalLM", "RwkvHybridForCausalLM", "NemotronHPuzzleForCausalLM",
+    "GraniteSpeechForConditionalGeneration", "Sarashina2VisionForCausalLM",
 )
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
 
@@ -694,6 +700,475 @@ PUBLISHED |= {
 }  # fmt: skip
 
 
+# DeepSeek V4: matrices of 8-bit floats, experts of 4-bit ones.
+
+V4_COMPRESSOR = {"wkv.weight": [32, 64], "wgate.weight": [32, 64], "ape": [4, 32], "norm.weight": [16]}
+V4_LAYER = {
+    "attn_norm.weight": [64], "ffn_norm.weight": [64], "attn.attn_sink": [4], "attn.wq_a.weight": [32, 64],
+    "attn.wq_b.weight": [64, 32], "attn.q_norm.weight": [32], "attn.wkv.weight": [16, 64], "attn.kv_norm.weight": [16],
+    "attn.wo_a.weight": [64, 32], "attn.wo_b.weight": [64, 64], "ffn.gate.weight": [4, 64], "ffn.gate.bias": [4],
+    **{f"hc_{half}_{kind}": shape for half in ("attn", "ffn") for kind, shape in (
+        ("fn", [24, 256]), ("base", [24]), ("scale", [3]))},
+    **{f"ffn.experts.{e}.{n}.weight": [32, 32] for e in range(4) for n in ("w1", "w3")},
+    **{f"ffn.experts.{e}.w2.weight": [64, 16] for e in range(4)},
+    **{f"ffn.experts.{e}.{n}.scale": [32, 2] for e in range(4) for n in ("w1", "w3")},
+    **{f"ffn.experts.{e}.w2.scale": [64, 1] for e in range(4)},
+    **{f"ffn.shared_experts.{n}.weight": [32, 64] for n in ("w1", "w3")}, "ffn.shared_experts.w2.weight": [64, 32],
+    **{f"{n}.scale": [1, 1] for n in (
+        "attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "ffn.shared_experts.w1",
+        "ffn.shared_experts.w2", "ffn.shared_experts.w3")},
+}  # fmt: skip
+PUBLISHED |= {
+    "DeepseekV4ForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 32, "o_groups": 2,
+        "o_lora_rank": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc", "swiglu_limit": 10.0, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128, "rope_theta": 10000, "compress_rope_theta": 160000, "rope_scaling": {
+            "type": "yarn", "factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1},
+        "sliding_window": 32, "compress_ratios": [0, 4, 128, 0], "index_n_heads": 2, "index_head_dim": 16,
+        "index_topk": 8, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "num_hash_layers": 1,
+        "num_nextn_predict_layers": 1, "expert_dtype": "fp4", "tie_word_embeddings": False, "attention_bias": False,
+        "model_type": "deepseek_v4", "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128]}}, {
+        "embed.weight": [N_VOCAB, 64], "norm.weight": [64], "head.weight": [N_VOCAB, 64], "hc_head_fn": [4, 256],
+        "hc_head_base": [4], "hc_head_scale": [1], "mtp.0.enorm.weight": [64], "mtp.0.e_proj.weight": [64, 64],
+        "mtp.0.e_proj.scale": [1, 1], **in_layers("layers", V4_LAYER | {"ffn.gate.tid2eid": [N_VOCAB, 2]}, V4_LAYER | {
+            **{f"attn.compressor.{n}": s for n, s in V4_COMPRESSOR.items()},
+            **{f"attn.indexer.compressor.{n}": s for n, s in V4_COMPRESSOR.items()},
+            "attn.indexer.wq_b.weight": [32, 32], "attn.indexer.wq_b.scale": [1, 1],
+            "attn.indexer.weights_proj.weight": [2, 64]}, V4_LAYER | {
+            "attn.compressor.wkv.weight": [16, 64], "attn.compressor.wgate.weight": [16, 64],
+            "attn.compressor.ape": [128, 16], "attn.compressor.norm.weight": [16], "ffn.gate.bias_vl": [4]})}),
+}  # fmt: skip
+# MiMo V2 and Step: layers with a window have other heads.
+
+
+def gqa(heads: int, kv_heads: int, head: int = 8, value: int = 8, embd: int = 32) -> dict[str, list[int]]:
+    return {"self_attn.q_proj.weight": [heads * head, embd], "self_attn.k_proj.weight": [kv_heads * head, embd],
+            "self_attn.v_proj.weight": [kv_heads * value, embd], "self_attn.o_proj.weight": [embd, heads * value]}
+
+
+MIMO = USUAL | {
+    "head_dim": 12, "v_head_dim": 8, "swa_head_dim": 12, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "sliding_window": 16,
+    "layernorm_epsilon": 1e-5, "rms_norm_eps": None, "swa_rope_theta": 5000.0, "partial_rotary_factor": 0.334,
+    "attention_value_scale": 0.707, "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": None,
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "routed_scaling_factor": None, "model_type": "mimo_v2_flash"}  # fmt: skip
+MIMO_DRAFT = {
+    "eh_proj.weight": [32, 64], "enorm.weight": [32], "hnorm.weight": [32], "input_layernorm.weight": [32],
+    "pre_mlp_layernorm.weight": [32], "final_layernorm.weight": [32], "self_attn.attention_sink_bias": [4], **FORWARD}
+# Eight devices: each has an eighth of queries, keys and values, and blocks of scales of its own.
+PRO = MIMO | {
+    "hidden_size": 128, "num_attention_heads": 16, "swa_num_attention_heads": 16, "num_key_value_heads": 8,
+    "swa_num_key_value_heads": 16, "head_dim": 16, "swa_head_dim": 16, "v_head_dim": 16, "swa_v_head_dim": 16,
+    "moe_intermediate_size": 32, "partial_rotary_factor": 0.375, "model_type": "mimo_v2",
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+                            "activation_scheme": "dynamic", "store_dtype": "mxfp4", "mxfp4_block_size": 32},
+}  # fmt: skip
+WIDE_NORMS = {"input_layernorm.weight": [128], "post_attention_layernorm.weight": [128]}
+WIDE_FORWARD = {"mlp.gate_proj.weight": [48, 128], "mlp.up_proj.weight": [48, 128], "mlp.down_proj.weight": [128, 48]}
+STEP = {
+    "vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16,
+    "num_attention_heads": 2, "num_attention_groups": 1, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "rope_theta": [5000000.0, 10000.0, 10000.0, 10000.0], "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0],
+    "layer_types": ["full_attention", *["sliding_attention"] * 3], "sliding_window": 16,
+    "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 3,
+                                "num_attention_groups": 1, "head_dim": 16},
+    "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+    "yarn_only_types": ["full_attention"],
+    "moe_layers_enum": "1,2", "moe_num_experts": 4, "moe_top_k": 2, "moe_intermediate_size": 24, "moe_every_n_layer": 1,
+    "share_expert_dim": 24, "norm_expert_weight": True, "moe_router_scaling_factor": 3.0,
+    "moe_router_activation": "sigmoid", "use_moe_router_bias": True, "need_fp32_gate": True,
+    "use_head_wise_attn_gate": True, "use_qk_norm": True, "sink": False, "zero_centered": True, "use_moe": False,
+    "swiglu_limits": [0, 0, 7.0, None], "swiglu_limits_shared": [0, 0, 16, None], "num_nextn_predict_layers": 1,
+    "att_impl_type": "GQA", "tie_word_embeddings": False, "model_type": "step3p5"}  # fmt: skip
+
+
+def step_attention(heads: int) -> dict[str, list[int]]:
+    return NORMS | gqa(heads, 1, 16, 16) | {
+        "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16], "self_attn.g_proj.weight": [heads, 32]}
+
+
+STEP_MIXTURE = {
+    "moe.gate.weight": [4, 32], "moe.router_bias": [4], "moe.gate_proj.weight": [4, 24, 32],
+    "moe.up_proj.weight": [4, 24, 32], "moe.down_proj.weight": [4, 32, 24], "share_expert.gate_proj.weight": [24, 32],
+    "share_expert.up_proj.weight": [24, 32], "share_expert.down_proj.weight": [32, 24]}  # fmt: skip
+STEP_DRAFT = {
+    "eh_proj.weight": [32, 64], "enorm.weight": [32], "hnorm.weight": [32],
+    "transformer.shared_head.norm.weight": [32], "transformer.shared_head.output.weight": [N_VOCAB, 32]}  # fmt: skip
+STEP_SHAPES = OUTER | in_layers("model.layers", step_attention(2) | FORWARD, step_attention(3) | STEP_MIXTURE,
+                                step_attention(3) | STEP_MIXTURE, step_attention(3) | FORWARD | STEP_DRAFT)
+
+# dots3-note and Hy4: latent attention.
+
+DOTS3 = USUAL | {
+    "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 4,
+    "head_dim": 20, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 12, "swa_num_attention_heads": 2, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 12,
+    "swa_qk_nope_head_dim": 12, "swa_qk_rope_head_dim": 4, "swa_head_dim": 16, "swa_v_head_dim": 8,
+    "swa_rope_theta": 5000.0, "sliding_window_size": 16, "apply_mla_qkv_lora_rescale": True, "use_dsa": True,
+    "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16, "k_rope_only_layernorm": True,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "attention_gate_type": "headwise",
+    "swa_attention_gate_type": "headwise", "model_type": "dots3_note"}  # fmt: skip
+
+
+def dots_attention(heads: int, rank: int, plain: int, value: int) -> dict[str, list[int]]:
+    return NORMS | within("self_attn", {
+        "q_a_proj.weight": [24, 32], "q_a_layernorm.weight": [24], "q_b_proj.weight": [heads * (plain + 4), 24],
+        "kv_a_proj_with_mqa.weight": [rank + 4, 32], "kv_a_layernorm.weight": [rank],
+        "kv_b_proj.weight": [heads * (plain + value), rank], "o_proj.weight": [32, heads * value],
+        "k_rope_only_layernorm.weight": [4], "g_proj.weight": [heads, 32]})
+
+
+INDEXER_NAMES = {
+    "indexer.wq_b.weight": [16, 24], "indexer.wk.weight": [8, 32], "indexer.k_norm.weight": [8],
+    "indexer.k_norm.bias": [8], "indexer.weights_proj.weight": [2, 32]}  # fmt: skip
+ROUTED_MIXTURE = EXPERTS | SHARED | {"mlp.gate.e_score_correction_bias": [4]}
+DOTS3_SHAPES = OUTER | in_layers(
+    "model.layers", dots_attention(4, 16, 8, 12) | within("self_attn", INDEXER_NAMES) | FORWARD,
+    dots_attention(2, 12, 12, 8) | ROUTED_MIXTURE, dots_attention(2, 12, 12, 8) | FORWARD | {
+        "eh_proj.weight": [32, 64], "enorm.weight": [32], "hnorm.weight": [32], "shared_head.norm.weight": [32],
+    }) | {"model.mtp.embed_tokens.weight": [N_VOCAB, 32], "vision_encoder.patch_embed.proj.weight": [2]}  # fmt: skip
+HY4 = USUAL | LATENT | {
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "rope_scaling": None, "indexer_types": ["full", "shared"],
+    "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "n_group": 1,
+    "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limit": 10.0, "hc_mult": 4,
+    "hc_eps": 1e-6, "hc_magnitude": 2.0, "enable_lm_head_fp32": True, "num_nextn_predict_layers": 1,
+    "model_type": "hy_v4"}  # fmt: skip
+HY4_LAYER = NORMS | within("self_attn", LATENT_NAMES) | {
+    "self_attn.learnable_sink_param": [4], "self_attn.linear_gate.weight": [48, 32],
+    **{f"hc_{half}_layer.hc_pre.hc_{kind}": shape for half in ("attn", "mlp") for kind, shape in (
+        ("fn", [8, 128]), ("base", [8]), ("scale", [2]))}}  # fmt: skip
+HY4_MIXTURE = SHARED | {
+    "mlp.experts.gate_up_proj": [4, 48, 32], "mlp.experts.down_proj": [4, 32, 24], "mlp.gate.weight": [4, 32],
+    "mlp.gate.e_score_correction_bias": [4]}  # fmt: skip
+HY4_SHAPES = OUTER | {
+    "model.hc_head.hc_head_fn": [4, 128], "model.hc_head.hc_head_base": [4], "model.hc_head.hc_head_scale": [1],
+    "model.mtp_layers.0.enorm.weight": [2],
+} | in_layers("model.layers", HY4_LAYER | FORWARD | within("self_attn", INDEXER_NAMES), HY4_LAYER | HY4_MIXTURE)
+
+# Qwen 4
+
+
+def mixer(prefix: str, inject: bool = True) -> dict[str, list[int]]:
+    return {f"{prefix}.hc_norm.weight": [64], f"{prefix}.input_mix_weight_down.weight": [6, 64],
+            f"{prefix}.input_mix_weight_up.weight": [64, 6],
+            **({f"{prefix}.block_inject_weight.weight": [2, 64]} if inject else {})}  # fmt: skip
+
+
+QWEN4_BLOCK = mixer("attn_hyper_connection") | mixer("mlp_hyper_connection") | {
+    "mlp.experts.gate_up_proj": [4, 48, 32], "mlp.experts.down_proj": [4, 32, 24], "mlp.gate.weight": [4, 32],
+    "mlp.shared_expert_gate.weight": [1, 32], "mlp.shared_expert.gate_proj.weight": [40, 32],
+    "mlp.shared_expert.up_proj.weight": [40, 32], "mlp.shared_expert.down_proj.weight": [32, 40]}  # fmt: skip
+QWEN4_ATTENTION = QWEN4_BLOCK | {
+    "self_attn.q_proj.weight": [128, 32], "self_attn.k_proj.weight": [32, 32], "self_attn.v_proj.weight": [32, 32],
+    "self_attn.o_proj.weight": [32, 64], "self_attn.q_norm.weight": [16], "self_attn.k_norm.weight": [16],
+    "self_attn.indexer.index_qk_proj.weight": [24, 32], "self_attn.indexer.q_layernorm.weight": [8],
+    "self_attn.indexer.k_layernorm.weight": [8]}  # fmt: skip
+QWEN4_NET = QWEN4_BLOCK | {
+    "linear_attn.in_proj_qkv.weight": [64, 32], "linear_attn.in_proj_z.weight": [32, 32],
+    "linear_attn.in_proj_b.weight": [4, 32], "linear_attn.in_proj_a.weight": [4, 32], "linear_attn.A_log": [4],
+    "linear_attn.dt_bias": [4], "linear_attn.conv1d.weight": [64, 1, 4], "linear_attn.norm.weight": [8],
+    "linear_attn.out_proj.weight": [32, 32]}  # fmt: skip
+QWEN4_TABLE = {
+    "ple.key_proj.weight": [64, 32], "ple.value_proj.weight": [32, 32], "ple.norm_key.weight": [64],
+    "ple.norm_query.weight": [64], "ple.norm_conv.weight": [64], "ple.conv1d.weight": [64, 1, 4],
+    "ple.ple_embedding.layer_multipliers": [3], "ple.ple_embedding.ngram_heads_offsets": [4],
+    "ple.ple_embedding.ngram_heads_vocab_sizes": [4],
+    **{f"ple.ple_embedding.ngram_embedding.shard_{n}.weight": [12, 8] for n in (1, 0, 2)}}  # fmt: skip
+QWEN4 = USUAL | DELTA | MIXTURE | {
+    "num_hidden_layers": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 4, "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 40, "hc_count": 2, "hc_lowrank": 6, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "ple_layer_ids": [1],
+    "ple_embed_dim": 32, "ple_conv_kernel_size": 4, "ngram_size": 3, "heads_per_ngram": 2, "split_ngram_parts": 3,
+    "ngram_vocab_size_base": 9, "seed": 1234, "make_ngram_vocab_size_divisible_by": 4, "output_gate_type": "sigmoid",
+    "mtp_num_hidden_layers": 1, "eos_token_id": [1, 0], "rope_theta": None, "intermediate_size": None,
+    "rope_parameters": MROPE | {"partial_rotary_factor": 0.25}, "model_type": "qwen4_exp_text"}  # fmt: skip
+QWEN4_SHAPES = {
+    "model.language_model.embed_tokens.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32],
+    **mixer("model.language_model.hyper_connection_mixer", False),
+    **in_layers("model.language_model.layers", QWEN4_NET | QWEN4_TABLE, QWEN4_ATTENTION),
+    **draft("mtp.layers.0.", QWEN4_ATTENTION), "mtp.fc_embedding.weight": [32, 32], "mtp.fc_hidden.weight": [32, 32],
+    "mtp.pre_fc_norm_embedding.weight": [32], "mtp.pre_fc_norm_hidden.weight": [64],
+    **mixer("mtp.hyper_connection_mixer", False), "model.visual.patch_embed.proj.weight": [2]}  # fmt: skip
+PUBLISHED |= {
+    "MiMoV2FlashForCausalLM": (MIMO, OUTER | in_layers(
+        "model.layers", NORMS | gqa(4, 2, 12) | FORWARD,
+        NORMS | gqa(4, 4, 12) | EXPERTS | {"self_attn.attention_sink_bias": [4],
+                                           "mlp.gate.e_score_correction_bias": [4]}) | in_layers(
+            "model.mtp.layers", *[MIMO_DRAFT | gqa(4, 4, 12)] * 3)),
+    "MiMoV2ForCausalLM": (PRO | {"tie_word_embeddings": False}, {
+        "model.embed_tokens.weight": [N_VOCAB, 128], "model.norm.weight": [128], "lm_head.weight": [N_VOCAB, 128],
+        **in_layers("model.layers", WIDE_NORMS | WIDE_FORWARD | {
+            "self_attn.qkv_proj.weight": [512, 128], "self_attn.qkv_proj.weight_scale_inv": [8, 1],
+            "self_attn.o_proj.weight": [128, 256]}, WIDE_NORMS | {
+            "self_attn.qkv_proj.weight": [768, 128], "self_attn.qkv_proj.weight_scale_inv": [8, 1],
+            "self_attn.o_proj.weight": [128, 256], "self_attn.attention_sink_bias": [16], "mlp.gate.weight": [4, 128],
+            "mlp.gate.e_score_correction_bias": [4],
+            **{f"mlp.experts.{e}.{n}_proj.weight": [32, 64] for e in range(4) for n in ("gate", "up")},
+            **{f"mlp.experts.{e}.down_proj.weight": [128, 16] for e in range(4)},
+            **{f"mlp.experts.{e}.{n}_proj.weight_scale": [32, 4] for e in range(4) for n in ("gate", "up")},
+            **{f"mlp.experts.{e}.down_proj.weight_scale": [128, 1] for e in range(4)}}),
+        **in_layers("model.mtp.layers", *[{
+            "eh_proj.weight": [128, 256], "enorm.weight": [128], "hnorm.weight": [128],
+            "input_layernorm.weight": [128], "pre_mlp_layernorm.weight": [128], "final_layernorm.weight": [128],
+            "self_attn.qkv_proj.weight": [768, 128], "self_attn.o_proj.weight": [128, 256],
+            "self_attn.attention_sink_bias": [16], **WIDE_FORWARD}] * 3)}),
+    "Step3p5ForCausalLM": (STEP, STEP_SHAPES),
+    "Step3p7ForConditionalGeneration": (
+        {"text_config": STEP | {"num_nextn_predict_layers": 0}, "vision_config": VISION, "model_type": "step3p7",
+         "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "quantization_config": {
+             "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}},
+        {n: s for n, s in STEP_SHAPES.items() if "layers.3." not in n} | {"vision_model.conv1.weight": [2]} | {
+            f"model.layers.{n}.moe.{part}_proj.weight_scale_inv": [4, 2, 2] for n in (1, 2)
+            for part in ("gate", "up", "down")}),
+    "Dots3NoteForCausalLM": (DOTS3, DOTS3_SHAPES),
+    "HYV4ForCausalLM": (HY4, HY4_SHAPES),
+    "Qwen4ExpForCausalLM": (QWEN4, {n.replace("language_model.", ""): s for n, s in QWEN4_SHAPES.items()
+                                    if "visual" not in n}),
+    "Qwen4ExpForConditionalGeneration": (
+        {"text_config": QWEN4, "vision_config": VISION, "image_token_id": 5, "tie_word_embeddings": False,
+         "model_type": "qwen4_exp"}, QWEN4_SHAPES),
+}  # fmt: skip
+# Encoders, and others of a kind.
+
+DBRX = {
+    "vocab_size": N_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "model_type": "dbrx",
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500000, "attn_pdrop": 0.0},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01,
+                   "moe_loss_weight": 0.05, "ffn_act_fn": {"name": "silu"}, "moe_normalize_expert_weights": 1},
+    "tie_word_embeddings": False, "emb_pdrop": 0.0}  # fmt: skip
+JAIS = {
+    "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64,
+    "activation_function": "swiglu", "position_embedding_type": "alibi", "layer_norm_epsilon": 1e-5,
+    "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22, "mup_width_scale": 0.125, "scale_attn_weights": True,
+    "mup_scale_qk_dot_by_d": True, "tie_word_embeddings": True, "model_type": "jais"}  # fmt: skip
+JAIS_SHAPES = named("transformer.h", 2, {
+    **normed("ln_1"), **normed("ln_2"), "attn.c_attn.weight": [32, 96], "attn.c_attn.bias": [96],
+    "attn.c_proj.weight": [32, 32], "attn.c_proj.bias": [32], "mlp.c_fc.weight": [32, 48], "mlp.c_fc.bias": [48],
+    "mlp.c_fc2.weight": [32, 48], "mlp.c_fc2.bias": [48], "mlp.c_proj.weight": [48, 32], "mlp.c_proj.bias": [32],
+}, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.relative_pe.slopes": [4], "lm_head.weight": [N_VOCAB, 32],
+    **normed("transformer.ln_f")})  # fmt: skip
+JINA_ATTENTION = {
+    **{f"attention.self.{n}.{k}": s for n in ("query", "key", "value") for k, s in (
+        ("weight", [32, 32]), ("bias", [32]))},
+    "attention.output.dense.weight": [32, 32], "attention.output.dense.bias": [32],
+    **normed("attention.output.LayerNorm")}  # fmt: skip
+JINA_OUTER = {"embeddings.word_embeddings.weight": [N_VOCAB, 32], "embeddings.token_type_embeddings.weight": [2, 32],
+              **normed("embeddings.LayerNorm")}  # fmt: skip
+JINA = {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_act": "gelu", "intermediate_size": 48, "max_position_embeddings": 128, "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
+        "position_embedding_type": "alibi", "feed_forward_type": "geglu", "emb_pooler": "mean",
+        "model_type": "bert"}  # fmt: skip
+GROK = USUAL | {
+    "hidden_act": "gelu", "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "head_dim": 8, "attn_logit_softcapping": 30.0, "router_logit_softcapping": 30.0, "final_logit_softcapping": 50,
+    "rope_type": "original", "scaling_factor": 16.0, "original_max_position_embeddings": 64,
+    "extrapolation_factor": 1.0, "attn_factor": 1.0, "beta_fast": 8, "beta_slow": 1, "attn_temperature_len": 1024,
+    "embedding_multiplier_scale": 90.5, "output_multiplier_scale": 0.5, "residual_moe": True,
+    "model_type": "grok-1"}  # fmt: skip
+GROK_LAYER = QKVO | FORWARD | {
+    **{f"{n}_norm.weight": [32] for n in ("pre_attn", "post_attn", "pre_moe", "post_moe")},
+    **{n: s for n, s in SPARSE_MOE.items() if "shared" not in n and "bias" not in n}}  # fmt: skip
+DECI = {k: v for k, v in USUAL.items() if k not in ("num_key_value_heads", "intermediate_size")} | {
+    "num_hidden_layers": 4, "num_key_value_heads": None, "intermediate_size": None, "rope_scaling": {
+        k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "model_type": "nemotron-nas", "block_configs": [
+        {"attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": 4, "no_op": False, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 20.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": None, "no_op": False, "replace_with_linear": True},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}},
+        {"attention": {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False},
+         "ffn": {"ffn_mult": 10.0, "no_op": False, "replace_with_linear": False}}]}  # fmt: skip
+
+
+def deci_forward(width: int) -> dict[str, list[int]]:
+    return {"post_attention_layernorm.weight": [32], "mlp.gate_proj.weight": [width, 32],
+            "mlp.up_proj.weight": [width, 32], "mlp.down_proj.weight": [32, width]}  # fmt: skip
+
+
+TALKIE_LAYER = {
+    **{f"attn.attn_{n}.weight": [32, 32] for n in ("query", "key", "value", "resid")}, "attn.head_gain.head_g": [4],
+    "attn_gain.a_g": [1], "mlp.mlp_gate.weight": [48, 32], "mlp.mlp_linear.weight": [48, 32],
+    "mlp.mlp_resid.weight": [32, 48], "mlp_gain.a_g": [1], "embed_skip.a_g": [1]}  # fmt: skip
+BASE = {n: s for n, s in OUTER.items() if "lm_head" not in n}  # of models without a head
+
+
+def bare(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name.removeprefix("model."): shape for name, shape in shapes.items()}
+
+
+SARVAM = USUAL | MIXTURE | {
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "score_function": "sigmoid", "head_dim": 8, "model_type": "sarvam_moe"}  # fmt: skip
+PUBLISHED |= {
+    "SarvamMoEForCausalLM": (SARVAM, {**named("model.layers", 2, {
+        **NORMS, "attention.query_key_value.weight": [64, 32], "attention.dense.weight": [32, 32],
+        "attention.query_layernorm.weight": [8], "attention.key_layernorm.weight": [8]},
+        {"model.word_embeddings.weight": [N_VOCAB, 32], "model.norm.weight": [32], "lm_head.weight": [N_VOCAB, 32]}),
+        **{f"model.layers.0.{n}": s for n, s in FORWARD.items()},
+        **{f"model.layers.1.{n}": s for n, s in (EXPERTS | SHARED | {"mlp.gate.expert_bias": [4]}).items()}}),
+    "DbrxForCausalLM": (DBRX, named("transformer.blocks", 2, {
+        "norm_attn_norm.norm_1.weight": [32], "norm_attn_norm.norm_2.weight": [32],
+        "norm_attn_norm.attn.Wqkv.weight": [64, 32], "norm_attn_norm.attn.out_proj.weight": [32, 32],
+        "ffn.router.layer.weight": [4, 32], "ffn.experts.mlp.w1": [192, 32], "ffn.experts.mlp.v1": [192, 32],
+        "ffn.experts.mlp.w2": [192, 32],
+    }, {"transformer.wte.weight": [N_VOCAB, 32], "transformer.norm_f.weight": [32], "lm_head.weight": [N_VOCAB, 32]})),
+    "JAISLMHeadModel": (JAIS, JAIS_SHAPES),
+    "EuroBertModel": (USUAL | {"model_type": "eurobert", "is_causal": False, "num_key_value_heads": 2}, bare(
+        named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "NeoBERT": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 72, "max_length": 128, "norm_eps": 1e-5, "hidden_act": "SwiGLU", "rms_norm": True,
+        "rope": True, "model_type": "neobert"}, named("model.transformer_encoder", 2, {
+            "qkv.weight": [96, 32], "wo.weight": [32, 32], "ffn.w12.weight": [96, 32], "ffn.w3.weight": [32, 48],
+            "attention_norm.weight": [32], "ffn_norm.weight": [32]}, {
+            "model.encoder.weight": [N_VOCAB, 32], "model.layer_norm.weight": [32], "decoder.weight": [2],
+            "decoder.bias": [2]})),
+    "JinaBertModel": (JINA, JINA_OUTER | named("encoder.layer", 2, {
+        **JINA_ATTENTION, "mlp.gated_layers.weight": [96, 32], "mlp.wo.weight": [32, 48], "mlp.wo.bias": [32],
+        **normed("mlp.layernorm")}, {"pooler.dense.weight": [2]})),
+    "JinaBertForMaskedLM": (JINA, JINA_OUTER | named("encoder.layer", 2, {
+        **JINA_ATTENTION, **normed("attention.self.layer_norm_q"), **normed("attention.self.layer_norm_k"),
+        **normed("layer_norm_1"), **normed("layer_norm_2"), "mlp.up_gated_layer.weight": [96, 32],
+        "mlp.down_layer.weight": [32, 48], "mlp.down_layer.bias": [32]}, {"cls.predictions.bias": [2]})),
+    "BitnetForCausalLM": (USUAL | {"tie_word_embeddings": True, "weight_bits": 1, "input_bits": 8,
+                                   "model_type": "llama"}, named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.inner_attn_ln.weight": [32], "mlp.ffn_layernorm.weight": [48]}, BASE)),
+    "MiniMaxText01ForCausalLM": (USUAL | {
+        "head_dim": 8, "rotary_dim": 4, "num_hidden_layers": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 24, "attn_type_list": [0] * 7 + [1], "postnorm": True, "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid", **{f"layernorm_{n}_{k}": v for n in ("full_attention", "linear_attention", "mlp")
+                                         for k, v in (("alpha", 3.5565588200778455), ("beta", 1.0))},
+        "model_type": "minimax_text_01"}, OUTER | in_layers("model.layers", *[
+            NORMS | {n: s for n, s in SPARSE_MOE.items() if "shared" not in n and "bias" not in n} | within(
+                "self_attn", {"qkv_proj.weight": [96, 32], "output_gate.weight": [32, 32], "norm.weight": [32],
+                              "out_proj.weight": [32, 32]} if layer < 7 else {
+                    "q_proj.weight": [32, 32], "k_proj.weight": [16, 32], "v_proj.weight": [16, 32],
+                    "o_proj.weight": [32, 32]}) for layer in range(8)])),
+    "TalkieForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "head_dim": 8, "max_position_embeddings": 128, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "model_type": "talkie"}, named("model.blocks", 2, TALKIE_LAYER, {
+            "model.embed.weight": [N_VOCAB, 32], "lm_head.weight": [N_VOCAB, 32], "lm_head_gain.w_g": [1]})),
+    "Grok1ForCausalLM": (GROK, named("model.layers", 2, GROK_LAYER, OUTER)),
+    "DeciLMForCausalLM": (DECI, OUTER | in_layers(
+        "model.layers", NORMS | gqa(4, 2) | deci_forward(256), NORMS | gqa(4, 1) | deci_forward(512),
+        NORMS | {"self_attn.linear_attn.weight": [32, 32]} | deci_forward(256), deci_forward(256))),
+    "LlamaModel": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "LlamaBidirectionalModel": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "Qwen2Model": (USUAL, bare(named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, BASE))),
+    "Qwen3Model": (USUAL | {"head_dim": 8}, bare(named("model.layers", 2, {
+        **NORMS, **FORWARD, **QKVO, "self_attn.q_norm.weight": [8], "self_attn.k_norm.weight": [8]}, BASE))),
+    "MambaLMHeadModel": ({"vocab_size": N_VOCAB, "d_model": 32, "n_layer": 2, "ssm_cfg": {}, "rms_norm": True,
+                          "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 1}, named(
+        "backbone.layers", 2, {
+            "norm.weight": [32], "mixer.in_proj.weight": [128, 32], "mixer.conv1d.weight": [64, 1, 4],
+            "mixer.conv1d.bias": [64], "mixer.x_proj.weight": [34, 64], "mixer.dt_proj.weight": [64, 2],
+            "mixer.dt_proj.bias": [64], "mixer.A_log": [64, 16], "mixer.D": [64], "mixer.out_proj.weight": [32, 64]},
+        {"backbone.embedding.weight": [N_VOCAB, 32], "backbone.norm_f.weight": [32],
+         "lm_head.weight": [N_VOCAB, 32]})),
+}  # fmt: skip
+# Qwen 2 with mixers of RWKV, and a mixture whose blocks differ.
+
+SWIFT = {
+    **NORMS, **FORWARD, **{f"self_attn.time_maa_{n}": [1, 1, 32] for n in "xrkvwg"},
+    "self_attn.time_maa_w1": [32, 40], "self_attn.time_maa_w2": [5, 8, 32], "self_attn.time_decay": [1, 1, 32],
+    "self_attn.time_decay_w1": [32, 12], "self_attn.time_decay_w2": [12, 32],
+    **{n: s for n, s in QKVO.items()}, "self_attn.q_proj.bias": [32], "self_attn.k_proj.bias": [16],
+    "self_attn.v_proj.bias": [16], "self_attn.gate.weight": [32, 32]}  # fmt: skip
+HYBRID_RANKS = {"w": 64, "a": 64, "g": 128}
+HYBRID = NORMS | FORWARD | within("self_attn.time_mixer", {
+    **{f"x_{n}": [1, 1, 32] for n in "rwkvag"}, **{f"{n}0": [1, 1, 32] for n in "wa"},
+    **{f"{n}1": [32, rank] for n, rank in HYBRID_RANKS.items()},
+    **{f"{n}2": [rank, 32] for n, rank in HYBRID_RANKS.items()},
+    "k_k": [1, 1, 32], "k_a": [1, 1, 32], "r_k": [2, 16], **{f"{n}.weight": [32, 32] for n in (
+        "receptance", "key", "value", "output")}, **normed("ln_x")})  # fmt: skip
+HYBRID_VALUES = within("self_attn.time_mixer", {"v0": [1, 1, 32], "v1": [32, 32], "v2": [32, 32]})
+PUZZLE_MAMBA = {
+    "norm.weight": [32], "mixer.in_proj.weight": [200, 32], "mixer.conv1d.weight": [128, 1, 4],
+    "mixer.conv1d.bias": [128], "mixer.dt_bias": [8], "mixer.A_log": [8], "mixer.D": [8], "mixer.norm.weight": [64],
+    "mixer.out_proj.weight": [32, 64]}  # fmt: skip
+PUZZLE_ATTENTION = {"norm.weight": [32], "mixer.q_proj.weight": [64, 32], "mixer.k_proj.weight": [32, 32],
+                    "mixer.v_proj.weight": [32, 32], "mixer.o_proj.weight": [32, 64]}  # fmt: skip
+
+
+def puzzle_experts(width: int) -> dict[str, list[int]]:
+    return {
+        "norm.weight": [32], "mixer.gate.weight": [4, 32], "mixer.gate.e_score_correction_bias": [4],
+        **{f"mixer.experts.{e}.up_proj.weight": [width, 16] for e in range(4)},
+        **{f"mixer.experts.{e}.down_proj.weight": [16, width] for e in range(4)},
+        "mixer.shared_experts.up_proj.weight": [40, 32], "mixer.shared_experts.down_proj.weight": [32, 40],
+        "mixer.fc1_latent_proj.weight": [16, 32], "mixer.fc2_latent_proj.weight": [32, 16]}  # fmt: skip
+
+
+PUBLISHED |= {
+    "GraniteSpeechForConditionalGeneration": ({
+        "text_config": USUAL | {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0,
+                                "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625,
+                                "model_type": "granite"},
+        "encoder_config": {"hidden_dim": 8}, "projector_config": {"hidden_size": 8}, "has_lora_adapter": False,
+        "downsample_rate": 5, "window_size": 15, "audio_token_index": 5, "tie_word_embeddings": False,
+        "model_type": "granite_speech"}, {
+        **{f"language_model.{n}": s for n, s in named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()},
+        "encoder.input_linear.weight": [2], "projector.qformer.layernorm.weight": [2]}),
+    "Sarashina2VisionForCausalLM": ({
+        "text_config": USUAL | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "vision_config": VISION, "image_token_index": 5, "tie_word_embeddings": False,
+        "model_type": "sarashina2_vision"}, {
+        **{f"llm.{n}": s for n, s in named("model.layers", 2, {**NORMS, **FORWARD, **QKVO}, OUTER).items()},
+        "norm.weight": [2], "norm.bias": [2], "visual.patch_embed.proj.weight": [2]}),
+    "RWKV6Qwen2ForCausalLM": (USUAL | {
+        "rms_norm_eps": 1e-6, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_hidden_size": 32,
+        "lora_rank_tokenshift": 8, "lora_rank_decay": 12,
+        "model_type": "rwkv6qwen2"}, named("model.layers", 2, SWIFT, OUTER)),
+    "RwkvHybridForCausalLM": (USUAL | {
+        "head_size": 16, "wkv_version": 7, "wkv_has_gate": True, "model_type": "rwkv_hybrid"}, OUTER | in_layers(
+            "model.layers", HYBRID, HYBRID | HYBRID_VALUES)),
+    "NemotronHPuzzleForCausalLM": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "conv_kernel": 4, "expand": 2, "mamba_head_dim": 8, "mamba_num_heads": 8, "n_groups": 2, "ssm_state_size": 16,
+        "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "max_position_embeddings": 128, "n_routed_experts": 4,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 40, "moe_latent_size": 16, "intermediate_size": 48,
+        "num_hidden_layers": 4, "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "block_configs": [
+            {"block_type": "mamba"}, {"block_type": "attention"},
+            {"block_type": "moe", "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+            {"block_type": "moe", "moe_intermediate_size": 16, "num_experts_per_tok": 1}],
+        "model_type": "nemotron_h_puzzle"}, {
+        "model.embeddings.weight": [N_VOCAB, 32], "model.norm_f.weight": [32], "lm_head.weight": [N_VOCAB, 32],
+        "mtp.layers.0.norm.weight": [2], **in_layers("model.layers", PUZZLE_MAMBA, PUZZLE_ATTENTION, puzzle_experts(24),
+                                                     puzzle_experts(16))}),
+}  # fmt: skip
+# Tensors that are not BF16, by patterns of which the last counts.
+DTYPES: dict[str, dict[str, str]] = {
+    "DeepseekV4ForCausalLM": {
+        r".*\.attn\.(indexer\.)?w[qko]\w+\.weight|.*shared_experts.*|mtp.*e_proj.*": "F8_E4M3",
+        r".*\.experts\..*": "I8", r".*\.scale": "F8_E8M0", r".*(hc_|ape|sink|gate\.bias).*": "F32",
+        r".*tid2eid": "I64"},
+    "MiMoV2ForCausalLM": {
+        r".*\.layers\.[01]\.self_attn\.qkv_proj\.weight": "F8_E4M3", r".*mtp.*qkv.*": "BF16",
+        r".*scale_inv": "F32", r".*experts.*": "U8"},
+    "JAISLMHeadModel": {r".*slopes": "F32"},
+    "TalkieForCausalLM": {r".*w_g": "F32"},
+    "Step3p7ForConditionalGeneration": {r".*moe\.(gate|up|down)_proj\.weight": "F8_E4M3", r".*scale_inv": "F32"},
+    "HYV4ForCausalLM": {r".*\.hc_.*|.*sink.*|.*e_score.*": "F32"},
+    "Qwen4ExpForCausalLM": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
+    "Qwen4ExpForConditionalGeneration": {r".*(multipliers|offsets|vocab_sizes)": "I64"},
+}  # fmt: skip
+
+
 def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """config.json and the shapes of the tensors."""
     if name in PUBLISHED:
@@ -733,7 +1208,9 @@ def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
     return saved, shapes
 
 
-def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def converted(
+    config: dict[str, Any], shapes: dict[str, list[int]], dtypes: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata and tensors, as llama.cpp's converter makes them."""
     import gguf
     import transformers
@@ -747,7 +1224,7 @@ def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dic
             without_vocabulary(inner)
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_checkpoint(Path(temporary) / "model", config, shapes)
+        folder = write_checkpoint(Path(temporary) / "model", config, shapes, dtypes)
         if config["architectures"][0] in READ_PLAINLY:
             base.AutoConfig = None  # the converter then reads config.json itself
         hparams = ModelBase.load_hparams(folder, False)
@@ -758,8 +1235,11 @@ def converted(config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[dic
         if kind.__name__ == "BaichuanModel":  # calls itself without end for all tensors but one
             unpack = kind.modify_tensors
             kind.modify_tensors = lambda *given: (unpack if "W_pack" in given[2] else TextModel.modify_tensors)(*given)
+        if kind.__name__ == "MiniMaxText01Model":
+            kind._get_suppress_tokens = lambda self: None  # it wants an index of files
         out = Path(temporary) / "out.gguf"
-        kind(folder, gguf.LlamaFileType.GUESSED, out).write()
+        eager = kind.__name__ == "JaisModel"  # which looks at a number
+        kind(folder, gguf.LlamaFileType.GUESSED, out, eager=eager).write()
         base.AutoConfig = transformers.AutoConfig
         reader = gguf.GGUFReader(out)
         tensors = {
@@ -787,11 +1267,15 @@ def main() -> None:
     for name in sys.argv[2:] or [*TRANSFORMERS, *PUBLISHED, "Gemma3nForConditionalGeneration"]:
         try:
             config, shapes = checkpoint(name)
-            metadata, tensors = converted(config, shapes)
+            dtypes = {key: dtype for key in shapes for pattern, dtype in DTYPES.get(name, {}).items()
+                      if re.fullmatch(pattern, key)}  # fmt: skip
+            metadata, tensors = converted(config, shapes, dtypes)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             continue
         made[name] = {"config": config, "shapes": shapes, "metadata": metadata, "tensors": tensors}
+        if dtypes:
+            made[name]["dtypes"] = dtypes
     lines = [f"{json.dumps(name)}: {json.dumps(made[name], separators=(',', ':'))}" for name in sorted(made)]
     OUT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -16,7 +16,8 @@ import numpy as np
 DATA = Path(__file__).parent.parent / "data"
 TOKENIZER = DATA / "huggingface" / "qwen3"
 CLASSES: dict[str, Any] = json.loads((DATA / "classes.json").read_text()) if (DATA / "classes.json").is_file() else {}
-"""By the class's name: config, shapes, and the metadata and tensors that llama.cpp's converter makes of them."""
+"""By the class's name: config, shapes, dtypes of tensors that are not BF16, and the metadata and tensors that
+llama.cpp's converter makes of them."""
 
 
 def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -24,6 +25,24 @@ def bfloat16(name: str, shape: Sequence[int]) -> np.ndarray:
     raw = np.random.PCG64(crc32(name.encode())).random_raw(prod(shape))
     sign, exponent, fraction = raw & 1, 118 + (raw >> 1) % 9, (raw >> 8) & 0x7F
     return (sign << 15 | exponent << 7 | fraction).astype("<u2").reshape(tuple(shape))
+
+
+def stored(name: str, shape: Sequence[int], dtype: str) -> bytes:
+    """Random numbers of a type: few bits, none NaN or infinite, and those of F32 greater than 0."""
+    if dtype in ("BF16", "F32"):
+        codes = bfloat16(name, shape)
+        return (codes if dtype == "BF16" else (codes.astype("<u4") & 0x7FFF) << 16).tobytes()
+    raw = np.random.PCG64(crc32(name.encode())).random_raw(prod(shape))
+    match dtype:
+        case "F8_E4M3":  # up to 1.875 of both signs
+            codes = (raw & 1) << 7 | (raw >> 1) % 64
+        case "F8_E8M0":
+            codes = 120 + raw % 8
+        case "I64" | "I32":  # numbers of experts, sizes
+            codes = 1 + raw % 3
+        case _:
+            codes = raw % 256
+    return codes.astype({"I64": "<i8", "I32": "<i4"}.get(dtype, "u1")).tobytes()
 
 
 def digest(name: str, data: np.ndarray) -> str:
@@ -35,14 +54,16 @@ def digest(name: str, data: np.ndarray) -> str:
 
 
 def write_checkpoint(
-    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, tokenizer: bool = True
-) -> Path:
-    """A folder with config.json, model.safetensors and a small tokenizer."""
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, str] | None = None, *, tokenizer: bool = True,
+) -> Path:  # fmt: skip
+    """A folder with config.json, model.safetensors and a small tokenizer. dtypes: of tensors that are not BF16."""
     from safetensors_builder import build
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    held = {name: ("BF16", tuple(shape), bfloat16(name, shape).tobytes()) for name, shape in shapes.items()}
+    types = {name: (dtypes or {}).get(name, "BF16") for name in shapes}
+    held = {name: (types[name], tuple(shape), stored(name, shape, types[name])) for name, shape in shapes.items()}
     (folder / "model.safetensors").write_bytes(build(held))
     for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
         shutil.copy(TOKENIZER / name, folder / name)

@@ -193,6 +193,39 @@ def test_a_scale_may_be_of_the_same_type_as_a_weight_and_have_one_itself(tmp_pat
     assert weights["a.weight"].rows(0, 1) == 1
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (3, 1, 1), (3, 20), (3, 20, 1), (3, 3, 2)])
+def test_experts_in_one_tensor(shape: tuple[int, ...], tmp_path: Path, rng: np.random.Generator) -> None:
+    """Blocks of 8 x 16 begin anew with each of three matrices of 20 x 24."""
+    codes = As(rng.integers(0x30, 0x40, size=(3, 20, 24)).astype(np.uint8), "F8_E4M3")
+    scales = rng.uniform(1, 2, size=shape).astype(np.float32)
+    path = packing.write_safetensors(tmp_path / "model.safetensors", {"a": codes, "a_scale_inv": np.array(scales)})
+    settings = {"quant_method": "fp8", "weight_block_size": [8, 16]}
+    found = decode_tensors(SafetensorsFile(path).tensors, settings, path)["a"]
+    plain = decode_tensors(SafetensorsFile(
+        packing.write_safetensors(tmp_path / "plain.safetensors", {"a": codes})).tensors, None, path)["a"]  # fmt: skip
+    weights = plain.rows(0, 60).reshape(3, 20, 24)
+    for expert in range(3):
+        for row in range(20):
+            for column in range(24):
+                place = {0: (), 1: (expert,), 2: (expert, row), 3: (
+                    expert, 0 if shape[1:] == (1, 1) else row if shape[1:] == (20, 1) else row // 8,
+                    column // 16 if shape[1:] == (3, 2) else 0)}[len(shape)]  # fmt: skip
+                weights[expert, row, column] *= scales[place]
+    assert found.shape == (3, 20, 24)
+    np.testing.assert_array_equal(found.rows(0, 60), weights.reshape(60, 24))
+    np.testing.assert_array_equal(found.rows(17, 43), weights.reshape(60, 24)[17:43])
+
+
+def test_scales_of_experts_that_do_not_fit(tmp_path: Path) -> None:
+    codes = As(np.full((3, 20, 24), 0x38, np.uint8), "F8_E4M3")
+    for shape in ((2,), (3, 3), (3, 1, 2), (20, 3), (60,), (60, 1)):
+        path = packing.write_safetensors(
+            tmp_path / "model.safetensors", {"a": codes, "a_scale_inv": np.ones(shape, np.float32)}
+        )
+        with pytest.raises(FormatError, match=r"which does not fit 3 weights of \(20, 24\)"):
+            decode_tensors(SafetensorsFile(path).tensors, {"quant_method": "fp8", "weight_block_size": [8, 16]}, path)
+
+
 # What is refused
 
 

@@ -120,7 +120,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
     arguments = (
         "--temperature 0.5 --top-k 3 --max-tokens 7 --seed 1 --logit-bias 5=-inf --logit-bias 6=1.5 --stop a --stop b "
         "--samplers top_k,temperature --dry-breakers x -t 2 --ctx 64 --cache-type q8_0 --type q4_0 "
-        "--cache-disk kept --cache-disk-bytes 1.5GiB "
+        "--cache-disk kept --cache-disk-bytes 1.5GiB --mlock "
         "--lora a.gguf --lora b.gguf=0.5 --draft small.gguf"
     )
     result = CliRunner().invoke(cli, ["run", "m.gguf", "hi", *arguments.split()])
@@ -130,7 +130,7 @@ def test_sampling_options_reach_the_model_as_the_api_takes_them(monkeypatch: pyt
         "logit_bias": {5: float("-inf"), 6: 1.5}, "stop": ("a", "b"), "samplers": ("top_k", "temperature"),
         "dry_breakers": ("x",), "threads": 2, "context": 64, "cache_type": "q8_0", "type": "q4_0",
         "cache_disk": Path("kept"), "cache_disk_bytes": 3 << 29,
-        "draft": "small.gguf",
+        "draft": "small.gguf", "mlock": True,
         "loras": (Lora(Path("a.gguf")), Lora(Path("b.gguf"), 0.5)),
     }  # fmt: skip
 
@@ -234,6 +234,28 @@ def test_bad_files_are_one_line(
 def test_a_folder_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = run(*command, str(tmp_path), capsys=capsys)
     assert (status, err) == (1, f"qrun: {tmp_path}: is a folder, and no checkpoint: it has no config.json\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["chat {}", "run {} x", "info {}", "serve {}", "pull {}", "rm {}", "tokenize {} x", "embed {} x", "warmup {}",
+     "bench {}", "convert {}", "imatrix {} text", "perplexity {} text", "compare {} --text text", "pack {} --out to",
+     "run x y --draft {}"],
+)  # fmt: skip
+def test_an_empty_name_of_a_model_is_said_to_be_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", " ", "\n"):
+        status, out, err = run(*(word.format(name) for word in command.split(" ")), capsys=capsys)
+        assert (status, out) == (2, "") and "the name is empty" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["convert x {} --type q8_0", "convert x --type q8_0 --imatrix {}", "convert x --calibrate {}", "imatrix x {}",
+     "run x y --cache-disk {}", "run x y --lora {}", "embed x y -o {}", "pack x --out {}", "serve --models-dir {}"],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_working_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(*(word.format("") for word in command.split(" ")), capsys=capsys)
+    assert (status, out) == (2, "") and "the path is empty" in err.splitlines()[-1]
 
 
 def test_a_catalog_model_that_is_not_there_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_nothing_is_left_of_an_importance_matrix_that_was_not_finished(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qrun.engine.quantize.calibration.scored_logits", stop)
+    monkeypatch.setattr("qrun.engine.quantize.importance.scored_logits", stop)
     out = tmp_path / "i.gguf"
     assert run("imatrix", folder / "model.gguf", folder / "text.txt", "-o", out, capsys=capsys)[0] == 130
     assert list(tmp_path.iterdir()) == []

@@ -210,6 +210,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"regex": ""}, "regex: a text that is not empty"),
     ({"grammar": "root ::= missing"}, "grammar: .*'missing' not found"),
     ({"grammar": "what is this"}, "grammar: neither Lark nor GBNF"),
+    ({"grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000}, "grammar: it is nested too deeply"),
+    ({"grammar": "root ::= root"}, "grammar: .*no text comes to an end in it"),
     ({"grammar": "start: missing"}, 'grammar: .*unknown name: "missing"'),
     ({"grammar": " "}, "grammar: a text that is not empty"),
     ({"grammar": 3}, "grammar: a text"),
@@ -228,10 +230,9 @@ def test_a_schema_that_is_too_deep_is_refused() -> None:
     schema: dict[str, Any] = {"type": "null"}
     for _ in range(2000):
         schema = {"type": "array", "items": schema}
-    with pytest.raises(ValueError, match="schema: it"):
-        text_rules(TOKENIZER, schema=schema)
-    with pytest.raises(ValueError, match="more than 64 deep"):
-        text_rules(TOKENIZER, schema=nested(100))
+    for deep in (schema, nested(100), '{"items":' * 100_000 + "{}" + "}" * 100_000):
+        with pytest.raises(ValueError, match="schema: its values are nested more than 64 deep"):
+            text_rules(TOKENIZER, schema=deep)
 
 
 def nested(depth: int) -> dict[str, Any]:

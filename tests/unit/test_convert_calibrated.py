@@ -21,7 +21,7 @@ from tiny_model import write_tiny_model
 
 from qrun.cli import against, console, convert_calibrated
 from qrun.engine import Tokenizer
-from qrun.engine.quantize import calibrated
+from qrun.engine.quantize import calibrated, measure_folder
 from qrun.engine.quantize.convert import Plan, Result, convert, plan
 from qrun.engine.quantize.mixes import Choice
 from qrun.engine.quantize.samples import read_samples
@@ -282,6 +282,47 @@ def test_what_goes_into_layers_with_scales_is_kept_apart(
     assert files["awq"] and files["gptq"] and not files["awq"] & files["gptq"]
 
 
+def test_what_helps_to_go_on_stays_until_a_result_is_complete(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that is kept, too, and whatever result that is."""
+
+    class BrokenOff(calibrated.Relay):
+        def observe(self, band: int, names: Any, *more: Any) -> None:
+            if band:
+                raise KeyboardInterrupt
+            super().observe(band, names, *more)
+
+    monkeypatch.setattr(calibrated, "MOMENT_BYTES", 1)  # a layer at a time
+    work = tmp_path / "work"
+
+    def convert_to(type: str, method: str) -> int:
+        out = tmp_path / f"{type}.gguf"
+        arguments = calibrating(folder, "model", out, "--type", type, "--method", method, "--measures", work)
+        return run(*arguments, capsys=capsys)[0]
+
+    def passing() -> set[str]:
+        found = {path.name for path in work.rglob("*") if re.fullmatch(measure_folder.PASSING, path.name)}
+        return {re.sub("-.*", "", name) for name in found}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "Relay", BrokenOff)
+        assert convert_to("q4_0", "gptq") == 130
+        before = set(work.glob("entering-*"))
+        assert before and passing() == {"entering", "rounded.gguf"}
+        assert convert_to("q5_0", "gptq") == 130
+        assert passing() == {"entering", "rounded.gguf"} and not before & set(work.glob("entering-*"))
+        (work / measure_folder.SCALED).mkdir()
+        (work / measure_folder.SCALED / "key").write_text("0123456789abcdef")
+        (work / measure_folder.SCALED / ".entering-01234567-9.12345678.part").touch()
+        (work / measure_folder.SCALED / "entering-01234567-9").touch()
+        (work / "named.gguf").touch()
+    assert convert_to("q8_0", "imatrix") == 0
+    assert not passing() and not list((work / measure_folder.SCALED).glob(".*"))
+    assert {"working.gguf", "imatrix.gguf"} <= {path.name for path in work.iterdir()}
+    assert list(work.glob("rounded-*"))
+
+
 # The folder of measures
 
 
@@ -345,7 +386,7 @@ def test_a_folder_at_which_another_run_is_at_work_is_refused(
 
 def test_a_lock_beside_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     """What stands in for locks of folders where a system has none."""
-    locked, work = calibrated._locked_beside, tmp_path / "work"
+    locked, work = measure_folder.locked_beside, tmp_path / "work"
     with locked(work):
         with pytest.raises(ValueError, match="work: another run is at work here"), locked(work):
             pass

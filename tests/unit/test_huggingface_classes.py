@@ -20,7 +20,7 @@ from checkpoint_weights import CLASSES, DATA, bfloat16, digest, write_checkpoint
 from huggingface_folders import places
 
 from qrun.engine.text.tokenizer import Tokenizer
-from qrun.formats import FormatError, GGUFReader
+from qrun.formats import FormatError, GGUFReader, ValueType
 from qrun.models import ARCHITECTURES as RUNNABLE
 from qrun.models import build_graph
 from qrun.models.huggingface import CheckpointSource
@@ -56,8 +56,8 @@ def equal(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_class_becomes_what_the_converter_makes_of_it(name: str, tmp_path: Path) -> None:
     case = CLASSES[name]
-    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
-    with closing(CheckpointSource(folder)) as source:
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"], case.get("dtypes"))
+    with closing(CheckpointSource(folder, keep=True)) as source:
         tensors = {
             key: [tensor.type.name, list(tensor.shape), digest(key, tensor.raw(0, tensor.n_rows))]
             for key, tensor in source.tensors.items()
@@ -86,7 +86,8 @@ def test_what_a_class_becomes_can_be_loaded(name: str, tmp_path: Path) -> None:
     """Shapes are those that the engine looks for, and no hyper-parameter that it needs is missing."""
     case = CLASSES[name]
     path = tmp_path / "model.gguf"
-    with closing(CheckpointSource(write_checkpoint(tmp_path / "model", case["config"], case["shapes"]))) as source:
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"], case.get("dtypes"))
+    with closing(CheckpointSource(folder, keep=True)) as source:
         if source.metadata["general.architecture"] not in RUNNABLE:  # a variant
             return
         with source.writer(path) as writer:
@@ -115,7 +116,7 @@ def read_all(folder: Path) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_strange_configurations_are_refused_or_do_no_harm(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     case = CLASSES[name]
-    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"])
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"], case.get("dtypes"))
     random = Random(int(rng.integers(1 << 31)))
     for _ in range(N_STRANGE):
         config = json.loads(json.dumps(case["config"]))
@@ -138,7 +139,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_refused(
             del shapes[key]
         else:
             shapes[key] = random.choice([[1], [7, 3], [*shapes[key], 1], [size + 1 for size in shapes[key]]])
-        read_all(write_checkpoint(tmp_path / "model", case["config"], shapes))
+        read_all(write_checkpoint(tmp_path / "model", case["config"], shapes, case.get("dtypes")))
 
 
 _RELATIVE = "SelfAttention.relative_attention_bias.weight"
@@ -193,6 +194,27 @@ def test_tensors_that_go_together_have_shapes_that_do(
     with pytest.raises(FormatError, match=re.escape(reason)) as caught:
         CheckpointSource(folder)
     assert tensor in str(caught.value)
+
+
+def test_constants_of_hashes_are_wide(tmp_path: Path) -> None:
+    """Engines take no other type, and multipliers have 45 bits."""
+    case, key = CLASSES["Qwen4ExpForCausalLM"], "qwen4exp.ple.layer_multipliers"
+    folder = write_checkpoint(tmp_path / "model", case["config"], case["shapes"], case["dtypes"])
+    with closing(CheckpointSource(folder)) as source:
+        assert source.metadata_types[key] == (ValueType.ARRAY, ValueType.UINT64)
+        source.writer(tmp_path / "model.gguf").close()
+    with GGUFReader(tmp_path / "model.gguf") as reader:
+        assert reader.metadata[key].dtype == np.uint64 and list(reader.metadata[key]) == case["metadata"][key]
+
+
+@pytest.mark.parametrize("name", ["NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"])
+def test_experts_are_of_one_shape(name: str, tmp_path: Path) -> None:
+    case = CLASSES[name]
+    tensor = next(key for key in case["shapes"] if ".2.mixer.experts.3.up_proj" in key)
+    shapes = case["shapes"] | {tensor: [case["shapes"][tensor][0], 8]}
+    folder = write_checkpoint(tmp_path / "model", case["config"], shapes)
+    with pytest.raises(FormatError, match=r"experts\.3\.up_proj\.weight' has shape .*experts\.0\.up_proj"):
+        CheckpointSource(folder)
 
 
 @pytest.mark.parametrize(

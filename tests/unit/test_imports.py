@@ -1,10 +1,13 @@
 """Which way imports run: cli, server -> engine -> models -> formats, and downwards between the rooms of the engine."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from qrun.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +89,13 @@ def test_no_two_files_import_each_other() -> None:
 
     for name in edges:
         visit(name, [])
+
+
+@pytest.mark.parametrize("folder", ["engine/program", "engine/generation", "engine/quantize", "cli"])
+def test_the_map_of_a_room_names_its_files(folder: str) -> None:
+    """Commands are in `qrun --help`."""
+    described = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text("utf-8"))) or ""
+    files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    if folder == "cli":
+        files -= COMMANDS.keys()
+    assert {name for name in files if not re.search(rf"\b{name}\b", described)} == set()

@@ -2,10 +2,15 @@
 
 from dataclasses import replace
 from math import ceil, floor, log, pi
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from qrun.formats import FormatError
+from qrun.models.hyperparameters import Metadata, read_head_dims
 from qrun.models.rope import RopeScaling
 
 N_ROT = 64
@@ -66,3 +71,33 @@ def test_yarn_over_a_short_context_stretches_all_but_the_first_pairs() -> None:
     frequencies = replace(PLAIN, type="yarn", factor=2.0, original_context=8).frequencies(N_ROT)
     assert frequencies[0] == 1.0
     np.testing.assert_allclose(frequencies[2:], [plain(pair) / 2 for pair in range(2, 32)], rtol=1e-6)
+
+
+WINDOW = {"attention.sliding_window": 32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "turned"),
+    [
+        ("gemma2", WINDOW, 8),
+        ("gemma2", WINDOW | {"attention.sliding_window_pattern": np.array([False, True])}, 16),
+        ("gemma2", WINDOW | {"attention.sliding_window_pattern": np.array([True, False])}, 8),
+        ("gemma3", WINDOW | {"attention.sliding_window_pattern": 1}, 16),
+        ("gemma3", {"attention.sliding_window": 0}, 16),
+        ("deepseek4", WINDOW, 8),
+        ("lfm2", WINDOW | {"attention.head_count_kv": np.array([0, 2])}, 16),
+        ("lfm2", WINDOW | {"attention.head_count_kv": np.array([2, 0])}, 8),
+        ("llama", WINDOW, 16),
+    ],
+)
+def test_heads_of_some_models_turn_as_those_of_the_first_layer(
+    architecture: str, keys: dict[str, Any], turned: int
+) -> None:
+    values = {"rope.dimension_count": 16, "rope.dimension_count_swa": 8, "attention.key_length": 32, **keys}
+    named = {f"{architecture}.{key}": value for key, value in values.items()}
+    reader = SimpleNamespace(path=Path("model.gguf"), metadata={"general.architecture": architecture, **named})
+    assert read_head_dims(Metadata(reader), 64, (2, 2)) == (32, 32, turned)
+    reader.metadata[f"{architecture}.rope.dimension_count_swa"] = 7
+    if turned == 8:
+        with pytest.raises(FormatError, match="dimension_count_swa is 7, expected an even number"):
+            read_head_dims(Metadata(reader), 64, (2, 2))

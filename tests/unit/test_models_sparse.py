@@ -57,10 +57,17 @@ def test_rows_see_everything_up_to_the_budget_and_chosen_positions_beyond_it(nam
 def test_a_context_within_the_budget_has_no_index(name: str) -> None:
     reader = model(SKETCHES[name])
     start = STARTS[reader.metadata["general.architecture"]]
-    budget = reader.metadata[f"{reader.metadata['general.architecture']}.attention.indexer.top_k"]
-    blocks = 4 if "minimax" in name else 4 if "deepseek4" in name else 1
-    assert not of_type(build_graph(reader, budget * blocks), Choose)
+    assert not of_type(build_graph(reader, start), Choose)
     assert of_type(build_graph(reader, start + 1), Choose)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_an_index_is_does_not_matter_within_the_budget(name: str) -> None:
+    start = STARTS[SKETCHES[name]["architecture"]]
+    reader = changed(name, {"attention.indexer.head_count": None, "attention.indexer.key_length": None})
+    assert not of_type(build_graph(reader, start), Choose)
+    with pytest.raises(FormatError, match="head_count is missing"):
+        build_graph(reader, start + 1)
 
 
 def test_layers_without_an_index_see_what_the_layer_before_chose() -> None:
@@ -87,7 +94,8 @@ def test_layers_without_an_index_see_what_the_layer_before_chose() -> None:
         ("glm5-next", "kpool", 1, "attention.indexer.kpool is 1, expected 2"),
         ("minimax-m3", "local_blocks", 3, "attention.indexer.local_blocks is 3, expected 0 to 2"),
         ("minimax-m3", "head_count", 4, "attention.indexer.head_count is 4, expected one for each head of keys"),
-        ("qwen4exp", "top_k", 6, "attention.compress_ratios are [4], expected one that is more than 1 and divides 6"),
+        ("qwen4exp", "top_k", 6, "attention.indexer.top_k is 6, which is not divisible by 4"),
+        ("qwen4exp", "key_length", 2, "attention.indexer.key_length is 2, expected "),
     ],
 )
 def test_what_an_index_cannot_be_is_refused(family: str, key: str, value: Any, problem: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from qrun.engine.kernels import records as R
 from qrun.engine.program.runtime import Runtime
-from qrun.engine.quantize.calibration import Collector
+from qrun.engine.quantize.importance import Collector
 from qrun.engine.simd.target import host_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph

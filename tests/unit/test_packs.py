@@ -118,6 +118,7 @@ def test_a_pack_for_adapters_serves_those_that_are_switched(
     (["--targets", ""], "'' is no kind of machine"),
     (["--out", "photos"], "photos has files in it, and is no pack of kernels: name another folder"),
     (["--out", "photos/cat.png"], "cat.png is no folder: name another one"),
+    (["--out", "photos/cat.png/kernels"], "cat.png: Not a directory"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_compiled(
     compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
@@ -134,11 +135,20 @@ def test_what_is_wrong_is_said_before_anything_is_compiled(
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat" and not (tmp_path / "kernels").exists()
 
 
-def test_a_pack_is_replaced_as_a_whole_and_stays_if_the_next_fails(tmp_path: Path) -> None:
+def test_a_pack_is_replaced_as_a_whole_and_stays_if_the_next_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     folder = write(tmp_path / "kernels", ["a", "b"])
     with pytest.raises(PackError):
         packs.write(folder, "1", {HOST: {"c": b"no image"}})
     assert Pack.open(folder).read(HOST, "a") == image("a")
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr(Path, "write_text", full)
+        packs.write(folder, "1", {HOST: {"c": image("c")}})
+    assert caught.value.filename == str(folder)
     other = "neon" if machine_target(HOST).is_x86 else "avx2"
     write(folder, ["c"], other)
     pack = Pack.open(folder)

@@ -149,6 +149,7 @@ def described(**changes: Any) -> dict[str, Any]:
         (b"", "the file is empty"),
         (b"GGUF\3\0\0\0........", "it is a GGUF file"),
         (b"PK\3\4............", "a zip archive"),
+        (b"\x80\2}q............", "a pickle"),
         (b"\x10\0\0\0\0\0\0", "not a safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{}", f"longer than {MAX_HEADER_BYTES}"),
         ((50).to_bytes(8, "little") + b"{}", "does not fit the file of 10: its download was cut short"),

@@ -13,6 +13,7 @@ from qrun.engine.generation import session_file
 from qrun.engine.generation.session import Session
 from qrun.engine.generation.token_cache import common_prefix
 from qrun.formats import FormatError
+from qrun.models.graph import Choose, Index, Value
 
 
 def texts(runtime: FakeRuntime) -> list[str]:
@@ -266,10 +267,14 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_context_is_refused_where_that_decides_what_is_kept(tmp_path: Path) -> None:
-    runtime = FakeRuntime()
-    runtime.graph.architecture = "deepseek32"
-    error = refused(make_session(runtime, fingerprint="of a long context"), saved(tmp_path))
-    assert error.startswith("saved by a session of another model, or with a context of another length: ")
+    runtime, path = FakeRuntime(), saved(tmp_path)
+    runtime.graph.architecture, runtime.graph.operations = "deepseek32", []
+    error = refused(make_session(runtime, fingerprint="of a short context"), path)
+    assert error.startswith("saved by a session of another model, or of this one with a longer context, in which ")
+    x = Value(0, 1)
+    runtime.graph.operations = [Choose(x, x, x, None, 0, Index(1, 1, budget=2048))]
+    error = refused(make_session(runtime, fingerprint="of a long context"), path)
+    assert error.startswith("saved by a session of another model, or of this one with a context of at most 2048 tokens")
 
 
 def test_a_file_of_another_cache_type_is_refused(tmp_path: Path) -> None:

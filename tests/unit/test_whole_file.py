@@ -11,6 +11,7 @@ import pytest
 
 from qrun.formats import GGUFWriter, ValueType
 from qrun.formats.whole_file import (
+    check_place,
     make_private_folder,
     move_whole,
     remove_unfinished,
@@ -78,6 +79,26 @@ def test_a_disk_that_is_full_is_said_of_the_file_that_was_asked_for(tmp_path: Pa
 
 
 @posix
+def test_a_place_that_no_file_can_take_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "file"
+    check_place(place)
+    place.touch()
+    check_place(place)
+    with pytest.raises(IsADirectoryError) as caught:
+        check_place(tmp_path)
+    assert caught.value.filename == str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder to write into") as missing:
+        check_place(tmp_path / "nowhere" / "file")
+    assert missing.value.filename == str(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
+    with pytest.raises(FileNotFoundError):
+        check_place(tmp_path / "link")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PermissionError) as refused:
+        check_place(place)
+    assert refused.value.filename == str(place)
+
+
 def test_permissions_are_those_of_the_file_before_or_the_usual_ones(tmp_path: Path) -> None:
     write_whole(tmp_path / "new", b"")
     assert mode(tmp_path / "new") == 0o644

@@ -98,7 +98,7 @@ class Tokenizer(OfThisProcess):
         return self._vocabulary.text(id)
 
     def all_bytes(self) -> list[bytes]:
-        """The same of all tokens, in their order."""
+        """The bytes of all tokens, in the order of their ids."""
         return self._vocabulary.texts()
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from math import floor, log2, prod
 
 import numpy as np
 
-from qrun.models.huggingface.changes import Order, by_order, transposed
+from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.changes import Order, by_order, scaled_by, transposed
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.layout import (
@@ -19,6 +22,7 @@ from qrun.models.huggingface.layout import (
     RELU2,
     VOCAB_SIZE,
     Architecture,
+    Change,
     Experts,
     Part,
     Sizes,
@@ -75,6 +79,47 @@ _GPT2 = Architecture(
     activations=ANY_GELU, layers="h", embedding="wte", outer=_GPT2_OUTER, sizes=_four_times, ffn=False,
     rename=_without_masks, fixed={"scale_attn_weights": True},
     defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "max_position_embeddings": 1024, "rms_norm_eps": None},
+)  # fmt: skip
+
+
+# Jais: GPT-2 with a gate and ALiBi; embedding and head are multiplied by what config.json says.
+
+
+def _jais_factor(*keys: tuple[str, ...]) -> Change:
+    """keys: of factors that are multiplied; the first choice that the file has of several."""
+
+    def change(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+        config = sizes.config
+        found = next((names for names in keys if config.get(names[0]) is not None), None)
+        if found is None:
+            raise config.error(keys[0][0], "is missing")
+        return scaled_by(tensor, prod(config.real(name, high=1e6) for name in found))
+
+    return change
+
+
+def _jais_name(name: str, sizes: Sizes) -> str:
+    return "" if name.endswith((".attn.bias", "relative_pe.slopes")) else name
+
+
+def _jais_slope(facts: Facts, weights: Mapping[str, SourceTensor]) -> None:
+    """The greatest bias: what the first head's slope comes of."""
+    slopes = next((tensor for name, tensor in weights.items() if name.endswith("relative_pe.slopes")), None)
+    bias = 8.0
+    if slopes is not None:
+        first = float(slopes.rows(0, 1).reshape(-1)[0])
+        if not 0 < first < 1:
+            raise slopes.error(f"begins with {first:g}, expected a number between 0 and 1")
+        bias = -round(log2(first) * 2 ** floor(log2(facts.sizes["heads"])))
+    facts.real("attention.max_alibi_bias", bias)
+
+
+_JAIS = replace(
+    _GPT2, name="jais", activations=frozenset({"swiglu"}), rename=_jais_name, of_weights=_jais_slope,
+    layer=(*_GPT2.layer, *_conv("mlp.c_fc2", "ffn_gate", "ff", "embd")), outer=layer_norm("ln_f", "output_norm"),
+    embedding_change=_jais_factor(("mup_embeddings_scale",), ("embeddings_scale",)), ffn=True, own_head=True,
+    head_change=_jais_factor(("mup_output_alpha", "mup_width_scale"), ("width_scale",)),
+    fixed={"position_embedding_type": "alibi", "scale_attn_weights": True, "mup_scale_qk_dot_by_d": True},
 )  # fmt: skip
 
 
@@ -323,6 +368,11 @@ _COHERE = Architecture(
     keys=reals(logit_scale="logit_scale"), entries=_no_scaling, defaults=_COHERE_DEFAULTS,
 )  # fmt: skip
 
+_OLMO = Architecture(
+    "olmo", (*attention(permuted=True), *FEED_FORWARD), outer=(), entries=_olmo_entries,
+    defaults={"rms_norm_eps": None, "tie_word_embeddings": False},
+)  # fmt: skip
+
 CLASSES = {
     "GPT2LMHeadModel": _GPT2,
     "GPTBigCodeForCausalLM": _BIGCODE,
@@ -338,15 +388,15 @@ CLASSES = {
     "Phi4ForCausalLMV": _PHI3,
     "StableLmForCausalLM": _STABLELM,
     "StableLMEpochForCausalLM": _STABLELM,
+    "LlavaStableLMEpochForCausalLM": _STABLELM,
+    "JAISLMHeadModel": _JAIS,
     "NemotronForCausalLM": _NEMOTRON,
     "Jais2ForCausalLM": Architecture(
         "jais2", (*LAYER_NORMS, *attention(), *plain(names="up_proj down_proj")), activations=RELU2,
         outer=OUTPUT_LAYER_NORM, rotated="all", defaults={"layer_norm_eps": 1e-5, "rms_norm_eps": None},
     ),
-    "OlmoForCausalLM": Architecture(
-        "olmo", (*attention(permuted=True), *FEED_FORWARD), outer=(), entries=_olmo_entries,
-        defaults={"rms_norm_eps": None, "tie_word_embeddings": False},
-    ),
+    "OlmoForCausalLM": _OLMO,
+    "OLMoForCausalLM": _OLMO,
     "Olmo2ForCausalLM": _OLMO2,
     "Olmo3ForCausalLM": _OLMO2,
     "CohereForCausalLM": _COHERE,

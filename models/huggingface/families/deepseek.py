@@ -86,7 +86,7 @@ MIXTURE: tuple[Part, ...] = (
 )
 
 
-def _latent_entries(facts: Facts) -> None:
+def latent_entries(facts: Facts) -> None:
     config, sizes = facts.config, facts.sizes
     rope = config.rope()
     has_experts = config.get("n_routed_experts") is not None
@@ -114,7 +114,7 @@ def _latent_entries(facts: Facts) -> None:
 
 _LATENT = Architecture(
     "deepseek2", (*NORMS, *LATENT_ATTENTION, either(MIXTURE, FEED_FORWARD)), sizes=latent_sizes,
-    entries=_latent_entries, keys=VOCAB_SIZE, dropped_layers=True,
+    entries=latent_entries, keys=VOCAB_SIZE, dropped_layers=True,
     defaults={"num_experts_per_tok": 1, "num_experts": 1}, fixed={"rope_interleave": True, "moe_layer_freq": 1},
 )  # fmt: skip
 _GLM_LITE = replace(
@@ -131,7 +131,7 @@ def _deepseek_entries(facts: Facts) -> None:
 
 # With an indexer, which chooses what attention looks at.
 
-_INDEXER: tuple[Part, ...] = (
+INDEXER: tuple[Part, ...] = (
     tensor("self_attn.indexer.wq_b.weight", "indexer.attn_q_b.weight", "* q_rank"),
     tensor("self_attn.indexer.wk.weight", "indexer.attn_k.weight", "index_dim embd"),
     tensor("self_attn.indexer.weights_proj.weight", "indexer.proj.weight", "* embd"),
@@ -145,7 +145,7 @@ def _indexed_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
 
 def _indexed_entries(facts: Facts) -> None:
     config = facts.config
-    _latent_entries(facts)
+    latent_entries(facts)
     facts.count("attention.indexer.head_count", config.integer("index_n_heads"))
     facts.count("attention.indexer.key_length", facts.sizes["index_dim"])
     facts.count("attention.indexer.top_k", config.integer("index_topk"))
@@ -158,7 +158,7 @@ def _indexed_entries(facts: Facts) -> None:
 
 
 _INDEXED = replace(
-    _LATENT, name="deepseek32", layer=(*NORMS, *LATENT_ATTENTION, maybe(*_INDEXER), either(MIXTURE, FEED_FORWARD)),
+    _LATENT, name="deepseek32", layer=(*NORMS, *LATENT_ATTENTION, maybe(*INDEXER), either(MIXTURE, FEED_FORWARD)),
     sizes=_indexed_sizes, entries=_indexed_entries, dropped_layers=False, extra_layers="num_nextn_predict_layers",
     draft=DRAFT,
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,13 @@ from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.families.gemma import GEMMA3_TEXT
 from qrun.models.huggingface.layout import (
     ANY_GELU,
+    FEED_FORWARD,
+    NORMS,
     VOCAB_SIZE,
     Architecture,
     Sizes,
+    attention,
+    either,
     layer_norm,
     linear,
     maybe,
@@ -222,6 +227,85 @@ _MODERN_BERT = Architecture(
               "rope_local_base_freq": 10000.0, "max_position_embeddings": 8192},
 )  # fmt: skip
 
+# EuroBERT: Llama, of which tokens see those behind them, too.
+
+
+def _euro_entries(facts: Facts) -> None:
+    facts.flag("attention.causal", False)
+    facts.text("rope.scaling.type", "none")
+
+
+_EURO_BERT = Architecture(
+    "eurobert", (*NORMS, *attention(), *FEED_FORWARD), embeds=True, entries=_euro_entries,
+    rename=lambda name, sizes: "" if name.startswith(("lm_head.", "classifier.")) else name,
+    defaults={"rms_norm_eps": 1e-5},
+)  # fmt: skip
+
+# NeoBERT: a gate, and root mean square norms.
+
+
+def _neo_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the width that it says a gated layer has two thirds; and the context has another name."""
+    width = values.get("intermediate_size")
+    if type(width) is int and 0 < width < 1 << 30:
+        values = {**values, "intermediate_size": int(2 * width / 3)}
+    return {"max_position_embeddings": values.get("max_length"), **values}
+
+
+def _neo_entries(facts: Facts) -> None:
+    _encoder_entries(facts)
+    facts.text("rope.scaling.type", "none")
+    facts.count("pooling_type", PoolingType.CLS)
+
+
+def _neo_name(name: str, sizes: Sizes) -> str:
+    others = ("decoder.",) if _compares(sizes.config) else ("decoder.", "dense.", "classifier.")
+    return "" if name.startswith(others) or name == "freqs_cis" else name
+
+
+_NEO_BERT = Architecture(
+    "neo-bert",
+    (
+        norm("attention_norm", "attn_norm"), norm("ffn_norm", "ffn_norm"),
+        tensor("qkv.weight", "attn_qkv.weight", "qkv embd"), tensor("wo.weight", "attn_output.weight", "embd q"),
+        tensor("ffn.w12.weight", "ffn_up.weight", "twice_ff embd"),
+        tensor("ffn.w3.weight", "ffn_down.weight", "embd ff"),
+    ),
+    activations=frozenset({"SwiGLU", "swiglu"}), layers="transformer_encoder", embedding="encoder", embeds=True,
+    outer=(
+        norm("layer_norm", "enc.output_norm"),
+        maybe(*linear("dense", "cls", "embd", "embd"), *linear("classifier", "cls.output", "*", "embd")),
+    ),
+    settings=_neo_settings, entries=_neo_entries, rename=_neo_name, of_weights=_classifier_entries,
+    fixed={"rope": True, "rms_norm": True}, defaults={"hidden_act": "SwiGLU"},
+)  # fmt: skip
+
+# Jina's second: BERT with ALiBi and a gate, and perhaps norms of queries and keys.
+
+_JINA2 = replace(
+    _BERT, name="jina-bert-v2", activations=ANY_GELU | {"geglu"},
+    layer=(
+        *_BERT.layer[:8],
+        maybe(*layer_norm("attention.self.layer_norm_q", "attn_q_norm", "q")),
+        maybe(*layer_norm("attention.self.layer_norm_k", "attn_k_norm", "kv")),
+        *layer_norm("attention.output.LayerNorm", "attn_output_norm"),
+        maybe(*layer_norm("layer_norm_1", "attn_norm_2")),
+        either(
+            linear("mlp.gated_layers", "ffn_up", "twice_ff", "embd"),
+            linear("mlp.up_gated_layer", "ffn_up", "twice_ff", "embd"),
+        ),
+        either(linear("mlp.wo", "ffn_down", "embd", "ff"), linear("mlp.down_layer", "ffn_down", "embd", "ff")),
+        either(layer_norm("mlp.layernorm", "layer_output_norm"), layer_norm("layer_norm_2", "layer_output_norm")),
+    ),
+    outer=(
+        *layer_norm("embeddings.LayerNorm", "token_embd_norm"),
+        *optional(tensor("embeddings.token_type_embeddings.weight", "token_types.weight", "kinds embd")),
+    ),
+    sizes=lambda config, sizes: {"kinds": config.integer("type_vocab_size", 2)}, entries=_encoder_entries,
+    fixed={"position_embedding_type": "alibi", "is_decoder": False, "add_cross_attention": False,
+           "feed_forward_type": "geglu", "emb_pooler": "mean"},
+)  # fmt: skip
+
 # EmbeddingGemma
 
 
@@ -253,5 +337,12 @@ CLASSES = {
     "ModernBertForMaskedLM": _MODERN_BERT,
     "ModernBertForSequenceClassification": _MODERN_BERT,
     "NomicBertModel": _NOMIC,
+    "EuroBertModel": _EURO_BERT,
+    "JinaEmbeddingsV5Model": _EURO_BERT,
+    "NeoBERT": _NEO_BERT,
+    "NeoBERTLMHead": _NEO_BERT,
+    "NeoBERTForSequenceClassification": _NEO_BERT,
+    "JinaBertModel": _JINA2,
+    "JinaBertForMaskedLM": _JINA2,
     "Gemma3TextModel": replace(_EMBEDDING_GEMMA, variant=_gemma_variant),
 }

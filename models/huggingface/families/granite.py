@@ -176,8 +176,19 @@ _MOE_SWA = replace(
     ),
 )  # fmt: skip
 
+
+
+def _speech_entries(facts: Facts) -> None:
+    for key in ("encoder_config", "projector_config", "downsample_rate", "window_size", "has_lora_adapter"):
+        facts.config.get(key)
+
+
+_SPEECH = replace(_GRANITE, within="language_model.", entries=_speech_entries)
+
 CLASSES = {
     "GraniteForCausalLM": _GRANITE,
+    "GraniteSpeechForConditionalGeneration": _SPEECH,
+    "GraniteSpeechPlusForConditionalGeneration": _SPEECH,
     "GraniteMoeForCausalLM": _GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": _GRANITE_MOE,
     "GraniteMoeHybridForCausalLM": _HYBRID,

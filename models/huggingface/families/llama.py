@@ -9,7 +9,7 @@ import numpy as np
 
 from qrun.formats import ValueType
 from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.changes import Order, by_order, rows, side_by_side, then, turned_experts
+from qrun.models.huggingface.changes import Order, by_order, ordered, rows, side_by_side, then, turned_experts
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.families.deepseek import MISTRAL4
@@ -28,12 +28,15 @@ from qrun.models.huggingface.layout import (
     experts,
     gated,
     linear,
+    maybe,
     norm,
     optional,
     plain,
     reals,
     tensor,
 )
+from qrun.models.huggingface.tensors import layer_of
+from qrun.models.hyperparameters import MAX_HEADS
 
 PERMUTED = attention(permuted=True)
 _LLAMA = Architecture("llama", (*NORMS, *PERMUTED, *FEED_FORWARD), keys=VOCAB_SIZE, rotated="all")
@@ -141,6 +144,81 @@ _BAICHUAN = Architecture(
     rotated="all", entries=lambda facts: facts.text("tensor_data_layout", "Meta AI original pth"),
 )  # fmt: skip
 
+# Deci: layers differ in how many heads they have, and some have no attention, or a matrix in its place.
+
+
+def _deci_lists(config: Config, sizes: Mapping[str, int]) -> tuple[list[int], list[int], list[int]] | None:
+    """Heads, heads of keys, and widths of feed-forward layers; None where config.json has no list of blocks."""
+    blocks, n_layers = config.get("block_configs"), sizes["layers"]
+    if blocks is None:
+        return None
+    if not isinstance(blocks, list) or len(blocks) != n_layers or not all(isinstance(one, dict) for one in blocks):
+        raise config.error("block_configs", f"is not a list of {n_layers} objects")
+    heads, kv_heads, widths = [], [], []
+    for values in blocks:
+        block = Config(config.path, values, prefix="block_configs.")
+        attention, ffn = block.section("attention"), block.section("ffn")
+        if attention.get("n_heads_in_group") is not None:
+            heads.append(sizes["heads"])
+            kv_heads.append(sizes["heads"] // attention.integer("n_heads_in_group", high=MAX_HEADS))
+        else:
+            heads.append(sizes["heads"] if attention.flag("replace_with_linear") else 0)
+            kv_heads.append(0)
+        width = int(2 * ffn.real("ffn_mult", 0.0, high=1e3) * sizes["embd"] / 3)
+        widths.append(-(width // -DECI_MULTIPLE) * DECI_MULTIPLE)
+    return heads, kv_heads, widths
+
+
+def _deci_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    lists = _deci_lists(config, sizes)
+    return {"ff": max(lists[2])} if lists else {}
+
+
+def _deci_keys(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """Rows of keys, whose heads each layer has another number of."""
+    lists, given = _deci_lists(sizes.config, sizes), sizes.config.get("num_key_value_heads_per_layer")
+    layer = layer_of(tensor, sizes)
+    if lists:
+        heads = lists[1][layer]
+    elif isinstance(given, list) and layer < len(given) and type(given[layer]) is int:
+        heads = given[layer]
+    else:
+        heads = sizes["kv_heads"]
+    if heads < 1 or tensor.n_rows % (2 * heads):
+        raise tensor.error(f"has {tensor.n_rows} rows, which are not those of {heads} heads")
+    return ordered(tensor, side_by_side(tensor.n_rows, heads))
+
+
+def _deci_entries(facts: Facts) -> None:
+    config, n_layers = facts.config, facts.sizes["layers"]
+    if lists := _deci_lists(config, facts.sizes):
+        for key, values in zip(("attention.head_count", "attention.head_count_kv", "feed_forward_length"), lists,
+                               strict=True):  # fmt: skip
+            facts.array(key, values)
+    elif config.get("num_key_value_heads_per_layer") is not None:
+        each = config.integers("num_key_value_heads_per_layer", high=MAX_HEADS)
+        if len(each) != n_layers:
+            raise config.error("num_key_value_heads_per_layer", f"is not a list of {n_layers} numbers")
+        facts.array("attention.head_count_kv", each)
+
+
+DECI_MULTIPLE = 256
+_DECI = Architecture(
+    "deci",
+    (
+        *optional(norm("input_layernorm", "attn_norm")),
+        maybe(
+            *linear("self_attn.q_proj", "attn_q", "q", "embd", "heads"),
+            *linear("self_attn.k_proj", "attn_k", "*", "embd", change=_deci_keys),
+            *linear("self_attn.v_proj", "attn_v", "*", "embd"),
+            *linear("self_attn.o_proj", "attn_output", "embd", "q"),
+        ),
+        *optional(tensor("self_attn.linear_attn.weight", "attn_output.weight", "embd embd")),
+        maybe(norm("post_attention_layernorm", "ffn_norm"), *gated(width="*")),
+    ),
+    sizes=_deci_sizes, entries=_deci_entries, keys=VOCAB_SIZE, rotated="all", ffn=False,
+)  # fmt: skip
+
 # Apertus: the parameters of its activation are metadata.
 
 _XIELU = ("alpha_n", "alpha_p", "beta", "eps")
@@ -172,9 +250,13 @@ _APERTUS = Architecture(
     defaults={"rms_norm_eps": 1e-5},
 )  # fmt: skip
 
+
 CLASSES = {
     "LlamaForCausalLM": _LLAMA,
     "LLaMAForCausalLM": _LLAMA,
+    "LlamaModel": replace(_LLAMA, embeds=True),
+    "Sarashina2VisionForCausalLM": replace(_LLAMA, within="llm."),
+    "LlamaBidirectionalModel": replace(_LLAMA, name="llama-embed", embeds=True),
     "IQuestCoderForCausalLM": _LLAMA,
     "VLlama3ForCausalLM": _LLAMA,
     "LlavaForConditionalGeneration": _LLAMA,
@@ -191,6 +273,7 @@ CLASSES = {
         defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0, "num_key_value_heads": 4},
         windows="layers without positions",
     ),
+    "DeciLMForCausalLM": _DECI,
     "Mistral3ForConditionalGeneration": _MISTRAL3,
     "Ministral3ForCausalLM": _MISTRAL3,
     "ArceeForCausalLM": replace(

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from qrun.models.huggingface.changes import by_order, every, rows, side_by_side, then, upright
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qrun.formats.blocks import dequantize, quantize
+from qrun.formats.blocks.layout import F32Array
+from qrun.formats.tensors import SourceTensor
+from qrun.models.huggingface.changes import (
+    by_order,
+    computed,
+    every,
+    ordered,
+    rows,
+    side_by_side,
+    then,
+    transposed,
+    upright,
+)
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import GATING, Facts
 from qrun.models.huggingface.families.qwen import draft_layers
@@ -15,6 +34,7 @@ from qrun.models.huggingface.layout import (
     NORMS,
     OUTPUT_LAYER_NORM,
     QK_NORMS,
+    SILU,
     VOCAB_SIZE,
     Architecture,
     Change,
@@ -32,7 +52,7 @@ from qrun.models.huggingface.layout import (
     tensor,
 )
 from qrun.models.huggingface.tensors import uniform
-from qrun.models.hyperparameters import MAX_HEADS
+from qrun.models.hyperparameters import MAX_EXPERTS, MAX_HEADS
 
 SELECTION_BIAS = optional(
     tensor("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "experts"),
@@ -130,6 +150,78 @@ _BAILING2 = Architecture(
     rotated="part", defaults={"partial_rotary_factor": 0.5}, extra_layers="num_nextn_predict_layers",
     draft=(*DRAFT, *optional(norm("final_layernorm", "layer_output_norm"))),
 )  # fmt: skip
+
+# Sarvam: heads turn as a whole, and biases that choose experts count from their mean.
+
+
+def _about_mean(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """In the type that the file has."""
+
+    def rounded(values: F32Array) -> F32Array:
+        return dequantize(quantize(values, tensor.type), tensor.type, values.shape)
+
+    def change(values: F32Array) -> F32Array:
+        mean = rounded(np.array([values.mean(dtype=np.float64)], np.float32))
+        return rounded(values - mean)
+
+    return computed("experts", change)(tensor, sizes)
+
+
+_SARVAM = replace(
+    _BAILING2, rotated="all",
+    layer=(
+        *_BAILING2.layer[:-1],
+        either(
+            (*experts(), tensor("mlp.gate.expert_bias", "exp_probs_b.bias", "experts", _about_mean), *SHARED),
+            FEED_FORWARD,
+        ),
+    ),
+)  # fmt: skip
+
+# DBRX: experts lie in one matrix of each kind.
+
+
+def _dbrx_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = [values.get(key) for key in ("attn_config", "ffn_config")]
+    merged = {key: value for section in inner if isinstance(section, dict) for key, value in section.items()}
+    return {key: value for key, value in {**values, **merged}.items() if key not in ("attn_config", "ffn_config")}
+
+
+def _dbrx_entries(facts: Facts) -> None:
+    facts.real("attention.layer_norm_epsilon", 1e-5)
+    facts.entries.remove(f"{facts.name}.attention.layer_norm_rms_epsilon")
+    act = facts.config.section("ffn_act_fn")
+    if (name := act.text("name", "silu")) not in SILU:
+        raise act.error("name", f"is {name!r}, which is not supported")
+
+
+def _in_matrices(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """Rows of all experts one after another, as a matrix of each."""
+    return ordered(tensor, np.arange(tensor.n_rows), (sizes["experts"], sizes["expert_ff"], sizes["embd"]))
+
+
+def _dbrx_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    count = config.integer("moe_num_experts", high=MAX_EXPERTS)
+    return {"experts": count, "expert_ff": sizes["ff"], "all_ff": count * sizes["ff"]}
+
+
+_DBRX = Architecture(
+    "dbrx",
+    (
+        norm("norm_attn_norm.norm_1", "attn_norm"), norm("norm_attn_norm.norm_2", "attn_output_norm"),
+        tensor("norm_attn_norm.attn.Wqkv.weight", "attn_qkv.weight", "qkv embd"),
+        tensor("norm_attn_norm.attn.out_proj.weight", "attn_output.weight", "embd q"),
+        tensor("ffn.router.layer.weight", "ffn_gate_inp.weight", "experts embd"),
+        tensor("ffn.experts.mlp.w1", "ffn_gate_exps.weight", "all_ff embd", _in_matrices),
+        tensor("ffn.experts.mlp.v1", "ffn_up_exps.weight", "all_ff embd", _in_matrices),
+        tensor("ffn.experts.mlp.w2", "ffn_down_exps.weight", "all_ff embd",
+               then(_in_matrices, transposed)),
+    ),
+    layers="blocks", embedding="wte", outer=(norm("norm_f", "output_norm"),), settings=_dbrx_settings,
+    sizes=_dbrx_sizes, entries=_dbrx_entries,
+    keys=reals(attention__clamp_kqv="clip_qkv"), routers_in_full=False, fixed={"moe_normalize_expert_weights": 1},
+)  # fmt: skip
+
 
 # Others
 
@@ -372,6 +464,8 @@ CLASSES = {
     ),
     "BailingMoeForCausalLM": _BAILING,
     "BailingMoeV2ForCausalLM": _BAILING2,
+    "SarvamMoEForCausalLM": _SARVAM,
+    "modeling_sarvam_moe.SarvamMoEForCausalLM": _SARVAM,
     "MiniMaxM2ForCausalLM": _MINIMAX_M2,
     "Ernie4_5_MoeForCausalLM": _ERNIE_MOE,
     "HunYuanMoEV1ForCausalLM": Architecture(
@@ -389,6 +483,7 @@ CLASSES = {
     "ExaoneMoEForCausalLM": _EXAONE_MOE,
     "HYV3ForCausalLM": _HY3,
     "LagunaForCausalLM": _LAGUNA,
+    "DbrxForCausalLM": _DBRX,
     "MellumForCausalLM": Architecture(
         "mellum", (*NORMS, *QK_NORMS, *attention(), *experts()), entries=_windows,
         keys=counts(expert_feed_forward_length="moe_intermediate_size"), fixed={"norm_topk_prob": True},

@@ -213,7 +213,7 @@ def _hybrid(name: str, feed_forward: tuple[Part, ...], tiled: bool) -> Architect
 
 _EITHER_FF = (either((*experts(), *SHARED_EXPERT), FEED_FORWARD),)
 _QWEN35 = _hybrid("qwen35", FEED_FORWARD, True)
-_QWEN35_MOE = _hybrid("qwen35moe", _EITHER_FF, True)
+QWEN35_MOE = _hybrid("qwen35moe", _EITHER_FF, True)
 
 # Those that see: their language model alone.
 
@@ -253,6 +253,7 @@ _DOTS1 = Architecture(
 
 CLASSES = {
     "Qwen2ForCausalLM": _QWEN2,
+    "Qwen2Model": replace(_QWEN2, embeds=True),
     "Qwen2AudioForConditionalGeneration": _QWEN2,
     "AudioFlamingo3ForConditionalGeneration": _QWEN2,
     "DotsOCRForCausalLM": _QWEN2,
@@ -263,6 +264,8 @@ CLASSES = {
         ), windows="",
     ),
     "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3Model": replace(_QWEN3, embeds=True),
+    "StepVLForConditionalGeneration": _QWEN3,
     "Qwen3MoeForCausalLM": _QWEN3_MOE,
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
@@ -273,11 +276,12 @@ CLASSES = {
     "Qwen3_5ForCausalLM": _QWEN35,
     "Qwen3_5ForConditionalGeneration": _QWEN35,
     "MiniCPMV4_6ForConditionalGeneration": _QWEN35,
-    "Qwen3_5MoeForCausalLM": _QWEN35_MOE,
-    "Qwen3_5MoeForConditionalGeneration": _QWEN35_MOE,
+    "Qwen3_5MoeForCausalLM": QWEN35_MOE,
+    "Qwen3_5MoeForConditionalGeneration": QWEN35_MOE,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5OmniModel": _QWEN2_VL,
+    "Qwen2VLModel": _QWEN2_VL,
     "Qwen3VLForConditionalGeneration": _QWEN3_VL,
     "Qwen3ASRForConditionalGeneration": _QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL_MOE,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
 from qrun.formats.blocks.layout import F32Array
@@ -88,8 +92,8 @@ _POSITIONS = {"num_attention_heads": 1, "head_dim": 1, "max_position_embeddings"
               "tie_word_embeddings": None}  # fmt: skip
 _MAMBA = Architecture(
     "mamba", (norm("norm", "attn_norm"), *_mamba_mixer("mixer")), sizes=_mamba_sizes, entries=_mamba_entries,
-    embedding="embeddings", outer=(norm("norm_f", "output_norm"),), ffn=False,
-    defaults=_POSITIONS | {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5},
+    embedding="embeddings", embedding_aliases=("embedding",), outer=(norm("norm_f", "output_norm"),), ffn=False,
+    defaults=_POSITIONS | {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5}, fixed={"rms_norm": True},
 )  # fmt: skip
 
 # Mamba 2
@@ -335,6 +339,48 @@ _NEMOTRON_MOE = Architecture(
     ),
 )  # fmt: skip
 
+# Nemotron 3 Puzzle: each block has a mixture of its own size, as a search has found it.
+
+
+def _puzzle_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of each block, as lists and the most of each."""
+    blocks = values.get("block_configs")
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        return values
+    lists = {key: [block.get(key) or 0 for block in blocks] for key in ("moe_intermediate_size", "num_experts_per_tok")}
+    most = {key: max((n for n in sizes if type(n) is int), default=0) or None for key, sizes in lists.items()}
+    return {
+        **values, **most, "layers_block_type": [block.get("block_type") for block in blocks],
+        "hybrid_override_pattern": None, "block_sizes": lists,
+    }  # fmt: skip
+
+
+def _puzzle_entries(facts: Facts) -> None:
+    _nemotron_entries(facts)
+    config, n_layers = facts.config, facts.sizes["layers"]
+    config.get("block_configs")
+    lists = config.section("block_sizes")
+    widths, used = (lists.integers(key, low=0) for key in ("moe_intermediate_size", "num_experts_per_tok"))
+    if not len(widths) == len(used) == n_layers:
+        raise config.error("block_configs", f"is not a list of {n_layers} objects")
+    facts.array("feed_forward_length", widths)
+    facts.array("expert_feed_forward_length", widths)
+    facts.array("expert_used_count", used)
+    config.get("mtp_block_configs")
+
+
+_PUZZLE = replace(
+    _NEMOTRON_MOE, settings=_puzzle_settings, entries=_puzzle_entries,
+    rename=lambda name, sizes: "" if name.startswith("mtp.") else name,
+    layer=(
+        _NEMOTRON_PARTS[0],
+        either(
+            _NEMOTRON_PARTS[1], _NEMOTRON_PARTS[2],
+            tuple(replace(part, shape=("*", "*")) if isinstance(part, Experts) else part for part in _RELU_EXPERTS),
+        ),
+    ),
+)  # fmt: skip
+
 # LFM 2: short convolutions.
 
 
@@ -411,11 +457,13 @@ _LFM2_MOE = Architecture(
 
 CLASSES = {
     "MambaForCausalLM": _MAMBA,
+    "MambaLMHeadModel": _MAMBA,
     "FalconMambaForCausalLM": _MAMBA,
     "Mamba2ForCausalLM": _MAMBA2,
     "FalconH1ForCausalLM": _FALCON_H1,
     "JambaForCausalLM": _JAMBA,
     "NemotronHForCausalLM": _NEMOTRON,
+    "NemotronHPuzzleForCausalLM": _PUZZLE,
     "Lfm2ForCausalLM": _LFM2,
     "LFM2ForCausalLM": _LFM2,
     "Lfm2MoeForCausalLM": _LFM2_MOE,

@@ -1,4 +1,5 @@
-"""RWKV 6, as its makers publish it for Transformers, and RWKV 7, as flash-linear-attention has it."""
+"""RWKV 6, as its makers publish it for Transformers, RWKV 7, as flash-linear-attention has it, and what was made of
+Qwen 2 with either in place of attention."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from functools import partial
 import numpy as np
 
 from qrun.formats.tensors import SourceTensor
-from qrun.models.huggingface.changes import computed, scaled, transposed
+from qrun.models.huggingface.changes import computed, ordered, scaled, transposed
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
 from qrun.models.huggingface.families.recurrent import LONG_CONTEXT
 from qrun.models.huggingface.layout import (
+    FEED_FORWARD,
+    NORMS,
     Architecture,
     Mapped,
     Part,
@@ -22,6 +25,8 @@ from qrun.models.huggingface.layout import (
     Stacked,
     either,
     layer_norm,
+    linear,
+    maybe,
     tensor,
 )
 from qrun.models.hyperparameters import MAX_LAYERS, MAX_STATE
@@ -170,4 +175,118 @@ _RWKV6 = Architecture(
     fixed={"head_size_divisor": 8}, defaults=_NO_ATTENTION,
 )  # fmt: skip
 
-CLASSES = {"RWKV7ForCausalLM": _RWKV7, "Rwkv7ForCausalLM": _RWKV7, "Rwkv6ForCausalLM": _RWKV6}
+# QRWKV 6 and ARWKV 7: blocks of Qwen 2 with another mixer.
+
+
+def _in_order(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
+    """The five mixtures in the order of RWKV 6: they come as r, k, v, w, g."""
+    tensor = transposed(tensor, sizes)
+    if tensor.n_rows % 5:
+        raise tensor.error(f"has {tensor.n_rows} rows, which are not five equal parts")
+    rows = np.arange(tensor.n_rows).reshape(5, -1)[[3, 1, 2, 0, 4]]
+    return ordered(tensor, rows.reshape(-1), tensor.shape)
+
+
+def _qwen_sizes(config: Config, sizes: Sizes, head_size: str) -> Mapping[str, int]:
+    width = config.integer(head_size, sizes["embd"] // sizes["heads"], high=MAX_STATE)
+    if sizes["embd"] % width:
+        raise config.error(head_size, f"is {width}, which does not divide the hidden_size of {sizes['embd']}")
+    return {"wkv_heads": sizes["embd"] // width, "wkv_head": width, "heads": 0}
+
+
+def _qwen_entries(facts: Facts) -> None:
+    facts.count("context_length", LONG_CONTEXT)
+    facts.count("wkv.head_size", facts.sizes["wkv_head"])
+    facts.count("token_shift_count", 1)
+
+
+def _qwen6_entries(facts: Facts) -> None:
+    _qwen_entries(facts)
+    facts.count("attention.head_count_kv", facts.sizes["kv_heads"])
+    for key in ("attention_hidden_size", "lora_rank_tokenshift", "lora_rank_decay"):
+        facts.config.get(key)  # weights say it
+
+
+_QWEN6 = Architecture(
+    "rwkv6qwen2",
+    (
+        *NORMS, *FEED_FORWARD,
+        tensor("self_attn.time_maa_x", "time_mix_lerp_x.weight", "1 1 embd", _ROW),
+        Stacked(tuple(f"self_attn.time_maa_{part}" for part in "wkvrg"), "time_mix_lerp_fused.weight",
+                ("1", "1", "embd")),
+        tensor("self_attn.time_maa_w1", "time_mix_w1.weight", "embd five_mix_extra", _in_order),
+        tensor("self_attn.time_maa_w2", "time_mix_w2.weight", "5 mix_extra embd", _in_order),
+        tensor("self_attn.time_decay", "time_mix_decay.weight", "1 1 embd", _ROW),
+        tensor("self_attn.time_decay_w1", "time_mix_decay_w1.weight", "embd decay_extra", transposed),
+        tensor("self_attn.time_decay_w2", "time_mix_decay_w2.weight", "decay_extra embd", transposed),
+        *linear("self_attn.q_proj", "time_mix_receptance", "embd", "embd"),
+        *linear("self_attn.k_proj", "time_mix_key", "kv", "embd"),
+        *linear("self_attn.v_proj", "time_mix_value", "kv", "embd"),
+        *linear("self_attn.gate", "time_mix_gate", "embd", "embd"),
+        *linear("self_attn.o_proj", "time_mix_output", "embd", "embd"),
+    ),
+    sizes=partial(_qwen_sizes, head_size="wkv_head_size"), sizes_of_weights=_extra, of_weights=_extra_entries,
+    entries=_qwen6_entries,
+)  # fmt: skip
+
+
+def _qwen7_sizes(config: Config, sizes: Sizes) -> Mapping[str, int]:
+    ranks = {"w_rank": 64, "a_rank": 64, "v_rank": 32, "g_rank": 128}  # as all of them have it
+    return {**_qwen_sizes(config, sizes, "head_size"), **ranks}
+
+
+def _qwen7_entries(facts: Facts) -> None:
+    _qwen_entries(facts)
+    sizes, gate = facts.sizes, facts.config.flag("wkv_has_gate", True)
+    for key, name in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"), ("gate", "g")):
+        facts.count(f"attention.{key}_lora_rank", sizes[f"{name}_rank"] if gate or name != "g" else 0)
+
+
+_MIXER = "self_attn.time_mixer"
+
+
+def _qwen7_name(name: str, sizes: Sizes) -> str:
+    """The first layer mixes no values of one before."""
+    return "" if re.fullmatch(rf"layers\.0\.{re.escape(_MIXER)}\.v[012]", name) else name
+
+
+def _small(name: str, gguf: str) -> tuple[Mapped, ...]:
+    return (
+        tensor(f"{_MIXER}.{name}1", f"time_mix_{gguf}1.weight", f"embd {name}_rank", transposed),
+        tensor(f"{_MIXER}.{name}2", f"time_mix_{gguf}2.weight", f"{name}_rank embd", transposed),
+        tensor(f"{_MIXER}.{name}0", f"time_mix_{gguf}0.weight", "1 1 embd", _ROW),
+    )
+
+
+_QWEN7 = Architecture(
+    "arwkv7",
+    (
+        *NORMS, *FEED_FORWARD,
+        either(
+            (
+                *_small("g", "g")[:2],
+                Stacked(tuple(f"{_MIXER}.x_{part}" for part in "rwkvag"), "time_mix_lerp_fused.weight",
+                        ("1", "1", "embd")),
+            ),
+            (Stacked(tuple(f"{_MIXER}.x_{part}" for part in "rwkva"), "time_mix_lerp_fused.weight",
+                     ("1", "1", "embd")),),
+        ),
+        *_small("w", "w"), *_small("a", "a"), either(_small("v", "v"), _small("a", "v")),
+        tensor(f"{_MIXER}.k_k", "time_mix_k_k.weight", "1 1 embd", _ROW),
+        tensor(f"{_MIXER}.k_a", "time_mix_k_a.weight", "1 1 embd", _ROW),
+        tensor(f"{_MIXER}.r_k", "time_mix_r_k.weight", "wkv_heads wkv_head", _ROW),
+        *(tensor(f"{_MIXER}.{name}.weight", f"time_mix_{name}.weight", "embd embd")
+          for name in ("receptance", "key", "value", "output")),
+        maybe(*layer_norm(f"{_MIXER}.ln_x", "time_mix_ln")),
+    ),
+    sizes=_qwen7_sizes, entries=_qwen7_entries, rename=_qwen7_name,
+    fixed={"wkv_version": 7},
+)  # fmt: skip
+
+CLASSES = {
+    "RWKV7ForCausalLM": _RWKV7,
+    "Rwkv7ForCausalLM": _RWKV7,
+    "Rwkv6ForCausalLM": _RWKV6,
+    "RWKV6Qwen2ForCausalLM": _QWEN6,
+    "RwkvHybridForCausalLM": _QWEN7,
+}

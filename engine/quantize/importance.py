@@ -60,7 +60,7 @@ def collect(runtime: Runtime, chunks: Chunks, progress: Progress | None = None) 
 def observe(
     runtime: Runtime, chunks: Chunks, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, InputSums]:
-    """The same without the score, which takes the head's time."""
+    """The sums by tensor alone: without the score, the head need not be computed."""
     collector = Collector(runtime)
     for done, chunk in enumerate(chunks, 1):
         with closing(runtime.sequence()) as sequence:
