@@ -48,6 +48,7 @@ LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the ste
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
 _STEPS_KEPT = 15  # without prompts, whose median counts: one that something else slowed down says nothing of the next
 _FEWEST_STEPS = 3  # of those, before a long prompt is read beside as many generations
+_MOST_STEPS = 12  # that a long prompt waits for that; meanwhile short ones may be in all of them
 _ROWS_KEPT = 5  # steps of a long prompt, likewise
 
 
@@ -228,6 +229,7 @@ class Scheduler:
         self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._decode_times: dict[int, deque[float]] = {}  # of steps without rows of prompts, by who generates
+        self._n_unknown = 0  # steps in a row of which it is not known what they would take without prompts
         self._row_seconds = 0.0  # of a row of a prompt
 
     def _leave_parent(self) -> None:
@@ -513,7 +515,10 @@ class Scheduler:
         ordinary = ORDINARY_STEPS * self._decode_seconds(n_generating)
         short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
         known = len(self._decode_times.get(n_generating, ())) >= _FEWEST_STEPS
-        return max(short, ordinary), min(ordinary, BESIDE_SECONDS) if known else 0.0
+        self._n_unknown = 0 if known else self._n_unknown + 1
+        if not known and self._n_unknown <= _MOST_STEPS:
+            return max(short, ordinary), 0.0
+        return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""

@@ -355,10 +355,22 @@ class TestPromptsBesideOthers:
 
         monkeypatch.setattr(scheduler, "_learn", noted)
         monkeypatch.setattr(scheduler_module, "_FEWEST_STEPS", 12)
+        monkeypatch.setattr(scheduler_module, "_MOST_STEPS", 1000)
         self.read(model, monkeypatch, 3, [1100])
         first = next(number for number, (n, rows) in enumerate(learned) if rows and n == 3)
         assert sum(n == 3 and not rows for n, rows in learned[:first]) >= 12
         assert max(rows for n, rows in learned if n == 3) == 8
+
+
+def test_a_long_prompt_does_not_wait_for_ever_to_know_that(model: Model) -> None:
+    """As it would where a short one is in every step."""
+    scheduler = model._host.scheduler
+    scheduler._decode_times = {5: deque([0.02] * 3)}
+    waits = [scheduler._bearable(3, 1)[1] for _ in range(20)]
+    n_steps = scheduler_module._MOST_STEPS
+    assert waits == [0.0] * n_steps + [pytest.approx(0.03)] * (20 - n_steps)
+    assert scheduler._bearable(5, 1)[1] == pytest.approx(0.03)
+    assert scheduler._bearable(3, 1)[1] == 0.0
 
 
 def test_a_long_prompt_that_was_disturbed_goes_on_as_fast_as_before(model: Model) -> None:
