@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_files import read_pairs
-from checkpoint_weights import CLASSES, write_checkpoint
+from checkpoint_weights import CLASSES, stored, write_checkpoint
 from safetensors_builder import tensor, write
 
 from qrun.cli import main
@@ -138,15 +138,21 @@ def test_every_matrix_is_changed_as_peft_changes_it(rng: np.random.Generator, cl
         assert {tensor.type for tensor in reader.tensors.values()} == {TensorType.F32}
 
 
+UNCHANGED = ("GPT2LMHeadModel", "JAISLMHeadModel", "BitnetForCausalLM")
+
+
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_a_change_goes_where_the_matrix_goes(rng: np.random.Generator, class_name: str, tmp_path: Path) -> None:
     """A checkpoint that holds the changes as its weights becomes what the adapter does."""
     case = CLASSES[class_name]
-    base = write_checkpoint(tmp_path / "base", case["config"], case["shapes"])
+    dtypes: dict[str, str] = case.get("dtypes", {})
+    base = write_checkpoint(tmp_path / "base", case["config"], case["shapes"], dtypes)
     targets = Base.of_folder(base).targets()
     pairs, changed, names = {}, {}, {}
     for name, shape in case["shapes"].items():
         target = targets.get(short_name(name.removesuffix(".weight")))
+        if name in dtypes:  # a matrix with scales, or what is none
+            continue
         if len(shape) == 2 and name.endswith(".weight") and target is not None and target.expert is None:
             pairs[name.removesuffix(".weight")] = pair_of(rng, (shape[0], shape[1]), 3)
             if "embd" in target.name or "embed" in name or "wte" in name:
@@ -154,17 +160,20 @@ def test_a_change_goes_where_the_matrix_goes(rng: np.random.Generator, class_nam
                 continue
             a, b = pairs[name.removesuffix(".weight")]
             changed[name], names[name] = (16 / 3 * b @ a).astype(np.float32), target.name
-    stored = {
+    held_by_adapter = {
         f"base_model.model.{module}.lora_{letter}.weight": tensor(values, "F32")
         for module, pair in pairs.items() for letter, values in zip("AB", pair, strict=True)
     }  # fmt: skip
     folder = write_peft(tmp_path / "peft", {})
-    write(folder / "adapter_model.safetensors", stored)
+    write(folder / "adapter_model.safetensors", held_by_adapter)
     held = {name: tensor(changed.get(name, np.zeros(shape, np.float32)), "F32")
             for name, shape in case["shapes"].items()}  # fmt: skip
+    held |= {name: (dtype, tuple(case["shapes"][name]), stored(name, case["shapes"][name], dtype))
+             for name, dtype in dtypes.items()}  # fmt: skip
     write(base / "model.safetensors", held)
-    if not names:  # all matrices are turned about, or lie in others; or there are two halves, which no adapter changes
-        assert class_name == "GPT2LMHeadModel" or ARCHITECTURES[class_name].stacks
+    # All matrices are turned about or rounded, or lie in others; or there are two halves, which no adapter changes.
+    if not names:
+        assert class_name in UNCHANGED or ARCHITECTURES[class_name].stacks
         return
     found = converted(folder, tmp_path / "adapter.gguf", "--base", str(base), "--type", "f32")
     assert found.keys() == set(names.values())
