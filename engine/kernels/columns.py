@@ -72,32 +72,24 @@ def pack_float(row, width, packed, place, columns):  # type: ignore[no-untyped-d
 SPLIT_COLUMNS = 8
 
 
-def _split(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value, pairs: str) -> None:
-    """32 floats at `x` as the sums of two bfloat16, in rows of pairs `stride` bytes apart, the second ones `rest` bytes
-    behind the first ones. pairs: of "neighbours", or of what is 16 "apart"."""
-    first, second = (e.load(x, 64 * half, F32, 16) for half in range(2))
-    if pairs == "neighbours":
-        first, second = first.shuffle(second, range(0, 32, 2)), first.shuffle(second, range(1, 32, 2))
-    tops = [rounded(x) for x in (first, second)]
-    rests = [rounded(x - (top << 16).bits_as(F32)) for x, top in zip((first, second), tops, strict=True)]
-    for place, (low, high) in ((out, tops), (e.builder.add(out, e.index(rest)), rests)):
-        words = low | (high << 16)
-        for row in range(16):
-            e.store(words.lane(row), place)
-            place = e.builder.add(place, stride)
+def _split_packer(neighbours: bool) -> Any:
+    """neighbours: whether these are pairs, and not what is 16 apart."""
 
+    @operation(lambda *_: v.types.void)
+    def split(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value) -> None:
+        """32 floats at `x` as the sums of two bfloat16, in rows of pairs `stride` bytes apart, the second ones `rest`
+        bytes behind the first ones."""
+        first, second = (e.load(x, 64 * half, F32, 16) for half in range(2))
+        if neighbours:
+            first, second = first.shuffle(second, range(0, 32, 2)), first.shuffle(second, range(1, 32, 2))
+        tops = [rounded(x) for x in (first, second)]
+        rests = [rounded(x - (top << 16).bits_as(F32)) for x, top in zip((first, second), tops, strict=True)]
+        for place, (low, high) in ((out, tops), (e.builder.add(out, e.index(rest)), rests)):
+            words = low | (high << 16)
+            for row in range(16):
+                e.store(words.lane(row), place)
+                place = e.builder.add(place, stride)
 
-@operation(lambda *_: v.types.void)
-def split_neighbours(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value) -> None:
-    _split(e, x, out, rest, stride, "neighbours")
-
-
-@operation(lambda *_: v.types.void)
-def split_apart(e: Emitter, x: ir.Value, out: ir.Value, rest: ir.Value | int, stride: ir.Value) -> None:
-    _split(e, x, out, rest, stride, "apart")
-
-
-def _split_packer(split: Any) -> Any:
     @v.helper
     def pack_split(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
         """A row of `width` floats as column `place`: of a panel, or with one column for itself."""
@@ -144,7 +136,7 @@ def packer_of(packing: str) -> Any:
     """How rows are packed for matrices of quantised weights ("q8"), of floats ("f32"), or of those that are multiplied
     by tiles ("f16", "bf16")."""
     if packing in ("f16", "bf16"):
-        return _split_packer(split_apart if packing == "f16" else split_neighbours)
+        return _split_packer(neighbours=packing == "bf16")
     if packing == "f32":
         return pack_float
     return pack_rounded if v.target().tiles else pack_quantised

@@ -29,12 +29,12 @@ from qrun.engine.kernels.products import (
     neighbouring_lines,
     writers,
 )
+from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, store_sums
 from qrun.engine.kernels.unpack import Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F16, F32, I32, Emitter
 
-TILE_BYTES = 1024
 # A row's weights in one tile, and what they take in the file: a cache line.
 STEP, LINE_BYTES = 32, 64
 # So many tiles of each of four row groups are unpacked at a time, for two thirds of the first-level cache. (Two row
@@ -114,12 +114,12 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
         x_step, x_stride = (128, 8) if narrow else (panel_step, LINE_BYTES)
 
         @v.helper
-        def add(place, x):  # type: ignore[no-untyped-def]
+        def add(place, stride, x):  # type: ignore[no-untyped-def]
             v.load_matrix(6, x, x_stride)
-            v.load_matrix(4, place, LINE_BYTES)
+            v.load_matrix(4, place, stride)
             v.multiply_matrices(0, 4, 6)
             if not direct:
-                v.load_matrix(5, place + TILE_BYTES, LINE_BYTES)
+                v.load_matrix(5, place + TILE_BYTES, stride)
                 v.multiply_matrices(0, 5, 6)
 
         @v.helper
@@ -132,19 +132,17 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
                 asked = asked if asked < run_end else asked + jump
                 if direct:
                     ask(asked, stride)
-                    v.load_matrix(4, weights, stride)
-                    v.load_matrix(6, x, x_stride)
-                    v.multiply_matrices(0, 4, 6)
+                    add(weights, stride, x)
                     x += x_step
                 else:
                     # What has just been stored cannot be loaded at once: that comes a turn later.
                     unpack_run(weights, stride, unpacked + step % slice_steps * step_bytes, asked)
                     if step > 0:
-                        add(unpacked + (step - 1) % slice_steps * step_bytes, x)
+                        add(unpacked + (step - 1) % slice_steps * step_bytes, LINE_BYTES, x)
                         x += x_step
                 weights += LINE_BYTES
             if not direct:
-                add(unpacked + (n_steps - 1) % slice_steps * step_bytes, x)
+                add(unpacked + (n_steps - 1) % slice_steps * step_bytes, LINE_BYTES, x)
             v.store_matrix(0, sums, LINE_BYTES)
             if narrow:
                 v.store(totals, v.load_apart(sums, LINE_BYTES) + v.load_apart(sums + 4, LINE_BYTES))
@@ -166,20 +164,6 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
                 dot_one_panel(weights, stride, n_steps, x + panel * n_steps * panel_step, run_end, jump, place)
 
     @v.helper
-    def begin_sums(place, adding):  # type: ignore[no-untyped-def]
-        """Tiles 0 to 3: those at `place`, or zeros."""
-        if adding:
-            v.load_matrix(0, place, LINE_BYTES)
-            v.load_matrix(1, place + TILE_BYTES, LINE_BYTES)
-            v.load_matrix(2, place + 2 * TILE_BYTES, LINE_BYTES)
-            v.load_matrix(3, place + 3 * TILE_BYTES, LINE_BYTES)
-        else:
-            v.zero_matrix(0)
-            v.zero_matrix(1)
-            v.zero_matrix(2)
-            v.zero_matrix(3)
-
-    @v.helper
     def add_tile(weights):  # type: ignore[no-untyped-def]
         """The next tile of each row group times tile 6."""
         v.load_matrix(4, weights, LINE_BYTES)
@@ -190,13 +174,6 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
         v.multiply_matrices(2, 4, 6)
         v.load_matrix(5, weights + 3 * slice_bytes, LINE_BYTES)
         v.multiply_matrices(3, 5, 6)
-
-    @v.helper
-    def store_sums(place):  # type: ignore[no-untyped-def]
-        v.store_matrix(0, place, LINE_BYTES)
-        v.store_matrix(1, place + TILE_BYTES, LINE_BYTES)
-        v.store_matrix(2, place + 2 * TILE_BYTES, LINE_BYTES)
-        v.store_matrix(3, place + 3 * TILE_BYTES, LINE_BYTES)
 
     @v.helper
     def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
@@ -226,7 +203,7 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
                         ahead += lanes * LINE_BYTES
                 for panel in range(panels):
                     place = totals + panel * (ROW_GROUPS * TILE_BYTES)
-                    begin_sums(place, first > 0)
+                    begin_sums(place, place + 2 * TILE_BYTES, first > 0)
                     x = x0 + (panel * n_steps + first) * panel_step
                     group = unpacked
                     for _ in range(steps):
@@ -235,7 +212,7 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
                             add_tile(group + tile * TILE_BYTES)
                         group += step_bytes
                         x += panel_step
-                    store_sums(place)
+                    store_sums(place, place + 2 * TILE_BYTES)
             for panel in range(panels):
                 for g in range(ROW_GROUPS):
                     join(totals + (panel * ROW_GROUPS + g) * TILE_BYTES, joined)

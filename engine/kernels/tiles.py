@@ -95,6 +95,29 @@ def _in_pairs(values: Vector) -> Vector:
     return (halves | (halves << 16)).bits_as(F16)
 
 
+@v.helper
+def begin_sums(place, other, adding):  # type: ignore[no-untyped-def]
+    """Tiles 0 to 3: two that lie at each place, or zeros."""
+    if adding:
+        v.load_matrix(0, place, 64)
+        v.load_matrix(1, place + TILE_BYTES, 64)
+        v.load_matrix(2, other, 64)
+        v.load_matrix(3, other + TILE_BYTES, 64)
+    else:
+        v.zero_matrix(0)
+        v.zero_matrix(1)
+        v.zero_matrix(2)
+        v.zero_matrix(3)
+
+
+@v.helper
+def store_sums(place, other):  # type: ignore[no-untyped-def]
+    v.store_matrix(0, place, 64)
+    v.store_matrix(1, place + TILE_BYTES, 64)
+    v.store_matrix(2, other, 64)
+    v.store_matrix(3, other + TILE_BYTES, 64)
+
+
 def tile_operations(spec: Quantised) -> tuple[Any, Any]:
     """Unpack a block of 16 neighbouring rows into tiles in memory; unpack one of rows that lie apart, and meanwhile add
     what has been unpacked before to tile 0: a tile at `before` times columns at `x_before`, then those of this block
@@ -208,16 +231,7 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
                     for g in range(0, row_groups, 2):
                         place = totals + (panel * ROW_GROUPS + g) * TILE_BYTES
                         other_place = totals + (other * ROW_GROUPS + g) * TILE_BYTES
-                        if first > 0:
-                            v.load_matrix(0, place, 64)
-                            v.load_matrix(1, place + TILE_BYTES, 64)
-                            v.load_matrix(2, other_place, 64)
-                            v.load_matrix(3, other_place + TILE_BYTES, 64)
-                        else:
-                            v.zero_matrix(0)
-                            v.zero_matrix(1)
-                            v.zero_matrix(2)
-                            v.zero_matrix(3)
+                        begin_sums(place, other_place, first > 0)
                         x = x0 + panel * columns * column_bytes + first * groups * TILE_BYTES
                         group = unpacked + g * slice_bytes
                         for _ in range(blocks * groups):
@@ -231,10 +245,7 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
                             v.multiply_matrices(3, 5, 7)
                             group += TILE_BYTES
                             x += TILE_BYTES
-                        v.store_matrix(0, place, 64)
-                        v.store_matrix(1, place + TILE_BYTES, 64)
-                        v.store_matrix(2, other_place, 64)
-                        v.store_matrix(3, other_place + TILE_BYTES, 64)
+                        store_sums(place, other_place)
             for column in range(n_columns):
                 place = totals + column // columns * (ROW_GROUPS * TILE_BYTES) + column % columns * 64
                 out_column = first_column + column

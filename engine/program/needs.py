@@ -57,8 +57,8 @@ def warm_up(
     """
     from qrun.engine.kernels import all_keys
 
-    keys = kernels_of(graph, cache_type) if graph is not None else all_keys()
     target = default_target(tiles_for(graph) if graph is not None else "")
+    keys = kernels_of(graph, cache_type, target) if graph is not None else all_keys()
     compiled = compile_kernels(keys, target, progress)
     return compiled, len(set(keys)) - compiled
 
