@@ -11,14 +11,14 @@ from typing import Any
 
 from qrun.formats.checkpoints import microscaled, mlx, packed, scaled
 from qrun.formats.checkpoints.plain import FLOATS, PlainTensor
-from qrun.formats.checkpoints.scaled import ScaledTensor
+from qrun.formats.checkpoints.scaled import DEVICES, ScaledTensor, parts_of
 from qrun.formats.checkpoints.unread import UnreadTensor
 from qrun.formats.errors import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.safetensors import StoredTensor
 from qrun.formats.tensors import SourceTensor
 
-__all__ = ["QUANT_METHODS", "PlainTensor", "ScaledTensor", "UnreadTensor", "decode_tensors"]
+__all__ = ["DEVICES", "QUANT_METHODS", "PlainTensor", "ScaledTensor", "UnreadTensor", "decode_tensors", "parts_of"]
 
 Decoder = Callable[[dict[str, StoredTensor], Mapping[str, Any], Path], dict[str, SourceTensor]]
 """decode(tensors, quantization, path): takes the tensors of its method out of the dict, and returns the weights that

@@ -9,7 +9,7 @@ NAME_zero_point too, in the shape of the scale. Such files come from the methods
 and compressed-tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -152,10 +152,15 @@ def _of_each(
 def _parts(shape: tuple[int, int], scales: tuple[int, ...], block: tuple[int, int]) -> int:
     """How many parts of the rows have blocks of their own: of a matrix that several devices had parts of more than one.
     0: scales are not those of blocks."""
-    rows, columns = shape
-    if len(scales) != 2 or scales[1] != -(columns // -block[1]):
+    if len(scales) != 2 or scales[1] != -(shape[1] // -block[1]):
         return 0
-    return next((n for n in (1, *DEVICES) if rows % n == 0 and scales[0] == n * -(rows // n // -block[0])), 0)
+    return parts_of(shape[0], scales[0], block[0], (1, *DEVICES))
+
+
+def parts_of(n_rows: int, n_blocks: int, height: int, numbers: Sequence[int]) -> int:
+    """The first of these numbers of equal parts of the rows that has so many blocks of a height, if each part has its
+    own; 0 if there is none."""
+    return next((n for n in numbers if n_rows % n == 0 and n_blocks == n * -(n_rows // n // -height)), 0)
 
 
 def _zeros(zero: StoredTensor, count: int) -> F32Array:

@@ -326,6 +326,14 @@ def experts(
     )
 
 
+def hyper_connection(hf: str, gguf: str, change: Change | None = None) -> tuple[Mapped, ...]:
+    """What mixes the streams around a layer's half, or before the head."""
+    return tuple(
+        tensor(f"{hf}_{kind}", f"{gguf}_{kind}.weight", shape, change)
+        for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))
+    )
+
+
 FEED_FORWARD = gated()
 NORMS = (norm("input_layernorm", "attn_norm"), norm("post_attention_layernorm", "ffn_norm"))
 FOUR_NORMS = (

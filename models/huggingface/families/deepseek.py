@@ -139,7 +139,13 @@ INDEXER: tuple[Part, ...] = (
 )
 
 
-def _indexed_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+INDEX_KEYS = counts(
+    attention__indexer__head_count="index_n_heads", attention__indexer__key_length="index_head_dim",
+    attention__indexer__top_k="index_topk",
+)  # fmt: skip
+
+
+def indexed_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
     return latent_sizes(config, sizes) | {"index_dim": config.integer("index_head_dim", 128)}
 
 
@@ -159,7 +165,7 @@ def _indexed_entries(facts: Facts) -> None:
 
 _INDEXED = replace(
     _LATENT, name="deepseek32", layer=(*NORMS, *LATENT_ATTENTION, maybe(*INDEXER), either(MIXTURE, FEED_FORWARD)),
-    sizes=_indexed_sizes, entries=_indexed_entries, dropped_layers=False, extra_layers="num_nextn_predict_layers",
+    sizes=indexed_sizes, entries=_indexed_entries, dropped_layers=False, extra_layers="num_nextn_predict_layers",
     draft=DRAFT,
 )  # fmt: skip
 

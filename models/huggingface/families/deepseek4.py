@@ -6,6 +6,7 @@ from __future__ import annotations
 from qrun.formats import ValueType
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
+from qrun.models.huggingface.families.deepseek import INDEX_KEYS
 from qrun.models.huggingface.layout import (
     Architecture,
     Experts,
@@ -15,6 +16,7 @@ from qrun.models.huggingface.layout import (
     counts,
     either,
     flags,
+    hyper_connection,
     maybe,
     norm,
     optional,
@@ -38,13 +40,9 @@ def _experts(inner: str, gguf: str, shape: str) -> Experts:
     return Experts(f"ffn.experts.{{}}.{inner}.weight", f"{gguf}_exps.weight", tuple(shape.split()))
 
 
-_STREAMS = tuple(
-    tensor(f"hc_{half}_{kind}", f"hc_{half}_{kind}.weight", shape)
-    for half in ("attn", "ffn")
-    for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))
-)
 _LAYER: tuple[Part, ...] = (
-    norm("attn_norm", "attn_norm"), norm("ffn_norm", "ffn_norm"), *_STREAMS,
+    norm("attn_norm", "attn_norm"), norm("ffn_norm", "ffn_norm"),
+    *hyper_connection("hc_attn", "hc_attn"), *hyper_connection("hc_ffn", "hc_ffn"),
     tensor("attn.attn_sink", "attn_sinks.weight", "heads"),
     tensor("attn.wq_a.weight", "attn_q_a.weight", "q_rank embd"),
     norm("attn.q_norm", "attn_q_a_norm", "q_rank"),
@@ -105,17 +103,15 @@ def _entries(facts: Facts) -> None:
 
 DEEPSEEK4 = Architecture(
     "deepseek4", _LAYER, embedding="embed", head="head", ffn=False, sizes=_sizes, entries=_entries, rename=_name,
-    outer=(
-        norm("norm", "output_norm"),
-        *(tensor(f"hc_head_{kind}", f"output_hc_{kind}.weight", shape)
-          for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))),
-    ),
+    outer=(norm("norm", "output_norm"), *hyper_connection("hc_head", "output_hc")),
     keys=(
         *counts(
             rope__dimension_count="qk_rope_head_dim", attention__q_lora_rank="q_lora_rank",
             attention__sliding_window="sliding_window", expert_feed_forward_length="moe_intermediate_size",
-            expert_shared_count="n_shared_experts", attention__indexer__head_count="index_n_heads",
-            attention__indexer__key_length="index_head_dim", attention__indexer__top_k="index_topk",
+            expert_shared_count="n_shared_experts",
+        ),
+        *INDEX_KEYS,
+        *counts(
             attention__output_group_count="o_groups", attention__output_lora_rank="o_lora_rank",
             hyper_connection__count="hc_mult", hyper_connection__sinkhorn_iterations="hc_sinkhorn_iters",
             hash_layer_count="num_hash_layers",

@@ -12,7 +12,7 @@ from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.changes import computed, in_full, negative_exp, ordered
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Facts
-from qrun.models.huggingface.families.deepseek import latent_attention, latent_sizes
+from qrun.models.huggingface.families.deepseek import INDEX_KEYS, latent_attention, latent_sizes
 from qrun.models.huggingface.families.mixtures import SELECTION_BIAS, SHARED
 from qrun.models.huggingface.layout import (
     DRAFT,
@@ -29,6 +29,7 @@ from qrun.models.huggingface.layout import (
     experts,
     flags,
     gated,
+    hyper_connection,
     layer_norm,
     linear,
     maybe,
@@ -223,15 +224,11 @@ _INDEXER: tuple[Part, ...] = (
     tensor("self_attn.indexer.index_kpool_compress_ape", "indexer_compressor_ape.weight", "* index_dim", in_full),
     tensor("self_attn.indexer.index_kpool_compress_gate", "indexer_compressor_gate.weight", "index_dim embd", in_full),
 )
-_STREAMS: tuple[Part, ...] = tuple(
-    tensor(f"hc_{half}_{kind}", f"hc_{half}_{kind}.weight", shape, in_full)
-    for half in ("attn", "ffn")
-    for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))
-)
 _GLM5_NEXT = Architecture(
     "glm5-next",
     (
-        *NORMS, *_STREAMS,
+        *NORMS,
+        *hyper_connection("hc_attn", "hc_attn", in_full), *hyper_connection("hc_ffn", "hc_ffn", in_full),
         either(
             (*latent_attention(), maybe(*_INDEXER)),
             _delta_attention(
@@ -244,9 +241,9 @@ _GLM5_NEXT = Architecture(
     sizes=_glm_sizes, entries=_glm_entries, extra_layers="num_nextn_predict_layers", draft=DRAFT,
     keys=(
         *VOCAB_SIZE, *_COUNTS, *_SCALE, *flags(expert_weights_norm="norm_topk_prob"),
+        *INDEX_KEYS,
         *counts(
-            attention__indexer__head_count="index_n_heads", attention__indexer__key_length="index_head_dim",
-            attention__indexer__top_k="index_topk", attention__indexer__kpool="index_kpool",
+            attention__indexer__kpool="index_kpool",
             hyper_connection__count="hc_mult", hyper_connection__sinkhorn_iterations="hc_sinkhorn_iters",
         ),
         *reals(hyper_connection__epsilon="hc_eps"),

@@ -11,7 +11,14 @@ from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.changes import in_full, ordered, scaled_by, then, transposed
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import GATING, Facts
-from qrun.models.huggingface.families.deepseek import INDEXER, LATENT_ATTENTION, MIXTURE, latent_entries, latent_sizes
+from qrun.models.huggingface.families.deepseek import (
+    INDEX_KEYS,
+    INDEXER,
+    LATENT_ATTENTION,
+    MIXTURE,
+    indexed_sizes,
+    latent_entries,
+)
 from qrun.models.huggingface.layout import (
     DRAFT,
     FEED_FORWARD,
@@ -19,10 +26,10 @@ from qrun.models.huggingface.layout import (
     VOCAB_SIZE,
     Architecture,
     Change,
-    Part,
     Sizes,
     counts,
     either,
+    hyper_connection,
     linear,
     maybe,
     norm,
@@ -63,11 +70,10 @@ def _rescaled(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
 
 
 def _dots_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    found = latent_sizes(config, sizes)
     heads = config.integer("swa_num_attention_heads", sizes["heads"], high=MAX_HEADS)
-    return found | {
+    return indexed_sizes(config, sizes) | {
         "heads_local": heads, "plain_dim_local": config.integer("swa_qk_nope_head_dim"),
-        "value_dim_local": config.integer("swa_v_head_dim"), "index_dim": config.integer("index_head_dim", 128),
+        "value_dim_local": config.integer("swa_v_head_dim"),
     }  # fmt: skip
 
 
@@ -99,10 +105,6 @@ def _dots_entries(facts: Facts) -> None:
     facts.flags("attention.indexer.types", [not one for one in local])
 
 
-_INDEX_KEYS = counts(
-    attention__indexer__head_count="index_n_heads", attention__indexer__key_length="index_head_dim",
-    attention__indexer__top_k="index_topk",
-)  # fmt: skip
 _DOTS3 = Architecture(
     "dots3note",
     (
@@ -121,7 +123,7 @@ _DOTS3 = Architecture(
         either(MIXTURE, FEED_FORWARD),
     ),
     sizes=_dots_sizes, entries=_dots_entries, rename=_dots_name, extra_layers="num_nextn_predict_layers", draft=DRAFT,
-    keys=(*VOCAB_SIZE, *_INDEX_KEYS),
+    keys=(*VOCAB_SIZE, *INDEX_KEYS),
     fixed={"use_dsa": True, "normalization": "RMSNorm", "final_norm": "RMSNorm", "k_rope_only_layernorm": True,
            "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1,
            "use_dynamic_rsf": False, "moe_gating_fp32": False, "attention_gate_type": "headwise",
@@ -129,10 +131,6 @@ _DOTS3 = Architecture(
 )  # fmt: skip
 
 # Hy4
-
-
-def _hy4_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
-    return latent_sizes(config, sizes) | {"index_dim": config.integer("index_head_dim", 128)}
 
 
 def _hy4_entries(facts: Facts) -> None:
@@ -153,7 +151,7 @@ def _hy4_entries(facts: Facts) -> None:
     if (own := _own_indexers(config, n_layers)) is not None:
         facts.flags("attention.indexer.types", own)
     else:
-        for indexers in _INDEX_KEYS:
+        for indexers in INDEX_KEYS:
             facts.entries.remove(f"{facts.name}.{indexers.gguf}")
 
 
@@ -178,28 +176,22 @@ def _head_in_full(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
     return in_full(tensor, sizes) if sizes.config.flag("enable_lm_head_fp32") else tensor
 
 
-_STREAMS: tuple[Part, ...] = tuple(
-    tensor(f"hc_{half}_layer.hc_pre.hc_{kind}", f"hc_{gguf}_{kind}.weight", shape, in_full)
-    for half, gguf in (("attn", "attn"), ("mlp", "ffn"))
-    for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))
-)
 _HY4 = Architecture(
     "hy_v4",
     (
-        *NORMS, *_STREAMS, *LATENT_ATTENTION,
+        *NORMS,
+        *hyper_connection("hc_attn_layer.hc_pre.hc", "hc_attn", in_full),
+        *hyper_connection("hc_mlp_layer.hc_pre.hc", "hc_ffn", in_full),
+        *LATENT_ATTENTION,
         tensor("self_attn.learnable_sink_param", "attn_sinks.weight", "heads"),
         tensor("self_attn.linear_gate.weight", "attn_gate.weight", "values embd"),
         maybe(*INDEXER),
         either(MIXTURE, FEED_FORWARD),
     ),
-    outer=(
-        norm("norm", "output_norm"),
-        *(tensor(f"hc_head.hc_head_{kind}", f"output_hc_{kind}.weight", shape, in_full)
-          for kind, shape in (("fn", "* *"), ("base", "*"), ("scale", "*"))),
-    ),
-    sizes=_hy4_sizes, entries=_hy4_entries, head_change=_head_in_full,
+    outer=(norm("norm", "output_norm"), *hyper_connection("hc_head.hc_head", "output_hc", in_full)),
+    sizes=indexed_sizes, entries=_hy4_entries, head_change=_head_in_full,
     rename=lambda name, sizes: "" if name.startswith("mtp_layers.") else name,
-    keys=(*VOCAB_SIZE, *_INDEX_KEYS, *counts(hyper_connection__count="hc_mult"),
+    keys=(*VOCAB_SIZE, *INDEX_KEYS, *counts(hyper_connection__count="hc_mult"),
           *reals(hyper_connection__epsilon="hc_eps", hyper_connection__magnitude="hc_magnitude")),
 )  # fmt: skip
 

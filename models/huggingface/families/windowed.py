@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qrun.formats import ValueType
-from qrun.formats.checkpoints import ScaledTensor
+from qrun.formats.checkpoints import DEVICES, ScaledTensor, parts_of
 from qrun.formats.tensors import SourceTensor
 from qrun.models.huggingface.changes import ordered
 from qrun.models.huggingface.config import Config
@@ -63,8 +63,8 @@ def _whole_rows(tensor: SourceTensor, sizes: Sizes) -> SourceTensor:
     total, n_blocks = sum(parts), len(tensor.scale)
     if tensor.shape[0] != total:
         raise tensor.error(f"has {tensor.shape[0]} rows, expected {total}")
-    devices = next((n for n in (8, 4) if total % n == 0 and n_blocks == n * -(total // n // -tensor.block[0])), None)
-    if devices is None or any(size % devices for size in parts):
+    devices = parts_of(total, n_blocks, tensor.block[0], DEVICES)
+    if not devices or any(size % devices for size in parts):
         raise tensor.error(f"has {total} rows and {n_blocks} rows of scales: for how many devices is not known")
     starts = np.cumsum([0, *(size // devices for size in parts)])
     rows = np.arange(total).reshape(devices, total // devices)
