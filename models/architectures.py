@@ -314,7 +314,7 @@ def build_graph(
         raise FormatError(reader.path, other.problem)
     metadata = Metadata(reader)
     if problem := architecture_problem(metadata.architecture, ARCHITECTURES):
-        raise FormatError(reader.path, f"{problem} (supported: {', '.join(ARCHITECTURES)})")
+        raise FormatError(reader.path, problem)
     build = ARCHITECTURES[metadata.architecture]
     h = Hyperparameters.read(metadata)
     builder = GraphBuilder(reader)

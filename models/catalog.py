@@ -228,6 +228,19 @@ def closest_names(name: str) -> list[str]:
     return [names[close] for close in difflib.get_close_matches(name.lower(), names, n=3)]
 
 
+def _no_checkpoint(folder: Path) -> str:
+    """What a folder without a config.json is."""
+    if (folder / "adapter_config.json").is_file():
+        return "is an adapter, and no model: make a file of it (see: qrun convert --lora), and name that after --lora"
+    if (folder / "model_index.json").is_file():
+        return "is a pipeline of Diffusers, which makes images, and no language model"
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        more = f" and {len(files) - 3} others" if len(files) > 3 else ""
+        return f"is a folder: name a file in it ({', '.join(files[:3])}{more})"
+    return "is a folder, and no checkpoint: it has no config.json"
+
+
 def named_files() -> dict[Path, str]:
     """What files of the store are called in the catalog, by their paths."""
     try:
@@ -289,7 +302,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
             return model.path
         close = [] if looks_like_a_path else closest_names(text)
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, and no checkpoint: it has no config.json", text)
+        raise IsADirectoryError(errno.EISDIR, _no_checkpoint(path), text)
     if path.exists():
         return path  # a pipe or a device: the reader says what is wrong with it
     if close:

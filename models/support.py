@@ -116,7 +116,16 @@ def architecture_problem(name: str, known: Iterable[str]) -> str | None:
     if name in known:
         return None
     what = next((what for what, names in NO_LANGUAGE_MODELS.items() if name in names), None)
-    return f"architecture {name[:40]!r} is not supported" + (f": it is {what}" if what else "")
+    return f"architecture {name[:40]!r} is not supported" + (f": it is {what}" if what else f" ({alike(name, known)})")
+
+
+def alike(name: str, known: Iterable[str]) -> str:
+    """Which of the names that are known are written much like this one, or how many there are."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    close = get_close_matches(name, known, n=3, cutoff=0.85)
+    return f"much like it: {', '.join(close)}" if close else f"{len(known)} others are"
 
 
 def unsupported_types(tensors: Iterable[Described]) -> Counter[str]:

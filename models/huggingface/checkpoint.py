@@ -9,7 +9,6 @@ from typing import Any
 
 from qrun.formats import FormatError, TensorType, ValueType
 from qrun.formats.checkpoints import decode_tensors
-from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json
 from qrun.formats.safetensors import SafetensorsFolder
 from qrun.formats.tensors import SourceTensor
@@ -20,6 +19,7 @@ from qrun.models.huggingface.entries import Entries, Facts
 from qrun.models.huggingface.general import general_entries, size_entry
 from qrun.models.huggingface.hyperparameters import hyperparameter_entries
 from qrun.models.huggingface.layout import Architecture
+from qrun.models.huggingface.other_classes import class_problem
 from qrun.models.huggingface.pooling import dense_folders, pooling_entries
 from qrun.models.huggingface.quantization import FILES as QUANTIZATION_FILES
 from qrun.models.huggingface.quantization import read_quantization
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> tuple[Architecture, Config]:
         raise FormatError(path, '"architectures" is missing: this is not the configuration of a model')
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
-        raise FormatError(path, f"architecture {quote(name)} is not supported (supported: {', '.join(ARCHITECTURES)})")
+        raise FormatError(path, class_problem(name, ARCHITECTURES))
     for key in TEXT_CONFIGS:
         inner = values.get(key)
         if key == "thinker_config" and isinstance(inner, dict):

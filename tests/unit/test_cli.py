@@ -237,6 +237,25 @@ def test_a_folder_is_one_line(command: list[str], capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter, and no model: "),
+        (["model_index.json"], "is a pipeline of Diffusers, which makes images, and no language model"),
+        (["b.gguf", "a.gguf"], "is a folder: name a file in it (a.gguf, b.gguf)"),
+        ([f"m-0000{part}-of-00005.gguf" for part in range(1, 6)], "m-00003-of-00005.gguf and 2 others)"),
+    ],
+    ids=["adapter", "images", "files", "parts"],
+)
+def test_a_folder_of_another_kind_says_what_it_is(
+    files: list[str], problem: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"{}")
+    status, _, err = run("chat", str(tmp_path), capsys=capsys)
+    assert status == 1 and err.startswith(f"qrun: {tmp_path}: is ") and problem in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "command",
     ["chat {}", "run {} x", "info {}", "serve {}", "pull {}", "rm {}", "tokenize {} x", "embed {} x", "warmup {}",
      "bench {}", "convert {}", "imatrix {} text", "perplexity {} text", "compare {} --text text", "pack {} --out to",

@@ -28,6 +28,7 @@ from qrun.models.huggingface.architectures import ARCHITECTURES
 from qrun.models.huggingface.changes import upright
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.layout import Sizes
+from qrun.models.huggingface.other_classes import OTHER_CLASSES
 from qrun.models.huggingface.tensors import ConstantTensor
 
 N_STRANGE = 6  # configurations of each class
@@ -347,4 +348,35 @@ def test_an_unknown_class_is_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", case["config"] | {"architectures": ["OddForCausalLM"]}, {})
     with pytest.raises(FormatError, match="architecture 'OddForCausalLM' is not supported") as caught:
         CheckpointSource(folder)
-    assert "Qwen3ForCausalLM" in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"({len(ARCHITECTURES)} others are)") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Qwen3NextForCasualLM", "(much like it: Qwen3NextForCausalLM)"),
+        ("Eagle3LlamaForCausalLM", "it is a drafter, which goes beside a model"),
+        ("Gemma4AssistantForCausalLM", "it is a drafter, which goes beside a model"),
+        ("DeepseekV4DSparkModel", "it is a drafter, which goes beside a model"),
+        ("OpenJevModel", "it is a model that chooses among options, and writes no text"),
+        ("ModernBertDecisionModel", "it is a model that chooses among options, and writes no text"),
+        ("ChameleonForConditionalGeneration", "it is a model that writes images as well as text"),
+        ("GraniteSwitchForCausalLM", "it is a model that changes its adapters from token to token"),
+        ("UltravoxModel", "the text is written by a model that lies in a folder of its own"),
+        ("Qwen3TTSForConditionalGeneration", "it is a model of audio"),
+        ("WhisperForConditionalGeneration", "it is a model of audio"),
+        ("SiglipVisionModel", "it is a model of images"),
+        ("BertForTokenClassification", "it is a model that labels tokens or finds answers in a text, and writes none"),
+    ],
+)
+def test_what_is_no_language_model_is_said_to_be_something_else(name: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    with pytest.raises(FormatError) as caught:
+        CheckpointSource(tmp_path)
+    start = f"{tmp_path / 'config.json'}: architecture {name!r} is not supported"
+    assert str(caught.value).startswith(start) and str(caught.value).endswith(problem)
+
+
+def test_what_can_be_converted_is_not_said_to_be_something_else() -> None:
+    said = [name for name in ARCHITECTURES for parts in OTHER_CLASSES.values() if any(part in name for part in parts)]
+    assert said == []

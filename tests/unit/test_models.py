@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qrun.formats import FormatError, TensorInfo, TensorType
-from qrun.models import build_graph
+from qrun.models import ARCHITECTURES, build_graph
 from qrun.models.graph import Attention, Embed, Graph, Linear, MoE, Operation, RMSNorm, Rope, Slice, Softcap
 from tests.reference import forward
 
@@ -223,8 +223,8 @@ def test_layers_may_differ_in_heads_and_width() -> None:
 
 
 def test_an_unknown_architecture() -> None:
-    message = Toy("magic").error()
-    assert message.startswith("toy.gguf: architecture 'magic' is not supported (supported: llama, ")
+    assert Toy("magic").error() == f"toy.gguf: architecture 'magic' is not supported ({len(ARCHITECTURES)} others are)"
+    assert Toy("llama3").error() == "toy.gguf: architecture 'llama3' is not supported (much like it: llama)"
 
 
 @pytest.mark.parametrize("value", [None, 7, ["llama"]])
