@@ -15,6 +15,10 @@ from qrun.models.huggingface.sentencepiece import SentencePieceModel
 from qrun.models.normalizer import Normalizer, NormalizerError, flat_steps, step_type
 
 SPACE = "▁"  # by which SentencePiece spells a space
+# The characters that stand for bytes: those of Latin-1 that can be printed, and others from U+0100 on.
+_PRINTED = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_NAMES = [chr(byte if byte in _PRINTED else 0x100 + _OTHERS.index(byte)) for byte in range(256)]
 
 _SCHEMES = {"always": "unless_there", "first": "start", "never": "never"}  # Metaspace's names -> those of space_prefix
 

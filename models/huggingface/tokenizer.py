@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from qrun.formats.gguf.cursor import quote
 from qrun.formats.mapping import read_file, text_lookalike
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.pretokenizers import Cutting
 from qrun.models.huggingface.slow_files import VOCAB, has_slow_files, read_slow_files
+from qrun.models.huggingface.tiktoken_files import read_tiktoken
 from qrun.models.huggingface.tokenizer_files import TokenizerFiles, optional_json
 from qrun.models.huggingface.vocabulary import Vocabulary, read_vocabulary
 from qrun.models.normalizer import flat_steps, step_type
@@ -74,11 +76,24 @@ def _rwkv_entries(entries: Entries, vocabulary: Vocabulary, files: TokenizerFile
 
 def _files(folder: Path, config: Config) -> TokenizerFiles:
     files = TokenizerFiles.of(folder)
-    if files.path.is_file() or (folder / "tokenizer.model").is_file() or not has_slow_files(folder):
+    if files.path.is_file():
         return files
-    made, defaults = read_slow_files(folder, files.config, config.get("model_type"))
+    if (ranks := read_tiktoken(folder, files.config)) is not None:
+        cutting = Cutting(ranks.pre, ignore_merges=True)
+        return _made(files, ranks.tokenizer, ranks.defaults, ranks.path, cutting)
+    if (folder / "tokenizer.model").is_file() or not has_slow_files(folder):
+        return files
+    return _made(files, *read_slow_files(folder, files.config, config.get("model_type")), folder / VOCAB)
+
+
+def _made(
+    files: TokenizerFiles, tokenizer: Mapping[str, Any], defaults: Mapping[str, str], path: Path,
+    cutting: Cutting | None = None,
+) -> TokenizerFiles:  # fmt: skip
+    """With what other files say, as tokenizer.json would. defaults: special tokens, where none are named."""
     named = {key: value for key, value in defaults.items() if key not in files.config and key not in files.special}
-    return replace(files, tokenizer=made, config={**files.config, **named}, path=folder / VOCAB)
+    config = {**files.config, **named}
+    return replace(files, tokenizer=tokenizer, config=config, path=path, cutting=cutting)
 
 
 def _text_entries(entries: Entries, vocabulary: Vocabulary) -> None:

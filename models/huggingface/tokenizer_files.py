@@ -10,6 +10,7 @@ from typing import Any
 from qrun.formats import FormatError
 from qrun.formats.gguf.cursor import quote
 from qrun.formats.json_file import read_json
+from qrun.models.huggingface.pretokenizers import Cutting
 
 # The tokens with a part to play, in the order in which Transformers adds those that are not there.
 PARTS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -43,6 +44,8 @@ class TokenizerFiles:
     generation: Mapping[str, Any]  # generation_config.json
     path: Path
     """The file that messages about the tokenizer name."""
+    cutting: Cutting | None = None
+    """How a text is cut into words, where `tokenizer` does not say it."""
 
     @classmethod
     def of(cls, folder: Path) -> TokenizerFiles:

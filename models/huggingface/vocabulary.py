@@ -15,6 +15,7 @@ from qrun.formats.mapping import read_file
 from qrun.models.huggingface.pretokenizers import is_byte_level, pre_tokenizer
 from qrun.models.huggingface.sentencepiece import UNIGRAM, SentencePieceModel, read_sentencepiece
 from qrun.models.huggingface.text_rules import (
+    BYTE_NAMES,
     SPACE,
     TextRules,
     byte_level_rules,
@@ -38,8 +39,6 @@ UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 # Added tokens that files call ordinary text by mistake (Gemma, DeepSeek, Command-R).
 _LOOK_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)  # noqa: RUF001
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# The characters that stand for bytes: those of Latin-1 that can be printed, and as many from U+0100 on as are missing.
-_BYTE_ALPHABET = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
 # Of Gemma 4: what parts of an answer stand between. They are text, so that whoever reads the answer sees them.
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -152,7 +151,7 @@ def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) ->
     for pair in merges:
         if not (pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab):
             raise FormatError(files.path, f"the merge {quote(' '.join(pair))} is of or makes a token that is not there")
-    cutting = pre_tokenizer(files.path, files.tokenizer)
+    cutting = files.cutting or pre_tokenizer(files.path, files.tokenizer)
     vocabulary = _empty("gpt2", cutting.name, n_vocab, False)
     vocabulary.ignore_merges = cutting.ignore_merges
     vocabulary.rules = byte_level_rules(files.path, files.tokenizer, cutting.prefix_space)
@@ -162,7 +161,7 @@ def _byte_pair(files: TokenizerFiles, model: Mapping[str, Any], n_vocab: int) ->
         vocabulary.put(id, token, NORMAL)
     _put_added(vocabulary, files, len(vocab))
     vocabulary.merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
-    if is_byte_level(files.tokenizer) and not all(byte in vocab for byte in _BYTE_ALPHABET):
+    if is_byte_level(files.tokenizer) and not all(byte in vocab for byte in BYTE_NAMES):
         _put_unknown(vocabulary, files, model, vocab)
     return vocabulary
 

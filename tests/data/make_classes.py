@@ -286,7 +286,7 @@ READ_PLAINLY = (
     "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "SarvamMoEForCausalLM", "DbrxForCausalLM",
     "JAISLMHeadModel", "EuroBertModel", "NeoBERT", "JinaBertModel", "JinaBertForMaskedLM", "BitnetForCausalLM",
     "MiniMaxText01ForCausalLM", "TalkieForCausalLM", "Grok1ForCausalLM", "DeciLMForCausalLM",
-    "RWKV6Qwen2ForCausalLM", "RwkvHybridForCausalLM", "NemotronHPuzzleForCausalLM",
+    "RWKV6Qwen2ForCausalLM", "RwkvHybridForCausalLM", "NemotronHPuzzleForCausalLM", "QWenLMHeadModel",
     "GraniteSpeechForConditionalGeneration", "Sarashina2VisionForCausalLM",
 )
 COLUMNS_FIRST = ("Qwen3VLMoeForConditionalGeneration",)  # experts
@@ -615,6 +615,20 @@ PUBLISHED |= {
             "model.layers.layers", 2, {
                 **PLAMO_NORMS, "mixer.qkv_proj.weight": [64, 32], "mixer.o_proj.weight": [32, 32],
                 "mixer.q_norm.weight": [8], "mixer.k_norm.weight": [8]}, {})),
+    "QWenLMHeadModel": ({
+        "vocab_size": N_VOCAB, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "kv_channels": 8, "max_position_embeddings": 128, "seq_length": 64,
+        "layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 1.0, "no_bias": True,
+        "scale_attn_weights": True, "use_dynamic_ntk": True, "use_logn_attn": True, "use_flash_attn": "auto",
+        "emb_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "initializer_range": 0.02, "onnx_safe": None,
+        "bf16": False, "fp16": False, "fp32": False, "softmax_in_fp32": False, "use_cache_kernel": False,
+        "use_cache_quantization": False, "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer",
+        "model_type": "qwen"}, named("transformer.h", 2, {
+            "ln_1.weight": [32], "ln_2.weight": [32], "attn.c_attn.weight": [96, 32], "attn.c_attn.bias": [96],
+            "attn.c_proj.weight": [32, 32], "mlp.w1.weight": [48, 32], "mlp.w2.weight": [48, 32],
+            "mlp.c_proj.weight": [32, 48]}, {
+            "transformer.wte.weight": [N_VOCAB, 32], "transformer.ln_f.weight": [32],
+            "lm_head.weight": [N_VOCAB, 32]})),
     "GPTRefactForCausalLM": ({
         "vocab_size": N_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": None,
         "layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "multi_query": True,

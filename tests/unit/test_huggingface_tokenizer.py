@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qrun.formats import FormatError, GGUFReader
 from qrun.models.huggingface import digests, pretokenizers
 from qrun.models.huggingface.config import Config
 from qrun.models.huggingface.entries import Entries
+from qrun.models.huggingface.text_rules import BYTE_NAMES
 from qrun.models.huggingface.tokenizer import tokenizer_entries
 
 DATA = Path(__file__).parent.parent / "data"
@@ -254,6 +256,98 @@ def test_a_class_that_is_not_known(tokenizer_class: str | None, model_type: str,
     with pytest.raises(FormatError) as caught:
         entries_of(slow(tmp_path, tokenizer_class), 280, {"model_type": model_type})
     assert message in str(caught.value) and str(caught.value).startswith(str(tmp_path / "vocab.json"))
+
+
+# Vocabularies of tiktoken
+
+
+def write_ranks(path: Path, tokens: list[bytes]) -> None:
+    path.write_bytes(b"".join(b"%s %d\n" % (b64encode(token), rank) for rank, token in enumerate(tokens)))
+
+
+def test_the_merges_of_a_published_vocabulary_follow_from_the_ranks_of_its_tokens(tmp_path: Path) -> None:
+    n_tokens = 12_000
+    with published("qwen2", tmp_path) as expected:
+        spelt = expected.metadata["tokenizer.ggml.tokens"][:n_tokens]
+        merges = expected.metadata["tokenizer.ggml.merges"][: n_tokens - 256]
+    byte_of = {character: byte for byte, character in enumerate(BYTE_NAMES)}
+    write_ranks(tmp_path / "qwen.tiktoken", [bytes(byte_of[character] for character in token) for token in spelt])
+    values = entries_of(tmp_path, n_tokens + 209).values
+    assert values["tokenizer.ggml.merges"] == merges
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert tokens[:n_tokens] == spelt and set(types[:n_tokens]) == {1}
+    end = n_tokens
+    assert tokens[end : end + 5] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>", "<|extra_1|>"]
+    assert tokens[-2:] == ["<|extra_204|>", f"[PAD{n_tokens + 208}]"] and types[end:] == [3] * 208 + [5]
+    assert (values["tokenizer.ggml.pre"], values["tokenizer.ggml.eos_token_id"]) == ("qwen2", end)
+
+
+# Each of the 256 bytes, and what they merge into: "abc" is a token that no two others make.
+RANKS = [*(bytes([byte]) for byte in range(256)), b" a", b"b1", b"1" * 2, b"abc", "é".encode(), b"\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class", "pre", "special", "digits", "accent"),
+    [
+        ("qwen.tiktoken", None, "qwen2", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 1, ["é".encode()]),
+        ("hy.tiktoken", None, "hunyuan", ["<|endoftext|>", "<|startoftext|>", "<|bos|>"], 1, ["é".encode()]),
+        ("tiktoken.model", None, "kimi-k2", ["<|reserved_token_262|>", "[EOS]", "<|reserved_token_264|>"], 2,
+         [b"e", b"\xcc", b"\x81"]),
+        ("tokenizer.model", "ChatGLM4Tokenizer", "chatglm-bpe", ["[PAD262]", "[EOS]", "[PAD264]"], 2,
+         [b"e", b"\xcc", b"\x81"]),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_of_tiktoken(
+    name: str, tokenizer_class: str | None, pre: str, special: list[str], digits: int, accent: list[bytes],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    write_ranks(tmp_path / name, RANKS)
+    config: dict[str, Any] = {"tokenizer_class": tokenizer_class}
+    if "[EOS]" in special:
+        config |= {"eos_token": "[EOS]", "added_tokens_decoder": {"263": {"content": "[EOS]", "special": True}}}
+    if pre == "chatglm-bpe":
+        config["added_tokens_decoder"] = {"262": {"content": "[PAD262]", "special": True}} | config[
+            "added_tokens_decoder"]  # fmt: skip
+    write_json(tmp_path / "tokenizer_config.json", config)
+    entries = entries_of(tmp_path, 700)
+    assert entries.values["tokenizer.ggml.pre"] == pre
+    assert entries.values["tokenizer.ggml.tokens"][262:265] == special
+    assert entries.values["tokenizer.ggml.merges"] == ["Ġ a", "b 1", "1 1", "Ã ©", "Ċ Ċ"]
+    end = special.index("[EOS]") if "[EOS]" in special else 0
+    assert entries.values["tokenizer.ggml.eos_token_id"] == 262 + end
+    tokenizer = tokenizer_of(entries, tmp_path / "made.gguf")
+    pieces = [tokenizer.token_bytes(id) for id in tokenizer.encode("abc a11\n\ne\u0301")]
+    assert pieces == [b"abc", b" a", *([b"11"] if digits == 2 else [b"1", b"1"]), b"\n\n", *accent]
+
+
+def test_a_file_whose_lines_are_counted(tmp_path: Path) -> None:
+    """Some of Hunyuan's tokens stand there twice, and their ranks are not those of the model."""
+    lines = [b"%s %d\n" % (b64encode(token), 7) for token in (*RANKS[:257], RANKS[0], *RANKS[257:])]
+    (tmp_path / "hy.tiktoken").write_bytes(b"".join(lines))
+    values = entries_of(tmp_path, 300).values
+    assert values["tokenizer.ggml.tokens"][256:258] == ["Ġa", "b1"]
+    assert values["tokenizer.ggml.tokens"][262] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "it is a Git LFS pointer"),
+        (b"", "there are no tokens in it"),
+        (b"IQ== 0\nIQ 1\n", "line 2 is not a token in base 64 and its rank"),
+        (b"IQ== 0\nIg==\n", "line 2 is not a token in base 64 and its rank"),
+        (b"IQ== -1\n", "line 1 is not a token in base 64 and its rank"),
+        (b"IQ== 99999999999\n", "line 1 is not a token in base 64 and its rank"),
+        (b64encode(b"a" * 2000) + b" 0\n", "line 1 is not a token in base 64 and its rank"),
+        (b"IQ== 0\nIg== 0\n", "two tokens have the same rank"),
+        (b"IQ== 0\nIg== 1\n", "there is no token for the byte 0"),
+    ],
+)
+def test_a_damaged_vocabulary_of_tiktoken(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        entries_of(tmp_path, 3)
+    assert str(caught.value).startswith(f"{tmp_path / 'tiktoken.model'}: ") and message in str(caught.value)
 
 
 @pytest.mark.parametrize(

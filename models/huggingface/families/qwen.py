@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,35 @@ from qrun.models.huggingface.layout import (
     optional,
     tensor,
 )
+
+# The first Qwen: the width of the feed-forward layer counts both halves.
+
+
+def _first_sizes(config: Config, sizes: Sizes) -> Mapping[str, int]:
+    return {"half_ff": sizes["ff"] // 2}
+
+
+def _first_entries(facts: Facts) -> None:
+    config, head = facts.config, facts.sizes["head"]
+    if config.integer("kv_channels", head) != head:
+        raise config.error("kv_channels", f"is not {head}, which is not supported")
+    for key in ("use_dynamic_ntk", "use_logn_attn"):  # beyond the trained length, and files cannot say it
+        config.get(key)
+
+
+_QWEN = Architecture(
+    "qwen",
+    (
+        norm("ln_1", "attn_norm"), norm("ln_2", "ffn_norm"),
+        *linear("attn.c_attn", "attn_qkv", "qkv", "embd"), *linear("attn.c_proj", "attn_output", "embd", "q"),
+        *gated(names="w2 w1 c_proj", width="half_ff"),
+    ),
+    layers="h", embedding="wte", outer=(norm("ln_f", "output_norm"),), sizes=_first_sizes, entries=_first_entries,
+    own_head=True,
+    settings=lambda values: {"rms_norm_eps": values.get("layer_norm_epsilon"), "hidden_act": "silu", **values},
+    rename=lambda name, sizes: "" if name.startswith("visual.") or name.endswith(".attn.bias") else name,
+    fixed={"rotary_pct": 1.0, "scale_attn_weights": True, "fp32": False},
+)  # fmt: skip
 
 _QWEN_WINDOW = {"sliding_window": 4096}  # if it is used
 _QWEN2 = Architecture(
@@ -252,6 +281,7 @@ _DOTS1 = Architecture(
 
 
 CLASSES = {
+    "QWenLMHeadModel": _QWEN,
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen2Model": replace(_QWEN2, embeds=True),
     "Qwen2AudioForConditionalGeneration": _QWEN2,
