@@ -47,7 +47,7 @@ def gated_attention(builder: GraphBuilder, metadata: Metadata, h: Hyperparameter
 def network(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, x: Value, layer: int) -> Value:
     """What comes behind the attention of a block."""
     limit, shared_limit = (read_limits(metadata, key, h)[layer] for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"))
-    n_shared = metadata.integer("expert_shared_count", high=MAX_EXPERTS)
+    n_shared = metadata.integer("expert_shared_count", low=0, high=MAX_EXPERTS) or 1  # there is one in any case
     n_ff_shared = metadata.integer("expert_shared_feed_forward_length", 0, low=0)
     n_ff = n_ff_shared or h.n_ff_expert[layer] * n_shared
     y = builder.rms_norm(x, f"blk.{layer}.ffn_norm", h.rms_eps)

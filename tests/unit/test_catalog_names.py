@@ -286,7 +286,7 @@ def test_a_model_that_would_not_run_is_not_fetched_unasked(monkeypatch: pytest.M
     with_memory(monkeypatch, 8_000_000_000)
     without = {name: build for name, build in ARCHITECTURES.items() if name != "qwen2"}  # the order of the others stays
     monkeypatch.setattr(catalog, "ARCHITECTURES", without)
-    problem = "architecture 'qwen2' is not supported"
+    problem = "architecture 'qwen2' is not supported (much like it: qwen)"
     rows = {row["name"]: row["problem"] for row in json.loads(run("list", "--remote", "--json")[1])}
     assert rows["qwen2.5:7b"] == problem and rows["llama3.1:8b"] is None
     _, out, err = run("list", "--remote")
