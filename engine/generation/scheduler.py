@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import threading
 import time
 import weakref
@@ -35,13 +34,13 @@ if TYPE_CHECKING:
     from qrun.engine.program.background import BackgroundBatch
     from qrun.engine.program.runtime import Part, Runtime
 
-# How many seconds of a step rows of prompts may take while others generate: the second where at least as many wait as
-# generate. More than LONG_PROMPT rows are read in the background, between steps: so that from one step's end to the
-# next it takes as long as STEPS_APART steps without prompts. Where a step took longer by itself, as much is read as
-# LEAST_STEPS of one allow.
+# How many seconds of a step rows of prompts may take while others generate, the second where at least as many wait as
+# generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps:
+# from one step's end to the next it takes as long as STEPS_APART steps without prompts. Where a step took longer by
+# itself, as much is read as LEAST_STEPS of one allow.
 BESIDE_SECONDS, BURST_SECONDS = 0.1, 0.3
 LONG_PROMPT = 1024
-STEPS_APART, LEAST_STEPS = 2.0, 0.25
+STEPS_APART, LEAST_STEPS = 1.8, 0.25
 UNKNOWN_SECONDS = 0.01  # in the place of a step's, before there was one without prompts
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
@@ -50,7 +49,8 @@ PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
-_STEPS_KEPT = 15  # without prompts, whose median counts: one that something else slowed down says nothing of the next
+_STEPS_KEPT = 32  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
+# been slowed down by something else
 
 
 class Sharing(Protocol):
@@ -404,7 +404,7 @@ class Scheduler:
         n_generating = len(parts)
         if n_generating:
             most = BURST_SECONDS if len(prompts) >= n_generating else BESIDE_SECONDS
-            room = min(room, self._rows_in(max(most, (STEPS_APART - 1) * self._decode_seconds(n_generating))))
+            room = min(room, self._rows_in(max(most, self._decode_seconds(n_generating))))
         planned = 0  # bytes of those that begin now
         behind = next((pair for pair in prompts if pair[0].batch is not None), None)
         """Whose prompt is read in the background."""
@@ -448,23 +448,30 @@ class Scheduler:
         return task.marks[0] if task.marks else len(task.prompt)
 
     def _read_behind(self, task: Task, generation: Sharing, seconds: float) -> None:
-        """Read on in a long prompt for so long."""
-        from qrun.engine.program.runtime import Part
-
+        """Read on in a long prompt for so long, or to the end of a batch where there is no limit."""
+        end = time.perf_counter() + seconds
         try:
-            if task.batch is None or not task.batch.valid:  # another thread has used the session
-                end = self._next_mark(task)
-                logits: Literal["none", "last"] = "last" if end == len(task.prompt) else "none"
-                part = Part(task.cache.sequence, task.prompt[len(task.cache.tokens) : end], logits)
-                task.batch = self._runtime.begin_in_background(part)
-            if not task.batch.run(seconds, lambda: generation.cancelled):
-                return
-            batch, task.batch = task.batch, None
+            while self._read_batch(task, generation, end - time.perf_counter()):
+                if task.decoding or generation._reason is not None or not time.perf_counter() < end < math.inf:
+                    break
         except Exception as error:  # of this one alone
             _fail(task, generation, error)
-            return
+
+    def _read_batch(self, task: Task, generation: Sharing, seconds: float) -> bool:
+        """Go on with a batch of it, or begin one; whether it has been read."""
+        from qrun.engine.program.runtime import Part
+
+        if task.batch is None or not task.batch.valid:  # another thread has used the session
+            end = self._next_mark(task)
+            logits: Literal["none", "last"] = "last" if end == len(task.prompt) else "none"
+            part = Part(task.cache.sequence, task.prompt[len(task.cache.tokens) : end], logits)
+            task.batch = self._runtime.begin_in_background(part)
+        if not task.batch.run(seconds, lambda: generation.cancelled):
+            return False
+        batch, task.batch = task.batch, None
         start = len(task.cache.tokens)
         self._take(task, generation, task.prompt[start : start + len(batch)], None, batch.logits, 0.0)
+        return True
 
     def _read_source(self, task: Task, generation: Sharing) -> None:
         """Read what a task's prompt answers, unless it is cancelled meanwhile."""
@@ -541,7 +548,8 @@ class Scheduler:
         if not self._decode_times:
             return 0.0
         nearest = min(self._decode_times, key=lambda n: (abs(n - n_generating), n))
-        return statistics.median(self._decode_times[nearest])
+        times = sorted(self._decode_times[nearest])
+        return times[len(times) // 4]
 
     def _rows_in(self, seconds: float) -> int:
         """How many rows of prompts take so long."""

@@ -340,16 +340,16 @@ class TestPromptsBesideOthers:
         rows, batches = self.read(model, monkeypatch, 4, [1500, 60, 60])
         assert (rows, batches) == ([[60, 36], [24]], [128] * 11 + [92])
 
-    def test_it_takes_as_long_as_a_step(self, model: Model) -> None:
+    def test_it_takes_nearly_as_long_as_a_step(self, model: Model) -> None:
         scheduler = model._host.scheduler
-        for seconds, left in ((0.011, 0.009), (0.015, 0.005), (0.0, 0.02), (0.05, 0.0025)):
+        for seconds, left in ((0.011, 0.007), (0.015, 0.003), (0.0, 0.018), (0.05, 0.0025)):
             scheduler._last_end = time.perf_counter() - seconds
             assert scheduler._bearable(3) == pytest.approx(left, abs=0.001)
 
     def test_a_step_that_was_disturbed_does_not_make_it_longer(self, model: Model) -> None:
         self.takes(model, 0.01, 0.01, 0.01, 0.09, 0.09)  # a request came, say, and its text was made tokens of
         model._host.scheduler._last_end = time.perf_counter() - 0.01
-        assert model._host.scheduler._bearable(3) == pytest.approx(0.01, abs=0.001)
+        assert model._host.scheduler._bearable(3) == pytest.approx(0.008, abs=0.001)
 
     def test_nor_is_it_more_than_a_tenth_of_a_second(self, model: Model) -> None:
         self.takes(model, 1.0)
