@@ -1,5 +1,6 @@
 """The command line: one file per command, which has the command's name, and what commands share.
 
+    start          where the command begins
     main           finds the command, and turns every error into one line
     options        arguments and options of several commands;  loading: models with progress
     console        all that is printed; answer, markdown (markdown_inline, markdown_table), wrapping, painter: how an
@@ -11,7 +12,7 @@
     docs           writes the generated parts of the documentation
 """
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # `typing` takes longer to import than all that is needed here
 
 if TYPE_CHECKING:  # `main` imports commands by name: those who pack apps see here which there are
     from qrun.cli import (  # noqa: F401

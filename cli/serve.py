@@ -103,6 +103,10 @@ def command(
     folder = settings["models_dir"]
     if folder is not None and not folder.is_dir():
         raise NotADirectoryError(20, "is not a folder", str(folder))
+    if loading["cache_disk"] is not None:  # models that are loaded later want it, too
+        from qrun.engine.generation.disk_prefixes import prepare_folder
+
+        prepare_folder(loading["cache_disk"])
     if not models and folder is None and not settings["with_store"]:
         models = (default_model(),)
     public = unix_socket is not None or host not in _LOOPBACK

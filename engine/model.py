@@ -188,6 +188,10 @@ class Model(OfThisProcess):
         from qrun.models import Graph, build_drafts, build_graph
         from qrun.models.adapter import Lora, check_switchable, open_adapters
 
+        if cache_disk is not None:  # before anything that takes long
+            from qrun.engine.generation.disk_prefixes import prepare_folder
+
+            prepare_folder(Path(cache_disk))
         wanted = [Lora.of(lora) for lora in arguments.several("loras", loras)]
         by_name = arguments.mapping("adapters", adapters if adapters is not None else {})
         switched = {name: Lora.of(lora) for name, lora in by_name.items()}

@@ -116,10 +116,14 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Makes a folder, and those in which it lies, for their owner alone. One that is there stays as it is."""
+    """Makes a folder, and those in which it lies, for their owner alone. One that is there stays as it is.
+    NotADirectoryError where something else is there."""
     if not folder.is_dir():
         make_private_folder(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(20, "is not a folder", str(folder)) from None
 
 
 def _mode(path: Path) -> int | None:

@@ -8,6 +8,7 @@ from enum import IntEnum
 
 from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.formats.dataclass import dataclass
+from qrun.formats.gguf.cursor import quote
 from qrun.formats.tensors import Described, TensorFile, text_of
 
 EMBEDDERS = (
@@ -116,7 +117,7 @@ def architecture_problem(name: str, known: Iterable[str]) -> str | None:
     if name in known:
         return None
     what = next((what for what, names in NO_LANGUAGE_MODELS.items() if name in names), None)
-    return f"architecture {name[:40]!r} is not supported" + (f": it is {what}" if what else f" ({alike(name, known)})")
+    return f"architecture {quote(name[:40])} is not supported" + (f": it is {what}" if what else f" ({alike(name, known)})")
 
 
 def alike(name: str, known: Iterable[str]) -> str:

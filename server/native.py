@@ -14,7 +14,7 @@ from qrun.server.exchange import Exchange, dumps
 from qrun.server.openai_chat import comment, logprobs, sse_error
 from qrun.server.prompts import infill_tokens, prompt_tokens, read_prompts
 from qrun.server.running import Place, finish_reason
-from qrun.server.state import State, timings
+from qrun.server.state import State, prompt_progress, timings
 from qrun.server.structure import structure
 
 if TYPE_CHECKING:
@@ -194,8 +194,14 @@ async def _answer(
         whole = {"content": generation.text, "tokens": generation.tokens}
         await state.answer(exchange, lambda: _end(generation, entry) | whole | probabilities())
         return
+
+    def progress() -> bytes:
+        told = {"index": 0, "content": "", "tokens": [], "stop": False}
+        return f"data: {dumps(told | {'prompt_progress': prompt_progress(generation, exchange.arrived)})}\n\n".encode()
+
+    ping = progress if fields.field(exchange.body, "return_progress", fields.truth, False) else comment
     exchange.error_frame = sse_error
-    async with exchange.stream("text/event-stream", b"", comment, state.settings.ping_seconds):
+    async with exchange.stream("text/event-stream", b"", ping, state.settings.ping_seconds):
         async with aclosing(steps) as found:  # type: ignore[type-var]
             async for _, pieces in found:
                 waiting += pieces

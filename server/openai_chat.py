@@ -13,7 +13,7 @@ from qrun.server.chat_requests import ChatRequest, call_id, openai_chat
 from qrun.server.errors import APIError, openai_shape
 from qrun.server.exchange import Exchange, dumps
 from qrun.server.running import finish_reason
-from qrun.server.state import FINGERPRINT, State, timings, usage
+from qrun.server.state import FINGERPRINT, State, prompt_progress, timings, usage
 from qrun.server.threads import in_daemon
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ class ChatStream:
         self._with_usage = state.settings.always_usage or fields.field(options, "include_usage", fields.truth, False)
         self._with_timings = fields.field(body, "timings_per_token", fields.truth, False)
         self.tells_progress = fields.field(body, "return_progress", fields.truth, False)
+        self._begun = time.perf_counter()
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk",
@@ -200,14 +201,7 @@ class ChatStream:
 
     def ping(self) -> bytes:
         """How far the prompt has been read."""
-        done, total = self._generations[0].prompt_progress
-        stats = self._generations[0].stats
-        told = {
-            "total": total,
-            "cache": stats.cached_tokens,
-            "processed": done,
-            "time_ms": round(stats.prompt_seconds * 1e3),
-        }
+        told = prompt_progress(self._generations[0], self._begun)
         return f'{self._head},"choices":[],"prompt_progress":{dumps(told)}}}\n\n'.encode()
 
     def frames(self, number: int, pieces: list[Piece]) -> bytes:

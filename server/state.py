@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -64,6 +65,17 @@ class State:
     def steps(self, generations: Sequence[Generation], place: Place, arrived: float) -> Steps:
         """The pieces, step by step: see `counted`."""
         return counted(generations, place, self.metrics, arrived)
+
+
+def prompt_progress(generation: Generation, arrived: float) -> dict[str, Any]:
+    """How far a prompt has been read, as llama.cpp's server says it. arrived: by the clock of `time.perf_counter`."""
+    done, total = generation.prompt_progress
+    return {
+        "total": total,
+        "cache": generation.stats.cached_tokens,
+        "processed": done,
+        "time_ms": round((time.perf_counter() - arrived) * 1e3),
+    }
 
 
 def timings(generation: Generation) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 A generation that is alone computes for itself, in the thread that asks for its pieces. As soon as there are several, a
 thread of the scheduler's takes over. Each of its steps has a row (or guesses) of every generation that has read its
-prompt, and then rows of prompts, as many as the time allows that the others can wait. That is longer for short prompts,
-which are soon over: what is read sooner is generated together. A row's bits do not depend on the rows beside it, so no
-text depends on who else generates.
+prompt, and then rows of prompts, as many as the time allows that the others can wait. That is long for short prompts,
+which are soon over: what is read sooner is generated together. A long prompt is read between steps, a while at a time,
+and never for longer than others are used to wait. A row's bits do not depend on the rows beside it, so no text depends
+on who else generates.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import statistics
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qrun.engine.errors import GenerationCancelled
@@ -30,26 +31,26 @@ if TYPE_CHECKING:
     from qrun.engine.generation.guesses import Guesser
     from qrun.engine.generation.piece import Piece, Sampled
     from qrun.engine.generation.token_cache import TokenCache
+    from qrun.engine.program.background import BackgroundBatch
     from qrun.engine.program.runtime import Part, Runtime
 
-# How many seconds of a step rows of prompts may take while others generate: the second where at least as many wait as
-# generate, and always as long as so many steps without prompts take. Those of a prompt of which more than LONG_PROMPT
-# rows are to be read take the shortest of these.
-BESIDE_SECONDS, BURST_SECONDS, ORDINARY_STEPS = 0.1, 0.3, 1.5
+# How many seconds of a step rows of prompts may take while others generate, the second where at least as many wait as
+# generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps:
+# from one step's end to the next it takes as long as STEPS_APART steps without prompts. Where a step took longer by
+# itself, as much is read as LEAST_STEPS of one allow.
+BESIDE_SECONDS, BURST_SECONDS = 0.1, 0.3
 LONG_PROMPT = 1024
+STEPS_APART, LEAST_STEPS = 1.8, 0.25
+UNKNOWN_SECONDS = 0.01  # in the place of a step's, before there was one without prompts
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
-FEWEST_ROWS = TILE_ROWS // 2  # in a step with others; deep in a text they take two thirds as long as twice as many,
-FEW_COST = 0.75  # so that each of those takes so much of one of these
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
 PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
-_STEPS_KEPT = 15  # without prompts, whose median counts: one that something else slowed down says nothing of the next
-_FEWEST_STEPS = 3  # of those, before a long prompt is read beside as many generations
-_MOST_STEPS = 12  # that a long prompt waits for that; meanwhile short ones may be in all of them
-_ROWS_KEPT = 5  # steps of a long prompt, likewise
+_STEPS_KEPT = 32  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
+# been slowed down by something else
 
 
 class Sharing(Protocol):
@@ -126,9 +127,10 @@ class Task:
         self.adapters, self.source = generation._adapters, generation._source
         self.marks: deque[int] = deque()
         self.begun = self.fetching = self.long = False
-        """fetching: whether what the disk has of its prompt is being read. long: see LONG_PROMPT."""
-        self.row_times: deque[float] = deque(maxlen=_ROWS_KEPT)
-        """Of rows of a long prompt, step by step: the deeper in the text, the longer."""
+        """fetching: whether what the disk has of its prompt is being read, or the background made ready for it. long:
+        see LONG_PROMPT."""
+        self.batch: BackgroundBatch | None = None
+        """Rows of its prompt that are being read in the background."""
         self.known = 0  # tokens of its prompt with which texts on the disk begin
         self.n_cached = self.n_repeated = 0
         """Tokens of the prompt that were held; and generated ones that are part of it now."""
@@ -136,11 +138,6 @@ class Task:
         self.error: BaseException | None = None
         self.over = False
         self.ready = threading.Condition(scheduler.lock)
-
-    @property
-    def row_seconds(self) -> float:
-        """Of a row of a long prompt, where as many are read as attention takes at once; 0 if that is not known."""
-        return statistics.median(self.row_times) if self.row_times else 0.0
 
     @property
     def held(self) -> bool:
@@ -229,8 +226,8 @@ class Scheduler:
         self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._decode_times: dict[int, deque[float]] = {}  # of steps without rows of prompts, by who generates
-        self._n_unknown = 0  # steps in a row of which it is not known what they would take without prompts
         self._row_seconds = 0.0  # of a row of a prompt
+        self._last_end = 0.0  # of a step, with what came behind it
 
     def _leave_parent(self) -> None:
         """A child process has the threads of its parent no more, nor what they were in the middle of."""
@@ -256,7 +253,7 @@ class Scheduler:
         self._leave_parent()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
-        if not task.begun and self.prefixes.may_fetch(task.cache, task.prompt):
+        if not task.begun and (self.prefixes.may_fetch(task.cache, task.prompt) or len(task.prompt) > LONG_PROMPT):
             task.fetching = True
             threading.Thread(target=self._fetch, args=(task,), name="qrun prefix", daemon=True).start()
         with self.lock:
@@ -285,6 +282,9 @@ class Scheduler:
     def _fetch(self, task: Task) -> None:
         """In a thread of its own: nobody who computes waits for the disk."""
         try:
+            if len(task.prompt) > LONG_PROMPT:
+                with suppress(Exception):  # whatever it is, the task will hear of it
+                    self._runtime.prepare_background()
             task.known = self.prefixes.fetch(task.cache, task.prompt, task.adapters)
         finally:
             with self.lock:
@@ -401,15 +401,16 @@ class Scheduler:
                 room -= len(tokens)
         n_decode = sum(len(part.tokens) for part in parts)
         prompts = self._prompts(going)
-        seconds_for_long = math.inf
-        if parts:
-            short, seconds_for_long = self._bearable(len(parts), len(prompts))
-            room = min(room, self._rows_in(short, self._row_seconds))
+        n_generating = len(parts)
+        if n_generating:
+            most = BURST_SECONDS if len(prompts) >= n_generating else BESIDE_SECONDS
+            room = min(room, self._rows_in(max(most, self._decode_seconds(n_generating))))
         planned = 0  # bytes of those that begin now
-        first_long = True  # which gets its fewest rows, however long they take
+        behind = next((pair for pair in prompts if pair[0].batch is not None), None)
+        """Whose prompt is read in the background."""
         for task, generation in prompts:
-            if room <= 0:
-                break
+            if room <= 0 and (behind is not None or len(task.prompt) <= LONG_PROMPT):
+                continue
             if not task.begun:
                 wanted = planned + self._runtime.bytes_of(len(task.prompt) + _RESERVE, len(task.source))
                 if any(other.begun for other, _ in going) and not self.prefixes.trim(wanted):
@@ -420,32 +421,57 @@ class Scheduler:
                 except Exception as error:
                     _fail(task, generation, error)
                     continue
-            each = task.row_seconds or self._row_seconds
-            count = room
-            if task.long and seconds_for_long < math.inf:
-                enough = 0.0 if first_long else FEWEST_ROWS * each
-                if seconds_for_long <= enough:
-                    continue
-                first_long = False
-                count = min(room, self._rows_in(seconds_for_long, each))
             if n_source := task.source_left:  # read as a whole, before the step: its first row is one of the next
-                room, seconds_for_long = room - n_source, seconds_for_long - n_source * each
+                room -= n_source
                 self._read_source(task, generation)
-                continue
-            start = len(task.cache.tokens)
-            end = min(task.marks[0] if task.marks else len(task.prompt), start + count)
-            plan(task, generation, task.prompt[start:end])
-            room, seconds_for_long = room - (end - start), seconds_for_long - (end - start) * each
-        if not parts:
-            return
-        begin = time.perf_counter()
-        rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
-        seconds = time.perf_counter() - begin
-        reading = [task for task, _, _, _ in whose if not task.decoding]
-        n_prompt = sum(len(part.tokens) for part in parts) - n_decode
-        self._learn(len(parts) - len(reading), n_prompt, seconds, reading)
-        for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
-            self._take(task, generation, tokens, guesser, logits, seconds)
+            elif task.batch is None and not (task.long and n_generating):
+                tokens = task.prompt[len(task.cache.tokens) : self._next_mark(task)][: max(room, 0)]
+                if tokens:
+                    plan(task, generation, tokens)
+                room -= len(tokens)
+            elif behind is None:
+                behind = task, generation
+        if parts:
+            begin = time.perf_counter()
+            rows = self._runtime.step(parts, lambda: all(generation.cancelled for _, generation, _, _ in whose))
+            seconds = time.perf_counter() - begin
+            reading = [task for task, _, _, _ in whose if not task.decoding]
+            self._learn(n_generating, sum(len(part.tokens) for part in parts) - n_decode, seconds, reading)
+            for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
+                self._take(task, generation, tokens, guesser, logits, seconds)
+        if behind is not None:
+            self._read_behind(*behind, self._bearable(n_generating) if n_generating else math.inf)
+        self._last_end = time.perf_counter()
+
+    def _next_mark(self, task: Task) -> int:
+        """Up to where the prompt is read next."""
+        return task.marks[0] if task.marks else len(task.prompt)
+
+    def _read_behind(self, task: Task, generation: Sharing, seconds: float) -> None:
+        """Read on in a long prompt for so long, or to the end of a batch where there is no limit."""
+        end = time.perf_counter() + seconds
+        try:
+            while self._read_batch(task, generation, end - time.perf_counter()):
+                if task.decoding or generation._reason is not None or not time.perf_counter() < end < math.inf:
+                    break
+        except Exception as error:  # of this one alone
+            _fail(task, generation, error)
+
+    def _read_batch(self, task: Task, generation: Sharing, seconds: float) -> bool:
+        """Go on with a batch of it, or begin one; whether it has been read."""
+        from qrun.engine.program.runtime import Part
+
+        if task.batch is None or not task.batch.valid:  # another thread has used the session
+            end = self._next_mark(task)
+            logits: Literal["none", "last"] = "last" if end == len(task.prompt) else "none"
+            part = Part(task.cache.sequence, task.prompt[len(task.cache.tokens) : end], logits)
+            task.batch = self._runtime.begin_in_background(part)
+        if not task.batch.run(seconds, lambda: generation.cancelled):
+            return False
+        batch, task.batch = task.batch, None
+        start = len(task.cache.tokens)
+        self._take(task, generation, task.prompt[start : start + len(batch)], None, batch.logits, 0.0)
+        return True
 
     def _read_source(self, task: Task, generation: Sharing) -> None:
         """Read what a task's prompt answers, unless it is cancelled meanwhile."""
@@ -497,6 +523,7 @@ class Scheduler:
         holding = [(task, generation) for task, generation in tasks if task.begun]
         if len(holding) > 1:
             task, generation = holding[-1]
+            task.batch = None
             task.prompt = [*task.prompt, *generation.tokens[task.n_repeated :]]
             task.n_repeated = len(generation.tokens)
             task.cache.forget()
@@ -510,42 +537,33 @@ class Scheduler:
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
-    def _bearable(self, n_generating: int, n_waiting: int) -> tuple[float, float]:
-        """How many seconds of a step those who generate bear with prompts; and with those of them that are long."""
-        ordinary = ORDINARY_STEPS * self._decode_seconds(n_generating)
-        short = BURST_SECONDS if n_waiting >= n_generating else BESIDE_SECONDS
-        known = len(self._decode_times.get(n_generating, ())) >= _FEWEST_STEPS
-        self._n_unknown = 0 if known else self._n_unknown + 1
-        if not known and self._n_unknown <= _MOST_STEPS:
-            return max(short, ordinary), 0.0
-        return max(short, ordinary), min(ordinary or BESIDE_SECONDS, BESIDE_SECONDS)
+    def _bearable(self, n_generating: int) -> float:
+        """For how many seconds a long prompt may be read now, where so many generate and a step has just ended."""
+        ordinary = self._decode_seconds(n_generating) or UNKNOWN_SECONDS
+        gone = time.perf_counter() - self._last_end
+        return min(max(STEPS_APART * ordinary - gone, LEAST_STEPS * ordinary), BESIDE_SECONDS)
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""
         if not self._decode_times:
             return 0.0
         nearest = min(self._decode_times, key=lambda n: (abs(n - n_generating), n))
-        return statistics.median(self._decode_times[nearest])
+        times = sorted(self._decode_times[nearest])
+        return times[len(times) // 4]
 
-    def _rows_in(self, seconds: float, each: float) -> int:
-        """How many rows of prompts take so long, if one takes so long."""
-        rows = int(seconds / each) if each else TILE_ROWS
-        return max(rows // TILE_ROWS * TILE_ROWS, FEWEST_ROWS)
+    def _rows_in(self, seconds: float) -> int:
+        """How many rows of prompts take so long."""
+        rows = int(seconds / self._row_seconds) if self._row_seconds else TILE_ROWS
+        return max(rows // TILE_ROWS, 1) * TILE_ROWS
 
     def _learn(self, n_generating: int, n_prompt: int, seconds: float, reading: Sequence[Task]) -> None:
         """A step of so many who generate, and so many rows of these tasks' prompts, took so long."""
         if not n_prompt:
             self._decode_times.setdefault(n_generating, deque(maxlen=_STEPS_KEPT)).append(seconds)
-        elif n_prompt >= FEWEST_ROWS:
+        elif n_prompt >= TILE_ROWS and not any(task.long and len(task.cache.tokens) >= LONG_PROMPT for task in reading):
             others = self._decode_seconds(n_generating) if n_generating else 0.0
             each = max(seconds - others, 0.1 * seconds) / n_prompt
-            if n_prompt < TILE_ROWS:  # or once few were read, more would seem too dear for ever
-                each *= FEW_COST
-            alone = reading[0] if len(reading) == 1 and reading[0].long else None
-            if alone is not None:
-                alone.row_times.append(each)
-            if alone is None or not self._row_seconds or len(alone.cache.tokens) < LONG_PROMPT:  # not deep in its text
-                self._row_seconds = _learned(self._row_seconds, each)
+            self._row_seconds = _learned(self._row_seconds, each)
 
 
 def _learned(before: float, seconds: float) -> float:

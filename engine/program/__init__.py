@@ -10,7 +10,10 @@ In the order in which things happen:
     arena             places of values become places in one block of memory
     program           records get addresses, and barriers between them
     kv_cache          what is kept of a sequence: pages of keys and values (pages), states beside them (state_blocks)
-    runtime           steps: rows of one or more sequences through a program, by a team of threads
+    step              rows of one or more sequences, as kernels read them
+    pieces            operations of a program are run some at a time
+    runtime           steps through a program, by a team of threads
+    background        a batch that has a program of its own, so that steps may come in between
 
 `needs` says beforehand what a model will take.
 """

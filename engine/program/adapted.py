@@ -7,6 +7,7 @@ nobody has one run the usual program, and cost nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ class SwitchedAdapters:
         self._tables: dict[str, tuple[NDArray[np.int64], int]] = {}
         self.arrays: list[NDArray[np.float32]] = []
         """Whose addresses the tables have."""
-        self.starts = np.zeros(batch + 1, np.int64)
-        self.entries = np.zeros((batch * len(adapters), 2), np.int64)
+        self._n_adapters = len(adapters)
+        self._make_room(batch)
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
             table = np.zeros((len(adapters), R.LORA_ADAPTER_BYTES // 8), np.int64)
             ranks = 0
@@ -46,6 +47,16 @@ class SwitchedAdapters:
                 row[R.LORA_FACTOR // 8 :][:1].view(np.float32)[0] = change.factor
                 ranks += len(a)
             self._tables[name] = table, ranks
+
+    def _make_room(self, batch: int) -> None:
+        self.starts = np.zeros(batch + 1, np.int64)
+        self.entries = np.zeros((batch * self._n_adapters, 2), np.int64)
+
+    def beside(self, batch: int) -> SwitchedAdapters:
+        """The same matrices for a program beside this one, whose steps have rows of their own."""
+        other = copy.copy(self)
+        other._make_room(batch)
+        return other
 
     def table(self, name: str, scale: float) -> tuple[NDArray[np.int64], int] | None:
         """What adapters have for a matrix whose result is multiplied by `scale`, and the sum of their ranks."""

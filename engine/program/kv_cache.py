@@ -156,6 +156,8 @@ class KVSequence:
         self.layout, self.pools, self.context, self._lock = layout, pools, context, lock
         n_pages = -(-context // PAGE_POSITIONS)
         self.n_past = 0
+        self.changes = 0
+        """How often positions were appended or forgotten, or got other memory."""
         self.adapters: tuple[tuple[int, float], ...] = ()
         """What changes the model for this sequence: numbers of adapters, rising, and their scales."""
         self.source: tuple[int, ...] = ()
@@ -232,6 +234,7 @@ class KVSequence:
     def advance(self, count: int) -> None:
         """`count` positions have been written. Windows move on, and pages that they have left are given back."""
         self.n_past += count
+        self.changes += 1
         self.states.advance()
         for group in self._of_text:
             if lowest := self.layout.needed(group, self.n_past).start:
@@ -288,6 +291,7 @@ class KVSequence:
                 self._drop(group, index)
         self.states.truncate(n)
         self.n_past = n
+        self.changes += 1
         return n
 
     @_locked
@@ -387,9 +391,11 @@ class KVSequence:
                 self._drop(group, index)
 
     def _put(self, group: int, index: int, page: Page) -> None:
+        self.changes += 1
         self._pages[group][index] = page
         self.tables[group, index] = page.address
 
     def _drop(self, group: int, index: int) -> None:
+        self.changes += 1
         self.pools[group].give_back(self._pages[group].pop(index))
         self.tables[group, index] = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +16,17 @@ from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.adapted import AdaptedLowering, SwitchedAdapters
+from qrun.engine.program.background import BACKGROUND_ROWS, Background, BackgroundBatch
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.observing import ObservingLowering
 from qrun.engine.program.pages import PagePool
+from qrun.engine.program.pieces import Pace, run_pieces
 from qrun.engine.program.program import Program
 from qrun.engine.program.record_writer import tiles_for
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
+from qrun.engine.program.step import Step
 from qrun.engine.simd.target import Target
 from qrun.formats import TensorInfo
 from qrun.formats.dataclass import dataclass
@@ -37,9 +40,6 @@ HEAD_ROWS = 16
 # A batch can take seconds. It is run in pieces of about this length, between which it can be cancelled, Python handles
 # signals (Ctrl-C), and others learn how far it has come.
 PIECE_SECONDS = 0.1
-FIRST_PIECE = 4  # operations, while it is not known how long they take
-FIRST_TILES = 16  # of an attention, while it is not known how long they take
-AVERAGED = 32  # operations: a block of a model or two, so that cheap and dear ones have their share
 
 Tap = Callable[[int, NDArray[np.int64], NDArray[np.float32]], None]
 """Gets what draft layers go on from: the first position of a step, its tokens, and hidden states [rows, n_embd]."""
@@ -106,6 +106,9 @@ class Runtime:
         )  # fmt: skip
         self.observations = lowering.observations if isinstance(lowering, ObservingLowering) else []
         self._switched = SwitchedAdapters(adapters, self.batch) if adapters else None
+        self._background: Background | None = None  # once it is wanted
+        self._preparing = ForkAwareLock()  # it
+        self._to_lower, self._settings = to_lower, settings
         encoding = None
         if graph.encoder is not None:
             if observe or adapters:
@@ -122,8 +125,8 @@ class Runtime:
         )  # fmt: skip
         more = [other for other in (adapted, encoding) if other is not None]
         keys = [*TEAM_KERNELS, *lowering.kernel_keys, *(key for other in more for key in other.kernel_keys)]
-        kernels = load_kernels(list(dict.fromkeys(keys)), target, progress)
-        self._step = _Step(max(self.batch, context) if encoding else self.batch, len(self._pools))
+        self._kernels = kernels = load_kernels(list(dict.fromkeys(keys)), target, progress)
+        self._step = Step(max(self.batch, context) if encoding else self.batch, len(self._pools))
         # The larger one first: the other lies in its memory.
         self._adapted = Program(adapted, kernels, self._step.address) if adapted else None
         self._encoder = Program(encoding, kernels, self._step.address) if encoding else None
@@ -135,7 +138,7 @@ class Runtime:
         self._owns_team = beside is None
         self._lock: ForkAwareLock = beside._lock if beside else ForkAwareLock()  # whoever runs steps
         self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
-        self._seconds: dict[int, float] = {}  # of an operation, by the order of magnitude of the rows
+        self._pace = Pace(PIECE_SECONDS)
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
         self._logits = np.empty((0, self.width), np.float32)  # of `step`
@@ -249,12 +252,63 @@ class Runtime:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
 
+    def prepare_background(self) -> None:
+        """Make what `begin_in_background` needs, which takes some hundredths of a second the first time. Steps need not
+        wait for it."""
+        with self._preparing:
+            with self.alone():
+                if self._background is not None:
+                    return
+                switched, kernels, to_lower = self._switched, self._kernels, self._to_lower
+                tables = (self._adapted or self._program).rope_tables
+            rows = min(BACKGROUND_ROWS, self.batch)
+            settings = self._settings | {"batch": rows, "head_rows": 1, "rope_tables": tables}
+            switched = None if switched is None else switched.beside(rows)
+            lowering = (
+                Lowering(to_lower, self._layout, self.target, **settings) if switched is None
+                else AdaptedLowering(to_lower, self._layout, self.target, adapters=switched, **settings)
+            )  # fmt: skip
+            step = Step(rows, len(self._pools))
+            background = Background(Program(lowering, kernels, step.address), step, switched)
+            with self.alone():
+                self._background = background
+
+    def begin_in_background(self, part: Part) -> BackgroundBatch:
+        """Begin to append tokens to a sequence, of which up to BACKGROUND_ROWS are taken: they are computed whenever
+        the batch is told to go on. There is one such batch at a time: another one ends it. Logits are "last" or "none".
+        Errors are those of `evaluate`; a source has to be read before."""
+        self._check_whole(part.sequence)
+        self.prepare_background()
+        with self.alone():
+            background = self._background
+            assert background is not None and part.logits in ("last", "none")
+            count = min(len(part.tokens), len(background.step.tokens))
+            ids = self._checked(part.tokens[:count])
+            if part.sequence.n_past + count > self.context:
+                raise ContextOverflow(
+                    f"{part.sequence.n_past + count} tokens do not fit into the context of {self.context} tokens"
+                )
+            ends = part.logits == "last" and count == len(part.tokens)
+            return BackgroundBatch(self, background, part.sequence, ids, ends=ends)
+
+    @property
+    def team(self) -> Team:
+        """The threads. ValueError once they have been ended."""
+        self._check_open()
+        assert self._team is not None
+        return self._team
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For whoever uses the team: nobody else does meanwhile. ValueError if the model is closed."""
+        with self._lock:
+            self._check_open()
+            yield
+
     def read_source(self, sequence: KVSequence, cancelled: Callable[[], bool] | None = None) -> None:
         """Read what a sequence answers, if that has not been done: the first step with it does so otherwise. Errors are
         those of `evaluate`; then nothing of it is kept."""
-        with self._lock:
-            if self._team is None:
-                raise ValueError("this model is closed")
+        with self.alone():
             if sequence.source and not sequence.source_read:
                 self._read_source(sequence, cancelled)
 
@@ -340,6 +394,7 @@ class Runtime:
         cache = sum(pool.allocated * pool.page_bytes for pool in (*self._pools, self._blocks))
         larger = self._adapted or self._encoder  # the other one lies in its memory
         arena = max(program.arena.size for program in (self._program, larger) if program)
+        arena += self._background.program.arena.size if self._background else 0
         return {"weights": sum(seen.values()), "arena": arena, "cache": cache}
 
     def close(self) -> None:
@@ -353,9 +408,13 @@ class Runtime:
                 pool.free.clear()
             # The program holds views of the mapped file, and the graph too.
             self._team = None
-            self._adapted = self._switched = self._encoder = None
+            self._adapted = self._switched = self._encoder = self._background = None
             self._files = {}
-            del self._program, self._step, self.graph
+            del self._program, self._step, self._to_lower, self._kernels, self.graph
+
+    def _check_open(self) -> None:
+        if self._team is None:
+            raise ValueError("this model is closed")
 
     def _check_whole(self, sequence: KVSequence) -> None:
         if sequence.n_past and not self.causal:
@@ -376,8 +435,7 @@ class Runtime:
     ) -> NDArray[np.float32]:  # fmt: skip
         """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given.
         Leaves hidden states, if the graph has any, in `_hidden`."""
-        if self._team is None:
-            raise ValueError("this model is closed")
+        self._check_open()
         for sequence, _ in parts:
             if sequence.source and not sequence.source_read:
                 self._read_source(sequence, cancelled)
@@ -434,100 +492,21 @@ class Runtime:
         sequence: KVSequence | None = None,
     ) -> None:  # fmt: skip
         """Run all operations, on that many rows. sequence: that whose next positions the rows are, for `progress`."""
-        assert self._team is not None
-        done = sequence.n_source_read + sequence.n_past if sequence is not None else 0
-        start, magnitude = 0, rows.bit_length()
-        # Of more rows than a batch has at most, which see each other, an attention alone can take long.
-        long = program.attentions if rows > R.MAX_COLUMNS and operations is not program.head else frozenset[int]()
-        while start < len(operations):
+
+        def check() -> None:
             if cancelled is not None and cancelled():
                 raise GenerationCancelled("evaluation was cancelled")
-            for file in self._files.values():
-                file.check()
-            if start in long:
-                end = start + 1
-                self._run_attention(operations[start:end], cancelled)
-            else:
-                seconds = self._seconds.get(magnitude)
-                count = FIRST_PIECE if seconds is None else max(int(PIECE_SECONDS / seconds), 1)
-                end = min([program.piece(operations, start, count), *(index for index in long if index > start)])
-                begin = time.perf_counter()
-                self._team.run(operations[start:end], self._step.record)
-                taken = (time.perf_counter() - begin) / (end - start)
-                before, weight = (taken, 1.0) if seconds is None else (seconds, min((end - start) / AVERAGED, 1.0))
-                self._seconds[magnitude] = max(before + (taken - before) * weight, 1e-9)
-            start = end
+            self.check_files()
+
+        done = sequence.n_source_read + sequence.n_past if sequence is not None else 0
+        # Of more rows than a batch has at most, which see each other, an attention alone can take long.
+        long = program.attentions if rows > R.MAX_COLUMNS and operations is not program.head else frozenset[int]()
+        self._pace.tiles.clear()  # those of the last step may have seen a shorter text
+        for reached in run_pieces(self.team, program, operations, self._step.record, rows, self._pace, long, check):
             if sequence is not None:
-                self._under_way = (sequence, done + rows * start / len(operations))
+                self._under_way = (sequence, done + rows * reached / len(operations))
 
-    def _run_attention(self, operation: NDArray[np.int64], cancelled: Callable[[], bool] | None) -> None:
-        """Run an attention, some tiles at a time."""
-        assert self._team is not None
-        record = self._step.record
-        tiles, n_tiles = int(record[R.TILES // 8]), int(record[R.N_TILES // 8])
-        done, count = 0, FIRST_TILES
-        try:
-            while done < n_tiles:
-                if cancelled is not None and cancelled():
-                    raise GenerationCancelled("evaluation was cancelled")
-                count = min(count, n_tiles - done)
-                record[R.TILES // 8], record[R.N_TILES // 8] = tiles + done * R.TILE_BYTES, count
-                begin = time.perf_counter()
-                self._team.run(operation, record)
-                done += count
-                count = max(int(count * PIECE_SECONDS / max(time.perf_counter() - begin, 1e-9)), 1)
-        finally:
-            record[R.TILES // 8], record[R.N_TILES // 8] = tiles, n_tiles
-
-
-class _Step:
-    """The step's record, and the arrays that it points to."""
-
-    def __init__(self, batch: int, groups: int) -> None:
-        self.tokens = np.zeros(batch, np.int64)
-        self.positions = np.zeros(batch, np.int64)
-        self.selected = np.zeros(batch, np.int64)
-        self.tables = np.zeros(batch * groups, np.int64)
-        self.tiles = np.zeros((batch, R.TILE_BYTES // 8), np.int64)
-        self.segments = np.zeros((batch, R.SEG_BYTES // 8), np.int64)
-        self.record = np.zeros(R.STEP_BYTES // 8, np.int64)
-        for offset, array in (
-            (R.TOKENS, self.tokens), (R.POSITIONS, self.positions), (R.SELECTED, self.selected), (R.TILES, self.tiles),
-            (R.PAGE_TABLES, self.tables), (R.SEGMENTS, self.segments),
-        ):  # fmt: skip
-            self.record[offset // 8] = array.ctypes.data
-
-    @property
-    def address(self) -> int:
-        return int(self.record.ctypes.data)
-
-    def fill(self, parts: list[tuple[KVSequence, NDArray[np.int64]]]) -> int:
-        """Lay out the rows of all parts. Returns how many there are."""
-        total = sum(len(ids) for _, ids in parts)
-        tables = self.tables[: total * (len(self.tables) // len(self.tokens))].reshape(-1, total)
-        row = n_tiles = 0
-        self.record[R.N_SEGMENTS // 8] = len(parts)
-        for number, (sequence, ids) in enumerate(parts):
-            count, past = len(ids), sequence.n_past
-            self.segments[number] = (row, count, *sequence.states.segment(past))
-            self.tokens[row : row + count] = ids
-            self.positions[row : row + count] = np.arange(past, past + count)
-            addresses = sequence.tables.ctypes.data + np.arange(len(tables)) * sequence.tables.strides[0]
-            tables[:, row : row + count] = addresses[:, None]
-            for first in range(0, count, R.TILE_SIZE):
-                rows = min(R.TILE_SIZE, count - first)
-                self.tiles[n_tiles] = (row + first, rows, past + first, past + count, len(sequence.source))
-                n_tiles += 1
-            row += count
-        self.record[R.N_TILES // 8] = n_tiles
-        self._rows(total)
-        return total
-
-    def select(self, rows: Sequence[int]) -> None:
-        """The rows that the head works on: it has as many rows as are wanted."""
-        self.selected[: len(rows)] = rows
-        self._rows(len(rows))
-
-    def _rows(self, count: int) -> None:
-        self.record[R.N_ROWS // 8] = count
-        self.record[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, count)
+    def check_files(self) -> None:
+        """FormatError where a file of weights has been cut, or changed, since it was mapped."""
+        for file in self._files.values():
+            file.check()

@@ -1,6 +1,7 @@
 """Stepping through bytes that are not trusted."""
 
 import mmap
+import re
 import struct
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from qrun.formats.gguf.strings import LENGTH_BYTES, Places, Strings, find_string
 _read_u32 = struct.Struct("<I").unpack_from
 _read_u64 = struct.Struct("<Q").unpack_from
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 def quote(name: str) -> str:
-    """A name out of a file, fit for a message of one line."""
+    """A name out of a file, fit for a message of one line. Bytes that are not UTF-8 show as U+FFFD."""
+    name = _SURROGATES.sub("\ufffd", name)
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 

@@ -412,6 +412,21 @@ def test_ctrl_c_ends_with_130_and_a_second_one_disturbs_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "in good order\n", "\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_while_the_command_is_read_from_the_disk_ends_it_without_a_word() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'qrun.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        "from qrun.cli.start import main; sys.exit(main())"
+    )
+    command = ["bash", "-c", f"trap - INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=interruptible)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def interruptible() -> None:
     """Even where the tests themselves were started so that they are not: in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ from test_random_model import SMALL, random_model
 from qrun.engine import CacheWarning, Model
 from qrun.engine.generation import disk_prefixes, prefixes, session_file
 from qrun.engine.generation.disk_prefixes import DiskPrefixes
+from qrun.engine.program import runtime
 
 DATA = Path(__file__).parents[1] / "data" / "arch"
 LLAMA = DATA / "llama-dense.gguf"
@@ -53,6 +54,20 @@ def wait_for(condition: Any) -> None:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(*_: Any, **__: Any) -> Any:
+        raise AssertionError("kernels were compiled for nothing")
+
+    monkeypatch.setattr(runtime, "load_kernels", compiled)
+    (file := tmp_path / "file").write_text("")
+    for folder in (file, file / "kept"):
+        with pytest.raises(NotADirectoryError) as caught:
+            load(LLAMA, folder)
+        assert str(caught.value.filename).startswith(str(file))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ import pytest
 from tiny_model import ARCHITECTURES
 
 from qrun.engine.errors import GenerationCancelled
-from qrun.engine.program import runtime as module
+from qrun.engine.program import pieces
 from qrun.engine.program.runtime import Runtime
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
@@ -37,9 +37,8 @@ def test_pieces_change_no_bit(runtime: Runtime, rng: np.random.Generator, monkey
     tokens = tokens_for(runtime, rng, 150)
     expected = all_logits(runtime, tokens)
     for seconds, first in ((0.0, 1), (1e-5, 3), (1e9, 10_000)):
-        monkeypatch.setattr(module, "PIECE_SECONDS", seconds)
-        monkeypatch.setattr(module, "FIRST_PIECE", first)
-        runtime._seconds.clear()
+        monkeypatch.setattr(pieces, "FIRST_PIECE", first)
+        monkeypatch.setattr(runtime, "_pace", pieces.Pace(seconds))
         assert np.array_equal(all_logits(runtime, tokens), expected)
         sequence = runtime.sequence()
         one_by_one = [runtime.evaluate(sequence, [token]) for token in tokens[:20]]
@@ -51,7 +50,7 @@ def test_a_batch_can_be_cancelled_half_way_and_goes_on_later(
 ) -> None:
     tokens = tokens_for(runtime, rng, 150)
     expected = all_logits(runtime, tokens)
-    monkeypatch.setattr(module, "PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(runtime._pace, "piece_seconds", 0.0)
     asked: list[int] = []  # the sequence's progress, each time
 
     def cancelled_after(times: int) -> bool:

@@ -19,6 +19,7 @@ from qrun.engine.generation import asynchronous
 from qrun.engine.generation import scheduler as scheduler_module
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.piece import Piece
+from qrun.engine.program import background
 
 PATH = Path(__file__).parents[1] / "data" / "arch" / "llama-dense.gguf"
 
@@ -105,16 +106,20 @@ def wait_for_the_thread_to_end(model: Model) -> None:
     assert scheduler._thread is None and (scheduler.running, scheduler.waiting) == (0, 0)
 
 
-def test_a_hundred_random_schedules(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_a_hundred_random_schedules(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """Requests that come at any time, go on or are cancelled, in threads and pushed: each text is a beginning of what
-    it is alone, and all of it where nobody cancelled."""
+    it is alone, and all of it where nobody cancelled. long: most prompts count as long."""
+    if long:
+        monkeypatch.setattr(scheduler_module, "LONG_PROMPT", 10)
+        monkeypatch.setattr(background, "PIECE_SECONDS", 0.0)
     with Model.load(PATH, threads=2, context=256, batch=32) as model:
         jobs = [
             (prompt, {"temperature": 0.8, "seed": int(rng.integers(1000)), "max_tokens": int(rng.integers(1, 30))})
             for prompt in prompts(rng, model, 12, longest=80)
         ]
         expected = [alone(prompt, **options) for prompt, options in jobs]
-        for _ in range(100):
+        for _ in range(50):
             chosen = rng.integers(0, len(jobs), rng.integers(1, 7)).tolist()
             collector = Collector()
             pushed: list[tuple[int, Generation, bool]] = []
@@ -250,7 +255,8 @@ def test_a_beginning_is_read_once_though_all_come_together(rng: np.random.Genera
 
 
 class TestPromptsBesideOthers:
-    """How many rows of prompts a step has, where a row takes a millisecond and a step without any ten."""
+    """How many rows of prompts a step has, where a row takes a millisecond and a step without any ten; and for how long
+    a long prompt is read between steps."""
 
     @pytest.fixture
     def model(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
@@ -265,16 +271,25 @@ class TestPromptsBesideOthers:
         """Steps without prompts have taken so long, whoever generated."""
         model._host.scheduler._decode_times = {n: deque(seconds * 3) for n in range(1, 9)}
 
-    def read(self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]) -> list[list[int]]:
-        """Prompts of these lengths come at once while others generate: the rows that steps have of each."""
+    def read(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Prompts of these lengths come at once while others generate: the rows that steps have of each, and the
+        batches that were computed in the background."""
         rows: list[list[int]] = []
-        held, all_there, step = threading.Event(), threading.Event(), model._runtime.step
+        batches: list[int] = []
+        held, all_there = threading.Event(), threading.Event()
+        step, begin = model._runtime.step, model._runtime.begin_in_background
 
         def noted(parts: Any, cancelled: Any = None) -> Any:
             held.set()
             assert all_there.wait(20)
-            rows.append([len(part.tokens) for part in parts[running:]])
+            rows.append([len(part.tokens) for part in parts if len(part.tokens) > 1])
             return step(parts, cancelled)
+
+        def noted_behind(part: Any) -> Any:
+            batches.append(len(batch := begin(part)))
+            return batch
 
         rng = np.random.default_rng(5)
         collector = Collector()
@@ -285,111 +300,131 @@ class TestPromptsBesideOthers:
         while any(not other.tokens for other in others) and time.monotonic() < deadline:
             time.sleep(0.001)
         monkeypatch.setattr(model._runtime, "step", noted)
+        monkeypatch.setattr(model._runtime, "begin_in_background", noted_behind)
         assert held.wait(20)
-        for n in lengths:
-            model.generate(rng.integers(0, model.graph.n_vocab, n).tolist(), max_tokens=1).start(collector)
+        asked = [rng.integers(0, model.graph.n_vocab, n).tolist() for n in lengths]
+        answers = [model.generate(prompt, max_tokens=3, temperature=0) for prompt in asked]
+        for answer in answers:
+            answer.start(collector)
+        while any(answer._task is not None and answer._task.fetching for answer in answers):
+            time.sleep(0.001)
         all_there.set()
         for _ in lengths:
             assert collector.ended.acquire(timeout=30)
         for other in others:
             other.cancel()
-        return [step for step in rows if step]
+        monkeypatch.undo()
+        assert [one.tokens for one in answers] == [long_alone(prompt) for prompt in asked]
+        return [step for step in rows if step], batches
 
-    def test_a_long_one_takes_no_more_than_others_hardly_notice(
-        self, model: Model, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # There is time for fifteen; attention takes eight at once.
-        assert self.read(model, monkeypatch, 3, [1500]) == [[8]] * 187 + [[4]]
+    def test_a_long_one_is_read_between_steps(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.read(model, monkeypatch, 3, [1500]) == ([], [128] * 11 + [92])
 
-    def test_deep_in_a_text_it_takes_fewer_than_attention_takes_at_once(
-        self, model: Model, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model._host.scheduler._row_seconds = 0.0025
-        assert self.read(model, monkeypatch, 3, [1100]) == [[4]] * 275
-
-    def test_two_take_no_longer_than_one(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        model._host.scheduler._row_seconds = 0.0025
-        assert self.read(model, monkeypatch, 3, [1100, 1100]) == [[4]] * 550
-
-    def test_two_share_the_time_that_there_is(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = self.read(model, monkeypatch, 3, [1100, 1100])
-        assert found[0] == [8, 4] and max(map(sum, found)) == 12
-
-    def test_nor_more_than_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.takes(model, 1.0)
-        assert self.read(model, monkeypatch, 1, [1500]) == [[96]] * 15 + [[60]]
+    def test_two_are_read_one_after_the_other(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.read(model, monkeypatch, 3, [1100, 1100]) == ([], ([128] * 8 + [76]) * 2)
 
     def test_a_short_one_takes_a_tenth_of_a_second(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.read(model, monkeypatch, 3, [500]) == [[96]] * 5 + [[20]]
+        assert self.read(model, monkeypatch, 3, [500]) == ([[96]] * 5 + [[20]], [])
 
     def test_and_as_long_as_others_take_without_it(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.takes(model, 0.2)
-        assert self.read(model, monkeypatch, 3, [500]) == [[296], [204]]
+        self.takes(model, 0.3)
+        assert self.read(model, monkeypatch, 3, [500]) == ([[296], [204]], [])
 
     def test_they_take_longer_while_as_many_wait_as_generate(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert self.read(model, monkeypatch, 2, [400, 400]) == [[296], [104, 192], [96], [96], [16]]
+        rows, _ = self.read(model, monkeypatch, 2, [400, 400])
+        assert rows == [[296], [104, 192], [96], [96], [16]]
 
     def test_short_ones_go_before_a_long_one(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.read(model, monkeypatch, 4, [1500, 60, 60]) == [[60, 36], [24]] + [[8]] * 187 + [[4]]
+        rows, batches = self.read(model, monkeypatch, 4, [1500, 60, 60])
+        assert (rows, batches) == ([[60, 36], [24]], [128] * 11 + [92])
 
-    def test_a_step_that_was_disturbed_does_not_make_it_longer(
-        self, model: Model, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.takes(model, 0.01, 0.01, 0.01, 0.09, 0.09)  # a request came, say, and its text was made tokens of
-        assert self.read(model, monkeypatch, 3, [1100]) == [[8]] * 137 + [[4]]
-
-    def test_before_a_long_one_is_read_it_is_known_what_others_take(
-        self, model: Model, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_takes_nearly_as_long_as_a_step(self, model: Model) -> None:
         scheduler = model._host.scheduler
-        scheduler._decode_times = {5: deque([1.0])}
-        monkeypatch.undo()
-        learned: list[tuple[int, int]] = []
-        learn = scheduler._learn
+        for seconds, left in ((0.011, 0.007), (0.015, 0.003), (0.0, 0.018), (0.05, 0.0025)):
+            scheduler._last_end = time.perf_counter() - seconds
+            assert scheduler._bearable(3) == pytest.approx(left, abs=0.001)
 
-        def noted(n_generating: int, n_prompt: int, seconds: float, reading: Any) -> None:
-            learned.append((n_generating, n_prompt))
-            learn(n_generating, n_prompt, 0.01 if not n_prompt else 0.01 + 0.001 * n_prompt, reading)
+    def test_a_step_that_was_disturbed_does_not_make_it_longer(self, model: Model) -> None:
+        self.takes(model, 0.01, 0.01, 0.01, 0.09, 0.09)  # a request came, say, and its text was made tokens of
+        model._host.scheduler._last_end = time.perf_counter() - 0.01
+        assert model._host.scheduler._bearable(3) == pytest.approx(0.008, abs=0.001)
 
-        monkeypatch.setattr(scheduler, "_learn", noted)
-        monkeypatch.setattr(scheduler_module, "_FEWEST_STEPS", 12)
-        monkeypatch.setattr(scheduler_module, "_MOST_STEPS", 1000)
-        self.read(model, monkeypatch, 3, [1100])
-        first = next(number for number, (n, rows) in enumerate(learned) if rows and n == 3)
-        assert sum(n == 3 and not rows for n, rows in learned[:first]) >= 12
-        assert max(rows for n, rows in learned if n == 3) == 8
+    def test_nor_is_it_more_than_a_tenth_of_a_second(self, model: Model) -> None:
+        self.takes(model, 1.0)
+        model._host.scheduler._last_end = time.perf_counter() - 1.0
+        assert model._host.scheduler._bearable(1) == 0.1
+
+    def test_it_is_short_while_nothing_is_known(self, model: Model) -> None:
+        scheduler = model._host.scheduler
+        scheduler._decode_times.clear()
+        scheduler._last_end = time.perf_counter() - 0.02
+        assert scheduler._bearable(3) == pytest.approx(0.0025)
+
+    def test_it_is_read_to_its_end_when_nobody_generates_any_more(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        collector, scheduler = Collector(), model._host.scheduler
+        other, prompt = model.generate([1], max_tokens=3000), [i % 50 for i in range(3000)]
+        monkeypatch.setattr(scheduler, "_bearable", lambda n_generating: 0.0)
+        other.start(collector)
+        while not other.tokens:
+            time.sleep(0.001)
+        answer = model.generate(prompt, max_tokens=3, temperature=0)
+        answer.start(collector)
+        while answer._task is None or answer._task.batch is None:
+            time.sleep(0.001)
+        other.cancel()
+        for _ in range(2):
+            assert collector.ended.acquire(timeout=30)
+        assert answer.tokens == long_alone(prompt)
+
+    def test_who_cancels_while_it_is_read_leaves_nothing_behind(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        collector = Collector()
+        other, prompt = model.generate([1], max_tokens=3000), [i % 50 for i in range(3000)]
+        other.start(collector)
+        while not other.tokens:
+            time.sleep(0.001)
+        with model.session() as session:
+            first = session.generate(prompt, max_tokens=3, temperature=0)
+            first.start(collector)
+            while first._task is None or first._task.batch is None:
+                time.sleep(0.001)
+            second = session.generate(prompt[:2000], max_tokens=3, temperature=0)  # which ends the first
+            assert len(list(second)) == 3 and first.stop_reason == "cancelled"
+            assert second.tokens == long_alone(prompt[:2000])
+        other.cancel()
+        for _ in range(2):
+            assert collector.ended.acquire(timeout=30)
+        wait_for_the_thread_to_end(model)
+
+    def test_what_is_wrong_with_it_is_told_to_whoever_asked(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(part: Any) -> Any:
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(model._runtime, "begin_in_background", fail)
+        collector = Collector()
+        other = model.generate([1], max_tokens=400, temperature=0)
+        other.start(collector)
+        while not other.tokens:
+            time.sleep(0.001)
+        model.generate([i % 50 for i in range(3000)], max_tokens=3).start(collector)
+        for _ in range(2):
+            assert collector.ended.acquire(timeout=30)
+        assert [str(error) for error in collector.errors] == ["no memory"] and len(other.tokens) == 400
 
 
-def test_a_long_prompt_does_not_wait_for_ever_to_know_that(model: Model) -> None:
-    """As it would where a short one is in every step."""
-    scheduler = model._host.scheduler
-    scheduler._decode_times = {5: deque([0.02] * 3)}
-    waits = [scheduler._bearable(3, 1)[1] for _ in range(20)]
-    n_steps = scheduler_module._MOST_STEPS
-    assert waits == [0.0] * n_steps + [pytest.approx(0.03)] * (20 - n_steps)
-    assert scheduler._bearable(5, 1)[1] == pytest.approx(0.03)
-    assert scheduler._bearable(3, 1)[1] == 0.0
-
-
-def test_a_long_prompt_that_was_disturbed_goes_on_as_fast_as_before(model: Model) -> None:
-    """Four rows take two thirds as long as eight: what they take for each says nothing of what eight would."""
-    scheduler = model._host.scheduler
-    scheduler._decode_times = {3: deque([0.01] * 3)}
-    collector = Collector()
-    generation = model.generate([1, 2], max_tokens=1)
-    generation.start(collector)
-    assert collector.ended.acquire(timeout=20) and generation._task is not None
-    task, n_rows = generation._task, []
-    task.long = True
-    for seconds in (0.012, 0.012, 0.05, 0.012, 0.012):  # of eight rows: each takes a millisecond and a half
-        scheduler._learn(3, 8, 0.01 + seconds, [task])
-        n_rows.append(scheduler._rows_in(0.015, task.row_seconds))
-    assert n_rows == [8] * 5
-    for _ in range(20):
-        scheduler._learn(3, 4, 0.01 + 0.008, [task])
-    assert scheduler._rows_in(0.015, task.row_seconds) == 8
+def long_alone(prompt: list[int]) -> list[int]:
+    """Three tokens that follow a long prompt, in a model that does nothing else."""
+    with Model.load(PATH, threads=1, context=4096) as other:
+        generation = other.generate(prompt, max_tokens=3, temperature=0)
+        list(generation)
+        return generation.tokens
 
 
 def test_what_rows_take_is_learned_from_long_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:

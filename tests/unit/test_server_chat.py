@@ -466,6 +466,26 @@ def test_a_stream_says_that_it_lives_while_the_prompt_is_read() -> None:
     assert answer.text.index('"role":"assistant"') < answer.text.index("\n:\n\n") < answer.text.index('"content":"H"')
 
 
+@pytest.mark.parametrize("path", [PATH, "/completion"])
+def test_a_stream_says_how_far_the_prompt_has_been_read(path: str) -> None:
+    model = make_model()
+    event = hold(model)
+    served = app(model, ping_seconds=0.01)
+
+    def seen(answer: Answer) -> bool:
+        if answer.text.count("prompt_progress") >= 3:
+            event.set()
+        return False
+
+    body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "stream": True, "return_progress": True}
+    answer = asyncio.run(request(served, "POST", path, body, leave_when=seen))
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert {one["total"] for one in told} == {told[0]["total"]} and all(one["processed"] >= 0 for one in told)
+    times = [one["time_ms"] for one in told]
+    assert times == sorted(times) and times[-1] > times[0] >= 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_while_the_prompt_is_read(stream: bool) -> None:
     model = make_model()

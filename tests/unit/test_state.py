@@ -7,7 +7,6 @@ import pytest
 
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.token_cache import TokenCache
-from qrun.engine.program import runtime as runtime_module
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.program.state_blocks import MAX_CHECKPOINTS
 from qrun.engine.simd.target import host_target
@@ -167,7 +166,7 @@ def test_guesses_can_be_taken_back_anywhere(runtime: Runtime, rng: np.random.Gen
 def test_a_cancelled_step_spoils_nothing(
     runtime: Runtime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime_module, "PIECE_SECONDS", 1e-9)
+    monkeypatch.setattr(runtime._pace, "piece_seconds", 1e-9)
     tokens = rng.integers(0, runtime.n_vocab, 90)
     expected = logits(runtime, tokens)
     sequence = runtime.sequence()

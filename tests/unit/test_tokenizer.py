@@ -1,5 +1,7 @@
 """What a tokenizer does, on vocabularies small enough to read."""
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -319,3 +321,26 @@ def test_t5_takes_the_likeliest_pieces() -> None:
 def test_bytes_of_all_tokens_at_once_are_those_of_each() -> None:
     for one in (byte_pair(["h e", "l l"], special={"<|end|>": 3}), sentencepiece(["\u2581a", "b"])):
         assert one.all_bytes() == [one.token_bytes(id) for id in range(one.n_vocab)]
+
+
+@pytest.mark.parametrize("word", ["ab" * 100_000, "7" * 50_000, "\u00e9" * 50_000])
+def test_others_go_on_while_a_word_without_an_end_is_encoded(word: str) -> None:
+    """Nor does it take the longer for each character, the more there are."""
+    small = byte_pair(["a b"])
+    ticks, over = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not over.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    try:
+        ids = small.encode(word)
+    finally:
+        over.set()
+        thread.join()
+    assert small.decode(ids) == word
+    assert ticks >= 10 or time.perf_counter() - begin < 0.1

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qrun.engine.text.tokenizer.merging import StagedEncoder, first_byte_pairs
-from qrun.engine.text.tokenizer.slices import in_slices, safe_cuts
+from qrun.engine.text.tokenizer.slices import in_slices, library_ids, safe_cuts
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 from qrun.formats.gguf.cursor import quote
 
@@ -40,7 +40,7 @@ def _library_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     unspelt = len(vocabulary)
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = library_ids(tokenizer, text)
         return [id for id in ids if id != unspelt] if unspelt in ids else ids
 
     return encode

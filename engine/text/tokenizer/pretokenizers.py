@@ -12,6 +12,7 @@ import warnings
 from dataclasses import replace
 
 from qrun.formats.dataclass import dataclass
+from qrun.formats.gguf.cursor import quote
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -232,6 +233,6 @@ def pre_tokenizer(name: str | None) -> PreTokenizer:
     """The pre-tokenizer of that name; the default, with a warning, for a name that is not known."""
     found = PRE_TOKENIZERS.get(name or "default")
     if found is None:
-        warnings.warn(f"unknown pre-tokenizer {name!r}: its text is cut by the default rules", stacklevel=2)
+        warnings.warn(f"unknown pre-tokenizer {quote(name or '')}: its text is cut by the default rules", stacklevel=2)
         return _DEFAULT
     return found

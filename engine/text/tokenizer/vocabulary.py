@@ -14,6 +14,7 @@ import numpy as np
 from qrun.engine.text.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from qrun.engine.text.tokenizer.spellings import Spellings
 from qrun.formats import FormatError, GGUFReader
+from qrun.formats.gguf.cursor import quote
 from qrun.formats.gguf.strings import Strings
 from qrun.models.normalizer import USUAL_WORD_LENGTH, Normalizer, NormalizerError
 
@@ -109,7 +110,7 @@ class Vocabulary:
         if self.kind in ("none", "no_vocab"):
             raise self.error("the file has no tokenizer")
         if self.kind not in KINDS:
-            raise self.error(f"tokenizer kind {self.kind!r} is not supported")
+            raise self.error(f"tokenizer kind {quote(self.kind)} is not supported")
         self.pre: str | None = self._value("tokenizer.ggml.pre", str, None)
 
         self.pieces = self._pieces()
@@ -233,7 +234,7 @@ class Vocabulary:
         default = SpacePrefix.ALWAYS if spaced else SpacePrefix.NEVER
         prefix = self._value("qrun.tokenizer.space_prefix", str, default)
         if prefix not in set(SpacePrefix):
-            raise self.error(f"qrun.tokenizer.space_prefix is {prefix!r}")
+            raise self.error(f"qrun.tokenizer.space_prefix is {quote(str(prefix))}")
         self.space_prefix = SpacePrefix(prefix)
 
     def _usual_normalizer(self) -> str:

@@ -5,7 +5,7 @@ What is done to a text and where its words end is what the `tokenizers` library 
 
 from collections.abc import Callable
 
-from qrun.engine.text.tokenizer.slices import in_slices, safe_cuts
+from qrun.engine.text.tokenizer.slices import in_slices, library_ids, safe_cuts
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 
 _WITHIN = "##"  # before a piece that goes on within a word, where files do not leave it out
@@ -37,12 +37,8 @@ def word_piece_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
     cut = tokenizer.pre_tokenizer
-    return in_slices(encode, lambda: safe_cuts(cut))
+    return in_slices(lambda text: library_ids(tokenizer, text), lambda: safe_cuts(cut))
 
 
 def _spelling(piece: str) -> str:
