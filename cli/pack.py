@@ -76,12 +76,13 @@ def command(
     out = Path(out).absolute()
     check_writable(out)
     with ExitStack() as stack:
-        graphs, quantisers = [], set()
+        graphs, quantisers, packages = [], set(), set()
         adapters = stack.enter_context(open_adapters(loras))
         for model in models:
             folder = is_checkpoint(model)
             reader = stack.enter_context(GGUFReader(find_model(model, type_name if folder else None)))
             graphs += _graphs(reader, adapters)
+            packages |= _packages(reader, folder)
             if folder:  # the app may quantise it when it first loads it
                 types = {tensor.type for tensor in reader.tensors.values()}
                 quantisers |= {f"quantize-{type.name}" for type in types if type in SEARCHES}
@@ -96,7 +97,7 @@ def command(
             keys = [*kernels_on_any_machine(of_machine, cache_types, target), *of_adapters, *sorted(quantisers)]
             counted = f" ({number} of {len(takers)})" if len(takers) > 1 else ""
             images[name] = load_images(keys, target, CompileProgress(name + counted))
-    size = write(out, __version__, images)
+    size = write(out, __version__, images, packages)
     kernels = {key for of_target in images.values() for key in of_target}
     echo(f"{out}: {plural(len(kernels), 'kernel')} for {', '.join(images)}, {human_bytes(size)}")
 
@@ -113,3 +114,15 @@ def _graphs(reader: Any, adapters: Any) -> list[Graph]:
     except FormatError:  # it has none
         return graphs
     return [*graphs, with_hidden, *layers]
+
+
+def _packages(reader: Any, is_folder: bool) -> set[str]:
+    """What cuts the model's texts into tokens. is_folder: it is a checkpoint, whose rules are the library's."""
+    from qrun.engine.text.tokenizer import Tokenizer
+    from qrun.formats import FormatError
+
+    try:
+        packages = set(Tokenizer.load(reader).packages)
+    except FormatError:  # it has none
+        packages = set()
+    return packages | {"tokenizers"} if is_folder else packages

@@ -78,6 +78,7 @@ def test_a_pack_is_one_file_a_machine_and_a_manifest_that_says_what_is_where(
     manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["format"] == FORMAT and manifest["sources"] == sources_digest()
     assert list(manifest["targets"]) == ["avx2", "neon"]
+    assert manifest["packages"] == ["tokenizers"]
     kernels = manifest["targets"]["neon"]["kernels"]
     assert {"lead", "serve", "append-q8_0"} <= set(kernels) and "append-f16" not in kernels
     assert result.stdout.startswith(f"{out}: {len(kernels)} kernels for avx2, neon, ")

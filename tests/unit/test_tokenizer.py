@@ -1,5 +1,6 @@
 """What a tokenizer does, on vocabularies small enough to read."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -319,3 +320,19 @@ def test_t5_takes_the_likeliest_pieces() -> None:
 def test_bytes_of_all_tokens_at_once_are_those_of_each() -> None:
     for one in (byte_pair(["h e", "l l"], special={"<|end|>": 3}), sentencepiece(["\u2581a", "b"])):
         assert one.all_bytes() == [one.token_bytes(id) for id in range(one.n_vocab)]
+
+
+@pytest.mark.parametrize("text", ["ab", "ab " * 9000])
+def test_a_package_that_was_left_out_of_an_app_is_named_with_the_first_text(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only once a text is so long that it is needed."""
+    words = sentencepiece(["\u2581a", "b"])
+    letters, cased = byte_pair(["a b"]), byte_pair(["a b"], **{"normalizer.lowercase": True})
+    assert (words.packages, letters.packages, cased.packages) == (["sentencepiece"], ["tokenizers"], ["tokenizers"])
+    assert tokenizer("rwkv", ["<s>", "a"], [CONTROL, NORMAL]).packages == []
+    for small in (words, letters):
+        (name,) = small.packages
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"^the package {name} cuts this model's texts .*: install it, or"):
+            small.encode(text)
