@@ -271,12 +271,12 @@ class CompileProgress:
         if total <= 0:
             return
         if not rewritable(sys.stderr):
-            if not self._announced:
+            if done < total and not self._announced:
                 notice(f"compiling {plural(total, 'kernel')} for {self._for} (once)")
         else:
             say = _bars[-1] if _bars else status_line
             say(f"compiling kernels for {self._for}  {done}/{total}" if done < total else "")
-        self._announced = True
+        self._announced = done < total  # others may follow
 
 
 READING_DELAY = 2.0

@@ -22,22 +22,15 @@ class Targets(click.ParamType):
     name = "host|all|NAME,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        from qrun.engine.simd.target import MACHINES, usable_machines
+        from qrun.engine.simd.target import MACHINES
 
         if isinstance(value, list):
             return value
-        names: list[str] = []
-        for name in value.split(","):
-            name = name.strip().lower()
-            if name == "host":
-                names.append(usable_machines()[0])
-            elif name == "all":  # few computers of an app's users have AMX
-                names += [machine for machine in MACHINES if not machine.startswith("amx")]
-            elif name in MACHINES:
-                names.append(name)
-            else:
+        names = [name.strip().lower() for name in value.split(",")]
+        for name in names:
+            if name not in ("host", "all", *MACHINES):
                 self.fail(f"{name!r} is no kind of machine; there are host, all, {', '.join(MACHINES)}", param, ctx)
-        return list(dict.fromkeys(names))
+        return names
 
 
 @click.command()
@@ -46,8 +39,8 @@ class Targets(click.ParamType):
               help="Where the pack is written; one that is there is replaced.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="all", show_default=True,
               help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "
-                   "apple, neon-dotprod, neon; host for the kind that this one is. all leaves out amx-floats, "
-                   "for F16 and BF16 on Intel's servers, and amx, for apps that set QRUN_SIMD to it. The same "
+                   "apple, neon-dotprod, neon; host for the kind that this one is. all and host have amx-floats, for "
+                   "Intel's newer servers, where models have F16 or BF16 weights, and amx where they embed. The same "
                    "code runs on Linux, macOS and Windows.")  # fmt: skip
 @click.option("--cache-type", "cache_types", type=click.Choice(CACHE_TYPES), multiple=True, default=["f16"],
               show_default=True, help="How the app keeps keys and values. May be given several times.")  # fmt: skip
@@ -74,7 +67,7 @@ def command(
     from qrun.engine.native.compiler import load_images
     from qrun.engine.native.packs import check_writable, write
     from qrun.engine.program.adapted import ADAPTER_KERNELS
-    from qrun.engine.program.needs import kernels_on_any_machine
+    from qrun.engine.program.needs import kernels_on_any_machine, machines_for
     from qrun.engine.simd.target import machine_target
     from qrun.formats import GGUFReader
     from qrun.formats.blocks import SEARCHES
@@ -83,25 +76,30 @@ def command(
     out = Path(out).absolute()
     check_writable(out)
     with ExitStack() as stack:
-        graphs, quantisers = [], set()
+        graphs, quantisers, packages = [], set(), set()
         adapters = stack.enter_context(open_adapters(loras))
         for model in models:
             folder = is_checkpoint(model)
             reader = stack.enter_context(GGUFReader(find_model(model, type_name if folder else None)))
             graphs += _graphs(reader, adapters)
+            packages |= _packages(reader, folder)
             if folder:  # the app may quantise it when it first loads it
                 types = {tensor.type for tensor in reader.tensors.values()}
                 quantisers |= {f"quantize-{type.name}" for type in types if type in SEARCHES}
+        takers: dict[str, list[Graph]] = {}
+        for graph in graphs:
+            for machine in dict.fromkeys(machine for name in targets for machine in machines_for(graph, name)):
+                takers.setdefault(machine, []).append(graph)
         images = {}
-        for number, name in enumerate(targets, 1):
+        for number, (name, of_machine) in enumerate(takers.items(), 1):
             target = machine_target(name)
             of_adapters = ADAPTER_KERNELS if adapters else ()  # the app may switch them
-            keys = [*kernels_on_any_machine(graphs, cache_types, target), *of_adapters, *sorted(quantisers)]
-            counted = f" ({number} of {len(targets)})" if len(targets) > 1 else ""
+            keys = [*kernels_on_any_machine(of_machine, cache_types, target), *of_adapters, *sorted(quantisers)]
+            counted = f" ({number} of {len(takers)})" if len(takers) > 1 else ""
             images[name] = load_images(keys, target, CompileProgress(name + counted))
-    size = write(out, __version__, images)
+    size = write(out, __version__, images, packages)
     kernels = {key for of_target in images.values() for key in of_target}
-    echo(f"{out}: {plural(len(kernels), 'kernel')} for {', '.join(targets)}, {human_bytes(size)}")
+    echo(f"{out}: {plural(len(kernels), 'kernel')} for {', '.join(images)}, {human_bytes(size)}")
 
 
 def _graphs(reader: Any, adapters: Any) -> list[Graph]:
@@ -116,3 +114,15 @@ def _graphs(reader: Any, adapters: Any) -> list[Graph]:
     except FormatError:  # it has none
         return graphs
     return [*graphs, with_hidden, *layers]
+
+
+def _packages(reader: Any, is_folder: bool) -> set[str]:
+    """What cuts the model's texts into tokens. is_folder: it is a checkpoint, whose rules are the library's."""
+    from qrun.engine.text.tokenizer import Tokenizer
+    from qrun.formats import FormatError
+
+    try:
+        packages = set(Tokenizer.load(reader).packages)
+    except FormatError:  # it has none
+        packages = set()
+    return packages | {"tokenizers"} if is_folder else packages

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.prefixes import Prefixes, shared_beginning
 from qrun.engine.generation.token_cache import common_prefix
+from qrun.engine.native.stacks import roomy_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,7 +262,8 @@ class Scheduler:
             self._tasks.append(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="qrun scheduler", daemon=True)
-                self._thread.start()
+                with roomy_threads():
+                    self._thread.start()
             self.changed.notify()
         return task
 

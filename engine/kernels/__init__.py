@@ -88,16 +88,18 @@ def in_parts(key: str) -> bool:
     return not key.startswith(("matmul-", "attention-", "linear_attention-", "index_", "sparse_attention-"))
 
 
-def all_keys() -> list[str]:
-    """The keys of all kernels that any model may need."""
+def all_keys(float_tiles: bool = False) -> list[str]:
+    """The keys of all kernels that any model may need. float_tiles: on machines that multiply float16 by tiles."""
     from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER
     from qrun.engine.kernels.unpack import TYPES
 
-    packings, heads = ("q8", "f32"), range(1, MAX_HEADS_TOGETHER + 1)
+    tiled = ("f16", "bf16") if float_tiles else ()
+    packings, heads = ("q8", "f32", *tiled), range(1, MAX_HEADS_TOGETHER + 1)
     layouts = ("", "-rows", "-rows-entries")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
+        *(f"matmul-{type_.upper()}-tiles" for type_ in tiled),
         *(f"append-{kind}" for kind in KIND_BITS),
         *(f"{name}-{kind}-{together}{layout}" for name in ("attention", "sparse_attention") for kind in KIND_BITS
           for together in heads for layout in layouts),

@@ -1,9 +1,10 @@
 """Kernel packs: machine code that was compiled ahead, for apps that shall not compile anything where they run.
 
 A pack is a folder with `manifest.json` and, for each kind of machine (see `simd.target.MACHINES`), a file of images one
-after another. The manifest says of which sources they were made, where each image lies, and its digest:
+after another. The manifest says of which sources they were made, where each image lies, and its digest; and which
+packages cut the texts of the models that it was made for:
 
-    {"format": "qrun kernels 1", "qrun": "0.1.0", "sources": "e57f...", "targets": {
+    {"format": "qrun kernels 1", "qrun": "0.1.0", "sources": "e57f...", "packages": ["tokenizers"], "targets": {
         "avx2": {"file": "avx2.code", "kernels": {"matmul-Q4_K": {"offset": 0, "bytes": 36096, "sha256": "..."}}}}}
 
 A pack is trusted as a library is: it is named by the app (`using`), by whoever starts the process (QRUN_KERNELS), or
@@ -21,7 +22,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,10 @@ def _folders_of_the_app() -> list[Path]:
     return [Path(place) / FOLDER for place in places if place]
 
 
-def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]]) -> int:
-    """Writes a pack: images by the names of machines and kernels. A pack that was there before is replaced, as a whole;
-    any other folder with something in it is not: FileExistsError. Returns the bytes written."""
+def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]], packages: Iterable[str] = ()) -> int:
+    """Writes a pack: images by the names of machines and kernels. packages: those that cut the models' texts. A pack
+    that was there before is replaced, as a whole; any other folder with something in it is not: FileExistsError.
+    Returns the bytes written."""
     from qrun.formats.whole_file import naming_file  # no start needs it
 
     check_writable(folder)
@@ -164,7 +166,7 @@ def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]])
         with naming_file(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
-            size = _fill(temporary, version, images)
+            size = _fill(temporary, version, images, packages)
             if folder.exists():
                 os.replace(folder, before)
             os.replace(temporary, folder)
@@ -176,7 +178,7 @@ def write(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]])
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _fill(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]]) -> int:
+def _fill(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]], packages: Iterable[str]) -> int:
     targets = {}
     for machine, kernels in images.items():
         places, parts, offset = {}, [], 0
@@ -189,7 +191,8 @@ def _fill(folder: Path, version: str, images: Mapping[str, Mapping[str, bytes]])
         name = f"{machine}.code"
         (folder / name).write_bytes(b"".join(parts))
         targets[machine] = {"file": name, "kernels": places}
-    manifest = {"format": FORMAT, "qrun": version, "sources": sources_digest(), "targets": targets}
+    about = {"format": FORMAT, "qrun": version, "sources": sources_digest(), "packages": sorted(set(packages))}
+    manifest = {**about, "targets": targets}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return sum(path.stat().st_size for path in folder.iterdir())
 

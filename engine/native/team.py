@@ -24,6 +24,7 @@ from qrun.engine.cpu.code_memory import CodeMemory
 from qrun.engine.cpu.features import architecture
 from qrun.engine.kernels import records as R
 from qrun.engine.native.compiler import Kernels
+from qrun.engine.native.stacks import has_room, roomy_threads
 
 TEAM_KERNELS = ("lead", "serve")
 
@@ -122,7 +123,10 @@ class Team:
         # Who falls asleep between this and the step sleeps through it. To begin first would be worse: an interrupt
         # (Ctrl-C) between the two calls would leave a step that goes on without its caller.
         crew.wake_sleepers()
-        crew.lead(crew.address, 0, 0)
+        if has_room():
+            crew.lead(crew.address, 0, 0)
+        else:
+            _lead_elsewhere(crew, program, step)
 
     def close(self) -> None:
         """End the threads, and wait until they have ended. Not during a step."""
@@ -140,6 +144,28 @@ class Team:
         weakref.finalize(self, crew.dismiss)
         for number in range(1, 1 if self._closed else self.size):
             thread = threading.Thread(target=crew.work, args=(number,), name=f"qrun-{number}", daemon=True)
-            thread.start()
+            with roomy_threads():
+                thread.start()
             self._threads.append(thread)
         return crew
+
+
+def _lead_elsewhere(crew: _Crew, *held: np.ndarray) -> None:
+    """A step whose caller's stack has too little room, in a thread for it alone. held: what the step looks at."""
+    done: SimpleQueue[None] = SimpleQueue()
+
+    def lead(*_: np.ndarray) -> None:
+        crew.lead(crew.address, 0, 0)
+        done.put(None)
+
+    with roomy_threads():
+        threading.Thread(target=lead, args=held, name="qrun-0", daemon=True).start()
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            done.get()
+            break
+        except BaseException as error:  # Ctrl-C; the step goes on, and with what it looks at
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -13,7 +13,7 @@ from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
 from qrun.engine.program.record_writer import matrices, tiles_for
 from qrun.engine.program.state_blocks import state_sizes
-from qrun.engine.simd.target import Target
+from qrun.engine.simd.target import MACHINES, TILES, Target, machine_name, model_target, usable_machines
 from qrun.models import graph as G
 
 
@@ -41,6 +41,18 @@ def kernels_of(
     return [*TEAM_KERNELS, *dict.fromkeys([*keys, *sorted(attention)])]
 
 
+def machines_for(graph: G.Graph, name: str) -> list[str]:
+    """The kinds of machines that a model chooses from. name: "host" for those that this machine is, "all", or a kind.
+    Where it gains by tiles, but a machine's system does not give leave to use them, it chooses the next kind."""
+    tiles = tiles_for(graph)
+    if name == "host":
+        chosen = machine_name(model_target(tiles))
+        return list(dict.fromkeys([usable_machines()[0], *([chosen] if chosen else [])]))
+    if name == "all":
+        return [machine for machine in MACHINES if machine not in TILES or machine == tiles]
+    return [name]
+
+
 def kernels_on_any_machine(graphs: Iterable[G.Graph], cache_types: Iterable[str], target: Target) -> list[str]:
     """What models need on machines of a kind, however many cores they have."""
     types = list(cache_types)
@@ -53,14 +65,18 @@ def warm_up(
 ) -> tuple[int, int]:
     """Compile what a model will need, or without one all that any model may need, as far as it is not there.
 
-    Returns how many kernels were compiled, and how many were there. `progress` is called with (done, to be done).
+    Returns how many kernels were compiled, and how many were there. `progress` is called with (done, to be done), for
+    each form of kernels that models choose here.
     """
     from qrun.engine.kernels import all_keys
 
-    target = default_target(tiles_for(graph) if graph is not None else "")
-    keys = kernels_of(graph, cache_type, target) if graph is not None else all_keys()
-    compiled = compile_kernels(keys, target, progress)
-    return compiled, len(set(keys)) - compiled
+    if graph is None:
+        wanted = {target: all_keys(target.float_tiles) for target in map(default_target, ("", *TILES))}
+    else:
+        target = default_target(tiles_for(graph))
+        wanted = {target: kernels_of(graph, cache_type, target)}
+    compiled = sum(compile_kernels(keys, target, progress) for target, keys in wanted.items())
+    return compiled, sum(len(set(keys)) for keys in wanted.values()) - compiled
 
 
 def bytes_per_token(graph: G.Graph, cache_type: str, position: float) -> float:

@@ -154,12 +154,14 @@ MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "neon-dotprod": (_ARM, "neoverse-n1", V8_2),
     "neon": (_ARM, "cortex-a72", ("neon",)),
 }
+TILES = ("amx-floats", "amx")
+"""Those of them that only some models gain by: see `model_target`."""
 
 
 def machine_target(name: str) -> Target:
     """A kind of machine that is common, by its name in MACHINES."""
     triple, cpu, features = MACHINES[name]
-    return choose_target(triple, cpu, dict.fromkeys(features, True), name if name.startswith("amx") else "best")
+    return choose_target(triple, cpu, dict.fromkeys(features, True), name if name in TILES else "best")
 
 
 def machine_name(target: Target) -> str | None:
@@ -174,7 +176,7 @@ def usable_machines() -> list[str]:
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
-        if triple.startswith(family) and present >= set(features) and not name.startswith("amx")
+        if triple.startswith(family) and present >= set(features) and name not in TILES
         and (name != "apple" or sys.platform == "darwin")
     ]  # fmt: skip
     if not usable:
@@ -186,7 +188,7 @@ def usable_machines() -> list[str]:
 def host_target(form: str | None = None) -> Target:
     """The machine that runs this process. `form` (or QRUN_SIMD) forces another form: see `choose_target`."""
     form = form or os.environ.get("QRUN_SIMD") or "best"
-    if form.startswith("amx"):
+    if form in TILES:
         triple, cpu, features = MACHINES[form]
         present = host_features()
         if not _may_use_tiles():

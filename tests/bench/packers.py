@@ -36,12 +36,13 @@ if __name__ == "__main__":
 """
 # As docs/embedding.md says. OUT is where the app goes, KERNELS the pack.
 PYINSTALLER = ["PyInstaller", "--noconfirm", "--log-level=ERROR", "--distpath=OUT"]
+EXCLUDED = "numba,llvmlite,gguf,huggingface_hub"
 LEFT_OUT = "numba,llvmlite,huggingface_hub,prompt_toolkit,gguf,PyInstaller"
 AS_BYTECODE = ["qrun", "numpy", "jinja2", "markupsafe", "tokenizers", "sentencepiece", "filelock"]
 COMMANDS = {
     "pyinstaller": [*PYINSTALLER, "app.py"],
     "pyinstaller-file": [*PYINSTALLER, "--onefile", "app.py"],
-    "cx_freeze": ["cx_Freeze", "build", "--script=app.py", "--build-exe=OUT/app", "--excludes=numba,llvmlite"],
+    "cx_freeze": ["cx_Freeze", "build", "--script=app.py", "--build-exe=OUT/app", f"--excludes={EXCLUDED}"],
     "nuitka": [
         "nuitka", "--standalone", "--output-dir=OUT", "--include-data-dir=KERNELS=kernels",
         "--include-package=qrun.engine,qrun.models,qrun.formats", f"--nofollow-import-to={LEFT_OUT}",

@@ -1,6 +1,7 @@
 """Packed apps: what packers must see, what they are told, and one app that is packed and run."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -132,17 +133,43 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert runpy.run_path(str(folder / "hook-qrun.models.py"))["datas"] == [("qrun.models", "*.toml")]
     assert runpy.run_path(str(folder / "hook-qrun.server.py"))["datas"] == [("qrun.server", "static/*")]
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
-    assert "excludedimports" not in runpy.run_path(str(folder / "hook-qrun.formats.py"))
+    for other in ("hook-qrun.formats.py", "hook-qrun.models.py"):
+        assert "excludedimports" not in runpy.run_path(str(folder / other))
     # with a pack the app has the pack, and no compiler
     pack = tmp_path / "kernels"
     monkeypatch.setenv("QRUN_KERNELS", str(pack))
     with pytest.raises(SystemExit, match=f"QRUN_KERNELS names {pack}, where there is no pack"):
         runpy.run_path(str(folder / "hook-qrun.engine.py"))
-    packs.write(pack, "1", {"avx2": {"a": Image(62, 0, None, b"code").to_bytes()}})
+    packs.write(pack, "1", {"avx2": {"a": Image(62, 0, None, b"code").to_bytes()}}, ["tokenizers"])
     engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
     assert engine["datas"] == [(str(pack / name), "kernels") for name in ("manifest.json", "avx2.code")]
-    assert engine["excludedimports"] == ["numba", "llvmlite"]
+    # and of what cuts texts, only what the pack's models need
+    assert engine["excludedimports"] == ["numba", "llvmlite", "sentencepiece"]
+    models = runpy.run_path(str(folder / "hook-qrun.models.py"))
+    assert models["excludedimports"] == ["huggingface_hub", "sentencepiece"]
     assert runpy.run_path(str(folder / "hook-qrun.formats.py"))["excludedimports"] == ["gguf"]
+    manifest = json.loads((pack / "manifest.json").read_text())
+    del manifest["packages"]  # as of an older version
+    (pack / "manifest.json").write_text(json.dumps(manifest))
+    engine = runpy.run_path(str(folder / "hook-qrun.engine.py"))
+    assert engine["excludedimports"] == ["numba", "llvmlite"]
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_sources_are_packed_where_something_is_read_from_them(
+    built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The name of a wheel's sources is in the wheel, and a checkout's is made of them."""
+    helpers = types.ModuleType("PyInstaller.utils.hooks")
+    helpers.collect_submodules = helpers.copy_metadata = lambda *_, **__: []  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "PyInstaller.utils.hooks", helpers)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if built else None)
+    packs.write(tmp_path / "kernels", "1", {"avx2": {"a": Image(62, 0, None, b"code").to_bytes()}})
+    (folder,) = map(Path, hook_folders())
+    for pack, packed in ((None, True), (tmp_path / "kernels", not built)):
+        monkeypatch.setenv("QRUN_KERNELS", str(pack or ""))
+        modes = runpy.run_path(str(folder / "hook-qrun.engine.py"))["module_collection_mode"]
+        assert ("qrun.engine.kernels" in modes) == packed and "qrun.engine.sampling" in modes
 
 
 def test_the_documentation_has_the_commands_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:

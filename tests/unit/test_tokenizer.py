@@ -1,5 +1,6 @@
 """What a tokenizer does, on vocabularies small enough to read."""
 
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -344,3 +345,19 @@ def test_others_go_on_while_a_word_without_an_end_is_encoded(word: str) -> None:
         thread.join()
     assert small.decode(ids) == word
     assert ticks >= 10 or time.perf_counter() - begin < 0.1
+
+
+@pytest.mark.parametrize("text", ["ab", "ab " * 9000])
+def test_a_package_that_was_left_out_of_an_app_is_named_with_the_first_text(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only once a text is so long that it is needed."""
+    words = sentencepiece(["\u2581a", "b"])
+    letters, cased = byte_pair(["a b"]), byte_pair(["a b"], **{"normalizer.lowercase": True})
+    assert (words.packages, letters.packages, cased.packages) == (["sentencepiece"], ["tokenizers"], ["tokenizers"])
+    assert tokenizer("rwkv", ["<s>", "a"], [CONTROL, NORMAL]).packages == []
+    for small in (words, letters):
+        (name,) = small.packages
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"^the package {name} cuts this model's texts .*: install it, or"):
+            small.encode(text)

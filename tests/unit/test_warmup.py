@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny_model import write_half_model
 
 from qrun.cli.main import cli
 from qrun.engine.kernels import all_keys
@@ -14,7 +15,7 @@ from qrun.engine.program import needs as warmup
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.state_blocks import state_sizes
-from qrun.engine.simd.target import host_target
+from qrun.engine.simd.target import TILES, host_target, machine_target
 from qrun.formats import GGUFReader
 from qrun.models import build_graph
 
@@ -81,7 +82,25 @@ def test_another_cache_type_needs_two_more(compiled: list[str]) -> None:
     assert sorted(compiled) == ["append-q8_0", "attention-q8_0-1"]
 
 
-def test_without_a_model_everything_is_compiled(compiled: list[str]) -> None:
+def test_without_a_model_everything_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "default_target", lambda tiles: host_target())
     result = CliRunner().invoke(cli, ["warmup"])
     assert result.stdout == f"{len(all_keys())} kernels compiled, 0 were there\n"
     assert sorted(compiled) == sorted(all_keys())
+
+
+def test_everything_includes_what_models_of_floats_choose(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {"": host_target()} | {name: machine_target(name) for name in TILES}
+    monkeypatch.setattr(warmup, "default_target", tiles.__getitem__)
+    result = CliRunner().invoke(cli, ["warmup"])
+    n, tiled = len(all_keys()), len(all_keys(float_tiles=True))
+    assert result.stdout == f"{n + 2 * tiled} kernels compiled, 0 were there\n"
+    assert [line for line in result.stderr.splitlines() if "compiling" in line] == [
+        f"qrun: compiling {count} kernels for this CPU (once)" for count in (n, tiled, tiled)
+    ]
+
+
+def test_all_kernels_of_tiles_are_all_that_a_model_of_floats_needs(tmp_path: Path) -> None:
+    with GGUFReader(write_half_model(tmp_path / "model.gguf")) as reader:
+        needed = warmup.kernels_of(build_graph(reader), target=machine_target("amx-floats"))
+    assert {"matmul-F16-tiles", "rms_norm-f16"} <= set(needed) <= set(all_keys(float_tiles=True))

@@ -31,6 +31,13 @@ def write_slow_model(path: Path) -> Path:
     return path
 
 
+def write_half_model(path: Path) -> Path:
+    """A small model of random weights in float16."""
+    model = llama(layers=1, width=64, ffn=64, heads=2, kv_heads=2, vocabulary=128)
+    write(path, "F16", model, set_tokenizer=set_tokenizer)
+    return path
+
+
 def write_tiny_model(
     path: Path, *, architecture: str = "llama-dense", pieces: list[str] | None = None, experts: int | None = None
 ) -> Path:

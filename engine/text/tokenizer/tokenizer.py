@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from os import PathLike
 from typing import Self
 
@@ -164,6 +165,12 @@ class Tokenizer(OfThisProcess):
         """How a text may begin that has a space already. Models of SentencePiece's kind take one for the other."""
         return (" ", SPACE) if self.kind == "llama" else " "
 
+    @property
+    def packages(self) -> list[str]:
+        """The packages that cut its texts: an app has to bring them along."""
+        of_kind = {"rwkv": [], "llama": ["sentencepiece"], "t5": ["sentencepiece"]}.get(self.kind, ["tokenizers"])
+        return sorted({*of_kind, *(["tokenizers"] if self._vocabulary.normalizer else [])})
+
     @cached_property
     def _special(self) -> SpecialPieces:
         return SpecialPieces(self._vocabulary)
@@ -175,6 +182,13 @@ class Tokenizer(OfThisProcess):
     @cached_property
     def _encode_text(self) -> Callable[[str], list[int]]:
         """Built when a text is first encoded: a model that is only given token ids does not pay for it."""
+        for package in self.packages:  # some are first used for long texts
+            if find_spec(package) is None:
+                raise ImportError(
+                    f"the package {package} cuts this model's texts into tokens, and is not there: install it, or have "
+                    f"it packed with the app",
+                    name=package,
+                )
         if self._vocabulary.is_byte_pair:
             from qrun.engine.text.tokenizer.bytepair import byte_pair_encoder
 
