@@ -75,14 +75,10 @@ def _cholesky(h: F64Array) -> None:
     n = len(h)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
+        h[start:, start:end] -= h[start:, :start] @ h[start:end, :start].T
         h[start:end, start:end] = np.linalg.cholesky(h[start:end, start:end])
-        h[start:end, end:] = 0
-        if end == n:
-            return
         h[end:, start:end] = h[end:, start:end] @ np.linalg.inv(h[start:end, start:end]).T
-        for strip in range(end, n, STRIP):
-            of = slice(strip, min(strip + STRIP, n))
-            h[strip:, of] -= h[strip:, start:end] @ h[of, start:end].T
+        h[start:end, end:] = 0
 
 
 def _invert_lower(matrix: F64Array) -> None:
@@ -170,52 +166,3 @@ class Gptq:
     def _tiles(self, array: F32Array) -> F32Array:
         """[rows, n] -> [tiles, n, lanes]."""
         return np.ascontiguousarray(array.reshape(-1, self._lanes, array.shape[1]).transpose(0, 2, 1))
-
-
-class Moments:
-    """The sum of x x^T over the rows of an input, in float32 for each product and float64 for their sum.
-
-    Rows wait until there are GATHERED of them: to fill half of a wide matrix and to add it takes longer than the
-    product of a few rows. Only the lower half is computed, in strips.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._sum = np.zeros((width, width), np.float64 if width <= WIDE else np.float32)
-        self._waiting = np.empty((GATHERED, width), np.float32)
-        self._count = 0
-
-    def add(self, rows: F32Array) -> None:
-        """rows: float32 [n, width]."""
-        while len(rows):
-            taken = rows[: GATHERED - self._count]
-            self._waiting[self._count : self._count + len(taken)] = taken
-            self._count += len(taken)
-            rows = rows[len(taken) :]
-            if self._count == GATHERED:
-                self._flush()
-
-    def _flush(self) -> None:
-        rows = self._waiting[: self._count]
-        for strip in range(0, rows.shape[1], SUMMED):
-            of = slice(strip, strip + SUMMED)
-            self._sum[strip:, of] += rows[:, strip:].T @ rows[:, of]
-        self._count = 0
-
-    @staticmethod
-    def bytes_for(width: int) -> int:
-        """What they take while they are added up."""
-        return (8 if width <= WIDE else 4) * width**2 + 4 * GATHERED * width
-
-    def matrix(self) -> F32Array:
-        """float32 [width, width]"""
-        self._flush()
-        result = self._sum.astype(np.float32, copy=False)
-        for strip in range(0, len(result), SUMMED):
-            end = strip + SUMMED
-            result[strip:end, end:] = result[end:, strip:end].T
-        return result
-
-
-GATHERED = 2048
-SUMMED = 512  # columns of a strip
-WIDE = 4096  # above it, sums of float64 would take too much memory

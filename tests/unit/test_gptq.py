@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qrun.engine.quantize.encoder import Encoder
-from qrun.engine.quantize.gptq import GATHERED, GPTQ_TYPES, Gptq, Moments, factor
+from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, factor
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType, dequantize, quantize
 from qrun.formats.blocks.codes import CODES
 from qrun.formats.blocks.fitting import Groups
@@ -59,14 +59,6 @@ def test_inputs_that_never_move_leave_a_factor_and_no_inputs_none(rng: np.random
     x = inputs(rng, 3, 64)
     assert factor(x.T @ x) is not None  # of rank 3
     assert factor(np.zeros((64, 64))) is None
-
-
-def test_second_moments_are_those_of_all_rows_however_they_come(rng: np.random.Generator) -> None:
-    rows = rng.normal(size=(2 * GATHERED + 77, 32)).astype(np.float32)
-    moments = Moments(32)
-    for part in np.split(rows, [5, 900, 4000]):
-        moments.add(part)
-    np.testing.assert_allclose(moments.matrix(), rows.T.astype(np.float64) @ rows, rtol=1e-5, atol=1e-2)
 
 
 def test_the_factor_of_a_wide_matrix_takes_its_memory_less_than_three_times() -> None:
