@@ -155,7 +155,7 @@ LORA_ADAPTER_BYTES = 40
  Q_ROUNDS, Q_LEVELS, Q_CANDIDATES, Q_BY_SIZE) = _fields(14)  # fmt: skip
 
 # Rounding columns one by one: see kernels.spread.
-(SPREAD_X, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(6)
+(SPREAD_X, SPREAD_WEIGHTS, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(7)
 
 # Second moments: see kernels.moments. A block of sums has MOM_BLOCK columns, a step so many rows.
 MOM_BLOCK, MOM_ROWS = 32, 32
