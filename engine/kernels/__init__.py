@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         linear_attention,
         lora,
         matmul,
+        moments,
         observe,
         pool,
         quantize,
@@ -62,6 +63,7 @@ _MODULES = {
     "pool": "pool",
     **dict.fromkeys(("index_scores", "index_choose", "sparse_attention"), "sparse_attention"),
     "spread": "spread",
+    "moments": "moments",
     "read": "read",
     **dict.fromkeys(("pack", "rope", "gate", *ROW_OPERATIONS), "rows"),
 }

@@ -155,7 +155,11 @@ LORA_ADAPTER_BYTES = 40
  Q_ROUNDS, Q_LEVELS, Q_CANDIDATES, Q_BY_SIZE) = _fields(14)  # fmt: skip
 
 # Rounding columns one by one: see kernels.spread.
-(SPREAD_X, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(6)
+(SPREAD_X, SPREAD_WEIGHTS, SPREAD_TILES, SPREAD_SCALES, SPREAD_MINIMUMS, SPREAD_CODES, SPREAD_FACTOR) = _fields(7)
+
+# Second moments: see kernels.moments. A block of sums has MOM_BLOCK columns, a step so many rows.
+MOM_BLOCK, MOM_ROWS = 32, 32
+(MOM_X, MOM_X_STRIDE, MOM_STEPS, MOM_FIRST, MOM_LAST, MOM_PACKED, MOM_TURNED, MOM_SUMS) = _fields(8)
 
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024

@@ -21,9 +21,9 @@ Kernel = Callable[[int, int, int], None]
 def spread(type_name: str) -> Kernel:
     """For a type whose codes are chosen weight by weight.
 
-    X: tiles of float32 [block, lanes], in which errors take the place of the weights. SCALES, MINIMUMS: tiles of
-    [groups, lanes]. CODES: tiles of int32 [block, lanes]. FACTOR: float32 [block, block], row j times the error of
-    column j is what is taken off the columns after it.
+    X: tiles of float32 [block, lanes], the weights as they stand now. WEIGHTS: as they were at first; what they are off
+    by at last takes the place of X. SCALES, MINIMUMS: tiles of [groups, lanes]. CODES: tiles of int32 [block, lanes].
+    FACTOR: float32 [block, block], row j times the error of column j is what is taken off the columns after it.
     """
     search = SEARCHES[TensorType[type_name]]
     assert not isinstance(search.levels, Groups)
@@ -37,6 +37,7 @@ def spread(type_name: str) -> Kernel:
         factor = v.load_i64(op + R.SPREAD_FACTOR)
         for tile in range(v.load_i64(op + R.SPREAD_TILES)):
             x = v.load_i64(op + R.SPREAD_X) + tile * tile_bytes
+            weights = v.load_i64(op + R.SPREAD_WEIGHTS) + tile * tile_bytes
             codes = v.load_i64(op + R.SPREAD_CODES) + tile * tile_bytes
             scales = v.load_i64(op + R.SPREAD_SCALES) + tile * scales_bytes
             minimums = v.load_i64(op + R.SPREAD_MINIMUMS) + tile * scales_bytes
@@ -46,8 +47,9 @@ def spread(type_name: str) -> Kernel:
                 for j in range(group * size, (group + 1) * size):
                     value = v.load(x + j * vector)
                     q = nearest((value + minimum) * inverse)
-                    error = value - (scale * q - minimum)
-                    v.store(x + j * vector, error)
+                    rounded = scale * q - minimum
+                    error = value - rounded
+                    v.store(x + j * vector, v.load(weights + j * vector) - rounded)
                     v.store(codes + j * vector, code(q))
                     for k in range(j + 1, block):
                         share = v.splat(v.load_f32(factor + 4 * (j * block + k)))

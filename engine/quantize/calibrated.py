@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,12 @@ from qrun.engine.quantize.allocation import Option, allocate, least_bytes
 from qrun.engine.quantize.awq import ScaledSource, Search, foldings
 from qrun.engine.quantize.convert import Metadata, Plan, PlannedTensor, convert, file_bytes, plan
 from qrun.engine.quantize.encoder import Encoder
-from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, Moments, factor
+from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, factor
 from qrun.engine.quantize.imatrix import Imatrix, read_imatrix, unused_experts, write_imatrix
 from qrun.engine.quantize.importance import observe
 from qrun.engine.quantize.measure_folder import SCALED, MeasureFolder
 from qrun.engine.quantize.mixes import FILE_TYPES, FLOATS, Choice, Facts, layer_of
+from qrun.engine.quantize.moments import Moments, MomentsMaker
 from qrun.engine.quantize.samples import Samples
 from qrun.engine.quantize.source import Source
 from qrun.engine.quantize.stretches import Relay, starts
@@ -306,13 +307,17 @@ class Calibration:
         """
         seen: list[tuple[list[str], Moments]] = []
 
-        def take(observations: Sequence[Observation]) -> None:
-            if not seen:
-                seen.extend((each.names, Moments(each.sums.shape[1])) for each in observations)
-            for observation, (_, sums) in zip(observations, seen, strict=True):
-                sums.add(observation.sums[: int(observation.counts[0])])
+        with closing(MomentsMaker(self.threads, self.compiling)) as maker:
 
-        relay.observe(band, names, take, progress.step)
+            def take(observations: Sequence[Observation]) -> None:
+                if not seen:
+                    seen.extend((each.names, maker.sums(each.sums.shape[1])) for each in observations)
+                for observation, (_, sums) in zip(observations, seen, strict=True):
+                    sums.add(observation.sums[: int(observation.counts[0])])
+
+            relay.observe(band, names, take, progress.step)
+            for _, sums in seen:
+                sums.flush()
         while seen:
             sharing, sums = seen.pop(0)  # and its memory goes with it
             matrix = sums.matrix()

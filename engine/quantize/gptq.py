@@ -5,9 +5,13 @@ of x x^T over the inputs x, an error e of a row costs e^T H e. When column j is 
 changed so that this is least again: by error[j] * U[j, k] / U[j, j], where U is the upper triangular factor of
 H^-1 = U^T U.
 
+U is the inverse of R of H = R R^T, and only the inverses of the blocks on R's diagonal are needed. With F = R, its
+columns divided by R's diagonal, and e what the weights w before a block are off by, those of the block are to become
+w + e F[before, block] F[block, block]^-1; and the rows of that inverse are U's, divided by its diagonal.
+
 Scales and minimums of a block are those that the ordinary search finds, with the mean squares of the inputs as
-importance, for the weights as they stand when the block is reached; then its columns are rounded, and what they did
-wrong goes to the columns of all later blocks at once. Columns keep their order, as blocks do.
+importance, for the weights as they stand when the block is reached; then its columns are rounded. Columns keep their
+order, as blocks do.
 
 What inputs have in common with few or no others must not be trusted: to the diagonal of H goes a part of its mean
 (DAMPING), and ten times as much where the factor cannot be found otherwise. If not even that helps, nothing is known of
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,70 +41,50 @@ U8Array = NDArray[np.uint8]
 
 DAMPING = 0.01
 TRIES = 4
-# Rows that are rounded together by a thread. Results do not depend on it beyond the last bit of a product.
-ROWS = 256
+# Rows that are rounded together, and by one thread; columns whose changes by all before are computed at once. Results
+# do not depend on these beyond the last bit of a product.
+TOGETHER, ROWS, COLUMNS = 4096, 256, 256
 
 GPTQ_TYPES = frozenset(CODES)
 
 
 def factor(moments: NDArray[np.floating]) -> F32Array | None:
-    """U of H^-1 = U^T U, its rows divided by their diagonals: float32 [n, n] from the sum of x x^T. None if the matrix
-    is singular however it is damped."""
+    """R of H = R R^T, upper triangular, its columns divided by their diagonals: float32 [n, n] from the sum of x x^T.
+    None if the matrix is singular however it is damped."""
     n = len(moments)
     mean = float(np.trace(moments, dtype=np.float64)) / n
     if not mean > 0:
         return None
     places = np.arange(n)
     for damping in DAMPING * 10.0 ** np.arange(TRIES):
-        # H = R R^T with R upper triangular: the ordinary factor of H backwards. Then U is the inverse of R.
+        # The ordinary factor of H backwards.
         h = np.array(moments[::-1, ::-1], np.float64, order="C")
         h[places, places] += damping * mean
         try:
             _cholesky(h)
-            _invert_lower(h)
         except np.linalg.LinAlgError:
             continue
-        h /= h[places, places][:, None]
+        h /= h[places, places]
         result = np.ascontiguousarray(h[::-1, ::-1], np.float32)
         if np.isfinite(result).all():
             return result
     return None
 
 
-# NumPy's own would take the memory of a wide matrix several times.
-BLOCK, STRIP = 256, 1024
+BLOCK = 256
 
 
 def _cholesky(h: F64Array) -> None:
-    """Leaves L of H = L L^T in the place of H. Raises LinAlgError if it is not positive."""
+    """Leaves L of H = L L^T in the place of H. Raises LinAlgError if it is not positive.
+
+    NumPy's own would take the memory of a wide matrix several times."""
     n = len(h)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
+        h[start:, start:end] -= h[start:, :start] @ h[start:end, :start].T
         h[start:end, start:end] = np.linalg.cholesky(h[start:end, start:end])
-        h[start:end, end:] = 0
-        if end == n:
-            return
         h[end:, start:end] = h[end:, start:end] @ np.linalg.inv(h[start:end, start:end]).T
-        for strip in range(end, n, STRIP):
-            of = slice(strip, min(strip + STRIP, n))
-            h[strip:, of] -= h[strip:, start:end] @ h[of, start:end].T
-
-
-def _invert_lower(matrix: F64Array) -> None:
-    """Leaves the inverse of a lower triangular matrix in its place."""
-    if (n := len(matrix)) <= BLOCK:
-        matrix[:] = np.tril(np.linalg.inv(matrix))
-        return
-    half = n // 2
-    first, last, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
-    _invert_lower(first)
-    _invert_lower(last)
-    for start in range(0, half, STRIP):
-        of = slice(start, min(start + STRIP, half))
-        below[:, of] = below[:, start:] @ first[start:, of]
-    for start in reversed(range(0, n - half, STRIP)):
-        of = slice(start, min(start + STRIP, n - half))
-        below[of] = -(last[of, : of.stop] @ below[: of.stop])
+        h[start:end, end:] = 0
 
 
 class Gptq:
@@ -123,99 +108,69 @@ class Gptq:
         """The bytes of a matrix. rows(start, end): its weights. moments: as `factor` takes them."""
         importance = np.diag(moments).astype(np.float64)
         importance = np.maximum(importance / importance.mean(), FLOOR).astype(np.float32)
+        size = BLOCK_SIZES[type][0]
+        blocks = [factor[start : start + size, start : start + size] for start in range(0, len(factor), size)]
+        inverses: F32Array = np.linalg.inv(np.array(blocks, np.float64)).astype(np.float32)
+        parts = (
+            self._round(rows(start, min(start + TOGETHER, n_rows)), type, importance, factor, inverses, pool)
+            for start in range(0, n_rows, TOGETHER)
+        )
+        return np.concatenate(list(parts))
 
-        def work(start: int) -> U8Array:
-            return self._round(rows(start, min(start + ROWS, n_rows)), type, importance, factor)
-
-        return np.concatenate(list(pool.map(work, range(0, n_rows, ROWS))))
-
-    def _round(self, weights: F32Array, type: TensorType, importance: F32Array, factor: F32Array) -> U8Array:
+    def _round(
+        self, weights: F32Array, type: TensorType, importance: F32Array, factor: F32Array, inverses: F32Array,
+        pool: ThreadPoolExecutor,
+    ) -> U8Array:  # fmt: skip
         size, n_bytes = BLOCK_SIZES[type]
         n_rows, n_columns = weights.shape
         padded = -(-n_rows // self._lanes) * self._lanes
-        left = np.zeros((padded, n_columns), np.float32)
-        left[:n_rows] = weights
-        out = np.empty((n_rows, n_columns // size, n_bytes), np.uint8)
-        for start in range(0, n_columns, size):
-            end = start + size
-            block = np.ascontiguousarray(left[:, start:end])
-            raw = self._encoder.encode(block, type, importance[start:end]).raw.reshape(padded, n_bytes)
-            codes, errors = self._columns(block, raw, type, np.ascontiguousarray(factor[start:end, start:end]))
-            CODES[type].put(raw, codes)
-            out[:, start // size] = raw[:n_rows]
-            if end < n_columns:
-                left[:, end:] -= errors @ factor[start:end, end:]
-        return out.reshape(-1)
+        errors = np.zeros((padded, n_columns), np.float32)
+        out = np.empty((padded, n_columns // size, n_bytes), np.uint8)
+        for first in range(0, n_columns, COLUMNS):
+            # Products of all rows at once, not by each thread: NumPy's take threads of their own.
+            change = errors[:, :first] @ factor[:first, first : first + COLUMNS]
+            for start in range(first, min(first + COLUMNS, n_columns), size):
+                end = start + size
+                changed = change[:, start - first : end - first]
+                if start > first:
+                    changed += errors[:, first:start] @ factor[first:start, start:end]
+                inverse: F32Array = inverses[start // size]
+                original = np.zeros((padded, size), np.float32)
+                original[:n_rows] = weights[:, start:end]
+                block = original + changed @ inverse
+                found = pool.map(
+                    partial(self._block, type, importance[start:end], inverse),
+                    (block[row : row + ROWS] for row in range(0, padded, ROWS)),
+                    (original[row : row + ROWS] for row in range(0, padded, ROWS)),
+                )
+                for row, (raw, miss) in zip(range(0, padded, ROWS), found, strict=True):
+                    out[row : row + ROWS, start // size], errors[row : row + ROWS, start:end] = raw, miss
+        return out[:n_rows].reshape(-1)
 
-    def _columns(self, block: F32Array, raw: U8Array, type: TensorType, factor: F32Array) -> tuple[U8Array, F32Array]:
-        """The codes of a block of columns, and the errors: both [rows, block]."""
+    def _block(
+        self, type: TensorType, importance: F32Array, factor: F32Array, block: F32Array, original: F32Array
+    ) -> tuple[U8Array, F32Array]:
+        """The bytes of a block of columns [rows, bytes], and what the weights are off by [rows, block]. block,
+        original: the weights as they stand now, and as they were."""
         n_rows, size = block.shape
+        raw = self._encoder.encode(block, type, importance).raw.reshape(n_rows, -1)
         lanes, groups = self._lanes, SEARCHES[type].groups
         scales, minimums = (self._tiles(np.ascontiguousarray(part, np.float32)) for part in CODES[type].scales(raw))
-        x = self._tiles(block)
+        x, weights = self._tiles(block), self._tiles(original)
         codes = np.empty(x.shape, np.int32)
         record = np.zeros(R.RECORD_BYTES // 8, np.int64)
         fields = {
-            R.SPREAD_X: x.ctypes.data, R.SPREAD_TILES: n_rows // lanes, R.SPREAD_SCALES: scales.ctypes.data,
-            R.SPREAD_MINIMUMS: minimums.ctypes.data, R.SPREAD_CODES: codes.ctypes.data,
-            R.SPREAD_FACTOR: factor.ctypes.data,
+            R.SPREAD_X: x.ctypes.data, R.SPREAD_WEIGHTS: weights.ctypes.data, R.SPREAD_TILES: n_rows // lanes,
+            R.SPREAD_SCALES: scales.ctypes.data, R.SPREAD_MINIMUMS: minimums.ctypes.data,
+            R.SPREAD_CODES: codes.ctypes.data, R.SPREAD_FACTOR: factor.ctypes.data,
         }  # fmt: skip
         assert scales.shape[1] == groups
         for offset, value in fields.items():
             record[offset // 8] = value
         self._functions[type](record.ctypes.data, 0, 0)
-        as_rows = codes.astype(np.uint8).transpose(0, 2, 1).reshape(n_rows, size)
-        return as_rows, x.transpose(0, 2, 1).reshape(n_rows, size)
+        CODES[type].put(raw, codes.astype(np.uint8).transpose(0, 2, 1).reshape(n_rows, size))
+        return raw, x.transpose(0, 2, 1).reshape(n_rows, size)
 
     def _tiles(self, array: F32Array) -> F32Array:
         """[rows, n] -> [tiles, n, lanes]."""
         return np.ascontiguousarray(array.reshape(-1, self._lanes, array.shape[1]).transpose(0, 2, 1))
-
-
-class Moments:
-    """The sum of x x^T over the rows of an input, in float32 for each product and float64 for their sum.
-
-    Rows wait until there are GATHERED of them: to fill half of a wide matrix and to add it takes longer than the
-    product of a few rows. Only the lower half is computed, in strips.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._sum = np.zeros((width, width), np.float64 if width <= WIDE else np.float32)
-        self._waiting = np.empty((GATHERED, width), np.float32)
-        self._count = 0
-
-    def add(self, rows: F32Array) -> None:
-        """rows: float32 [n, width]."""
-        while len(rows):
-            taken = rows[: GATHERED - self._count]
-            self._waiting[self._count : self._count + len(taken)] = taken
-            self._count += len(taken)
-            rows = rows[len(taken) :]
-            if self._count == GATHERED:
-                self._flush()
-
-    def _flush(self) -> None:
-        rows = self._waiting[: self._count]
-        for strip in range(0, rows.shape[1], SUMMED):
-            of = slice(strip, strip + SUMMED)
-            self._sum[strip:, of] += rows[:, strip:].T @ rows[:, of]
-        self._count = 0
-
-    @staticmethod
-    def bytes_for(width: int) -> int:
-        """What they take while they are added up."""
-        return (8 if width <= WIDE else 4) * width**2 + 4 * GATHERED * width
-
-    def matrix(self) -> F32Array:
-        """float32 [width, width]"""
-        self._flush()
-        result = self._sum.astype(np.float32, copy=False)
-        for strip in range(0, len(result), SUMMED):
-            end = strip + SUMMED
-            result[strip:end, end:] = result[end:, strip:end].T
-        return result
-
-
-GATHERED = 2048
-SUMMED = 512  # columns of a strip
-WIDE = 4096  # above it, sums of float64 would take too much memory

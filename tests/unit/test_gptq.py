@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qrun.engine.quantize.encoder import Encoder
-from qrun.engine.quantize.gptq import GATHERED, GPTQ_TYPES, Gptq, Moments, factor
+from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, factor
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType, dequantize, quantize
 from qrun.formats.blocks.codes import CODES
 from qrun.formats.blocks.fitting import Groups
@@ -45,28 +45,29 @@ def inputs(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [64, 700])
-def test_the_factor_is_that_of_the_inverse(width: int, rng: np.random.Generator) -> None:
+def test_the_factor_is_upper_triangular_and_its_square_with_weights_the_damped_moments(
+    width: int, rng: np.random.Generator
+) -> None:
     x = inputs(rng, 1000, width).astype(np.float64)
-    moments = x.T @ x
-    found = factor(moments)
+    found = factor(x.T @ x)
     assert found is not None
-    damped = moments + 0.01 * np.trace(moments) / width * np.eye(width)
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    np.testing.assert_allclose(found, upper / np.diag(upper)[:, None], atol=1e-4)
+    np.testing.assert_array_equal(found, np.triu(found))
+    np.testing.assert_allclose(np.diag(found), 1)
+    expected = damped(x.T @ x)
+    inverse = np.linalg.inv(found.astype(np.float64))
+    squares = np.diag(inverse @ expected @ inverse.T)  # of the diagonal that was divided away
+    np.testing.assert_allclose((found * squares) @ found.T, expected, atol=1e-5 * np.diag(expected).max())
+
+
+def damped(moments: np.ndarray) -> np.ndarray:
+    """As inputs are not trusted wholly."""
+    return moments + 0.01 * np.diag(moments).mean() * np.eye(len(moments))
 
 
 def test_inputs_that_never_move_leave_a_factor_and_no_inputs_none(rng: np.random.Generator) -> None:
     x = inputs(rng, 3, 64)
     assert factor(x.T @ x) is not None  # of rank 3
     assert factor(np.zeros((64, 64))) is None
-
-
-def test_second_moments_are_those_of_all_rows_however_they_come(rng: np.random.Generator) -> None:
-    rows = rng.normal(size=(2 * GATHERED + 77, 32)).astype(np.float32)
-    moments = Moments(32)
-    for part in np.split(rows, [5, 900, 4000]):
-        moments.add(part)
-    np.testing.assert_allclose(moments.matrix(), rows.T.astype(np.float64) @ rows, rtol=1e-5, atol=1e-2)
 
 
 def test_the_factor_of_a_wide_matrix_takes_its_memory_less_than_three_times() -> None:
@@ -80,9 +81,11 @@ def test_the_factor_of_a_wide_matrix_takes_its_memory_less_than_three_times() ->
         tracemalloc.stop()
 
 
-def by_hand(weights: np.ndarray, type: TensorType, moments: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """The algorithm column by column."""
+def by_hand(weights: np.ndarray, type: TensorType, moments: np.ndarray) -> np.ndarray:
+    """The algorithm column by column, as the paper has it: by the factor of the inverse."""
     w, out = weights.astype(np.float64), np.empty_like(weights)
+    upper = np.linalg.cholesky(np.linalg.inv(damped(moments.astype(np.float64)))).T
+    upper /= np.diag(upper)[:, None]
     importance = np.diag(moments).astype(np.float64)
     importance = np.maximum(importance / importance.mean(), 1e-4).astype(np.float32)
     size, n_bytes = BLOCK_SIZES[type]
@@ -109,16 +112,16 @@ def test_columns_are_rounded_as_the_paper_says_and_outputs_are_nearer(
     x = inputs(rng, 2000, width)
     weights = rng.normal(size=(300, width)).astype(np.float32)
     moments = x.T @ x
-    upper = factor(moments)
-    assert upper is not None
+    found_factor = factor(moments)
+    assert found_factor is not None
     gptq = Gptq([type])
     raws = []
     for threads in (1, 3):
         with ThreadPoolExecutor(threads) as pool:
-            raws.append(gptq.round(lambda a, b: weights[a:b], 300, type, moments, upper, pool))
+            raws.append(gptq.round(lambda a, b: weights[a:b], 300, type, moments, found_factor, pool))
     np.testing.assert_array_equal(*raws)
     found = dequantize(raws[0], type, weights.shape)
-    expected = by_hand(weights, type, moments, upper)
+    expected = by_hand(weights, type, moments)
     # Sums in another order turn a few roundings, and all that follows in that row.
     assert np.mean(np.isclose(found, expected, atol=1e-5)) > 0.9
     importance = np.diag(moments) / np.diag(moments).mean()

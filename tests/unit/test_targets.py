@@ -141,6 +141,18 @@ def test_floats_are_tiles_in_the_machine_code_for_amx(name: str) -> None:
     assert loop.count("\n") < 4 * products and not re.search(r"%[xyz]mm", loop)
 
 
+def test_second_moments_are_tiles_in_the_machine_code_for_amx() -> None:
+    code = assembly("moments-add", machine_target("amx"))
+    for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
+    assert calls_to_elsewhere(code) == calls_to_elsewhere(assembly("moments-pack", machine_target("amx"))) == set()
+    blocks = re.split(r"^(?:\.?[A-Za-z_]\w*:.*|\s+j\w+\s.*)$", code, flags=re.M)
+    loop = max(blocks, key=lambda block: block.count("tdpbf16ps") / (block.count("\n") + 1))
+    # Two by two tiles, and nothing but addresses beside them.
+    assert loop.count("tdpbf16ps") % 4 == 0 and loop.count("tileloadd") == loop.count("tdpbf16ps")
+    assert loop.count("\n") < 4 * loop.count("tdpbf16ps") and not re.search(r"%[xyz]mm", loop)
+
+
 @pytest.mark.parametrize("kernel", ["matmul-IQ3_S", "matmul-IQ2_XXS", "embed-IQ1_M"])
 def test_groups_of_weights_are_looked_up_by_permutations_where_there_are_some(kernel: str) -> None:
     for name, wanted in (("avx512-vbmi", True), ("avx512-vnni", False)):
