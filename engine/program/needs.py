@@ -11,7 +11,7 @@ from qrun.engine.native.team import TEAM_KERNELS
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
-from qrun.engine.program.record_writer import matrices, tiles_for
+from qrun.engine.program.record_writer import matrices
 from qrun.engine.program.state_blocks import state_sizes
 from qrun.engine.simd.target import Target
 from qrun.models import graph as G
@@ -22,7 +22,7 @@ def kernels_of(
 ) -> list[str]:
     """The keys of the kernels that a model needs, with that many threads (one for each core) or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    target = target or default_target(tiles_for(graph))
+    target = target or default_target(folded=graph.embeds)
     halves = [graph] if graph.encoder is None else [graph.encoder, graph]
     lowered = [
         Lowering(to_lower, layout, target, batch=1, head_rows=1, context=1, threads=1)
@@ -57,7 +57,7 @@ def warm_up(
     """
     from qrun.engine.kernels import all_keys
 
-    target = default_target(tiles_for(graph) if graph is not None else "")
+    target = default_target(folded=graph is not None and graph.embeds)
     keys = kernels_of(graph, cache_type, target) if graph is not None else all_keys()
     compiled = compile_kernels(keys, target, progress)
     return compiled, len(set(keys)) - compiled

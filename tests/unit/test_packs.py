@@ -23,7 +23,7 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image
 from qrun.engine.native.packs import FORMAT, MANIFEST, Pack, PackError
 from qrun.engine.native.sources import sources_digest
 from qrun.engine.program.adapted import ADAPTER_KERNELS
-from qrun.engine.simd.target import MACHINES, host_target, machine_target, model_target, usable_machines
+from qrun.engine.simd.target import MACHINES, folded_target, host_target, machine_target, usable_machines
 
 ROOT = Path(__file__).parents[2]
 HOST = usable_machines()[0]
@@ -91,8 +91,9 @@ def test_a_pack_is_one_file_a_machine_and_a_manifest_that_says_what_is_where(
 def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: list[str], tmp_path: Path) -> None:
     model, out = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "kernels"
     CliRunner().invoke(cli, ["pack", str(model), "--out", str(out), "--targets", "all"])
-    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - {"amx", "amx-floats"}
-    packed = set(Pack.open(out).targets[HOST][1])
+    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - {"amx", "amx-folded"}
+    machine = next(name for name in usable_machines() if name != "amx")
+    packed = set(Pack.open(out).targets[machine][1])
     compiled.clear()
     from qrun.engine.program.needs import kernels_of
     from qrun.formats import GGUFReader
@@ -100,7 +101,8 @@ def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: li
 
     with GGUFReader(model) as reader:
         graph = build_graph(reader)
-        assert all(set(kernels_of(graph, threads=threads)) <= packed for threads in (1, 2, 3, 8, 64))
+        target = machine_target(machine)
+        assert all(set(kernels_of(graph, threads=threads, target=target)) <= packed for threads in (1, 2, 3, 8, 64))
 
 
 def test_a_pack_for_adapters_serves_those_that_are_switched(
@@ -114,7 +116,7 @@ def test_a_pack_for_adapters_serves_those_that_are_switched(
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--targets", "avx3"], "'avx3' is no kind of machine; there are host, all, amx, amx-floats,"),
+    (["--targets", "avx3"], "'avx3' is no kind of machine; there are host, all, amx, amx-folded,"),
     (["--targets", ""], "'' is no kind of machine"),
     (["--out", "photos"], "photos has files in it, and is no pack of kernels: name another folder"),
     (["--out", "photos/cat.png"], "cat.png is no folder: name another one"),
@@ -276,11 +278,15 @@ def test_without_a_compiler_code_for_a_lesser_machine_does(
         assert default_target() == machine_target(lesser)
     write(folder, ["a"])
     with packs.using(folder):
-        assert default_target() == default_target("amx") == host_target()
-    write(folder, ["a"], "amx")
+        assert default_target() == default_target(folded=True) == host_target()
+    if HOST == "amx":
+        write(folder, ["a"], lesser := usable_machines()[1])
+        with packs.using(folder):
+            assert default_target() == machine_target(lesser)
+    write(folder, ["a"], "amx-folded")
     with packs.using(folder):
-        assert default_target("amx") == model_target("amx")
-    assert default_target("amx") == model_target("amx")
+        assert default_target(folded=True) == folded_target()
+    assert default_target(folded=True) == folded_target()
 
 
 HIDDEN = """

@@ -8,9 +8,9 @@ Every output is computed by the same operations in the same order, with any numb
 through the same instruction as a tile of one row. AMX adds products of the first and of the second weights of pairs
 apart, 16 of each, and then both sums to the total.
 
-Tiles of whole numbers, with scales applied after every 32 weights, could give the bits of the other forms. But each sum
-then goes through memory and takes three vector instructions, which get one port beside the tiles: 93 cycles for 16 by
-16 by 32, where vpdpbusd needs 134 and what is here 41 (Q4_K, 2,048 wide, 512 columns, Emerald Rapids).
+So 16 by 16 by 32 take 41 cycles, where tiles of whole numbers (`kernels.whole_tiles`) need 72 and vpdpbusd 118 (Q4_K,
+2,048 wide, many columns, Emerald Rapids). But a column alone takes two to three times as long as with vpdpbusd, so that
+this is for models that read whole texts and write none, and for who asks for it.
 
 Fixed point was tried, too: the scales of 256 weights as whole numbers of one unit, weights of 16 bits and activations
 of 15, each as two bytes. Sums are exact in any order, so that a column alone can go through vpdpbusd, to the same bits
@@ -29,6 +29,7 @@ from numba.core import types
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.products import (
     AHEAD_BYTES,
+    ManyColumns,
     few_columns_of,
     groups_of,
     kernel_of,
@@ -153,7 +154,7 @@ def tile_operations(spec: Quantised) -> tuple[Any, Any]:
     return unpack_block, add_block
 
 
-def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
+def folded_tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
     """The kernel for weights of one quantised type."""
     lanes, columns = v.target().lanes, v.target().columns
     unpack_block, add_block = tile_operations(spec)
@@ -256,7 +257,8 @@ def tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
                 else:
                     write_apart(op, place, out_column, wanted, 0)
 
-    return kernel_of(
-        few_columns_of(dot_few, write_apart), many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes,
-        PASS_COLUMNS, PASS_BYTES, configure, release,
+    many = ManyColumns(
+        many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes, PASS_COLUMNS, PASS_BYTES,
+        begin=configure, end=release,
     )  # fmt: skip
+    return kernel_of(few_columns_of(dot_few, write_apart), many)
