@@ -39,9 +39,9 @@ class Targets(click.ParamType):
               help="Where the pack is written; one that is there is replaced.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="all", show_default=True,
               help="Kinds of machines, separated by commas: avx512-vbmi, avx512-vnni, avx512, avx-vnni, avx2, x86-64, "
-                   "apple, neon-dotprod, neon; host for the kind that this one is. all and host have amx-floats, for "
-                   "Intel's newer servers, where models have F16 or BF16 weights, and amx where they embed. The same "
-                   "code runs on Linux, macOS and Windows.")  # fmt: skip
+                   "apple, neon-dotprod, neon, and for Intel's newer servers amx, or amx-folded where a model only "
+                   "makes vectors; host for the kind that this one is. The same code runs on Linux, macOS and "
+                   "Windows.")  # fmt: skip
 @click.option("--cache-type", "cache_types", type=click.Choice(CACHE_TYPES), multiple=True, default=["f16"],
               show_default=True, help="How the app keeps keys and values. May be given several times.")  # fmt: skip
 @lora_option()

@@ -117,7 +117,8 @@ def architecture_problem(name: str, known: Iterable[str]) -> str | None:
     if name in known:
         return None
     what = next((what for what, names in NO_LANGUAGE_MODELS.items() if name in names), None)
-    return f"architecture {quote(name[:40])} is not supported" + (f": it is {what}" if what else f" ({alike(name, known)})")
+    said = f"architecture {quote(name[:40])} is not supported"
+    return f"{said}: it is {what}" if what else f"{said} ({alike(name, known)})"
 
 
 def alike(name: str, known: Iterable[str]) -> str:

@@ -73,9 +73,12 @@ class Harness:
     def packed(self, x: np.ndarray, packing: str) -> np.ndarray:
         """The rows of x as the matmul kernels take them."""
         rows, width = x.shape
-        columns = 1 if rows == 1 else self.target.columns
+        columns = R.TILE_COLUMNS if packing == "whole" else self.target.columns
+        columns = 1 if rows == 1 else columns
         panels = -(-rows // columns) * columns
-        packed = np.zeros(panels * width * 4, np.uint8)
+        size = panels * width * 4
+        room = np.zeros(size + 64, np.uint8)
+        packed = room[-room.ctypes.data % 64 :][:size]  # in whole cache lines, as in an arena
         fields = {
             R.ROW_COUNT: IN_STEP + R.N_ROWS, R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: width * 4, R.ROW_Y: x.ctypes.data,
             R.ROW_Y_STRIDE: width * 4, R.ROW_Z: x.ctypes.data, R.ROW_WIDTH: width, R.ROW_PACKED: packed.ctypes.data,
@@ -90,15 +93,18 @@ class Harness:
         n_rows: int,
         x: np.ndarray,
         extra: dict[int, int | float] | None = None,
+        whole: bool = False,
     ) -> np.ndarray:
-        """x @ weights.T by the kernel; weights: the file's bytes."""
+        """x @ weights.T by the kernel; weights: the file's bytes. whole: by tiles of whole numbers."""
         type_ = TensorType[type_name]
         rows, width = x.shape
         blocks, tail = blocks_and_tail(type_, width)
-        block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
-        tiled = self.target.float_tiles and type_name in ("F16", "BF16") and width % 32 == 0
+        block_bytes = R.ROUNDED_BYTES if self.target.folded else R.PACKED_BYTES
+        tiled = self.target.tiles and type_name in ("F16", "BF16") and width % 32 == 0
         packing, column_bytes = ("f32", width * 4) if type_ in FLOAT_TYPES else ("q8", width // 32 * block_bytes)
         packing = type_name.lower() if tiled else packing
+        if whole:
+            tiled, packing, column_bytes = True, "whole", width // 32 * R.TILE_PACKED_BYTES
         row_bytes = len(weights) // n_rows
         packed = self.packed(np.ascontiguousarray(x, np.float32), packing)
         out = np.full((rows, n_rows), np.nan, np.float32)

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from qrun.engine.simd.target import Target
+
 if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here which there are
     from qrun.engine.kernels import (  # noqa: F401
         attention,
@@ -90,18 +93,21 @@ def in_parts(key: str) -> bool:
     return not key.startswith(("matmul-", "attention-", "linear_attention-", "index_", "sparse_attention-"))
 
 
-def all_keys(float_tiles: bool = False) -> list[str]:
-    """The keys of all kernels that any model may need. float_tiles: on machines that multiply float16 by tiles."""
+def all_keys(target: Target | None = None) -> list[str]:
+    """The keys of all kernels that any model may need; without a target, of those that all machines have."""
     from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER
-    from qrun.engine.kernels.unpack import TYPES
+    from qrun.engine.kernels.unpack import TYPES, Quantised
 
-    tiled = ("f16", "bf16") if float_tiles else ()
+    tiled = ("f16", "bf16") if target is not None and target.tiles else ()
+    whole = ("whole",) if target is not None and target.whole_tiles else ()
+    in_tiles = [name.upper() for name in tiled]
+    in_tiles += [name for name, spec in TYPES.items() if whole and isinstance(spec, Quantised)]
     packings, heads = ("q8", "f32", *tiled), range(1, MAX_HEADS_TOGETHER + 1)
     layouts = ("", "-rows", "-rows-entries")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
         *(f"{name}-{type_}" for name in ("matmul", "embed", "embed_hashes") for type_ in TYPES),
-        *(f"matmul-{type_.upper()}-tiles" for type_ in tiled),
+        *(f"matmul-{type_}-tiles" for type_ in in_tiles),
         *(f"append-{kind}" for kind in KIND_BITS),
         *(f"{name}-{kind}-{together}{layout}" for name in ("attention", "sparse_attention") for kind in KIND_BITS
           for together in heads for layout in layouts),
@@ -114,5 +120,6 @@ def all_keys(float_tiles: bool = False) -> list[str]:
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
                                 "selective_scan", "pool", "lora_down", "lora_up")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
-          for packing in ("", *packings)),
+          for packing in ("", *packings, *whole)),
+        *(f"pack-{packing}" for packing in whole),
     ]  # fmt: skip

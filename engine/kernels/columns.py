@@ -1,7 +1,9 @@
 """Columns: the activations that a matrix is multiplied by, how they are packed, and their products with weights.
 
 Columns are quantised to int8, 16 values of them with one scale = max |x| / 127, or kept as float32 for float weights.
-Where matrices are tiles they are rounded to bfloat16 in the place of int8.
+For tiles of whole numbers the scales of two neighbouring halves are a power of two apart, so that the products of 32
+weights can be added exactly, in any order, before anything is rounded. For folded tiles columns are rounded to bfloat16
+in the place of int8.
 A panel holds as many columns as are computed together.
 """
 
@@ -22,42 +24,103 @@ from qrun.engine.simd.vector import F32, I8, I16, I32, I64, Emitter, Vector
 # KL against float32: 0.0021 with 32 and 0.0011 with 16 on Gemma 3 270M) for one more addition in eleven.
 SCALE, NEGATED_SUM, MINIMUM_FACTOR = 0, 2, 4  # float32 for each half, int32 for each half, float32: -sum(scale * q)
 
+# For tiles of whole numbers the second scale is the first one times a power of two, and that is the second field.
+RATIO = 1
+# The two are at most 2^5 apart. With that, 16 products of at most 128 * 127 of each half are still whole numbers below
+# 2^24 of the smaller unit, which float32 adds exactly.
+MOST_HALVINGS = 5
+# A panel of a tile's columns: 32 activations of each in bfloat16, in units of SCALE; then for all of them a field each:
+# that scale, MINIMUM_FACTOR, and what of it is the first half's and the second half's.
+TILE_SCALE, TILE_MINIMUM_FACTOR, TILE_MINIMUM_FACTORS = 0, 1, 2
+TILE_BYTES = R.TILE_PACKED_BYTES * R.TILE_COLUMNS
 
-@operation(lambda *_: v.types.void)
-def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value | int, column: ir.Value | int) -> None:
-    """32 floats at `x` into column `column` of a packed block of `width` columns."""
-    b, width, column = e.builder, e.index(width), e.index(column)
 
-    def put(value: ir.Value, size: int, index: int) -> None:
-        """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
-        place = b.add(b.mul(width, ir.Constant(I64, index)), column)
-        e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
+class _Quantised:
+    """32 floats at an address as int8 numbers with a scale for each half: max |x| / 127.
 
-    correction: ir.Value = ir.Constant(F32, 0.0)
-    for half in range(2):
-        values = e.load(x, 64 * half, F32, 16)
-        top = values.intrinsic("llvm.fabs").reduce("maximum")
-        scale = b.fmul(top, ir.Constant(F32, 1 / 127))
-        # The inverse is finite unless all values are tiny: then they count as zeros.
+    even: the scales are a power of two apart, `ratio`, and as near to those as that allows.
+    """
+
+    def __init__(self, e: Emitter, x: ir.Value, even: bool) -> None:
+        b = e.builder
+        halves = [e.load(x, 64 * half, F32, 16) for half in range(2)]
+        tops = [values.intrinsic("llvm.fabs").reduce("maximum") for values in halves]
+        factors = self._evenly(b, tops) if even else [self._inverse(b, top) for top in tops]
+        if not even:
+            self.scales = [b.fmul(top, ir.Constant(F32, 1 / 127)) for top in tops]
+        self.numbers = [
+            (values * e.splat(factor, 16)).round().to_int() for values, factor in zip(halves, factors, strict=True)
+        ]
+        self.negated = [b.neg(numbers.reduce("add")) for numbers in self.numbers]
+        self.factors = [b.fmul(s, b.sitofp(n, F32)) for n, s in zip(self.negated, self.scales, strict=True)]
+        self.factor = b.fadd(*self.factors)
+
+    @staticmethod
+    def _inverse(b: ir.IRBuilder, top: ir.Value) -> ir.Value:
+        """127 / top. It is finite unless all values are tiny: then they count as zeros."""
         usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
-        inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
-        whole = (values * e.splat(inverse, 16)).round().to_int()
-        eights = whole.narrow(I8).bits_as(I64)
-        for i in range(2):
-            put(eights.lane(i), 8, 2 * half + i)
-        negated = b.neg(whole.reduce("add"))
-        put(scale, 4, 8 + SCALE + half)
-        put(negated, 4, 8 + NEGATED_SUM + half)
-        correction = b.fadd(correction, b.fmul(scale, b.sitofp(negated, F32)))
-    put(correction, 4, 8 + MINIMUM_FACTOR)
+        return b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
+
+    def _evenly(self, b: ir.IRBuilder, tops: list[ir.Value]) -> list[ir.Value]:
+        """What the halves are multiplied by."""
+
+        def power(exponent: ir.Value) -> ir.Value:
+            return b.bitcast(b.shl(b.add(exponent, ir.Constant(I32, 127)), ir.Constant(I32, 23)), F32)
+
+        first_larger = b.fcmp_unordered(">", *tops)
+        large, small = b.select(first_larger, *tops), b.select(first_larger, *reversed(tops))
+        # How often the one can be halved and is not below the other: the bits of floats are in order.
+        times = b.lshr(b.sub(b.bitcast(large, I32), b.bitcast(small, I32)), ir.Constant(I32, 23))
+        can_more = b.icmp_unsigned("<", times, ir.Constant(I32, MOST_HALVINGS))
+        times = b.select(can_more, times, ir.Constant(I32, MOST_HALVINGS))
+        # It may pay to have a larger scale for the one, by which the other gets a smaller one: squares of both say so.
+        raised = b.fmul(small, power(b.add(times, ir.Constant(I32, 1))))
+        share = power(b.mul(times, ir.Constant(I32, -2)))
+        one, quarter = ir.Constant(F32, 1.0), ir.Constant(F32, 0.25)
+        errors = b.fmul(b.fmul(large, large), b.fadd(one, share))
+        errors_of_more = b.fmul(b.fmul(raised, raised), b.fadd(one, b.fmul(share, quarter)))
+        more = b.and_(can_more, b.fcmp_ordered("<", errors_of_more, errors))
+        large, times = b.select(more, raised, large), b.add(times, b.zext(more, I32))
+        none = ir.Constant(I32, 0)
+        halvings = [b.select(first_larger, none, times), b.select(first_larger, times, none)]
+        scale, inverse = b.fmul(large, ir.Constant(F32, 1 / 127)), self._inverse(b, large)
+        self.scales = [b.fmul(scale, power(b.neg(times))) for times in halvings]
+        self.ratio = power(b.sub(*halvings))
+        return [b.fmul(inverse, power(times)) for times in halvings]
 
 
-@v.helper
-def pack_quantised(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
-    """A row of `width` floats as column `place % columns` of panel `place // columns`."""
-    panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
-    for block in range(width // 32):
-        quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
+def _quantiser(even: bool) -> Any:
+    @operation(lambda *_: v.types.void)
+    def quantise_block(e: Emitter, x: ir.Value, block: ir.Value, width: ir.Value | int, column: ir.Value | int) -> None:
+        """32 floats at `x` into column `column` of a packed block of `width` columns."""
+        b, width, column = e.builder, e.index(width), e.index(column)
+
+        def put(value: ir.Value, size: int, index: int) -> None:
+            """The column's value among those of `size` bytes that all columns have there, after `index` such rows."""
+            place = b.add(b.mul(width, ir.Constant(I64, index)), column)
+            e.store(value, b.add(block, b.mul(place, ir.Constant(I64, size))))
+
+        quantised = _Quantised(e, x, even)
+        for half, numbers in enumerate(quantised.numbers):
+            eights = numbers.narrow(I8).bits_as(I64)
+            for i in range(2):
+                put(eights.lane(i), 8, 2 * half + i)
+            put(quantised.negated[half], 4, 8 + NEGATED_SUM + half)
+            put(quantised.ratio if even and half else quantised.scales[half], 4, 8 + SCALE + half)
+        put(quantised.factor, 4, 8 + MINIMUM_FACTOR)
+
+    @v.helper
+    def pack(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+        """A row of `width` floats as column `place % columns` of panel `place // columns`."""
+        panel = packed + (place // columns) * (width // 32) * R.PACKED_BYTES * columns
+        for block in range(width // 32):
+            quantise_block(row + 128 * block, panel + block * R.PACKED_BYTES * columns, columns, place % columns)
+
+    return pack
+
+
+# With the best scale for each half.
+pack_quantised = _quantiser(even=False)
 
 
 @v.helper
@@ -103,7 +166,7 @@ def _split_packer(neighbours: bool) -> Any:
     return pack_split
 
 
-# The order of four neighbouring activations where matrices are tiles: in pairs, as `tiles.fold` makes pairs of weights.
+# The order of four neighbouring activations where quantised matrices are tiles: pairs, as weights are unpacked to.
 PAIRED = (0, 2, 1, 3)
 
 
@@ -132,20 +195,70 @@ def pack_rounded(row, width, packed, place, columns):  # type: ignore[no-untyped
         round_block(row + 128 * block, panel + block * 64 * columns)
 
 
+@operation(lambda *_: v.types.void)
+def quantise_for_tile(e: Emitter, x: ir.Value, block: ir.Value, column: ir.Value) -> None:
+    """32 floats at `x` into a column of a tile of whole numbers."""
+    b, quantised = e.builder, _Quantised(e, x, even=True)
+    order = [4 * four + i for four in range(4) for i in PAIRED]
+    place = b.add(block, b.shl(column, ir.Constant(I64, 6)))
+    for half, numbers in enumerate(quantised.numbers):
+        values = numbers.to_float()
+        if half:
+            values = values * e.splat(quantised.ratio, 16)
+        # They have eight bits at most, so that nothing is cut off.
+        e.store((values.permute(order).bits_as(I32) >> 16).narrow(I16).value, place, 32 * half)
+    fields = b.add(block, b.shl(column, ir.Constant(I64, 2)))
+    for index, value in enumerate((quantised.scales[0], quantised.factor, *quantised.factors)):
+        e.store(value, fields, R.TILE_COLUMNS * (64 + 4 * index))
+
+
+def _whole_packer() -> Any:
+    """For tiles of whole numbers in panels of their columns, else for other instructions."""
+    pack_few = _quantiser(even=True)
+
+    @v.helper
+    def pack_whole(row, width, packed, place, columns):  # type: ignore[no-untyped-def]
+        if columns == R.TILE_COLUMNS:
+            panel = packed + (place // R.TILE_COLUMNS) * (width // 32) * TILE_BYTES
+            for block in range(width // 32):
+                quantise_for_tile(row + 128 * block, panel + block * TILE_BYTES, place % R.TILE_COLUMNS)
+        else:
+            pack_few(row, width, packed, place, columns)
+
+    return pack_whole
+
+
 def packer_of(packing: str) -> Any:
     """How rows are packed for matrices of quantised weights ("q8"), of floats ("f32"), or of those that are multiplied
-    by tiles ("f16", "bf16")."""
+    by tiles ("f16", "bf16", and "whole" for quantised weights)."""
     if packing in ("f16", "bf16"):
         return _split_packer(neighbours=packing == "bf16")
     if packing == "f32":
         return pack_float
-    return pack_rounded if v.target().tiles else pack_quantised
+    if packing == "whole":
+        return _whole_packer()
+    return pack_rounded if v.target().folded else pack_quantised
+
+
+def panel_width(packing: str) -> Any:
+    """width_of(n_rows): how many columns the panels have in a step of so many rows."""
+    few = v.target().columns
+    many = R.TILE_COLUMNS if packing == "whole" else few
+
+    @v.helper
+    def width_of(n_rows):  # type: ignore[no-untyped-def]
+        if n_rows == 1:
+            return 1
+        return few if n_rows <= few else many
+
+    return width_of
 
 
 def dot_quantised(
-    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value
+    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value, even: bool = False
 ) -> list[Vector]:
-    """total + group times the first columns of one packed block, as many as there are totals."""
+    """total + group times the first columns of one packed block, as many as there are totals. even: whether the scales
+    of halves are a power of two apart."""
     zero = e.signed_bias if spec.limit is None else spec.zero
     alone = bool(group.signs) and len(total) == 1
     if alone:  # the column gets the weights' signs, and weights are what is left: their sizes, without a zero
@@ -175,7 +288,13 @@ def dot_quantised(
             else:
                 sums = e.dot4_unsigned(sums, weights, words, spec.limit)
             products.append(sums.to_float())
-        if len(group.scales) == 1:
+        if even and len(group.scales) == 1:
+            both = products[1].fma(field(RATIO, F32), products[0])  # exact
+            value = (both * group.scales[0]).fma(field(SCALE, F32), value)
+        elif even:
+            both = (products[1] * field(RATIO, F32)).fma(group.scales[1], products[0] * group.scales[0])
+            value = both.fma(field(SCALE, F32), value)
+        elif len(group.scales) == 1:
             scaled = products[1].fma(field(SCALE + 1, F32), products[0] * field(SCALE, F32))
             value = scaled.fma(group.scales[0], value)
         else:
@@ -184,7 +303,7 @@ def dot_quantised(
         if len(group.minimums) == 1:
             value = group.minimums[0].fma(field(MINIMUM_FACTOR, F32), value)
         for half, minimum in enumerate(group.minimums if len(group.minimums) == 2 else []):
-            factor = field(NEGATED_SUM + half, I32).to_float() * field(SCALE + half, F32)
-            value = minimum.fma(factor, value)
+            own = field(SCALE, F32) * field(RATIO, F32) if even and half else field(SCALE + half, F32)
+            value = minimum.fma(field(NEGATED_SUM + half, I32).to_float() * own, value)
         result.append(value)
     return result

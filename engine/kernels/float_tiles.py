@@ -23,6 +23,7 @@ from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import SPLIT_COLUMNS
 from qrun.engine.kernels.products import (
     AHEAD_BYTES,
+    ManyColumns,
     few_columns_of,
     kernel_of,
     lines_of_runs,
@@ -236,7 +237,8 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
     def release(_):  # type: ignore[no-untyped-def]
         v.release_tiles()
 
-    return kernel_of(
-        few_columns_of(dot_few, write_apart), many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes,
-        PASS_COLUMNS, PASS_BYTES, configure, release, LEAST_COLUMNS,
+    many = ManyColumns(
+        many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes, PASS_COLUMNS, PASS_BYTES, LEAST_COLUMNS,
+        configure, release,
     )  # fmt: skip
+    return kernel_of(few_columns_of(dot_few, write_apart), many)

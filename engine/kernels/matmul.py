@@ -29,8 +29,10 @@ from numba.core import types
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import dot_quantised
 from qrun.engine.kernels.float_tiles import float_tile_matmul
+from qrun.engine.kernels.folded_tiles import folded_tile_matmul
 from qrun.engine.kernels.products import (
     AHEAD_BYTES,
+    ManyColumns,
     few_columns_of,
     groups_of,
     kernel_of,
@@ -39,8 +41,8 @@ from qrun.engine.kernels.products import (
     turns_of,
     writers,
 )
-from qrun.engine.kernels.tiles import tile_matmul
 from qrun.engine.kernels.unpack import LINE_WORDS, TYPES, Float, Group, Quantised, Rows
+from qrun.engine.kernels.whole_tiles import whole_tile_columns
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I32, Emitter, Vector
@@ -62,10 +64,10 @@ def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
-def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
+def quantised_operations(spec: Quantised, panel: int, even: bool = False) -> tuple[Any, Any, Any]:
     """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
     block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read: of
-    neighbouring rows, or of runs."""
+    neighbouring rows, or of runs. even: columns are packed for tiles of whole numbers."""
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
@@ -76,7 +78,7 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
 
     @operation(_tile_of)
     def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, block: ir.Value) -> list[Vector]:
-        return dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block)
+        return dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block, even)
 
     @operation(_tile_of)
     def dot_block(
@@ -84,7 +86,8 @@ def quantised_operations(spec: Quantised, panel: int) -> tuple[Any, Any, Any]:
     ) -> list[Vector]:
         lines = lines_of_runs(e, ahead, stride, spec.block_bytes)
         for index, group in enumerate(groups_of(e, spec, address, stride, lines)):
-            total = dot_quantised(e, spec, panel, group, total, e.offset(block, R.PACKED_BYTES * panel * index))
+            place = e.offset(block, R.PACKED_BYTES * panel * index)
+            total = dot_quantised(e, spec, panel, group, total, place, even)
         return total
 
     return unpack_block, dot_group, dot_block
@@ -156,17 +159,16 @@ def _tail_operation(spec: Quantised | Float) -> Any:
 
 
 def matmul(variant: str) -> Callable[[int, int, int], None]:
-    """The kernel for weights of one tensor type. The variant: the type, and "tiles" for floats that are multiplied by
-    AMX."""
+    """The kernel for weights of one tensor type. The variant: the type, and "tiles" for those that AMX multiplies."""
     type_name, _, tiles = variant.partition("-")
-    if tiles:
-        return float_tile_matmul(type_name)
     spec = TYPES[type_name]
-    if v.target().tiles and isinstance(spec, Quantised):
-        return tile_matmul(spec)
+    if tiles and isinstance(spec, Float):
+        return float_tile_matmul(type_name)
+    if v.target().folded and isinstance(spec, Quantised):
+        return folded_tile_matmul(spec)
     lanes, columns = v.target().lanes, v.target().columns
     if isinstance(spec, Quantised):
-        operations = functools.partial(quantised_operations, spec)
+        operations = functools.partial(quantised_operations, spec, even=bool(tiles))
         block_bytes, groups = spec.block_bytes, spec.block_size // 32
         group_bytes, x_bytes, tail_bytes = 4 * lanes * _group_vectors(spec), R.PACKED_BYTES, 0
     else:
@@ -312,4 +314,6 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
                     write_apart(op, place, first_column + column, row, 0)
 
     few_columns = few_columns_of(dot_few, write_apart)
-    return kernel_of(few_columns, many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS)
+    if tiles and isinstance(spec, Quantised):
+        return kernel_of(few_columns, whole_tile_columns(spec), by_step=True)
+    return kernel_of(few_columns, ManyColumns(many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS))

@@ -12,6 +12,7 @@ from qrun.engine.kernels.team import more_wanted
 from qrun.engine.kernels.unpack import Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.vector import Emitter
+from qrun.formats.dataclass import dataclass
 
 # With few columns each lane has a run of rows, and this much of it is asked for ahead. Of what a plain loop over memory
 # reads with two threads (Zen 4), a column of Q8_0, Q4_K and Q6_K gets 0.84, 0.85 and 0.83 with neighbouring rows, the
@@ -135,17 +136,33 @@ def nothing(_):  # type: ignore[no-untyped-def]
     pass
 
 
-def kernel_of(
-    few_columns: Any, many_columns: Any, unpacked_bytes: int, totals_bytes: int, many_rows: int, most_columns: int,
-    pass_bytes: int = 1 << 60, begin_kernel: Any = nothing, end_kernel: Any = nothing, least_columns: int = 256,
-) -> Callable[[int, int, int], None]:  # fmt: skip
-    """The kernel that takes chunks of rows until none is left. many_rows, most_columns: how many rows, and columns at
-    most, `many_columns` takes; fewer columns, down to `least_columns`, where these would be more than `pass_bytes`. All
-    rows are multiplied by so many columns, then by the next ones.
+@dataclass(frozen=True)
+class ManyColumns:
+    """function(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals) for many columns.
 
-    A thread calls `begin_kernel` and `end_kernel` with the number of all columns before the first chunk and after the
-    last one."""
+    rows, most_columns: how many rows, and columns at most, it takes; fewer columns, down to `least_columns`, where
+    these would be more than `pass_bytes`. All rows are multiplied by so many columns, then by the next ones. A thread
+    calls `begin` and `end` with the number of all columns before the first chunk and after the last one.
+    """
+
+    function: Any
+    unpacked_bytes: int
+    totals_bytes: int
+    rows: int
+    most_columns: int
+    pass_bytes: int = 1 << 60
+    least_columns: int = 256
+    begin: Any = nothing
+    end: Any = nothing
+
+
+def kernel_of(few_columns: Any, many: ManyColumns, by_step: bool = False) -> Callable[[int, int, int], None]:
+    """The kernel that takes chunks of rows until none is left. by_step: it hangs on the number of all columns whether
+    they are many, as they are packed otherwise then, and not on how many are left."""
     lanes, columns = v.target().lanes, v.target().columns
+    many_columns, begin_kernel, end_kernel = many.function, many.begin, many.end
+    unpacked_bytes, totals_bytes, many_rows = many.unpacked_bytes, many.totals_bytes, many.rows
+    most_columns, pass_bytes, least_columns = many.most_columns, many.pass_bytes, many.least_columns
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(op + R.MM_ROWS)
@@ -179,7 +196,7 @@ def kernel_of(
             end = min(begin + chunk_rows, n_rows)
             done = chunk // pass_chunks * pass_columns
             first, count = v.load_i64(chosen + 8) + done, min(v.load_i64(chosen + 16) - done, pass_columns)
-            if count > columns:
+            if (all_columns if by_step else count) > columns:
                 after = after if after != 0 else after_all
                 many_columns(op, matrix, begin, end, first, count, after, unpacked, totals)
             elif count > 0:

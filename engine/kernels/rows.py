@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import packer_of
+from qrun.engine.kernels.columns import packer_of, panel_width
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -19,13 +19,13 @@ Kernel = Callable[[int, int, int], None]
 def _row_kernel(compute: Any, packing: str) -> Kernel:
     """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
     packer, packs = packer_of(packing or "f32"), packing != ""
-    panel_columns = v.target().columns
+    width_of = panel_width(packing)
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
         count = v.load_i64(v.load_i64(op + R.ROW_COUNT))
         parts = v.load_i64(step + R.STEP_PARTS)
         width = v.load_i64(op + R.ROW_WIDTH)
-        columns = 1 if v.load_i64(step + R.N_ROWS) == 1 else panel_columns
+        columns = width_of(v.load_i64(step + R.N_ROWS))
         for row in range(count * part // parts, count * (part + 1) // parts):
             x = v.load_i64(op + R.ROW_X) + row * v.load_i64(op + R.ROW_X_STRIDE)
             y = v.load_i64(op + R.ROW_Y) + row * v.load_i64(op + R.ROW_Y_STRIDE)

@@ -7,6 +7,7 @@ nor llvmlite: it maps images, in milliseconds, and need not have a compiler at a
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image, LinkError, placed
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.object_cache import ObjectCache, warn_once
 from qrun.engine.native.packs import Pack, PackError, packs
-from qrun.engine.simd.target import Target, host_target, machine_name, machine_target, model_target, usable_machines
+from qrun.engine.simd.target import Target, folded_target, host_target, machine_name, machine_target, usable_machines
 
 __all__ = [
     "CompileError", "Kernels", "Progress", "cache_folder", "compile_kernels", "default_target", "load_images",
@@ -50,18 +51,22 @@ def load_kernels(keys: Sequence[str], target: Target | None = None, progress: Pr
     return kernels
 
 
-def default_target(tiles: str = "") -> Target:
-    """The machine that kernels are loaded for if nobody says which: this one. Where nothing can be compiled and packs
-    have nothing for it, the best that they have for lesser ones.
+def default_target(folded: bool = False) -> Target:
+    """The machine that kernels are loaded for if nobody says which: this one. Where packs have nothing for it, but for
+    one that has all but tiles, that one; and where nothing can be compiled, the best that they have for lesser ones.
 
-    tiles: what a model gains by: see `model_target`. Packs decide, if there are some.
+    folded: whether for a model that reads whole texts and writes none: see `folded_target`.
     """
     best = host_target()
     packed = {machine for pack in packs() for machine in pack.targets}
-    if not packed or tiles in packed:
-        best = model_target(tiles)
-    if packed and machine_name(best) not in packed and any(compiler_place(name) is None for name in OLDEST):
-        return next((machine_target(name) for name in usable_machines() if name in packed), best)
+    if folded and (not packed or "amx-folded" in packed):
+        best = folded_target()
+    if packed and machine_name(best) not in packed:
+        lesser = [name for name in usable_machines() if name != "amx"]
+        if best.tiles and not os.environ.get("QRUN_SIMD") and lesser[0] in packed:
+            return machine_target(lesser[0])
+        if any(compiler_place(name) is None for name in OLDEST):
+            return next((machine_target(name) for name in lesser if name in packed), best)
     return best
 
 

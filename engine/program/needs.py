@@ -11,9 +11,9 @@ from qrun.engine.native.team import TEAM_KERNELS
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout
 from qrun.engine.program.lowering import Lowering, attention_key
-from qrun.engine.program.record_writer import matrices, tiles_for
+from qrun.engine.program.record_writer import matrices
 from qrun.engine.program.state_blocks import state_sizes
-from qrun.engine.simd.target import MACHINES, TILES, Target, machine_name, model_target, usable_machines
+from qrun.engine.simd.target import MACHINES, TILES, Target, folded_target, machine_name, usable_machines
 from qrun.models import graph as G
 
 
@@ -22,7 +22,7 @@ def kernels_of(
 ) -> list[str]:
     """The keys of the kernels that a model needs, with that many threads (one for each core) or fewer."""
     layout = CacheLayout(graph.cache_layers, cache_type, state_sizes(graph))
-    target = target or default_target(tiles_for(graph))
+    target = target or default_target(folded=graph.embeds)
     halves = [graph] if graph.encoder is None else [graph.encoder, graph]
     lowered = [
         Lowering(to_lower, layout, target, batch=1, head_rows=1, context=1, threads=1)
@@ -42,13 +42,12 @@ def kernels_of(
 
 
 def machines_for(graph: G.Graph, name: str) -> list[str]:
-    """The kinds of machines that a model chooses from. name: "host" for those that this machine is, "all", or a kind.
-    Where it gains by tiles, but a machine's system does not give leave to use them, it chooses the next kind."""
-    tiles = tiles_for(graph)
+    """The kinds of machines that a model chooses from. name: "host" for what this machine is, "all", or a kind."""
     if name == "host":
-        chosen = machine_name(model_target(tiles))
-        return list(dict.fromkeys([usable_machines()[0], *([chosen] if chosen else [])]))
+        folded = machine_name(folded_target()) if graph.embeds else None
+        return list(dict.fromkeys([usable_machines()[0], *([folded] if folded else [])]))
     if name == "all":
+        tiles = "amx-folded" if graph.embeds else "amx"
         return [machine for machine in MACHINES if machine not in TILES or machine == tiles]
     return [name]
 
@@ -71,9 +70,9 @@ def warm_up(
     from qrun.engine.kernels import all_keys
 
     if graph is None:
-        wanted = {target: all_keys(target.float_tiles) for target in map(default_target, ("", *TILES))}
+        wanted = {target: all_keys(target) for target in map(default_target, (False, True))}
     else:
-        target = default_target(tiles_for(graph))
+        target = default_target(folded=graph.embeds)
         wanted = {target: kernels_of(graph, cache_type, target)}
     compiled = sum(compile_kernels(keys, target, progress) for target, keys in wanted.items())
     return compiled, sum(len(set(keys)) for keys in wanted.values()) - compiled

@@ -25,8 +25,8 @@ ALONE_KERNELS: dict[str, str] = {
     "gelu": "gelu_alone", "relu": "relu_alone", "relu_squared": "relu", "xielu": "xielu", "silu": "silu_alone",
     "sigmoid": "sigmoid", "softplus": "softplus", "signed_root": "signed_root", "exp": "exp",
 }  # fmt: skip
-# How rows are packed for matrices of these types where tiles multiply them.
-TILED = ("f16", "bf16")
+# How rows are packed for matrices that tiles multiply.
+TILED = ("f16", "bf16", "whole")
 # A matmul's chunk is about this many bytes of weights: long enough to be worth handing out, short enough to share.
 CHUNK_BYTES = 128 * 1024
 
@@ -120,15 +120,21 @@ class RecordWriter:
         return place
 
     def packing(self, weight: G.Weight) -> str:
-        if self.target.float_tiles and gains_by_tiles(weight):
-            return weight.type.name.lower()
-        return "f32" if weight.type in FLOAT_TYPES else "q8"
+        """How rows are packed for a matrix: see `kernels.columns.packer_of`."""
+        if weight.type in FLOAT_TYPES:
+            by_tiles = self.target.tiles and weight.type.name.lower() in TILED and weight.shape[-1] % 32 == 0
+            return weight.type.name.lower() if by_tiles else "f32"
+        # Of matrices of experts or heads each gets few of a step's rows.
+        return "whole" if self.target.whole_tiles and len(weight.shape) == 2 else "q8"
 
     def packed_place(self, value: G.Value, packing: str, rows: int | None = None, last: int | None = None) -> Place:
         """Where value's packed columns go. They live as long as the value."""
-        columns = -(-(rows or self.rows) // self.target.columns) * self.target.columns
-        block_bytes = R.ROUNDED_BYTES if self.target.tiles else R.PACKED_BYTES
-        column_bytes = value.width * 4 if packing != "q8" else -(-value.width // 32) * block_bytes
+        panel = R.TILE_COLUMNS if packing == "whole" else self.target.columns
+        columns = -(-(rows or self.rows) // panel) * panel
+        block_bytes = R.ROUNDED_BYTES if self.target.folded else R.PACKED_BYTES
+        column_bytes = value.width * 4
+        if packing in ("q8", "whole"):
+            column_bytes = -(-value.width // 32) * (R.TILE_PACKED_BYTES if packing == "whole" else block_bytes)
         last = self._last_use(value) if last is None else last
         return Place(self.arena.buffer(columns * column_bytes, self.index, last), 0, column_bytes)
 
@@ -229,20 +235,6 @@ def matrices(operation: G.Operation) -> Iterator[G.Weight]:
         yield from (operation.router, *operation.matrices)
         for change in operation.changes:
             yield from (change.a, change.b)
-
-
-def gains_by_tiles(weight: G.Weight) -> bool:
-    """Whether a matrix is one of those that `kernels.float_tiles` multiplies."""
-    return weight.type in (TensorType.F16, TensorType.BF16) and weight.shape[-1] % 32 == 0
-
-
-def tiles_for(graph: G.Graph) -> str:
-    """The form of kernels that a model gains by, where there is AMX: "amx" if it reads whole texts and writes none, as
-    a column alone does not count there; "amx-floats" if it has matrices for that; or ""."""
-    if graph.embeds:
-        return "amx"
-    operations = [*graph.operations, *(graph.encoder.operations if graph.encoder else [])]
-    return "amx-floats" if any(gains_by_tiles(weight) for one in operations for weight in matrices(one)) else ""
 
 
 def limits(operation: G.Activate | G.MoE) -> object:

@@ -24,7 +24,6 @@ from qrun.engine.program.observing import ObservingLowering
 from qrun.engine.program.pages import PagePool
 from qrun.engine.program.pieces import Pace, run_pieces
 from qrun.engine.program.program import Program
-from qrun.engine.program.record_writer import tiles_for
 from qrun.engine.program.state_blocks import StateBlocks, state_sizes
 from qrun.engine.program.step import Step
 from qrun.engine.simd.target import Target
@@ -84,7 +83,7 @@ class Runtime:
             raise ValueError(f"context is {context}: it must be at least 1")
         if not 1 <= batch <= R.MAX_COLUMNS:
             raise ValueError(f"batch is {batch}: it can be 1 to {R.MAX_COLUMNS}")
-        self.target = target = target or default_target(tiles_for(graph))
+        self.target = target = target or default_target(folded=graph.embeds)
         self.graph, self.threads, self.context, self.cache_type = graph, threads, context, cache_type
         self.simd = target.form
         self.n_vocab, self.width, self.causal = graph.n_vocab, graph.logits.width, graph.causal

@@ -143,7 +143,7 @@ class Calibration:
     ) -> Iterator[Runtime]:
         runtime = Runtime(
             graph, threads=self.threads or available_cores(), context=graph.context, progress=self.compiling,
-            target=default_target("amx"), observe=observing or keep is not None, keep=keep,
+            target=default_target(folded=True), observe=observing or keep is not None, keep=keep,
         )  # fmt: skip
         try:
             yield runtime

@@ -135,7 +135,7 @@ class MomentsMaker:
 
     def __init__(self, threads: int | None = None, progress: Progress | None = None) -> None:
         """progress: called while kernels are compiled."""
-        target = default_target("amx")
+        target = default_target()
         self._pool = ThreadPoolExecutor(threads or available_cores(), "qrun-moments")
         self._kernels = load_kernels(["moments-pack", "moments-add"], target, progress) if target.tiles else None
 

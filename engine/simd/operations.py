@@ -483,9 +483,9 @@ def store_rows(e: Emitter, tile: list[Vector], parts: int, address: ir.Value, st
 
 
 @operation(_void)
-def configure_tiles(e: Emitter, rows: int, row_bytes: int) -> None:
+def configure_tiles(e: Emitter, rows: int, row_bytes: int, depth: int = 16) -> None:
     """All that follow take literals for the numbers of tiles: see `Emitter.configure_tiles`."""
-    e.configure_tiles(rows, row_bytes)
+    e.configure_tiles(rows, row_bytes, depth)
 
 
 @operation(_void)

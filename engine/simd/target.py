@@ -14,7 +14,7 @@ from qrun.engine.cpu.features import V8_2, architecture, host_features
 from qrun.engine.errors import QrunError
 from qrun.formats.dataclass import dataclass
 
-FORMS = ("best", "amx", "amx-floats", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
+FORMS = ("best", "amx", "amx-folded", "avx512-vnni", "avx512", "avx-vnni", "avx2", "plain")
 # What tiles are made with: all CPUs with AMX have it.
 AMX = frozenset(
     {"amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512fp16"}
@@ -29,8 +29,8 @@ class Target:
     dot: how four int8 products are added: "vnni" (vpdpbusd), "avx2" (vpmaddubsw, vpmaddwd), "dotprod" (sdot),
     "neon" (smull, saddlp) or "plain" (vector arithmetic that every LLVM target has).
     columns: how many columns a matrix tile has, so that its accumulators stay in registers.
-    tiles: whether quantised matrices are multiplied by AMX: tiles of bfloat16, in the place of int8 products.
-    float_tiles: whether matrices of float16 and bfloat16 are.
+    tiles: whether matrices are multiplied by AMX, in tiles of bfloat16.
+    folded: whether quantised weights are tiles with their scales folded in, also where a column is alone.
 
     Arm CPUs with matrix products of int8 (i8mm) get "dotprod", too. With smmla the loop over unpacked weights would
     have 135 instructions in the place of 154 for Q4_K (8 columns of 4 rows and 32 weights), 133 of 149 for Q4_0, 118
@@ -45,18 +45,23 @@ class Target:
     dot: str
     columns: int
     tiles: bool = False
-    float_tiles: bool = False
+    folded: bool = False
 
     @property
     def form(self) -> str:
         """The name of its form: what QRUN_SIMD calls it, or what a kind of machine in MACHINES is called."""
-        if self.tiles or self.float_tiles:
-            return "amx" if self.tiles else "amx-floats"
+        if self.tiles:
+            return "amx-folded" if self.folded else "amx"
         if self.dot == "vnni":
             return "avx512-vnni" if self.lanes == 16 else "avx-vnni"
         if self.dot == "avx2":
             return "avx512" if self.lanes == 16 else "avx2"
         return {"dotprod": "neon-dotprod"}.get(self.dot, self.dot)
+
+    @property
+    def whole_tiles(self) -> bool:
+        """Whether quantised weights are tiles of whole numbers, where there are many columns."""
+        return self.tiles and not self.folded
 
     @property
     def is_x86(self) -> bool:
@@ -96,22 +101,22 @@ def _is_arm(triple: str) -> bool:
 def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str = "best") -> Target:
     """The best of what a CPU has: LLVM's triple and name for it, and LLVM's names of features, present or not.
 
-    form: "best", or another: "amx", "amx-floats" (for float16 and bfloat16 alone), "avx512-vnni" (no AMX), "avx512" (no
-    VNNI, no VBMI either), "avx-vnni" (no AVX-512), "avx2", "plain".
+    form: "best", or another: "amx", "amx-folded", "avx512-vnni" (no AMX), "avx512" (no VNNI, no VBMI either),
+    "avx-vnni" (no AVX-512), "avx2", "plain".
 
-    "best" leaves AMX out. Matrices of 512 columns take 2.2 to 2.7 times less with it, and prompts of SmolLM2 1.7 times
-    less, but a column alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07
-    nanoseconds of a core, and to int8 0.02, where memory brings a weight of Q4_K in 0.04 (Emerald Rapids).
+    "best" never folds scales. Matrices of 512 columns take 2.2 to 2.7 times less with that than with VNNI, but a column
+    alone cannot have the same bits at the speed of memory: unpacking a weight to bfloat16 takes 0.07 nanoseconds of a
+    core, and to int8 0.02, where memory brings a weight of Q4_K in 0.04 (Emerald Rapids).
     """
     if form not in FORMS:
         raise ValueError(f"QRUN_SIMD is {form!r}: it can be {', '.join(FORMS[:-1])} or {FORMS[-1]}")
     features = dict(sorted(features.items()))
     has = {name for name, present in features.items() if present}
-    tiles, float_tiles = form == "amx", form in ("amx", "amx-floats")
-    if float_tiles and not has >= AMX:
+    folded, tiles = form == "amx-folded", form.startswith("amx") or (form == "best" and has >= AMX)
+    if tiles and not has >= AMX:
         lacking = ", ".join(sorted(AMX - has))
         raise ValueError(f"QRUN_SIMD is {form!r}, and this machine (or its system) lacks {lacking}")
-    if not float_tiles:
+    if not tiles:
         features = {name: present and not name.startswith("amx") for name, present in features.items()}
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has and form in FORMS[:5]
     if not wide:
@@ -123,7 +128,7 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
     if form == "plain":
         lanes, dot, columns = 8 if _is_x86(triple) and "avx" in has else 4, "plain", 4
     elif _is_x86(triple) and wide:
-        lanes, dot, columns = 16, "vnni" if "avx512vnni" in has else "avx2", 16 if tiles else 8
+        lanes, dot, columns = 16, "vnni" if "avx512vnni" in has else "avx2", 16 if folded else 8
     elif _is_x86(triple) and {"avx2", "fma", "f16c"} <= has:
         lanes, dot, columns = 8, "vnni" if "avxvnni" in has else "avx2", 4
     elif _is_arm(triple):
@@ -131,7 +136,7 @@ def choose_target(triple: str, cpu: str, features: Mapping[str, bool], form: str
     else:
         lanes, dot, columns = 4, "plain", 4
     text = ",".join(("+" if present else "-") + name for name, present in features.items())
-    return Target(triple, cpu, text, lanes, dot, columns, tiles, float_tiles)
+    return Target(triple, cpu, text, lanes, dot, columns, tiles, folded)
 
 
 # Kinds of machines by name, of each family from the one that has most: triple, LLVM's name of a CPU that has no more
@@ -142,7 +147,7 @@ _V2 = ("sse2", "cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2")
 _AVX2 = (*_V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512vl", "avx512dq")
 MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    **dict.fromkeys(("amx", "amx-floats"), (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi", "avx512bf16",
+    **dict.fromkeys(("amx", "amx-folded"), (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi", "avx512bf16",
                                                                  "avx512fp16", "amx-tile", "amx-bf16"))),
     "avx512-vbmi": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni", "avx512vbmi")),
     "avx512-vnni": (_X86, "x86-64-v4", (*_AVX512, "avx512vnni")),
@@ -154,8 +159,8 @@ MACHINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "neon-dotprod": (_ARM, "neoverse-n1", V8_2),
     "neon": (_ARM, "cortex-a72", ("neon",)),
 }
-TILES = ("amx-floats", "amx")
-"""Those of them that only some models gain by: see `model_target`."""
+TILES = ("amx", "amx-folded")
+"""Those of them that a model chooses from: see `folded_target`."""
 
 
 def machine_target(name: str) -> Target:
@@ -170,14 +175,14 @@ def machine_name(target: Target) -> str | None:
 
 
 def usable_machines() -> list[str]:
-    """The kinds of machines whose code runs here, the best one first, but for those with tiles, which are for who asks
-    for them, or for some models (`model_target`). Which instructions kernels may use hangs on nothing else, so that
-    machine code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
+    """The kinds of machines whose code runs here, the best one first, but for the one whose tiles are folded, which is
+    for who asks for it, or for some models (`folded_target`). Which instructions kernels may use hangs on nothing else,
+    so that machine code can be made elsewhere. QrunError for a CPU that there are no kernels for."""
     present, family = host_features(), architecture()
     usable = [
         name for name, (triple, _, features) in MACHINES.items()
-        if triple.startswith(family) and present >= set(features) and name not in TILES
-        and (name != "apple" or sys.platform == "darwin")
+        if triple.startswith(family) and present >= set(features) and name != "amx-folded"
+        and (name != "apple" or sys.platform == "darwin") and (name != "amx" or _may_use_tiles())
     ]  # fmt: skip
     if not usable:
         raise QrunError(f"there are no kernels for this CPU: it is {family}, and x86-64 or 64-bit Arm is needed")
@@ -202,12 +207,11 @@ def host_target(form: str | None = None) -> Target:
     raise AssertionError("every form is that of some machine")
 
 
-def model_target(tiles: str) -> Target:
-    """The machine for models whose matrices gain by AMX: "amx" or "amx-floats", or "". Where there is none, or
-    QRUN_SIMD says otherwise, it is that for all models."""
-    asked = os.environ.get("QRUN_SIMD")
-    use = tiles and not asked and host_features() >= set(MACHINES[tiles][2]) and _may_use_tiles()
-    return host_target(tiles) if use else host_target()
+def folded_target() -> Target:
+    """The machine for models that read whole texts and write none, as a column alone does not count there: tiles are
+    folded where there are some, and QRUN_SIMD does not say otherwise."""
+    best = host_target()
+    return machine_target("amx-folded") if best.tiles and not os.environ.get("QRUN_SIMD") else best
 
 
 def _may_use_tiles() -> bool:

@@ -192,6 +192,8 @@ class Emitter:
     def __init__(self, builder: ir.IRBuilder, target: Target) -> None:
         self.builder, self.target = builder, target
         self.lanes = target.lanes
+        # How large bytes of weights can be in `dot4_unsigned`, where their products are not added in int16.
+        self.unsigned_limit = 255 if target.dot == "vnni" and not target.folded else 127
 
     def vector(self, value: ir.Value) -> Vector:
         return Vector(self.builder, value)
@@ -310,11 +312,6 @@ class Emitter:
         return self._sign(numbers, signs)
 
     @property
-    def unsigned_limit(self) -> int:
-        """How large bytes of weights can be in `dot4_unsigned`, where their products are not added in int16."""
-        return 255 if self.target.dot == "vnni" and not self.target.tiles else 127
-
-    @property
     def signed_bias(self) -> int:
         """What is added to signed weights when they are unpacked: the one VNNI instruction wants an unsigned side."""
         return 128 if self.target.dot == "vnni" else 0
@@ -344,6 +341,11 @@ class Emitter:
             same = flat._new(self.builder.icmp_unsigned("==", flat.value, flat.constant(index).value))
             result = same.choose(flat.constant(value & 0xFF), result)
         return result.bits_as(I32)
+
+    def lookup32(self, table: Sequence[int], indices: Vector) -> Vector:
+        """table[i % 32] for each int16 i, of AVX-512's longest vectors."""
+        entries = self.vector(ir.Constant(indices.value.type, list(table)))
+        return self._target_call("llvm.x86.avx512.permvar.hi.512", indices.value.type, entries, indices)
 
     @property
     def permutes_bytes(self) -> bool:
@@ -417,14 +419,14 @@ class Emitter:
         constant = factors.constant(factor)
         return self._target_call("llvm.x86.avx512.pmul.hr.sw.512", factors.value.type, factors, constant)
 
-    def configure_tiles(self, rows: int, row_bytes: int) -> None:
-        """Give this thread AMX's tiles: 0 to 3 hold float32 sums of so many rows, 4 and 5 left factors, rows of 32
-        bfloat16, 6 and 7 right factors, 16 rows of pairs. Sums and right factors have rows of `row_bytes`. It costs 75
-        nanoseconds."""
-        sizes = [(rows, row_bytes)] * 4 + [(rows, 64)] * 2 + [(16, row_bytes)] * 2 + [(0, 0)] * 8
+    def configure_tiles(self, rows: int, row_bytes: int, depth: int = 16) -> None:
+        """Give this thread AMX's tiles: 0 to 3 hold float32 sums of so many rows, 4 and 5 left factors, rows of `depth`
+        pairs of bfloat16, 6 and 7 right factors, `depth` rows of pairs. Sums and right factors have rows of
+        `row_bytes`. It costs 75 nanoseconds."""
+        sizes = [(rows, row_bytes)] * 4 + [(rows, 4 * depth)] * 2 + [(depth, row_bytes)] * 2 + [(0, 0)] * 8
         widths = b"".join(size.to_bytes(2, "little") for _, size in sizes)
         content = bytes([1, 0]) + bytes(14) + widths + bytes(count for count, _ in sizes)
-        address = self.table(f"tiles_{rows}_{row_bytes}", content)
+        address = self.table(f"tiles_{rows}_{row_bytes}_{depth}", content)
         self._tile_call("ldtilecfg", self.pointer(address, 0, I8))
 
     def release_tiles(self) -> None:

@@ -74,8 +74,9 @@ def test_macos_keeps_wide_registers_once_they_are_used(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("name", "without", "then"), [
-    ("avx512-vbmi", "avx512vbmi", "avx512-vnni"), ("avx512-vbmi", "avx512cd", "avx2"), ("avx2", "movbe", "x86-64"),
-    ("avx512", "bmi", "x86-64"), ("neon-dotprod", "lse", "neon"),
+    ("amx", "amx-bf16", "avx512-vbmi"), ("avx512-vbmi", "avx512vbmi", "avx512-vnni"),
+    ("avx512-vbmi", "avx512cd", "avx2"), ("avx2", "movbe", "x86-64"), ("avx512", "bmi", "x86-64"),
+    ("neon-dotprod", "lse", "neon"),
 ])  # fmt: skip
 def test_a_machine_that_lacks_something_gets_the_next_form(
     monkeypatch: pytest.MonkeyPatch, name: str, without: str, then: str
@@ -83,27 +84,31 @@ def test_a_machine_that_lacks_something_gets_the_next_form(
     triple, _, wanted = MACHINES[name]
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(target, "architecture", lambda: triple.partition("-")[0])
+    monkeypatch.setattr(target, "_may_use_tiles", lambda: True)
     for present, best in ((set(wanted), name), (set(wanted) - {without}, then)):
         monkeypatch.setattr(target, "host_features", lambda present=present: frozenset(present))
         assert usable_machines()[0] == best
         assert host_target.__wrapped__("best") == machine_target(best)
 
 
-def test_models_that_gain_by_tiles_use_them_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_used_where_the_system_gives_leave_and_folded_for_models_that_only_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(target, "architecture", lambda: "x86_64")
     monkeypatch.setattr(target, "host_features", lambda: frozenset(MACHINES["amx"][2]))
     monkeypatch.setattr(target, "_may_use_tiles", lambda: True)
     monkeypatch.setattr(target, "host_target", host_target.__wrapped__)
     monkeypatch.delenv("QRUN_SIMD", raising=False)
-    for tiles in ("amx", "amx-floats"):
-        assert target.model_target(tiles) == machine_target(tiles)
-    assert target.model_target("") == machine_target("avx512-vbmi")
+    assert target.host_target() == machine_target("amx")
+    assert target.folded_target() == machine_target("amx-folded")
     monkeypatch.setenv("QRUN_SIMD", "avx512-vnni")
-    assert target.model_target("amx") == machine_target("avx512-vbmi")
+    assert target.host_target() == target.folded_target() == machine_target("avx512-vbmi")
     monkeypatch.delenv("QRUN_SIMD")
     monkeypatch.setattr(target, "_may_use_tiles", lambda: False)
-    assert target.model_target("amx-floats") == machine_target("avx512-vbmi")
+    assert target.host_target() == target.folded_target() == machine_target("avx512-vbmi")
+    with pytest.raises(ValueError, match=r"lacks amx-tile$"):
+        target.host_target("amx")
 
 
 def test_a_cpu_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from tests.kernel_harness import Harness, has_tiles, random_tensor, types_of
 
 # One name for each target that forms lead to here: "avx-vnni" is "avx2" where there is no such CPU.
 EXACT_FORMS = sorted({host_target(form): form for form in ("plain", "avx-vnni", "avx2", "avx512", "best")}.values())
-# Tiles have roundings of their own.
-FORMS = [*EXACT_FORMS, *(["amx"] if has_tiles() else [])]
+# Folded tiles have roundings of their own.
+FORMS = [*EXACT_FORMS, *(["amx-folded"] if has_tiles() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def harness(request: pytest.FixtureRequest) -> Harness:
     keys = [f"{kernel}-{name}" for name in types_of(request.param) for kernel in ("matmul", "embed")]
     target = host_target(request.param)
     tiled = [key for name in ("F16", "BF16") for key in (f"matmul-{name}-tiles", f"pack-{name.lower()}")]
-    return Harness(target, [*keys, "pack-q8", "pack-f32", *(tiled if target.float_tiles else [])])
+    return Harness(target, [*keys, "pack-q8", "pack-f32", *(tiled if target.tiles else [])])
 
 
 EACH = pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_matmul_is_the_product(
         width -= size * int(rng.integers(0, 256 // size))
     raw, weights = random_tensor(rng, name, rows, width)
     x = rng.normal(size=(columns, width)).astype(np.float32)
-    tiles = harness.target.tiles and isinstance(TYPES[name], Quantised)
-    seen = as_quantised(x) if isinstance(TYPES[name], Quantised) and not tiles else x
+    folded = harness.target.folded and isinstance(TYPES[name], Quantised)
+    seen = as_quantised(x) if isinstance(TYPES[name], Quantised) and not folded else x
     expected = seen.astype(np.float64) @ weights.T.astype(np.float64)
     # Every product's rounding counts, also where a sum is small because its terms cancel.
     size = np.abs(seen).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
     result = harness.matmul(name, raw, rows, x)
-    # In tiles activations and weights have 8 bits each: neither is off by more than a 256th.
-    assert np.all(np.abs(result - expected) <= (2.1 / 256 if tiles else 3e-6) * size + 1e-30)
+    # In folded tiles activations and weights have 8 bits each: neither is off by more than a 256th.
+    assert np.all(np.abs(result - expected) <= (2.1 / 256 if folded else 3e-6) * size + 1e-30)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from test_adapter import random_adapter
-from tiny_model import write_half_model, write_tiny_model
+from tiny_embedder import write_embedder
+from tiny_model import write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.engine import Model
@@ -23,7 +24,14 @@ from qrun.engine.native.linker import AARCH64, X86_64, Image
 from qrun.engine.native.packs import FORMAT, MANIFEST, Pack, PackError
 from qrun.engine.native.sources import sources_digest
 from qrun.engine.program.adapted import ADAPTER_KERNELS
-from qrun.engine.simd.target import MACHINES, TILES, host_target, machine_target, model_target, usable_machines
+from qrun.engine.simd.target import (
+    MACHINES,
+    folded_target,
+    host_target,
+    machine_name,
+    machine_target,
+    usable_machines,
+)
 
 ROOT = Path(__file__).parents[2]
 HOST = usable_machines()[0]
@@ -92,7 +100,7 @@ def test_a_pack_is_one_file_a_machine_and_a_manifest_that_says_what_is_where(
 def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: list[str], tmp_path: Path) -> None:
     model, out = write_tiny_model(tmp_path / "model.gguf"), tmp_path / "kernels"
     CliRunner().invoke(cli, ["pack", str(model), "--out", str(out), "--targets", "all"])
-    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - set(TILES)
+    assert set(json.loads((out / MANIFEST).read_text())["targets"]) == set(MACHINES) - {"amx-folded"}
     packed = set(Pack.open(out).targets[HOST][1])
     compiled.clear()
     from qrun.engine.program.needs import kernels_of
@@ -104,11 +112,9 @@ def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: li
         assert all(set(kernels_of(graph, threads=threads)) <= packed for threads in (1, 2, 3, 8, 64))
 
 
-def test_models_that_gain_by_tiles_have_them_in_their_packs(
-    compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_make_vectors_have_folded_tiles_in_their_packs(compiled: list[str], tmp_path: Path) -> None:
     """Of two models, the one that does; the other's code for such a machine is that for all models."""
-    models = [str(write_half_model(tmp_path / "half.gguf")), str(write_tiny_model(tmp_path / "model.gguf"))]
+    embeds, writes = write_embedder(tmp_path / "embeds.gguf"), write_tiny_model(tmp_path / "writes.gguf")
 
     def packed(*arguments: str) -> dict[str, set[str]]:
         out = tmp_path / "kernels"
@@ -116,17 +122,12 @@ def test_models_that_gain_by_tiles_have_them_in_their_packs(
         assert result.exit_code == 0, result.output
         return {name: set(places) for name, (_, places) in Pack.open(out).targets.items()}
 
-    both = packed(*models)
-    assert set(both) == set(MACHINES) - {"amx"}
-    tiled = {"matmul-F16-tiles", "pack-f16"}
-    assert tiled <= both["amx-floats"] and not tiled & both["avx512-vbmi"]
-    assert "matmul-F32" in both["avx512-vbmi"] and "matmul-F32" not in both["amx-floats"]
-    assert set(packed(models[1], "--targets", "host")) == {HOST}
-    # on a machine that has tiles, and on one whose system gives no leave to use them
-    monkeypatch.setattr("qrun.engine.program.needs.usable_machines", lambda: ["avx512-vbmi", "avx2"])
-    for chosen in ("amx-floats", "avx512-vbmi"):
-        monkeypatch.setattr("qrun.engine.program.needs.model_target", lambda tiles, name=chosen: machine_target(name))
-        assert set(packed(models[0], "--targets", "host,avx2")) == {"avx512-vbmi", chosen, "avx2"}
+    both = packed(str(embeds), str(writes))
+    assert set(both) == set(MACHINES)
+    assert "append-f16" in both["amx"] and "append-f16" not in both["amx-folded"]
+    assert set(packed(str(writes), "--targets", "host")) == {HOST}
+    assert set(packed(str(embeds), "--targets", "host")) == {HOST, machine_name(folded_target())}
+    assert set(packed(str(embeds), "--targets", "avx2")) == {"avx2"}
 
 
 def test_a_pack_for_adapters_serves_those_that_are_switched(
@@ -140,7 +141,7 @@ def test_a_pack_for_adapters_serves_those_that_are_switched(
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--targets", "avx3"], "'avx3' is no kind of machine; there are host, all, amx, amx-floats,"),
+    (["--targets", "avx3"], "'avx3' is no kind of machine; there are host, all, amx, amx-folded,"),
     (["--targets", ""], "'' is no kind of machine"),
     (["--out", "photos"], "photos has files in it, and is no pack of kernels: name another folder"),
     (["--out", "photos/cat.png"], "cat.png is no folder: name another one"),
@@ -302,11 +303,15 @@ def test_without_a_compiler_code_for_a_lesser_machine_does(
         assert default_target() == machine_target(lesser)
     write(folder, ["a"])
     with packs.using(folder):
-        assert default_target() == default_target("amx") == host_target()
-    write(folder, ["a"], "amx")
+        assert default_target() == default_target(folded=True) == host_target()
+    if HOST == "amx":
+        write(folder, ["a"], lesser := usable_machines()[1])
+        with packs.using(folder):
+            assert default_target() == machine_target(lesser)
+    write(folder, ["a"], "amx-folded")
     with packs.using(folder):
-        assert default_target("amx") == model_target("amx")
-    assert default_target("amx") == model_target("amx")
+        assert default_target(folded=True) == folded_target()
+    assert default_target(folded=True) == folded_target()
 
 
 HIDDEN = """

@@ -19,12 +19,12 @@ AVX512 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
     ("name", "lanes", "dot"),
     [("avx2", 8, "avx2"), ("avx512", 16, "avx2"), ("avx512-vnni", 16, "vnni"), ("avx-vnni", 8, "vnni"),
      ("neon", 4, "neon"), ("neon-dotprod", 4, "dotprod"), ("apple", 4, "dotprod"),
-     ("x86-64", 4, "plain"), ("amx", 16, "vnni"), ("amx-floats", 16, "vnni")],
+     ("x86-64", 4, "plain"), ("amx", 16, "vnni"), ("amx-folded", 16, "vnni")],
 )  # fmt: skip
 def test_every_kind_of_machine_gets_its_form(name: str, lanes: int, dot: str) -> None:
     target = machine_target(name)
     assert (target.lanes, target.dot) == (lanes, dot)
-    assert target.tiles == (name == "amx")
+    assert (target.tiles, target.folded) == (name.startswith("amx"), name == "amx-folded")
     # Forms that differ in nothing but instructions for tables, or in none, have one name.
     same = {"avx512-vbmi": "avx512-vnni", "apple": "neon-dotprod", "x86-64": "plain"}
     assert target.form == same.get(name, name)
@@ -57,15 +57,15 @@ def test_a_lesser_form_can_be_asked_for() -> None:
         choose_target(X86, "cpu", features, "mmx")
 
 
-def test_tiles_are_used_where_they_are_asked_for_and_there() -> None:
+def test_tiles_are_used_where_they_are_and_folded_where_that_is_asked_for() -> None:
     triple, cpu, names = MACHINES["amx"]
     features = dict.fromkeys(names, True)
     assert not choose_target(triple, cpu, features, "avx512-vnni").has("amx-tile")
     assert choose_target(triple, cpu, features, "avx512-vnni").dot == "vnni"
-    assert not choose_target(triple, cpu, features).float_tiles
-    floats, every = (choose_target(triple, cpu, features, form) for form in ("amx-floats", "amx"))
-    assert floats.float_tiles and every.float_tiles and every.tiles and not floats.tiles
-    assert floats.columns == choose_target(triple, cpu, features).columns
+    best, folded = (choose_target(triple, cpu, features, form) for form in ("best", "amx-folded"))
+    assert best == choose_target(triple, cpu, features, "amx") and best.tiles and best.whole_tiles and not best.folded
+    assert folded.tiles and folded.folded and not folded.whole_tiles
+    assert not choose_target(triple, cpu, features | {"amx-bf16": False}).tiles
     with pytest.raises(ValueError, match=r"QRUN_SIMD is 'amx', and this machine \(or its system\) lacks amx-tile$"):
         choose_target(triple, cpu, features | {"amx-tile": False}, "amx")
 
@@ -114,8 +114,8 @@ def test_the_machine_code_has_the_instructions_of_its_target(name: str, kernel: 
 
 
 @pytest.mark.parametrize("kernel", ["matmul-Q4_K", "matmul-Q8_0", "matmul-IQ3_S"])
-def test_matrices_are_tiles_in_the_machine_code_for_amx(kernel: str) -> None:
-    code = assembly(kernel, machine_target("amx"))
+def test_matrices_are_folded_tiles_in_the_machine_code(kernel: str) -> None:
+    code = assembly(kernel, machine_target("amx-folded"))
     for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease", "vfmadd[0-9]*ph.*%zmm"):
         assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
     assert not re.search(r"^\s.*(vpdpbusd|vcvtdq2ps.*%xmm)", code, re.M)
@@ -127,9 +127,26 @@ def test_matrices_are_tiles_in_the_machine_code_for_amx(kernel: str) -> None:
     assert products % 4 == 0 and loads == products and loop.count("\n") < 4 * products
 
 
+@pytest.mark.parametrize(("name", "per_column"), [("Q4_K", 3), ("Q8_0", 2), ("Q6_K", 3), ("IQ3_S", 2)])
+def test_whole_numbers_are_tiles_in_the_machine_code(name: str, per_column: int) -> None:
+    code = assembly(f"matmul-{name}-tiles", machine_target("amx"))
+    # Few columns are no tiles.
+    for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease", "vpdpbusd.*%zmm"):
+        assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
+    assert calls_to_elsewhere(code) == set()
+    # Sums of two groups by 16 columns are scaled with so many instructions each, the next two are multiplied meanwhile,
+    # and the totals stay in registers.
+    blocks = re.split(r"^(?:\.?[A-Za-z_]\w*:.*|\s+j\w+\s.*)$", code, flags=re.M)
+    loop = max(blocks, key=lambda block: block.count("tilestored") * len(re.findall(r"vfmadd\w*ps.*1to16", block)))
+    arithmetic = len(re.findall(r"v(?:mul|fmadd\w*)ps\b", loop))
+    tiles = 4 if name == "Q6_K" else 2
+    assert arithmetic == 2 * 16 * per_column and loop.count("tdpbf16ps") == loop.count("tilestored") == tiles
+    assert len(re.findall(r"vmov\w+\s+%zmm\d+, .*\(", loop)) == 0
+
+
 @pytest.mark.parametrize("name", ["F16", "BF16"])
-def test_floats_are_tiles_in_the_machine_code_for_amx(name: str) -> None:
-    code = assembly(f"matmul-{name}-tiles", machine_target("amx-floats"))
+def test_floats_are_tiles_in_the_machine_code(name: str) -> None:
+    code = assembly(f"matmul-{name}-tiles", machine_target("amx"))
     for wanted in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
         assert re.search(rf"^\s.*{wanted}", code, re.M), wanted
     assert calls_to_elsewhere(code) == set()

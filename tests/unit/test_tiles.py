@@ -108,7 +108,7 @@ def test_a_tile_product_is_a_product(rng: np.random.Generator) -> None:
 def harness() -> Harness:
     if not has_tiles():
         pytest.skip("needs AMX")
-    return Harness(host_target("amx"), [*(f"matmul-{name}" for name in ("Q4_0", "Q4_1", "Q8_0")), "pack-q8"])
+    return Harness(host_target("amx-folded"), [*(f"matmul-{name}" for name in ("Q4_0", "Q4_1", "Q8_0")), "pack-q8"])
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
@@ -129,7 +129,7 @@ def test_kernels_do_what_tiles_do(
 def floats() -> Harness:
     if not has_tiles():
         pytest.skip("needs AMX")
-    return Harness(host_target("amx-floats"), ["matmul-F16-tiles", "matmul-BF16-tiles", "pack-f16", "pack-bf16"])
+    return Harness(host_target("amx"), ["matmul-F16-tiles", "matmul-BF16-tiles", "pack-f16", "pack-bf16"])
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])

@@ -1,11 +1,11 @@
 """What `qrun warmup` compiles is what models need."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny_model import write_half_model
+from tiny_model import write_half_model, write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.engine.kernels import all_keys
@@ -29,7 +29,7 @@ def test_all_kernels_are_all_that_any_model_needs(path: Path) -> None:
         for cache_type in CACHE_BITS:
             needed = warmup.kernels_of(graph, cache_type)
             assert any(key.startswith(f"attention-{cache_type}-") for key in needed)
-            assert set(needed) <= set(all_keys())
+            assert set(needed) <= set(all_keys(host_target()))
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -83,24 +83,28 @@ def test_another_cache_type_needs_two_more(compiled: list[str]) -> None:
 
 
 def test_without_a_model_everything_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "default_target", lambda tiles: host_target())
+    target = machine_target("avx512-vnni")
+    monkeypatch.setattr(warmup, "default_target", lambda folded: target)
     result = CliRunner().invoke(cli, ["warmup"])
     assert result.stdout == f"{len(all_keys())} kernels compiled, 0 were there\n"
-    assert sorted(compiled) == sorted(all_keys())
+    assert sorted(compiled) == sorted(all_keys()) == sorted(all_keys(target))
 
 
-def test_everything_includes_what_models_of_floats_choose(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = {"": host_target()} | {name: machine_target(name) for name in TILES}
-    monkeypatch.setattr(warmup, "default_target", tiles.__getitem__)
+def test_everything_includes_what_models_that_make_vectors_choose(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "default_target", lambda folded: machine_target("amx-folded" if folded else "amx"))
     result = CliRunner().invoke(cli, ["warmup"])
-    n, tiled = len(all_keys()), len(all_keys(float_tiles=True))
-    assert result.stdout == f"{n + 2 * tiled} kernels compiled, 0 were there\n"
+    counts = [len(all_keys(machine_target(name))) for name in TILES]
+    assert result.stdout == f"{sum(counts)} kernels compiled, 0 were there\n"
     assert [line for line in result.stderr.splitlines() if "compiling" in line] == [
-        f"qrun: compiling {count} kernels for this CPU (once)" for count in (n, tiled, tiled)
+        f"qrun: compiling {count} kernels for this CPU (once)" for count in counts
     ]
 
 
-def test_all_kernels_of_tiles_are_all_that_a_model_of_floats_needs(tmp_path: Path) -> None:
-    with GGUFReader(write_half_model(tmp_path / "model.gguf")) as reader:
-        needed = warmup.kernels_of(build_graph(reader), target=machine_target("amx-floats"))
-    assert {"matmul-F16-tiles", "rms_norm-f16"} <= set(needed) <= set(all_keys(float_tiles=True))
+@pytest.mark.parametrize("write", [write_half_model, write_tiny_model])
+def test_all_kernels_of_tiles_are_all_that_a_model_needs(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    target = machine_target("amx")
+    with GGUFReader(write(tmp_path / "model.gguf")) as reader:
+        needed = set(warmup.kernels_of(build_graph(reader), target=target))
+    assert needed <= set(all_keys(target)) and not needed <= set(all_keys())
