@@ -6,6 +6,8 @@ part of STEP_PARTS, and then that part's number comes in place of the thread's (
 function for the compiler; nothing here is called from Python.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -60,4 +60,4 @@ def test_what_is_no_number_is_none_in_the_sums(rng: np.random.Generator) -> None
 def test_widths_that_are_no_whole_blocks_are_added_by_numpy() -> None:
     with closing(MomentsMaker(1)) as maker:
         assert isinstance(maker.sums(40), FloatMoments)
-        assert isinstance(maker.sums(64), FloatMoments) != default_target("amx").tiles
+        assert isinstance(maker.sums(64), FloatMoments) != default_target().tiles
