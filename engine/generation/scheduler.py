@@ -49,8 +49,8 @@ PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
-_STEPS_KEPT = 32  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
-# been slowed down by something else
+_STEPS_KEPT = 256  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
+# been slowed down by something else, for a while
 
 
 class Sharing(Protocol):
@@ -402,7 +402,7 @@ class Scheduler:
         n_decode = sum(len(part.tokens) for part in parts)
         prompts = self._prompts(going)
         n_generating = len(parts)
-        if n_generating:
+        if n_generating and prompts:
             most = BURST_SECONDS if len(prompts) >= n_generating else BESIDE_SECONDS
             room = min(room, self._rows_in(max(most, self._decode_seconds(n_generating))))
         planned = 0  # bytes of those that begin now
