@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 # How many seconds of a step rows of prompts may take while others generate, the second where at least as many wait as
 # generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps:
-# from one step's end to the next it takes as long as STEPS_APART steps without prompts. Where a step took longer by
-# itself, as much is read as LEAST_STEPS of one allow.
-BESIDE_SECONDS, BURST_SECONDS = 0.1, 0.3
+# from one step's end to the next it takes as long as STEPS_APART steps without prompts, or as one step and
+# BACKGROUND_SECONDS where steps are short. Of what a step took longer by itself, as much is taken from that, but for
+# LEAST_SHARE of it.
+BESIDE_SECONDS, BURST_SECONDS, BACKGROUND_SECONDS = 0.1, 0.3, 0.01
+STEPS_APART, LEAST_SHARE = 1.8, 0.3
 LONG_PROMPT = 1024
-STEPS_APART, LEAST_STEPS = 1.8, 0.25
-UNKNOWN_SECONDS = 0.01  # in the place of a step's, before there was one without prompts
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
@@ -539,9 +539,10 @@ class Scheduler:
 
     def _bearable(self, n_generating: int) -> float:
         """For how many seconds a long prompt may be read now, where so many generate and a step has just ended."""
-        ordinary = self._decode_seconds(n_generating) or UNKNOWN_SECONDS
+        ordinary = self._decode_seconds(n_generating)
+        more = max((STEPS_APART - 1) * ordinary, BACKGROUND_SECONDS)
         gone = time.perf_counter() - self._last_end
-        return min(max(STEPS_APART * ordinary - gone, LEAST_STEPS * ordinary), BESIDE_SECONDS)
+        return min(max(ordinary + more - gone, LEAST_SHARE * more), BESIDE_SECONDS)
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""
