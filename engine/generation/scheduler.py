@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 # How many seconds of a step rows of prompts may take while others generate, the second where at least as many wait as
 # generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps:
-# from one step's end to the next it takes as long as STEPS_APART steps without prompts. Where a step took longer by
-# itself, as much is read as LEAST_STEPS of one allow.
-BESIDE_SECONDS, BURST_SECONDS = 0.1, 0.3
+# from one step's end to the next it takes as long as STEPS_APART steps without prompts, or as one step and
+# BACKGROUND_SECONDS where steps are short. Of what a step took longer by itself, as much is taken from that, but for
+# LEAST_SHARE of it.
+BESIDE_SECONDS, BURST_SECONDS, BACKGROUND_SECONDS = 0.1, 0.3, 0.01
+STEPS_APART, LEAST_SHARE = 1.8, 0.3
 LONG_PROMPT = 1024
-STEPS_APART, LEAST_STEPS = 1.8, 0.25
-UNKNOWN_SECONDS = 0.01  # in the place of a step's, before there was one without prompts
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
 WORTH_WAITING = 32  # tokens that another prompt is about to read as well
@@ -50,8 +50,8 @@ PATIENCE = 1.0  # but not before those that have waited for so many seconds
 _RESERVE = 64  # positions that there must be room for behind a prompt before it is begun beside others
 LEAVE_SECONDS = 0.1  # so long a reader who cancels waits for the end of the step under way
 _LEARNING = 0.3  # how much a step says about how long a row of a prompt will take
-_STEPS_KEPT = 32  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
-# been slowed down by something else
+_STEPS_KEPT = 256  # without prompts: a quarter of them took no longer than what counts as ordinary, as others may have
+# been slowed down by something else, for a while
 
 
 class Sharing(Protocol):
@@ -404,7 +404,7 @@ class Scheduler:
         n_decode = sum(len(part.tokens) for part in parts)
         prompts = self._prompts(going)
         n_generating = len(parts)
-        if n_generating:
+        if n_generating and prompts:
             most = BURST_SECONDS if len(prompts) >= n_generating else BESIDE_SECONDS
             room = min(room, self._rows_in(max(most, self._decode_seconds(n_generating))))
         planned = 0  # bytes of those that begin now
@@ -541,9 +541,10 @@ class Scheduler:
 
     def _bearable(self, n_generating: int) -> float:
         """For how many seconds a long prompt may be read now, where so many generate and a step has just ended."""
-        ordinary = self._decode_seconds(n_generating) or UNKNOWN_SECONDS
+        ordinary = self._decode_seconds(n_generating)
+        more = max((STEPS_APART - 1) * ordinary, BACKGROUND_SECONDS)
         gone = time.perf_counter() - self._last_end
-        return min(max(STEPS_APART * ordinary - gone, LEAST_STEPS * ordinary), BESIDE_SECONDS)
+        return min(max(ordinary + more - gone, LEAST_SHARE * more), BESIDE_SECONDS)
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""
