@@ -270,7 +270,8 @@ class DraftGuesser:
 def likeliest(logits: np.ndarray) -> tuple[int, float]:
     """The likeliest token, and its probability."""
     token = int(logits.argmax())
-    return token, float(1.0 / np.exp(logits - logits[token]).sum())
+    with np.errstate(under="ignore"):
+        return token, float(1.0 / np.exp(logits - logits[token]).sum())
 
 
 def at_least(rows: int) -> int:

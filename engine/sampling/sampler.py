@@ -68,12 +68,13 @@ def _at_least(values: np.ndarray, bound: np.float32) -> np.ndarray:
 
 def log_sum_exp(logits: np.ndarray, highest: float, scratch: np.ndarray) -> float:
     """log(sum(exp(logits))) of float32 [n], given the highest of them, with float32 [n] to work in."""
-    if abs(highest) < 60:  # then e**highest times any vocabulary fits float32, and a pass over the logits is saved
-        highest = 0.0
-        np.exp(logits, out=scratch)
-    else:
-        np.subtract(logits, np.float32(highest), out=scratch)
-        np.exp(scratch, out=scratch)
+    with np.errstate(under="ignore"):  # whatever the program has NumPy do then: small numbers become 0
+        if abs(highest) < 60:  # then e**highest times any vocabulary fits float32, and a pass over the logits is saved
+            highest = 0.0
+            np.exp(logits, out=scratch)
+        else:
+            np.subtract(logits, np.float32(highest), out=scratch)
+            np.exp(scratch, out=scratch)
     # Column sums first: a plain vector addition, twice as fast as NumPy's pairwise sum of the whole.
     n_columns = len(logits) // _FOLDS
     n_folded = n_columns * _FOLDS
@@ -89,8 +90,9 @@ def likeliest(logits: np.ndarray, k: int, total: float) -> list[tuple[int, float
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax: float32 [n] -> float32 [n]."""
-    weights = np.exp(logits - logits.max())
-    return weights / np.float32(weights.sum(dtype=np.float64))
+    with np.errstate(under="ignore"):
+        weights = np.exp(logits - logits.max())
+        return weights / np.float32(weights.sum(dtype=np.float64))
 
 
 def _fewest(order_key: np.ndarray, weights: np.ndarray, mass: float) -> np.ndarray:
@@ -267,7 +269,8 @@ class Sampler:
         if self._takes_first and allowed is None and first not in banned:
             token = first
         else:
-            token = self._choose(*self._candidates(logits, allowed, banned))
+            with np.errstate(all="ignore"):  # logits may be infinite, and their exponentials 0
+                token = self._choose(*self._candidates(logits, allowed, banned))
         if not self.options.logprobs:
             return token, None
         total = log_sum_exp(logits, highest, self._scratch)

@@ -204,3 +204,21 @@ def test_looking_at_the_likeliest_first_changes_nothing(
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.1}, {"top_k": 0}, {"samplers": ("min_p", "top_k")}])
 def test_where_other_steps_come_first_all_that_is_allowed_is_looked_at(options: dict[str, Any]) -> None:
     assert Sampler(SamplingOptions(**options), 100)._wanted == 0
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 0, "top_logprobs": 2}, {"temperature": 1e-9}, {"temperature": 50.0}, {"top_p": 0.9},
+    {"min_p": 1e-9}, {"typical_p": 0.9}, {"xtc_probability": 1.0}, {"mirostat": 2}, {"repetition_penalty": 1.5},
+])  # fmt: skip
+def test_a_program_that_has_numpy_raise_gets_the_same_tokens(options: dict[str, Any]) -> None:
+    """np.seterr(all="raise") is the program's, and in logits there is much that comes to nothing, or is infinite."""
+    logits = np.linspace(-300, 80, 3000).astype(np.float32)
+    logits[7] = -np.inf
+
+    def tokens() -> list[tuple[int, float | None]]:
+        sampler = Sampler(SamplingOptions(seed=2, logprobs=True).replace(**EVERYTHING | options), len(logits), [2999])
+        return [sampler.sample(logits, banned=[3]) for _ in range(3)]
+
+    usual = tokens()
+    with np.errstate(all="raise"):
+        assert tokens() == usual
