@@ -28,6 +28,11 @@ BETA_SLOW = 1.0
 
 MIN_DIVISOR = 1e-6  # of a frequency; what is smaller would only make angles without meaning
 
+# Architectures of which sections of a head turn by positions of their own in images (M-RoPE: arXiv:2409.12191): one
+# behind the other, or pair by pair. Those of the last turn by none in a text.
+SECTIONED = ("qwen2vl", "paddleocr", "glm4", "glm4moe", "bailingmoe3", "hunyuan_vl")
+MIXED_SECTIONS = ("qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen4exp")
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -48,6 +53,10 @@ class RopeScaling:
     damping: float = 0.0
     given_factor: float = 1.0
     """The file's, even where its type says that there is none."""
+    sections: tuple[int, ...] = ()
+    """How many pairs turn by each position that an image has, if those of a last section by none in a text."""
+    mixed: bool = False
+    """Do the sections take turns?"""
 
     @classmethod
     def read(cls, metadata: Metadata, hyperparameters: Hyperparameters) -> "RopeScaling":
@@ -68,6 +77,8 @@ class RopeScaling:
             attention_factor=metadata.real("rope.scaling.attn_factor", 1.0, high=1e6),
             original_context=metadata.integer("rope.scaling.original_context_length", 0, low=0, high=MAX_CONTEXT)
             or hyperparameters.context_length,
+            sections=read_sections(metadata),
+            mixed=metadata.architecture in MIXED_SECTIONS,
         )
 
     def with_yarn_betas(self, metadata: Metadata, beta_fast: float = BETA_FAST) -> "RopeScaling":
@@ -102,7 +113,17 @@ class RopeScaling:
         if self.stretches_by_pair:
             keep = self._kept * self._yarn_keep(n_rot)
             stretched = keep * kept + (1.0 - keep) * stretched
+        if self.sections:
+            stretched = np.where(self._turning(n_rot // 2), stretched, 0.0)
         return stretched.astype(np.float32)
+
+    def _turning(self, n_pairs: int) -> np.ndarray:
+        """Which pairs turn by one of the positions that a text has."""
+        pairs = np.arange(n_pairs) % sum(self.sections)
+        first, second, third, _ = self.sections
+        if not self.mixed:
+            return pairs < first + second + third
+        return pairs < 3 * np.array([first, second, third])[pairs % 3]
 
     @property
     def stretches_by_pair(self) -> bool:
@@ -129,9 +150,21 @@ PLAIN = RopeScaling("none", base=10000.0, factor=1.0, attention_factor=1.0, orig
 
 
 def has_sections(metadata: Metadata) -> bool:
-    """Do sections of a head turn by positions of their own in images (M-RoPE: arXiv:2409.12191)?"""
-    sections = metadata.per_layer("rope.dimension_sections", 4, 0, low=0, high=MAX_HEAD_DIM)
+    """Do sections of a head turn by positions of their own in images?"""
+    sections = _sections(metadata)
     return sections[0] > 0 and sections[1] > 0
+
+
+def read_sections(metadata: Metadata) -> tuple[int, ...]:
+    """The sections of a head, where there is a last one."""
+    if metadata.architecture not in (*SECTIONED, *MIXED_SECTIONS) or not has_sections(metadata):
+        return ()
+    sections = _sections(metadata)
+    return sections if sections[3] else ()
+
+
+def _sections(metadata: Metadata) -> tuple[int, ...]:
+    return metadata.per_layer("rope.dimension_sections", 4, 0, low=0, high=MAX_HEAD_DIM)
 
 
 def read_temperature(metadata: Metadata, h: Hyperparameters, length: int) -> Temperature | None:

@@ -67,6 +67,31 @@ def test_yarn_magnitude_is_multiplied_by_the_files_factor() -> None:
     assert replace(scaling, factor=0.5).rotation(N_ROT).magnitude == 0.5
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sections", "still"),
+    [
+        ("qwen2vl", [4, 5, 6, 7], [15, 16, 17, 18, 19, 20, 21]),
+        ("qwen2vl", [2, 2, 2, 2], [6, 7, 14, 15, 22, 23, 30, 31]),  # they begin anew when they are used up
+        ("qwen3vl", [8, 8, 8, 8], [24, 25, 26, 27, 28, 29, 30, 31]),
+        ("qwen3vl", [6, 4, 2, 20], [8, 11, 13, 14, 16, 17, *range(18, 32)]),
+        ("qwen35", [11, 11, 10, 0], []),  # of images there are three kinds of positions: all turn in a text
+        ("qwen3vl", [24, 20, 20, 0], []),
+        ("glm4", [0, 0, 0, 8], []),
+        ("qwen3", [8, 8, 8, 8], []),
+    ],
+)
+def test_pairs_of_a_section_that_texts_have_no_positions_for(
+    architecture: str, sections: list[int], still: list[int]
+) -> None:
+    values = {"general.architecture": architecture, f"{architecture}.rope.dimension_sections": np.array(sections)}
+    reader: Any = SimpleNamespace(path=Path("toy.gguf"), metadata=values, tensors={})
+    scaling = RopeScaling.read(Metadata(reader), SimpleNamespace(context_length=4096))  # type: ignore[arg-type]
+    frequencies = scaling.rotation(N_ROT).frequencies
+    assert np.flatnonzero(frequencies == 0).tolist() == still
+    turning = [pair for pair in range(32) if pair not in still]
+    np.testing.assert_allclose(frequencies[turning], [plain(pair) for pair in turning], rtol=1e-6)
+
+
 def test_yarn_over_a_short_context_stretches_all_but_the_first_pairs() -> None:
     frequencies = replace(PLAIN, type="yarn", factor=2.0, original_context=8).frequencies(N_ROT)
     assert frequencies[0] == 1.0
