@@ -242,14 +242,13 @@ def packer_of(packing: str) -> Any:
 
 def panel_width(packing: str) -> Any:
     """width_of(n_rows): how many columns the panels have in a step of so many rows."""
-    few = v.target().columns
-    many = R.TILE_COLUMNS if packing == "whole" else few
+    columns, whole = v.target().columns, packing == "whole"
 
     @v.helper
     def width_of(n_rows):  # type: ignore[no-untyped-def]
         if n_rows == 1:
             return 1
-        return few if n_rows <= few else many
+        return R.TILE_COLUMNS if whole and n_rows > R.MOST_WITHOUT_TILES else columns
 
     return width_of
 

@@ -195,6 +195,7 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
     wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
     tail_x = 4 * columns
 
+    has_tiles = bool(tiles)
     write_apart, write_neighbours = writers()
 
     def through_registers(width: int, panel: int) -> Any:
@@ -268,6 +269,8 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
         n_blocks = v.load_i64(op + R.MM_BLOCKS)
         tail = v.load_i64(op + R.MM_TAIL)
         column_bytes = v.load_i64(op + R.MM_COLUMN_BYTES)
+        if has_tiles:  # those are a tile's
+            column_bytes = n_blocks * groups * x_bytes
         whole = n_rows >= lanes
         stride = row_bytes if whole else 0
         for wanted in range(begin, end, lanes if whole else 1):
@@ -314,6 +317,5 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
                     write_apart(op, place, first_column + column, row, 0)
 
     few_columns = few_columns_of(dot_few, write_apart)
-    if tiles and isinstance(spec, Quantised):
-        return kernel_of(few_columns, whole_tile_columns(spec), by_step=True)
-    return kernel_of(few_columns, ManyColumns(many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS))
+    in_tiles = whole_tile_columns(spec) if tiles and isinstance(spec, Quantised) else None
+    return kernel_of(few_columns, ManyColumns(many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS), in_tiles)

@@ -156,20 +156,27 @@ class ManyColumns:
     end: Any = nothing
 
 
-def kernel_of(few_columns: Any, many: ManyColumns, by_step: bool = False) -> Callable[[int, int, int], None]:
-    """The kernel that takes chunks of rows until none is left. by_step: it hangs on the number of all columns whether
-    they are many, as they are packed otherwise then, and not on how many are left."""
+def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = None) -> Callable[[int, int, int], None]:
+    """The kernel that takes chunks of rows until none is left. tiles: for steps with more columns than
+    MOST_WITHOUT_TILES, which are packed otherwise."""
     lanes, columns = v.target().lanes, v.target().columns
+    has_tiles, most = tiles is not None, tiles or many
     many_columns, begin_kernel, end_kernel = many.function, many.begin, many.end
-    unpacked_bytes, totals_bytes, many_rows = many.unpacked_bytes, many.totals_bytes, many.rows
-    most_columns, pass_bytes, least_columns = many.most_columns, many.pass_bytes, many.least_columns
+    tile_columns, begin_tiles, end_tiles = most.function, most.begin, most.end
+    unpacked_bytes = max(many.unpacked_bytes, most.unpacked_bytes)
+    totals_bytes = max(many.totals_bytes, most.totals_bytes)
+    many_rows, tile_rows = many.rows, most.rows
+    most_columns, pass_bytes, least_columns = most.most_columns, most.pass_bytes, most.least_columns
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(op + R.MM_ROWS)
         ranges = v.load_i64(op + R.MM_RANGES)
         all_columns = v.load_i64(step + R.N_ROWS)
+        in_tiles = has_tiles and all_columns > R.MOST_WITHOUT_TILES
         # With many columns even a few rows take long, and share the work most evenly.
-        chunk_rows = v.load_i64(op + R.MM_CHUNK) if all_columns <= columns else many_rows
+        chunk_rows = v.load_i64(op + R.MM_CHUNK)
+        if all_columns > columns:
+            chunk_rows = tile_rows if in_tiles else many_rows
         chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
         pass_columns = most_columns
@@ -181,7 +188,10 @@ def kernel_of(few_columns: Any, many: ManyColumns, by_step: bool = False) -> Cal
         after_all = v.load_i64(op + R.MM_NEXT) + thread * next_bytes
         unpacked = v.scratch(unpacked_bytes)
         totals = v.scratch(totals_bytes)
-        begin_kernel(all_columns)
+        if in_tiles:
+            begin_tiles(all_columns)
+        else:
+            begin_kernel(all_columns)
         chunk = v.atomic_add(op + R.OP_COUNTER, 1)
         while chunk < n_chunks:
             # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
@@ -196,13 +206,19 @@ def kernel_of(few_columns: Any, many: ManyColumns, by_step: bool = False) -> Cal
             end = min(begin + chunk_rows, n_rows)
             done = chunk // pass_chunks * pass_columns
             first, count = v.load_i64(chosen + 8) + done, min(v.load_i64(chosen + 16) - done, pass_columns)
-            if (all_columns if by_step else count) > columns:
+            if in_tiles:
+                after = after if after != 0 else after_all
+                tile_columns(op, matrix, begin, end, first, count, after, unpacked, totals)
+            elif count > columns:
                 after = after if after != 0 else after_all
                 many_columns(op, matrix, begin, end, first, count, after, unpacked, totals)
             elif count > 0:
                 few_columns(op, matrix, begin, end, first, count, all_columns == 1, after, totals)
             chunk = following
-        end_kernel(all_columns)
+        if in_tiles:
+            end_tiles(all_columns)
+        else:
+            end_kernel(all_columns)
         # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
         if all_columns <= columns:
             run = next_bytes // lanes

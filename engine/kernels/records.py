@@ -51,8 +51,9 @@ MAX_COLUMNS = 512
 # What 32 quantised activations of one column take, what they take in bfloat16, and in a tile of whole numbers: see
 # kernels.columns.
 PACKED_BYTES, ROUNDED_BYTES, TILE_PACKED_BYTES = 52, 64, 80
-# How many columns a panel has in tiles of whole numbers.
-TILE_COLUMNS = 16
+# How many columns a panel has in tiles of whole numbers, and the most that are packed otherwise: unpacking weights for
+# tiles takes longer, and 16 columns take as long without them.
+TILE_COLUMNS, MOST_WITHOUT_TILES = 16, 24
 
 
 def _fields(count: int) -> range:

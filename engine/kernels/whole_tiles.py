@@ -2,7 +2,7 @@
 
 Weights less their zero and activations in units of their scale are whole numbers that bfloat16 holds exactly, and so
 are their sums in float32 (see `kernels.columns`). So a tile gives the very numbers that other instructions give, in
-whatever order it adds; scales and minimums come after it, in the same operations as everywhere. A few columns go
+whatever order it adds; scales and minimums come after it, in the same operations as everywhere. Up to 24 columns go
 through vpdpbusd (`kernels.matmul`), to the same bits.
 
 Each tile of sums goes through memory on its way to the vector registers, where it is scaled and added to the totals:
@@ -131,7 +131,7 @@ def _operations(spec: Quantised) -> tuple[Any, Any, Any, Any]:
 
 def whole_tile_columns(spec: Quantised) -> ManyColumns:
     """For weights of one quantised type."""
-    lanes, few, columns = v.target().lanes, v.target().columns, R.TILE_COLUMNS
+    lanes, columns = v.target().lanes, R.TILE_COLUMNS
     unpack_block, multiply, store, scale = _operations(spec)
     block_bytes, groups, depth = spec.block_bytes, spec.block_size // 32, 16 // spec.n_scales
     slice_blocks = SLICE_GROUPS // groups
@@ -141,14 +141,12 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
     write_apart, write_neighbours = writers()
 
     @v.helper
-    def begin_kernel(all_columns):  # type: ignore[no-untyped-def]
-        if all_columns > few:
-            v.configure_tiles(16, 64, depth)
+    def configure(_):  # type: ignore[no-untyped-def]
+        v.configure_tiles(16, 64, depth)
 
     @v.helper
-    def end_kernel(all_columns):  # type: ignore[no-untyped-def]
-        if all_columns > few:
-            v.release_tiles()
+    def release(_):  # type: ignore[no-untyped-def]
+        v.release_tiles()
 
     @v.helper
     def multiply_first(group, x, sums):  # type: ignore[no-untyped-def]
@@ -240,5 +238,5 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
 
     return ManyColumns(
         many_columns, ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS, ROW_GROUPS * lanes,
-        PASS_COLUMNS, PASS_BYTES, LEAST_COLUMNS, begin_kernel, end_kernel,
+        PASS_COLUMNS, PASS_BYTES, LEAST_COLUMNS, configure, release,
     )  # fmt: skip
