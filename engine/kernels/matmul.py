@@ -13,6 +13,9 @@ Columns come packed into panels (`kernels.columns`). With one panel, weights go 
 columns, half a panel or all of it. With more, a slice of the row group is unpacked into the first-level cache and used
 for all panels, of the last one perhaps for half of it.
 
+Where there is AMX, matrices of float16 and bfloat16 go through `float_tiles`, and quantised ones times many columns
+through `whole_tiles`, to the bits that few columns get here; `folded_tiles` are for models that read whole texts only.
+
 Ranges say which columns belong to which matrix: [count, (matrix, first column, columns) ...]. A dense matrix has one
 range; experts have one each. A range begins on a panel's first column.
 """
