@@ -12,10 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from qrun.engine.simd.target import Target
-
-if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here which there are
+if TYPE_CHECKING:  # `build` imports kernels by name: those who pack apps see here which there are
     from qrun.engine.kernels import (  # noqa: F401
         attention,
         convolution,
@@ -37,6 +34,7 @@ if TYPE_CHECKING:  # `build` imports them by name: those who pack apps see here 
         team,
         wkv,
     )
+    from qrun.engine.simd.target import Target
 
 ROW_OPERATIONS = (
     "add", "scale", "affine", "softcap", "clamp", "silu", "clamped_silu", "limited_silu", "gelu", "gelu_alone", "relu",
@@ -105,6 +103,7 @@ def all_keys(target: Target | None = None) -> list[str]:
     in_tiles = [name.upper() for name in tiled]
     in_tiles += [name for name, spec in TYPES.items() if whole and isinstance(spec, Quantised)]
     packings, heads = ("q8", "f32", *tiled), range(1, MAX_HEADS_TOGETHER + 1)
+    of_rows = (*packings, *whole)  # experts and heads have no tiles of whole numbers
     layouts = ("", "-rows", "-rows-entries")
     return [
         *(name for name, module in _MODULES.items() if module == "team"),
@@ -114,7 +113,8 @@ def all_keys(target: Target | None = None) -> list[str]:
         *(f"{name}-{kind}-{together}{layout}" for name in ("attention", "sparse_attention") for kind in KIND_BITS
           for together in heads for layout in layouts),
         *(f"{name}-f16-{n}" for name in ("index_scores", "index_choose") for n in heads),
-        *(f"{name}-{packing}" for name in ("pack", "to_experts", "to_heads") for packing in packings),
+        *(f"pack-{packing}" for packing in of_rows),
+        *(f"{name}-{packing}" for name in ("to_experts", "to_heads") for packing in packings),
         *(f"observe-{variant}" for variant in ("rows", "experts", "keep")),
         *(f"convolution-{activation}" for activation in ("", "silu")),
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
@@ -122,6 +122,5 @@ def all_keys(target: Target | None = None) -> list[str]:
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
                                 "selective_scan", "pool", "lora_down", "lora_up")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
-          for packing in ("", *packings, *whole)),
-        *(f"pack-{packing}" for packing in whole),
+          for packing in ("", *of_rows)),
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from qrun.engine.kernels.products import (
     neighbouring_lines,
     writers,
 )
-from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, store_sums
+from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, slice_unpacker, store_sums
 from qrun.engine.kernels.unpack import Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -108,6 +108,7 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
     totals_bytes = ROW_GROUPS * TILE_BYTES * (PASS_COLUMNS // SPLIT_COLUMNS)
     panel_step = TILE_BYTES  # of activations
     joined_bytes = 64 * SPLIT_COLUMNS
+    unpack_slice = slice_unpacker(unpack_neighbours, LINE_BYTES, step_bytes, slice_bytes)
     write_apart, write_neighbours = writers()
 
     def through_tiles(narrow: bool) -> Any:
@@ -196,12 +197,8 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
             x0 = v.load_i64(op + R.MM_INPUT) + first_column * column_bytes
             for first in range(0, n_steps, slice_steps):
                 steps = min(slice_steps, n_steps - first)
-                for g in range(ROW_GROUPS):
-                    weights = matrix + min(wanted + g * lanes, last) * row_bytes + first * LINE_BYTES
-                    for i in range(steps):
-                        place = unpacked + g * slice_bytes + i * step_bytes
-                        unpack_neighbours(weights + i * LINE_BYTES, stride, place, ahead)
-                        ahead += lanes * LINE_BYTES
+                part = matrix + first * LINE_BYTES
+                ahead = unpack_slice(part, wanted, last, row_bytes, ROW_GROUPS, steps, stride, unpacked, ahead)
                 for panel in range(panels):
                     place = totals + panel * (ROW_GROUPS * TILE_BYTES)
                     begin_sums(place, place + 2 * TILE_BYTES, first > 0)

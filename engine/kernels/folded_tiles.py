@@ -38,7 +38,14 @@ from qrun.engine.kernels.products import (
     turns_of,
     writers,
 )
-from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, store_sums
+from qrun.engine.kernels.tiles import (
+    TILE_BYTES,
+    add_products,
+    begin_sums,
+    slice_unpacker,
+    store_sums,
+    totals_writer,
+)
 from qrun.engine.kernels.unpack import Group, Quantised
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -140,7 +147,9 @@ def folded_tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
     block_out, slice_bytes, few_bytes = groups * TILE_BYTES, SLICE_GROUPS * TILE_BYTES, GROUPS_OF_FEW * TILE_BYTES
     unpacked_bytes, totals_bytes = ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS
     turns = turns_of(block_bytes)
-    write_apart, write_neighbours = writers()
+    unpack_slice = slice_unpacker(unpack_block, block_bytes, block_out, slice_bytes)
+    write_totals = totals_writer(columns, ROW_GROUPS)
+    write_apart, _ = writers()
 
     @v.helper
     def configure(all_columns):  # type: ignore[no-untyped-def]
@@ -196,12 +205,8 @@ def folded_tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
             x0 = v.load_i64(op + R.MM_INPUT) + first_column * column_bytes
             for first in range(0, n_blocks, slice_blocks):
                 blocks = min(slice_blocks, n_blocks - first)
-                for g in range(row_groups):
-                    weights = matrix + min(wanted + g * lanes, last) * row_bytes + first * block_bytes
-                    for i in range(blocks):
-                        place = unpacked + g * slice_bytes + i * block_out
-                        unpack_block(weights + i * block_bytes, stride, place, ahead)
-                        ahead += lanes * block_bytes
+                part = matrix + first * block_bytes
+                ahead = unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, ahead)
                 for panel in range(0, panels, 2):
                     # Without another panel, the last one is taken twice.
                     other = min(panel + 1, panels - 1)
@@ -213,26 +218,11 @@ def folded_tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
                         x = x0 + panel * columns * column_bytes + first * groups * TILE_BYTES
                         group = unpacked + g * slice_bytes
                         for _ in range(blocks * groups):
-                            v.load_matrix(4, x, 64)
-                            v.load_matrix(6, group, 64)
-                            v.multiply_matrices(0, 4, 6)
-                            v.load_matrix(7, group + slice_bytes, 64)
-                            v.multiply_matrices(1, 4, 7)
-                            v.load_matrix(5, x + apart, 64)
-                            v.multiply_matrices(2, 5, 6)
-                            v.multiply_matrices(3, 5, 7)
+                            add_products(x, x + apart, group, group + slice_bytes)
                             group += TILE_BYTES
                             x += TILE_BYTES
                         store_sums(place, other_place)
-            for column in range(n_columns):
-                place = totals + column // columns * (ROW_GROUPS * TILE_BYTES) + column % columns * 64
-                out_column = first_column + column
-                if whole:
-                    for g in range(row_groups):
-                        row = min(wanted + g * lanes, last)
-                        write_neighbours(op, place + g * TILE_BYTES, out_column, row, 1)
-                else:
-                    write_apart(op, place, out_column, wanted, 0)
+            write_totals(op, totals, first_column, n_columns, wanted, last, row_groups, whole)
 
     many = ManyColumns(
         many_columns, unpacked_bytes, totals_bytes, ROW_GROUPS * lanes, PASS_COLUMNS, PASS_BYTES,

@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import rounded
-from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, store_sums
+from qrun.engine.kernels.tiles import TILE_BYTES, add_products, begin_sums, store_sums
 from qrun.engine.kernels.unpack import Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -67,14 +67,7 @@ def moments(variant: str) -> Kernel:
                 begin_sums(place, place + 2 * TILE_BYTES, 1)
                 left, right = turned + 2 * i * run, packed + 2 * j * run
                 for t in range(0, run, TILE_BYTES):
-                    v.load_matrix(4, left + t, 64)
-                    v.load_matrix(6, right + t, 64)
-                    v.multiply_matrices(0, 4, 6)
-                    v.load_matrix(7, right + run + t, 64)
-                    v.multiply_matrices(1, 4, 7)
-                    v.load_matrix(5, left + run + t, 64)
-                    v.multiply_matrices(2, 5, 6)
-                    v.multiply_matrices(3, 5, 7)
+                    add_products(left + t, left + run + t, right + t, right + run + t)
                 store_sums(place, place + 2 * TILE_BYTES)
         v.release_tiles()
 

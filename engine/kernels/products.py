@@ -161,8 +161,8 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
     MOST_WITHOUT_TILES, which are packed otherwise."""
     lanes, columns = v.target().lanes, v.target().columns
     has_tiles, most = tiles is not None, tiles or many
-    many_columns, begin_kernel, end_kernel = many.function, many.begin, many.end
-    tile_columns, begin_tiles, end_tiles = most.function, most.begin, most.end
+    many_columns, tile_columns = many.function, most.function
+    begin_kernel, end_kernel = most.begin, most.end
     unpacked_bytes = max(many.unpacked_bytes, most.unpacked_bytes)
     totals_bytes = max(many.totals_bytes, most.totals_bytes)
     many_rows, tile_rows = many.rows, most.rows
@@ -188,10 +188,7 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
         after_all = v.load_i64(op + R.MM_NEXT) + thread * next_bytes
         unpacked = v.scratch(unpacked_bytes)
         totals = v.scratch(totals_bytes)
-        if in_tiles:
-            begin_tiles(all_columns)
-        else:
-            begin_kernel(all_columns)
+        begin_kernel(all_columns)
         chunk = v.atomic_add(op + R.OP_COUNTER, 1)
         while chunk < n_chunks:
             # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
@@ -215,10 +212,7 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
             elif count > 0:
                 few_columns(op, matrix, begin, end, first, count, all_columns == 1, after, totals)
             chunk = following
-        if in_tiles:
-            end_tiles(all_columns)
-        else:
-            end_kernel(all_columns)
+        end_kernel(all_columns)
         # While the others finish, and while small operations run, memory can bring what the next matmul begins with.
         if all_columns <= columns:
             run = next_bytes // lanes

@@ -22,8 +22,8 @@ from numba.core import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import TILE_MINIMUM_FACTOR, TILE_MINIMUM_FACTORS, TILE_SCALE
-from qrun.engine.kernels.products import ManyColumns, groups_of, neighbouring_lines, writers
-from qrun.engine.kernels.tiles import TILE_BYTES
+from qrun.engine.kernels.products import ManyColumns, groups_of, neighbouring_lines
+from qrun.engine.kernels.tiles import TILE_BYTES, slice_unpacker, totals_writer
 from qrun.engine.kernels.unpack import Quantised
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -138,15 +138,18 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
     group_bytes, x_bytes = _group_bytes(spec), R.TILE_PACKED_BYTES * columns
     block_out, slice_bytes = groups * group_bytes, SLICE_GROUPS * group_bytes
     sums_bytes = 2 * TILE_BYTES * spec.n_scales
-    write_apart, write_neighbours = writers()
+    unpack_slice = slice_unpacker(unpack_block, block_bytes, block_out, slice_bytes)
+    write_totals = totals_writer(columns, ROW_GROUPS)
 
     @v.helper
-    def configure(_):  # type: ignore[no-untyped-def]
-        v.configure_tiles(16, 64, depth)
+    def configure(all_columns):  # type: ignore[no-untyped-def]
+        if all_columns > R.MOST_WITHOUT_TILES:
+            v.configure_tiles(16, 64, depth)
 
     @v.helper
-    def release(_):  # type: ignore[no-untyped-def]
-        v.release_tiles()
+    def release(all_columns):  # type: ignore[no-untyped-def]
+        if all_columns > R.MOST_WITHOUT_TILES:
+            v.release_tiles()
 
     @v.helper
     def multiply_first(group, x, sums):  # type: ignore[no-untyped-def]
@@ -201,12 +204,8 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
                 if n_groups % 2 == 1 and n_groups > 1:  # the last one comes by itself
                     n_groups -= 1
                     blocks -= 1
-                for g in range(row_groups):
-                    weights = matrix + min(wanted + g * lanes, last) * row_bytes + first * block_bytes
-                    for i in range(blocks):
-                        place = unpacked + g * slice_bytes + i * block_out
-                        unpack_block(weights + i * block_bytes, stride, place, ahead)
-                        ahead += lanes * block_bytes
+                part = matrix + first * block_bytes
+                ahead = unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, ahead)
                 x = x0 + first * groups * x_bytes
                 if n_groups > 1:
                     multiply_first(unpacked, x, sums)
@@ -227,14 +226,7 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
                         v.store_tile(total, place, 4 * lanes)
                     x = next_x
                 first += blocks
-            for column in range(n_columns):
-                place = totals + column // columns * (ROW_GROUPS * TILE_BYTES) + column % columns * 64
-                if whole:
-                    for g in range(row_groups):
-                        row = min(wanted + g * lanes, last)
-                        write_neighbours(op, place + g * TILE_BYTES, first_column + column, row, 1)
-                else:
-                    write_apart(op, place, first_column + column, wanted, 0)
+            write_totals(op, totals, first_column, n_columns, wanted, last, row_groups, whole)
 
     return ManyColumns(
         many_columns, ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS, ROW_GROUPS * lanes,

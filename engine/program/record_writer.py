@@ -131,10 +131,8 @@ class RecordWriter:
         """Where value's packed columns go. They live as long as the value."""
         panel = R.TILE_COLUMNS if packing == "whole" else self.target.columns
         columns = -(-(rows or self.rows) // panel) * panel
-        block_bytes = R.ROUNDED_BYTES if self.target.folded else R.PACKED_BYTES
-        column_bytes = value.width * 4
-        if packing in ("q8", "whole"):
-            column_bytes = -(-value.width // 32) * (R.TILE_PACKED_BYTES if packing == "whole" else block_bytes)
+        quantised = {"q8": R.ROUNDED_BYTES if self.target.folded else R.PACKED_BYTES, "whole": R.TILE_PACKED_BYTES}
+        column_bytes = -(-value.width // 32) * quantised[packing] if packing in quantised else value.width * 4
         last = self._last_use(value) if last is None else last
         return Place(self.arena.buffer(columns * column_bytes, self.index, last), 0, column_bytes)
 
