@@ -68,6 +68,8 @@ class Harness:
         base = words.ctypes.data
         places = {IN_STEP + offset: base + offset for offset in (R.N_ROWS, R.ROW_RANGES)}
         op = record(R.RECORD_BYTES, {offset: places.get(value, value) for offset, value in fields.items()})  # type: ignore[call-overload]
+        counter = np.zeros(1, np.int64)
+        op[R.OP_COUNTER // 8] = counter.ctypes.data
         self.kernels.function(key)(op.ctypes.data, base, 0)
 
     def packed(self, x: np.ndarray, packing: str) -> np.ndarray:

@@ -32,9 +32,9 @@ from llvmlite import ir
 from numba import types
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import dot_quantised, pack_quantised
+from qrun.engine.kernels.columns import dot_quantised, first_row, pack_quantised
 from qrun.engine.kernels.query_lanes import HIDDEN, query_lanes
-from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.team import claim, more_wanted
 from qrun.engine.kernels.unpack import TYPES, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -104,7 +104,7 @@ def append(cache_type: str) -> Kernel:
         blocks_v = (dim_v + 31) // 32
         every = v.load_i64(op + R.KV_EVERY)
         tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.KV_GROUP) * n_rows
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
             if (position + 1) % every != 0:
                 continue
@@ -568,7 +568,7 @@ def attention(variant: str) -> Kernel:
         tiles = v.load_i64(step + R.TILES)
         units = v.load_i64(step + R.N_TILES) * heads
         while more_wanted(step, thread):
-            unit = v.atomic_add(op + R.OP_COUNTER, 1)
+            unit = claim(op, units)
             if unit >= units:
                 return
             # The last tiles see the most positions: they go first, so that threads finish together.

@@ -35,6 +35,14 @@ TILE_SCALE, TILE_MINIMUM_FACTOR, TILE_MINIMUM_FACTORS = 0, 1, 2
 TILE_BYTES = R.TILE_PACKED_BYTES * R.TILE_COLUMNS
 
 
+@v.helper
+def first_row(count, part, parts):  # type: ignore[no-untyped-def]
+    """Where a part of `count` rows begins. With many rows that is where a panel does, or 32 positions of the KV cache:
+    threads that write into the same cache lines wait for each other."""
+    together = 32 if count >= 8 * parts else 16 if count >= 4 * parts else 1
+    return min((count * part // parts + together - 1) // together * together, count)
+
+
 class _Quantised:
     """32 floats at an address as int8 numbers with a scale for each half: max |x| / 127.
 

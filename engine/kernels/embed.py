@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine.kernels import records as R
+from qrun.engine.kernels.columns import first_row
 from qrun.engine.kernels.unpack import TYPES, Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -79,7 +80,7 @@ def embed(type_name: str) -> Callable[[int, int, int], None]:
         parts = v.load_i64(step + R.STEP_PARTS)
         factor = v.load_f32(op + R.EMBED_SCALE)
         numbers = v.load_i64(step + (R.POSITIONS if v.load_i64(op + R.EMBED_BY_POSITION) != 0 else R.TOKENS))
-        for row in range(count * part // parts, count * (part + 1) // parts):
+        for row in range(first_row(count, part, parts), first_row(count, part + 1, parts)):
             number = v.load_i64(numbers + 8 * row)
             place = v.load_i64(op + R.EMBED_WEIGHTS) + number * v.load_i64(op + R.EMBED_ROW_BYTES)
             out = v.load_i64(op + R.EMBED_OUT) + row * v.load_i64(op + R.EMBED_OUT_STRIDE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import packer_of
+from qrun.engine.kernels.columns import first_row, packer_of
 from qrun.engine.kernels.rows import GATES
 from qrun.engine.simd import operations as v
 
@@ -187,7 +187,7 @@ def to_experts(packing: str) -> Kernel:
         parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
         columns = 1 if n_rows == 1 else panel_columns
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             x = v.load_i64(op + R.MOE_X) + row * v.load_i64(op + R.MOE_X_STRIDE)
             for i in range(row * n_used, (row + 1) * n_used):
                 slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * i)
@@ -204,7 +204,7 @@ def from_experts(_: str) -> Kernel:
         parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
         weights = v.load_i64(op + R.MOE_WEIGHTS)
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             y = v.load_i64(op + R.MOE_Y) + row * v.load_i64(op + R.MOE_Y_STRIDE)
             for i in range(n_used):
                 which = row * n_used + i
@@ -251,7 +251,7 @@ def weigh_experts(_: str) -> Kernel:
         n_rows = v.load_i64(step + R.N_ROWS)
         parts = v.load_i64(step + R.STEP_PARTS)
         n_used = v.load_i64(op + R.MOE_USED)
-        for i in range(n_rows * part // parts * n_used, n_rows * (part + 1) // parts * n_used):
+        for i in range(first_row(n_rows, part, parts) * n_used, first_row(n_rows, part + 1, parts) * n_used):
             weight = v.load_f32(v.load_i64(op + R.MOE_WEIGHTS) + 4 * i)
             slot = v.load_i64(v.load_i64(op + R.MOE_SLOTS) + 8 * i)
             x = v.load_i64(op + R.MOE_X) + slot * v.load_i64(op + R.MOE_X_STRIDE)

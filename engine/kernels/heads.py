@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import packer_of
+from qrun.engine.kernels.columns import first_row, packer_of
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -26,7 +26,7 @@ def to_heads(packing: str) -> Kernel:
         n_heads = v.load_i64(op + R.HEADS_COUNT)
         columns = 1 if n_rows == 1 else panel_columns
         apart = (n_rows + columns - 1) // columns * columns
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             x = v.load_i64(op + R.HEADS_X) + row * v.load_i64(op + R.HEADS_X_STRIDE)
             x += 4 * v.load_i64(op + R.HEADS_START)
             for head in range(n_heads):
@@ -54,7 +54,7 @@ def from_heads(_: str) -> Kernel:
         width = v.load_i64(op + R.HEADS_WIDTH)
         columns = 1 if n_rows == 1 else panel_columns
         apart = (n_rows + columns - 1) // columns * columns
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             y = v.load_i64(op + R.HEADS_Y) + row * v.load_i64(op + R.HEADS_Y_STRIDE)
             for head in range(v.load_i64(op + R.HEADS_COUNT)):
                 x = v.load_i64(op + R.HEADS_X) + (head * apart + row) * v.load_i64(op + R.HEADS_X_STRIDE)

@@ -23,7 +23,7 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.team import claim, more_wanted
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, Emitter, Vector
@@ -315,7 +315,7 @@ def linear_attention(variant: str) -> Kernel:
         heads = v.load_i64(op + R.LIN_HEADS)
         units = v.load_i64(step + R.N_SEGMENTS) * heads
         while more_wanted(step, thread):
-            unit = v.atomic_add(op + R.OP_COUNTER, 1)
+            unit = claim(op, units)
             if unit >= units:
                 return
             segment = v.load_i64(step + R.SEGMENTS) + unit // heads * R.SEG_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qrun.engine.kernels import records as R
+from qrun.engine.kernels.columns import first_row
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -60,7 +61,7 @@ def pool(_: str) -> Kernel:
         whole = width // lanes * lanes
         tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.POOL_GROUP) * n_rows
         ends = v.scratch(ends_bytes)
-        for row in range(n_rows * part // parts, n_rows * (part + 1) // parts):
+        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
             y = v.load_i64(op + R.POOL_Y) + row * v.load_i64(op + R.POOL_Y_STRIDE)
             end = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row) + 1
             if end % every != 0:

@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.team import claim, more_wanted
 from qrun.engine.kernels.unpack import Group, Quantised, Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.vector import Emitter
@@ -189,10 +189,10 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
         unpacked = v.scratch(unpacked_bytes)
         totals = v.scratch(totals_bytes)
         begin_kernel(all_columns)
-        chunk = v.atomic_add(op + R.OP_COUNTER, 1)
+        chunk = claim(op, n_chunks)
         while chunk < n_chunks:
             # The next chunk is taken before this one is computed, so that its weights can be asked for in time.
-            following = v.atomic_add(op + R.OP_COUNTER, 1) if more_wanted(step, thread) else n_chunks
+            following = claim(op, n_chunks) if more_wanted(step, thread) else n_chunks
             after = 0
             if following < n_chunks:
                 after = _matrix_of(op, ranges + 8 + 24 * (following % pass_chunks // chunks))

@@ -1,17 +1,22 @@
 """The records through which Python tells kernels what to do: byte offsets of their fields, all of them int64.
 
-An operation's record begins with what the team needs (its kernel, whether a barrier follows, the counter from which
-threads take chunks, or parts where IN_PARTS is set); the rest is the kernel's own. Addresses of float32 rows go with a
-stride in bytes between rows.
+An operation's record begins with what the team needs (its kernel, whether a barrier follows, where the counter is from
+which threads take chunks, or parts where IN_PARTS is set); the rest is the kernel's own. Addresses of float32 rows go
+with a stride in bytes between rows.
+
+A program's counters (int64) lie together, one behind the other: all threads write them, and read the records.
 """
 
 RECORD_BYTES = 256
 OP_KERNEL, OP_BARRIER, OP_COUNTER, OP_IN_PARTS = 0, 8, 16, 24
+# IN_PARTS of an operation with which a phase begins in which no row is shared among parts: see `kernels.team`.
+IN_PARTS_BY_ROWS = 2
 _FIRST = 32
 
-# Shared record of a team. What all threads write has a cache line to itself. Each thread has a record too.
-STATE, OPENED, LATE = 0, 64, 128
-PHASE_BEGIN, PROGRAM, N_OPERATIONS, STEP, CLOSING, YIELD, CLOCK, CLOCK_ID = range(192, 256, 8)
+# Shared record of a team. Who opens a phase writes PHASE_BEGIN, and has STATE's line already. ALONE: the step's record
+# with one part, or 0. Each thread has a record too.
+STATE, PHASE_BEGIN, OPENED, LATE = 0, 8, 64, 128
+PROGRAM, N_OPERATIONS, STEP, ALONE, CLOSING, YIELD, CLOCK, CLOCK_ID = range(192, 256, 8)
 THREAD, THREAD_BYTES, MAX_THREADS = 256, 64, 256
 ASLEEP, DEADLINE, TIME, IN_VAIN = 0, 8, 16, 32  # TIME: a timespec
 SHARED_BYTES = THREAD + THREAD_BYTES * MAX_THREADS

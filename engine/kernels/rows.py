@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import packer_of, panel_width
+from qrun.engine.kernels.columns import first_row, packer_of, panel_width
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -26,7 +26,7 @@ def _row_kernel(compute: Any, packing: str) -> Kernel:
         parts = v.load_i64(step + R.STEP_PARTS)
         width = v.load_i64(op + R.ROW_WIDTH)
         columns = width_of(v.load_i64(step + R.N_ROWS))
-        for row in range(count * part // parts, count * (part + 1) // parts):
+        for row in range(first_row(count, part, parts), first_row(count, part + 1, parts)):
             x = v.load_i64(op + R.ROW_X) + row * v.load_i64(op + R.ROW_X_STRIDE)
             y = v.load_i64(op + R.ROW_Y) + row * v.load_i64(op + R.ROW_Y_STRIDE)
             z = v.load_i64(op + R.ROW_Z) + row * v.load_i64(op + R.ROW_Z_STRIDE)

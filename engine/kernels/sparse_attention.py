@@ -29,7 +29,7 @@ from qrun.engine.kernels.attention import (
     weighing,
 )
 from qrun.engine.kernels.columns import pack_quantised
-from qrun.engine.kernels.team import more_wanted
+from qrun.engine.kernels.team import claim, more_wanted
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F16, I64, Emitter, Vector
@@ -124,7 +124,7 @@ def index_scores(variant: str) -> Kernel:
             longest = max(longest, (_position_of(step, row) + 1) // every)
         parts = (longest + PAGES * POSITIONS - 1) // (PAGES * POSITIONS)
         while more_wanted(step, thread):
-            unit = v.atomic_add(op + R.OP_COUNTER, 1)
+            unit = claim(op, n_rows * parts)
             if unit >= n_rows * parts:
                 return
             row, first = unit // parts, unit % parts * PAGES
@@ -231,7 +231,7 @@ def index_choose(variant: str) -> Kernel:
         groups = v.load_i64(op + R.IDX_GROUPS)
         group_bytes = v.load_i64(op + R.IDX_GROUP_BYTES)
         while more_wanted(step, thread):
-            row = v.atomic_add(op + R.OP_COUNTER, 1)
+            row = claim(op, n_rows)
             if row >= n_rows:
                 return
             position = _position_of(step, row)
@@ -418,7 +418,7 @@ def sparse_attention(variant: str) -> Kernel:
         n_rows = v.load_i64(step + R.N_ROWS)
         taken = heads if n_rows >= MANY_ROWS else n  # heads of a row at a time
         while more_wanted(step, thread):
-            unit = v.atomic_add(op + R.OP_COUNTER, 1)
+            unit = claim(op, n_rows * (heads // taken))
             if unit >= n_rows * (heads // taken):
                 return
             row, first = unit // (heads // taken), unit % (heads // taken) * taken

@@ -13,11 +13,13 @@ is a hint: a thread that has left may write it late, after newer ones. Only STAT
 """
 
 from qrun.engine.kernels.records import (
+    ALONE,
     ASLEEP,
     CLOCK,
     CLOCK_ID,
     CLOSING,
     DEADLINE,
+    IN_PARTS_BY_ROWS,
     IN_VAIN,
     LATE,
     N_OPERATIONS,
@@ -101,6 +103,18 @@ def more_wanted(step, thread):  # type: ignore[no-untyped-def]
 
 
 @helper
+def claim(op, count):  # type: ignore[no-untyped-def]
+    """The number of a chunk, of `count`, that nobody has taken; at least `count` where all are.
+
+    To look is cheap, for all threads at once; to add is for one after the other.
+    """
+    counter = load_i64(op + OP_COUNTER)
+    if atomic_load(counter) >= count:
+        return count
+    return atomic_add(counter, 1)
+
+
+@helper
 def join(shared):  # type: ignore[no-untyped-def]
     """Become a member. Returns the operation with which the phase begins, or 0 if no step is under way."""
     yield_address = load_i64(shared + YIELD)
@@ -121,11 +135,56 @@ def join(shared):  # type: ignore[no-untyped-def]
 
 
 @helper
-def open_next(shared, state, following):  # type: ignore[no-untyped-def]
-    """All members have arrived: let them go on with the operation `following`, or end the step if that is 0."""
+def run_phase(op, step, thread):  # type: ignore[no-untyped-def]
+    """Do what there is to do of the phase that begins with `op`. Returns the address of its last operation."""
+    while True:
+        if load_i64(op + OP_IN_PARTS) != 0:
+            # All such operations in a row for one part, then for another: so they need no barrier between them.
+            parts = load_i64(step + STEP_PARTS)
+            last = op
+            while load_i64(last + OP_BARRIER) == 0 and load_i64(last + RECORD_BYTES + OP_IN_PARTS) != 0:
+                last += RECORD_BYTES
+            part = claim(op, parts)
+            while part < parts:
+                for each in range(op, last + RECORD_BYTES, RECORD_BYTES):
+                    call_kernel(load_i64(each + OP_KERNEL), each, step, part)
+                part = claim(op, parts)
+            op = last
+        else:
+            call_kernel(load_i64(op + OP_KERNEL), op, step, thread)
+        if load_i64(op + OP_BARRIER) != 0:
+            return op
+        op += RECORD_BYTES
+
+
+@helper
+def next_to(shared, last):  # type: ignore[no-untyped-def]
+    """The operation behind `last`, or 0 if that is the program's last."""
+    end = load_i64(shared + PROGRAM) + load_i64(shared + N_OPERATIONS) * RECORD_BYTES
+    return last + RECORD_BYTES if last + RECORD_BYTES < end else 0
+
+
+@helper
+def behind_rows(shared, op):  # type: ignore[no-untyped-def]
+    """The first operation, from `op` on, that begins a phase for all threads, or 0. In a step of few rows, the phases
+    that would keep one thread busy are done by the last one at the barrier: to meet twice takes longer."""
+    alone = load_i64(shared + ALONE) != 0
+    while alone and op != 0 and load_i64(op + OP_IN_PARTS) == IN_PARTS_BY_ROWS:
+        while load_i64(op + OP_BARRIER) == 0:
+            op += RECORD_BYTES
+        op = next_to(shared, op)
+    return op
+
+
+@helper
+def open_next(shared, state, following, after, thread):  # type: ignore[no-untyped-def]
+    """All members have arrived: do what is for one thread, from the operation `following` on, and let them go on with
+    `after`, or end the step if that is 0."""
     arrived = state % MEMBER
-    if following != 0:
-        store_i64(shared + PHASE_BEGIN, following)
+    while following != after:
+        following = next_to(shared, run_phase(following, load_i64(shared + ALONE), thread))
+    if after != 0:
+        store_i64(shared + PHASE_BEGIN, after)
         atomic_add(shared + STATE, PHASE - arrived)
     else:
         atomic_add(shared + STATE, PHASE - arrived - arrived * MEMBER)
@@ -133,7 +192,7 @@ def open_next(shared, state, following):  # type: ignore[no-untyped-def]
 
 
 @helper
-def step_aside(shared, op, following):  # type: ignore[no-untyped-def]
+def step_aside(shared, op, following, after, thread):  # type: ignore[no-untyped-def]
     """Leave in the middle of the phase that begins with `op`, give the core away, join again; returns what `join` does.
 
     What this thread has taken it has done. The only member stays one.
@@ -147,22 +206,22 @@ def step_aside(shared, op, following):  # type: ignore[no-untyped-def]
             return op
         if atomic_replace(shared + STATE, state, state - MEMBER):
             if state % MEMBER == members - 1:
-                open_next(shared, state - MEMBER, following)
+                open_next(shared, state - MEMBER, following, after, thread)
             call_plain(yield_address)
             return join(shared)
 
 
 @helper
-def meet(shared, following):  # type: ignore[no-untyped-def]
-    """Wait until all members have arrived. Returns with which operation to go on, 0 if that was the last.
+def meet(shared, following, after, thread):  # type: ignore[no-untyped-def]
+    """Wait until all members have arrived. Returns `after`, with which to go on; 0 if the step is over.
 
     After a long wait: leave, give the core away, and return -1. The next phase may begin before it comes back.
     """
     state = atomic_add(shared + STATE, 1) + 1
     phase = state // PHASE
     if state % MEMBER == members_in(state):
-        open_next(shared, state, following)
-        return following
+        open_next(shared, state, following, after, thread)
+        return after
     yield_address = load_i64(shared + YIELD)
     spins = 0
     while atomic_load(shared + OPENED) != phase + 1:
@@ -179,30 +238,7 @@ def meet(shared, following):  # type: ignore[no-untyped-def]
                 return -1
             if not closed:  # the last one is opening the next phase, and may need this core for it
                 call_plain(yield_address)
-    return following
-
-
-@helper
-def run_phase(op, step, thread):  # type: ignore[no-untyped-def]
-    """Do what there is to do of the phase that begins with `op`. Returns the address of its last operation."""
-    while True:
-        if load_i64(op + OP_IN_PARTS) != 0:
-            # All such operations in a row for one part, then for another: so they need no barrier between them.
-            parts = load_i64(step + STEP_PARTS)
-            last = op
-            while load_i64(last + OP_BARRIER) == 0 and load_i64(last + RECORD_BYTES + OP_IN_PARTS) != 0:
-                last += RECORD_BYTES
-            part = atomic_add(op + OP_COUNTER, 1)
-            while part < parts:
-                for each in range(op, last + RECORD_BYTES, RECORD_BYTES):
-                    call_kernel(load_i64(each + OP_KERNEL), each, step, part)
-                part = atomic_add(op + OP_COUNTER, 1)
-            op = last
-        else:
-            call_kernel(load_i64(op + OP_KERNEL), op, step, thread)
-        if load_i64(op + OP_BARRIER) != 0:
-            return op
-        op += RECORD_BYTES
+    return after
 
 
 @helper
@@ -213,11 +249,11 @@ def run_step(shared, thread):  # type: ignore[no-untyped-def]
     fresh = True  # has not been here since the phase began
     while op != 0:
         last = run_phase(op, load_i64(shared + STEP), thread)
-        end = load_i64(shared + PROGRAM) + load_i64(shared + N_OPERATIONS) * RECORD_BYTES
-        following = last + RECORD_BYTES if last + RECORD_BYTES < end else 0
+        following = next_to(shared, last)
+        after = behind_rows(shared, following)
         if time_is_up(shared, thread):
             start = now(shared, thread)
-            op = step_aside(shared, op, following)
+            op = step_aside(shared, op, following, after, thread)
             fresh = True
             back = now(shared, thread)
             if back - start > NANOSECONDS_OF_A_PAUSE:
@@ -235,7 +271,7 @@ def run_step(shared, thread):  # type: ignore[no-untyped-def]
                 store_i64(shared + LATE, 0)
                 store_i64(own + DEADLINE, now(shared, thread) + NANOSECONDS_AT_A_TIME)
                 store_i64(own + IN_VAIN, 0)
-            op = meet(shared, following)
+            op = meet(shared, following, after, thread)
             fresh = op < 0
             if fresh:
                 op = join(shared)
@@ -248,8 +284,9 @@ def lead(shared, _step, thread):  # type: ignore[no-untyped-def]
     The counters are reset, and the step begins with the caller as its only member.
     """
     program = load_i64(shared + PROGRAM)
+    counters = load_i64(program + OP_COUNTER)
     for i in range(load_i64(shared + N_OPERATIONS)):
-        store_i64(program + i * RECORD_BYTES + OP_COUNTER, 0)
+        store_i64(counters + 8 * i, 0)
     store_i64(shared + PHASE_BEGIN, program)
     atomic_add(shared + STATE, MEMBER)
     run_step(shared, thread)

@@ -23,9 +23,10 @@ def read_bandwidth(
     buffer = np.ones(size // 4, np.int32)  # ones: pages that were never written are all the same one
     out = np.zeros(16 * threads, np.int32)
     step = np.zeros(R.STEP_BYTES // 8, np.int64)
-    program = np.zeros((1, R.RECORD_BYTES // 8), np.int64)
+    program, counter = np.zeros((1, R.RECORD_BYTES // 8), np.int64), np.zeros(1, np.int64)
     for field, value in (
-        (R.OP_KERNEL, kernels["read-"]), (R.OP_BARRIER, 1), (R.OP_IN_PARTS, 1), (R.READ_ADDRESS, buffer.ctypes.data),
+        (R.OP_KERNEL, kernels["read-"]), (R.OP_BARRIER, 1), (R.OP_COUNTER, counter.ctypes.data), (R.OP_IN_PARTS, 1),
+        (R.READ_ADDRESS, buffer.ctypes.data),
         (R.READ_BLOCKS, buffer.nbytes // R.READ_BLOCK), (R.READ_OUT, out.ctypes.data),
     ):  # fmt: skip
         program[0, field // 8] = value

@@ -30,6 +30,8 @@ TEAM_KERNELS = ("lead", "serve")
 
 # With many rows, operations on rows come in more parts than there are threads: then nobody waits long for one of them.
 MANY_ROWS, PARTS_A_THREAD = 64, 4
+# With few, the thread that is the last to arrive at a barrier does those that follow before the others go on.
+FEW_ROWS = 2
 
 
 def _yield_function() -> int | CodeMemory:
@@ -117,6 +119,9 @@ class Team:
         many = step[R.N_ROWS // 8] >= MANY_ROWS
         step[R.STEP_PARTS // 8] = self.size * (PARTS_A_THREAD if many else 1)
         step[R.STEP_TEAM // 8] = crew.address
+        alone = step.copy()
+        alone[R.STEP_PARTS // 8] = 1
+        shared[R.ALONE // 8] = alone.ctypes.data if step[R.N_ROWS // 8] <= FEW_ROWS else 0
         shared[R.PROGRAM // 8] = program.ctypes.data
         shared[R.N_OPERATIONS // 8] = len(program)
         shared[R.STEP // 8] = step.ctypes.data
@@ -126,7 +131,7 @@ class Team:
         if has_room():
             crew.lead(crew.address, 0, 0)
         else:
-            _lead_elsewhere(crew, program, step)
+            _lead_elsewhere(crew, program, step, alone)
 
     def close(self) -> None:
         """End the threads, and wait until they have ended. Not during a step."""

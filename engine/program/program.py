@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels import in_parts
+from qrun.engine.kernels import by_rows, in_parts
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.early_selection import hidden_of_all_rows
@@ -48,6 +49,8 @@ class Program:
         place_barriers(self.records, lowering.n_body)
         self._held: list[object] = [kernels]  # whose addresses the records have
         self.whole = np.zeros((len(self.records), R.RECORD_BYTES // 8), np.int64)
+        self._counters = np.zeros(len(self.records), np.int64)
+        self.whole[:, R.OP_COUNTER // 8] = self._counters.ctypes.data + 8 * np.arange(len(self.records))
         numbers = {id(record): index for index, record in enumerate(self.records)}
         for row, record in zip(self.whole, self.records, strict=True):
             row[R.OP_KERNEL // 8] = kernels[record.kernel]
@@ -71,6 +74,9 @@ class Program:
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
+        for start, end in itertools.pairwise([0, *self._ends]):
+            if all(by_rows(record.kernel) for record in self.records[start:end]):
+                self.whole[start, R.OP_IN_PARTS // 8] = R.IN_PARTS_BY_ROWS
         self.attentions = frozenset(
             i for i, record in enumerate(self.records)
             if record.kernel.partition("-")[0] == "attention" and record.barrier and (not i or i in self._ends)

@@ -30,15 +30,18 @@ def kernels() -> Kernels:
 
 
 def doubling(steps: int, rows: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A program of `steps` operations, each with a barrier, that double rows in turn: its records, step and rows."""
+    """A program of `steps` operations, each with a barrier, that double rows in turn: its records, step and rows. The
+    counters lie behind the step."""
     x = np.ones((rows, 33), np.float32)
-    step = record(R.STEP_BYTES, {R.N_ROWS: rows})
+    step = record(R.STEP_BYTES + 8 * steps, {R.N_ROWS: rows})
     fields = {
         R.OP_KERNEL: kernels()["scale-"], R.OP_BARRIER: 1, R.OP_IN_PARTS: 1, R.ROW_COUNT: step.ctypes.data + R.N_ROWS,
         R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: 132, R.ROW_Z: x.ctypes.data, R.ROW_Z_STRIDE: 132,
         R.ROW_Y: x.ctypes.data, R.ROW_Y_STRIDE: 132, R.ROW_WIDTH: 33, R.ROW_FACTOR: 2.0,
     }  # fmt: skip
-    return np.stack([record(R.RECORD_BYTES, fields)] * steps), step, x
+    program = np.stack([record(R.RECORD_BYTES, fields)] * steps)
+    program[:, R.OP_COUNTER // 8] = step[R.STEP_BYTES // 8 :].ctypes.data + 8 * np.arange(steps)
+    return program, step, x
 
 
 def make_team(threads: int) -> Team:
@@ -89,8 +92,10 @@ def test_a_team_has_at_least_one_thread() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_nothing_is_lost_or_done_twice_where_threads_leave_and_join(threads: int) -> None:
-    program, step, x = doubling(100, rows=101)
+@pytest.mark.parametrize("rows", [1, 2, 101, 701])
+def test_nothing_is_lost_or_done_twice_where_threads_leave_and_join(threads: int, rows: int) -> None:
+    program, step, x = doubling(100, rows)
+    program[::2, R.OP_IN_PARTS // 8] = program[7::9, R.OP_IN_PARTS // 8] = R.IN_PARTS_BY_ROWS
     with closing(make_team(threads)) as team, short_of_time(team):
         for _ in range(200):
             x[:] = 2.0**-50
