@@ -93,12 +93,6 @@ def in_parts(key: str) -> bool:
     return not key.startswith(("matmul-", "attention-", "linear_attention-", "index_", "sparse_attention-"))
 
 
-def by_rows(key: str) -> bool:
-    """Whether it is in parts, and one row goes to one of them."""
-    shared = ("convolution-", "selective_scan-", "wkv-", "lora_", "observe-", "read-")
-    return in_parts(key) and not key.startswith(shared)
-
-
 def all_keys(target: Target | None = None) -> list[str]:
     """The keys of all kernels that any model may need; without a target, of those that all machines have."""
     from qrun.engine.kernels.records import KIND_BITS, MAX_HEADS_TOGETHER

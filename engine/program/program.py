@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qrun.engine.kernels import by_rows, in_parts
+from qrun.engine.kernels import in_parts
 from qrun.engine.kernels import records as R
 from qrun.engine.program.arena import Place
 from qrun.engine.program.early_selection import hidden_of_all_rows
@@ -75,7 +75,7 @@ class Program:
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
         for start, end in itertools.pairwise([0, *self._ends]):
-            if all(by_rows(record.kernel) for record in self.records[start:end]):
+            if all(record.by_rows for record in self.records[start:end]):
                 self.whole[start, R.OP_IN_PARTS // 8] = R.IN_PARTS_BY_ROWS
         self.attentions = frozenset(
             i for i, record in enumerate(self.records)
