@@ -9,6 +9,8 @@ A panel holds as many columns as are computed together.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -43,58 +45,148 @@ def first_row(count, part, parts):  # type: ignore[no-untyped-def]
     return min((count * part // parts + together - 1) // together * together, count)
 
 
-class _Quantised:
-    """32 floats at an address as int8 numbers with a scale for each half: max |x| / 127.
+def _filled(type_: ir.Type, number: float) -> ir.Constant:
+    """A number, or a vector of it."""
+    return ir.Constant(type_, [number] * type_.count if isinstance(type_, ir.VectorType) else number)
 
+
+class _Scales:
+    """How 32 floats become int8 numbers with a scale for each half: max |x| / 127. tops: the largest |x| of each half;
+    of one column, or vectors of as many columns.
+
+    scales: of the halves. factors: what the halves are multiplied by.
     even: the scales are a power of two apart, `ratio`, and as near to those as that allows.
     """
 
-    def __init__(self, e: Emitter, x: ir.Value, even: bool) -> None:
-        b = e.builder
-        halves = [e.load(x, 64 * half, F32, 16) for half in range(2)]
-        tops = [values.intrinsic("llvm.fabs").reduce("maximum") for values in halves]
-        factors = self._evenly(b, tops) if even else [self._inverse(b, top) for top in tops]
-        if not even:
-            self.scales = [b.fmul(top, ir.Constant(F32, 1 / 127)) for top in tops]
-        self.numbers = [
-            (values * e.splat(factor, 16)).round().to_int() for values, factor in zip(halves, factors, strict=True)
-        ]
-        self.negated = [b.neg(numbers.reduce("add")) for numbers in self.numbers]
-        self.factors = [b.fmul(s, b.sitofp(n, F32)) for n, s in zip(self.negated, self.scales, strict=True)]
-        self.factor = b.fadd(*self.factors)
+    def __init__(self, b: ir.IRBuilder, tops: list[ir.Value], even: bool) -> None:
+        self._b, self._floats = b, tops[0].type
+        vector = isinstance(self._floats, ir.VectorType)
+        self._words = ir.VectorType(I32, self._floats.count) if vector else I32
+        if even:
+            self.factors = self._evenly(tops)
+        else:
+            self.factors = [self._inverse(top) for top in tops]
+            self.scales = [b.fmul(top, _filled(self._floats, 1 / 127)) for top in tops]
 
-    @staticmethod
-    def _inverse(b: ir.IRBuilder, top: ir.Value) -> ir.Value:
+    def _inverse(self, top: ir.Value) -> ir.Value:
         """127 / top. It is finite unless all values are tiny: then they count as zeros."""
-        usable = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
-        return b.select(usable, b.fdiv(ir.Constant(F32, 127.0), top), ir.Constant(F32, 0.0))
+        b = self._b
+        usable = b.fcmp_ordered(">", top, _filled(self._floats, 1e-30))
+        return b.select(usable, b.fdiv(_filled(self._floats, 127.0), top), _filled(self._floats, 0.0))
 
-    def _evenly(self, b: ir.IRBuilder, tops: list[ir.Value]) -> list[ir.Value]:
+    def _evenly(self, tops: list[ir.Value]) -> list[ir.Value]:
         """What the halves are multiplied by."""
+        b = self._b
+
+        def word(number: int) -> ir.Constant:
+            return _filled(self._words, number)
 
         def power(exponent: ir.Value) -> ir.Value:
-            return b.bitcast(b.shl(b.add(exponent, ir.Constant(I32, 127)), ir.Constant(I32, 23)), F32)
+            return b.bitcast(b.shl(b.add(exponent, word(127)), word(23)), self._floats)
 
         first_larger = b.fcmp_unordered(">", *tops)
         large, small = b.select(first_larger, *tops), b.select(first_larger, *reversed(tops))
         # How often the one can be halved and is not below the other: the bits of floats are in order.
-        times = b.lshr(b.sub(b.bitcast(large, I32), b.bitcast(small, I32)), ir.Constant(I32, 23))
-        can_more = b.icmp_unsigned("<", times, ir.Constant(I32, MOST_HALVINGS))
-        times = b.select(can_more, times, ir.Constant(I32, MOST_HALVINGS))
+        times = b.lshr(b.sub(b.bitcast(large, self._words), b.bitcast(small, self._words)), word(23))
+        can_more = b.icmp_unsigned("<", times, word(MOST_HALVINGS))
+        times = b.select(can_more, times, word(MOST_HALVINGS))
         # It may pay to have a larger scale for the one, by which the other gets a smaller one: squares of both say so.
-        raised = b.fmul(small, power(b.add(times, ir.Constant(I32, 1))))
-        share = power(b.mul(times, ir.Constant(I32, -2)))
-        one, quarter = ir.Constant(F32, 1.0), ir.Constant(F32, 0.25)
+        raised = b.fmul(small, power(b.add(times, word(1))))
+        share = power(b.mul(times, word(-2)))
+        one, quarter = _filled(self._floats, 1.0), _filled(self._floats, 0.25)
         errors = b.fmul(b.fmul(large, large), b.fadd(one, share))
         errors_of_more = b.fmul(b.fmul(raised, raised), b.fadd(one, b.fmul(share, quarter)))
         more = b.and_(can_more, b.fcmp_ordered("<", errors_of_more, errors))
-        large, times = b.select(more, raised, large), b.add(times, b.zext(more, I32))
-        none = ir.Constant(I32, 0)
+        large, times = b.select(more, raised, large), b.add(times, b.zext(more, self._words))
+        none = word(0)
         halvings = [b.select(first_larger, none, times), b.select(first_larger, times, none)]
-        scale, inverse = b.fmul(large, ir.Constant(F32, 1 / 127)), self._inverse(b, large)
+        scale, inverse = b.fmul(large, _filled(self._floats, 1 / 127)), self._inverse(large)
         self.scales = [b.fmul(scale, power(b.neg(times))) for times in halvings]
         self.ratio = power(b.sub(*halvings))
         return [b.fmul(inverse, power(times)) for times in halvings]
+
+    def negated_sums(self, negated: list[ir.Value]) -> list[ir.Value]:
+        """-sum(scale * q) of each half, from the halves' -sum(q)."""
+        b = self._b
+        return [b.fmul(s, b.sitofp(n, self._floats)) for n, s in zip(negated, self.scales, strict=True)]
+
+
+class _Quantised:
+    """32 floats at an address as int8 numbers with a scale for each half."""
+
+    def __init__(self, e: Emitter, x: ir.Value, even: bool) -> None:
+        b = e.builder
+        halves = [e.load(x, 64 * half, F32, 16) for half in range(2)]
+        scales = _Scales(b, [values.intrinsic("llvm.fabs").reduce("maximum") for values in halves], even)
+        self.scales, self.ratio = scales.scales, scales.ratio if even else None
+        self.numbers = [
+            (values * e.splat(factor, 16)).round().to_int()
+            for values, factor in zip(halves, scales.factors, strict=True)
+        ]
+        self.negated = [b.neg(numbers.reduce("add")) for numbers in self.numbers]
+        self.factors = scales.negated_sums(self.negated)
+        self.factor = b.fadd(*self.factors)
+
+
+def _reduced(vector_of: Callable[[int], Vector], columns: range, operation: str) -> Vector:
+    """A lane for each column: the lanes of its vector combined, in the order in which `Vector.reduce` does. For several
+    columns at once that takes a quarter of the instructions."""
+
+    def folded(vectors: list[Vector], parts: int) -> Vector:
+        """Vectors of so many parts each: their parts one behind the other, with halves folded on halves."""
+        size = vectors[0].lanes // parts
+        halves = [
+            [part * size + half * (size // 2) + i for part in range(len(vectors) * parts) for i in range(size // 2)]
+            for half in range(2)
+        ]
+        low, high = (vectors[0].shuffle(vectors[-1], lanes) for lanes in halves)
+        return low + high if operation == "add" else low.maximum(high)
+
+    def of(columns: range) -> Vector:
+        if len(columns) == 1:
+            return vector_of(columns[0])
+        middle = len(columns) // 2
+        return folded([of(columns[:middle]), of(columns[middle:])], middle)
+
+    result = of(columns)
+    while result.lanes > len(columns):
+        result = folded([result], len(columns))
+    return result
+
+
+def _quantise_panel(
+    e: Emitter, x: ir.Value, stride: ir.Value, columns: int, even: bool,
+    put: Callable[[int, int, Vector, Vector | None], None],
+) -> tuple[list[Vector], _Scales]:  # fmt: skip
+    """What `_Quantised` does with a column, for all columns of a panel, which lie `stride` bytes apart. Returns what is
+    -sum(q) of each half, and the scales. put(half, column, numbers, ratios): takes the numbers as they come."""
+    places, place = [], x
+    for _ in range(columns):
+        places.append(place)
+        place = e.builder.add(place, stride)
+    # Where rows are some power of two apart, the first-level cache has no room for a line of each.
+    kept = e.scratch(128 * columns)
+
+    def size_of(column: int, half: int) -> Vector:
+        values = e.load(places[column], 64 * half, F32, 16)
+        e.store(values.value, kept, 128 * column + 64 * half)
+        return values.intrinsic("llvm.fabs")
+
+    tops = [_reduced(functools.partial(size_of, half=half), range(columns), "maximum") for half in range(2)]
+    scales = _Scales(e.builder, [top.value for top in tops], even)
+    ratios = e.vector(scales.ratio) if even else None
+    negated = []
+    for half in range(2):
+        factors = e.vector(scales.factors[half])
+
+        def numbers_of(column: int, half: int = half, factors: Vector = factors) -> Vector:
+            values = e.load(kept, 128 * column + 64 * half, F32, 16)
+            numbers = (values * e.splat(factors.lane(column), 16)).round().to_int()
+            put(half, column, numbers, ratios)
+            return numbers
+
+        negated.append(-_reduced(numbers_of, range(columns), "add"))
+    return negated, scales
 
 
 def _quantiser(even: bool) -> Any:
@@ -129,6 +221,26 @@ def _quantiser(even: bool) -> Any:
 
 # With the best scale for each half.
 pack_quantised = _quantiser(even=False)
+
+
+def _panel_quantiser(columns: int) -> Any:
+    @operation(lambda *_: v.types.void)
+    def quantise_panel(e: Emitter, x: ir.Value, stride: ir.Value, block: ir.Value) -> None:
+        """32 floats of each column at `x`, `stride` bytes apart, as a packed block of all columns."""
+
+        def put(half: int, column: int, numbers: Vector, ratios: Vector | None) -> None:
+            eights = numbers.narrow(I8).bits_as(I64)
+            for i in range(2):
+                e.store(eights.lane(i), block, 8 * (columns * (2 * half + i) + column))
+
+        negated, scales = _quantise_panel(e, x, stride, columns, False, put)
+        for half in range(2):
+            e.store(negated[half].value, block, 4 * columns * (8 + NEGATED_SUM + half))
+            e.store(scales.scales[half], block, 4 * columns * (8 + SCALE + half))
+        factor = e.builder.fadd(*scales.negated_sums([sums.value for sums in negated]))
+        e.store(factor, block, 4 * columns * (8 + MINIMUM_FACTOR))
+
+    return quantise_panel
 
 
 @v.helper
@@ -220,6 +332,24 @@ def quantise_for_tile(e: Emitter, x: ir.Value, block: ir.Value, column: ir.Value
         e.store(value, fields, R.TILE_COLUMNS * (64 + 4 * index))
 
 
+@operation(lambda *_: v.types.void)
+def quantise_tile(e: Emitter, x: ir.Value, stride: ir.Value, block: ir.Value) -> None:
+    """32 floats of each column at `x`, `stride` bytes apart, as a tile of whole numbers."""
+    order = [4 * four + i for four in range(4) for i in PAIRED]
+
+    def put(half: int, column: int, numbers: Vector, ratios: Vector | None) -> None:
+        assert ratios is not None
+        values = numbers.to_float()
+        if half:
+            values = values * e.splat(ratios.lane(column), 16)
+        e.store((values.permute(order).bits_as(I32) >> 16).narrow(I16).value, block, 64 * column + 32 * half)
+
+    negated, scales = _quantise_panel(e, x, stride, R.TILE_COLUMNS, True, put)
+    factors = scales.negated_sums([sums.value for sums in negated])
+    for index, value in enumerate((scales.scales[0], e.builder.fadd(*factors), *factors)):
+        e.store(value, block, R.TILE_COLUMNS * (64 + 4 * index))
+
+
 def _whole_packer() -> Any:
     """For tiles of whole numbers in panels of their columns, else for other instructions."""
     pack_few = _quantiser(even=True)
@@ -246,6 +376,38 @@ def packer_of(packing: str) -> Any:
     if packing == "whole":
         return _whole_packer()
     return pack_rounded if v.target().folded else pack_quantised
+
+
+def panel_packer_of(packing: str) -> Any:
+    """pack(x, stride, width, packed, place, columns): as many rows as a panel has columns, `stride` bytes apart, as
+    `packer_of` packs each."""
+    packer, columns = packer_of(packing), v.target().columns
+    if packing == "whole":
+        quantise, columns, group_bytes = quantise_tile, R.TILE_COLUMNS, TILE_BYTES
+    elif packing == "q8" and not v.target().folded:
+        quantise, group_bytes = _panel_quantiser(columns), R.PACKED_BYTES * columns
+    else:
+        quantise, columns, group_bytes = None, 0, 0
+
+    @v.helper
+    def by_rows(x, stride, width, packed, place, columns):  # type: ignore[no-untyped-def]
+        for row in range(columns):
+            packer(x + row * stride, width, packed, place + row, columns)
+
+    if quantise is None:
+        return by_rows
+
+    @v.helper
+    def pack_panel(x, stride, width, packed, place, n_columns):  # type: ignore[no-untyped-def]
+        if n_columns == columns:
+            block = packed + place // columns * (width // 32) * group_bytes
+            for i in range(0, 4 * width, 128):
+                quantise(x + i, stride, block)
+                block += group_bytes
+        else:
+            by_rows(x, stride, width, packed, place, n_columns)
+
+    return pack_panel
 
 
 def panel_width(packing: str) -> Any:

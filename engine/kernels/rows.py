@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qrun.engine.kernels import records as R
-from qrun.engine.kernels.columns import first_row, packer_of, panel_width
+from qrun.engine.kernels.columns import first_row, packer_of, panel_packer_of, panel_width
 from qrun.engine.simd import operations as v
 
 Kernel = Callable[[int, int, int], None]
@@ -18,7 +18,7 @@ Kernel = Callable[[int, int, int], None]
 
 def _row_kernel(compute: Any, packing: str) -> Kernel:
     """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
-    packer, packs = packer_of(packing or "f32"), packing != ""
+    packer, panel_packer, packs = packer_of(packing or "f32"), panel_packer_of(packing or "f32"), packing != ""
     width_of = panel_width(packing)
 
     def kernel(op, step, part):  # type: ignore[no-untyped-def]
@@ -26,13 +26,20 @@ def _row_kernel(compute: Any, packing: str) -> Kernel:
         parts = v.load_i64(step + R.STEP_PARTS)
         width = v.load_i64(op + R.ROW_WIDTH)
         columns = width_of(v.load_i64(step + R.N_ROWS))
-        for row in range(first_row(count, part, parts), first_row(count, part + 1, parts)):
+        first, end = first_row(count, part, parts), first_row(count, part + 1, parts)
+        for row in range(first, end):
             x = v.load_i64(op + R.ROW_X) + row * v.load_i64(op + R.ROW_X_STRIDE)
             y = v.load_i64(op + R.ROW_Y) + row * v.load_i64(op + R.ROW_Y_STRIDE)
             z = v.load_i64(op + R.ROW_Z) + row * v.load_i64(op + R.ROW_Z_STRIDE)
             compute(op, step, row, x, z, y, width)
             if packs:
-                packer(y, width, v.load_i64(op + R.ROW_PACKED), row, columns)
+                packed = v.load_i64(op + R.ROW_PACKED)
+                panel = row // columns * columns
+                if panel < first or panel + columns > end:
+                    packer(y, width, packed, row, columns)
+                elif row + 1 == panel + columns:
+                    stride = v.load_i64(op + R.ROW_Y_STRIDE)
+                    panel_packer(y - (columns - 1) * stride, stride, width, packed, panel, columns)
 
     return kernel
 
