@@ -415,10 +415,10 @@ class Lowering(RecordWriter):
 
     def _lower_activate(self, o: G.Activate) -> None:
         gate, up = self.places[o.gate.id], self.places[o.up.id]
-        self._produce(o.kind, o.out, gate, up, factor=o.limit, row_weight=limits(o))
+        self._produce(o.kind, o.out, gate, up, o.gate, factor=o.limit, row_weight=limits(o))
 
     def _lower_activatealone(self, o: G.ActivateAlone) -> None:
-        self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], row_weight=floats(o.parameters))
+        self._produce(ALONE_KERNELS[o.kind], o.out, self.places[o.x.id], over=o.x, row_weight=floats(o.parameters))
 
     def _lower_gate(self, o: G.Gate) -> None:
         gate, x = self.places[o.gate.id], self.places[o.x.id]

@@ -116,8 +116,15 @@ class RecordWriter:
     def rows(self) -> int:
         return self.head_rows if self._in_head else self.batch
 
-    def new(self, value: G.Value) -> Place:
+    def new(self, value: G.Value, over: G.Value | None = None) -> Place:
+        """Where a value goes. over: one that it may take the place of, where nothing else wants that any more."""
         last = self._last_use(value)
+        if over is not None and over.width == value.width and self._last_use(over) == self.index:
+            place = self.places[over.id]
+            if place.stride == 4 * over.width:
+                place.buffer.last = max(place.buffer.last, last)
+                self.places[value.id] = place
+                return place
         place = Place(self.arena.buffer(self.rows * value.width * 4, self.index, last), 0, value.width * 4)
         self.places[value.id] = place
         return place
@@ -170,9 +177,11 @@ class RecordWriter:
         weights = [weight for index, weight in self._takers.get(value.id, []) if index >= self.index]
         return list(dict.fromkeys(self.packing(weight) for weight in weights))
 
-    def _produce(self, name: str, out: G.Value, x: Place, z: Place | None = None, **fields: object) -> Record:
-        """A row operation that makes `out`, and packs it for the matmuls that take it."""
-        place = self.new(out)
+    def _produce(
+        self, name: str, out: G.Value, x: Place, z: Place | None = None, over: G.Value | None = None, **fields: object
+    ) -> Record:
+        """A row operation that makes `out`, and packs it for the matmuls that take it. over: as for `new`."""
+        place = self.new(out, over)
         packings = self._packings(out)
         packed = None
         if packings:
