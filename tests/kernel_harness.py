@@ -61,8 +61,9 @@ class Harness:
         self.kernels = load(keys, target)
 
     def run(
-        self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None
-    ) -> None:
+        self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None,
+        part: int = 0,
+    ) -> None:  # fmt: skip
         words = record(R.STEP_BYTES, {R.STEP_PARTS: 1, R.N_ROWS: rows, **(step or {})})
         words[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, rows)
         base = words.ctypes.data
@@ -70,10 +71,10 @@ class Harness:
         op = record(R.RECORD_BYTES, {offset: places.get(value, value) for offset, value in fields.items()})  # type: ignore[call-overload]
         counter = np.zeros(1, np.int64)
         op[R.OP_COUNTER // 8] = counter.ctypes.data
-        self.kernels.function(key)(op.ctypes.data, base, 0)
+        self.kernels.function(key)(op.ctypes.data, base, part)
 
-    def packed(self, x: np.ndarray, packing: str) -> np.ndarray:
-        """The rows of x as the matmul kernels take them."""
+    def packed(self, x: np.ndarray, packing: str, parts: int = 1) -> np.ndarray:
+        """The rows of x as the matmul kernels take them, packed in so many parts."""
         rows, width = x.shape
         columns = R.TILE_COLUMNS if packing == "whole" else self.target.columns
         columns = 1 if rows == 1 else columns
@@ -85,7 +86,8 @@ class Harness:
             R.ROW_COUNT: IN_STEP + R.N_ROWS, R.ROW_X: x.ctypes.data, R.ROW_X_STRIDE: width * 4, R.ROW_Y: x.ctypes.data,
             R.ROW_Y_STRIDE: width * 4, R.ROW_Z: x.ctypes.data, R.ROW_WIDTH: width, R.ROW_PACKED: packed.ctypes.data,
         }  # fmt: skip
-        self.run(f"pack-{packing}", fields, rows)
+        for part in range(parts):
+            self.run(f"pack-{packing}", fields, rows, {R.STEP_PARTS: parts}, part)
         return packed
 
     def matmul(

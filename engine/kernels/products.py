@@ -143,6 +143,7 @@ class ManyColumns:
     rows, most_columns: how many rows, and columns at most, it takes; fewer columns, down to `least_columns`, where
     these would be more than `pass_bytes`. All rows are multiplied by so many columns, then by the next ones. A thread
     calls `begin` and `end` with the number of all columns before the first chunk and after the last one.
+    Where a column is longer than `long_bytes`, a chunk has `rows_of_long` rows.
     """
 
     function: Any
@@ -154,6 +155,8 @@ class ManyColumns:
     least_columns: int = 256
     begin: Any = nothing
     end: Any = nothing
+    long_bytes: int = 1 << 60
+    rows_of_long: int = 0
 
 
 def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = None) -> Callable[[int, int, int], None]:
@@ -167,6 +170,7 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
     totals_bytes = max(many.totals_bytes, most.totals_bytes)
     many_rows, tile_rows = many.rows, most.rows
     most_columns, pass_bytes, least_columns = most.most_columns, most.pass_bytes, most.least_columns
+    long_bytes, rows_of_long = most.long_bytes, most.rows_of_long
 
     def kernel(op, step, thread):  # type: ignore[no-untyped-def]
         n_rows = v.load_i64(op + R.MM_ROWS)
@@ -177,6 +181,8 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
         chunk_rows = v.load_i64(op + R.MM_CHUNK)
         if all_columns > columns:
             chunk_rows = tile_rows if in_tiles else many_rows
+            if in_tiles and v.load_i64(op + R.MM_COLUMN_BYTES) > long_bytes:
+                chunk_rows = rows_of_long
         chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
         pass_columns = most_columns

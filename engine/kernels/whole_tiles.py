@@ -22,7 +22,7 @@ from numba.core import types
 
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import TILE_MINIMUM_FACTOR, TILE_MINIMUM_FACTORS, TILE_SCALE
-from qrun.engine.kernels.products import ManyColumns, groups_of, neighbouring_lines
+from qrun.engine.kernels.products import ManyColumns, groups_of
 from qrun.engine.kernels.tiles import TILE_BYTES, slice_unpacker, totals_writer
 from qrun.engine.kernels.unpack import Quantised
 from qrun.engine.simd import operations as v
@@ -32,8 +32,10 @@ from qrun.engine.simd.vector import F32, I16, I32, Emitter, Vector
 # So many groups of 32 weights of two row groups are unpacked at a time: with as many activations of 16 columns that is
 # 29 KB of the first-level cache. (Twice as many groups or rows take a tenth longer.)
 SLICE_GROUPS, ROW_GROUPS = 8, 2
-# Of columns there should be no more at a time than the second level has room for.
-PASS_COLUMNS, LEAST_COLUMNS, PASS_BYTES = 512, 128, 3 << 19
+# Of columns there should be no more at a time than the second level has room for. Long ones are cut: so many groups of
+# several row groups are multiplied, then the next ones.
+PASS_COLUMNS, LEAST_COLUMNS, PASS_BYTES = 512, 256, 3 << 19
+LONG_GROUPS, ROWS_OF_LONG = 64, 128
 
 
 def _pairs(e: Emitter, spec: Quantised, word: Vector) -> list[Vector]:
@@ -72,8 +74,7 @@ def _operations(spec: Quantised) -> tuple[Any, Any, Any, Any]:
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
         e.unsigned_limit = 127  # no weights that are sixteen times as large
-        lines = neighbouring_lines(e, ahead, spec.block_bytes)
-        for index, group in enumerate(groups_of(e, spec, address, stride, lines)):
+        for index, group in enumerate(groups_of(e, spec, address, stride, [])):
             place = e.offset(out, group_bytes * index)
             weights = [pair for word in group.weights for pair in _pairs(e, spec, word)]
             for i, vector in enumerate([*weights, *group.scales, *group.minimums]):
@@ -138,6 +139,10 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
     group_bytes, x_bytes = _group_bytes(spec), R.TILE_PACKED_BYTES * columns
     block_out, slice_bytes = groups * group_bytes, SLICE_GROUPS * group_bytes
     sums_bytes = 2 * TILE_BYTES * spec.n_scales
+    ahead_bytes = slice_blocks * block_bytes
+    # For all columns of a row group, or for fewer of several.
+    totals_apart = ROW_GROUPS * 4 * lanes * LEAST_COLUMNS
+    totals_bytes = max(ROW_GROUPS * 4 * lanes * PASS_COLUMNS, totals_apart * (ROWS_OF_LONG // (ROW_GROUPS * lanes)))
     unpack_slice = slice_unpacker(unpack_block, block_bytes, block_out, slice_bytes)
     write_totals = totals_writer(columns, ROW_GROUPS)
 
@@ -180,6 +185,34 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
         return scale(total, 0, group, x, sums)
 
     @v.helper
+    def add_slice(  # type: ignore[no-untyped-def]
+        unpacked, row_groups, n_groups, x, column_bytes, panels, adding, totals, sums, following, row_bytes, asked
+    ):  # fmt: skip
+        """Some groups of row groups times all panels. Meanwhile `asked` rows at each panel are asked for, from
+        `following` on."""
+        if n_groups > 1:
+            multiply_first(unpacked, x, sums)
+        for panel in range(panels):
+            for _ in range(asked):
+                v.prefetch(following, ahead_bytes)
+                following += row_bytes
+            next_x = x + columns * column_bytes if panel + 1 < panels else x
+            for g in range(row_groups):
+                place = totals + (panel * ROW_GROUPS + g) * TILE_BYTES
+                group = unpacked + g * slice_bytes
+                total = v.zero_tile(columns)
+                if adding:
+                    total = v.load_tile(columns, place, 4 * lanes)
+                if n_groups > 1:
+                    another = g + 1 < row_groups
+                    next_group = group + slice_bytes if another else unpacked
+                    total = add_pairs(total, group, x, n_groups, next_group, x if another else next_x, sums)
+                else:
+                    total = add_one(total, group, x, sums)
+                v.store_tile(total, place, 4 * lanes)
+            x = next_x
+
+    @v.helper
     def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
         """Some row groups (or rows `begin` to `end`, if the matrix has fewer rows than one) times many columns. What
         lies from `after` on is asked for meanwhile."""
@@ -192,43 +225,44 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
         stride = row_bytes if whole else 0
         panels = (n_columns + columns - 1) // columns
         x0 = v.load_i64(op + R.MM_INPUT) + first_column * column_bytes
-        for wanted in range(begin, end, ROW_GROUPS * lanes if whole else 1):
-            # The last group is moved back over rows that are done: computed again, to the same bits.
-            row_groups = (min(ROW_GROUPS * lanes, end - wanted) + lanes - 1) // lanes if whole else 1
-            last = n_rows - lanes if whole else wanted
-            ahead = after
-            first = 0
-            while first < n_blocks:
-                blocks = min(slice_blocks, n_blocks - first)
-                n_groups = blocks * groups
-                if n_groups % 2 == 1 and n_groups > 1:  # the last one comes by itself
-                    n_groups -= 1
-                    blocks -= 1
-                part = matrix + first * block_bytes
-                ahead = unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, ahead)
-                x = x0 + first * groups * x_bytes
-                if n_groups > 1:
-                    multiply_first(unpacked, x, sums)
-                for panel in range(panels):
-                    next_x = x + columns * column_bytes if panel + 1 < panels else x
-                    for g in range(row_groups):
-                        place = totals + (panel * ROW_GROUPS + g) * TILE_BYTES
-                        group = unpacked + g * slice_bytes
-                        total = v.zero_tile(columns)
-                        if first > 0:
-                            total = v.load_tile(columns, place, 4 * lanes)
-                        if n_groups > 1:
-                            another = g + 1 < row_groups
-                            next_group = group + slice_bytes if another else unpacked
-                            total = add_pairs(total, group, x, n_groups, next_group, x if another else next_x, sums)
-                        else:
-                            total = add_one(total, group, x, sums)
-                        v.store_tile(total, place, 4 * lanes)
-                    x = next_x
-                first += blocks
-            write_totals(op, totals, first_column, n_columns, wanted, last, row_groups, whole)
+        together = ROW_GROUPS * lanes if whole else 1
+        # All rows by so much of the columns that it stays in the second level, then by the next part.
+        several = whole and end - begin > together
+        cuts = (n_blocks * groups + LONG_GROUPS - 1) // LONG_GROUPS if several else 1
+        cut = ((n_blocks + cuts - 1) // cuts + slice_blocks - 1) // slice_blocks * slice_blocks
+        asked = (together + panels - 1) // panels  # rows of those that follow, at each panel
+        begun = 0
+        while begun < n_blocks:
+            for wanted in range(begin, end, together):
+                # The last group is moved back over rows that are done: computed again, to the same bits.
+                row_groups = (min(together, end - wanted) + lanes - 1) // lanes if whole else 1
+                last = n_rows - lanes if whole else wanted
+                following = matrix + (wanted + together) * row_bytes + begun * block_bytes
+                if wanted + together >= end:
+                    begins_cut = begun + cut < n_blocks
+                    following = matrix + begin * row_bytes + (begun + cut) * block_bytes if begins_cut else after
+                place = totals + ((wanted - begin) // together * totals_apart if several else 0)
+                first, ends = begun, min(begun + cut, n_blocks)
+                while first < ends:
+                    blocks = min(slice_blocks, ends - first)
+                    n_groups = blocks * groups
+                    if n_groups % 2 == 1 and n_groups > 1:  # the last one comes by itself
+                        n_groups -= 1
+                        blocks -= 1
+                    part = matrix + first * block_bytes
+                    unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, 0)
+                    x = x0 + first * groups * x_bytes
+                    add_slice(
+                        unpacked, row_groups, n_groups, x, column_bytes, panels, first > 0, place, sums, following,
+                        row_bytes, asked,
+                    )  # fmt: skip
+                    following += blocks * block_bytes
+                    first += blocks
+                if ends == n_blocks:
+                    write_totals(op, place, first_column, n_columns, wanted, last, row_groups, whole)
+            begun += cut
 
     return ManyColumns(
-        many_columns, ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS, ROW_GROUPS * lanes,
-        PASS_COLUMNS, PASS_BYTES, LEAST_COLUMNS, configure, release,
+        many_columns, ROW_GROUPS * slice_bytes, totals_bytes, ROW_GROUPS * lanes, PASS_COLUMNS, PASS_BYTES,
+        LEAST_COLUMNS, configure, release, LONG_GROUPS * R.TILE_PACKED_BYTES, ROWS_OF_LONG,
     )  # fmt: skip

@@ -5,14 +5,15 @@ import pytest
 
 from qrun.engine.kernels import records as R
 from qrun.engine.simd.target import host_target
-from tests.kernel_harness import Harness
+from tests.kernel_harness import Harness, has_tiles
 
 NAMES = ("add", "scale", "softcap", "silu", "gelu", "rms_norm", "rope", "select_rows")
 
 
 @pytest.fixture(scope="module", params=["best", "plain"])
 def harness(request: pytest.FixtureRequest) -> Harness:
-    return Harness(host_target(request.param), [f"{name}-" for name in NAMES] + ["rms_norm-q8", "pack-q8", "pack-f32"])
+    packing = ["rms_norm-q8", "pack-q8", "pack-f32"] + ["pack-whole"] * (request.param == "best" and has_tiles())
+    return Harness(host_target(request.param), [f"{name}-" for name in NAMES] + packing)
 
 
 @pytest.fixture(params=[1, 15, 64, 97])
@@ -58,6 +59,25 @@ def test_a_norm_packs_what_packing_its_result_would_give(harness: Harness, rng: 
     packed = np.zeros_like(expected)
     harness.rows("rms_norm-q8", x, ROW_FACTOR=1e-6, ROW_PACKED=packed.ctypes.data)
     assert np.array_equal(packed, expected)
+
+
+def hostile_rows(rng: np.random.Generator) -> np.ndarray:
+    """Of all sizes; some are zeros, some are not finite."""
+    x = (rng.normal(size=(64, 96)) * np.exp2(rng.integers(-140, 120, (64, 6))).repeat(16, 1)).astype(np.float32)
+    for value in (0.0, -0.0, np.inf, -np.inf, np.nan):
+        x[rng.integers(0, 64, 40), rng.integers(0, 96, 40)] = value
+    x[5], x[6, :16], x[7, 16:32] = 0.0, 0.0, 0.0
+    return x
+
+
+def test_rows_of_a_panel_are_packed_together_as_one_by_one(harness: Harness, rng: np.random.Generator) -> None:
+    x = hostile_rows(rng)
+    packings = ["q8", "f32"] + ["whole"] * has_tiles()
+    for packing in packings if harness.target == host_target("best") else packings[:2]:
+        for rows in (25, 33, 64):
+            alone = harness.packed(x[:rows], packing, parts=rows)
+            for parts in (1, 3):
+                assert np.array_equal(harness.packed(x[:rows], packing, parts), alone), (packing, rows, parts)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

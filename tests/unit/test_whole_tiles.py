@@ -75,6 +75,18 @@ def test_a_column_has_the_same_bits_alone_and_among_others(
             assert np.array_equal(together.view(np.int32), np.concatenate(parts).view(np.int32))
 
 
+def test_long_rows_are_multiplied_part_by_part(rng: np.random.Generator, harness: Harness) -> None:
+    """Where columns are long, many rows are multiplied by a part of each, and then by the next."""
+    for name, rows, width in (("Q4_0", 300, 4096 + 32 * 9), ("Q6_K", 145, 2048 + 256 * 9), ("Q4_0", 7, 6144)):
+        raw, weights = random_tensor(rng, name, rows, width)
+        x = activations(rng, 270, width)
+        seen = as_int8(x).astype(np.float64)
+        sizes = np.abs(seen) @ np.abs(weights).T.astype(np.float64)
+        together = harness.matmul(name, raw, rows, x, whole=True)
+        assert np.all(np.abs(together - seen @ weights.T.astype(np.float64)) <= 3e-6 * sizes + 1e-30)
+        assert np.array_equal(together[:20], harness.matmul(name, raw, rows, x[:20], whole=True))
+
+
 def test_all_passes_over_many_columns_go_through_tiles(rng: np.random.Generator, harness: Harness) -> None:
     """Of more columns than one pass takes, few are left for the last one."""
     raw, _ = random_tensor(rng, "Q4_0", 40, 64)
