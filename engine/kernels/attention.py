@@ -52,10 +52,56 @@ TILE, FEW = 8, 2
 EVERYTHING = 1 << 40
 
 
+# Rows of one sequence whose keys are turned together, so that they are neighbours where they go.
+TURNED = 16
+
+
+def _transposed(rows: list[Vector]) -> list[Vector]:
+    """As many vectors as lanes: rows become columns. Blocks of 8 change places first, blocks of 1 last."""
+    block = len(rows) // 2
+    while block:
+        first = [lane if not lane & block else len(rows) + (lane ^ block) for lane in range(len(rows))]
+        second = [lane ^ block if not lane & block else len(rows) + lane for lane in range(len(rows))]
+        turned = list(rows)
+        for i in (i for i in range(len(rows)) if not i & block):
+            turned[i] = rows[i].shuffle(rows[i | block], first)
+            turned[i | block] = rows[i].shuffle(rows[i | block], second)
+        rows, block = turned, block // 2
+    return rows
+
+
+def _float_operations(is_half: bool) -> tuple[Any, Any]:
+    """put(x, place): 32 floats side by side. put_turned(x, stride, place): 32 floats of each of TURNED rows, `stride`
+    bytes apart: each row to a position of its own, its floats as far apart as a page has positions."""
+
+    def kept(vector: Vector) -> ir.Value:
+        return (vector.to_half() if is_half else vector).value
+
+    size = 2 if is_half else 4
+
+    @operation(lambda *_: types.void)
+    def put(e: Emitter, x: ir.Value, place: ir.Value) -> None:
+        for i in range(0, 32, 16):
+            e.store(kept(e.load(x, 4 * i, F32, 16)), place, size * i)
+
+    @operation(lambda *_: types.void)
+    def put_turned(e: Emitter, x: ir.Value, stride: ir.Value, place: ir.Value) -> None:
+        for first in range(0, 32, TURNED):
+            rows, row = [], x
+            for _ in range(TURNED):
+                rows.append(e.load(row, 4 * first, F32, TURNED))
+                row = e.builder.add(row, stride)
+            for i, vector in enumerate(_transposed(rows)):
+                e.store(kept(vector), place, size * POSITIONS * (first + i))
+
+    return put, put_turned
+
+
 def append(cache_type: str) -> Kernel:
     """Put each row's key and value at its position."""
     is_f32, is_q8 = cache_type == "f32", cache_type == "q8_0"
     is_float = cache_type in ("f16", "f32")
+    put, put_turned = _float_operations(is_half=not is_f32)
 
     @v.helper
     def put_block(x, count, place, four_apart, apart, scale_place):  # type: ignore[no-untyped-def]
@@ -104,13 +150,22 @@ def append(cache_type: str) -> Kernel:
         blocks_v = (dim_v + 31) // 32
         every = v.load_i64(op + R.KV_EVERY)
         tables = v.load_i64(step + R.PAGE_TABLES) + 8 * v.load_i64(op + R.KV_GROUP) * n_rows
-        for row in range(first_row(n_rows, part, parts), first_row(n_rows, part + 1, parts)):
-            position = v.load_i64(v.load_i64(step + R.POSITIONS) + 8 * row)
+        positions = v.load_i64(step + R.POSITIONS)
+        end = first_row(n_rows, part + 1, parts)
+        turned = 0  # rows before this one have put their keys there
+        for row in range(first_row(n_rows, part, parts), end):
+            position = v.load_i64(positions + 8 * row)
             if (position + 1) % every != 0:
                 continue
             entry = position // every
             page = v.load_i64(v.load_i64(tables + 8 * row) + 8 * (entry // POSITIONS))
             slot = entry % POSITIONS
+            if is_float and slot % TURNED == 0 and row + TURNED <= end and every == 1:
+                last = row + TURNED - 1
+                # Who writes a page has it alone: then what lies between is of the same sequence.
+                consecutive = v.load_i64(positions + 8 * last) == position + TURNED - 1
+                if consecutive and page == v.load_i64(v.load_i64(tables + 8 * last) + 8 * (entry // POSITIONS)):
+                    turned = row + TURNED
             for head in range(v.load_i64(op + R.KV_HEADS)):
                 k = v.load_i64(op + R.KV_K) + row * v.load_i64(op + R.KV_K_STRIDE) + 4 * head * dim_k
                 keys = page + v.load_i64(op + R.KV_K_OFFSET) + head * v.load_i64(op + R.KV_K_HEAD_BYTES)
@@ -118,17 +173,24 @@ def append(cache_type: str) -> Kernel:
                 for block in range(blocks_k):
                     place = keys + block * 32 * POSITIONS * bits // 8 + slot * (size if is_float else 4)
                     scale_place = scales + 2 * (block * POSITIONS + slot)
-                    put_block(
-                        k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
-                        scale_place,
-                    )
+                    if is_float and row < turned and 32 * block + 32 <= dim_k:
+                        if row + TURNED == turned:
+                            put_turned(k + 128 * block, v.load_i64(op + R.KV_K_STRIDE), place)
+                    else:
+                        put_block(
+                            k + 128 * block, min(32, dim_k - 32 * block), place, 4 * size * POSITIONS, key_apart,
+                            scale_place,
+                        )
                 x = v.load_i64(op + R.KV_V) + row * v.load_i64(op + R.KV_V_STRIDE) + 4 * head * dim_v
                 values = page + v.load_i64(op + R.KV_V_OFFSET) + head * v.load_i64(op + R.KV_V_HEAD_BYTES)
                 scales = values + blocks_v * 32 * POSITIONS * bits // 8
                 for block in range(blocks_v):
                     place = values + (slot * blocks_v + block) * 32 * bits // 8
                     scale_place = scales + 2 * (block * POSITIONS + slot)
-                    put_block(x + 128 * block, min(32, dim_v - 32 * block), place, 4 * size, size, scale_place)
+                    if is_float and 32 * block + 32 <= dim_v:
+                        put(x + 128 * block, place)
+                    else:
+                        put_block(x + 128 * block, min(32, dim_v - 32 * block), place, 4 * size, size, scale_place)
 
     return kernel
 

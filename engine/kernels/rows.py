@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
+
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import first_row, packer_of, panel_packer_of, panel_width
 from qrun.engine.simd import operations as v
+from qrun.engine.simd.operations import operation
+from qrun.engine.simd.vector import F32, Emitter, Vector
 
 Kernel = Callable[[int, int, int], None]
 
@@ -729,12 +733,45 @@ def gaussian_top_k(packing: str) -> Kernel:
     return _row_kernel(compute, packing)
 
 
+ROTATED = 16
+"""Pairs that are rotated together."""
+
+
+def _rotation(neighbours: bool) -> Any:
+    """rotate(x, apart, table, out): ROTATED pairs, of neighbours, or of two vectors `apart` bytes apart."""
+    evens, odds = range(0, 2 * ROTATED, 2), range(1, 2 * ROTATED, 2)
+    zipped = [i // 2 + ROTATED * (i % 2) for i in range(2 * ROTATED)]
+
+    @operation(lambda *_: v.types.void)
+    def rotate(e: Emitter, x: ir.Value, apart: ir.Value, table: ir.Value, out: ir.Value) -> None:
+        def two(place: ir.Value, other: ir.Value) -> tuple[Vector, Vector]:
+            return e.load(place, 0, F32, ROTATED), e.load(other, 0, F32, ROTATED)
+
+        def of_pairs(place: ir.Value) -> tuple[Vector, Vector]:
+            low, high = two(place, e.offset(place, 4 * ROTATED))
+            return low.shuffle(high, evens), low.shuffle(high, odds)
+
+        cosines, sines = of_pairs(table)
+        first, second = of_pairs(x) if neighbours else two(x, e.builder.add(x, apart))
+        first, second = first * cosines - second * sines, first * sines + second * cosines
+        other = e.builder.add(out, apart)
+        if neighbours:
+            first, second = first.shuffle(second, zipped[:ROTATED]), first.shuffle(second, zipped[ROTATED:])
+            other = e.offset(out, 4 * ROTATED)
+        e.store(first.value, out)
+        e.store(second.value, other)
+
+    return rotate
+
+
 def rope(_: str) -> Kernel:
     """Rotate pairs of each head by position times frequency (Su et al., "RoFormer", 2021).
 
     ROW_ROPE_TABLE: cosines and sines [position][pair][2]. Pairs are neighbours, or half the rotated dimensions apart
     (NeoX). Those of a head begin at ROW_ROPE_START. Heads may be rotated in place.
     """
+
+    rotate_neighbours, rotate_halves = _rotation(neighbours=True), _rotation(neighbours=False)
 
     @v.helper
     def compute(op, step, row, x, z, y, width):  # type: ignore[no-untyped-def]
@@ -752,7 +789,14 @@ def rope(_: str) -> Kernel:
                 v.store_f32(y + 4 * (head * head_dim + i), v.load_f32(x + 4 * (head * head_dim + i)))
             source = x + 4 * (head * head_dim + start)
             out = y + 4 * (head * head_dim + start)
-            for i in range(dims // 2):
+            whole = dims // 2 // ROTATED * ROTATED
+            for i in range(0, whole, ROTATED):
+                place = 4 * i * between
+                if interleaved != 0:
+                    rotate_neighbours(source + place, 4 * apart, table + 8 * i, out + place)
+                else:
+                    rotate_halves(source + place, 4 * apart, table + 8 * i, out + place)
+            for i in range(whole, dims // 2):
                 cosine = v.load_f32(table + 8 * i)
                 sine = v.load_f32(table + 8 * i + 4)
                 first = v.load_f32(source + 4 * (i * between))

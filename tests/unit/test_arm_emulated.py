@@ -161,7 +161,7 @@ class Cache:
         positions, tables = np.arange(n), np.full(n, self.table.ctypes.data)
         fields = {
             R.KV_K: k.ctypes.data, R.KV_K_STRIDE: k.strides[0], R.KV_V: v.ctypes.data, R.KV_V_STRIDE: v.strides[0],
-            R.KV_HEADS: self.kv_heads, R.KV_DIM_K: self.dim_k, R.KV_DIM_V: self.dim_v,
+            R.KV_EVERY: 1, R.KV_HEADS: self.kv_heads, R.KV_DIM_K: self.dim_k, R.KV_DIM_V: self.dim_v,
             R.KV_V_OFFSET: self.kv_heads * self.k_bytes, R.KV_K_HEAD_BYTES: self.k_bytes,
             R.KV_V_HEAD_BYTES: self.v_bytes,
         }  # fmt: skip

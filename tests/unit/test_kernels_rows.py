@@ -81,22 +81,22 @@ def test_rows_of_a_panel_are_packed_together_as_one_by_one(harness: Harness, rng
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("n_rot", [32, 20])
+@pytest.mark.parametrize("n_rot", [20, 32, 70, 96])
 def test_rope_turns_pairs(harness: Harness, rng: np.random.Generator, interleaved: bool, n_rot: int) -> None:
-    x = rng.normal(size=(4, 96)).astype(np.float32)
+    x = rng.normal(size=(4, 288)).astype(np.float32)
     positions = np.array([0, 3, 9, 4], np.int64)
     angles = np.arange(10)[:, None] * rng.uniform(0, 1, n_rot // 2)
     table = np.ascontiguousarray(np.stack([np.cos(angles), np.sin(angles)], -1), np.float32)
     result = harness.rows(
-        "rope-", x, step={R.POSITIONS: positions.ctypes.data}, ROW_ROPE_HEAD_DIM=32, ROW_ROPE_DIMS=n_rot,
+        "rope-", x, step={R.POSITIONS: positions.ctypes.data}, ROW_ROPE_HEAD_DIM=96, ROW_ROPE_DIMS=n_rot,
         ROW_ROPE_INTERLEAVED=int(interleaved), ROW_ROPE_TABLE=table.ctypes.data,
     )  # fmt: skip
-    expected = x.reshape(4, 3, 32).copy()
+    expected = x.reshape(4, 3, 96).copy()
     first = slice(0, n_rot, 2) if interleaved else slice(0, n_rot // 2)
     second = slice(1, n_rot, 2) if interleaved else slice(n_rot // 2, n_rot)
     turned = (expected[..., first] + 1j * expected[..., second]) * np.exp(1j * angles[positions])[:, None]
     expected[..., first], expected[..., second] = turned.real, turned.imag
-    np.testing.assert_allclose(result, expected.reshape(4, 96), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result, expected.reshape(4, 288), rtol=1e-5, atol=1e-6)
 
 
 def test_selected_rows(harness: Harness, rng: np.random.Generator) -> None:
