@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from qrun.engine.native import workers
+from qrun.engine.native.codegen import code_digest
+from qrun.engine.native.object_cache import ObjectCache
 from qrun.engine.simd.target import Target
 from qrun.models.interpreter import interpreter
 from tests import reference
@@ -66,16 +68,19 @@ def _one_compiler() -> Iterator[None]:
     """Kernels that a test lacks are compiled in a process that stays for the next test. Many tests lack some, and a
     pool of new processes, which import Numba first, takes longer than most kernels do.
 
-    Tests with a cache of their own, as those of the compiler are, compile as qrun does.
+    Of two runs of tests beside each other that want the same kernels one begins with the last of them, and what one has
+    compiled the other only reads. Tests with a cache of their own, as those of the compiler are, compile as qrun does.
     """
     compiler, compile_all = _Compiler(), workers.compile_all
-    python, cache = interpreter(), os.environ.get("QRUN_CACHE")
+    python, place = interpreter(), os.environ.get("QRUN_CACHE")
+    from_the_end = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579"
 
     def compile_here(keys: Sequence[str], target: Target) -> Generator[tuple[str, bytes] | None, None, None]:
-        waiting = list(keys)
-        while waiting and python and os.environ.get("QRUN_CACHE") == cache:
+        waiting = list(keys) if from_the_end else list(reversed(keys))
+        cache = ObjectCache(code_digest(target))
+        while waiting and python and os.environ.get("QRUN_CACHE") == place:
             try:
-                code = compiler.compile(waiting[-1], target, python)
+                code = cache.read(waiting[-1]) or compiler.compile(waiting[-1], target, python)
             except (OSError, workers._Died):
                 compiler.close()
                 break
