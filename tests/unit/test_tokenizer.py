@@ -344,7 +344,7 @@ def test_others_go_on_while_a_word_without_an_end_is_encoded(word: str) -> None:
         over.set()
         thread.join()
     assert small.decode(ids) == word
-    assert ticks >= 10 or time.thread_time() - begin < 0.1
+    assert ticks >= 10 or time.thread_time() - begin < 0.3
 
 
 @pytest.mark.parametrize("text", ["ab", "ab " * 9000])
