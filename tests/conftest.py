@@ -41,7 +41,7 @@ class _Compiler:
     """A process that compiles kernels and stays for the next ones, until they are for another target or it has grown:
     Numba keeps some of what it has made."""
 
-    MOST = 60
+    MOST = 40
 
     def __init__(self) -> None:
         self._worker: workers._Worker | None = None
