@@ -95,10 +95,12 @@ chat: $(RUNTIME)
 serve: $(SERVING)
 	@$(BIN)/qrun serve $(SERVE_OPTIONS)
 
+# The type checker, which is one process for half a minute, runs beside the tests; what it says comes after them.
 test: $(TESTING)
 	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/mypy >$(VENV)/mypy.txt 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests ? tests : types))
 
 test-forms: $(TESTING)
 	QRUN_TEST_FORMS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit/test_kernels_matmul.py tests/unit/test_arm_emulated.py

@@ -186,8 +186,23 @@ def random_tensor(
 # Compiling takes most of the time of these tests. All types are tested in the host's own form; in others some, one for
 # each way in which weights are read, unless `make test-forms` asks for all.
 FEW = ("F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "TQ1_0")
+# Where vectors are as long as in another form, the same code reads weights, and only products of integers differ: some
+# types with each way in which those are added will do, signed weights, one or two scales in a block of 32, minimums,
+# zeros, and groups that are looked up in memory. Floats and embeddings have no such products: with AVX-VNNI they are
+# AVX2's machine code, byte for byte; in the forms with vectors of 16, all but those left here are the host's.
+PRODUCTS = ("Q4_0", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ3_S")
+OWN_MATMULS = {
+    "plain": ("F32", "F16", "BF16", *PRODUCTS),  # vectors of four: as on Arm, which is emulated
+    "avx-vnni": PRODUCTS,
+    "avx512": ("F16", "BF16", *PRODUCTS),
+    "amx-folded": ("F32", "F16", "BF16", *PRODUCTS),
+}
+OWN_EMBEDDINGS = {"avx-vnni": (), "avx512": ("F16", "IQ3_S"), "amx-folded": ()}
 
 
-def types_of(form: str) -> list[str]:
-    """The types with which a form ("best", or another) is tested."""
-    return list(TYPES) if form == "best" or "QRUN_TEST_FORMS" in os.environ else list(FEW)
+def types_of(form: str, kernel: str = "matmul") -> list[str]:
+    """The types with which a form ("best", or another) of a kernel ("matmul" or "embed") is tested."""
+    if form == "best" or "QRUN_TEST_FORMS" in os.environ:
+        return list(TYPES)
+    own = OWN_MATMULS if kernel == "matmul" else OWN_EMBEDDINGS
+    return list(own.get(form, FEW))

@@ -80,7 +80,7 @@ def runtime_of(model: Model) -> Any:
 
 
 def hold(model: Model) -> threading.Event:
-    """Have the model compute nothing until the event is set."""
+    """Have the model compute nothing until the event is set, or for a minute."""
     event = threading.Event()
-    runtime_of(model).on_batch = lambda: event.wait(10)
+    runtime_of(model).on_batch = lambda: event.wait(60)
     return event

@@ -145,10 +145,10 @@ def test_a_second_pull_waits_for_the_first_and_says_so() -> None:
     thread = threading.Thread(target=second)
     with store.staging(target):
         thread.start()
-        assert said.wait(10)
+        assert said.wait(60)
         assert store.remove_partial() == 0  # what is under way is spared
         order.append("first")
-    thread.join(10)
+    thread.join(60)
     assert order == ["first", "second"]
 
 

@@ -175,7 +175,7 @@ def test_together_with_others_nobody_waits_for_the_disk(tmp_path: Path, rng: np.
         going, loading = threading.Event(), disk.load
 
         def slow(*arguments: Any) -> Any:
-            assert going.wait(20)
+            assert going.wait(60)
             return loading(*arguments)
 
         disk.load = slow  # type: ignore[method-assign]

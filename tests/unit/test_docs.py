@@ -182,4 +182,4 @@ def run_server(text: str) -> None:
             raise AssertionError("the server does not answer")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)

@@ -304,12 +304,12 @@ def test_stop_from_another_thread_ends_a_long_prompt() -> None:
 
     def on_batch() -> None:
         in_prompt.set()
-        assert stopped.wait(5)
+        assert stopped.wait(60)
 
     runtime.on_batch = on_batch
 
     def stop() -> None:
-        assert in_prompt.wait(5)
+        assert in_prompt.wait(60)
         session.stop()
         stopped.set()
 

@@ -16,15 +16,16 @@ FORMS = [*EXACT_FORMS, *(["amx-folded"] if has_tiles() else [])]
 
 @pytest.fixture(scope="module")
 def harness(request: pytest.FixtureRequest) -> Harness:
-    keys = [f"{kernel}-{name}" for name in types_of(request.param) for kernel in ("matmul", "embed")]
+    keys = [f"{kernel}-{name}" for kernel in ("matmul", "embed") for name in types_of(request.param, kernel)]
     target = host_target(request.param)
     tiled = [key for name in ("F16", "BF16") for key in (f"matmul-{name}-tiles", f"pack-{name.lower()}")]
     return Harness(target, [*keys, "pack-q8", "pack-f32", *(tiled if target.tiles else [])])
 
 
-EACH = pytest.mark.parametrize(
-    ("harness", "name"), [(form, name) for form in FORMS for name in types_of(form)], indirect=["harness"]
-)
+def each(kernel: str, *names: str) -> pytest.MarkDecorator:
+    """All forms, each with the types with which a kernel is tested there; names: no others."""
+    chosen = [(form, name) for form in FORMS for name in types_of(form, kernel) if not names or name in names]
+    return pytest.mark.parametrize(("harness", "name"), chosen, indirect=["harness"])
 
 
 def as_quantised(x: np.ndarray) -> np.ndarray:
@@ -35,7 +36,7 @@ def as_quantised(x: np.ndarray) -> np.ndarray:
     return (np.rint(blocks * (np.float32(127) / largest)) * (largest * np.float32(1 / 127))).reshape(x.shape)
 
 
-@EACH
+@each("matmul")
 @pytest.mark.parametrize(
     "shape", [(64, 2, 1), (40, 3, 1), (83, 1, 1), (33, 1, 9), (5, 2, 3), (1, 1, 1), (48, 2, 16), (19, 6, 515)]
 )
@@ -60,9 +61,7 @@ def test_matmul_is_the_product(
     assert np.all(np.abs(result - expected) <= (2.1 / 256 if folded else 3e-6) * size + 1e-30)
 
 
-@pytest.mark.parametrize(
-    ("harness", "name"), [(form, name) for form in FORMS for name in ("F16", "BF16")], indirect=["harness"]
-)
+@each("matmul", "F16", "BF16")
 @pytest.mark.parametrize("shape", [(64, 32, 1), (37, 544, 1), (5, 96, 3), (1, 32, 9), (79, 1056, 45), (40, 64, 530)])
 def test_floats_in_whole_tiles(
     rng: np.random.Generator, harness: Harness, name: str, shape: tuple[int, int, int]
@@ -76,7 +75,7 @@ def test_floats_in_whole_tiles(
     assert np.all(np.abs(harness.matmul(name, raw, rows, x) - expected) <= 1e-5 * size)
 
 
-@EACH
+@each("matmul")
 def test_a_column_has_the_same_bits_alone_and_among_others(
     rng: np.random.Generator, harness: Harness, name: str
 ) -> None:
@@ -96,18 +95,18 @@ def test_all_instruction_sets_give_the_same_bits(rng: np.random.Generator) -> No
     assert all(np.array_equal(results[0].view(np.int32), result.view(np.int32)) for result in results)
 
 
-@pytest.mark.parametrize("harness", FORMS, indirect=True)
-def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness) -> None:
+@each("matmul", "F32")
+def test_bias_residual_and_factor(rng: np.random.Generator, harness: Harness, name: str) -> None:
     for rows, columns in ((40, 5), (3, 5), (40, 1), (3, 1)):
-        raw, weights = random_tensor(rng, "F32", rows, 64)
+        raw, weights = random_tensor(rng, name, rows, 64)
         x = rng.normal(size=(columns, 64)).astype(np.float32)
         bias, residual = rng.normal(size=rows).astype(np.float32), rng.normal(size=(columns, rows)).astype(np.float32)
         fields = {R.MM_BIAS: bias.ctypes.data, R.MM_RESIDUAL: residual.ctypes.data, R.MM_RESIDUAL_STRIDE: rows * 4}
-        result = harness.matmul("F32", raw, rows, x, extra={**fields, R.MM_SCALE: 0.5})
+        result = harness.matmul(name, raw, rows, x, extra={**fields, R.MM_SCALE: 0.5})
         np.testing.assert_allclose(result, 0.5 * (x @ weights.T) + bias + residual, rtol=1e-4, atol=1e-5)
 
 
-@EACH
+@each("embed")
 def test_embedding_is_the_dequantised_row(rng: np.random.Generator, harness: Harness, name: str) -> None:
     width = 512 if isinstance(TYPES[name], Quantised) else 509
     raw, weights = random_tensor(rng, name, 7, width)

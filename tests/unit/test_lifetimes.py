@@ -244,13 +244,13 @@ def test_a_generation_that_another_thread_was_reading_at_a_fork_says_so_in_the_c
         def waiting(*arguments):
             if os.getpid() == parent and threading.current_thread() is not threading.main_thread():
                 computing.set()
-                forked.wait(30)
+                forked.wait(60)
             team_run(*arguments)
         runtime._team.run = waiting
         generation = session.generate(PROMPT, max_tokens=3)
         thread = threading.Thread(target=list, args=(generation,))
         thread.start()
-        computing.wait(30)
+        computing.wait(60)
         child = os.fork()
         if child == 0:
             try:

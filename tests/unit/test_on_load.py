@@ -149,7 +149,7 @@ def test_a_conversion_that_is_ended_leaves_nothing(command: str, signal_name: st
     assert {path.suffix for path in files() - before} == {".part"}
     number = signal.Signals[signal_name]
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert files() == before

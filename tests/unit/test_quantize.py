@@ -267,9 +267,8 @@ def test_the_errors_that_it_reports_are_the_errors(
         assert np.sqrt(encoded.weighted_error / encoded.weighted_energy) == pytest.approx(expected, rel=1e-3)
 
 
-OTHER_FORMS = sorted(
-    form for form in ("avx512", "avx-vnni", "avx2", "plain") if host_target(form) != host_target("best")
-)
+# Quantisers have no products of integers: with AVX-VNNI their machine code is AVX2's, byte for byte.
+OTHER_FORMS = sorted(form for form in ("avx512", "avx2", "plain") if host_target(form) != host_target("best"))
 
 
 @pytest.mark.parametrize("form", OTHER_FORMS)

@@ -39,7 +39,7 @@ def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cold_file_is_read_and_a_warm_one_is_not(cold: Path) -> None:
     thread = read_ahead([cold])
     assert thread is not None
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive() and not module._is_cold(cold)
     assert read_ahead([cold]) is None
 
@@ -68,7 +68,7 @@ def test_what_is_not_wanted_any_more_is_not_read_on(cold: Path) -> None:
 
     thread = read_ahead([cold], wanted)
     assert thread is not None
-    thread.join(30)
+    thread.join(60)
     assert asked == [True, False]
 
 

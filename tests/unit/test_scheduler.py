@@ -100,7 +100,7 @@ def test_threads_get_the_same_texts_as_alone(model: Model, rng: np.random.Genera
 
 def wait_for_the_thread_to_end(model: Model) -> None:
     scheduler = model._host.scheduler
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while scheduler._thread is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert scheduler._thread is None and (scheduler.running, scheduler.waiting) == (0, 0)
@@ -131,7 +131,7 @@ def test_a_hundred_random_schedules(rng: np.random.Generator, monkeypatch: pytes
                 if pushed[-1][2]:
                     generation.cancel()
             for _ in pushed:
-                assert collector.ended.acquire(timeout=20)
+                assert collector.ended.acquire(timeout=60)
             for i, generation, cancelled in pushed:
                 assert generation.tokens == expected[i][: len(generation.tokens)]
                 assert cancelled or generation.tokens == expected[i]
@@ -144,7 +144,7 @@ def test_pieces_of_a_step_come_together(model: Model, rng: np.random.Generator) 
     for generation in generations:
         generation.start(collector)
     for _ in generations:
-        assert collector.ended.acquire(timeout=20)
+        assert collector.ended.acquire(timeout=60)
     assert [len(collector.pieces[id(generation)]) for generation in generations] == [25] * 4
     assert collector.flushes < 60
     assert all(generation.stop_reason == "length" for generation in generations)
@@ -247,7 +247,7 @@ def test_a_beginning_is_read_once_though_all_come_together(rng: np.random.Genera
         for generation in generations:
             generation.start(collector)
         for _ in generations:
-            assert collector.ended.acquire(timeout=20)
+            assert collector.ended.acquire(timeout=60)
         computed = sum(g.stats.prompt_tokens - g.stats.cached_tokens for g in generations)
         assert computed <= 153 + 7 * 3
         for i, generation in enumerate(generations):
@@ -283,7 +283,7 @@ class TestPromptsBesideOthers:
 
         def noted(parts: Any, cancelled: Any = None) -> Any:
             held.set()
-            assert all_there.wait(20)
+            assert all_there.wait(60)
             rows.append([len(part.tokens) for part in parts if len(part.tokens) > 1])
             return step(parts, cancelled)
 
@@ -296,12 +296,12 @@ class TestPromptsBesideOthers:
         others = [model.generate([i], max_tokens=3000, temperature=0) for i in range(running)]
         for other in others:
             other.start(collector)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while any(not other.tokens for other in others) and time.monotonic() < deadline:
             time.sleep(0.001)
         monkeypatch.setattr(model._runtime, "step", noted)
         monkeypatch.setattr(model._runtime, "begin_in_background", noted_behind)
-        assert held.wait(20)
+        assert held.wait(60)
         asked = [rng.integers(0, model.graph.n_vocab, n).tolist() for n in lengths]
         answers = [model.generate(prompt, max_tokens=3, temperature=0) for prompt in asked]
         for answer in answers:
@@ -310,7 +310,7 @@ class TestPromptsBesideOthers:
             time.sleep(0.001)
         all_there.set()
         for _ in lengths:
-            assert collector.ended.acquire(timeout=30)
+            assert collector.ended.acquire(timeout=60)
         for other in others:
             other.cancel()
         monkeypatch.undo()
@@ -383,7 +383,7 @@ class TestPromptsBesideOthers:
             time.sleep(0.001)
         other.cancel()
         for _ in range(2):
-            assert collector.ended.acquire(timeout=30)
+            assert collector.ended.acquire(timeout=60)
         assert answer.tokens == long_alone(prompt)
 
     def test_who_cancels_while_it_is_read_leaves_nothing_behind(
@@ -404,7 +404,7 @@ class TestPromptsBesideOthers:
             assert second.tokens == long_alone(prompt[:2000])
         other.cancel()
         for _ in range(2):
-            assert collector.ended.acquire(timeout=30)
+            assert collector.ended.acquire(timeout=60)
         wait_for_the_thread_to_end(model)
 
     def test_what_is_wrong_with_it_is_told_to_whoever_asked(
@@ -421,7 +421,7 @@ class TestPromptsBesideOthers:
             time.sleep(0.001)
         model.generate([i % 50 for i in range(3000)], max_tokens=3).start(collector)
         for _ in range(2):
-            assert collector.ended.acquire(timeout=30)
+            assert collector.ended.acquire(timeout=60)
         assert [str(error) for error in collector.errors] == ["no memory"] and len(other.tokens) == 400
 
 
@@ -493,12 +493,12 @@ def test_who_cancels_does_not_wait_for_a_long_step(
     reader.start()
     assert under_way.wait(60)
     first.cancel()
-    assert over.wait(30)  # while the step goes on
+    assert over.wait(60)  # while the step goes on
     assert first.stop_reason == "cancelled" and not session.closed  # its cache is at work
     n_tokens = len(first.tokens)
     gate.set()
     for _ in others:
-        assert collector.ended.acquire(timeout=20)
+        assert collector.ended.acquire(timeout=60)
     reader.join()
     assert [one.tokens for one in others] == [alone(prompt, max_tokens=40, temperature=0) for prompt in asked[1:]]
     wait_for_the_thread_to_end(model)
@@ -548,7 +548,7 @@ def test_nor_does_who_reads_in_asyncio(model: Model, rng: np.random.Generator, m
     assert not gate.is_set() and first.stop_reason == "cancelled"
     assert len(pieces) == len(first.tokens) < 40
     gate.set()
-    assert collector.ended.acquire(timeout=20) and len(other.tokens) == 40
+    assert collector.ended.acquire(timeout=60) and len(other.tokens) == 40
     wait_for_the_thread_to_end(model)
     assert len(pieces) == len(first.tokens)
 
@@ -575,7 +575,7 @@ def test_nor_does_who_was_cancelled_before_it_began(
 
     assert asyncio.run(asyncio.wait_for(read(), 30)) == [] and first.stop_reason == "cancelled"
     gate.set()
-    assert collector.ended.acquire(timeout=20) and len(other.tokens) == 4
+    assert collector.ended.acquire(timeout=60) and len(other.tokens) == 4
     wait_for_the_thread_to_end(model)
 
 
@@ -596,7 +596,7 @@ def test_who_was_cancelled_hears_of_it_before_the_next_step(
     monkeypatch.setattr(model._runtime, "step", cancelling)
     first.start(collector)
     for _ in range(2):
-        assert collector.ended.acquire(timeout=20)
+        assert collector.ended.acquire(timeout=60)
     assert reasons[:11] == [None] * 10 + ["cancelled"]
 
 
@@ -642,7 +642,7 @@ def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Gene
     collector = Collector()
     first.start(collector)
     second.start(collector)
-    assert collector.ended.acquire(timeout=20) and collector.ended.acquire(timeout=20)
+    assert collector.ended.acquire(timeout=60) and collector.ended.acquire(timeout=60)
     assert [str(error) for error in collector.errors] == ["the model's logits are not finite numbers"]
     assert second.stop_reason == "length"
 
@@ -659,7 +659,7 @@ def test_an_error_before_the_step_is_that_of_one_too(model: Model, rng: np.rando
     for generation in (first, second, third):
         generation.start(collector)
     for _ in range(3):
-        assert collector.ended.acquire(timeout=20)
+        assert collector.ended.acquire(timeout=60)
     assert [str(error) for error in collector.errors] == ["no plan"]
     assert (first.stop_reason, third.stop_reason) == ("length", "length")
 
@@ -673,7 +673,7 @@ def test_a_cache_that_a_fork_left_half_changed_fails_its_own_generation_alone(
     for generation in (first, second, third):
         generation.start(collector)
     for _ in range(3):
-        assert collector.ended.acquire(timeout=20)
+        assert collector.ended.acquire(timeout=60)
     assert [str(error) for error in collector.errors] == [
         "this session was in use by another thread when the process forked: begin another"
     ]
@@ -693,7 +693,7 @@ def test_event_loops_are_not_kept(model: Model) -> None:
 
     for _ in range(3):
         asyncio.run(two())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(asynchronous._sinks) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
@@ -708,11 +708,11 @@ def test_a_fork_while_another_thread_looks_for_a_beginning(model: Model) -> None
     def hold() -> None:
         with model._host.prefixes._lock, model._host.scheduler.lock:
             held.set()
-            done.wait(30)
+            done.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(10)
+    assert held.wait(60)
     child = os.fork()
     if not child:
         threading.Timer(20.0, os._exit, (1,)).start()

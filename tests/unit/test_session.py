@@ -140,7 +140,7 @@ def in_thread(action: object) -> BaseException | None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(5)
+    thread.join(60)
     return caught[0]
 
 

@@ -97,8 +97,8 @@ def test_an_answer_that_nobody_reads_any_more_ends_in_the_server(sidecar: Any, s
             answer = server.chat([{"role": "user", "content": "It was"}], temperature=0, ignore_eos=True)
             assert next(answer) is not None
             answer.close()
-        start = time.monotonic()
-    assert time.monotonic() - start < 3 and not server.alive
+        server.close(20)  # before that time it would have gone on
+    assert server._process.returncode >= 0 and not server.alive, "it had to be killed"
 
 
 def children(pid: int) -> list[int]:
@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
     return own + [grandchild for child in own for grandchild in children(child)]
 
 
-def until(reached: Callable[[], object], seconds: float = 30) -> None:
+def until(reached: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline

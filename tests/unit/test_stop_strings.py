@@ -40,14 +40,14 @@ def test_no_more_is_held_back_than_may_become_one() -> None:
 def test_very_many_take_no_longer() -> None:
     """A step of all generations waits for each."""
     stop = StopStrings(tuple(f"zz{i}" for i in range(20_000)))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert "".join(stop.push("zz hello ") for _ in range(100)).startswith("zz hello zz")
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
     assert stop.push("zz19999") == "" and stop.found == "zz1"
 
 
 def test_a_long_one_takes_no_longer() -> None:
     stop = StopStrings(("a" * 100_000,))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert all(stop.push("aaaa") == "" for _ in range(500)) and stop.push("b") == "a" * 2000 + "b"
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1

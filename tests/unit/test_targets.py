@@ -1,5 +1,6 @@
 """Which form of the kernels a CPU gets, and whether its machine code has the instructions that it is meant to have."""
 
+import functools
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from qrun.engine.cpu.features import linux_arm_features
 from qrun.engine.kernels import records as R
-from qrun.engine.native.codegen import assembly
+from qrun.engine.native import codegen
 from qrun.engine.simd.target import MACHINES, choose_target, host_target, machine_target
 from tests.kernel_harness import Harness
 
@@ -83,6 +84,8 @@ def test_what_linux_says_of_arm_cores() -> None:
     assert linux_arm_features(f"{big}\n{little}\n{little}\n") == {"neon", "dotprod"}
     assert linux_arm_features("model name : x86") == set()
 
+
+assembly = functools.cache(codegen.assembly)  # several tests look at the same kernels, which take seconds each
 
 # What the machine code must have, and what it must not have, for matmul and for attention.
 INSTRUCTIONS = {

@@ -186,7 +186,7 @@ def test_a_signal_ends_the_workers_too(tmp_path: Path, number: signal.Signals) -
     assert eventually(lambda: len(children(process.pid)) > 0)
     theirs = children(process.pid)
     process.send_signal(number)
-    process.wait(timeout=10)
+    process.wait(timeout=60)
     process.stdout.close()
     assert eventually(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in theirs))
     assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".code"] == []
