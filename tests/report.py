@@ -90,7 +90,7 @@ def report_toys() -> bool:
 
 def report_tests(what: str, file: str) -> bool:
     """How many tests of a file passed, and a line for each that did not. Did all?"""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-n", "0", str(ROOT / "tests" / "unit" / file)]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-n", "0", str(ROOT / "tests" / "unit" / file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no result"]
     for line in lines:
