@@ -136,7 +136,8 @@ class Model(OfThisProcess):
             the result kept in the cache.
         threads: threads that compute; by default one for each core that the process may use.
         context: the most tokens of one session; by default what the model was trained for, at most 4096.
-        cache_type: how keys and values are kept: "f16", "q8_0" or "q4_0".
+        cache_type: how keys and values are kept: "f16" (which is float32 for a file that is nothing but float32),
+            "q8_0" or "q4_0".
         batch: the most tokens of a prompt that are computed at once.
         cache_bytes: what all that is cached of texts may take, before what has ended and was not used for longest is
             forgotten, and what is under way has to wait: by default a quarter of the free memory, but room for one

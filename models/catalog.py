@@ -161,6 +161,9 @@ _ENTRIES = (
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 
+# How names begin that are written in full.
+_LIBRARY = re.compile(r"^(?:(?:https?://)?(?:registry\.|www\.)?ollama\.(?:ai|com)/)?library/")
+
 # What may stand behind a tag: q4_K_M, iq4_xs, fp16, mxfp4, also with the prefix of unsloth's own mixes.
 _QUANT = re.compile(r"(?:^|-)(?P<quant>(?:ud-)?(?:i?q\d\w*|tq\d_\d|bf16|f16|fp16|f32|fp32|mxfp4\w*))$")
 
@@ -202,8 +205,11 @@ def catalog_names() -> list[str]:
 
 
 def catalog_entry(name: str) -> CatalogEntry | HubEntry | None:
-    """The catalog's entry of this name; case does not matter. A quant behind a tag takes the place of the entry's."""
-    wanted = name.lower()
+    """The catalog's entry of this name; case does not matter. A quant behind a tag takes the place of the entry's.
+
+    A name may be written in full, as Ollama has it: registry.ollama.ai/library/llama3.1:8b.
+    """
+    wanted = _LIBRARY.sub("", name.lower())
     if entry := next((entry for entry in CATALOG.values() if entry.name.lower() == wanted), None):
         return entry
     names = _hub_names()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from qrun.models.graph import GraphBuilder, Rotation, Value
 from qrun.models.hyperparameters import MAX_LAYERS, Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import attend, feed_forward
+from qrun.models.transformer import attend, feed_forward, output
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -30,7 +30,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         assert low is not None
         high = stack(builder, h, builder.add(high, low), range(n_stack, 2 * n_stack), rotation)
     x = builder.select_rows(high)
-    return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+    return output(builder, x, h)
 
 
 def stack(builder: GraphBuilder, h: Hyperparameters, x: Value, blocks: range, rotation: Rotation) -> Value:

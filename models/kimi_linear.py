@@ -58,9 +58,11 @@ def delta_attention(
     taps = metadata.integer("ssm.conv_kernel", high=MAX_TAPS)
     width = n_heads * dim
 
+    # The reference engine leaves biases of these out that a file may have.
+    projected = (builder.linear(x, f"{block}.attn_{name}", width, bias=False) for name in "qkv")
     q, k, v = (
-        builder.convolution(builder.linear(x, f"{block}.attn_{name}", width), f"{block}.ssm_conv1d_{name}", taps)
-        for name in "qkv"
+        builder.convolution(part, f"{block}.ssm_conv1d_{name}", taps)
+        for name, part in zip("qkv", projected, strict=True)
     )
     # x / sqrt(sum(x * x) + eps), of each head
     unit, eps = np.full(dim, dim**-0.5, np.float32), (h.rms_eps if unit_eps is None else unit_eps) / dim

@@ -3,7 +3,7 @@
 from qrun.models.graph import GraphBuilder, Value
 from qrun.models.hyperparameters import Hyperparameters, Metadata
 from qrun.models.rope import RopeScaling
-from qrun.models.transformer import attention, feed_forward
+from qrun.models.transformer import attention, feed_forward, output
 
 
 def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context: int) -> Value:
@@ -21,4 +21,4 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         x = builder.add(x, feed_forward(builder, y, block, h.n_ff[layer], "silu"))
 
     x = builder.layer_norm_with(builder.select_rows(x), None, None, h.norm_eps)
-    return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+    return output(builder, x, h)

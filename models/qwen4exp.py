@@ -8,7 +8,7 @@ from qrun.models.hyperparameters import MAX_CONTEXT, MAX_TAPS, Hyperparameters, 
 from qrun.models.qwen35 import DeltaNet, delta_net, gated_attention, gated_experts
 from qrun.models.rope import RopeScaling
 from qrun.models.sparse_index import read_index
-from qrun.models.transformer import recurrent_layers
+from qrun.models.transformer import output, recurrent_layers
 
 MAX_LENGTH, MAX_HASHES = 8, 64
 """Of the tokens that a row of the table is for, and how many rows there are for those of each token."""
@@ -42,7 +42,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y, normed = streams.enter(builder, h, x, f"{block}.hc_ffn")
         x = streams.leave(builder, x, network(builder, h, y, layer), normed, f"{block}.hc_ffn")
     y, _ = streams.enter(builder, h, builder.select_rows(x), "output_hc")
-    return builder.linear(y, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=False)
+    return output(builder, y, h, bias=False)
 
 
 def read_blocks(metadata: Metadata, h: Hyperparameters, ratios: set[int], context: int) -> Index | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qrun.models.graph import CacheLayer, Constant, GraphBuilder, Side, Value
 from qrun.models.hyperparameters import MAX_LAYERS, Hyperparameters, Metadata
-from qrun.models.transformer import feed_forward, project_qkv, ungated_feed_forward
+from qrun.models.transformer import feed_forward, output, project_qkv, ungated_feed_forward
 
 FARTHEST = 128
 """From this distance on all have the same bias."""
@@ -41,7 +41,7 @@ def build(builder: GraphBuilder, metadata: Metadata, h: Hyperparameters, context
         y = builder.rms_norm(x, f"{block}.ffn_norm", h.rms_eps)
         x = builder.add(x, feed(builder, y, block, h.n_ff[blocks[layer]]))
     x = builder.rms_norm(builder.select_rows(x), "dec.output_norm", h.rms_eps)
-    logits = builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+    logits = output(builder, x, h)
     # Models whose output matrix is their embedding were trained with a factor, which few files tell.
     factor = metadata.real("logit_scale", 0.0)
     return builder.scale(logits, factor) if factor else logits

@@ -301,15 +301,19 @@ def head(
     Of a model that makes embeddings, the rows themselves.
     """
     x = builder.rms_norm(builder.select_rows(x), norm, h.rms_eps, bias=norm_bias)
-    if h.embeds:
-        return x
-    return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab, bias=bias)
+    return x if h.embeds else output(builder, x, h, bias=bias)
 
 
 def layer_norm_head(builder: GraphBuilder, x: Value, h: Hyperparameters) -> Value:
     """The same with a layer norm."""
-    x = builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps)
-    return builder.linear(x, "output" if builder.has("output.weight") else "token_embd", h.n_vocab)
+    return output(builder, builder.layer_norm(builder.select_rows(x), "output_norm", h.norm_eps), h)
+
+
+def output(builder: GraphBuilder, x: Value, h: Hyperparameters, *, bias: bool = True) -> Value:
+    """Logits of rows that are normed already. A bias counts with an embedding that is reused, too."""
+    name = "output" if builder.has("output.weight") else "token_embd"
+    weight = builder.weight(f"{name}.weight", h.n_vocab, h.n_embd)
+    return builder.linear_with(x, weight, builder.optional_constant("output.bias", h.n_vocab) if bias else None)
 
 
 def learned_positions(builder: GraphBuilder, h: Hyperparameters, context: int) -> Value:

@@ -3,9 +3,10 @@
     python -m tests.report [--peer PEER] [--shapes qwen35 ...]
 
 Small models against the reference engine's logits; the same bits in splits and on threads; block types against
-their definition; names of the catalog against a stand-in for the hub. With --peer (as `qrun bench --compare` takes it),
-random models of several shapes against another engine, too, which takes some minutes. QRUN_TEST_ARCHITECTURES names a
-folder with more small models.
+their definition; names of the catalog against a stand-in for the hub; the pages that say what is supported. With --peer
+(as `qrun bench --compare` takes it), random models of several shapes against another engine, too, which takes some
+minutes. QRUN_TEST_ARCHITECTURES names a folder with more small models. The status is 1 where something is not as it is
+claimed, and each such thing has a line of its own.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
+from qrun.cli import docs
 from qrun.formats import FormatError, GGUFReader
+from qrun.formats.blocks import BLOCK_FORMATS
 from qrun.models import ARCHITECTURES
+from qrun.models.catalog import hub_catalog
 from tests.toys import MORE, OWN_FILES, architecture, context_for, error, source_of, tokens_and_logits
 
 LIMIT = 1e-6
 SPLITS = ((1, 1, 14, 16), (16, 16), (31, 1), (5, 20, 7))
-TESTS = {
-    "block types equal to the bit": ("test_blocks.py",),
-    "names of the catalog, resolved and pulled": ("test_catalog_names.py",),
-}
+ROOT = Path(__file__).parents[1]
 
 
 def toys() -> list[Path]:
@@ -62,38 +63,56 @@ def check(path: Path) -> tuple[float, bool]:
     return error(results[0], expected), all(np.array_equal(result, results[0]) for result in results)
 
 
-def report_toys() -> None:
-    """A line for each model that is not as it should be, and the sums."""
+def report_toys() -> bool:
+    """A line for each model that is not as it should be, and the sums. Is all as it should be?"""
     n_matched = n_equal = n_run = 0
     worst = 0.0
     paths = toys()
     for path in paths:
         if architecture(path) not in ARCHITECTURES:
-            print(f"  {path.stem}: {architecture(path)} is not supported")
+            say(f"  {path.stem}: {architecture(path)} is not supported")
             continue
         try:
             found, equal = check(path)
         except FormatError as problem:
-            print(f"  {problem}")
+            say(f"  {problem}")
             continue
         n_run += 1
         n_matched += found <= LIMIT
         n_equal += equal
         worst = max(worst, found)
         if found > LIMIT or not equal:
-            print(f"  {path.stem}: error {found:.1e}, {'equal' if equal else 'OTHER'} bits")
-    print(f"small models matched at {LIMIT:g}: {n_matched} of {len(paths)} (worst {worst:.1e})")
-    print(f"equal bits in {1 + len(SPLITS)} splits, on one thread and two: {n_equal} of {n_run}")
+            say(f"  {path.stem}: error {found:.1e}, {'equal' if equal else 'OTHER'} bits")
+    say(f"small models matched at {LIMIT:g}: {n_matched} of {len(paths)} (worst {worst:.1e})")
+    say(f"equal bits in {1 + len(SPLITS)} splits, on one thread and two: {n_equal} of {n_run}")
+    return n_matched == n_equal == len(paths)
 
 
-def report_tests() -> None:
-    """How many tests of each kind passed."""
-    folder = Path(__file__).parent / "unit"
-    for what, files in TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-v", "-n", "0", *(str(folder / file) for file in files)]
-        last = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1:]
-        found = re.search(r"\d+ (passed|failed).*", "".join(last)) or re.search(r".*", "".join(last))
-        print(f"{what}: {found[0].strip(' =') if found else 'no result'}")
+def report_tests(what: str, file: str) -> bool:
+    """How many tests of a file passed, and a line for each that did not. Did all?"""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-n", "0", str(ROOT / "tests" / "unit" / file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no result"]
+    for line in lines:
+        if line.startswith(("FAILED ", "ERROR ")):
+            say(f"  {line}")
+    found = re.search(r"\d+ (passed|failed|error).*", lines[-1])
+    say(f"{what}: {found[0].strip(' =') if found else lines[-1]}")
+    return done.returncode == 0
+
+
+def report_support() -> bool:
+    """Are the pages that are made of the code's tables as the code is now?"""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    current = docs.with_support(readme) == readme and docs.models_page() == page
+    say(f"what README.md and docs/models.md say is supported: {'as made now' if current else 'OLD, run `make docs`'}")
+    return current
+
+
+def say(line: str) -> None:
+    """A line that is seen at once."""
+    print(line, flush=True)
 
 
 def report_speed(peer: str, shapes: Sequence[str]) -> None:
@@ -114,11 +133,22 @@ def main() -> None:
     parser.add_argument("--peer", help="another engine, as `qrun bench --compare` takes it")
     parser.add_argument("--shapes", nargs="+", default=["qwen35", "gpt-oss", "gemma4", "nemotron_h", "deepseek2"])
     args = parser.parse_args()
-    print(f"architectures: {len(ARCHITECTURES)}")
-    report_toys()
-    report_tests()
+    say(f"architectures: {len(ARCHITECTURES)}")
+    entries = hub_catalog()
+    names = sum(len(entry.names) for entry in entries)
+    good = [
+        report_toys(),
+        report_tests(f"{len(BLOCK_FORMATS)} types of tensors, equal to the bit", "test_blocks.py"),
+        report_tests(
+            f"{len(entries)} models of the catalog under {names} names, resolved and pulled", "test_catalog_names.py"
+        ),
+        report_support(),
+    ]
     if args.peer:
         report_speed(args.peer, args.shapes)
+    else:
+        say("speed beside another engine: not measured, as none is named with --peer")
+    sys.exit(not all(good))
 
 
 if __name__ == "__main__":

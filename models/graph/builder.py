@@ -446,8 +446,11 @@ class GraphBuilder(FileTensors):
     ) -> Graph:  # fmt: skip
         """The graph of everything said so far. embeds_tokens: of a model that makes embeddings, of how many tokens."""
         n_vocab = embeds_tokens or logits.width
+        layers = self.cache_layers
+        if self.in_float32:
+            layers = [replace(layer, precise=True) for layer in layers]
         return Graph(
-            architecture, self.operations, logits, self.cache_layers, n_vocab, n_embd, context_length, context,
+            architecture, self.operations, logits, layers, n_vocab, n_embd, context_length, context,
             n_states=self._n_states, embeds=embeds_tokens is not None,
             uses=self._uses, encoder=self.encoder, start=self.start, path=self.reader.path,
         )  # fmt: skip

@@ -27,6 +27,11 @@ class FileTensors:
         """Is there a tensor of this full name?"""
         return name in self.reader.tensors
 
+    @property
+    def in_float32(self) -> bool:
+        """Are all weights float32? Then nothing rounds a result to fewer digits, and no cache should."""
+        return all(tensor.type in (TensorType.F32, TensorType.I32) for tensor in self.reader.tensors.values())
+
     def n_rows(self, name: str) -> int:
         """How many rows the matrix of this full name has, or 0 if there is none."""
         tensor = self.reader.tensors.get(name)

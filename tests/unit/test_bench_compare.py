@@ -171,9 +171,9 @@ def test_bytes_of_a_token() -> None:
         expected = sum(t.n_bytes for t in weights if t.name != "token_embd.weight")
         assert "output.weight" in reader.tensors
         assert bytes_per_token(graph, "f16", 0) == expected
-        # 32 dimensions at least, of keys and of values, two bytes each
+        # 32 dimensions at least, of keys and of values, four bytes each, as the file is in float32
         per_position = sum(
-            layer.n_kv_heads * (-(-layer.head_dim_k // 32) + -(-layer.head_dim_v // 32)) * 64
+            layer.n_kv_heads * (-(-layer.head_dim_k // 32) + -(-layer.head_dim_v // 32)) * 128
             for layer in graph.cache_layers
         )
         assert bytes_per_token(graph, "f16", 100) == expected + 100 * per_position

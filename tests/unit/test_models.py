@@ -100,6 +100,14 @@ def test_an_output_matrix_of_its_own_is_used() -> None:
     assert of_type(toy.graph(), Linear)[-1].weight.name == "output.weight"
 
 
+def test_a_bias_of_the_output_counts_where_the_embedding_is_reused() -> None:
+    toy = Toy("qwen2")
+    plain = forward(toy.graph(), [1, 2, 3])
+    toy.add("output.bias", N_VOCAB)
+    bias = toy.tensors["output.bias"].raw.view(np.float32)
+    np.testing.assert_allclose(forward(toy.graph(), [1, 2, 3]), plain + bias, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"])
 def test_most_others_turn_halves(architecture: str) -> None:
     assert not any(rope.interleaved for rope in of_type(Toy(architecture).graph(), Rope))

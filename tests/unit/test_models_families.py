@@ -1,12 +1,13 @@
 """What the small models of the conformance tests do not show of the families."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from test_models import HEAD_DIM, N_EMBD, N_FF, N_HEADS, N_KV_HEADS, N_VOCAB, Toy, of_type
 
-from qrun.formats import FormatError
+from qrun.formats import FormatError, TensorInfo, TensorType
 from qrun.models.adapter import Adapter, adapt
 from qrun.models.graph import ActivateAlone, Attention, Embed, Gate, GaussianTopK, LayerNorm, Linear, MoE, Rope, Scale
 from qrun.models.transformer import alibi_slopes
@@ -316,6 +317,12 @@ def test_adapters_do_not_change_learned_positions() -> None:
         adapt(toy.graph(), [adapter])
 
 
+def halved(tensor: TensorInfo) -> TensorInfo:
+    """The tensor in float16."""
+    raw = tensor.dequantize().astype(np.float16).reshape(-1).view(np.uint8)
+    return TensorInfo(tensor.name, TensorType.F16, tensor.shape, raw.size, 0, Path("toy.gguf"), raw)
+
+
 def test_tokens_see_those_behind_them_where_the_file_says_so() -> None:
     for architecture, keys, causal in (
         ("llama", {}, True),
@@ -325,7 +332,10 @@ def test_tokens_see_those_behind_them_where_the_file_says_so() -> None:
         ("llama-embed", {"attention.causal": True}, True),
         ("llama-embed", {}, False),
     ):
-        graph = Toy(architecture, **keys).graph()
+        toy = Toy(architecture, **keys)
+        assert all(layer.precise for layer in toy.graph().cache_layers)  # the file is in float32
+        toy.tensors["blk.0.ffn_up.weight"] = halved(toy.tensors["blk.0.ffn_up.weight"])
+        graph = toy.graph()
         assert graph.causal is causal and all(layer.precise is not causal for layer in graph.cache_layers)
         assert graph.embeds is (architecture == "llama-embed")
 

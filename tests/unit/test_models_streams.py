@@ -131,6 +131,15 @@ def test_kimi_k3_turns_the_sign_of_what_decays_are_made_of() -> None:
     assert any(isinstance(one, np.ndarray) and np.array_equal(one, -np.repeat(factors, DIM)) for one in weights)
 
 
+def test_biases_of_what_goes_into_convolutions_count_nothing() -> None:
+    """So it is in the reference engine."""
+    toy = kimi_k3(0, 1)
+    expected = forward(toy.graph(), TOKENS)
+    for part in "qkv":
+        toy.add(f"blk.0.attn_{part}.bias", WIDTH)
+    assert np.array_equal(forward(toy.graph(), TOKENS), expected)
+
+
 def test_glm5_next_balances_what_streams_exchange() -> None:
     graph = glm5_next().graph(64)
     assert [balance.rounds for balance in of_type(graph, Balance)] == [3] * 4

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from test_adapter import random_adapter
 from tiny_embedder import write_embedder
-from tiny_model import write_tiny_model
+from tiny_model import write_half_model, write_tiny_model
 
 from qrun.cli.main import cli
 from qrun.engine import Model
@@ -114,7 +114,7 @@ def test_a_pack_has_all_that_a_model_needs_on_any_number_of_threads(compiled: li
 
 def test_models_that_make_vectors_have_folded_tiles_in_their_packs(compiled: list[str], tmp_path: Path) -> None:
     """Of two models, the one that does; the other's code for such a machine is that for all models."""
-    embeds, writes = write_embedder(tmp_path / "embeds.gguf"), write_tiny_model(tmp_path / "writes.gguf")
+    embeds, writes = write_embedder(tmp_path / "embeds.gguf"), write_half_model(tmp_path / "writes.gguf")
 
     def packed(*arguments: str) -> dict[str, set[str]]:
         out = tmp_path / "kernels"

@@ -137,5 +137,5 @@ def python_with_hub(site: Site, *arguments: str) -> subprocess.CompletedProcess[
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
