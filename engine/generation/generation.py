@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import groupby
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
@@ -323,6 +323,11 @@ class Generation(OfThisProcess, Iterator[Piece]):
         guesser, guesses = self._guesses()
         return [self.tokens[-1], *guesses], guesser
 
+    def _wanted(self, guesser: Guesser | None) -> Literal["last", "all"]:
+        """Which of these rows' logits are wanted. What is known beforehand is not chosen by any."""
+        told = self._guide is not None and self._sampler.options.logprobs
+        return "all" if guesser is not None and (guesser is not _CERTAIN or told) else "last"
+
     def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None:
         """The prompt has been evaluated; `logits` [n_vocab] follow it. seconds: since the generation began."""
         again = self._started  # its memory was wanted in between
@@ -336,7 +341,8 @@ class Generation(OfThisProcess, Iterator[Piece]):
                 self._first_token_seconds = seconds
 
     def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None:
-        """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each."""
+        """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each, or
+        after the last one, as `_wanted` has it."""
         self._generate_seconds += seconds
         if guesser is not None:
             self._accept(rows, tokens[1:], guesser, seconds)
@@ -391,8 +397,12 @@ class Generation(OfThisProcess, Iterator[Piece]):
             for guesser in self._guessers:
                 guesser.learn(0, 0, time.perf_counter() - start)
 
-    def _choose(self, logits: np.ndarray, n_free: int) -> int:
-        guide, logits = self._guide, logits[: self._sampler.n_vocab]
+    def _choose(self, logits: np.ndarray | None, n_free: int) -> int:
+        """The next token, by the logits after those before it; None for one that is known, where nobody wants to hear
+        how likely it was."""
+        guide = self._guide
+        if logits is not None:
+            logits = logits[: self._sampler.n_vocab]
         if guide is not None and guide.over:  # the prompt has all of it
             self._sampled.append(Sampled(_END, None, None, n_free))
             return _END
@@ -400,9 +410,11 @@ class Generation(OfThisProcess, Iterator[Piece]):
             self._forced.extend(guide.forced())
         if self._forced:
             token = self._forced.popleft()
-            logprob = self._sampler.logprob(logits, token) if guide is not None else None
+            logprob = self._sampler.logprob(logits, token) if guide is not None and logits is not None else None
             sampled = Sampled(token, logprob, None, n_free)
             self._n_forced += 1
+        elif logits is None:
+            raise AssertionError("the logits of a token that is not known are missing")
         elif guide is None:
             token, logprob = self._sampler.sample(logits, banned=self._banned())
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
@@ -465,19 +477,20 @@ class Generation(OfThisProcess, Iterator[Piece]):
     def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
         """Evaluate the guesses together with the last token; sample until a token is not the one guessed."""
         start = time.perf_counter()
-        rows = self._cache.advance_with(self.tokens[-1], guesses)
+        rows = self._cache.advance_with(self.tokens[-1], guesses, self._wanted(guesser))
         self._accept(rows, guesses, guesser, start=start)
 
     def _accept(
         self, rows: np.ndarray, guesses: list[int], guesser: Guesser, seconds: float = 0.0, start: float | None = None
     ) -> None:
-        """Sample from the rows after the last token and its guesses, until a token is not the one guessed. start: when
-        that began, in place of how long the rows took."""
+        """Sample from the rows after the last token and its guesses, or the one after the last of them, until a token
+        is not the one guessed. start: when that began, in place of how long the rows took."""
         n_free = self._cache.n_free + len(guesses)
         n_right = 0
+        missing = 1 + len(guesses) - len(rows)
         try:
-            for i, row in enumerate(rows):
-                token = self._choose(row, n_free - i)
+            for i in range(1 + len(guesses)):
+                token = self._choose(rows[i - missing] if i >= missing else None, n_free - i)
                 if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
                     break
                 if self._sampled[-1].token == _END:

@@ -85,6 +85,8 @@ class Sharing(Protocol):
 
     def _next_rows(self) -> tuple[list[int], Guesser | None]: ...
 
+    def _wanted(self, guesser: Guesser | None) -> Literal["last", "all"]: ...
+
     def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None: ...
 
     def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None: ...
@@ -385,7 +387,7 @@ class Scheduler:
 
         def plan(task: Task, generation: Sharing, tokens: list[int], guesser: Guesser | None = None) -> None:
             ends = task.decoding or len(task.cache.tokens) + len(tokens) == len(task.prompt)
-            logits: Literal["none", "last", "all"] = "all" if guesser is not None else "last" if ends else "none"
+            logits: Literal["none", "last", "all"] = generation._wanted(guesser) if ends else "none"
             parts.append(Part(task.cache.sequence, tokens, logits))
             whose.append((task, generation, tokens, guesser))
 

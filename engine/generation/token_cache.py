@@ -161,10 +161,11 @@ class TokenCache:
         """How many tokens can follow the first `n` so that `advance_to` still gets back to just after them."""
         return self.sequence.returnable(n)
 
-    def advance_with(self, token: int, guesses: list[int]) -> np.ndarray:
+    def advance_with(self, token: int, guesses: list[int], wanted: Literal["last", "all"] = "all") -> np.ndarray:
         """Hold one more token and, until `take_back`, guesses of what follows; returns the logits after each of them,
-        float32 [1 + guesses, n_vocab]."""
-        return self._evaluate([token, *guesses], "all", None)
+        float32 [1 + guesses, n_vocab], or after the last one, [1, n_vocab]."""
+        logits = self._evaluate([token, *guesses], wanted, None)
+        return logits if wanted == "all" else logits[np.newaxis]
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` guesses."""

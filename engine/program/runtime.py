@@ -16,6 +16,7 @@ from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.adapted import AdaptedLowering, SwitchedAdapters
+from qrun.engine.program.arena import rows_of
 from qrun.engine.program.background import BACKGROUND_ROWS, Background, BackgroundBatch
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence
@@ -33,8 +34,9 @@ from qrun.formats.mapping import FileMap, map_under
 from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 
-# Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
-HEAD_ROWS = 16
+# Rows whose logits are computed in one go: the matrix of a large vocabulary is most of a small model, and is read so
+# many times less.
+HEAD_ROWS = 64
 
 # A batch can take seconds. It is run in pieces of about this length, between which it can be cancelled, Python handles
 # signals (Ctrl-C), and others learn how far it has come.
@@ -181,7 +183,7 @@ class Runtime:
                 f"{sequence.n_past + len(ids)} tokens do not fit into the context of {self.context} tokens"
             )
         self._check_whole(sequence)
-        out = np.empty((len(ids), self.width), np.float32) if logits == "all" else None
+        out = rows_of(len(ids), self.width) if logits == "all" else None
         last: NDArray[np.float32] | None = None
         for start in range(0, len(ids), self.batch):
             part = ids[start : start + self.batch]
@@ -238,7 +240,7 @@ class Runtime:
             raise ValueError(f"{rows} rows are more than the {self.batch} of a step")
         tokens = [(part.sequence, self._checked(part.tokens)) for part in parts]
         if len(self._logits) < len(wanted):
-            self._logits = np.empty((len(wanted), self.width), np.float32)
+            self._logits = rows_of(len(wanted), self.width)
         out = self._logits[: len(wanted)]
         with self._lock:
             for part in parts:
@@ -363,7 +365,7 @@ class Runtime:
         ids = self._checked(tokens)
         if len(ids) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
             raise ValueError("evaluate_together takes one token for each of several different sequences")
-        out = np.empty((len(ids), self.width), np.float32)
+        out = rows_of(len(ids), self.width)
         for sequence in sequences:
             self._check_whole(sequence)
             if sequence.n_past >= self.context:
@@ -449,14 +451,16 @@ class Runtime:
         if inputs is not None:
             program.inputs[:rows] = inputs
         if out is None:
-            out = np.empty((len(wanted), self.width), np.float32)
+            out = rows_of(len(wanted), self.width)
         self._hidden = hidden = np.empty(
             (rows if program.hidden_of_all_rows else len(wanted), program.hidden.shape[1]), np.float32
         )
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
+            there = program.leave_logits(out)
             self._run_pieces(program, program.whole, rows, cancelled)
-            out[0] = program.logits[0]
+            if not there:
+                out[0] = program.logits[0]
             hidden[:] = program.hidden[: len(hidden)]
             return out
         self._run_pieces(program, program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
@@ -465,8 +469,11 @@ class Runtime:
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
+            into = out[start : start + len(chosen)]
+            there = program.leave_logits(into)
             self._run_pieces(program, program.head, len(chosen), cancelled)
-            out[start : start + len(chosen)] = program.logits[: len(chosen)]
+            if not there:
+                into[:] = program.logits[: len(chosen)]
             if not program.hidden_of_all_rows:
                 hidden[start : start + len(chosen)] = program.hidden[: len(chosen)]
         return out

@@ -296,6 +296,31 @@ class TestForcedTokens:
                 tokens.append(piece.token)
         assert again.text.startswith(generation.text)
 
+    @pytest.mark.parametrize("others", [0, 3])
+    def test_logits_are_asked_for_where_something_is_chosen_alone(self, others: int) -> None:
+        def told(logprobs: bool) -> tuple[list[list[int]], int, int]:
+            host = session()._host
+            runtime: Any = host.runtime
+            generations = [
+                Session(host).generate(
+                    TOKENIZER.encode(f"{number}"), rules=text_rules(TOKENIZER, schema=self.SCHEMA), seed=1,
+                    logprobs=logprobs, temperature=1.0,
+                )
+                for number in range(1 + others)
+            ]  # fmt: skip
+            live = list(generations)
+            while live:
+                for generation in list(live):
+                    if next(generation, None) is None:
+                        live.remove(generation)
+            chosen = sum(one.stats.generated_tokens - one.stats.forced_tokens for one in generations)
+            return [one.tokens for one in generations], runtime.n_logits, chosen
+
+        expected, n_all, _ = told(True)
+        tokens, n_logits, n_chosen = told(False)
+        assert tokens == expected
+        assert n_logits <= n_chosen + 3 * (1 + others) < n_all
+
     def test_the_text_is_the_same_one_by_one(self) -> None:
         texts = {generate(schema=self.SCHEMA, make=lambda n=n: session(batch=n)).text for n in (1, 2, 3, 64)}
         assert len(texts) == 1
