@@ -444,6 +444,8 @@ class Generation(OfThisProcess, Iterator[Piece]):
             token, logprob = self._sampler.sample(logits, banned=banned)
             if guide.allows(token):
                 return token, logprob
+        elif not banned and guide.constrains and (found := self._sampler.sample_asking(logits, guide.allowed_of)):
+            return found
         allowed = guide.allowed()
         if banned and allowed is not None and not any_but(allowed, banned):
             banned = frozenset()  # the grammar has come to its end

@@ -18,7 +18,9 @@ from qrun.engine.generation.answer_rules import text_rules
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session import Host, Session
 from qrun.engine.sampling import constraints
+from qrun.engine.sampling.constraints import Constraint
 from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.sampler import Sampler
 
 TOKENIZER = trained_tokenizer()
 FORMATS = jsonschema.FormatChecker(("date", "email", "ipv4", "uuid"))
@@ -438,3 +440,23 @@ def test_grammars_asked_for_again_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     for i in range(40):
         compiler.compile(constraints.regex_source(f"b{i}"))
     assert len(compiler._known) <= 16
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_the_likeliest_tokens_are_asked_about_one_by_one_to_the_same_text(
+    top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[int] = []
+    mask = Constraint.mask
+    monkeypatch.setattr(Constraint, "mask", lambda self, out: (masks.append(1), mask(self, out))[1])
+
+    def told(**options: Any) -> list[tuple[list[int], Any]]:
+        masks.clear()
+        found = [generate(name, schema=SCHEMAS[name], top_k=top_k, max_tokens=60, **options) for name in SCHEMAS]
+        return [(one.tokens, one.stop_reason) for one in found]
+
+    monkeypatch.setattr("qrun.engine.sampling.sampler._FOLDS", 1)  # or so small a vocabulary is looked at as a whole
+    one_by_one, n_masks = told(), len(masks)
+    monkeypatch.setattr(Sampler, "sample_asking", lambda *_: None)
+    assert told() == one_by_one
+    assert n_masks < 0.7 * len(masks)
