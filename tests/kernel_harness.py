@@ -61,14 +61,15 @@ class Harness:
         self.kernels = load(keys, target)
 
     def run(
-        self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None
-    ) -> None:
+        self, key: str, fields: dict[int, int | float], rows: int, step: dict[int, int | float] | None = None,
+        part: int = 0,
+    ) -> None:  # fmt: skip
         words = record(R.STEP_BYTES, {R.STEP_PARTS: 1, R.N_ROWS: rows, **(step or {})})
         words[R.ROW_RANGES // 8 : R.ROW_RANGES // 8 + 4] = (1, 0, 0, rows)
         base = words.ctypes.data
         places = {IN_STEP + offset: base + offset for offset in (R.N_ROWS, R.ROW_RANGES)}
         op = record(R.RECORD_BYTES, {offset: places.get(value, value) for offset, value in fields.items()})  # type: ignore[call-overload]
-        self.kernels.function(key)(op.ctypes.data, base, 0)
+        self.kernels.function(key)(op.ctypes.data, base, part)
 
     def packed(self, x: np.ndarray, packing: str) -> np.ndarray:
         """The rows of x as the matmul kernels take them."""

@@ -416,7 +416,7 @@ class Generation(OfThisProcess, Iterator[Piece]):
         elif logits is None:
             raise AssertionError("the logits of a token that is not known are missing")
         elif guide is None:
-            token, logprob = self._sampler.sample(logits, banned=self._banned())
+            token, logprob = self._sampler.sample(logits, None, self._banned(), self._cache.peaks_of(logits))
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
             chosen, logprob = self._sample_allowed(logits, guide)
@@ -439,17 +439,18 @@ class Generation(OfThisProcess, Iterator[Piece]):
 
     def _sample_allowed(self, logits: np.ndarray, guide: Guide) -> tuple[int, float | None]:
         """The next token of those that the grammar allows, where it leaves a choice."""
-        banned = self._banned()
+        banned, peaks = self._banned(), self._cache.peaks_of(logits)
         if self._sampler.greedy:  # to ask about the likeliest token takes far less than to ask for all that are allowed
-            token, logprob = self._sampler.sample(logits, banned=banned)
+            token, logprob = self._sampler.sample(logits, None, banned, peaks)
             if guide.allows(token):
                 return token, logprob
-        elif not banned and guide.constrains and (found := self._sampler.sample_asking(logits, guide.allowed_of)):
+        asked = not banned and guide.constrains
+        if asked and (found := self._sampler.sample_asking(logits, guide.allowed_of, peaks)) is not None:
             return found
         allowed = guide.allowed()
         if banned and allowed is not None and not any_but(allowed, banned):
             banned = frozenset()  # the grammar has come to its end
-        return self._sampler.sample(logits, allowed, banned)
+        return self._sampler.sample(logits, allowed, banned, peaks)
 
     def _banned(self) -> frozenset[int]:
         """Tokens that would end the text, where it may not end yet."""

@@ -143,6 +143,10 @@ class TokenCache:
         self.sequence.close()
         self.tokens.clear()
 
+    def peaks_of(self, logits: np.ndarray) -> np.ndarray | None:
+        """What is known of logits that were just computed: see `Runtime.peaks_of`."""
+        return self._runtime.peaks_of(logits)
+
     @property
     def n_computed(self) -> int:
         """How many tokens have been computed, with those of the source, also while another thread evaluates."""

@@ -34,6 +34,7 @@ class Program:
     have addresses of: kernels, weights, the arena.
     logits: float32 [head_rows, n_vocab], where the head leaves its result unless `leave_logits` was called. They lie
     outside of the arena: of a large vocabulary they take more than all the rest, and mostly nothing.
+    peaks: float32 [head_rows, n], likewise, where it leaves what `kernels.peaks` finds; n is 0 for small vocabularies.
     hidden: float32 [batch, width], where the body leaves the hidden states for draft layers, or [head_rows, width] of
     the head; inputs: float32 [batch, width], where rows from outside go. Both empty in a graph without.
     beside: another program, which never runs at the same time.
@@ -57,7 +58,9 @@ class Program:
         numbers = {id(record): index for index, record in enumerate(self.records)}
         n = lowering.head_rows
         self.logits = rows_of(n, place.stride // 4) if self._apart else self._view(place, n)
+        self.peaks = rows_of(n, lowering.peaks.stride // 4 if lowering.peaks else 0)
         self._to_logits: list[NDArray[np.int64]] = []
+        self._to_peaks: list[NDArray[np.int64]] = []
         for row, record in zip(self.whole, self.records, strict=True):
             row[R.OP_KERNEL // 8] = kernels[record.kernel]
             row[R.OP_BARRIER // 8] = record.barrier
@@ -70,6 +73,8 @@ class Program:
                     row[offset // 8] = value.ctypes.data
                 elif isinstance(value, Place) and value.buffer is place.buffer and self._apart:
                     self._to_logits.append(row[offset // 8 :][:1])
+                elif value is lowering.peaks:
+                    self._to_peaks.append(row[offset // 8 :][:1])
                 elif isinstance(value, Place):
                     row[offset // 8] = self._address(value)
                 elif isinstance(value, InStep):
@@ -79,7 +84,7 @@ class Program:
                     row[offset // 8] = self.whole.ctypes.data + number * R.RECORD_BYTES + value.offset
                 else:
                     row[offset // 8] = value
-        self.leave_logits(self.logits)
+        self.leave_logits(self.logits, self.peaks)
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
@@ -104,8 +109,12 @@ class Program:
         index = bisect.bisect_left(self._ends, first + min(start + count, len(operations)))
         return self._ends[index] - first
 
-    def leave_logits(self, out: NDArray[np.float32]) -> bool:
-        """From now on the head leaves the logits of as many rows here as it is run on. False where it cannot."""
+    def leave_logits(self, out: NDArray[np.float32], peaks: NDArray[np.float32]) -> bool:
+        """From now on the head leaves the logits of as many rows here as it is run on, and their peaks. False where it
+        cannot."""
+        assert peaks.flags.c_contiguous and peaks.shape[1:] == self.peaks.shape[1:] and len(peaks) == len(out)
+        for field in self._to_peaks:
+            field[0] = peaks.ctypes.data
         assert out.flags.c_contiguous and out.dtype == np.float32 and out.shape[1:] == self.logits.shape[1:]
         for field in self._to_logits:
             field[0] = out.ctypes.data

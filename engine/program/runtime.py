@@ -143,6 +143,8 @@ class Runtime:
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
         self._logits = np.empty((0, self.width), np.float32)  # of `step`
+        self._peaks = self._program.peaks[:0]  # of these
+        self._newest = self._logits, self._peaks  # what was returned, one row or those of a step
 
     @property
     def files(self) -> list[FileMap]:
@@ -199,9 +201,12 @@ class Runtime:
                 sequence.reserve(len(part))
                 into = None if out is None else out[start : start + len(part)]
                 given = None if inputs is None else inputs[start : start + len(part)]
+                peaks = rows_of(1, self._peaks.shape[1]) if len(wanted) == 1 else None
                 try:
-                    rows = self._run([(sequence, part)], wanted, into, cancelled, given)
+                    rows = self._run([(sequence, part)], wanted, into, cancelled, given, peaks)
                     hidden = self._hidden
+                    if peaks is not None:
+                        self._newest = rows, peaks
                     sequence.advance(len(part))
                     if len(part) == self.batch and not ends:
                         sequence.mark()
@@ -241,17 +246,26 @@ class Runtime:
         tokens = [(part.sequence, self._checked(part.tokens)) for part in parts]
         if len(self._logits) < len(wanted):
             self._logits = rows_of(len(wanted), self.width)
-        out = self._logits[: len(wanted)]
+            self._peaks = rows_of(len(wanted), self._peaks.shape[1])
+        out, peaks = self._logits[: len(wanted)], self._peaks[: len(wanted)]
         with self._lock:
             for part in parts:
                 part.sequence.reserve(len(part.tokens))
             try:
-                self._run(tokens, wanted, out, cancelled)
+                self._run(tokens, wanted, out, cancelled, peaks=peaks)
+                self._newest = out, peaks
             finally:
                 self._under_way = None
             for part in parts:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    def peaks_of(self, row: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """The highest of parts of a row of logits (see `kernels.peaks`); None for a small vocabulary, and for a row
+        that the newest step or evaluation did not return."""
+        logits, peaks = self._newest
+        number, rest = divmod(row.ctypes.data - logits.ctypes.data, 4 * self.width)
+        return peaks[number] if peaks.shape[1] and 0 <= number < len(peaks) and not rest else None
 
     def prepare_background(self) -> None:
         """Make what `begin_in_background` needs, which takes some hundredths of a second the first time. Steps need not
@@ -432,10 +446,10 @@ class Runtime:
     def _run(
         self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: Sequence[int],
         out: NDArray[np.float32] | None = None, cancelled: Callable[[], bool] | None = None,
-        inputs: NDArray[np.float32] | None = None,
+        inputs: NDArray[np.float32] | None = None, peaks: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given.
-        Leaves hidden states, if the graph has any, in `_hidden`."""
+        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given, and
+        their peaks, likewise. Leaves hidden states, if the graph has any, in `_hidden`."""
         self._check_open()
         for sequence, _ in parts:
             if sequence.source and not sequence.source_read:
@@ -457,7 +471,7 @@ class Runtime:
         )
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
-            there = program.leave_logits(out)
+            there = program.leave_logits(out, program.peaks[:1] if peaks is None else peaks)
             self._run_pieces(program, program.whole, rows, cancelled)
             if not there:
                 out[0] = program.logits[0]
@@ -470,7 +484,8 @@ class Runtime:
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
             into = out[start : start + len(chosen)]
-            there = program.leave_logits(into)
+            highest = program.peaks[: len(chosen)] if peaks is None else peaks[start : start + len(chosen)]
+            there = program.leave_logits(into, highest)
             self._run_pieces(program, program.head, len(chosen), cancelled)
             if not there:
                 into[:] = program.logits[: len(chosen)]

@@ -167,6 +167,9 @@ class FakeRuntime:
         assert not self.closed
         return FakeSequence(self)
 
+    def peaks_of(self, row: np.ndarray) -> None:
+        return None
+
     def progress(self, sequence: FakeSequence) -> int:
         return sequence.n_past
 
