@@ -328,12 +328,16 @@ class Generation(OfThisProcess, Iterator[Piece]):
         told = self._guide is not None and self._sampler.options.logprobs
         return "all" if guesser is not None and (guesser is not _CERTAIN or told) else "last"
 
-    def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None:
+    def _begin_prompt(self, n_cached: int) -> None:
+        """The prompt is being read, of which so many tokens were held."""
+        if not self._started:  # else its memory was wanted in between
+            self._n_cached = n_cached
+
+    def _take_prompt(self, logits: np.ndarray, seconds: float) -> None:
         """The prompt has been evaluated; `logits` [n_vocab] follow it. seconds: since the generation began."""
         again = self._started  # its memory was wanted in between
         self._started = True
         if not again:
-            self._n_cached = n_cached
             self._prompt_seconds = seconds
         if self._max_tokens != 0:
             self._choose(logits, self._cache.n_free)
@@ -521,9 +525,10 @@ class Generation(OfThisProcess, Iterator[Piece]):
         if scheduler is not None:
             known = scheduler.prefixes.fetch(self._cache, self._prompt, self._adapters)
             alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
-        self._n_cached += self._cache.n_source_read
+        n_before = self._n_cached
+        self._n_cached += self._cache.n_source_read + self._cache.begin(self._prompt)
         try:
-            logits, n_cached = self._cache.advance_to(
+            logits, _ = self._cache.advance_to(
                 self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids,
                 alike, self._marked,
             )  # fmt: skip
@@ -531,9 +536,9 @@ class Generation(OfThisProcess, Iterator[Piece]):
             self._prompt_seconds += time.perf_counter() - start
             if self._cancelled:
                 return None
+            self._n_cached = n_before
             raise _OthersCame from None
         self._started = True
-        self._n_cached += n_cached
         self._prompt_seconds += time.perf_counter() - start
         return logits
 
