@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import groupby
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
@@ -323,12 +323,21 @@ class Generation(OfThisProcess, Iterator[Piece]):
         guesser, guesses = self._guesses()
         return [self.tokens[-1], *guesses], guesser
 
-    def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None:
+    def _wanted(self, guesser: Guesser | None) -> Literal["last", "all"]:
+        """Which of these rows' logits are wanted. What is known beforehand is not chosen by any."""
+        told = self._guide is not None and self._sampler.options.logprobs
+        return "all" if guesser is not None and (guesser is not _CERTAIN or told) else "last"
+
+    def _begin_prompt(self, n_cached: int) -> None:
+        """The prompt is being read, of which so many tokens were held."""
+        if not self._started:  # else its memory was wanted in between
+            self._n_cached = n_cached
+
+    def _take_prompt(self, logits: np.ndarray, seconds: float) -> None:
         """The prompt has been evaluated; `logits` [n_vocab] follow it. seconds: since the generation began."""
         again = self._started  # its memory was wanted in between
         self._started = True
         if not again:
-            self._n_cached = n_cached
             self._prompt_seconds = seconds
         if self._max_tokens != 0:
             self._choose(logits, self._cache.n_free)
@@ -336,7 +345,8 @@ class Generation(OfThisProcess, Iterator[Piece]):
                 self._first_token_seconds = seconds
 
     def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None:
-        """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each."""
+        """`tokens` of `_next_rows` have been evaluated, in so many seconds; `rows` are the logits after each, or
+        after the last one, as `_wanted` has it."""
         self._generate_seconds += seconds
         if guesser is not None:
             self._accept(rows, tokens[1:], guesser, seconds)
@@ -391,8 +401,12 @@ class Generation(OfThisProcess, Iterator[Piece]):
             for guesser in self._guessers:
                 guesser.learn(0, 0, time.perf_counter() - start)
 
-    def _choose(self, logits: np.ndarray, n_free: int) -> int:
-        guide, logits = self._guide, logits[: self._sampler.n_vocab]
+    def _choose(self, logits: np.ndarray | None, n_free: int) -> int:
+        """The next token, by the logits after those before it; None for one that is known, where nobody wants to hear
+        how likely it was."""
+        guide = self._guide
+        if logits is not None:
+            logits = logits[: self._sampler.n_vocab]
         if guide is not None and guide.over:  # the prompt has all of it
             self._sampled.append(Sampled(_END, None, None, n_free))
             return _END
@@ -400,11 +414,13 @@ class Generation(OfThisProcess, Iterator[Piece]):
             self._forced.extend(guide.forced())
         if self._forced:
             token = self._forced.popleft()
-            logprob = self._sampler.logprob(logits, token) if guide is not None else None
+            logprob = self._sampler.logprob(logits, token) if guide is not None and logits is not None else None
             sampled = Sampled(token, logprob, None, n_free)
             self._n_forced += 1
+        elif logits is None:
+            raise AssertionError("the logits of a token that is not known are missing")
         elif guide is None:
-            token, logprob = self._sampler.sample(logits, banned=self._banned())
+            token, logprob = self._sampler.sample(logits, None, self._banned(), self._cache.peaks_of(logits))
             sampled = Sampled(token, logprob, self._sampler.top, n_free)
         else:
             chosen, logprob = self._sample_allowed(logits, guide)
@@ -427,15 +443,18 @@ class Generation(OfThisProcess, Iterator[Piece]):
 
     def _sample_allowed(self, logits: np.ndarray, guide: Guide) -> tuple[int, float | None]:
         """The next token of those that the grammar allows, where it leaves a choice."""
-        banned = self._banned()
+        banned, peaks = self._banned(), self._cache.peaks_of(logits)
         if self._sampler.greedy:  # to ask about the likeliest token takes far less than to ask for all that are allowed
-            token, logprob = self._sampler.sample(logits, banned=banned)
+            token, logprob = self._sampler.sample(logits, None, banned, peaks)
             if guide.allows(token):
                 return token, logprob
+        asked = not banned and guide.constrains
+        if asked and (found := self._sampler.sample_asking(logits, guide.allowed_of, peaks)) is not None:
+            return found
         allowed = guide.allowed()
         if banned and allowed is not None and not any_but(allowed, banned):
             banned = frozenset()  # the grammar has come to its end
-        return self._sampler.sample(logits, allowed, banned)
+        return self._sampler.sample(logits, allowed, banned, peaks)
 
     def _banned(self) -> frozenset[int]:
         """Tokens that would end the text, where it may not end yet."""
@@ -465,19 +484,20 @@ class Generation(OfThisProcess, Iterator[Piece]):
     def _sample_with(self, guesses: list[int], guesser: Guesser) -> None:
         """Evaluate the guesses together with the last token; sample until a token is not the one guessed."""
         start = time.perf_counter()
-        rows = self._cache.advance_with(self.tokens[-1], guesses)
+        rows = self._cache.advance_with(self.tokens[-1], guesses, self._wanted(guesser))
         self._accept(rows, guesses, guesser, start=start)
 
     def _accept(
         self, rows: np.ndarray, guesses: list[int], guesser: Guesser, seconds: float = 0.0, start: float | None = None
     ) -> None:
-        """Sample from the rows after the last token and its guesses, until a token is not the one guessed. start: when
-        that began, in place of how long the rows took."""
+        """Sample from the rows after the last token and its guesses, or the one after the last of them, until a token
+        is not the one guessed. start: when that began, in place of how long the rows took."""
         n_free = self._cache.n_free + len(guesses)
         n_right = 0
+        missing = 1 + len(guesses) - len(rows)
         try:
-            for i, row in enumerate(rows):
-                token = self._choose(row, n_free - i)
+            for i in range(1 + len(guesses)):
+                token = self._choose(rows[i - missing] if i >= missing else None, n_free - i)
                 if i == len(guesses) or token != guesses[i] or token in self._stop_ids:
                     break
                 if self._sampled[-1].token == _END:
@@ -505,9 +525,10 @@ class Generation(OfThisProcess, Iterator[Piece]):
         if scheduler is not None:
             known = scheduler.prefixes.fetch(self._cache, self._prompt, self._adapters)
             alike = max(known, scheduler.prefixes.adopt(self._cache, self._prompt))
-        self._n_cached += self._cache.n_source_read
+        n_before = self._n_cached
+        self._n_cached += self._cache.n_source_read + self._cache.begin(self._prompt)
         try:
-            logits, n_cached = self._cache.advance_to(
+            logits, _ = self._cache.advance_to(
                 self._prompt, lambda: self._cancelled or (scheduler is not None and scheduler.busy), self._stop_ids,
                 alike, self._marked,
             )  # fmt: skip
@@ -515,9 +536,9 @@ class Generation(OfThisProcess, Iterator[Piece]):
             self._prompt_seconds += time.perf_counter() - start
             if self._cancelled:
                 return None
+            self._n_cached = n_before
             raise _OthersCame from None
         self._started = True
-        self._n_cached += n_cached
         self._prompt_seconds += time.perf_counter() - start
         return logits
 

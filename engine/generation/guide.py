@@ -94,6 +94,11 @@ class Guide:
                 )
             self.accept(token)
 
+    @property
+    def constrains(self) -> bool:
+        """Does a grammar apply to the next token?"""
+        return self._constraint is not None
+
     def allowed(self) -> np.ndarray | None:
         """Which tokens may come next, as `Constraint.mask` has it; None for all."""
         if self._constraint is None:
@@ -109,6 +114,23 @@ class Guide:
         if self._constraint is None or (self._opening and token == self._opening[0]):
             return True
         return self._constraint.valid([token]) == 1
+
+    def allowed_of(self, tokens: list[int], count: int) -> list[int] | None:
+        """The first of these tokens that are among `allowed`, so many. None where to find that out may take longer than
+        `allowed` does, or one of them may end the text."""
+        found: list[int] = []
+        refused = 0
+        for token in tokens:
+            if token in self._tokenizer.stop_ids:
+                if self._constraint is not None and self._constraint.complete:
+                    return None
+            elif self.allows(token):
+                found.append(token)
+                if len(found) == count:
+                    return found
+            elif (refused := refused + 1) > count:
+                return None
+        return None
 
     def valid(self, tokens: list[int]) -> list[int]:
         """As many of these guesses as the grammar wants to see."""

@@ -85,7 +85,11 @@ class Sharing(Protocol):
 
     def _next_rows(self) -> tuple[list[int], Guesser | None]: ...
 
-    def _take_prompt(self, logits: np.ndarray, n_cached: int, seconds: float) -> None: ...
+    def _wanted(self, guesser: Guesser | None) -> Literal["last", "all"]: ...
+
+    def _begin_prompt(self, n_cached: int) -> None: ...
+
+    def _take_prompt(self, logits: np.ndarray, seconds: float) -> None: ...
 
     def _take_rows(self, rows: np.ndarray, tokens: list[int], guesser: Guesser | None, seconds: float) -> None: ...
 
@@ -133,8 +137,8 @@ class Task:
         self.batch: BackgroundBatch | None = None
         """Rows of its prompt that are being read in the background."""
         self.known = 0  # tokens of its prompt with which texts on the disk begin
-        self.n_cached = self.n_repeated = 0
-        """Tokens of the prompt that were held; and generated ones that are part of it now."""
+        self.n_repeated = 0
+        """Generated tokens that are part of the prompt now."""
         self.pieces: deque[Piece] = deque()
         self.error: BaseException | None = None
         self.over = False
@@ -385,7 +389,7 @@ class Scheduler:
 
         def plan(task: Task, generation: Sharing, tokens: list[int], guesser: Guesser | None = None) -> None:
             ends = task.decoding or len(task.cache.tokens) + len(tokens) == len(task.prompt)
-            logits: Literal["none", "last", "all"] = "all" if guesser is not None else "last" if ends else "none"
+            logits: Literal["none", "last", "all"] = generation._wanted(guesser) if ends else "none"
             parts.append(Part(task.cache.sequence, tokens, logits))
             whose.append((task, generation, tokens, guesser))
 
@@ -501,7 +505,7 @@ class Scheduler:
                 self.prefixes.snapshot(task.cache)
             if task.decoding:
                 task.cache.sequence.mark()
-                generation._take_prompt(logits[0], task.n_cached, time.perf_counter() - task.arrived)
+                generation._take_prompt(logits[0], time.perf_counter() - task.arrived)
         except Exception as error:  # of this one alone: its logits were no numbers, say
             _fail(task, generation, error)
 
@@ -534,7 +538,7 @@ class Scheduler:
     def _begin_prompt(self, task: Task, generation: Sharing) -> None:
         task.cache.use(task.adapters, task.source)
         alike = max(task.known, self.prefixes.adopt(task.cache, task.prompt))
-        task.n_cached = task.cache.begin(task.prompt) + task.cache.n_source_read
+        generation._begin_prompt(task.cache.begin(task.prompt) + task.cache.n_source_read)
         task.long = task.left > LONG_PROMPT
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True

@@ -143,6 +143,10 @@ class TokenCache:
         self.sequence.close()
         self.tokens.clear()
 
+    def peaks_of(self, logits: np.ndarray) -> np.ndarray | None:
+        """What is known of logits that were just computed: see `Runtime.peaks_of`."""
+        return self._runtime.peaks_of(logits)
+
     @property
     def n_computed(self) -> int:
         """How many tokens have been computed, with those of the source, also while another thread evaluates."""
@@ -161,10 +165,11 @@ class TokenCache:
         """How many tokens can follow the first `n` so that `advance_to` still gets back to just after them."""
         return self.sequence.returnable(n)
 
-    def advance_with(self, token: int, guesses: list[int]) -> np.ndarray:
+    def advance_with(self, token: int, guesses: list[int], wanted: Literal["last", "all"] = "all") -> np.ndarray:
         """Hold one more token and, until `take_back`, guesses of what follows; returns the logits after each of them,
-        float32 [1 + guesses, n_vocab]."""
-        return self._evaluate([token, *guesses], "all", None)
+        float32 [1 + guesses, n_vocab], or after the last one, [1, n_vocab]."""
+        logits = self._evaluate([token, *guesses], wanted, None)
+        return logits if wanted == "all" else logits[np.newaxis]
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` guesses."""

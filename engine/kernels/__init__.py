@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `build` imports kernels by name: those who pack apps see he
         matmul,
         moments,
         observe,
+        peaks,
         pool,
         quantize,
         read,
@@ -63,6 +64,7 @@ _MODULES = {
     "wkv": "wkv",
     "quantize": "quantize",
     "observe": "observe",
+    "peaks": "peaks",
     "pool": "pool",
     **dict.fromkeys(("index_scores", "index_choose", "sparse_attention"), "sparse_attention"),
     "spread": "spread",
@@ -120,7 +122,7 @@ def all_keys(target: Target | None = None) -> list[str]:
         *(f"wkv-{rule}" for rule in ("plain", "delta")),
         *(f"linear_attention-{rule}-{fading}" for rule, fading in LINEAR_ATTENTION),
         *(f"{name}-" for name in ("rope", "route", "adjust_experts", "weigh_experts", "from_experts", "from_heads",
-                                "selective_scan", "pool", "lora_down", "lora_up")),
+                                "selective_scan", "pool", "lora_down", "lora_up", "peaks")),
         *(f"{name}-{packing}" for name in (*ROW_OPERATIONS, *(f"gate-{kind}" for kind in GATES))
           for packing in ("", *of_rows)),
     ]  # fmt: skip

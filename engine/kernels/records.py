@@ -170,6 +170,10 @@ LORA_ADAPTER_BYTES = 40
 MOM_BLOCK, MOM_ROWS = 32, 32
 (MOM_X, MOM_X_STRIDE, MOM_STEPS, MOM_FIRST, MOM_LAST, MOM_PACKED, MOM_TURNED, MOM_SUMS) = _fields(8)
 
+# The highest of logits: of each group as many as PEAKS, of those numbers that are so many apart. Rows of Y have no gap.
+PEAKS, PEAK_GROUP = 16, 1024
+PEAKS_X, PEAKS_X_STRIDE, PEAKS_Y, PEAKS_GROUPS = _fields(4)
+
 # For measuring memory: blocks of READ_BLOCK bytes are read; sums go to a place of 64 bytes for each part.
 READ_BLOCK = 1024
 READ_ADDRESS, READ_BLOCKS, READ_OUT = _fields(3)

@@ -90,7 +90,10 @@ class AdaptedLowering(Lowering):
         self._waiting: list[tuple[G.Value, dict[int, Any], Place, Place]] = []
         """What is to be added to results of the same value, that of all of them at once: so threads wait once."""
         super().__init__(*args, **settings)
+
+    def _end(self) -> None:
         self._add_changes()
+        super()._end()
 
     def _lower(self, operation: G.Operation) -> None:
         alone = not isinstance(operation, G.Linear) or operation.out.id in self._residual

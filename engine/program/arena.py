@@ -95,6 +95,13 @@ def reserve(n_bytes: int, what: str, path: Path | None = None) -> NDArray[np.uin
         raise not_enough(n_bytes, what, path) from None
 
 
+def rows_of(n: int, width: int) -> NDArray[np.float32]:
+    """Float32 [n, width], the first row on a cache line's beginning, as it comes."""
+    memory = np.empty(4 * n * width + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + 4 * n * width].view(np.float32).reshape(n, width)
+
+
 def not_enough(n_bytes: int, what: str, path: Path | None = None) -> NotEnoughMemory:
     """The error to raise."""
     room = memory().room

@@ -23,6 +23,8 @@ from qrun.models import graph as G
 
 EVERYTHING = 1 << 40
 """More positions than there can be."""
+PEAKS_FROM = 1 << 14
+"""Of so many logits the highest of each part are found by all threads: see `kernels.peaks`."""
 INDEX_HEADS = 8
 """Heads of an index that are taken together: with more, their sums do not fit the registers."""
 
@@ -31,20 +33,36 @@ class Lowering(RecordWriter):
     """The records of a graph for batches of up to `batch` rows (`head_rows` in the head), on `threads` threads.
 
     records: all operations; those from `n_body` on are the head. arena: where their values will be placed.
-    logits: the head's result. hidden: what draft layers go on from, if the graph has that. inputs: where rows from
-    outside go, if it takes some.
+    logits: the head's result. peaks: the highest of these, of a large vocabulary. hidden: what draft layers go on from,
+    if the graph has that. inputs: where rows from outside go, if it takes some.
     """
 
     def __init__(self, graph: G.Graph, *args: Any, **settings: Any) -> None:
         """The arguments of `RecordWriter`."""
         super().__init__(graph, *args, **settings)
         self.inputs: Place | None = None
+        self.peaks: Place | None = None
         self._fuse()
         for self.index, operation in enumerate(graph.operations):
             if operation.out.id not in self._fused:
                 self._lower(operation)
         self.logits = self.places[graph.logits.id]
+        self._end()
         self.hidden = self.places[graph.hidden.id] if graph.hidden is not None else None
+
+    def _end(self) -> None:
+        """What comes behind the graph's operations."""
+        width = self.graph.logits.width
+        if width < PEAKS_FROM or self.graph.embeds:
+            return
+        groups = width // R.PEAK_GROUP
+        self.peaks = Place(self.arena.buffer(0, self.index, self.index), 0, 4 * R.PEAKS * groups)
+        self.emit(
+            "peaks-",
+            {R.PEAKS_X: self.logits, R.PEAKS_X_STRIDE: self.logits.stride, R.PEAKS_Y: self.peaks,
+             R.PEAKS_GROUPS: groups},
+            [self.logits], [self.peaks], False,
+        )  # fmt: skip
 
     def _fuse(self) -> None:
         """Find matmuls whose result only goes into a sum: they add the other side themselves."""

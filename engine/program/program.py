@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qrun.engine.kernels import in_parts
 from qrun.engine.kernels import records as R
-from qrun.engine.program.arena import Place
+from qrun.engine.program.arena import Place, rows_of
 from qrun.engine.program.early_selection import hidden_of_all_rows
 from qrun.engine.program.lowering import Lowering
 from qrun.engine.program.record import InRecord, InStep, Record
@@ -33,7 +33,9 @@ class Program:
 
     body, head, whole: int64 [operations, RECORD_BYTES / 8], views of one array. The program holds all that the records
     have addresses of: kernels, weights, the arena.
-    logits: float32 [head_rows, n_vocab], where the head leaves its result.
+    logits: float32 [head_rows, n_vocab], where the head leaves its result unless `leave_logits` was called. They lie
+    outside of the arena: of a large vocabulary they take more than all the rest, and mostly nothing.
+    peaks: float32 [head_rows, n], likewise, where it leaves what `kernels.peaks` finds; n is 0 for small vocabularies.
     hidden: float32 [batch, width], where the body leaves the hidden states for draft layers, or [head_rows, width] of
     the head; inputs: float32 [batch, width], where rows from outside go. Both empty in a graph without.
     beside: another program, which never runs at the same time.
@@ -44,6 +46,11 @@ class Program:
         self, lowering: Lowering, kernels: Addresses, step_address: int, beside: Program | None = None
     ) -> None:
         self.records, self.arena, self.rope_tables = lowering.records, lowering.arena, lowering.rope_tables
+        place = lowering.logits
+        # Not where they are part of something wider.
+        self._apart = place.stride == 4 * lowering.graph.logits.width and place.offset == 0
+        if self._apart:
+            place.buffer.size = 0
         within, what = beside.arena if beside else None, f"a step of {lowering.batch} tokens"
         self.arena.place(within, path=lowering.graph.path, what=what)
         place_barriers(self.records, lowering.n_body)
@@ -52,6 +59,11 @@ class Program:
         self._counters = np.zeros(len(self.records), np.int64)
         self.whole[:, R.OP_COUNTER // 8] = self._counters.ctypes.data + 8 * np.arange(len(self.records))
         numbers = {id(record): index for index, record in enumerate(self.records)}
+        n = lowering.head_rows
+        self.logits = rows_of(n, place.stride // 4) if self._apart else self._view(place, n)
+        self.peaks = rows_of(n, lowering.peaks.stride // 4 if lowering.peaks else 0)
+        self._to_logits: list[NDArray[np.int64]] = []
+        self._to_peaks: list[NDArray[np.int64]] = []
         for row, record in zip(self.whole, self.records, strict=True):
             row[R.OP_KERNEL // 8] = kernels[record.kernel]
             row[R.OP_BARRIER // 8] = record.barrier
@@ -62,6 +74,10 @@ class Program:
                 elif isinstance(value, np.ndarray):
                     self._held.append(value)
                     row[offset // 8] = value.ctypes.data
+                elif isinstance(value, Place) and value.buffer is place.buffer and self._apart:
+                    self._to_logits.append(row[offset // 8 :][:1])
+                elif value is lowering.peaks:
+                    self._to_peaks.append(row[offset // 8 :][:1])
                 elif isinstance(value, Place):
                     row[offset // 8] = self._address(value)
                 elif isinstance(value, InStep):
@@ -71,6 +87,7 @@ class Program:
                     row[offset // 8] = self.whole.ctypes.data + number * R.RECORD_BYTES + value.offset
                 else:
                     row[offset // 8] = value
+        self.leave_logits(self.logits, self.peaks)
         self._link_prefetch()
         self.body, self.head = self.whole[: lowering.n_body], self.whole[lowering.n_body :]
         self._ends = [i for i, record in enumerate(self.records, 1) if record.barrier]
@@ -82,7 +99,6 @@ class Program:
             if record.kernel.partition("-")[0] == "attention" and record.barrier and (not i or i in self._ends)
         )  # fmt: skip
         """The attentions, by their places in `whole`, that no other operation runs beside."""
-        self.logits = self._view(lowering.logits, lowering.head_rows)
         self.hidden_of_all_rows = hidden_of_all_rows(lowering.graph)
         hidden_rows = lowering.batch if self.hidden_of_all_rows else lowering.head_rows
         self.hidden = self._view(lowering.hidden, hidden_rows)
@@ -98,6 +114,17 @@ class Program:
         first = len(self.body) if operations is self.head else 0
         index = bisect.bisect_left(self._ends, first + min(start + count, len(operations)))
         return self._ends[index] - first
+
+    def leave_logits(self, out: NDArray[np.float32], peaks: NDArray[np.float32]) -> bool:
+        """From now on the head leaves the logits of as many rows here as it is run on, and their peaks. False where it
+        cannot."""
+        assert peaks.flags.c_contiguous and peaks.shape[1:] == self.peaks.shape[1:] and len(peaks) == len(out)
+        for field in self._to_peaks:
+            field[0] = peaks.ctypes.data
+        assert out.flags.c_contiguous and out.dtype == np.float32 and out.shape[1:] == self.logits.shape[1:]
+        for field in self._to_logits:
+            field[0] = out.ctypes.data
+        return self._apart
 
     def _view(self, place: Place | None, rows: int) -> NDArray[np.float32]:
         if place is None:

@@ -16,6 +16,7 @@ from qrun.engine.native.compiler import Progress, default_target, load_kernels
 from qrun.engine.native.locks import ForkAwareLock
 from qrun.engine.native.team import TEAM_KERNELS, Team
 from qrun.engine.program.adapted import AdaptedLowering, SwitchedAdapters
+from qrun.engine.program.arena import rows_of
 from qrun.engine.program.background import BACKGROUND_ROWS, Background, BackgroundBatch
 from qrun.engine.program.early_selection import select_early
 from qrun.engine.program.kv_cache import CacheLayout, KVSequence
@@ -33,8 +34,9 @@ from qrun.formats.mapping import FileMap, map_under
 from qrun.models.adapter import Adapter
 from qrun.models.graph import Graph
 
-# Rows whose logits are computed in one go: what a vocabulary of 262,144 takes for them is 16 MB.
-HEAD_ROWS = 16
+# Rows whose logits are computed in one go: the matrix of a large vocabulary is most of a small model, and is read so
+# many times less.
+HEAD_ROWS = 64
 
 # A batch can take seconds. It is run in pieces of about this length, between which it can be cancelled, Python handles
 # signals (Ctrl-C), and others learn how far it has come.
@@ -141,6 +143,8 @@ class Runtime:
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
         self._logits = np.empty((0, self.width), np.float32)  # of `step`
+        self._peaks = self._program.peaks[:0]  # of these
+        self._newest = self._logits, self._peaks  # what was returned, one row or those of a step
 
     @property
     def files(self) -> list[FileMap]:
@@ -181,7 +185,7 @@ class Runtime:
                 f"{sequence.n_past + len(ids)} tokens do not fit into the context of {self.context} tokens"
             )
         self._check_whole(sequence)
-        out = np.empty((len(ids), self.width), np.float32) if logits == "all" else None
+        out = rows_of(len(ids), self.width) if logits == "all" else None
         last: NDArray[np.float32] | None = None
         for start in range(0, len(ids), self.batch):
             part = ids[start : start + self.batch]
@@ -197,9 +201,12 @@ class Runtime:
                 sequence.reserve(len(part))
                 into = None if out is None else out[start : start + len(part)]
                 given = None if inputs is None else inputs[start : start + len(part)]
+                peaks = rows_of(1, self._peaks.shape[1]) if len(wanted) == 1 else None
                 try:
-                    rows = self._run([(sequence, part)], wanted, into, cancelled, given)
+                    rows = self._run([(sequence, part)], wanted, into, cancelled, given, peaks)
                     hidden = self._hidden
+                    if peaks is not None:
+                        self._newest = rows, peaks
                     sequence.advance(len(part))
                     if len(part) == self.batch and not ends:
                         sequence.mark()
@@ -238,18 +245,27 @@ class Runtime:
             raise ValueError(f"{rows} rows are more than the {self.batch} of a step")
         tokens = [(part.sequence, self._checked(part.tokens)) for part in parts]
         if len(self._logits) < len(wanted):
-            self._logits = np.empty((len(wanted), self.width), np.float32)
-        out = self._logits[: len(wanted)]
+            self._logits = rows_of(len(wanted), self.width)
+            self._peaks = rows_of(len(wanted), self._peaks.shape[1])
+        out, peaks = self._logits[: len(wanted)], self._peaks[: len(wanted)]
         with self._lock:
             for part in parts:
                 part.sequence.reserve(len(part.tokens))
             try:
-                self._run(tokens, wanted, out, cancelled)
+                self._run(tokens, wanted, out, cancelled, peaks=peaks)
+                self._newest = out, peaks
             finally:
                 self._under_way = None
             for part in parts:
                 part.sequence.advance(len(part.tokens))
         return [out[a:b] for a, b in itertools.pairwise(ends)]
+
+    def peaks_of(self, row: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """The highest of parts of a row of logits (see `kernels.peaks`); None for a small vocabulary, and for a row
+        that the newest step or evaluation did not return."""
+        logits, peaks = self._newest
+        number, rest = divmod(row.ctypes.data - logits.ctypes.data, 4 * self.width)
+        return peaks[number] if peaks.shape[1] and 0 <= number < len(peaks) and not rest else None
 
     def prepare_background(self) -> None:
         """Make what `begin_in_background` needs, which takes some hundredths of a second the first time. Steps need not
@@ -363,7 +379,7 @@ class Runtime:
         ids = self._checked(tokens)
         if len(ids) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
             raise ValueError("evaluate_together takes one token for each of several different sequences")
-        out = np.empty((len(ids), self.width), np.float32)
+        out = rows_of(len(ids), self.width)
         for sequence in sequences:
             self._check_whole(sequence)
             if sequence.n_past >= self.context:
@@ -430,10 +446,10 @@ class Runtime:
     def _run(
         self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: Sequence[int],
         out: NDArray[np.float32] | None = None, cancelled: Callable[[], bool] | None = None,
-        inputs: NDArray[np.float32] | None = None,
+        inputs: NDArray[np.float32] | None = None, peaks: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given.
-        Leaves hidden states, if the graph has any, in `_hidden`."""
+        """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given, and
+        their peaks, likewise. Leaves hidden states, if the graph has any, in `_hidden`."""
         self._check_open()
         for sequence, _ in parts:
             if sequence.source and not sequence.source_read:
@@ -449,14 +465,16 @@ class Runtime:
         if inputs is not None:
             program.inputs[:rows] = inputs
         if out is None:
-            out = np.empty((len(wanted), self.width), np.float32)
+            out = rows_of(len(wanted), self.width)
         self._hidden = hidden = np.empty(
             (rows if program.hidden_of_all_rows else len(wanted), program.hidden.shape[1]), np.float32
         )
         if rows == 1 and len(wanted) == 1:
             step.select(range(1))
+            there = program.leave_logits(out, program.peaks[:1] if peaks is None else peaks)
             self._run_pieces(program, program.whole, rows, cancelled)
-            out[0] = program.logits[0]
+            if not there:
+                out[0] = program.logits[0]
             hidden[:] = program.hidden[: len(hidden)]
             return out
         self._run_pieces(program, program.body, rows, cancelled, parts[0][0] if len(parts) == 1 else None)
@@ -465,8 +483,12 @@ class Runtime:
         for start in range(0, len(wanted), len(program.logits)):
             chosen = wanted[start : start + len(program.logits)]
             step.select(chosen)
+            into = out[start : start + len(chosen)]
+            highest = program.peaks[: len(chosen)] if peaks is None else peaks[start : start + len(chosen)]
+            there = program.leave_logits(into, highest)
             self._run_pieces(program, program.head, len(chosen), cancelled)
-            out[start : start + len(chosen)] = program.logits[: len(chosen)]
+            if not there:
+                into[:] = program.logits[: len(chosen)]
             if not program.hidden_of_all_rows:
                 hidden[start : start + len(chosen)] = program.hidden[: len(chosen)]
         return out

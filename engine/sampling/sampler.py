@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from qrun.engine.errors import NotFinite
+from qrun.engine.kernels.records import PEAK_GROUP, PEAKS
 from qrun.engine.sampling import dry
 from qrun.engine.sampling.options import SamplingOptions
 
@@ -23,12 +24,17 @@ Candidates = tuple[np.ndarray, np.ndarray]
 
 Step = Callable[["Sampler", np.ndarray, np.ndarray], Candidates]
 
+Ask = Callable[[list[int], int], list[int] | None]
+"""Of some tokens, the likeliest first, so many that may be chosen; None if these cannot be found by asking."""
+
 # Rows into which `largest` folds the values; as many as keep the folding a plain vector maximum.
 _FOLDS = 64
 
 _CHOICE_BLOCK = 512
 _LOOK, _MOST_WANTED = 4, 64  # of tokens that a mask allows: so many times as many are looked at, if few are wanted
 _FEW = 16  # of so many tokens one is allowed: from there on a row with the others masked is faster
+_NOT_FINITE = "the model's logits are not finite numbers"
+_NOTHING = np.empty(0, np.float32)
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
@@ -40,14 +46,72 @@ def largest(values: np.ndarray, k: int) -> np.ndarray:
     n = len(values)
     if k >= n:
         return np.argsort(-values, kind="stable")
-    few = 2 * k <= n // _FOLDS
-    positions = _top_columns(values, k) if few else _at_least(values, np.partition(values, n - k)[n - k])
+    positions = _top_columns(values, k) if _few(k, n) else _at_least(values, np.partition(values, n - k)[n - k])
     # They ascend, which the stable sort turns into the tie rule.
     return positions[np.argsort(-values[positions], kind="stable")[:k]]
 
 
+def first_of(values: np.ndarray, peaks: np.ndarray | None) -> int:
+    """The position of the largest value, the first one if there are several; that of a NaN if there is one.
+
+    peaks: what is known of float32 [n], as for `largest_by`.
+    """
+    groups, highest, bound = _of_whole_groups(values, peaks)
+    if groups is None:
+        return int(values.argmax())
+    first = int(_reaching(groups, highest, bound).min())
+    n_grouped = groups.size
+    if n_grouped < len(values):
+        behind = n_grouped + int(values[n_grouped:].argmax())
+        return first if values[behind] <= values[first] else behind
+    return first
+
+
+def largest_by(values: np.ndarray, k: int, peaks: np.ndarray | None) -> np.ndarray:
+    """The same as `largest`; NotFinite where there is a NaN.
+
+    peaks: of values in groups [., PEAK_GROUP / PEAKS, PEAKS] the maxima of columns, one after the other, and those of
+    what lies behind the values; a NaN where a column has one, or an infinity. None if they are not known.
+    """
+    groups, highest, _ = _of_whole_groups(values, peaks)
+    if groups is None or 2 * k > len(highest):
+        return largest(values, k)
+    bound = np.partition(highest, len(highest) - k)[len(highest) - k]
+    behind = groups.size + _at_least(values[groups.size :], bound)
+    if np.isnan(values[groups.size :]).any():
+        raise NotFinite(_NOT_FINITE)
+    positions = np.sort(np.concatenate([_reaching(groups, highest, bound), behind]))
+    return positions[np.argsort(-values[positions], kind="stable")[:k]]
+
+
+def _of_whole_groups(values: np.ndarray, peaks: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray, np.float32]:
+    """The values, as far as they are whole groups, the maxima of their columns, and of all; None where that is no
+    help."""
+    n_groups = 0 if peaks is None else len(values) // PEAK_GROUP
+    if peaks is None or not n_groups:
+        return None, _NOTHING, np.float32(0)
+    highest = peaks[: n_groups * PEAKS]
+    if math.isnan(bound := highest.max()):
+        return None, _NOTHING, bound
+    return values[: n_groups * PEAK_GROUP].reshape(n_groups, PEAK_GROUP // PEAKS, PEAKS), highest, bound
+
+
+def _reaching(groups: np.ndarray, highest: np.ndarray, bound: np.float32) -> np.ndarray:
+    """Positions, in no order, of the values in groups that reach a bound."""
+    columns = np.flatnonzero(highest >= bound)
+    group, column = columns // PEAKS, columns % PEAKS
+    at, row = np.nonzero(groups[group, :, column] >= bound)
+    return group[at] * PEAK_GROUP + row * PEAKS + column[at]
+
+
+def _few(k: int, n: int) -> bool:
+    """Are k of n values so few that `_top_columns` is the way to them?"""
+    return 2 * k <= n // _FOLDS
+
+
 def _top_columns(values: np.ndarray, k: int) -> np.ndarray:
-    """Positions, ascending, of at least k values among which the k largest are; k is at most n // _FOLDS.
+    """Positions, ascending, of at least k values among which the k largest are; k is at most n // _FOLDS. NotFinite
+    where there is a NaN.
 
     Folded into columns, the k-th largest column maximum is a bound that at least k values reach.
     """
@@ -55,6 +119,8 @@ def _top_columns(values: np.ndarray, k: int) -> np.ndarray:
     n_folded = n_columns * _FOLDS
     folded = values[:n_folded].reshape(_FOLDS, n_columns)
     maxima = folded.max(axis=0)
+    if math.isnan(maxima.max()) or np.isnan(values[n_folded:]).any():
+        raise NotFinite(_NOT_FINITE)
     bound = np.partition(maxima, n_columns - k)[n_columns - k]
     # Only columns whose own maximum reaches the bound can hold such values: k of them, where none are equal.
     columns = _at_least(maxima, bound)
@@ -251,26 +317,53 @@ class Sampler:
         return np.empty(self.n_vocab, np.float32)
 
     def sample(
-        self, logits: np.ndarray, allowed: np.ndarray | None = None, banned: Collection[int] = ()
-    ) -> tuple[int, float | None]:
+        self, logits: np.ndarray, allowed: np.ndarray | None = None, banned: Collection[int] = (),
+        peaks: np.ndarray | None = None,
+    ) -> tuple[int, float | None]:  # fmt: skip
         """The next token for logits float32 [n_vocab], which are left as they are.
 
         allowed: uint32 [n], a bit for each token that may be chosen, the lowest of the first word for token 0; None
-        for all. banned: tokens that may not be.
+        for all. banned: tokens that may not be. peaks: what is known of the logits, see `largest_by`.
 
         With it its log probability (natural) by the logits as they came, before bias, truncation and temperature;
         None if the options have `logprobs` off. Raises ValueError if the highest logit is not a finite number, or no
         token is left.
         """
-        first = int(logits.argmax())
+        count = self._wanted if allowed is None else _LOOK * self._wanted  # some may not be allowed
+        top = self._look(logits, allowed, count and count + len(banned), peaks)
+        first = first_of(logits, peaks) if top is None else int(top[0])
+        if top is not None and banned:
+            top = top[[token not in banned for token in top.tolist()]][:count]
         highest = float(logits[first])  # a NaN, if there is one
         if not math.isfinite(highest):
-            raise NotFinite("the model's logits are not finite numbers")
+            raise NotFinite(_NOT_FINITE)
         if self._takes_first and allowed is None and first not in banned:
             token = first
         else:
             with np.errstate(all="ignore"):  # logits may be infinite, and their exponentials 0
-                token = self._choose(*self._candidates(logits, allowed, banned))
+                token = self._choose(*self._candidates(logits, allowed, banned, top))
+        return self._told(logits, token, highest)
+
+    def sample_asking(
+        self, logits: np.ndarray, ask: Ask, peaks: np.ndarray | None = None
+    ) -> tuple[int, float | None] | None:
+        """The same of those tokens of which somebody who is asked says that they may be chosen. None where more than a
+        few would have to be asked about; then nothing has happened."""
+        if not self._wanted or self.greedy or (top := self._look(logits, None, _LOOK * self._wanted, peaks)) is None:
+            return None
+        highest = float(logits[top[0]])
+        if not math.isfinite(highest):
+            raise NotFinite(_NOT_FINITE)
+        found = ask(top.tolist(), self._wanted)
+        if found is None or logits[found[-1]] == -math.inf:
+            return None
+        ids = np.array(found)
+        with np.errstate(all="ignore"):
+            token = self._choose(*self._after_steps(ids, logits[ids]))
+        return self._told(logits, token, highest)
+
+    def _told(self, logits: np.ndarray, token: int, highest: float) -> tuple[int, float | None]:
+        """A token that was chosen, with its log probability. highest: of all logits."""
         if not self.options.logprobs:
             return token, None
         total = log_sum_exp(logits, highest, self._scratch)
@@ -278,8 +371,21 @@ class Sampler:
             self.top = likeliest(logits, self.options.top_logprobs, total)
         return token, float(logits[token]) - total
 
-    def _candidates(self, row: np.ndarray, allowed: np.ndarray | None, banned: Collection[int]) -> Candidates:
-        """What is left to choose from after all steps."""
+    def _look(
+        self, row: np.ndarray, allowed: np.ndarray | None, count: int, peaks: np.ndarray | None
+    ) -> np.ndarray | None:
+        """The likeliest tokens of all, so many, if the steps go on from a few of the likeliest. None where there is a
+        better way to these, or biases may make others likelier."""
+        if not count or self.options.logit_bias or not _few(count, len(row)) or (allowed is None and self.greedy):
+            return None
+        return largest_by(row, count, peaks) if allowed is None or not _in_few_words(allowed) else None
+
+    def _candidates(
+        self, row: np.ndarray, allowed: np.ndarray | None, banned: Collection[int], top: np.ndarray | None
+    ) -> Candidates:
+        """What is left to choose from after all steps. top: see `_look`."""
+        if allowed is None and top is not None and row[top[0]] > -math.inf:
+            return self._after_steps(top, row[top])
         if self.options.logit_bias:
             row = self._own(row)
             row[list(self.options.logit_bias)] += np.array(list(self.options.logit_bias.values()), np.float32)
@@ -290,10 +396,12 @@ class Sampler:
             row[[token for token in banned if token < len(row)]] = -np.inf
             if row.max() == -math.inf:
                 raise ValueError("no token is left that does not end the text")
-        candidates: Candidates = (self._all_ids, row) if allowed is None else self._among(allowed, row)
+        return self._after_steps(*((self._all_ids, row) if allowed is None else self._among(allowed, row, top)))
+
+    def _after_steps(self, ids: np.ndarray, logits: np.ndarray) -> Candidates:
         for step in self._steps:
-            candidates = step(self, *candidates)
-        return candidates
+            ids, logits = step(self, ids, logits)
+        return ids, logits
 
     @property
     def greedy(self) -> bool:
@@ -345,23 +453,30 @@ class Sampler:
         top_k = self.options.top_k
         return top_k if self._begins_with_top_k and top_k <= _MOST_WANTED else 0
 
-    def _among(self, allowed: np.ndarray, row: np.ndarray) -> Candidates:
+    def _among(self, allowed: np.ndarray, row: np.ndarray, top: np.ndarray | None) -> Candidates:
         """The tokens with a bit in `allowed`: on their own if they are few, else in a row where the others are out.
-        Where only a few of the likeliest are wanted, those, if they are among the likeliest of all."""
-        if self._wanted:
+        Where only a few of the likeliest are wanted, those, if they are among the likeliest of all, `top`."""
+        few_words = _in_few_words(allowed)
+        if top is None and self._wanted and not few_words:
             top = largest(row, _LOOK * self._wanted)
+        if top is not None:
             top = top[(allowed[top >> 5] >> (top & 31).astype(np.uint32)) & 1 == 1][: self._wanted]
             if len(top) == self._wanted and row[top[-1]] > -math.inf:
                 return top, row[top]
-        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(row)]
-        count = int(np.count_nonzero(bits))
-        if count <= len(row) // _FEW:
+        words = np.flatnonzero(allowed) if few_words else None
+        bits = np.unpackbits((allowed if words is None else allowed[words]).view(np.uint8), bitorder="little")
+        if words is not None:
+            places = np.flatnonzero(bits)
+            ids = 32 * words[places >> 5] + (places & 31)
+            ids = ids[: np.searchsorted(ids, len(row))]
+            logits = row[ids]
+        elif np.count_nonzero(bits := bits[: len(row)]) <= len(row) // _FEW:
             ids = np.flatnonzero(bits)
             logits = row[ids]
         else:
             ids, logits = self._all_ids, self._own(row)
             np.putmask(logits, bits == 0, np.float32(-np.inf))
-        if count == 0 or logits.max() == -math.inf:
+        if not len(ids) or logits.max() == -math.inf:
             raise ValueError("no token is left: none that is allowed has a finite logit")
         return ids, logits
 
@@ -412,6 +527,11 @@ class Sampler:
         surprise = -math.log2(probabilities(logits)[chosen])
         self._surprise_limit -= o.mirostat_eta * (surprise - o.mirostat_tau)
         return int(ids[chosen])
+
+
+def _in_few_words(allowed: np.ndarray) -> bool:
+    """Have so few words of a mask any bits that these are better looked at alone?"""
+    return int(np.count_nonzero(allowed)) <= len(allowed) // _FEW
 
 
 def _last(history: array, n: int) -> array:

@@ -156,6 +156,7 @@ class FakeRuntime:
         self.n_vocab = n_vocab
         self.window = window
         self.evaluated: list[list[int]] = []  # the tokens of each call
+        self.n_logits = 0  # rows of logits that were asked for
         self.sequences: list[FakeSequence] = []
         self.closed = False
         self.on_batch: Callable[[], Any] = lambda: None
@@ -165,6 +166,9 @@ class FakeRuntime:
     def sequence(self) -> FakeSequence:
         assert not self.closed
         return FakeSequence(self)
+
+    def peaks_of(self, row: np.ndarray) -> None:
+        return None
 
     def progress(self, sequence: FakeSequence) -> int:
         return sequence.n_past
@@ -180,6 +184,8 @@ class FakeRuntime:
         tokens: Sequence[int],
         logits: str = "last",
         cancelled: Callable[[], bool] | None = None,
+        *,
+        counted: bool = True,
     ) -> np.ndarray:
         assert not self.closed and not sequence.closed and tokens
         if sequence.n_past + len(tokens) > self.context:
@@ -187,6 +193,7 @@ class FakeRuntime:
         rows = []
         with self.lock:
             self.evaluated.append(list(tokens))
+            self.n_logits += counted * {"none": 0, "last": 1, "all": len(tokens)}[logits]
         for start in range(0, len(tokens), self.batch):
             if cancelled and cancelled():
                 raise GenerationCancelled
@@ -206,8 +213,9 @@ class FakeRuntime:
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] | None = None) -> list[np.ndarray]:
         results = []
         for part in parts:
-            rows = np.atleast_2d(self.evaluate(part.sequence, part.tokens, "all", cancelled))
+            rows = np.atleast_2d(self.evaluate(part.sequence, part.tokens, "all", cancelled, counted=False))
             results.append(rows[{"all": 0, "last": len(rows) - 1, "none": len(rows)}[part.logits] :].copy())
+            self.n_logits += len(results[-1])
         return results
 
     def close(self) -> None:

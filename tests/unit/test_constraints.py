@@ -18,7 +18,9 @@ from qrun.engine.generation.answer_rules import text_rules
 from qrun.engine.generation.generation import Generation
 from qrun.engine.generation.session import Host, Session
 from qrun.engine.sampling import constraints
+from qrun.engine.sampling.constraints import Constraint
 from qrun.engine.sampling.options import SamplingOptions
+from qrun.engine.sampling.sampler import Sampler
 
 TOKENIZER = trained_tokenizer()
 FORMATS = jsonschema.FormatChecker(("date", "email", "ipv4", "uuid"))
@@ -296,6 +298,31 @@ class TestForcedTokens:
                 tokens.append(piece.token)
         assert again.text.startswith(generation.text)
 
+    @pytest.mark.parametrize("others", [0, 3])
+    def test_logits_are_asked_for_where_something_is_chosen_alone(self, others: int) -> None:
+        def told(logprobs: bool) -> tuple[list[list[int]], int, int]:
+            host = session()._host
+            runtime: Any = host.runtime
+            generations = [
+                Session(host).generate(
+                    TOKENIZER.encode(f"{number}"), rules=text_rules(TOKENIZER, schema=self.SCHEMA), seed=1,
+                    logprobs=logprobs, temperature=1.0,
+                )
+                for number in range(1 + others)
+            ]  # fmt: skip
+            live = list(generations)
+            while live:
+                for generation in list(live):
+                    if next(generation, None) is None:
+                        live.remove(generation)
+            chosen = sum(one.stats.generated_tokens - one.stats.forced_tokens for one in generations)
+            return [one.tokens for one in generations], runtime.n_logits, chosen
+
+        expected, n_all, _ = told(True)
+        tokens, n_logits, n_chosen = told(False)
+        assert tokens == expected
+        assert n_logits <= n_chosen + 3 * (1 + others) < n_all
+
     def test_the_text_is_the_same_one_by_one(self) -> None:
         texts = {generate(schema=self.SCHEMA, make=lambda n=n: session(batch=n)).text for n in (1, 2, 3, 64)}
         assert len(texts) == 1
@@ -413,3 +440,23 @@ def test_grammars_asked_for_again_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     for i in range(40):
         compiler.compile(constraints.regex_source(f"b{i}"))
     assert len(compiler._known) <= 16
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_the_likeliest_tokens_are_asked_about_one_by_one_to_the_same_text(
+    top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[int] = []
+    mask = Constraint.mask
+    monkeypatch.setattr(Constraint, "mask", lambda self, out: (masks.append(1), mask(self, out))[1])
+
+    def told(**options: Any) -> list[tuple[list[int], Any]]:
+        masks.clear()
+        found = [generate(name, schema=SCHEMAS[name], top_k=top_k, max_tokens=60, **options) for name in SCHEMAS]
+        return [(one.tokens, one.stop_reason) for one in found]
+
+    monkeypatch.setattr("qrun.engine.sampling.sampler._FOLDS", 1)  # or so small a vocabulary is looked at as a whole
+    one_by_one, n_masks = told(), len(masks)
+    monkeypatch.setattr(Sampler, "sample_asking", lambda *_: None)
+    assert told() == one_by_one
+    assert n_masks < 0.7 * len(masks)

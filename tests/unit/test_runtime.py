@@ -87,3 +87,27 @@ def test_pages_of_dropped_sequences_are_used_again(runtime: Runtime, rng: np.ran
     sequence = runtime.sequence()
     runtime.evaluate(sequence, tokens)
     assert runtime.memory()["cache"] == in_use
+
+
+def test_logits_lie_where_they_are_wanted_and_nowhere_else(runtime: Runtime, rng: np.random.Generator) -> None:
+    tokens = tokens_for(runtime, rng, 64)
+    expected = all_logits(runtime, tokens)
+    for count in (1, 2, 5, 8, 17, 64):
+        sequence = runtime.sequence()
+        sequence.reserve(count)
+        paper = np.full((count + 2, runtime.width), np.nan, np.float32)
+        found = runtime._run([(sequence, tokens[:count])], range(count), paper[1:-1])
+        assert np.shares_memory(found, paper) and np.array_equal(found, expected[:count])
+        assert np.isnan(paper[[0, -1]]).all()
+        sequence.close()
+
+
+def test_a_step_leaves_what_was_returned_before_as_it_was(runtime: Runtime, rng: np.random.Generator) -> None:
+    tokens = tokens_for(runtime, rng, 3)
+    sequence = runtime.sequence()
+    first = runtime.evaluate(sequence, tokens[:1])
+    assert first is not None
+    before = first.copy()
+    runtime.evaluate(sequence, tokens[1:], "all")
+    runtime.evaluate(sequence, tokens[:1])
+    assert np.array_equal(first, before)

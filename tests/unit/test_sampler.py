@@ -170,6 +170,37 @@ def test_logits_that_are_not_numbers_are_an_error(bad: float, temperature: float
         sampler.sample(np.full(10, -np.inf, np.float32))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 4711, 9999])
+def test_nor_are_they_among_many_of_which_the_likeliest_are_wanted(bad: float, place: int) -> None:
+    logits = np.random.default_rng(7).standard_normal(10_000).astype(np.float32)
+    logits[place] = bad
+    allowed = np.full(313, 0xFFFFFFFF, np.uint32)
+    for mask in (None, allowed):
+        with pytest.raises(ValueError, match="not finite"):
+            Sampler(SamplingOptions(top_k=10), 10_000).sample(logits, mask)
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(SamplingOptions(top_k=10), 10_000).sample_asking(logits, lambda tokens, count: tokens[:count])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 0}, {"temperature": 0}, {"logit_bias": {5: 1.0}}])
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 0.999])
+def test_a_mask_is_the_same_as_a_vocabulary_without_what_it_bans(options: dict[str, Any], share: float) -> None:
+    rng = np.random.default_rng(8)
+    n = 20_001
+    for seed in range(20):
+        logits = (rng.standard_normal(n) * 3).astype(np.float32)
+        bits = np.zeros(n + 31, np.uint8)  # what is behind the vocabulary is nobody's
+        bits[:] = rng.random(n + 31) < share
+        if share < 0.001:  # all in one place, as numbers or the letters of a script are
+            bits[:] = 0
+            bits[19_000 : 19_000 + 10] = 1
+        allowed = np.packbits(bits[: n // 32 * 32 + 32], bitorder="little").view(np.uint32)
+        among = np.where(bits[:n] == 1, logits, np.float32(-np.inf))
+        made = [Sampler(SamplingOptions(seed=seed, logprobs=False, **options), n) for _ in range(2)]
+        assert made[0].sample(logits, allowed) == made[1].sample(among)
+
+
 def test_banning_every_token_is_an_error() -> None:
     sampler = Sampler(SamplingOptions(logit_bias={0: -math.inf, 1: -math.inf}), 2)
     with pytest.raises(ValueError, match="bans every token"):

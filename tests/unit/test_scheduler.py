@@ -731,3 +731,27 @@ def test_what_cannot_be_pushed_is_refused(model: Model) -> None:
     next(begun)
     with pytest.raises(ValueError, match="has begun"):
         begun.start(Collector())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_held_of_a_prompt_is_known_before_the_rest_is_read(
+    model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    prompt = rng.integers(0, model.graph.n_vocab, 200).tolist()
+    list(model.generate(prompt[:100], max_tokens=1))
+    told: list[int] = []
+    run = model._runtime._run
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        told.append(generation.stats.cached_tokens)
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(model._runtime, "_run", watched)
+    generation = model.generate(prompt, max_tokens=1)
+    if shared:
+        sink = Collector()
+        generation.start(sink)
+        assert sink.ended.acquire(timeout=30)
+    else:
+        list(generation)
+    assert len(told) >= 2 and set(told) == {100} and generation.stats.cached_tokens == 100
