@@ -68,7 +68,8 @@ class _Quantised:
             return b.bitcast(b.shl(b.add(exponent, ir.Constant(I32, 127)), ir.Constant(I32, 23)), F32)
 
         first_larger = b.fcmp_unordered(">", *tops)
-        large, small = b.select(first_larger, *tops), b.select(first_larger, *reversed(tops))
+        first, second = tops
+        large, small = b.select(first_larger, first, second), b.select(first_larger, second, first)
         # How often the one can be halved and is not below the other: the bits of floats are in order.
         times = b.lshr(b.sub(b.bitcast(large, I32), b.bitcast(small, I32)), ir.Constant(I32, 23))
         can_more = b.icmp_unsigned("<", times, ir.Constant(I32, MOST_HALVINGS))
