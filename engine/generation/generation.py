@@ -153,6 +153,7 @@ class Generation(OfThisProcess, Iterator[Piece]):
         self._task: Task | None = None
         """Set once the scheduler computes the pieces."""
         self._reading = ForkAwareLock("this generation")
+        self._is_read = False
         self._on_full = on_full
         self._full = False
         """Whether the context has no room for the last token, so that `on_full` is to make some."""
@@ -170,6 +171,10 @@ class Generation(OfThisProcess, Iterator[Piece]):
     def __next__(self) -> Piece:
         if not self._reading.acquire(blocking=False):
             raise RuntimeError("this generation is being read by another thread")
+        if self._is_read:
+            self._reading.release()
+            raise RuntimeError("this generation is being read by what has been interrupted, as by a signal")
+        self._is_read = True
         try:
             piece = self._read()
             if self._reason is not None and (self._task is None or not self._task.held):
@@ -179,6 +184,7 @@ class Generation(OfThisProcess, Iterator[Piece]):
             self._count(piece)
             return piece
         finally:
+            self._is_read = False
             self._reading.release()
 
     def _read(self) -> Piece | None:

@@ -173,6 +173,7 @@ class Task:
         """The next piece, when there is one; None after the last. What was computed ahead of a reader who cancels is
         dropped, and where the step under way takes long, it is not waited for."""
         generation = self.generation()
+        self._scheduler.check_not_stepping()
         with self._scheduler.lock:
             while not self.pieces and not self.over:
                 cancelled = generation is not None and generation.cancelled
@@ -224,7 +225,7 @@ class Scheduler:
         self._begin()
 
     def _begin(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler may stop what it interrupts
         self.changed = threading.Condition(self.lock)
         self._process = os.getpid()
         self._tasks: list[Task] = []
@@ -256,6 +257,7 @@ class Scheduler:
     def add(self, generation: Sharing, *, ahead: int = 0, sink: Sink | None = None) -> Task:
         """Compute a generation from now on."""
         self._leave_parent()
+        self.check_not_stepping()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
         if not task.begun and (self.prefixes.may_fetch(task.cache, task.prompt) or len(task.prompt) > LONG_PROMPT):
@@ -270,6 +272,10 @@ class Scheduler:
                     self._thread.start()
             self.changed.notify()
         return task
+
+    def check_not_stepping(self) -> None:
+        """RuntimeError where this very thread is in a step, and would wait for itself."""
+        self._runtime.check_not_stepping()
 
     @property
     def running(self) -> int:

@@ -85,7 +85,8 @@ class _Scales:
             return b.bitcast(b.shl(b.add(exponent, word(127)), word(23)), self._floats)
 
         first_larger = b.fcmp_unordered(">", *tops)
-        large, small = b.select(first_larger, *tops), b.select(first_larger, *reversed(tops))
+        first, second = tops
+        large, small = b.select(first_larger, first, second), b.select(first_larger, second, first)
         # How often the one can be halved and is not below the other: the bits of floats are in order.
         times = b.lshr(b.sub(b.bitcast(large, self._words), b.bitcast(small, self._words)), word(23))
         can_more = b.icmp_unsigned("<", times, word(MOST_HALVINGS))

@@ -119,7 +119,8 @@ def warn_once(text: str) -> None:
     """A `CacheWarning`, once."""
     if text not in _said:
         _said.add(text)
-        warnings.warn(text, CacheWarning, stacklevel=2 + _frames_of_ours())
+        with contextlib.suppress(ValueError):  # an app has closed its standard error
+            warnings.warn(text, CacheWarning, stacklevel=2 + _frames_of_ours())
 
 
 def _frames_of_ours() -> int:

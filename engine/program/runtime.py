@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -141,6 +143,7 @@ class Runtime:
         self._pages_lock = ForkAwareLock()  # sequences, while they change what they share
         self._pace = Pace(PIECE_SECONDS)
         self._under_way: tuple[KVSequence, float] | None = None  # what `progress` tells
+        self._stepping: tuple[int, int] | None = None  # the process and the thread that compute a step
         self._hidden = np.empty((0, 0), np.float32)  # of the last step
         self._logits = np.empty((0, self.width), np.float32)  # of `step`
         self._peaks = self._program.peaks[:0]  # of these
@@ -451,6 +454,27 @@ class Runtime:
         """One step over the rows of all parts; logits [len(wanted), n_vocab] of the rows wanted, in `out` if given, and
         their peaks, likewise. Leaves hidden states, if the graph has any, in `_hidden`."""
         self._check_open()
+        self.check_not_stepping()
+        self._stepping = (os.getpid(), threading.get_ident())
+        try:
+            return self._step_of(parts, wanted, out, cancelled, inputs)
+        finally:
+            self._stepping = None
+
+    def check_not_stepping(self) -> None:
+        """RuntimeError within a step of this very thread. There a handler of signals runs, and would write over what
+        the step has computed, or wait for it for ever."""
+        if self._stepping == (os.getpid(), threading.get_ident()):
+            raise RuntimeError(
+                "this model is computing in this very thread: who interrupts it, as a signal's handler does, may stop "
+                "or close it, and not use it"
+            )
+
+    def _step_of(
+        self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: Sequence[int],
+        out: NDArray[np.float32] | None, cancelled: Callable[[], bool] | None, inputs: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """See `_run`."""
         for sequence, _ in parts:
             if sequence.source and not sequence.source_read:
                 self._read_source(sequence, cancelled)

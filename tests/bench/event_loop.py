@@ -10,7 +10,7 @@ processes keep all cores busy: what the machine itself does, which nobody can me
 this process computed in it, all of its threads together: where that is much less, others had the cores.
 
 `--loop window` is the sample in examples/desktop_qt, which is asked a question of so many words: what it draws counts,
-too.
+too. They are the first of `--text`, or a sentence again and again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +102,23 @@ def gaps_with_qt(work: Work) -> tuple[Any, Gaps]:
 LOOPS = {"asyncio": gaps_with_asyncio, "qt": gaps_with_qt}
 
 
-def measure_window(model: Path, threads: int, words: int, tokens: int) -> Iterator[tuple[str, Gaps]]:
+def measure_window(model: Path, threads: int, text: str, tokens: int) -> Iterator[tuple[str, Gaps]]:
     """The gaps of the window's loop from its first to its last moment, by what it does."""
+    words = len(text.split())
     os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "desktop_qt"))
     import qrun_desktop
     from PySide6.QtCore import Qt, QTimer
 
     def started(window: Any) -> None:
-        window.settings.values.update(temperature=0, max_tokens=tokens, context=2 * words + tokens, threads=threads)
+        window.settings.values.update(temperature=0, max_tokens=tokens, context=3 * words + tokens, threads=threads)
         window.load(str(model))
 
         def tick() -> None:
             phases[-1][1].tick()
             if len(phases) == 1 and not window._busy:
                 begin(f"reading {words} words")
-                window.line.setPlainText("Words, and some more of them.\n" * (words // 6))
+                window.line.setPlainText(text)
                 window.send()
             elif len(phases) == 2 and window._busy and window.transcript.answer.text:
                 begin(f"generating {tokens} tokens")
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--loop", choices=[*LOOPS, "window"], default="asyncio")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt", type=int, default=3000)
+    parser.add_argument("--text", type=Path, help="a file whose first words a window is asked")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=5, help="how long nothing, and other programs, are measured")
     parser.add_argument("--in-process", action="store_true", help="compile in this process, as packed apps do")
@@ -216,7 +220,9 @@ def main() -> None:
         print(f"{args.loop}, {args.threads} threads: {HEAD}")
         if args.loop == "window":
             os.environ |= {name: cache for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME")}
-            found = measure_window(args.model, args.threads, args.prompt, args.tokens)
+            text = args.text.read_text("utf-8") if args.text else "Words, and some more of them.\n" * args.prompt
+            (end,) = [found.end() for found in islice(re.finditer(r"\S+", text), args.prompt)][-1:]
+            found = measure_window(args.model, args.threads, text[:end], args.tokens)
         else:
             found = measure(args.model, args.loop, args.threads, args.prompt, args.tokens, args.seconds)
         for name, gaps in found:

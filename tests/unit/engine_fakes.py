@@ -163,6 +163,9 @@ class FakeRuntime:
         self.lock = threading.Lock()
         self.graph = SimpleNamespace(architecture="llama")
 
+    def check_not_stepping(self) -> None:
+        pass
+
     def sequence(self) -> FakeSequence:
         assert not self.closed
         return FakeSequence(self)

@@ -1,6 +1,8 @@
 """Packed apps: what packers must see, what they are told, and one app that is packed and run."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -68,6 +70,17 @@ def test_versions_are_asked_for_by_names_that_are_written_out() -> None:
         assert name in version.__code__.co_consts
 
 
+def test_nothing_stops_nuitka() -> None:
+    """Nuitka 4.3 breaks off where `reversed(...)` is among values for several names."""
+    for folder in ("engine", "models", "formats"):
+        for path in (ENGINE.parent / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Assign) and any(isinstance(target, ast.Tuple) for target in node.targets):
+                    values = ast.walk(node.value) if isinstance(node.value, ast.Tuple) else ()
+                    names = {name.id for name in values if isinstance(name, ast.Name)}
+                    assert "reversed" not in names, f"{path}:{node.lineno}"
+
+
 CODE = """
 def outer(x, *, y=1):
     small = x in {"a", "b", "c", "d"}
@@ -107,7 +120,7 @@ def test_pyinstaller_finds_the_hooks() -> None:
     (folder,) = hook_folders()
     assert {path.name for path in Path(folder).glob("hook-*.py")} == {
         "hook-qrun.engine.py", "hook-qrun.models.py", "hook-qrun.cli.py",
-        "hook-qrun.server.py", "hook-qrun.formats.py",
+        "hook-qrun.server.py", "hook-qrun.formats.py", "hook-numpy.__config__.py", "hook-numpy.f2py.crackfortran.py",
     }  # fmt: skip
 
 
@@ -135,6 +148,12 @@ def test_what_the_hooks_collect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert runpy.run_path(str(folder / "hook-qrun.cli.py"))["hiddenimports"] == ["qrun.cli"]
     for other in ("hook-qrun.formats.py", "hook-qrun.models.py"):
         assert "excludedimports" not in runpy.run_path(str(folder / other))
+    # what NumPy can do without, as it says itself
+    for name, unused in (("__config__", "yaml"), ("f2py.crackfortran", "charset_normalizer")):
+        assert unused in runpy.run_path(str(folder / f"hook-numpy.{name}.py"))["excludedimports"]
+        lines = inspect.getsource(importlib.import_module(f"numpy.{name}")).splitlines()
+        (place,) = [i for i, line in enumerate(lines) if line.strip() == f"import {unused}"]
+        assert any("except ModuleNotFoundError" in line or "except ImportError" in line for line in lines[place:])
     # with a pack the app has the pack, and no compiler
     pack = tmp_path / "kernels"
     monkeypatch.setenv("QRUN_KERNELS", str(pack))
@@ -223,7 +242,7 @@ def test_an_app_with_a_pack_and_a_server_beside_it_has_no_compiler_and_writes_no
     with packed_app(tmp_path, QRUN_KERNELS=str(kernels)) as (folder, run):
         shutil.rmtree(kernels)
         assert not [path for path in folder.rglob("*") if "llvmlite" in path.name and path.suffix == ".so"]
-        assert not list(folder.rglob("numba/*"))
+        assert not list(folder.rglob("numba/*")) and not list(folder.rglob("yaml/*"))
         assert run(str(model)) == "2 1 False\n"  # two threads at once
         with Model.load(model, threads=1) as loaded:
             answer = "".join(loaded.chat("It was", max_tokens=5, temperature=0))

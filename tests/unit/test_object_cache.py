@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -196,3 +198,14 @@ def test_what_a_killed_process_left_is_removed(compiled: list[str]) -> None:
         os.utime(path, (time.time() - age,) * 2)
     load("b")
     assert files(folder) == [".b.code.new.tmp", "a.code", "b.code"]
+
+
+def test_an_app_that_has_closed_its_standard_error_goes_on() -> None:
+    program = (
+        "import sys, warnings; sys.stderr.close(); warnings.simplefilter('always')\n"
+        "from qrun.engine.native.object_cache import warn_once\n"
+        "from qrun.engine.text.tokenizer.pretokenizers import pre_tokenizer\n"
+        "warn_once('not kept'); pre_tokenizer('none of this name'); print('goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "goes on\n"

@@ -10,6 +10,7 @@ import pytest
 from qrun.engine.text.tokenizer import bytepair, merging, pretokenizers, slices
 from qrun.engine.text.tokenizer import spellings as module
 from qrun.engine.text.tokenizer.merging import StagedEncoder, merged
+from qrun.engine.text.tokenizer.pairs import LONGEST_WORD, Pairs
 from qrun.engine.text.tokenizer.spellings import Spellings, hash_of, hashes_of
 from qrun.formats.gguf.strings import Strings
 
@@ -29,6 +30,7 @@ def test_spellings_are_found_among_many() -> None:
         assert (spellings.first(piece), spellings.last(piece)) == (ids[0], ids[-1])
     assert spellings.all(b"c") == [] and spellings.first(b"x" * 72) is None
     assert spellings.have(strings) and not spellings.have(Strings.of([b"a", b"c"]))
+    assert spellings.last_ids(strings).tolist() == [places[piece][-1] for piece in pieces]
 
 
 def test_equal_hashes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +41,7 @@ def test_equal_hashes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     spellings = Spellings(Strings.of(pieces))
     assert all(spellings.all(piece) == [id] for id, piece in enumerate(pieces))
     assert spellings.all(b"1000") == []
+    assert spellings.last_ids(Strings.of(pieces)).tolist() == list(range(1000))
 
 
 def test_of_no_strings_none_is_found() -> None:
@@ -55,6 +58,47 @@ def test_neighbours_are_merged_by_rank_and_from_the_left() -> None:
     assert merged([b"a", b"b", b"c"], rank) == [b"a", b"bc"]
     assert merged([b"a"] * 3, rank) == [b"aaa"]
     assert merged([], rank) == []
+
+
+class Ranks(dict[tuple[bytes, bytes], int]):
+    def __call__(self, left: bytes, right: bytes) -> int | None:
+        return self.get((left, right))
+
+
+def test_many_words_at_once_give_what_each_gives_alone() -> None:
+    draw = random.Random(5)
+    for _ in range(60):
+        letters = [bytes([letter]) for letter in b"abcd"[: draw.randint(1, 4)]]
+        pieces, listed = [*letters], []
+        for _ in range(draw.randint(1, 25)):
+            left, right = draw.choice(pieces), draw.choice(pieces)
+            listed += [(left, right)] * draw.choice((1, 1, 2))  # of two the first counts
+            pieces += [left + right] if left + right not in pieces else []
+        draw.shuffle(listed)
+        rank = Ranks((pair, rank) for rank, pair in reversed(list(enumerate(listed))))
+        ids = {piece: id for id, piece in enumerate(pieces)}
+        table = np.array([(ids[left], ids[right], ids[left + right]) for left, right in listed])
+        words = [draw.choices(letters, k=draw.randint(1, LONGEST_WORD)) for _ in range(40)]
+        expected = [[ids[symbol] for symbol in merged(word, rank)] for word in words]
+        symbols = [[ids[letter] for letter in word] for word in words]
+        assert Pairs(*table.T, len(pieces)).merged(symbols) == expected
+    assert Pairs(*table.T, len(pieces)).merged([]) == [] == Pairs(*table.T, len(pieces)).merged([[]])[0]
+
+
+def test_words_are_merged_at_once_when_there_have_been_enough() -> None:
+    def many(words: list[str]) -> list[list[int]] | None:
+        return [[2] * len(word) for word in words] if all(map(str.isascii, words)) else None
+
+    encode = merging._word_by_word(str.split, lambda word: [1] * len(word), many, 100)
+    assert encode("a" * 30 + " b", 1000) == ([1] * 31, 31)
+    assert encode("c" * 40 + " d", 1000) == ([1] * 41, 41)
+    long = "e" * LONGEST_WORD + "e"
+    short = [chr(102 + i) * 8 for i in range(10)]
+    ids, n_new = encode(" ".join([*short, long, short[0], "b"]), 1000)
+    assert ids == [2] * 80 + [1] * len(long) + [2] * 8 + [1] and n_new == 80 // merging._AT_ONCE + len(long)
+    assert encode("x y", 1000) == ([1, 1], 2)  # too few
+    assert encode("é" * 10 + " " + "z" * 31 + " " + "y" * 30, 1000)[0] is None
+    assert encode(" ".join(f"{i:09}" for i in range(90)), 100) == (None, 0)
 
 
 def test_the_library_is_made_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,13 @@ and vocabularies that contradict themselves, which they refuse.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from heapq import heapify, heappop, heappush
 
 import numpy as np
 
 from qrun.engine.native.locks import ForkAwareLock
+from qrun.engine.text.tokenizer.pairs import LONGEST_WORD, Pairs
 from qrun.engine.text.tokenizer.spellings import Spellings
 from qrun.engine.text.tokenizer.vocabulary import SPACE, Vocabulary
 from qrun.formats.gguf.strings import LENGTH_BYTES, Strings
@@ -24,6 +26,9 @@ Rank = Callable[[bytes, bytes], float | None]
 
 _FIRST_CHARACTERS = 4000
 _STRINGS_A_CHARACTER = 8  # of a vocabulary, which a library takes in while one character is merged here
+_AT_ONCE = 8  # characters of many words take as long as one of a word alone
+_STRINGS_AT_ONCE = 256  # of a vocabulary, for one character of words before they are worth to be merged at once
+_FEW = 60  # characters that are merged sooner word by word
 _REPEATED = 8  # in long texts, words have so many times the characters of those that differ, or fewer
 
 
@@ -58,17 +63,37 @@ class StagedEncoder:
         return self._library(text)
 
 
-def _word_by_word(words: Callable[[str], Sequence[str]], word_ids: Callable[[str], list[int] | None]) -> FirstEncoder:
-    """words: cuts a text where nothing merges across. word_ids: encodes one, if it can be done here."""
+def _word_by_word(
+    words: Callable[[str], Sequence[str]],
+    word_ids: Callable[[str], list[int] | None],
+    many: Callable[[list[str]], list[list[int]] | None] | None = None,
+    many_from: int = 0,
+) -> FirstEncoder:
+    """words: cuts a text where nothing merges across. word_ids: encodes one, if it can be done here. many: encodes
+    those that are no longer than LONGEST_WORD, if they can be, in a share of the time, once texts have had so many
+    characters of new words."""
     known: dict[str, list[int]] = {}
+    n_before = 0
 
     def encode(text: str, most: int) -> tuple[list[int] | None, int]:
+        nonlocal n_before
         found = words(text)
-        new = {word for word in found if word not in known}
+        new = [word for word in dict.fromkeys(found) if word not in known]
         n_new = sum(map(len, new))
+        n_before += n_new
+        at_once = many if n_before >= many_from and n_new > _FEW else None
+        short = [word for word in new if at_once and len(word) <= LONGEST_WORD]
+        n_short = sum(map(len, short))
+        n_new += n_short // _AT_ONCE - n_short
         if n_new > most:
             return None, 0
+        if at_once and short:
+            if (all_ids := at_once(short)) is None:
+                return None, n_new
+            known.update(zip(short, all_ids, strict=True))
         for word in new:
+            if word in known:
+                continue
             if (ids := word_ids(word)) is None:
                 return None, n_new
             known[word] = ids
@@ -110,42 +135,74 @@ def merged(symbols: list[bytes], rank: Rank) -> list[bytes]:
 def first_byte_pairs(vocabulary: Vocabulary, words: Callable[[str], list[str]]) -> FirstEncoder | None:
     """By ranks of merges. words: cuts a text, and spells it as pieces are. None: this vocabulary is for the library."""
     merges = vocabulary.merges()
-    if not _fit(vocabulary, merges):
+    parts = _parts(vocabulary, merges)
+    if parts is None:
         return None
-    pieces, ranks = vocabulary.spellings, Spellings(merges)
+    pieces = vocabulary.spellings
     ignore_merges = vocabulary.pre_tokenizer.ignore_merges
+    if vocabulary.pre_tokenizer.alphabet == "metaspace" and not ignore_merges:  # there a word may be a whole line
+        lines, at_spaces = words, _cut_at_spaces(vocabulary)
+
+        def words(text: str) -> list[str]:
+            return [word for line in lines(text) for word in at_spaces(line)] if len(text) > _LONG else lines(text)
+
+    @cache
+    def ranks() -> Spellings:
+        return Spellings(merges)
+
+    @cache
+    def pairs() -> Pairs:
+        left, right, joined = (pieces.last_ids(part) for part in parts)
+        return Pairs(left, right, joined, len(vocabulary))
 
     def rank(left: bytes, right: bytes) -> int | None:
-        return None if b" " in left else ranks.first(left + b" " + right)  # the first space is what separates them
+        return None if b" " in left else ranks().first(left + b" " + right)  # the first space is what separates them
 
-    def word_ids(word: str) -> list[int] | None:
+    def whole(word: str) -> list[int] | None:
         if ignore_merges and (id := pieces.last(word.encode())) is not None:
             return [id]
+        return None
+
+    def word_ids(word: str) -> list[int] | None:
+        if (ids := whole(word)) is not None:
+            return ids
         characters = [character.encode() for character in word]
         if any(pieces.last(character) is None for character in dict.fromkeys(characters)):
             return None
         found = [pieces.last(symbol) for symbol in merged(characters, rank)]
         return [id for id in found if id is not None] if None not in found else None
 
-    return _word_by_word(words, word_ids)
+    def many(short: list[str]) -> list[list[int]] | None:
+        found = {word: ids for word in short if (ids := whole(word)) is not None}
+        rest = [word for word in short if word not in found]
+        ids_of = {character: pieces.last(character.encode()) for character in set().union(*rest)}
+        known = {character: id for character, id in ids_of.items() if id is not None}
+        if len(known) < len(ids_of):
+            return None
+        joined = pairs().merged([[known[character] for character in word] for word in rest])
+        found.update(zip(rest, joined, strict=True))
+        return [found[word] for word in short]
+
+    return _word_by_word(words, word_ids, many, (len(vocabulary) + len(merges)) // _STRINGS_AT_ONCE)
 
 
-def _fit(vocabulary: Vocabulary, merges: Strings) -> bool:
-    """Whether all is text, and every merge makes a piece out of two."""
+def _parts(vocabulary: Vocabulary, merges: Strings) -> tuple[Strings, Strings, Strings] | None:
+    """Both parts of each merge, and what it makes of them, all of them pieces; None if they are not, or are no text."""
     if not len(merges) or not (_is_text(vocabulary.pieces) and _is_text(merges)):
-        return False
+        return None
     data = np.frombuffer(merges.data, np.uint8)
     spaces = np.append(np.flatnonzero(data == ord(" ")), len(data))
     space = spaces[spaces.searchsorted(merges.starts)]  # the first in each
     ends = merges.starts + merges.lengths
     if (space >= ends).any():
-        return False
+        return None
     kept = np.ones(len(data), bool)
     kept[space] = False
     joined = Strings(data[kept].tobytes(), merges.starts - np.arange(len(merges)), merges.lengths - 1)
     left = Strings(merges.data, merges.starts, space - merges.starts)
     right = Strings(merges.data, space + 1, ends - space - 1)
-    return all(vocabulary.spellings.have(parts) for parts in (left, right, joined))
+    parts = (left, right, joined)
+    return parts if all(vocabulary.spellings.have(part) for part in parts) else None
 
 
 def _is_text(strings: Strings) -> bool:
@@ -181,18 +238,24 @@ def first_scored(vocabulary: Vocabulary, byte_ids: list[int]) -> FirstEncoder:
             ids += [byte_ids[byte] for byte in symbol] if id is None else [id]
         return ids
 
-    spaced: list[str] | None = None  # see below, once it is worth to know
+    at_spaces = _cut_at_spaces(vocabulary)
 
     def words(text: str) -> list[str]:
-        nonlocal spaced
-        if len(text) <= _LONG:
-            return [text] if text else []
-        if spaced is None:
-            spaced = _spaced_pieces(vocabulary.pieces)
-        text = text.replace(" ", SPACE)
-        return [text] if any(piece in text for piece in spaced) else _WORDS.findall(text)
+        if len(text) > _LONG:
+            return at_spaces(text.replace(" ", SPACE))
+        return [text] if text else []
 
     return _word_by_word(words, word_ids)
+
+
+def _cut_at_spaces(vocabulary: Vocabulary) -> Callable[[str], list[str]]:
+    """Cuts a text before spaces (which are spelt SPACE), unless something could merge with one behind it."""
+
+    @cache
+    def spaced() -> list[str]:
+        return _spaced_pieces(vocabulary.pieces)
+
+    return lambda text: [text] if any(piece in text for piece in spaced()) else _WORDS.findall(text)
 
 
 _LONG = 500  # characters of a text in which words come again
@@ -205,6 +268,8 @@ def _spaced_pieces(pieces: Strings) -> list[str]:
     data = np.frombuffer(pieces.data, np.uint8)
     first, second, third = SPACE.encode()
     places = np.flatnonzero((data[:-2] == first) & (data[1:-1] == second) & (data[2:] == third))
-    begins = np.isin(places, pieces.starts) | np.isin(places - len(SPACE.encode()), places)
-    numbers = sorted(set((pieces.starts.searchsorted(places[~begins], "right") - 1).tolist()))  # of few
+    holders = pieces.starts.searchsorted(places, "right") - 1
+    begins = pieces.starts[holders] == places
+    begins[1:] |= places[1:] - places[:-1] == len(SPACE.encode())
+    numbers = sorted(set(holders[~begins].tolist()))  # of few
     return [piece.decode(errors="replace") for piece in pieces.some(numbers)] if len(numbers) < 64 else [SPACE]

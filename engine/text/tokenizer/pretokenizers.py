@@ -9,6 +9,7 @@ the one the model was published with, the published one stands here.
 """
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 from qrun.formats.dataclass import dataclass
@@ -233,6 +234,8 @@ def pre_tokenizer(name: str | None) -> PreTokenizer:
     """The pre-tokenizer of that name; the default, with a warning, for a name that is not known."""
     found = PRE_TOKENIZERS.get(name or "default")
     if found is None:
-        warnings.warn(f"unknown pre-tokenizer {quote(name or '')}: its text is cut by the default rules", stacklevel=2)
+        with suppress(ValueError):  # an app has closed its standard error
+            text = f"unknown pre-tokenizer {quote(name or '')}: its text is cut by the default rules"
+            warnings.warn(text, stacklevel=2)
         return _DEFAULT
     return found

@@ -108,6 +108,29 @@ class Spellings:
         known = {hash_of(spelling) for spelling in self._others}
         return known.issuperset(hashes.tolist())
 
+    def last_ids(self, strings: Strings) -> NDArray[np.int64]:
+        """The id of the last string that is spelt as each of these, which are all among them."""
+        hashes = hashes_of(strings)
+        found = np.full(len(hashes), -1)
+        left: NDArray[np.intp] | slice = slice(None)
+        for shift, table in zip(_SHIFTS, self._tables, strict=False):
+            wanted = hashes[left]
+            ids = table[_slots(wanted, table, shift)] - 1
+            found[left] = np.where(self._hashes[ids] == wanted, ids, -1)
+            left = np.flatnonzero(found < 0)
+        # Of those in the dict a table has the first, or one that is spelt otherwise and has the same hash.
+        others = sorted((hash_of(spelling), ids[-1]) for spelling, ids in self._others.items())
+        if others:
+            values = np.array([value for value, _ in others], np.uint64)
+            nearest = np.minimum(values.searchsorted(hashes), len(values) - 1)
+            places = np.flatnonzero(values[nearest] == hashes)
+            found[places] = np.array([id for _, id in others])[nearest[places]]
+            shared = set(values[1:][values[1:] == values[:-1]].tolist())
+            for place in places.tolist() if shared else ():
+                if hashes.item(place) in shared and (id := self.last(strings[place])) is not None:
+                    found[place] = id
+        return found
+
 
 def _slots(hashes: Hashes, table: NDArray[np.int32], shift: int) -> NDArray[np.intp]:
     return (hashes >> np.uint64(shift) & np.uint64(len(table) - 1)).astype(np.intp)
