@@ -457,7 +457,7 @@ class Runtime:
         self.check_not_stepping()
         self._stepping = (os.getpid(), threading.get_ident())
         try:
-            return self._step_of(parts, wanted, out, cancelled, inputs)
+            return self._step_of(parts, wanted, out, cancelled, inputs, peaks)
         finally:
             self._stepping = None
 
@@ -473,6 +473,7 @@ class Runtime:
     def _step_of(
         self, parts: list[tuple[KVSequence, NDArray[np.int64]]], wanted: Sequence[int],
         out: NDArray[np.float32] | None, cancelled: Callable[[], bool] | None, inputs: NDArray[np.float32] | None,
+        peaks: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:  # fmt: skip
         """See `_run`."""
         for sequence, _ in parts:
