@@ -23,7 +23,7 @@ SKETCHES = load()
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "memory", lambda: Memory(8_000_000_000, 2_000_000_000))
+    monkeypatch.setattr(arena, "memory", lambda: Memory(6_000_000_000, 2_000_000_000))
 
 
 def resized(name: str, numbers: dict[str, int], tensors: dict[str, tuple[int, ...]]) -> Any:

@@ -635,7 +635,7 @@ def test_what_ended_is_forgotten_when_there_is_no_room(rng: np.random.Generator)
 def test_an_error_of_one_is_not_that_of_others(model: Model, rng: np.random.Generator) -> None:
     first, second = (model.generate(prompt, max_tokens=10, temperature=0) for prompt in prompts(rng, model, 2))
 
-    def fail(logits: np.ndarray, **_: Any) -> Any:
+    def fail(logits: np.ndarray, *_: Any, **__: Any) -> Any:
         raise ValueError("the model's logits are not finite numbers")
 
     first._sampler.sample = fail  # type: ignore[method-assign]
