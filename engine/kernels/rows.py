@@ -20,8 +20,9 @@ from qrun.engine.simd.vector import F32, Emitter, Vector
 Kernel = Callable[[int, int, int], None]
 
 
-def _row_kernel(compute: Any, packing: str) -> Kernel:
-    """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty."""
+def _row_kernel(compute: Any, packing: str, panels: bool = True) -> Kernel:
+    """A kernel that computes y's row from x's (and z's), and packs it if `packing` is not empty. panels: packs the rows
+    of a panel together, which takes a third of a second more to compile."""
     packer, panel_packer, packs = packer_of(packing or "f32"), panel_packer_of(packing or "f32"), packing != ""
     width_of = panel_width(packing)
 
@@ -39,7 +40,7 @@ def _row_kernel(compute: Any, packing: str) -> Kernel:
             if packs:
                 packed = v.load_i64(op + R.ROW_PACKED)
                 panel = row // columns * columns
-                if panel < first or panel + columns > end:
+                if not panels or panel < first or panel + columns > end:
                     packer(y, width, packed, row, columns)
                 elif row + 1 == panel + columns:
                     stride = v.load_i64(op + R.ROW_Y_STRIDE)
@@ -482,7 +483,7 @@ def select_rows(packing: str) -> Kernel:
         for i in range(width):
             v.store_f32(y + 4 * i, v.load_f32(source + 4 * i))
 
-    return _row_kernel(compute, packing)
+    return _row_kernel(compute, packing, panels=False)
 
 
 def join(packing: str) -> Kernel:
