@@ -287,16 +287,15 @@ def _split_packer(neighbours: bool) -> Any:
     return pack_split
 
 
-# The order of four neighbouring activations where quantised matrices are tiles: pairs, as weights are unpacked to.
-PAIRED = (0, 2, 1, 3)
+# The order of 16 activations where quantised matrices are tiles: of each four pairs, as weights are unpacked to.
+PAIRED = [4 * four + i for four in range(4) for i in (0, 2, 1, 3)]
 
 
 @operation(lambda *_: v.types.void)
 def round_block(e: Emitter, x: ir.Value, out: ir.Value) -> None:
     """32 floats at `x`, rounded to bfloat16, ties to even."""
-    order = [4 * four + i for four in range(4) for i in PAIRED]
     for half in range(2):
-        values = e.load(x, 64 * half, F32, 16).permute(order)
+        values = e.load(x, 64 * half, F32, 16).permute(PAIRED)
         e.store(rounded(values).narrow(I16).value, out, 32 * half)
 
 
@@ -316,18 +315,22 @@ def pack_rounded(row, width, packed, place, columns):  # type: ignore[no-untyped
         round_block(row + 128 * block, panel + block * 64 * columns)
 
 
+def _in_tile(e: Emitter, numbers: Vector, ratio: ir.Value | None) -> ir.Value:
+    """Numbers of a half as a tile of whole numbers has them, the second half's in units of the first half's scale."""
+    values = numbers.to_float()
+    if ratio is not None:
+        values = values * e.splat(ratio, 16)
+    # They have eight bits at most, so that nothing is cut off.
+    return (values.permute(PAIRED).bits_as(I32) >> 16).narrow(I16).value
+
+
 @operation(lambda *_: v.types.void)
 def quantise_for_tile(e: Emitter, x: ir.Value, block: ir.Value, column: ir.Value) -> None:
     """32 floats at `x` into a column of a tile of whole numbers."""
     b, quantised = e.builder, _Quantised(e, x, even=True)
-    order = [4 * four + i for four in range(4) for i in PAIRED]
     place = b.add(block, b.shl(column, ir.Constant(I64, 6)))
     for half, numbers in enumerate(quantised.numbers):
-        values = numbers.to_float()
-        if half:
-            values = values * e.splat(quantised.ratio, 16)
-        # They have eight bits at most, so that nothing is cut off.
-        e.store((values.permute(order).bits_as(I32) >> 16).narrow(I16).value, place, 32 * half)
+        e.store(_in_tile(e, numbers, quantised.ratio if half else None), place, 32 * half)
     fields = b.add(block, b.shl(column, ir.Constant(I64, 2)))
     for index, value in enumerate((quantised.scales[0], quantised.factor, *quantised.factors)):
         e.store(value, fields, R.TILE_COLUMNS * (64 + 4 * index))
@@ -336,14 +339,10 @@ def quantise_for_tile(e: Emitter, x: ir.Value, block: ir.Value, column: ir.Value
 @operation(lambda *_: v.types.void)
 def quantise_tile(e: Emitter, x: ir.Value, stride: ir.Value, block: ir.Value) -> None:
     """32 floats of each column at `x`, `stride` bytes apart, as a tile of whole numbers."""
-    order = [4 * four + i for four in range(4) for i in PAIRED]
 
     def put(half: int, column: int, numbers: Vector, ratios: Vector | None) -> None:
-        assert ratios is not None
-        values = numbers.to_float()
-        if half:
-            values = values * e.splat(ratios.lane(column), 16)
-        e.store((values.permute(order).bits_as(I32) >> 16).narrow(I16).value, block, 64 * column + 32 * half)
+        ratio = ratios.lane(column) if half and ratios is not None else None
+        e.store(_in_tile(e, numbers, ratio), block, 64 * column + 32 * half)
 
     negated, scales = _quantise_panel(e, x, stride, R.TILE_COLUMNS, True, put)
     factors = scales.negated_sums([sums.value for sums in negated])
@@ -382,13 +381,12 @@ def packer_of(packing: str) -> Any:
 def panel_packer_of(packing: str) -> Any:
     """pack(x, stride, width, packed, place, columns): as many rows as a panel has columns, `stride` bytes apart, as
     `packer_of` packs each."""
-    packer, columns = packer_of(packing), v.target().columns
+    packer, quantise = packer_of(packing), None
     if packing == "whole":
         quantise, columns, group_bytes = quantise_tile, R.TILE_COLUMNS, TILE_BYTES
-    elif packing == "q8" and not v.target().folded:
+    elif packer is pack_quantised:
+        columns = v.target().columns
         quantise, group_bytes = _panel_quantiser(columns), R.PACKED_BYTES * columns
-    else:
-        quantise, columns, group_bytes = None, 0, 0
 
     @v.helper
     def by_rows(x, stride, width, packed, place, columns):  # type: ignore[no-untyped-def]

@@ -74,6 +74,7 @@ def _operations(spec: Quantised) -> tuple[Any, Any, Any, Any]:
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
         e.unsigned_limit = 127  # no weights that are sixteen times as large
+        # What follows is asked for later, see `add_slice`: nothing from `ahead` on here.
         for index, group in enumerate(groups_of(e, spec, address, stride, [])):
             place = e.offset(out, group_bytes * index)
             weights = [pair for word in group.weights for pair in _pairs(e, spec, word)]
