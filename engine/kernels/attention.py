@@ -269,8 +269,8 @@ def score_quantised(cache_type: str, rows: int) -> Any:
 
     @operation(lambda tile, *_: tile)
     def score(e: Emitter, tile: list[Vector], queries: ir.Value, keys: ir.Value, scales: ir.Value) -> list[Vector]:
-        (group,) = spec.groups(_Keys(e, keys, scales))
-        return dot_quantised(e, spec, rows, group, tile, queries)
+        groups = list(spec.groups(_Keys(e, keys, scales)))
+        return dot_quantised(e, spec, rows, groups, tile, queries)
 
     @v.helper
     def score_page(queries, keys, scales, blocks, scores, asked):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ A panel holds as many columns as are computed together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -18,6 +18,7 @@ from llvmlite import ir
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.unpack import Group, Quantised
 from qrun.engine.simd import operations as v
+from qrun.engine.simd.dot import Dot
 from qrun.engine.simd.operations import operation
 from qrun.engine.simd.vector import F32, I8, I16, I32, I64, Emitter, Vector
 
@@ -423,55 +424,79 @@ def panel_width(packing: str) -> Any:
 
 
 def dot_quantised(
-    e: Emitter, spec: Quantised, panel: int, group: Group, total: list[Vector], block: ir.Value, even: bool = False
-) -> list[Vector]:
-    """total + group times the first columns of one packed block, as many as there are totals. even: whether the scales
-    of halves are a power of two apart."""
+    e: Emitter, spec: Quantised, panel: int, groups: Sequence[Group], total: list[Vector], block: ir.Value,
+    even: bool = False,
+) -> list[Vector]:  # fmt: skip
+    """total + groups of rows times the first columns of one packed block, as many as there are totals of each group.
+    even: whether the scales of halves are a power of two apart.
+
+    With several groups, the sums of all of them and of all columns are in registers, and each activation is loaded once
+    for all groups.
+    """
     zero = e.signed_bias if spec.limit is None else spec.zero
-    alone = bool(group.signs) and len(total) == 1
+    n_columns, several = len(total) // len(groups), len(groups) > 1
+    alone = bool(groups[0].signs) and len(total) == 1
     if alone:  # the column gets the weights' signs, and weights are what is left: their sizes, without a zero
         zero = 0
-    result = []
-    for column, value in enumerate(total):
 
-        def broadcast(index: int, element: ir.Type) -> Vector:
-            return e.broadcast_word(block, index, R.PACKED_BYTES // 4 * panel, element)
+    def word(index: int, element: ir.Type) -> Vector:
+        return e.broadcast_word(block, index, R.PACKED_BYTES // 4 * panel, element)
 
-        def field(index: int, element: ir.Type, column: int = column) -> Vector:
-            return broadcast((8 + index) * panel + column, element)
-
-        products = []
-        for half in range(2):
-            words = [broadcast(k // 2 * 2 * panel + 2 * column + k % 2, I32) for k in range(4 * half, 4 * half + 4)]
+    def dots_of(columns: Sequence[int], half: int) -> list[list[Vector]]:
+        """For each column, each group's sums of a half, as float32."""
+        dots = []
+        for column in columns:
             # The sum begins at -zero * (sum of activations), which takes `zero` off every weight, exactly.
-            sums = field(NEGATED_SUM + half, I32) << (zero.bit_length() - 1) if zero else e.constant(0, I32)
-            weights = group.weights[4 * half : 4 * half + 4]
-            if alone and spec.limit is not None:
-                signs = group.signs[4 * half : 4 * half + 4]
-                signed = [e.with_signs(word, sign) for word, sign in zip(words, signs, strict=True)]
-                magnitudes = group.magnitudes[4 * half : 4 * half + 4]
-                sums = e.dot4_unsigned(sums, magnitudes, signed, spec.limit - spec.zero)
-            elif spec.limit is None:
-                sums = e.dot4_signed(sums, weights, words)
-            else:
-                sums = e.dot4_unsigned(sums, weights, words, spec.limit)
-            products.append(sums.to_float())
-        if even and len(group.scales) == 1:
-            both = products[1].fma(field(RATIO, F32), products[0])  # exact
-            value = (both * group.scales[0]).fma(field(SCALE, F32), value)
-        elif even:
-            both = (products[1] * field(RATIO, F32)).fma(group.scales[1], products[0] * group.scales[0])
-            value = both.fma(field(SCALE, F32), value)
-        elif len(group.scales) == 1:
-            scaled = products[1].fma(field(SCALE + 1, F32), products[0] * field(SCALE, F32))
-            value = scaled.fma(group.scales[0], value)
-        else:
-            for half in range(2):
-                value = (products[half] * field(SCALE + half, F32)).fma(group.scales[half], value)
-        if len(group.minimums) == 1:
-            value = group.minimums[0].fma(field(MINIMUM_FACTOR, F32), value)
-        for half, minimum in enumerate(group.minimums if len(group.minimums) == 2 else []):
-            own = field(SCALE, F32) * field(RATIO, F32) if even and half else field(SCALE + half, F32)
-            value = minimum.fma(field(NEGATED_SUM + half, I32).to_float() * own, value)
-        result.append(value)
+            start = word((8 + NEGATED_SUM + half) * panel + column, I32) << (zero.bit_length() - 1) if zero else none
+            limit = spec.limit - spec.zero if alone and spec.limit is not None else spec.limit
+            dots.append([Dot(e, start, limit) for _ in groups])
+        for k in range(4 * half, 4 * half + 4):
+            weights = [(group.magnitudes if alone else group.weights)[k] for group in groups]
+            for column, of_groups in zip(columns, dots, strict=True):
+                activations = word(k // 2 * 2 * panel + 2 * column + k % 2, I32)
+                if alone:
+                    activations = e.with_signs(activations, groups[0].signs[k])
+                for weight, dot in zip(weights, of_groups, strict=True):
+                    dot.add(weight, activations)
+            if several:  # left to itself, LLVM computes column by column, and loads weights for each of them
+                Dot.in_registers([dot for of_groups in dots for dot in of_groups])
+        return [[dot.value().to_float() for dot in of_groups] for of_groups in dots]
+
+    none = e.constant(0, I32)
+    result = list(total)
+    for columns in [range(n_columns)] if several else [[column] for column in range(n_columns)]:
+        halves = [dots_of(columns, half) for half in range(2)]
+        for i, column in enumerate(columns):
+
+            def field(index: int, element: ir.Type = F32, column: int = column) -> Vector:
+                return word((8 + index) * panel + column, element)
+
+            for row, group in enumerate(groups):
+                place = row * n_columns + column
+                products = [half[i][row] for half in halves]
+                result[place] = _add_scaled(result[place], group, products, field, even)
     return result
+
+
+def _add_scaled(
+    value: Vector, group: Group, products: list[Vector], field: Callable[..., Vector], even: bool
+) -> Vector:
+    """A total, and to it the sums of both halves, with scales and minimums. field(index, element): of the column."""
+    if even and len(group.scales) == 1:
+        both = products[1].fma(field(RATIO), products[0])  # exact
+        value = (both * group.scales[0]).fma(field(SCALE), value)
+    elif even:
+        both = (products[1] * field(RATIO)).fma(group.scales[1], products[0] * group.scales[0])
+        value = both.fma(field(SCALE), value)
+    elif len(group.scales) == 1:
+        scaled = products[1].fma(field(SCALE + 1), products[0] * field(SCALE))
+        value = scaled.fma(group.scales[0], value)
+    else:
+        for half in range(2):
+            value = (products[half] * field(SCALE + half)).fma(group.scales[half], value)
+    if len(group.minimums) == 1:
+        value = group.minimums[0].fma(field(MINIMUM_FACTOR), value)
+    for half in range(2 if len(group.minimums) == 2 else 0):
+        own = field(SCALE) * field(RATIO) if even and half else field(SCALE + half)
+        value = group.minimums[half].fma(field(NEGATED_SUM + half, I32).to_float() * own, value)
+    return value

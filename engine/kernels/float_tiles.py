@@ -30,7 +30,8 @@ from qrun.engine.kernels.products import (
     neighbouring_lines,
     writers,
 )
-from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, slice_unpacker, store_sums
+from qrun.engine.kernels.row_groups import blocks_unpacker, slice_unpacker
+from qrun.engine.kernels.tiles import TILE_BYTES, begin_sums, store_sums
 from qrun.engine.kernels.unpack import Rows
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -108,7 +109,7 @@ def float_tile_matmul(type_name: str) -> Callable[[int, int, int], None]:
     totals_bytes = ROW_GROUPS * TILE_BYTES * (PASS_COLUMNS // SPLIT_COLUMNS)
     panel_step = TILE_BYTES  # of activations
     joined_bytes = 64 * SPLIT_COLUMNS
-    unpack_slice = slice_unpacker(unpack_neighbours, LINE_BYTES, step_bytes, slice_bytes)
+    unpack_slice = slice_unpacker(blocks_unpacker(unpack_neighbours, LINE_BYTES, step_bytes), slice_bytes)
     write_apart, write_neighbours = writers()
 
     def through_tiles(narrow: bool) -> Any:

@@ -38,13 +38,12 @@ from qrun.engine.kernels.products import (
     turns_of,
     writers,
 )
+from qrun.engine.kernels.row_groups import blocks_unpacker, slice_unpacker, totals_writer
 from qrun.engine.kernels.tiles import (
     TILE_BYTES,
     add_products,
     begin_sums,
-    slice_unpacker,
     store_sums,
-    totals_writer,
 )
 from qrun.engine.kernels.unpack import Group, Quantised
 from qrun.engine.simd import operations as v
@@ -147,7 +146,7 @@ def folded_tile_matmul(spec: Quantised) -> Callable[[int, int, int], None]:
     block_out, slice_bytes, few_bytes = groups * TILE_BYTES, SLICE_GROUPS * TILE_BYTES, GROUPS_OF_FEW * TILE_BYTES
     unpacked_bytes, totals_bytes = ROW_GROUPS * slice_bytes, ROW_GROUPS * 4 * lanes * PASS_COLUMNS
     turns = turns_of(block_bytes)
-    unpack_slice = slice_unpacker(unpack_block, block_bytes, block_out, slice_bytes)
+    unpack_slice = slice_unpacker(blocks_unpacker(unpack_block, block_bytes, block_out), slice_bytes)
     write_totals = totals_writer(columns, ROW_GROUPS)
     write_apart, _ = writers()
 

@@ -2,16 +2,16 @@
 
 Rows are taken in groups of as many as a vector has lanes. Weights of a group are unpacked so that a lane is a row
 (`unpack`), and activations are broadcast against them. So sums stay in their lanes, and nothing is added across lanes.
-A group's rows are neighbours where there are many columns. With few, memory decides the speed: there each lane has a
-run of neighbouring rows to itself, which hardware foresees.
+A group's rows are neighbours where there are many columns (`kernels.row_groups`). With few, memory decides the speed:
+there each lane has a run of neighbouring rows to itself, which hardware foresees.
 
 Every output is computed by the same float operations in the same order, however many columns there are: exact integer
 sums of 16 products, times the column's scale, times the row's scale, less the minimum, added up group by group.
 That is why a prompt gives the same bits in any batch, on any number of threads.
 
 Columns come packed into panels (`kernels.columns`). With one panel, weights go from the file through registers, for two
-columns, half a panel or all of it. With more, a slice of the row group is unpacked into the first-level cache and used
-for all panels, of the last one perhaps for half of it.
+columns, half a panel or all of it. With more, a slice of some row groups is unpacked into the first-level cache and
+used for all panels, of the last one perhaps for half of it.
 
 Where there is AMX, matrices of float16 and bfloat16 go through `float_tiles`, and quantised ones times many columns
 through `whole_tiles`, to the bits that few columns get here; `folded_tiles` are for models that read whole texts only.
@@ -23,8 +23,8 @@ range; experts have one each. A range begins on a panel's first column.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 from llvmlite import ir
 from numba.core import types
@@ -35,7 +35,6 @@ from qrun.engine.kernels.float_tiles import float_tile_matmul
 from qrun.engine.kernels.folded_tiles import folded_tile_matmul
 from qrun.engine.kernels.products import (
     AHEAD_BYTES,
-    ManyColumns,
     few_columns_of,
     groups_of,
     kernel_of,
@@ -44,6 +43,7 @@ from qrun.engine.kernels.products import (
     turns_of,
     writers,
 )
+from qrun.engine.kernels.row_groups import blocks_unpacker, many_columns_of
 from qrun.engine.kernels.unpack import LINE_WORDS, TYPES, Float, Group, Quantised, Rows
 from qrun.engine.kernels.whole_tiles import whole_tile_columns
 from qrun.engine.simd import operations as v
@@ -55,22 +55,43 @@ def _group_vectors(spec: Quantised) -> int:
     return 8 + spec.n_scales * (2 if spec.has_minimum else 1)
 
 
+class _Loads(Sequence[Vector]):
+    """Neighbouring vectors in memory, each of which is loaded where it is asked for."""
+
+    def __init__(self, e: Emitter, address: ir.Value, first: int, count: int, element: ir.Type) -> None:
+        self._e, self._address, self._places, self._element = e, address, range(first, first + count), element
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Vector: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Vector]: ...
+    def __getitem__(self, index: int | slice) -> Vector | list[Vector]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        lanes = self._e.lanes
+        return self._e.load(self._address, 4 * lanes * self._places[index], self._element, lanes)
+
+
 def _load_group(e: Emitter, spec: Quantised, address: ir.Value) -> Group:
-    size = 4 * e.lanes
     n = spec.n_scales
-    weights = [e.load(address, size * i, I32, e.lanes) for i in range(8)]
-    rest = [e.load(address, size * (8 + i), F32, e.lanes) for i in range(_group_vectors(spec) - 8)]
-    return Group(weights, rest[:n], rest[n:])
+    minimums = _Loads(e, address, 8 + n, n if spec.has_minimum else 0, F32)
+    return Group(_Loads(e, address, 0, 8, I32), _Loads(e, address, 8, n, F32), minimums)
 
 
 def _tile_of(tile: types.Type, *_: Any) -> types.Type:
     return tile
 
 
-def quantised_operations(spec: Quantised, panel: int, even: bool = False) -> tuple[Any, Any, Any]:
-    """For one type, and columns in panels of that width: unpack a block into memory; add a group from memory; add a
-    block straight from the file. Both that read the file ask for memory from `ahead` on, as much as they read: of
-    neighbouring rows, or of runs. even: columns are packed for tiles of whole numbers."""
+def quantised_operations(
+    spec: Quantised, panel: int, even: bool = False, together: int = 1, apart: int = 0
+) -> tuple[Any, Any, Any]:
+    """For one type, and columns in panels of that width: unpack a block into memory; add a group of `together` row
+    groups from memory, which lie `apart`; add a block straight from the file. Both that read the file ask for memory
+    from `ahead` on, as much as they read: of neighbouring rows, or of runs. even: columns are packed for tiles of whole
+    numbers."""
 
     @operation(lambda *_: types.void)
     def unpack_block(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
@@ -81,7 +102,8 @@ def quantised_operations(spec: Quantised, panel: int, even: bool = False) -> tup
 
     @operation(_tile_of)
     def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, block: ir.Value) -> list[Vector]:
-        return dot_quantised(e, spec, panel, _load_group(e, spec, unpacked), total, block, even)
+        groups = [_load_group(e, spec, e.offset(unpacked, apart * i)) for i in range(together)]
+        return dot_quantised(e, spec, panel, groups, total, block, even)
 
     @operation(_tile_of)
     def dot_block(
@@ -90,20 +112,23 @@ def quantised_operations(spec: Quantised, panel: int, even: bool = False) -> tup
         lines = lines_of_runs(e, ahead, stride, spec.block_bytes)
         for index, group in enumerate(groups_of(e, spec, address, stride, lines)):
             place = e.offset(block, R.PACKED_BYTES * panel * index)
-            total = dot_quantised(e, spec, panel, group, total, place, even)
+            total = dot_quantised(e, spec, panel, [group], total, place, even)
         return total
 
     return unpack_block, dot_group, dot_block
 
 
-def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any, Any]:
+def float_operations(
+    spec: Float, panel: int, words: int = 4, together: int = 1, apart: int = 0
+) -> tuple[Any, Any, Any]:
     """The same for a float type, whose blocks are four words of a row, or more; columns are packed as float32."""
     block_bytes, per_block = 4 * words, 4 * words // spec.weight_bytes
 
-    def add(e: Emitter, total: list[Vector], weight: Vector, x: ir.Value, index: int) -> list[Vector]:
-        return [
-            weight.fma(e.broadcast_word(x, index * panel + c, per_block * panel, F32), t) for c, t in enumerate(total)
-        ]
+    def add(e: Emitter, total: list[Vector], weights: Sequence[Vector], x: ir.Value, index: int) -> list[Vector]:
+        """One weight of each row of some row groups, whose totals are one behind the other."""
+        n = len(total) // len(weights)
+        values = [e.broadcast_word(x, index * panel + c, per_block * panel, F32) for c in range(n)]
+        return [weights[i // n].fma(values[i % n], t) for i, t in enumerate(total)]
 
     def weights(e: Emitter, address: ir.Value, stride: ir.Value, lines: list[ir.Value]) -> list[Vector]:
         for line in lines:
@@ -118,7 +143,8 @@ def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any,
     @operation(_tile_of)
     def dot_group(e: Emitter, total: list[Vector], unpacked: ir.Value, x: ir.Value) -> list[Vector]:
         for i in range(per_block):
-            total = add(e, total, e.load(unpacked, 4 * e.lanes * i, F32, e.lanes), x, i)
+            weights = [e.load(unpacked, apart * g + 4 * e.lanes * i, F32, e.lanes) for g in range(together)]
+            total = add(e, total, weights, x, i)
         return total
 
     @operation(_tile_of)
@@ -126,35 +152,17 @@ def float_operations(spec: Float, panel: int, words: int = 4) -> tuple[Any, Any,
         e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
     ) -> list[Vector]:
         for i, weight in enumerate(weights(e, address, stride, lines_of_runs(e, ahead, stride, block_bytes))):
-            total = add(e, total, weight, x, i)
+            total = add(e, total, [weight], x, i)
         return total
 
     return unpack_block, dot_group, dot_block
 
 
-def _no_lines(panel: int) -> tuple[Any, Any, Any]:
-    """In the place of `float_operations` where nothing is taken by cache lines: never called, but compiled."""
-
-    @operation(lambda *_: types.void)
-    def unpack(e: Emitter, address: ir.Value, stride: ir.Value, out: ir.Value, ahead: ir.Value) -> None:
-        pass
-
-    @operation(_tile_of)
-    def dot(
-        e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value, ahead: ir.Value
-    ) -> list[Vector]:
-        return total
-
-    return unpack, None, dot
-
-
-def _tail_operation(spec: Quantised | Float) -> Any:
+def _tail_operation(spec: Float) -> Any:
     """Add one weight of a float row whose length is no multiple of a block."""
 
     @operation(_tile_of)
     def dot_one(e: Emitter, total: list[Vector], address: ir.Value, stride: ir.Value, x: ir.Value) -> list[Vector]:
-        if isinstance(spec, Quantised):
-            return total
         weight = spec.one(Rows(e, address, stride), 0)
         return [weight.fma(e.broadcast(x, 4 * c, F32), t) for c, t in enumerate(total)]
 
@@ -182,24 +190,27 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
             64 // spec.weight_bytes,
             spec.weight_bytes,
         )
-    unpack_block, dot_group, _ = operations(columns)
     # Floats are taken a cache line of each row at a time where as many rows are taken, and by blocks from there on.
-    by_lines, line_operations = False, _no_lines
+    by_lines, line_blocks = False, 1
+
+    def line_operations(_: int) -> tuple[Any, Any, Any]:
+        return None, None, None
+
     if isinstance(spec, Float) and lanes == LINE_WORDS:
-        by_lines, line_operations = True, functools.partial(float_operations, spec, words=LINE_WORDS)
-    line_blocks = 4 if by_lines else 1
-    unpack_line, *_ = line_operations(columns)
-    dot_one = _tail_operation(spec)
+        by_lines, line_blocks = True, 4
+        line_operations = functools.partial(float_operations, spec, words=LINE_WORDS)
     # A slice of 256 weights of each row is unpacked at a time: 5 KB of the first-level cache with 16 lanes.
     slice_blocks = 8 // groups if isinstance(spec, Quantised) else 16 * spec.weight_bytes
     block_out, slice_bytes = groups * group_bytes, slice_blocks * groups * group_bytes
-    totals_bytes = 4 * lanes * R.MAX_COLUMNS
+    # With 16 registers, two row groups share the activations of a panel that are loaded: three vectors are then loaded
+    # for four products, in the place of five, and loads are what AVX2 machines have too few of. (Zen 3, 512 columns:
+    # quantised matrices take 0.5 to 0.8 of the time, float16 half of it.)
+    together = 2 if v.target().is_x86 and lanes == 8 else 1
+    unpack_block, dot_group, _ = operations(columns, together=together, apart=slice_bytes)
+    unpack_line, *_ = line_operations(columns)
+    has_tail, dot_one = isinstance(spec, Float), _tail_operation(spec) if isinstance(spec, Float) else None
     turns = turns_of(block_bytes)
-    wide_x, wide_block = x_bytes * columns, x_bytes * columns * groups
-    tail_x = 4 * columns
-
-    has_tiles = bool(tiles)
-    write_apart, write_neighbours = writers()
+    wide_x = x_bytes * columns
 
     def through_registers(width: int, panel: int) -> Any:
         """A row of each lane's run, `stride` bytes apart, times the first `width` columns of one panel. Totals go to
@@ -209,22 +220,25 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
         @v.helper
         def dot(weights, stride, n_blocks, tail, x, run_end, jump, totals):  # type: ignore[no-untyped-def]
             total = v.zero_tile(width)
-            lines = n_blocks // line_blocks if by_lines else 0
-            for _ in range(lines):
-                asked = weights + AHEAD_BYTES
-                total = dot_line(total, weights, stride, x, asked if asked < run_end else asked + jump)
-                weights += line_blocks * block_bytes
-                x += x_bytes * line_blocks * panel
-            for block in range(lines * line_blocks, n_blocks):
+            done = 0
+            if by_lines:
+                done = n_blocks // line_blocks * line_blocks
+                for _ in range(0, done, line_blocks):
+                    asked = weights + AHEAD_BYTES
+                    total = dot_line(total, weights, stride, x, asked if asked < run_end else asked + jump)
+                    weights += line_blocks * block_bytes
+                    x += x_bytes * line_blocks * panel
+            for block in range(done, n_blocks):
                 asked = weights + AHEAD_BYTES
                 asked = asked if asked < run_end else asked + jump
                 asked += block % turns * (lanes // turns) * stride
                 total = dot_block(total, weights, stride, x, asked)
                 weights += block_bytes
                 x += x_bytes * groups * panel
-            for i in range(tail):
-                total = dot_one(total, weights + i * tail_bytes, stride, x)
-                x += 4 * panel
+            if has_tail:
+                for i in range(tail):
+                    total = dot_one(total, weights + i * tail_bytes, stride, x)
+                    x += 4 * panel
             v.store_tile(total, totals, 4 * lanes)
 
         return dot
@@ -247,78 +261,49 @@ def matmul(variant: str) -> Callable[[int, int, int], None]:
 
     def through_memory(width: int) -> Any:
         """`count` unpacked groups times the first `width` columns of a panel, into memory, or `adding` to it."""
+        vectors, tile_bytes = width * together, 4 * lanes * columns
 
         @v.helper
         def dot(unpacked, count, x, adding, totals):  # type: ignore[no-untyped-def]
-            total = v.zero_tile(width)
+            total = v.zero_tile(vectors)
             if adding:
-                total = v.load_tile(width, totals, 4 * lanes)
+                total = v.load_rows(vectors, width, totals, tile_bytes)
             for _ in range(count):
                 total = dot_group(total, unpacked, x)
                 unpacked += group_bytes
                 x += wide_x
-            v.store_tile(total, totals, 4 * lanes)
+            v.store_rows(total, width, totals, tile_bytes)
 
         return dot
 
-    add_panel, add_half_panel = through_memory(columns), through_memory(columns // 2)
+    @v.helper
+    def unpack_lines(weights, blocks, stride, unpacked, ahead):  # type: ignore[no-untyped-def]
+        lines = blocks // line_blocks
+        for i in range(0, lines * line_blocks, line_blocks):
+            unpack_line(weights + i * block_bytes, stride, unpacked + i * block_out, ahead)
+            ahead += lanes * block_bytes * line_blocks
+        done = lines * line_blocks
+        return unpack_blocks(
+            weights + done * block_bytes, blocks - done, stride, unpacked + done * block_out, ahead
+        )
 
     @v.helper
-    def many_columns(op, matrix, begin, end, first_column, n_columns, after, unpacked, totals):  # type: ignore[no-untyped-def]
-        """A row group (or `begin` to `end`, if the matrix has fewer rows) times many columns. What lies from `after` on
-        is asked for meanwhile."""
-        row_bytes = v.load_i64(op + R.MM_ROW_BYTES)
-        n_rows = v.load_i64(op + R.MM_ROWS)
-        n_blocks = v.load_i64(op + R.MM_BLOCKS)
-        tail = v.load_i64(op + R.MM_TAIL)
-        column_bytes = v.load_i64(op + R.MM_COLUMN_BYTES)
-        if has_tiles:  # those are a tile's
-            column_bytes = n_blocks * groups * x_bytes
-        whole = n_rows >= lanes
-        stride = row_bytes if whole else 0
-        for wanted in range(begin, end, lanes if whole else 1):
-            # The last group is moved back over rows that are done: computed again, to the same bits.
-            row = min(wanted, n_rows - lanes) if whole else wanted
-            weights = matrix + row * row_bytes
-            ahead = after
-            panels = (n_columns + columns - 1) // columns
-            x0 = v.load_i64(op + R.MM_INPUT) + first_column * column_bytes
-            for first in range(0, n_blocks, slice_blocks):
-                blocks = min(slice_blocks, n_blocks - first)
-                lines = blocks // line_blocks if by_lines else 0
-                for i in range(0, lines * line_blocks, line_blocks):
-                    address = weights + (first + i) * block_bytes
-                    unpack_line(address, stride, unpacked + i * block_out, ahead)
-                    ahead += lanes * block_bytes * line_blocks
-                for i in range(lines * line_blocks, blocks):
-                    address = weights + (first + i) * block_bytes
-                    unpack_block(address, stride, unpacked + i * block_out, ahead)
-                    ahead += lanes * block_bytes
-                for panel in range(panels):
-                    place = totals + panel * (4 * lanes * columns)
-                    x = x0 + panel * columns * column_bytes + first * wide_block
-                    if n_columns - panel * columns > columns // 2:
-                        add_panel(unpacked, blocks * groups, x, first > 0, place)
-                    else:
-                        add_half_panel(unpacked, blocks * groups, x, first > 0, place)
-            for panel in range(panels):
-                place = totals + panel * (4 * lanes * columns)
-                if tail > 0:
-                    total = v.zero_tile(columns)
-                    if n_blocks > 0:
-                        total = v.load_tile(columns, place, 4 * lanes)
-                    x = x0 + panel * columns * column_bytes + n_blocks * wide_block
-                    for i in range(tail):
-                        total = dot_one(total, weights + n_blocks * block_bytes + i * tail_bytes, stride, x)
-                        x += tail_x
-                    v.store_tile(total, place, 4 * lanes)
-            for column in range(n_columns):
-                place = totals + column * (4 * lanes)
-                if whole:
-                    write_neighbours(op, place, first_column + column, row, 1)
-                else:
-                    write_apart(op, place, first_column + column, row, 0)
+    def add_tail(op, weights, x, totals):  # type: ignore[no-untyped-def]
+        whole, tail = v.load_i64(op + R.MM_ROWS) >= lanes, v.load_i64(op + R.MM_TAIL)
+        stride = v.load_i64(op + R.MM_ROW_BYTES) if whole else 0
+        total = v.zero_tile(columns)
+        if v.load_i64(op + R.MM_BLOCKS) > 0:
+            total = v.load_tile(columns, totals, 4 * lanes)
+        for i in range(tail):
+            total = dot_one(total, weights + i * tail_bytes, stride, x)
+            x += 4 * columns
+        v.store_tile(total, totals, 4 * lanes)
 
-    few_columns = few_columns_of(dot_few, write_apart)
+    unpack_blocks = blocks_unpacker(unpack_block, block_bytes, block_out)
+    many = many_columns_of(
+        unpack_lines if by_lines else unpack_blocks, through_memory(columns), through_memory(columns // 2),
+        add_tail if has_tail else None, together, groups, block_bytes, slice_blocks, group_bytes, x_bytes,
+    )  # fmt: skip
+    few_columns = few_columns_of(dot_few, writers()[0])
     in_tiles = whole_tile_columns(spec) if tiles and isinstance(spec, Quantised) else None
-    return kernel_of(few_columns, ManyColumns(many_columns, slice_bytes, totals_bytes, lanes, R.MAX_COLUMNS), in_tiles)
+    return kernel_of(few_columns, many, in_tiles)

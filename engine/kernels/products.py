@@ -20,6 +20,9 @@ from qrun.formats.dataclass import dataclass
 # 1536 bytes 1.01, 1.01 and 0.94; 2048 bytes are no better.
 AHEAD_BYTES = 1536
 
+# With many columns, chunks of rows are so small that there are so many for each part of a step: eight for a thread.
+CHUNKS_A_PART = 2
+
 
 def neighbouring_lines(e: Emitter, ahead: ir.Value, block_bytes: int) -> list[ir.Value]:
     """The cache lines from `ahead` on that are as much as a block of each row."""
@@ -143,7 +146,8 @@ class ManyColumns:
     rows, most_columns: how many rows, and columns at most, it takes; fewer columns, down to `least_columns`, where
     these would be more than `pass_bytes`. All rows are multiplied by so many columns, then by the next ones. A thread
     calls `begin` and `end` with the number of all columns before the first chunk and after the last one.
-    Where a column is longer than `long_bytes`, a chunk has `rows_of_long` rows.
+    Where a column is longer than `long_bytes`, a chunk has `rows_of_long` rows. Where every thread gets many chunks even
+    so, they have more rows, up to `most_rows`.
     """
 
     function: Any
@@ -157,6 +161,7 @@ class ManyColumns:
     end: Any = nothing
     long_bytes: int = 1 << 60
     rows_of_long: int = 0
+    most_rows: int = 0
 
 
 def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = None) -> Callable[[int, int, int], None]:
@@ -169,6 +174,7 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
     unpacked_bytes = max(many.unpacked_bytes, most.unpacked_bytes)
     totals_bytes = max(many.totals_bytes, most.totals_bytes)
     many_rows, tile_rows = many.rows, most.rows
+    most_rows = many.most_rows or many.rows
     most_columns, pass_bytes, least_columns = most.most_columns, most.pass_bytes, most.least_columns
     long_bytes, rows_of_long = most.long_bytes, most.rows_of_long
 
@@ -180,9 +186,14 @@ def kernel_of(few_columns: Any, many: ManyColumns, tiles: ManyColumns | None = N
         # With many columns even a few rows take long, and share the work most evenly.
         chunk_rows = v.load_i64(op + R.MM_CHUNK)
         if all_columns > columns:
-            chunk_rows = tile_rows if in_tiles else many_rows
-            if in_tiles and v.load_i64(op + R.MM_COLUMN_BYTES) > long_bytes:
-                chunk_rows = rows_of_long
+            chunk_rows = many_rows
+            wanted_chunks = CHUNKS_A_PART * v.load_i64(step + R.STEP_PARTS)
+            fit = n_rows * v.load_i64(ranges) // wanted_chunks if all_columns >= R.MANY_ROWS else 0
+            while 2 * chunk_rows <= min(fit, most_rows):
+                chunk_rows *= 2
+            if in_tiles:
+                is_long = v.load_i64(op + R.MM_COLUMN_BYTES) > long_bytes
+                chunk_rows = rows_of_long if is_long else tile_rows
         chunk_bytes = chunk_rows * v.load_i64(op + R.MM_ROW_BYTES)
         chunks = (n_rows + chunk_rows - 1) // chunk_rows
         pass_columns = most_columns

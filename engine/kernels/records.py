@@ -53,6 +53,9 @@ TILE_SIZE, MAX_HEADS_TOGETHER, MAX_HEAD_DIM = 16, 8, 576
 # A matrix tile's columns are at most this many at a time (its accumulators lie on the stack).
 MAX_COLUMNS = 512
 
+# With so many rows or more, steps are divided among threads otherwise.
+MANY_ROWS = 64
+
 # What 32 quantised activations of one column take, what they take in bfloat16, and in a tile of whole numbers: see
 # kernels.columns.
 PACKED_BYTES, ROUNDED_BYTES, TILE_PACKED_BYTES = 52, 64, 80

@@ -1,52 +1,10 @@
-"""What kernels that use tiles of AMX share: weights on their way there, two by two at a time, sums on the way back."""
+"""What kernels that use tiles of AMX share: two by two at a time, and sums on their way."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from qrun.engine.kernels.products import writers
 from qrun.engine.simd import operations as v
 
 TILE_BYTES = 1024
-
-
-def slice_unpacker(unpack: Any, block_bytes: int, block_out: int, slice_bytes: int) -> Any:
-    """unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, ahead) -> ahead: some blocks of
-    row groups from the row `wanted` on, of which none begins behind the row `last`; each group `slice_bytes` behind the
-    one before. part: where the matrix's first row has the first block. unpack(address, stride, out, ahead): a block."""
-    lanes = v.target().lanes
-    ahead_bytes = lanes * block_bytes
-
-    @v.helper
-    def unpack_slice(part, wanted, last, row_bytes, row_groups, blocks, stride, unpacked, ahead):  # type: ignore[no-untyped-def]
-        for g in range(row_groups):
-            weights = part + min(wanted + g * lanes, last) * row_bytes
-            for i in range(blocks):
-                unpack(weights + i * block_bytes, stride, unpacked + g * slice_bytes + i * block_out, ahead)
-                ahead += ahead_bytes
-        return ahead
-
-    return unpack_slice
-
-
-def totals_writer(columns: int, most_groups: int) -> Any:
-    """write_totals(op, totals, first_column, n_columns, wanted, last, row_groups, whole): all columns of row groups to
-    their places, from tiles [columns, 16 rows]: for each panel `most_groups` of them. whole: or else one row."""
-    lanes, panel_bytes = v.target().lanes, most_groups * TILE_BYTES
-    write_apart, write_neighbours = writers()
-
-    @v.helper
-    def write_totals(op, totals, first_column, n_columns, wanted, last, row_groups, whole):  # type: ignore[no-untyped-def]
-        for column in range(n_columns):
-            place = totals + column // columns * panel_bytes + column % columns * 64
-            if whole:
-                for g in range(row_groups):
-                    row = min(wanted + g * lanes, last)
-                    write_neighbours(op, place + g * TILE_BYTES, first_column + column, row, 1)
-            else:
-                write_apart(op, place, first_column + column, wanted, 0)
-
-    return write_totals
 
 
 @v.helper

@@ -10,7 +10,7 @@ The generators run while a kernel is compiled. Layouts are drawn in `formats/blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 from llvmlite import ir
@@ -119,11 +119,11 @@ class Group:
     which that is less work for a single column.
     """
 
-    weights: list[Vector]
-    scales: list[Vector]
-    minimums: list[Vector]
-    magnitudes: list[Vector] = field(default_factory=list)
-    signs: list[Vector] = field(default_factory=list)
+    weights: Sequence[Vector]
+    scales: Sequence[Vector]
+    minimums: Sequence[Vector]
+    magnitudes: Sequence[Vector] = ()
+    signs: Sequence[Vector] = ()
 
 
 @dataclass(frozen=True)

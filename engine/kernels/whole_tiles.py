@@ -23,7 +23,8 @@ from numba.core import types
 from qrun.engine.kernels import records as R
 from qrun.engine.kernels.columns import TILE_MINIMUM_FACTOR, TILE_MINIMUM_FACTORS, TILE_SCALE
 from qrun.engine.kernels.products import ManyColumns, groups_of
-from qrun.engine.kernels.tiles import TILE_BYTES, slice_unpacker, totals_writer
+from qrun.engine.kernels.row_groups import blocks_unpacker, slice_unpacker, totals_writer
+from qrun.engine.kernels.tiles import TILE_BYTES
 from qrun.engine.kernels.unpack import Quantised
 from qrun.engine.simd import operations as v
 from qrun.engine.simd.operations import operation
@@ -144,7 +145,7 @@ def whole_tile_columns(spec: Quantised) -> ManyColumns:
     # For all columns of a row group, or for fewer of several.
     totals_apart = ROW_GROUPS * 4 * lanes * LEAST_COLUMNS
     totals_bytes = max(ROW_GROUPS * 4 * lanes * PASS_COLUMNS, totals_apart * (ROWS_OF_LONG // (ROW_GROUPS * lanes)))
-    unpack_slice = slice_unpacker(unpack_block, block_bytes, block_out, slice_bytes)
+    unpack_slice = slice_unpacker(blocks_unpacker(unpack_block, block_bytes, block_out), slice_bytes)
     write_totals = totals_writer(columns, ROW_GROUPS)
 
     @v.helper

@@ -29,7 +29,7 @@ from qrun.engine.native.stacks import has_room, roomy_threads
 TEAM_KERNELS = ("lead", "serve")
 
 # With many rows, operations on rows come in more parts than there are threads: then nobody waits long for one of them.
-MANY_ROWS, PARTS_A_THREAD = 64, 4
+PARTS_A_THREAD = 4
 # With few, the thread that is the last to arrive at a barrier does those that follow before the others go on.
 FEW_ROWS = 2
 
@@ -116,7 +116,7 @@ class Team:
             self._crew = self._start()
         crew = self._crew
         shared = crew.shared
-        many = step[R.N_ROWS // 8] >= MANY_ROWS
+        many = step[R.N_ROWS // 8] >= R.MANY_ROWS
         step[R.STEP_PARTS // 8] = self.size * (PARTS_A_THREAD if many else 1)
         step[R.STEP_TEAM // 8] = crew.address
         alone = step.copy()

@@ -245,6 +245,16 @@ class Emitter:
         assembly = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True)
         self.builder.call(assembly, [])
 
+    def in_registers(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """The same vectors, all of them in registers at this point, on x86: what they are made of has been computed
+        there, and what is made of them has not. It is no instruction."""
+        type_, n = vectors[0].value.type, len(vectors)
+        function = ir.FunctionType(ir.LiteralStructType([type_] * n), [type_] * n)
+        constraints = ",".join(["=x"] * n + [str(i) for i in range(n)])
+        assembly = ir.InlineAsm(function, "", constraints, side_effect=True)
+        all_ = self.builder.call(assembly, [vector.value for vector in vectors])
+        return [self.vector(self.builder.extract_value(all_, i)) for i in range(n)]
+
     def splat(self, scalar: ir.Value, lanes: int | None = None) -> Vector:
         type_ = ir.VectorType(scalar.type, lanes or self.lanes)
         one = self.builder.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(I32, 0))
@@ -267,49 +277,24 @@ class Emitter:
     def constant(self, value: float, element: ir.Type = F32) -> Vector:
         return self.vector(ir.Constant(ir.VectorType(element, self.lanes), [value] * self.lanes))
 
-    def dot4_unsigned(
-        self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int
-    ) -> Vector:
-        """sums + four products a lane of each weights[i] (bytes of 0..limit, at most 127) and activations[i] (int8)."""
-        if self.target.dot == "vnni":
-            for weight, activation in zip(weights, activations, strict=True):
-                sums = self._dpbusd(sums, weight, activation)
-        elif self.target.dot == "avx2":
-            # A pair sum is at most 2 * limit * 127 in size: as many are added in int16 as surely fit there.
-            room = 32767 // (2 * limit * 127)
-            for start in range(0, len(weights), room):
-                pairs = [
-                    self._maddubs(weight, activation)
-                    for weight, activation in list(zip(weights, activations, strict=True))[start : start + room]
-                ]
-                sums = sums + self._widen_pairs(_tree_sum(pairs))
-        else:
-            sums = self._dot4_elsewhere(sums, weights, activations, limit)
-        return sums
-
-    def dot4_signed(self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector]) -> Vector:
-        """As dot4_unsigned for weights of -128..127. On VNNI they arrive with 128 added (`bias_signed`)."""
-        if self.target.dot == "vnni":
-            for weight, activation in zip(weights, activations, strict=True):
-                sums = self._dpbusd(sums, weight, activation)
-        elif self.target.dot == "avx2":
-            # |w| * (a with w's sign) = w * a, and 2 * 128 * 127 = 32,512 fits in int16.
-            for weight, activation in zip(weights, activations, strict=True):
-                size = self._bytewise(weight, "abs")
-                signed = self._sign(activation, weight)
-                sums = sums + self._widen_pairs(self._maddubs(size, signed))
-        else:
-            sums = self._dot4_elsewhere(sums, weights, activations, 128)
-        return sums
-
     @property
     def multiplies_signs(self) -> bool:
         """Whether one instruction gives numbers the signs of others (`with_signs`), and makes products cheaper."""
         return self.target.dot == "avx2" and self.lanes == 8
 
     def with_signs(self, numbers: Vector, signs: Vector) -> Vector:
-        """The bytes of int32 vectors, negated where those of `signs` are negative; these are not 0."""
-        return self._sign(numbers, signs)
+        """The bytes of int32 vectors, negated where those of `signs` are negative; of no matter where these are 0."""
+        values, others = numbers.bits_as(I8), signs.bits_as(I8)
+        if values.lanes == 32:  # AVX-512 has no such instruction, but masks
+            return self.target_call("llvm.x86.avx2.psign.b", values.value.type, values, others).bits_as(I32)
+        return others.less(0).choose(-values, values).bits_as(I32)
+
+    def without_signs(self, numbers: Vector) -> Vector:
+        """The sizes of the bytes of int32 vectors."""
+        flat = numbers.bits_as(I8)
+        type_ = ir.FunctionType(flat.value.type, [flat.value.type, ir.IntType(1)])
+        function = declare(self.builder.module, flat._overload("llvm.abs"), type_)
+        return flat._new(self.builder.call(function, [flat.value, ir.Constant(ir.IntType(1), 0)])).bits_as(I32)
 
     @property
     def signed_bias(self) -> int:
@@ -330,10 +315,10 @@ class Emitter:
             name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[
                 lanes
             ]
-            return self._target_call(name, flat.value.type, self.vector(repeated), flat).bits_as(I32)
+            return self.target_call(name, flat.value.type, self.vector(repeated), flat).bits_as(I32)
         if self.target.is_arm and self.target.dot != "plain":
             repeated = ir.Constant(flat.value.type, [v & 0xFF for v in table])
-            return self._target_call(
+            return self.target_call(
                 "llvm.aarch64.neon.tbl1.v16i8", flat.value.type, self.vector(repeated), flat
             ).bits_as(I32)
         result = flat.constant(table[0] & 0xFF)
@@ -345,7 +330,7 @@ class Emitter:
     def lookup32(self, table: Sequence[int], indices: Vector) -> Vector:
         """table[i % 32] for each int16 i, of AVX-512's longest vectors."""
         entries = self.vector(ir.Constant(indices.value.type, list(table)))
-        return self._target_call("llvm.x86.avx512.permvar.hi.512", indices.value.type, entries, indices)
+        return self.target_call("llvm.x86.avx512.permvar.hi.512", indices.value.type, entries, indices)
 
     @property
     def permutes_bytes(self) -> bool:
@@ -356,18 +341,18 @@ class Emitter:
         """table[i % 64] for each byte i."""
         entries = ir.Constant(indices.value.type, list(table))
         name = "llvm.x86.avx512.permvar.qi.512"
-        return self._target_call(name, indices.value.type, self.vector(entries), indices)
+        return self.target_call(name, indices.value.type, self.vector(entries), indices)
 
     def permute_two(self, tables: Sequence[Vector], indices: Vector) -> Vector:
         """For each byte i: byte i % 128 of two vectors of 64 bytes."""
         name = "llvm.x86.avx512.vpermi2var.qi.512"
-        return self._target_call(name, indices.value.type, tables[0], indices, tables[1])
+        return self.target_call(name, indices.value.type, tables[0], indices, tables[1])
 
     def shift_bytes(self, words: Vector, shifts: Sequence[int]) -> Vector:
         """For each byte the eight bits that begin at bit `shifts` of its 64 bits, which are a ring."""
         flat = words.bits_as(I8)
         places = self.vector(ir.Constant(flat.value.type, list(shifts)))
-        return self._target_call("llvm.x86.avx512.pmultishift.qb.512", flat.value.type, places, flat)
+        return self.target_call("llvm.x86.avx512.pmultishift.qb.512", flat.value.type, places, flat)
 
     @contextlib.contextmanager
     def loop(self, count: int) -> Iterator[ir.Value]:
@@ -417,7 +402,7 @@ class Emitter:
     def multiply_high(self, factors: Vector, factor: int) -> Vector:
         """For each int16: the product, divided by 2^15 and rounded, halves up."""
         constant = factors.constant(factor)
-        return self._target_call("llvm.x86.avx512.pmul.hr.sw.512", factors.value.type, factors, constant)
+        return self.target_call("llvm.x86.avx512.pmul.hr.sw.512", factors.value.type, factors, constant)
 
     def configure_tiles(self, rows: int, row_bytes: int, depth: int = 16) -> None:
         """Give this thread AMX's tiles: 0 to 3 hold float32 sums of so many rows, 4 and 5 left factors, rows of `depth`
@@ -451,79 +436,10 @@ class Emitter:
         type_ = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
         self.builder.call(declare(self.builder.module, f"llvm.x86.{name}", type_), arguments)
 
-    def _target_call(self, name: str, result: ir.Type, *arguments: Vector) -> Vector:
+    def target_call(self, name: str, result: ir.Type, *arguments: Vector) -> Vector:
         values = [argument.value for argument in arguments]
         function = ir.FunctionType(result, [value.type for value in values])
         return self.vector(self.builder.call(declare(self.builder.module, name, function), values))
-
-    def _dpbusd(self, sums: Vector, weights: Vector, activations: Vector) -> Vector:
-        bits = 32 * sums.lanes
-        weights, activations = weights.bits_as(I8), activations.bits_as(I8)
-        return self._target_call(f"llvm.x86.avx512.vpdpbusd.{bits}", sums.value.type, sums, weights, activations)
-
-    def _maddubs(self, weights: Vector, activations: Vector) -> Vector:
-        weights, activations = weights.bits_as(I8), activations.bits_as(I8)
-        result = ir.VectorType(I16, weights.lanes // 2)
-        name = {16: "llvm.x86.avx2.pmadd.ub.sw", 32: "llvm.x86.avx512.pmaddubs.w.512"}[result.count]
-        return self._target_call(name, result, weights, activations)
-
-    def _widen_pairs(self, pairs: Vector) -> Vector:
-        result = ir.VectorType(I32, pairs.lanes // 2)
-        name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[result.count]
-        return self._target_call(name, result, pairs, pairs.constant(1))
-
-    def _bytewise(self, vector: Vector, operation: str) -> Vector:
-        flat = vector.bits_as(I8)
-        type_ = ir.FunctionType(flat.value.type, [flat.value.type, ir.IntType(1)])
-        function = declare(self.builder.module, flat._overload(f"llvm.{operation}"), type_)
-        return flat._new(self.builder.call(function, [flat.value, ir.Constant(ir.IntType(1), 0)])).bits_as(I32)
-
-    def _sign(self, activations: Vector, weights: Vector) -> Vector:
-        """Activations with the sign of the weights' bytes (a weight of zero makes the product zero anyway)."""
-        values, signs = activations.bits_as(I8), weights.bits_as(I8)
-        if values.lanes == 32:  # AVX-512 has no such instruction, but masks
-            return self._target_call("llvm.x86.avx2.psign.b", values.value.type, values, signs).bits_as(I32)
-        return signs.less(0).choose(-values, values).bits_as(I32)
-
-    def _dot4_elsewhere(
-        self, sums: Vector, weights: Sequence[Vector], activations: Sequence[Vector], limit: int
-    ) -> Vector:
-        """dot4 where it is not x86's: weights are int8 of at most `limit` in size."""
-        pairs = list(zip(weights, activations, strict=True))
-        if self.target.dot == "dotprod":
-            for weight, activation in pairs:
-                sums = self._target_call(
-                    "llvm.aarch64.neon.sdot.v4i32.v16i8", sums.value.type, sums, weight.bits_as(I8),
-                    activation.bits_as(I8),
-                )  # fmt: skip
-        elif self.target.dot == "neon":
-            # As with maddubs: as many products are added in int16 as surely fit there once neighbours are added too.
-            room = 32767 // (2 * limit * 127)
-            for start in range(0, len(pairs), room):
-                sums = self._add_neon_products(sums, pairs[start : start + room])
-        else:
-            for weight, activation in pairs:
-                for byte in range(4):
-                    left = (weight << (24 - 8 * byte)).shift_right_signed(24)
-                    right = (activation << (24 - 8 * byte)).shift_right_signed(24)
-                    sums = sums + left * right
-        return sums
-
-    def _add_neon_products(self, sums: Vector, pairs: Sequence[tuple[Vector, Vector]]) -> Vector:
-        """smull and smlal for both halves of 16 bytes; addp and saddlp add the four neighbours of a lane, to int32."""
-        halves = []
-        for lanes in (range(8), range(8, 16)):
-            products = [
-                w.bits_as(I8).permute(lanes).widen_signed(I16) * a.bits_as(I8).permute(lanes).widen_signed(I16)
-                for w, a in pairs
-            ]
-            total = products[0]
-            for product in products[1:]:
-                total = total + product
-            halves.append(total)
-        words = ir.VectorType(I16, 8)
-        neighbours = self._target_call("llvm.aarch64.neon.addp.v8i16", words, *halves)
-        return sums + self._target_call("llvm.aarch64.neon.saddlp.v4i32.v8i16", sums.value.type, neighbours)
 
 
 def declare(module: ir.Module, name: str, type_: ir.FunctionType) -> ir.Function:
@@ -547,11 +463,3 @@ def _half_from_float(x: Vector) -> Vector:
     infinite = size.less(0x7F800001).choose(size.constant(0x7C00), size.constant(0x7E00))
     result = size.less(113 << 23).choose(denormal, size.less(143 << 23).choose(normal, infinite))
     return result | ((bits >> 16) & 0x8000)
-
-
-def _tree_sum(vectors: list[Vector]) -> Vector:
-    while len(vectors) > 1:
-        vectors = [a + b for a, b in zip(vectors[::2], vectors[1::2], strict=False)] + (
-            [vectors[-1]] if len(vectors) % 2 else []
-        )
-    return vectors[0]
