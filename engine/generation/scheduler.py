@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 # generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps,
 # for no longer than that: from one step's end to the next it takes as long as STEPS_APART steps without prompts; or as
 # one step, and one more for each that waits for each that generates; or as one step and BACKGROUND_SECONDS where steps
-# are short. Of what a step took longer by itself, as much is taken from that, but for LEAST_SHARE of it.
+# are short. Of what a step took longer by itself, as much is taken from that, but for LEAST_SHARE of it; where most of
+# the last SLOW_STEPS take longer, as beside another program, that is what steps take now, up to MOST_SLOWER times as
+# long as before.
 BESIDE_SECONDS, BURST_SECONDS, BACKGROUND_SECONDS = 0.1, 0.3, 0.01
-STEPS_APART, LEAST_SHARE = 1.8, 0.3
+STEPS_APART, LEAST_SHARE, SLOW_STEPS, MOST_SLOWER = 1.8, 0.3, 8, 1.5
 LONG_PROMPT = 1024
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
@@ -234,6 +236,7 @@ class Scheduler:
         self._decode_times: dict[int, deque[float]] = {}  # of steps without rows of prompts, by who generates
         self._row_seconds = 0.0  # of a row of a prompt
         self._last_end = 0.0  # of a step, with what came behind it
+        self._last_gone: deque[float] = deque(maxlen=SLOW_STEPS)  # from there to where a long prompt could be read
 
     def _leave_parent(self) -> None:
         """A child process has the threads of its parent no more, nor what they were in the middle of."""
@@ -555,7 +558,10 @@ class Scheduler:
         ordinary = self._decode_seconds(n_generating)
         more = max((STEPS_APART - 1) * ordinary, n_prompts / n_generating * ordinary, BACKGROUND_SECONDS)
         gone = time.perf_counter() - self._last_end
-        return min(max(ordinary + more - gone, LEAST_SHARE * more), _most_seconds(n_generating, n_prompts))
+        self._last_gone.append(gone)
+        usual = sorted(self._last_gone)[SLOW_STEPS // 2] if len(self._last_gone) == SLOW_STEPS else 0.0
+        now = min(max(usual, ordinary), MOST_SLOWER * ordinary)
+        return min(max(now + more - gone, LEAST_SHARE * more), _most_seconds(n_generating, n_prompts))
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""

@@ -354,6 +354,17 @@ class TestPromptsBesideOthers:
             scheduler._last_end = time.perf_counter() - 0.02
             assert scheduler._bearable(generating, waiting) == pytest.approx(left, abs=0.001)
 
+    def test_where_most_steps_are_slow_it_is_not_taken_from_it(self, model: Model) -> None:
+        self.takes(model, 0.02)
+        scheduler = model._host.scheduler
+        for slow, left in ((0.026, 0.016), (0.1, 0.0048)):
+            for _ in range(8):
+                scheduler._last_end = time.perf_counter() - slow
+                found = scheduler._bearable(3, 1)
+            assert found == pytest.approx(left, abs=0.001)
+        scheduler._last_end = time.perf_counter() - 0.04
+        assert scheduler._bearable(3, 1) == pytest.approx(0.006, abs=0.001)
+
     def test_a_step_that_was_disturbed_does_not_make_it_longer(self, model: Model) -> None:
         self.takes(model, 0.02, 0.02, 0.02, 0.09, 0.09)  # a request came, say, and its text was made tokens of
         model._host.scheduler._last_end = time.perf_counter() - 0.02
