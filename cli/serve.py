@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2.0
 """Seconds in which the process ends once standard input has."""
+_FILES = 8192
+"""That may be open, connections among them."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SWITCH_SECONDS = 5e-4
 """So long a thread that wants the interpreter waits for one that has it: Python's 5 ms are half a step of a small
@@ -131,6 +133,7 @@ def command(
             gc.freeze()
         return model
 
+    _allow_files()
     with _even_steps():
         from qrun.server import app
 
@@ -159,6 +162,19 @@ def _even_steps() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
+def _allow_files() -> None:
+    """Let this process have as many connections as the system would let it: many shells say 256 or 1,024 files."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has one more limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _keys_in(path: Path) -> list[str]:
     from qrun.formats.mapping import read_text
 
@@ -177,7 +193,6 @@ def _serve(
     import json
     import threading
     import time
-    from contextlib import suppress
 
     from qrun.cli.console import notice
     from qrun.server.listening import bind, serve

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+MAX_DRY_BREAKERS = 64
 _LARGEST = 1e30  # of numbers that are not counts: what is computed from it is still a float32
 
 
@@ -133,6 +134,14 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(one for one in (text(name, one) for one in values) if one)
 
 
+def dry_breakers(name: str, value: Any) -> tuple[str, ...]:
+    """The same, of which there are not too many: the whole vocabulary is searched for each."""
+    texts = stop_strings(name, value)
+    if len(texts) > MAX_DRY_BREAKERS:
+        raise APIError(f"{name} has {len(texts)} texts: a request can have {MAX_DRY_BREAKERS}", param=name)
+    return texts
+
+
 def order(name: str, value: Any) -> str:
     """In which masks are settled."""
     if value not in ORDERS:
@@ -181,7 +190,7 @@ SAMPLING = (
     Option("dry_base", "dry_base", real),
     Option("dry_allowed_length", "dry_allowed_length", whole),
     Option("dry_range", "dry_range dry_penalty_last_n", whole),
-    Option("dry_breakers", "dry_breakers dry_sequence_breakers", stop_strings),
+    Option("dry_breakers", "dry_breakers dry_sequence_breakers", dry_breakers),
     Option("xtc_probability", "xtc_probability", real),
     Option("xtc_threshold", "xtc_threshold", real),
     Option("mirostat", "mirostat", mirostat),

@@ -43,6 +43,8 @@ class Entry:
     timer: asyncio.TimerHandle | None = None
     adapters: tuple[NamedAdapter, ...] = ()
     """Those of the model that can be asked for by name; known once it has been loaded."""
+    size: int = 0
+    """Bytes of the files of a model that the server has loaded."""
 
     @property
     def loaded(self) -> Model:
@@ -236,6 +238,7 @@ class Hub:
             try:
                 entry.model = await in_daemon(self._load, entry.source)
                 entry.adapters = entry.model.adapters
+                entry.size = sum(os.path.getsize(file) for file in entry.model.reader.files)
             except (NotPulled, OSError, ValueError) as error:
                 if plainly:
                     raise
@@ -274,7 +277,8 @@ class Hub:
         while True:
             loaded = [one for one in self._entries.values() if one.model is not None]
             available = memory().available
-            short = available is not None and available < size * _ROOM
+            mapped = sum(one.size for one in loaded)  # the system counts files that are mapped as available
+            short = available is not None and available < mapped + size * _ROOM
             many = self._most_loaded is not None and len(loaded) >= self._most_loaded
             idle = sorted((one for one in loaded if one.is_ours and not one.users), key=lambda one: one.used)
             if not (short or many) or not idle or not await self.unload(idle[0]):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import os
 import socket
 import stat
@@ -16,7 +19,10 @@ import uvicorn
 from qrun.server.app import Application
 from qrun.server.connection import Connection
 
+log = logging.getLogger("qrun.server")
+
 _LAST_WORDS = 1  # seconds in which answers may end once the server is to
+_SILENCE = 60  # seconds between two lines that say the same
 
 
 def config(application: Application, certificate: tuple[Path, Path] | None = None) -> uvicorn.Config:
@@ -72,9 +78,29 @@ class Listener(uvicorn.Server):
                 self.signals = list(self._captured_signals)
                 self._captured_signals.clear()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_FewFiles())
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._application.stop()
         await super().shutdown(sockets)
+
+
+class _FewFiles:
+    """What an event loop does about errors that nobody handles: when no more files can be opened, asyncio tells so some
+    thousand times a second, and this once a minute."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._said + _SILENCE:
+            self._said = loop.time()
+            log.error("connections wait: %s", error.strerror)
 
 
 def bind(host: str, port: int, path: Path | None = None, *, secure: bool = False) -> tuple[socket.socket, str]:

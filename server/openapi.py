@@ -35,6 +35,7 @@ _KINDS: dict[Callable[..., Any], Schema] = {
     fields.mirostat: {"enum": [0, 2]},
     fields.order: {"enum": list(ORDERS)},
     fields.stop_strings: {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
+    fields.dry_breakers: {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": fields.MAX_DRY_BREAKERS}]},
     fields.adapters: {
         "anyOf": [
             _TEXT,

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from qrun.engine.program.runtime import Part, Runtime
 
 # How many seconds of a step rows of prompts may take while others generate, the second where at least as many wait as
-# generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps:
-# from one step's end to the next it takes as long as STEPS_APART steps without prompts, or as one step and
-# BACKGROUND_SECONDS where steps are short. Of what a step took longer by itself, as much is taken from that, but for
-# LEAST_SHARE of it.
+# generate; and always as long as a step without. More than LONG_PROMPT rows are read in the background, between steps,
+# for no longer than that: from one step's end to the next it takes as long as STEPS_APART steps without prompts; or as
+# one step, and one more for each that waits for each that generates; or as one step and BACKGROUND_SECONDS where steps
+# are short. Of what a step took longer by itself, as much is taken from that, but for LEAST_SHARE of it; where most of
+# the last SLOW_STEPS take longer, as beside another program, that is what steps take now, up to MOST_SLOWER times as
+# long as before.
 BESIDE_SECONDS, BURST_SECONDS, BACKGROUND_SECONDS = 0.1, 0.3, 0.01
-STEPS_APART, LEAST_SHARE = 1.8, 0.3
+STEPS_APART, LEAST_SHARE, SLOW_STEPS, MOST_SLOWER = 1.8, 0.3, 8, 1.5
 LONG_PROMPT = 1024
 TILE_ROWS = 8  # of prompts: what attention takes at once where it takes fewest
 SHORT_PROMPT = 128  # rows that are left of it; such go before longer ones that came earlier,
@@ -234,6 +236,7 @@ class Scheduler:
         self._decode_times: dict[int, deque[float]] = {}  # of steps without rows of prompts, by who generates
         self._row_seconds = 0.0  # of a row of a prompt
         self._last_end = 0.0  # of a step, with what came behind it
+        self._last_gone: deque[float] = deque(maxlen=SLOW_STEPS)  # from there to where a long prompt could be read
 
     def _leave_parent(self) -> None:
         """A child process has the threads of its parent no more, nor what they were in the middle of."""
@@ -415,8 +418,8 @@ class Scheduler:
         prompts = self._prompts(going)
         n_generating = len(parts)
         if n_generating and prompts:
-            most = BURST_SECONDS if len(prompts) >= n_generating else BESIDE_SECONDS
-            room = min(room, self._rows_in(max(most, self._decode_seconds(n_generating))))
+            most = max(_most_seconds(n_generating, len(prompts)), self._decode_seconds(n_generating))
+            room = min(room, self._rows_in(most))
         planned = 0  # bytes of those that begin now
         behind = next((pair for pair in prompts if pair[0].batch is not None), None)
         """Whose prompt is read in the background."""
@@ -452,7 +455,7 @@ class Scheduler:
             for (task, generation, tokens, guesser), logits in zip(whose, rows, strict=True):
                 self._take(task, generation, tokens, guesser, logits, seconds)
         if behind is not None:
-            self._read_behind(*behind, self._bearable(n_generating) if n_generating else math.inf)
+            self._read_behind(*behind, self._bearable(n_generating, len(prompts)) if n_generating else math.inf)
         self._last_end = time.perf_counter()
 
     def _next_mark(self, task: Task) -> int:
@@ -549,12 +552,16 @@ class Scheduler:
         task.marks = deque(task.cache.marks(task.prompt, generation._stop_ids, alike))
         task.begun = True
 
-    def _bearable(self, n_generating: int) -> float:
-        """For how many seconds a long prompt may be read now, where so many generate and a step has just ended."""
+    def _bearable(self, n_generating: int, n_prompts: int) -> float:
+        """For how many seconds a long prompt may be read now, where so many generate, so many prompts are to be read,
+        and a step has just ended."""
         ordinary = self._decode_seconds(n_generating)
-        more = max((STEPS_APART - 1) * ordinary, BACKGROUND_SECONDS)
+        more = max((STEPS_APART - 1) * ordinary, n_prompts / n_generating * ordinary, BACKGROUND_SECONDS)
         gone = time.perf_counter() - self._last_end
-        return min(max(ordinary + more - gone, LEAST_SHARE * more), BESIDE_SECONDS)
+        self._last_gone.append(gone)
+        usual = sorted(self._last_gone)[SLOW_STEPS // 2] if len(self._last_gone) == SLOW_STEPS else 0.0
+        now = min(max(usual, ordinary), MOST_SLOWER * ordinary)
+        return min(max(now + more - gone, LEAST_SHARE * more), _most_seconds(n_generating, n_prompts))
 
     def _decode_seconds(self, n_generating: int) -> float:
         """What a step without prompts takes where so many generate, or as near to that as is known; 0 if nothing is."""
@@ -577,6 +584,11 @@ class Scheduler:
             others = self._decode_seconds(n_generating) if n_generating else 0.0
             each = max(seconds - others, 0.1 * seconds) / n_prompt
             self._row_seconds = _learned(self._row_seconds, each)
+
+
+def _most_seconds(n_generating: int, n_prompts: int) -> float:
+    """For how long those who generate may wait for prompts, for as long as a step takes by itself not counted."""
+    return BURST_SECONDS if n_prompts >= n_generating else BESIDE_SECONDS
 
 
 def _learned(before: float, seconds: float) -> float:

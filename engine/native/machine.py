@@ -87,6 +87,9 @@ def _linux(meminfo: Path, cgroup: Path) -> Memory:
     with suppress(OSError, ValueError):  # cgroup v2; "max" (no limit) is the ValueError
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
+        with suppress(OSError, ValueError):  # what was read of files, which is available as it is above
+            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            used -= int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
         if total is None or limit < total:
             total = limit
             available = limit - used if available is None else min(available, limit - used)

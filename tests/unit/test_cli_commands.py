@@ -157,6 +157,8 @@ def test_a_container_s_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("512000\n")
     (tmp_path / "memory.current").write_text("112000\n")
     assert machine._linux(meminfo, tmp_path) == machine.Memory(512_000, 400_000)
+    (tmp_path / "memory.stat").write_text("anon 40000\ninactive_file 30000\nactive_file 20000\n")
+    assert machine._linux(meminfo, tmp_path) == machine.Memory(512_000, 450_000)
     (tmp_path / "memory.max").write_text("max\n")
     assert machine._linux(meminfo, tmp_path) == machine.Memory(1_024_000, 819_200)
     assert machine._linux(tmp_path / "missing", tmp_path / "missing") == machine.Memory(None, None)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from server_fakes import hold, make_model, runtime_of
 from tiny_model import write_tiny_model
 
+from qrun.cli import serve
 from qrun.cli.serve import command
 from qrun.engine import Model
 from qrun.server import Server
@@ -60,6 +61,19 @@ def test_a_sidecar(tiny: Path) -> None:
         assert process.wait(60) == 0
         assert process.stdout.read() == ""
         assert process.stderr.read().splitlines()[-1].startswith("POST /v1/chat/completions 200")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit of POSIX")
+def test_it_may_open_as_many_files_as_the_system_lets_it() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        serve._allow_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -345,35 +345,54 @@ class TestPromptsBesideOthers:
         scheduler = model._host.scheduler
         for seconds, left in ((0.021, 0.015), (0.03, 0.006), (0.0, 0.036), (0.1, 0.0048)):
             scheduler._last_end = time.perf_counter() - seconds
-            assert scheduler._bearable(3) == pytest.approx(left, abs=0.001)
+            assert scheduler._bearable(3, 1) == pytest.approx(left, abs=0.001)
+
+    def test_the_more_wait_the_longer_it_takes(self, model: Model) -> None:
+        self.takes(model, 0.02)
+        scheduler = model._host.scheduler
+        for generating, waiting, left in ((7, 1, 0.016), (8, 8, 0.02), (4, 8, 0.04), (1, 8, 0.16), (1, 99, 0.3)):
+            scheduler._last_end = time.perf_counter() - 0.02
+            assert scheduler._bearable(generating, waiting) == pytest.approx(left, abs=0.001)
+
+    def test_where_most_steps_are_slow_it_is_not_taken_from_it(self, model: Model) -> None:
+        self.takes(model, 0.02)
+        scheduler = model._host.scheduler
+        for slow, left in ((0.026, 0.016), (0.1, 0.0048)):
+            for _ in range(8):
+                scheduler._last_end = time.perf_counter() - slow
+                found = scheduler._bearable(3, 1)
+            assert found == pytest.approx(left, abs=0.001)
+        scheduler._last_end = time.perf_counter() - 0.04
+        assert scheduler._bearable(3, 1) == pytest.approx(0.006, abs=0.001)
 
     def test_a_step_that_was_disturbed_does_not_make_it_longer(self, model: Model) -> None:
         self.takes(model, 0.02, 0.02, 0.02, 0.09, 0.09)  # a request came, say, and its text was made tokens of
         model._host.scheduler._last_end = time.perf_counter() - 0.02
-        assert model._host.scheduler._bearable(3) == pytest.approx(0.016, abs=0.001)
+        assert model._host.scheduler._bearable(3, 1) == pytest.approx(0.016, abs=0.001)
 
-    def test_nor_is_it_more_than_a_tenth_of_a_second(self, model: Model) -> None:
+    def test_nor_is_it_more_than_a_tenth_of_a_second_or_three_where_many_wait(self, model: Model) -> None:
         self.takes(model, 1.0)
         model._host.scheduler._last_end = time.perf_counter() - 1.0
-        assert model._host.scheduler._bearable(1) == 0.1
+        assert model._host.scheduler._bearable(2, 1) == 0.1
+        assert model._host.scheduler._bearable(1, 1) == 0.3
 
     def test_and_always_some_milliseconds(self, model: Model) -> None:
         self.takes(model, 0.003)
         model._host.scheduler._last_end = time.perf_counter() - 0.003
-        assert model._host.scheduler._bearable(1) == pytest.approx(0.01, abs=0.001)
+        assert model._host.scheduler._bearable(1, 1) == pytest.approx(0.01, abs=0.001)
 
     def test_it_is_short_while_nothing_is_known(self, model: Model) -> None:
         scheduler = model._host.scheduler
         scheduler._decode_times.clear()
         scheduler._last_end = time.perf_counter() - 0.02
-        assert scheduler._bearable(3) == pytest.approx(0.003)
+        assert scheduler._bearable(3, 1) == pytest.approx(0.003)
 
     def test_it_is_read_to_its_end_when_nobody_generates_any_more(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         collector, scheduler = Collector(), model._host.scheduler
         other, prompt = model.generate([1], max_tokens=3000), [i % 50 for i in range(3000)]
-        monkeypatch.setattr(scheduler, "_bearable", lambda n_generating: 0.0)
+        monkeypatch.setattr(scheduler, "_bearable", lambda n_generating, n_prompts: 0.0)
         other.start(collector)
         while not other.tokens:
             time.sleep(0.001)

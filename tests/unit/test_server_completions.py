@@ -177,7 +177,7 @@ def test_answers_that_may_not_end_too_early() -> None:
     ("field", "value"),
     [("prompt", None), ("prompt", []), ("prompt", [[]]), ("prompt", 3), ("prompt", ["a", 3]), ("prompt", [1.5]),
      ("prompt", [99999]), ("prompt", [-1]), ("logprobs", 99), ("logprobs", "x"), ("best_of", 0), ("echo", "perhaps"),
-     ("suffix", 3)],
+     ("suffix", 3), ("dry_sequence_breakers", ["a"] * 65)],
 )  # fmt: skip
 def test_what_is_wrong(field: str, value: Any) -> None:
     answer = ask(**({"prompt": "~"} | {field: value}))

@@ -1,18 +1,22 @@
-"""Connections as clients make them: half closed, or gone, which look alike."""
+"""Connections as clients make them: half closed, or gone, which look alike; or held for nothing."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from server_fakes import hold, make_model
 
 from qrun.engine import Model
-from qrun.server import Server
+from qrun.server import Server, connection, listening
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -117,3 +121,124 @@ def test_half_a_request_is_none(server: Server) -> None:
     other.shutdown(socket.SHUT_WR)
     assert read_all(other) == b""
     connection.close()
+
+
+# Connections that are held
+
+
+def connect(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60)
+
+
+def n_connections(server: Server) -> int:
+    assert server._listener is not None
+    return len(server._listener.server_state.connections)
+
+
+def be_impatient(server: Server, seconds: float) -> None:
+    """A client has so long for its request."""
+    assert server._listener is not None
+    server._listener.config.timeout_keep_alive = seconds  # type: ignore[assignment]
+
+
+def test_who_holds_connections_loses_them_to_others(
+    model: Model, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 4)
+    go_on = hold(model)
+    busy = send(server, CHAT, {"messages": MESSAGES})
+    wait_until(lambda: running(server))
+    held = [connect(server) for _ in range(20)]
+    wait_until(lambda: n_connections(server) == 4)
+    assert [read_all(one) for one in held[:-3]] == [b""] * 17
+    with held[-3] as oldest, connect(server) as newest:
+        newest.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert newest.recv(100).startswith(b"HTTP/1.1 200") and oldest.recv(1) == b""
+    go_on.set()
+    assert busy.recv(100).startswith(b"HTTP/1.1 200")
+    for one in (busy, *held[-2:]):
+        one.close()
+
+
+def test_where_all_connections_are_in_use_the_next_is_told_so(
+    model: Model, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 2)
+    go_on = hold(model)
+    busy = [send(server, CHAT, {"messages": MESSAGES}) for _ in range(2)]
+    wait_until(lambda: running(server) == 2)
+    assert read_all(connect(server)).startswith(b"HTTP/1.1 503")
+    go_on.set()
+    for one in busy:
+        assert one.recv(100).startswith(b"HTTP/1.1 200")
+        one.close()
+
+
+def test_a_request_has_to_begin_and_its_head_to_end(server: Server) -> None:
+    be_impatient(server, 0.3)
+    silent, slow = connect(server), connect(server)
+    begin = time.monotonic()
+    wait_until(lambda: n_connections(server) == 2)
+    with slow:
+        while n_connections(server) and time.monotonic() < begin + 30:
+            with suppress(OSError):  # it was closed
+                slow.sendall(b"G")
+            time.sleep(0.02)
+    assert time.monotonic() - begin < 30
+    assert read_all(silent) == b""
+
+
+def test_a_body_may_take_long_but_not_stop(server: Server) -> None:
+    be_impatient(server, 0.5)
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 17\r\n\r\n"
+    with connect(server) as slow:
+        slow.sendall(head)
+        for byte in b'{"content": "Hi"}':
+            time.sleep(0.05)
+            slow.sendall(bytes((byte,)))
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    stopped = connect(server)
+    stopped.sendall(head + b"{")
+    assert read_all(stopped) == b""
+
+
+def test_an_answer_may_take_longer_than_a_request(model: Model, server: Server) -> None:
+    be_impatient(server, 0.1)
+    go_on = hold(model)
+    waiting = send(server, CHAT, {"messages": MESSAGES})
+    wait_until(lambda: running(server))
+    time.sleep(0.3)
+    go_on.set()
+    assert read_all(waiting).startswith(b"HTTP/1.1 200")
+
+
+def test_who_reads_nothing_is_let_go(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_UNREAD_SECONDS", 0.2)
+    with connect(server) as deaf:
+        deaf.setblocking(False)
+        with suppress(BlockingIOError, ConnectionError):
+            for _ in range(2000):
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: not n_connections(server))
+    with connect(server) as other:
+        other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert other.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit of POSIX")
+def test_as_many_as_the_system_lets_files_be_open() -> None:
+    import resource
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = connection.most_connections()
+    assert most is None if files == resource.RLIM_INFINITY else 0 < (most or 0) < files
+
+
+def test_that_no_more_files_can_be_opened_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    loop, handle = asyncio.new_event_loop(), listening._FewFiles()
+    for number in (errno.EMFILE, errno.ENFILE, errno.EMFILE):
+        handle(loop, {"message": "accept", "exception": OSError(number, "Too many open files")})
+    assert caplog.messages == ["connections wait: Too many open files"]
+    handle(loop, {"message": "another", "exception": ValueError("wrong")})
+    assert caplog.messages[1] == "another"
+    loop.close()

@@ -13,6 +13,7 @@ from asgi_client import call, request
 from server_fakes import hold, make_model
 
 from qrun.engine import Model
+from qrun.engine.native.machine import Memory
 from qrun.formats import FormatError
 from qrun.server import Application, app
 
@@ -153,6 +154,25 @@ def test_the_most_models_at_a_time() -> None:
         assert said(call(served, "POST", PATH, CHAT | {"model": name})) == f"I am {name}."
     assert [is_loaded(served, name) for name in "abc"] == [True, False, True]
     assert loader.loaded == ["a", "b", "c"]
+
+
+def test_what_nobody_uses_goes_where_there_is_not_memory_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader()
+
+    def load(source: Any) -> Model:
+        model = loader(source)
+        model.reader.files = (source,)  # type: ignore[misc]
+        return model
+
+    for name in "abc":
+        (tmp_path / f"{name}.gguf").write_bytes(bytes(1000))
+    monkeypatch.setattr("qrun.engine.native.machine.memory", lambda: Memory(9000, 2500))
+    served = app([tmp_path / f"{name}.gguf" for name in "abc"], load=load)
+    for name in "abc":  # the system counts as available what is mapped of the models before
+        assert said(call(served, "POST", PATH, CHAT | {"model": name})) == f"I am {name}."
+    assert [is_loaded(served, name) for name in "abc"] == [False, True, True]
 
 
 def test_two_that_are_asked_for_at_once_are_not_one_too_many() -> None:
