@@ -196,8 +196,9 @@ def append(cache_type: str) -> Kernel:
 
 
 def vectors_beside(rows: int, most: int) -> int:
-    """Vectors that a tile of `rows` rows has side by side: enough for sums to overlap, and to fit the registers."""
-    registers = 16 if v.target().lanes == 16 else 8
+    """Vectors that a tile of `rows` rows has side by side: enough for sums to overlap, and to fit the registers: AVX2
+    has 16, of which 12 can be sums."""
+    registers = {16: 16, 8: 12}.get(v.target().lanes, 8)
     parts = most
     while parts > 1 and rows * parts > registers:
         parts //= 2
@@ -206,8 +207,38 @@ def vectors_beside(rows: int, most: int) -> int:
 
 def _score_dims(rows: int, parts: int) -> int:
     """Dimensions that the loop over them takes at a time: with more products in its body than this leaves, LLVM would
-    load keys and queries ahead of them until it runs out of registers."""
-    return max(2, 32 >> (rows * parts - 1).bit_length())
+    load keys and queries ahead of them until it runs out of registers. With 12 sums AVX2 has none left for a second
+    dimension."""
+    return 1 if v.target().lanes == 8 and rows * parts > 8 else max(2, 32 >> (rows * parts - 1).bit_length())
+
+
+def _add_products(
+    e: Emitter, tile: list[Vector], rows: int, parts: int, vector: Callable[[int], Vector],
+    number: Callable[[int], Vector],
+) -> list[Vector]:  # fmt: skip
+    """tile[row][part] + vector(part) * number(row). Where registers are short, of vectors and numbers those stay in
+    them of which there are fewer."""
+    tile, are_short = list(tile), e.lanes == 8 and rows * parts > 8
+
+    def add(row: int, part: int, one: Vector, other: Vector) -> None:
+        tile[parts * row + part] = one.fma(other, tile[parts * row + part])
+
+    if are_short and parts > rows:
+        numbers = [number(row) for row in range(rows)]
+        for part in range(parts):
+            e.fence()  # else LLVM would load the others before there are registers for them
+            one = vector(part)
+            for row in range(rows):
+                add(row, part, one, numbers[row])
+    else:
+        vectors = [vector(part) for part in range(parts)]
+        for row in range(rows):
+            if are_short:
+                e.fence()
+            one = number(row)
+            for part in range(parts):
+                add(row, part, vectors[part], one)
+    return tile
 
 
 def score_floats(cache_type: str, rows: int) -> Any:
@@ -225,12 +256,15 @@ def score_floats(cache_type: str, rows: int) -> Any:
         """tile += queries[row][d] . keys[d][`parts` vectors of positions], over a few dimensions."""
         for d in range(dims):
             e.fence()  # else LLVM would load the next dimension's queries before there are registers for them
-            for part in range(parts):
-                key = e.load(keys, size * (d * POSITIONS + part * e.lanes), element, e.lanes)
-                key = key if element is F32 else key.to_float()
-                for row in range(rows):
-                    query = e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
-                    tile[parts * row + part] = key.fma(query, tile[parts * row + part])
+
+            def key(part: int, d: int = d) -> Vector:
+                loaded = e.load(keys, size * (d * POSITIONS + part * e.lanes), element, e.lanes)
+                return loaded if element is F32 else loaded.to_float()
+
+            def query(row: int, d: int = d) -> Vector:
+                return e.broadcast_word(e.offset(queries, row * ROW), d, dims, F32)
+
+            tile = _add_products(e, tile, rows, parts, key, query)
         return tile
 
     @v.helper
@@ -370,12 +404,13 @@ def mix_operation(cache_type: str, rows: int, parts: int) -> Any:
 
     @operation(lambda tile, *_: tile)
     def mix(e: Emitter, tile: list[Vector], weights: ir.Value, values: ir.Value, first: ir.Value) -> list[Vector]:
-        vectors = [value_vector(e, cache_type, values, e.offset(first, e.lanes * i)) for i in range(parts)]
-        for row in range(rows):
-            weight = e.broadcast(weights, row * 4 * POSITIONS, F32)
-            for i in range(parts):
-                tile[parts * row + i] = vectors[i].fma(weight, tile[parts * row + i])
-        return tile
+        def value(part: int) -> Vector:
+            return value_vector(e, cache_type, values, e.offset(first, e.lanes * part))
+
+        def weight(row: int) -> Vector:
+            return e.broadcast(weights, row * 4 * POSITIONS, F32)
+
+        return _add_products(e, tile, rows, parts, value, weight)
 
     return mix
 

@@ -76,7 +76,8 @@ def _product(vectors: int, columns: int) -> Any:
 
 def _steps(element_bytes: int, vectors: int) -> tuple[Any, Any]:
     """Scores of a page and the mix of its values, for `vectors` vectors of queries:
-    score(queries, apart, keys, dims, scores, asked), mix(scores, values, positions, dims, fading, sums, apart, asked).
+    score(queries, apart, keys, positions, dims, scores, asked),
+    mix(scores, values, positions, dims, fading, sums, apart, asked).
 
     Both ask for a page's keys or values from `asked` on meanwhile.
     """
@@ -96,8 +97,8 @@ def _steps(element_bytes: int, vectors: int) -> tuple[Any, Any]:
             v.prefetch(asked + offset, 64)
 
     @v.helper
-    def score(queries, apart, keys, dims, scores, asked):  # type: ignore[no-untyped-def]
-        for position in range(0, POSITIONS, columns):
+    def score(queries, apart, keys, positions, dims, scores, asked):  # type: ignore[no-untyped-def]
+        for position in range(0, positions, columns):
             ask(asked + position * dims * element_bytes, columns * dims * element_bytes)
             right = keys + position // COLUMNS * (dims * 4 * COLUMNS) + position % COLUMNS * 4
             tile = product(v.zero_tile(count), queries, apart, right, dims)
@@ -203,9 +204,9 @@ def query_lanes(cache_type: str, together: int) -> Any:
             e.store((values if element is F32 else values.to_float()).value, out, 4 * i)
 
     @v.helper
-    def widen_keys(keys, dims, out):  # type: ignore[no-untyped-def]
+    def widen_keys(keys, positions, dims, out):  # type: ignore[no-untyped-def]
         for dim in range(dims):
-            for position in range(0, POSITIONS, COLUMNS):
+            for position in range(0, positions, COLUMNS):
                 place = out + position * (dims * 4) + dim * matrix_row
                 widen(keys + element_bytes * (dim * POSITIONS + position), place)
 
@@ -313,15 +314,16 @@ def query_lanes(cache_type: str, together: int) -> Any:
             keys = page + v.load_i64(op + R.ATT_K_OFFSET) + kv_head * v.load_i64(op + R.ATT_K_HEAD_BYTES)
             values = page + v.load_i64(op + R.ATT_V_OFFSET) + kv_head * v.load_i64(op + R.ATT_V_HEAD_BYTES)
             next_keys = v.load_i64(table + 8 * min(page_index + 1, last // POSITIONS)) + (keys - page)
-            widen_keys(keys, dims_k, matrix)
+            positions = min(POSITIONS, last - page_position + 1)  # the rest is hidden from all, whatever its scores
+            widen_keys(keys, positions, dims_k, matrix)
             vector = 0
             while vector + beside <= vectors:
                 place = queries + vector * query_apart
-                score_some(place, query_apart, matrix, dims_k, scores + vector * score_bytes, values)
+                score_some(place, query_apart, matrix, positions, dims_k, scores + vector * score_bytes, values)
                 vector += beside
             for one in range(vector, vectors):
                 place = queries + one * query_apart
-                score_one(place, query_apart, matrix, dims_k, scores + one * score_bytes, values)
+                score_one(place, query_apart, matrix, positions, dims_k, scores + one * score_bytes, values)
             some_hidden = page_position < highest or page_position + POSITIONS - 1 > first_last
             for vector in range(vectors):
                 place = scores + vector * score_bytes
@@ -361,7 +363,6 @@ def query_lanes(cache_type: str, together: int) -> Any:
                             value = v.choose(before < number, value, v.splat(v.float32(HIDDEN)))
                         v.store(place + i * row_bytes, value)
                 softmax(place, state + vector * row_bytes, block)
-            positions = min(POSITIONS, last - page_position + 1)
             widen_values(values, positions, dims_v, matrix)
             vector = 0
             while vector + beside <= vectors:
