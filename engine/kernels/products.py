@@ -146,8 +146,8 @@ class ManyColumns:
     rows, most_columns: how many rows, and columns at most, it takes; fewer columns, down to `least_columns`, where
     these would be more than `pass_bytes`. All rows are multiplied by so many columns, then by the next ones. A thread
     calls `begin` and `end` with the number of all columns before the first chunk and after the last one.
-    Where a column is longer than `long_bytes`, a chunk has `rows_of_long` rows. Where every thread gets many chunks even
-    so, they have more rows, up to `most_rows`.
+    Where a column is longer than `long_bytes`, a chunk has `rows_of_long` rows. Where every thread gets many chunks
+    even so, they have more rows, up to `most_rows`.
     """
 
     function: Any
