@@ -257,7 +257,12 @@ def decode(weight: Weight, rows: Array | slice) -> Array:
 
 
 def multiply(x: Array, weight: Weight, first: int = 0, n_rows: int | None = None) -> Array:
-    """x @ weight.T for `n_rows` rows of the weight, a few at a time: an output matrix can be larger than memory."""
+    """x @ weight.T for `n_rows` rows of the weight, a few at a time: an output matrix can be larger than memory.
+
+    In float64, for not every BLAS gives equal rows of x equal results to the bit, and keys of equal tokens are to be
+    equal once they are in float16.
+    """
+    x = x.astype(np.float64)
     last = first + (weight.shape[0] if n_rows is None else n_rows)
     parts = [x @ decode(weight, slice(row, min(row + 8192, last))).T for row in range(first, last, 8192)]
     return np.concatenate(parts, axis=1)
