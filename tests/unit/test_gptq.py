@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from qrun.engine.quantize.calibrated import balanced
 from qrun.engine.quantize.encoder import Encoder
 from qrun.engine.quantize.gptq import GPTQ_TYPES, Gptq, factor
 from qrun.formats.blocks import BLOCK_SIZES, SEARCHES, TensorType, dequantize, quantize
@@ -130,3 +131,22 @@ def test_columns_are_rounded_as_the_paper_says_and_outputs_are_nearer(
     fresh = x[:500]
     losses = [float(np.square(fresh @ (rounded - weights).T).mean()) for rounded in (found, plain)]
     assert losses[0] < 0.8 * losses[1]
+
+
+def test_balanced_rows_weigh_by_their_squares_and_alike(rng: np.random.Generator) -> None:
+    rows = (rng.normal(size=(50, 24)) * rng.uniform(0.1, 100, (50, 1))).astype(np.float32)
+    rows[7] = 0
+    squares = (rows.astype(np.float64) ** 2).sum(1)
+    found = (balanced(rows, squares.mean()).astype(np.float64) ** 2).sum(1)
+    expected = squares / squares.mean() + 1
+    expected[7] = 0
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    alike = (balanced(rows, 0.0).astype(np.float64) ** 2).sum(1)
+    np.testing.assert_allclose(alike, np.arange(50) != 7, rtol=1e-5)
+
+
+def test_balanced_rows_that_are_not_finite_stay_so() -> None:
+    rows = np.ones((3, 4), np.float32)
+    rows[0, 1], rows[2, 3] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        assert (~np.isfinite(balanced(rows, 2.0)).all(1)).tolist() == [True, False, True]
