@@ -216,7 +216,8 @@ class Calibration:
         files = {name: self.folder / f"rounded-{digest}-{i}" for i, name in enumerate(todo)}
         copy = self.folder / "rounded.gguf"
         copy.unlink(missing_ok=True)
-        sizes = {name: float(values.sum(dtype=np.float64)) for name, values in self.imatrix().values.items()}
+        importance = planned.imatrix.values if planned.imatrix else {}
+        sizes = {name: float(values.sum(dtype=np.float64)) for name, values in importance.items()}
         with self._banded(self.working, todo, digest) as (_, relay):
             self._check_room(planned, relay, [path for path in files.values() if path.is_file()])
         shutil.copyfile(self.working, copy)
