@@ -205,11 +205,15 @@ def vectors_beside(rows: int, most: int) -> int:
     return parts
 
 
+def _registers_are_short(rows: int, parts: int) -> bool:
+    """Whether AVX2 has, beside the sums of so large a tile, hardly any left."""
+    return v.target().lanes == 8 and rows * parts > 8
+
+
 def _score_dims(rows: int, parts: int) -> int:
     """Dimensions that the loop over them takes at a time: with more products in its body than this leaves, LLVM would
-    load keys and queries ahead of them until it runs out of registers. With 12 sums AVX2 has none left for a second
-    dimension."""
-    return 1 if v.target().lanes == 8 and rows * parts > 8 else max(2, 32 >> (rows * parts - 1).bit_length())
+    load keys and queries ahead of them until it runs out of registers."""
+    return 1 if _registers_are_short(rows, parts) else max(2, 32 >> (rows * parts - 1).bit_length())
 
 
 def _add_products(
@@ -218,7 +222,7 @@ def _add_products(
 ) -> list[Vector]:  # fmt: skip
     """tile[row][part] + vector(part) * number(row). Where registers are short, of vectors and numbers those stay in
     them of which there are fewer."""
-    tile, are_short = list(tile), e.lanes == 8 and rows * parts > 8
+    tile, are_short = list(tile), _registers_are_short(rows, parts)
 
     def add(row: int, part: int, one: Vector, other: Vector) -> None:
         tile[parts * row + part] = one.fma(other, tile[parts * row + part])
