@@ -145,6 +145,7 @@ class Task:
         self.error: BaseException | None = None
         self.over = False
         self.ready = threading.Condition(scheduler.lock)
+        self._process = os.getpid()
 
     @property
     def held(self) -> bool:
@@ -176,6 +177,10 @@ class Task:
         dropped, and where the step under way takes long, it is not waited for."""
         generation = self.generation()
         self._scheduler.check_not_stepping()
+        if self._is_of_parent:
+            if not self.over:
+                raise RuntimeError("the process forked while another thread computed this generation: begin another")
+            return self.pieces.popleft() if self.pieces else None
         with self._scheduler.lock:
             while not self.pieces and not self.over:
                 cancelled = generation is not None and generation.cancelled
@@ -200,6 +205,12 @@ class Task:
             self._held = generation
         generation._reason, self.over = "cancelled", True
 
+    @property
+    def _is_of_parent(self) -> bool:
+        """Is this a child process, which has neither the thread that computed the generation nor what it was about to
+        say? Whoever held the lock there is not here to release it."""
+        return os.getpid() != self._process
+
     def leave(self, generation: Sharing) -> None:
         """The same, where a sink takes the pieces."""
         with self._scheduler.lock:
@@ -208,10 +219,16 @@ class Task:
 
     def wake(self) -> None:
         """Its generation was cancelled: the scheduler should look, and its reader."""
+        generation = self.generation()
+        if self._is_of_parent:
+            if generation is not None:
+                self._leave(generation)
+                self._held = None
+            return
         with self._scheduler.lock:
             self._scheduler.changed.notify()
             self.ready.notify_all()
-        if self.sink is not None and (generation := self.generation()) is not None:
+        if self.sink is not None and generation is not None:
             self.sink.hurry(generation)
 
 
@@ -255,6 +272,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Are there generations that the scheduler computes?"""
+        self._leave_parent()
         return bool(self._tasks)
 
     def add(self, generation: Sharing, *, ahead: int = 0, sink: Sink | None = None) -> Task:

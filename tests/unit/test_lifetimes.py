@@ -212,6 +212,40 @@ def test_after_a_fork_the_child_goes_on_with_the_model_and_loads_others() -> Non
 
 
 @needs_fork
+def test_a_child_ends_what_the_parent_generates() -> None:
+    printed = run("""
+        model = load()
+        generations = [model.session().generate(PROMPT, max_tokens=50, ignore_eos=True) for _ in range(3)]
+        for _ in range(2):
+            for generation in generations: next(generation)
+        assert all(generation._task for generation in generations)
+        def states(first):
+            children = []
+            for _ in range(8):
+                child = os.fork()
+                if child == 0:
+                    first()
+                    os._exit(0)
+                children.append(child)
+            return [os.waitpid(child, 0)[1] for child in children]
+        def read():
+            try:
+                for _ in generations[0]: pass
+                os._exit(1)
+            except RuntimeError as error:
+                assert "forked" in str(error)
+            generations[0].cancel()
+            assert not list(generations[0]) and generations[0].stop_reason == "cancelled"
+            model.close()
+        with model._host.scheduler.lock:  # as a thread of the parent's may hold it
+            print(states(read), states(model.stop), states(model.close))
+        for generation in generations: list(generation)
+        print([len(generation.tokens) for generation in generations])
+    """, seconds=60)  # fmt: skip
+    assert printed.splitlines() == [" ".join([str([0] * 8)] * 3), "[50, 50, 50]"]
+
+
+@needs_fork
 def test_a_child_can_load_models_whatever_other_threads_were_loading() -> None:
     printed = run("""
         stop = threading.Event()
