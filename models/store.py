@@ -113,7 +113,7 @@ def stored_models() -> list[StoredModel]:
 def models_in(root: Path) -> list[StoredModel]:
     """Every whole model in a folder and those below it, by name; what begins with a dot is passed over."""
     models = []
-    for path in sorted(root.rglob("*.gguf")):
+    for path in sorted(files_below(root, ".gguf")):
         relative = path.relative_to(root)
         if relative.parts[0].startswith("."):
             continue
@@ -126,6 +126,15 @@ def models_in(root: Path) -> list[StoredModel]:
         stem = match["stem"] if match else path.stem
         models.append(StoredModel(relative.with_name(stem).as_posix(), path, files))
     return models
+
+
+def files_below(folder: Path, suffix: str = "") -> Iterator[Path]:
+    """Every file in a folder and those below it whose name ends so. Others may make and delete files and folders
+    meanwhile; links to folders are not followed."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if os.path.normcase(name).endswith(suffix):
+                yield Path(place, name)
 
 
 def find_stored(name: str) -> StoredModel | None:
@@ -178,7 +187,7 @@ def remove_partial() -> int:
 def folder_bytes(folder: Path) -> int:
     """Bytes that the files under `folder` take; files may come and go meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in files_below(folder):
         try:
             status = path.stat()
         except OSError:

