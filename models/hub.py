@@ -135,7 +135,8 @@ def stored_file(wanted: HubSpec) -> Path | None:
         folder = store.models_folder() / wanted.repo
     except OSError:  # no home, and so no store
         return None
-    names = [path.relative_to(folder).as_posix() for path in sorted(store.files_below(folder, ".gguf")) if path.is_file()]
+    files = sorted(path for path in store.files_below(folder, ".gguf") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
     try:
         return folder / choose_files(names, wanted.selector)[0]
     except PullError:
