@@ -103,7 +103,7 @@ test: $(TESTING)
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests ? tests : types))
 
 test-forms: $(TESTING)
-	QRUN_TEST_FORMS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit/test_kernels_matmul.py tests/unit/test_arm_emulated.py
+	QRUN_TEST_FORMS=1 $(BIN)/python -m pytest -n $(WORKERS) $(addprefix tests/unit/test_,kernels_matmul.py kernels_attention.py operations.py arm_emulated.py targets.py)
 
 report: $(TESTING)
 	@$(BIN)/python -m tests.report $(addprefix --peer ,$(REPORT_PEER))

@@ -183,6 +183,9 @@ def random_tensor(
     return raw, dequantize(raw, TensorType[name], (rows, width))
 
 
+ALL_FORMS = "QRUN_TEST_FORMS" in os.environ
+"""Whether this is `make test-forms`: all types, caches and kernels for all kinds of machines."""
+
 # Compiling takes most of the time of these tests. All types are tested in the host's own form; in others some, one for
 # each way in which weights are read, unless `make test-forms` asks for all.
 FEW = ("F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "TQ1_0")
@@ -196,13 +199,14 @@ OWN_MATMULS = {
     "avx-vnni": PRODUCTS,
     "avx512": ("F16", "BF16", *PRODUCTS),
     "amx-folded": ("F32", "F16", "BF16", *PRODUCTS),
+    "neon-dotprod": ("F32", "F16", *PRODUCTS),  # emulated
 }
 OWN_EMBEDDINGS = {"avx-vnni": (), "avx512": ("F16", "IQ3_S"), "amx-folded": ()}
 
 
 def types_of(form: str, kernel: str = "matmul") -> list[str]:
     """The types with which a form ("best", or another) of a kernel ("matmul" or "embed") is tested."""
-    if form == "best" or "QRUN_TEST_FORMS" in os.environ:
+    if form == "best" or ALL_FORMS:
         return list(TYPES)
     own = OWN_MATMULS if kernel == "matmul" else OWN_EMBEDDINGS
     return list(own.get(form, FEW))

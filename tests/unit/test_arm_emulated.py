@@ -13,9 +13,9 @@ from qrun.engine.kernels.unpack import TYPES, Quantised
 from qrun.engine.program.kv_cache import head_bytes
 from qrun.engine.simd.target import host_target, machine_target
 from tests.arm_emulator import EmulatedKernels
-from tests.kernel_harness import Harness, random_tensor, types_of
+from tests.kernel_harness import ALL_FORMS, Harness, random_tensor, types_of
 
-CACHES = ("f16", "q8_0", "q4_0")
+CACHES = ("f16", "q8_0", "q4_0") if ALL_FORMS else ("f16", "q8_0")
 ROWS = [f"{name}-" for name in ("add", "scale", "softcap", "silu", "gelu", "rope", "select_rows")]
 TESTED = types_of("neon-dotprod")
 KEYS = [

@@ -12,6 +12,7 @@ from qrun.engine.program.runtime import Part, Runtime
 from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType
 from qrun.models import graph as G
+from tests.kernel_harness import ALL_FORMS
 from tests.reference import attention as reference_attention
 from tests.reference import forward
 
@@ -92,6 +93,8 @@ def form(request: pytest.FixtureRequest) -> str:
 def runtime(
     request: pytest.FixtureRequest, rng: np.random.Generator, case: tuple[G.CacheLayer, float | None], form: str
 ) -> Iterator[Runtime]:
+    if form == "plain" and request.param != "f16" and case != CASES[2] and not ALL_FORMS:
+        pytest.skip("quantised caches in the plain form: make test-forms")
     graph = attention_graph(rng, *case)
     runtime = Runtime(graph, threads=2, context=300, cache_type=request.param, batch=128, target=host_target(form))
     yield runtime
