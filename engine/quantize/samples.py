@@ -69,7 +69,8 @@ def read_samples(
         names = ", ".join(map(str, paths))
         more = f", and {repeated} that repeat them" if repeated else ""
         raise ValueError(
-            f"{names}: {n_tokens} tokens, which is {len(samples)} different samples of {length}{more}; "
+            f"{names}: {n_tokens} tokens, which is {len(samples)} different "
+            f"sample{'s' * (len(samples) != 1)} of {length}{more}; "
             f"{LEAST} are needed, and some hundred are better"
         )
     random.Random(seed).shuffle(samples)
