@@ -15,13 +15,7 @@ from numba.core import imputils, registry, types, typing
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import PassManager
 from numba.core.cpu import CPUContext
-from numba.core.typed_passes import (
-    IRLegalization,
-    NativeLowering,
-    NoPythonBackend,
-    NopythonTypeInference,
-    PreLowerStripPhis,
-)
+from numba.core.typed_passes import NativeLowering, NoPythonBackend, NopythonTypeInference, PreLowerStripPhis
 from numba.core.typing.templates import Registry
 from numba.core.untyped_passes import (
     DeadBranchPrune,
@@ -42,8 +36,7 @@ _PASSES = (
     ReconstructSSA,
     NopythonTypeInference,
     PreLowerStripPhis,
-    IRLegalization,
-    NativeLowering,
+    NativeLowering,  # without telling where each variable is used last: nothing is counted, and nothing let go of
     NoPythonBackend,
 )
 
@@ -101,6 +94,10 @@ class _TargetContext(CPUContext):
 
     def refresh(self) -> None:
         """As that of typing."""
+
+    def get_abi_sizeof(self, ty: Any) -> int:
+        """Only debugging information asks for it, and there is none. LLVM would read a module of its own for each."""
+        return 0
 
     def post_lowering(self, module: Any, library: Any) -> None:
         """Numba's own memory management, which others link here, is not wanted."""
