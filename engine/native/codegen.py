@@ -227,7 +227,7 @@ def _optimized_module(key: str, target: Target):  # type: ignore[no-untyped-def]
             kernel_target.typing_context, kernel_target.target_context, function, (types.intp,) * 3, types.none, flags,
             {}, pipeline_class=KernelCompiler,
         )  # fmt: skip
-    ir, count = _DEFINITION.subn(r"\1 #900\2 ", str(result.library._final_module))
+    ir, count = _DEFINITION.subn(r"\1 #900\2 ", str(result.library.with_all_it_calls()))
     inner = result.fndesc.llvm_func_name
     # Numba's convention is (result*, exception**, arguments...) -> status; kernels return nothing and raise nothing.
     ir += f"""

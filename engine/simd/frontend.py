@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba.core import imputils, registry, types, typing
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import PassManager
 from numba.core.cpu import CPUContext
@@ -80,12 +81,30 @@ class _TypingContext(typing.Context):
         """Numba asks for this before each function; see `begin_kernel`."""
 
 
+class _Library(JITCodeLibrary):
+    """The code of one function. Numba would link all that it calls into it, and that again into each of its callers."""
+
+    def finalize(self) -> None:
+        self._finalized = True
+
+    def with_all_it_calls(self) -> Any:
+        """A module of LLVM's, whole."""
+        linked, waiting = set(), list(self._linking_libraries)
+        while waiting:
+            library = waiting.pop()
+            if library not in linked:
+                linked.add(library)
+                waiting += library._linking_libraries
+                self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        return self._final_module
+
+
 class _TargetContext(CPUContext):
     """How those operations are lowered."""
 
     def init(self) -> None:
         super().init()
-        self.codegen()._engine.finalize_object = lambda: None
+        self.codegen()._library_class = _Library
 
     def load_additional_registries(self) -> None:
         from numba.cpython import builtins, iterators, numbers, rangeobj, tupleobj  # noqa: F401
@@ -105,7 +124,6 @@ class _TargetContext(CPUContext):
     def get_executable(self, library: Any, description: Any, environment: Any) -> Callable[..., None]:
         """Of a function's executable Numba needs no more than the identity of a built-in function: any unlike others
         will do."""
-        library.finalize()  # links what the function calls into its module
         return [].append
 
 
