@@ -313,6 +313,7 @@ def serve(target: Sequence[object], parent: int) -> None:
     if os.name == "posix":
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     chosen = Target(*target)  # type: ignore[arg-type]
+    gc.set_threshold(50_000)  # of so many new objects most are gone when they are looked through
     with little_to_collect():
         answers.write(b"ready\n")
         answers.flush()
