@@ -237,8 +237,17 @@ def test_a_child_ends_what_the_parent_generates() -> None:
             generations[0].cancel()
             assert not list(generations[0]) and generations[0].stop_reason == "cancelled"
             model.close()
-        with model._host.scheduler.lock:  # as a thread of the parent's may hold it
-            print(states(read), states(model.stop), states(model.close))
+        held, over = threading.Event(), threading.Event()
+        def hold():  # what the children find held, by a thread that they do not have
+            with model._host.scheduler.lock:
+                held.set()
+                over.wait()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        print(states(read), states(model.stop), states(model.close))
+        over.set()
+        holder.join()
         for generation in generations: list(generation)
         print([len(generation.tokens) for generation in generations])
     """, seconds=60)  # fmt: skip
