@@ -137,7 +137,7 @@ def output_error(weights: np.ndarray, inputs: np.ndarray, scales: np.ndarray, en
 
 
 def test_inputs_that_matter_most_get_finer_steps(rng: np.random.Generator) -> None:
-    n_rows, width = 64, 64
+    n_rows, width = 256, 64
     weights = rng.normal(size=(n_rows, width)).astype(np.float32)
     inputs = rng.normal(size=(400, width)).astype(np.float32)
     large = [3, 40]

@@ -204,7 +204,7 @@ def test_together_with_others_nobody_waits_for_the_disk(tmp_path: Path, rng: np.
 def test_damaged_files_are_deleted_and_told_once(damage: str, tmp_path: Path, rng: np.random.Generator) -> None:
     folder = tmp_path / "kept"
     with load(LLAMA, folder) as model:
-        prompts = [texts(rng, model.graph.n_vocab) for _ in range(2)]
+        prompts = [[first, *texts(rng, model.graph.n_vocab, 199)] for first in (1, 2)]  # have no beginning in common
         expected = [answer(model, prompt)[:2] for prompt in prompts]
     for path in kept(folder):
         content = bytearray(path.read_bytes())
