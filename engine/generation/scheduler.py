@@ -11,7 +11,6 @@ on who else generates.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from qrun.engine.errors import GenerationCancelled
 from qrun.engine.generation.prefixes import Prefixes, shared_beginning
 from qrun.engine.generation.token_cache import common_prefix
+from qrun.engine.native.locks import tell_of_forks
 from qrun.engine.native.stacks import roomy_threads
 
 if TYPE_CHECKING:
@@ -145,7 +145,6 @@ class Task:
         self.error: BaseException | None = None
         self.over = False
         self.ready = threading.Condition(scheduler.lock)
-        self._process = os.getpid()
 
     @property
     def held(self) -> bool:
@@ -177,16 +176,12 @@ class Task:
         dropped, and where the step under way takes long, it is not waited for."""
         generation = self.generation()
         self._scheduler.check_not_stepping()
-        if self._is_of_parent:
-            if not self.over:
-                raise RuntimeError("the process forked while another thread computed this generation: begin another")
-            return self.pieces.popleft() if self.pieces else None
         with self._scheduler.lock:
             while not self.pieces and not self.over:
                 cancelled = generation is not None and generation.cancelled
                 if not self.ready.wait(LEAVE_SECONDS if cancelled else None):
                     break
-            if generation is not None and generation.cancelled and (self.pieces or not self.over):
+            if generation is not None and generation.cancelled and (self.pieces or self.error or not self.over):
                 self._leave(generation)
             if self.pieces:
                 piece = self.pieces.popleft()
@@ -201,15 +196,10 @@ class Task:
     def _leave(self, generation: Sharing) -> None:
         """End a cancelled generation for whoever reads; the scheduler, whose lock is held, lets go of it later."""
         self.pieces.clear()
+        self.error = None
         if not self.over:
             self._held = generation
         generation._reason, self.over = "cancelled", True
-
-    @property
-    def _is_of_parent(self) -> bool:
-        """Is this a child process, which has neither the thread that computed the generation nor what it was about to
-        say? Whoever held the lock there is not here to release it."""
-        return os.getpid() != self._process
 
     def leave(self, generation: Sharing) -> None:
         """The same, where a sink takes the pieces."""
@@ -220,16 +210,21 @@ class Task:
     def wake(self) -> None:
         """Its generation was cancelled: the scheduler should look, and its reader."""
         generation = self.generation()
-        if self._is_of_parent:
-            if generation is not None:
-                self._leave(generation)
-                self._held = None
-            return
         with self._scheduler.lock:
             self._scheduler.changed.notify()
             self.ready.notify_all()
         if self.sink is not None and generation is not None:
             self.sink.hurry(generation)
+
+    def leave_parent(self) -> None:
+        """This is a child process, which has neither the thread that computed the generation nor what it was about to
+        say."""
+        self.ready = threading.Condition(self._scheduler.lock)
+        generation = self.generation()
+        if generation is not None and not self.over:
+            error = RuntimeError("the process forked while another thread computed this generation: begin another")
+            _fail(self, generation, error)
+        self.over, self._held = True, None
 
 
 class Scheduler:
@@ -242,11 +237,11 @@ class Scheduler:
         self.prefixes = prefixes
         self._runtime = runtime
         self._begin()
+        tell_of_forks(self)
 
     def _begin(self) -> None:
         self.lock = threading.RLock()  # a signal's handler may stop what it interrupts
         self.changed = threading.Condition(self.lock)
-        self._process = os.getpid()
         self._tasks: list[Task] = []
         self._live: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
@@ -255,14 +250,15 @@ class Scheduler:
         self._last_end = 0.0  # of a step, with what came behind it
         self._last_gone: deque[float] = deque(maxlen=SLOW_STEPS)  # from there to where a long prompt could be read
 
-    def _leave_parent(self) -> None:
+    def leave_parent(self) -> None:
         """A child process has the threads of its parent no more, nor what they were in the middle of."""
-        if os.getpid() != self._process:
-            self._begin()
+        tasks = self._tasks
+        self._begin()
+        for task in tasks:
+            task.leave_parent()
 
     def shared(self, generation: Sharing) -> bool:
         """A generation wants to go on: are there others under way?"""
-        self._leave_parent()
         with self.lock:
             self._live.add(generation)
             return bool(self._tasks) or any(
@@ -272,12 +268,10 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Are there generations that the scheduler computes?"""
-        self._leave_parent()
         return bool(self._tasks)
 
     def add(self, generation: Sharing, *, ahead: int = 0, sink: Sink | None = None) -> Task:
         """Compute a generation from now on."""
-        self._leave_parent()
         self.check_not_stepping()
         task = Task(self, generation, ahead, sink)
         task.begun = generation._started
@@ -301,14 +295,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Generations that have read their prompts."""
-        self._leave_parent()
         with self.lock:
             return sum(task.decoding for task in self._tasks)
 
     @property
     def waiting(self) -> int:
         """Those that have not."""
-        self._leave_parent()
         with self.lock:
             return sum(not task.decoding for task in self._tasks)
 

@@ -1,10 +1,24 @@
-"""Locks that a child process (`os.fork`) finds free, though threads that it does not have held them in its parent."""
+"""What a child process (`os.fork`) does about the threads of its parent, which it does not have: locks that they held
+are free in it, and what else they left is put right."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from typing import Protocol
+
+
+class Forked(Protocol):
+    """What has to be told of a fork."""
+
+    def leave_parent(self) -> None:
+        """This is a child process now, which has one thread yet. Must be quick, take no lock, and not raise."""
+
+
+def tell_of_forks(one: Forked) -> None:
+    """Have `leave_parent` called in each child process, as long as it lives."""
+    _told.add(one)
 
 
 class ForkAwareLock:
@@ -19,7 +33,7 @@ class ForkAwareLock:
         """Whether this is a child process, and another thread held the lock when it came to be."""
         self._guarded = guarded
         self._lock = threading.RLock()
-        _locks.add(self)
+        tell_of_forks(self)
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take the lock; False if it is taken and `blocking` is false."""
@@ -36,7 +50,7 @@ class ForkAwareLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _renew(self) -> None:
+    def leave_parent(self) -> None:
         if self._lock.acquire(blocking=False):
             self._lock.release()
         else:
@@ -44,13 +58,13 @@ class ForkAwareLock:
             self._lock = threading.RLock()
 
 
-_locks: weakref.WeakSet[ForkAwareLock] = weakref.WeakSet()
+_told: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
-def _renew_all() -> None:
-    for lock in list(_locks):
-        lock._renew()
+def _leave_parent() -> None:
+    for one in list(_told):
+        one.leave_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(after_in_child=_leave_parent)

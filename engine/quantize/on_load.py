@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qrun.engine.native.cache_root import cache_root
 from qrun.engine.native.object_cache import make_private, warn_not_kept
-from qrun.models.store import folder_bytes
+from qrun.models.store import files_below, folder_bytes
 
 DEFAULT_TYPE = "Q8_0"
 """Half the size of the checkpoint, and nothing lost that could be noticed. Weights of four-bit floats stay so."""
@@ -142,9 +142,9 @@ def remove_converted() -> int:
 def _state(folder: Path) -> str:
     """What the files of a folder were when it was converted. Models that were made of it and lie there do not count."""
     entries = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(files_below(folder)):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.suffix != ".gguf":
+        if not hidden and path.suffix != ".gguf":
             status = os.stat(path)
             entries.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
     return repr((VERSION, entries))

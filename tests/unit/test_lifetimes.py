@@ -234,8 +234,10 @@ def test_a_child_ends_what_the_parent_generates() -> None:
                 os._exit(1)
             except RuntimeError as error:
                 assert "forked" in str(error)
-            generations[0].cancel()
-            assert not list(generations[0]) and generations[0].stop_reason == "cancelled"
+            for generation in generations:
+                generation.cancel()
+                assert not list(generation) and generation.stop_reason == "cancelled"
+            assert len(list(model.session().generate(PROMPT, max_tokens=3, ignore_eos=True))) >= 3
             model.close()
         held, over = threading.Event(), threading.Event()
         def hold():  # what the children find held, by a thread that they do not have
