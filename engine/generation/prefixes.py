@@ -215,19 +215,19 @@ class Prefixes:
                 rest = since + IDLE_SECONDS - time.monotonic()
                 if rest > 0:
                     return rest
-                self._unwritten.discard(cache)
                 leaves = False
         try:
             self.write(cache)
         finally:
-            if leaves:
-                with self._lock:
-                    still_there = cache in self._leaving  # else the model was closed
-                    if still_there:
-                        self._leaving.remove(cache)
-                        self._leaving_bytes -= self._runtime.bytes_of(len(cache.tokens))
-                if still_there:
-                    _close(cache)
+            with self._lock:
+                still_leaves = leaves and cache in self._leaving  # else the model was closed
+                if still_leaves:
+                    self._leaving.remove(cache)
+                    self._leaving_bytes -= self._runtime.bytes_of(len(cache.tokens))
+                elif not leaves and self._kept.get(cache) == since:  # else it may have more, or has to go by now
+                    self._unwritten.discard(cache)
+            if still_leaves:
+                _close(cache)
         return 0.0
 
     def _wake_writer(self) -> None:

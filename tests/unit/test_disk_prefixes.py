@@ -144,6 +144,25 @@ def test_what_has_no_room_in_memory_leaves_by_the_disk(tmp_path: Path, rng: np.r
         assert model._runtime.cache_bytes <= 11 * size
 
 
+def test_what_has_to_go_while_its_turn_to_be_written_comes_is_written(tmp_path: Path, rng: np.random.Generator) -> None:
+    with load(LLAMA, tmp_path / "kept") as model:
+        kept_ones = model._host.prefixes
+        chosen, gone, write = threading.Event(), threading.Event(), kept_ones.write
+
+        def late(cache: Any) -> None:
+            chosen.set()
+            assert gone.wait(60)
+            write(cache)
+
+        kept_ones.write = late  # type: ignore[method-assign]
+        answer(model, texts(rng, model.graph.n_vocab))
+        assert chosen.wait(60)
+        assert kept_ones.trim(kept_ones.limit)
+        gone.set()
+        wait_for(lambda: len(kept(tmp_path / "kept")) == 1 and not kept_ones._leaving)
+        assert model._runtime.cache_bytes == 0
+
+
 def test_a_model_that_is_closed_waits_for_a_slow_disk_for_a_while_only(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
