@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from qrun.engine.native import workers
 from qrun.engine.native.codegen import code_digest
@@ -13,6 +14,10 @@ from qrun.engine.native.object_cache import ObjectCache
 from qrun.engine.simd.target import Target
 from qrun.models.interpreter import interpreter
 from tests import reference
+
+# On a busy machine anything may take long.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
 from itertools import chain
-from time import monotonic
+from time import thread_time
 from typing import TYPE_CHECKING, Any, Self
 
 from qrun.engine.native.locks import ForkAwareLock
@@ -374,7 +374,7 @@ class ChatTemplate:
             nonlocal is_slow
             if is_slow:
                 raise Unanswered
-            start = monotonic()
+            start = thread_time()
             given = variables | {"add_generation_prompt": add_generation_prompt}
             try:
                 return self._render(messages, given, max(self._probe_seconds, 0))
@@ -384,7 +384,7 @@ class ChatTemplate:
             except Exception:
                 return None
             finally:
-                self._probe_seconds -= monotonic() - start
+                self._probe_seconds -= thread_time() - start
 
         return render
 

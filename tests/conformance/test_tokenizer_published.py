@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qrun.engine.text.tokenizer import Tokenizer, merging
@@ -85,7 +85,6 @@ def test_every_published_text_comes_back(name: str, tokenizer: Tokenizer) -> Non
 
 # Qwen composes characters first. U+2581 is how SentencePiece spells a space, so it comes back as one. StarCoder cannot
 # spell the planes from 4 on.
-@settings(deadline=None)  # on a busy machine
 @given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
 def test_any_text_comes_back(text: str) -> None:
     for tokenizer in _loaded.values():

@@ -33,9 +33,9 @@ def test_a_thread_that_holds_the_interpreter_is_seen(loop: str) -> None:
 
     result, gaps = event_loop.LOOPS[loop](hold)
     assert result == "done" and len(gaps.seconds) > 5
-    start = time.perf_counter()
+    start = time.thread_time()  # what others do meanwhile does not count
     sum(numbers)
-    assert max(gaps.seconds) > (time.perf_counter() - start) / 3
+    assert max(gaps.seconds) > (time.thread_time() - start) / 3
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

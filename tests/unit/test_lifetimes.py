@@ -89,21 +89,26 @@ WAYS = [direct, held_by_a_function, bound_anew, an_exception, a_generation_that_
 def memory():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-def settled():
+def settled(threads=0):
     gc.collect()
-    for _ in range(200):  # threads end by themselves
-        if not [thread for thread in threading.enumerate() if thread.name.startswith("qrun-")]:
+    end = time.monotonic() + 60
+    while [thread for thread in threading.enumerate() if thread.name.startswith("qrun-")]:  # they end by themselves
+        if time.monotonic() > end:
             break
         time.sleep(0.01)
-    return len(os.listdir("/proc/self/task")), memory()
+    counts = []  # the system has a thread for some milliseconds after Python has seen its end
+    while not counts or (min(counts) > threads and (time.monotonic() < end if threads else len(counts) < 30)):
+        time.sleep(0.01)
+        counts.append(len(os.listdir("/proc/self/task")))
+    return min(counts), memory()
 gc.set_threshold(*THRESHOLD)
 for i in range(22):
     WAYS[i % len(WAYS)]()
 threads, before = settled()
 for i in range(COUNT):
     WAYS[(i * 7) % len(WAYS)]()
-after = settled()
-assert after[0] == threads, f"{threads} threads became {after[0]}"
+after = settled(threads)
+assert after[0] <= threads, f"{threads} threads became {after[0]}"
 assert after[1] < before * 1.05, f"{before} kB became {after[1]}"
 """
 COUNT = int(os.environ.get("QRUN_TEST_LOADS", "100"))

@@ -7,8 +7,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,11 +99,16 @@ def test_threads_get_the_same_texts_as_alone(model: Model, rng: np.random.Genera
     wait_for_the_thread_to_end(model)
 
 
+def until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def wait_for_the_thread_to_end(model: Model) -> None:
     scheduler = model._host.scheduler
-    deadline = time.monotonic() + 60
-    while scheduler._thread is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: scheduler._thread is None)
     assert scheduler._thread is None and (scheduler.running, scheduler.waiting) == (0, 0)
 
 
@@ -138,11 +144,20 @@ def test_a_hundred_random_schedules(rng: np.random.Generator, monkeypatch: pytes
         assert not collector.errors
 
 
-def test_pieces_of_a_step_come_together(model: Model, rng: np.random.Generator) -> None:
-    collector = Collector()
+def test_pieces_of_a_step_come_together(
+    model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector, all_there, step = Collector(), threading.Event(), model._runtime.step
+
+    def waiting(*arguments: Any) -> Any:
+        assert all_there.wait(60)
+        return step(*arguments)
+
+    monkeypatch.setattr(model._runtime, "step", waiting)
     generations = [model.generate(prompt, max_tokens=25, temperature=0) for prompt in prompts(rng, model, 4)]
     for generation in generations:
         generation.start(collector)
+    all_there.set()
     for _ in generations:
         assert collector.ended.acquire(timeout=60)
     assert [len(collector.pieces[id(generation)]) for generation in generations] == [25] * 4
@@ -271,6 +286,14 @@ class TestPromptsBesideOthers:
         """Steps without prompts have taken so long, whoever generated."""
         model._host.scheduler._decode_times = {n: deque(seconds * 3) for n in range(1, 9)}
 
+    def bearable(self, model: Model, gone: float, n_generating: int, n_prompts: int) -> float:
+        """What may be read of a long prompt so many seconds after the last step's end."""
+        scheduler = model._host.scheduler
+        scheduler._last_end = 0.0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scheduler_module, "time", SimpleNamespace(perf_counter=lambda: gone))
+            return scheduler._bearable(n_generating, n_prompts)
+
     def read(
         self, model: Model, monkeypatch: pytest.MonkeyPatch, running: int, lengths: list[int]
     ) -> tuple[list[list[int]], list[int]]:
@@ -296,9 +319,7 @@ class TestPromptsBesideOthers:
         others = [model.generate([i], max_tokens=3000, temperature=0) for i in range(running)]
         for other in others:
             other.start(collector)
-        deadline = time.monotonic() + 60
-        while any(not other.tokens for other in others) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until(lambda: all(other.tokens for other in others))
         monkeypatch.setattr(model._runtime, "step", noted)
         monkeypatch.setattr(model._runtime, "begin_in_background", noted_behind)
         assert held.wait(60)
@@ -306,8 +327,7 @@ class TestPromptsBesideOthers:
         answers = [model.generate(prompt, max_tokens=3, temperature=0) for prompt in asked]
         for answer in answers:
             answer.start(collector)
-        while any(answer._task is not None and answer._task.fetching for answer in answers):
-            time.sleep(0.001)
+        until(lambda: not any(answer._task is not None and answer._task.fetching for answer in answers))
         all_there.set()
         for _ in lengths:
             assert collector.ended.acquire(timeout=60)
@@ -342,50 +362,38 @@ class TestPromptsBesideOthers:
 
     def test_it_takes_nearly_as_long_as_a_step(self, model: Model) -> None:
         self.takes(model, 0.02)
-        scheduler = model._host.scheduler
         for seconds, left in ((0.021, 0.015), (0.03, 0.006), (0.0, 0.036), (0.1, 0.0048)):
-            scheduler._last_end = time.perf_counter() - seconds
-            assert scheduler._bearable(3, 1) == pytest.approx(left, abs=0.001)
+            assert self.bearable(model, seconds, 3, 1) == pytest.approx(left)
 
     def test_the_more_wait_the_longer_it_takes(self, model: Model) -> None:
         self.takes(model, 0.02)
-        scheduler = model._host.scheduler
         for generating, waiting, left in ((7, 1, 0.016), (8, 8, 0.02), (4, 8, 0.04), (1, 8, 0.16), (1, 99, 0.3)):
-            scheduler._last_end = time.perf_counter() - 0.02
-            assert scheduler._bearable(generating, waiting) == pytest.approx(left, abs=0.001)
+            assert self.bearable(model, 0.02, generating, waiting) == pytest.approx(left)
 
     def test_where_most_steps_are_slow_it_is_not_taken_from_it(self, model: Model) -> None:
         self.takes(model, 0.02)
-        scheduler = model._host.scheduler
         for slow, left in ((0.026, 0.016), (0.1, 0.0048)):
             for _ in range(8):
-                scheduler._last_end = time.perf_counter() - slow
-                found = scheduler._bearable(3, 1)
-            assert found == pytest.approx(left, abs=0.001)
-        scheduler._last_end = time.perf_counter() - 0.04
-        assert scheduler._bearable(3, 1) == pytest.approx(0.006, abs=0.001)
+                found = self.bearable(model, slow, 3, 1)
+            assert found == pytest.approx(left)
+        assert self.bearable(model, 0.04, 3, 1) == pytest.approx(0.006)
 
     def test_a_step_that_was_disturbed_does_not_make_it_longer(self, model: Model) -> None:
         self.takes(model, 0.02, 0.02, 0.02, 0.09, 0.09)  # a request came, say, and its text was made tokens of
-        model._host.scheduler._last_end = time.perf_counter() - 0.02
-        assert model._host.scheduler._bearable(3, 1) == pytest.approx(0.016, abs=0.001)
+        assert self.bearable(model, 0.02, 3, 1) == pytest.approx(0.016)
 
     def test_nor_is_it_more_than_a_tenth_of_a_second_or_three_where_many_wait(self, model: Model) -> None:
         self.takes(model, 1.0)
-        model._host.scheduler._last_end = time.perf_counter() - 1.0
-        assert model._host.scheduler._bearable(2, 1) == 0.1
-        assert model._host.scheduler._bearable(1, 1) == 0.3
+        assert self.bearable(model, 1.0, 2, 1) == 0.1
+        assert self.bearable(model, 1.0, 1, 1) == 0.3
 
     def test_and_always_some_milliseconds(self, model: Model) -> None:
         self.takes(model, 0.003)
-        model._host.scheduler._last_end = time.perf_counter() - 0.003
-        assert model._host.scheduler._bearable(1, 1) == pytest.approx(0.01, abs=0.001)
+        assert self.bearable(model, 0.003, 1, 1) == pytest.approx(0.01)
 
     def test_it_is_short_while_nothing_is_known(self, model: Model) -> None:
-        scheduler = model._host.scheduler
-        scheduler._decode_times.clear()
-        scheduler._last_end = time.perf_counter() - 0.02
-        assert scheduler._bearable(3, 1) == pytest.approx(0.003)
+        model._host.scheduler._decode_times.clear()
+        assert self.bearable(model, 0.02, 3, 1) == pytest.approx(0.003)
 
     def test_it_is_read_to_its_end_when_nobody_generates_any_more(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
@@ -394,12 +402,10 @@ class TestPromptsBesideOthers:
         other, prompt = model.generate([1], max_tokens=3000), [i % 50 for i in range(3000)]
         monkeypatch.setattr(scheduler, "_bearable", lambda n_generating, n_prompts: 0.0)
         other.start(collector)
-        while not other.tokens:
-            time.sleep(0.001)
+        until(lambda: other.tokens)
         answer = model.generate(prompt, max_tokens=3, temperature=0)
         answer.start(collector)
-        while answer._task is None or answer._task.batch is None:
-            time.sleep(0.001)
+        until(lambda: answer._task is not None and answer._task.batch is not None)
         other.cancel()
         for _ in range(2):
             assert collector.ended.acquire(timeout=60)
@@ -411,13 +417,11 @@ class TestPromptsBesideOthers:
         collector = Collector()
         other, prompt = model.generate([1], max_tokens=3000), [i % 50 for i in range(3000)]
         other.start(collector)
-        while not other.tokens:
-            time.sleep(0.001)
+        until(lambda: other.tokens)
         with model.session() as session:
             first = session.generate(prompt, max_tokens=3, temperature=0)
             first.start(collector)
-            while first._task is None or first._task.batch is None:
-                time.sleep(0.001)
+            until(lambda: first._task is not None and first._task.batch is not None)
             second = session.generate(prompt[:2000], max_tokens=3, temperature=0)  # which ends the first
             assert len(list(second)) == 3 and first.stop_reason == "cancelled"
             assert second.tokens == long_alone(prompt[:2000])
@@ -436,8 +440,7 @@ class TestPromptsBesideOthers:
         collector = Collector()
         other = model.generate([1], max_tokens=400, temperature=0)
         other.start(collector)
-        while not other.tokens:
-            time.sleep(0.001)
+        until(lambda: other.tokens)
         model.generate([i % 50 for i in range(3000)], max_tokens=3).start(collector)
         for _ in range(2):
             assert collector.ended.acquire(timeout=60)
@@ -488,17 +491,19 @@ def test_who_cancels_does_not_wait_for_a_long_step(
     asked = prompts(rng, model, 3)
     first, *others = (model.generate(prompt, max_tokens=40, temperature=0) for prompt in asked)
     collector, steps = Collector(), model._runtime.step
-    for other in others:
-        other.start(collector)
-    next(first)
     gate, under_way = threading.Event(), threading.Event()
 
     def long_step(*arguments: Any) -> Any:
-        under_way.set()
-        assert gate.wait(60)
+        until(lambda: first._task is not None)  # or the others would be done before it comes
+        if first.tokens:
+            under_way.set()
+            assert gate.wait(60)
         return steps(*arguments)
 
     monkeypatch.setattr(model._runtime, "step", long_step)
+    for other in others:
+        other.start(collector)
+    next(first)
     rest: list[Piece] = []
     over = threading.Event()
     session = first.session

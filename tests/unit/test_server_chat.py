@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import time
 from typing import Any
 
@@ -498,7 +499,7 @@ def test_a_client_that_leaves_while_the_prompt_is_read(stream: bool) -> None:
         task = asyncio.create_task(request(served, "POST", PATH, body, leave=leave))
         await wait_until(lambda: runtime_of(model).evaluated)
         leave.set()
-        answer = await asyncio.wait_for(task, 5)
+        answer = await asyncio.wait_for(task, 30)  # a model that is held goes on after 60
         event.set()
         await wait_until(lambda: model.activity.running + model.activity.waiting == 0)
         assert served.state.turns.running == 0
@@ -510,16 +511,19 @@ def test_a_client_that_leaves_while_the_prompt_is_read(stream: bool) -> None:
 
 def test_a_client_that_leaves_a_stream() -> None:
     model = make_model("x" * 300)
-    runtime_of(model).on_batch = lambda: time.sleep(0.002)  # or all is computed before the event loop comes round
+    runtime, left = runtime_of(model), threading.Event()
+    # Or all is computed before the event loop comes round.
+    runtime.on_batch = lambda: len(runtime.evaluated) < 100 or left.wait(60)
     served = app(model)
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
     async def main() -> None:
         await request(served, "POST", PATH, body, leave_when=lambda answer: answer.text.count("data:") > 3)
+        left.set()
         await wait_until(lambda: model.activity.running == 0)
 
     asyncio.run(main())
-    assert len(runtime_of(model).evaluated) < 200
+    assert len(runtime.evaluated) < 200
     assert served.state.metrics.finished["abort"] == 1
 
 
@@ -570,10 +574,13 @@ def test_a_model_that_is_stopped() -> None:
     model = make_model("x" * 300)
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
     served = app(model)
+    runtime, stopped = runtime_of(model), threading.Event()
+    runtime.on_batch = lambda: len(runtime.evaluated) < 100 or stopped.wait(60)
 
     def stop(answer: Answer) -> bool:
         if answer.text.count("data:") > 3:
             model.stop()
+            stopped.set()
         return False
 
     answer = asyncio.run(request(served, "POST", PATH, body, leave_when=stop))

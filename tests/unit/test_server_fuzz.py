@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from asgi_client import call
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_fakes import make_model
 
@@ -44,7 +44,7 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_no_request_is_too_strange(path: str, data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(FIELDS), max_size=4, unique=True))
@@ -64,7 +64,7 @@ MARKS = st.sampled_from([
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(said=st.lists(MARKS, max_size=8).map("".join), path=st.sampled_from(PATHS[:4:2]), limit=st.integers(0, 80))
 def test_no_answer_is_too_strange(said: str, path: str, limit: int) -> None:
     """Streamed and whole answers tell the same."""

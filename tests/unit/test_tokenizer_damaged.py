@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qrun.engine.text.tokenizer import Tokenizer
@@ -123,7 +123,6 @@ KEYS = [*GOOD, "precompiled_charsmap", "unknown_token_id", "eos_token_id", "add_
         "qrun.tokenizer.normalized_token_ids"]  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_nothing_but_format_error_comes_of_it(kind: str, changes: dict[str, Any]) -> None:
     try:
