@@ -489,6 +489,22 @@ def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     return out
 
 
+def least_preference(graph: Graph, values: dict[int, Array]) -> float:
+    """By how much the routers prefer the last expert that they choose to the next one, where that is least: below what
+    rounding makes of it, the engine may choose the other. Of values that `values_of` gave; groups are not looked at."""
+    least = np.inf
+    for moe in graph.operations:
+        if not isinstance(moe, MoE) or moe.n_used >= moe.router.shape[-2] or moe.by_token is not None:
+            continue
+        scores = product(values[(moe.router_x or moe.x).id], moe, moe.router).astype(np.float64)
+        scores = scores if moe.router_bias is None else scores + moe.router_bias
+        function, _, chosen_only = moe.gating.partition("_of_")
+        liking = scores if chosen_only else GATINGS[function](scores)
+        liking = np.sort(liking if moe.selection_bias is None else liking + moe.selection_bias, axis=1)
+        least = min(least, float((liking[:, -moe.n_used] - liking[:, -moe.n_used - 1]).min()))
+    return least
+
+
 def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:
     """The experts that the router prefers for each row, and their shares: two [rows, n_used]."""
     scores = product(x, moe, moe.router).astype(np.float64)

@@ -136,6 +136,7 @@ class DiskPrefixes:
                 superseded = [
                     stored.path for stored in self._index.values()
                     if self._goes_anywhere and stored.path.name.startswith(key[:24])
+                    and stored.path != path  # whoever looked into the folder just now has found it already
                     and len(stored.tokens) - common_prefix(stored.tokens, tokens) < min(self.worth, len(stored.tokens))
                 ]  # fmt: skip
                 self._index[path.name] = Stored(path, list(tokens))

@@ -243,6 +243,23 @@ def test_damaged_files_are_deleted_and_told_once(
         assert answer(model, prompts[0])[2] == 199
 
 
+def test_a_file_that_is_found_before_its_writer_is_done_stays(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = session_file.write
+    with load(LLAMA, tmp_path / "kept") as model:
+        disk = model._host.prefixes.disk
+        assert disk is not None
+
+        def write_and_look(path: Any, saved: Any) -> None:
+            write(path, saved)
+            assert disk.longest(saved.tokens, ())[0] == len(saved.tokens)
+
+        monkeypatch.setattr(session_file, "write", write_and_look)
+        answer(model, texts(rng, model.graph.n_vocab))
+    assert len(kept(tmp_path / "kept")) == 1
+
+
 def test_the_folder_is_bounded_and_the_oldest_goes(tmp_path: Path, rng: np.random.Generator) -> None:
     folder = tmp_path / "kept"
     with load(LLAMA, folder) as model:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import write_tiny_model
+from tiny_model import ENDLESS, write_tiny_model
 
 from qrun.engine.sampling.options import SamplingOptions
 from qrun.models.catalog import CATALOG
@@ -129,7 +129,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a tiny model lies in the place of the one that the tutorial names."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "models").mkdir()
-    write_tiny_model(folder / "models" / CATALOG["SmolLM2-135M-Instruct"].file_name)
+    write_tiny_model(folder / "models" / CATALOG["SmolLM2-135M-Instruct"].file_name, pieces=ENDLESS)
     return folder
 
 

@@ -17,10 +17,12 @@ from tests.reference import attention as reference_attention
 from tests.reference import forward
 
 WIDTH = 32
-# What a cache type may cost at most, relative to the largest result; and on average where the reference rounds as it
-# does: there, only what lay just between two numbers may have been rounded the other way.
-TOLERANCE = {"f16": 2e-3, "q8_0": 2e-2, "q4_0": 0.35}
-ROUNDED_TOLERANCE = 1e-4
+# What a cache type may cost on average, relative to the largest result: of hundreds of seeds 2.0e-5 +- 0.4e-5, 6e-4 +-
+# 1e-4 and 8e-3 +- 1.6e-3. The largest error has a long tail. And what is left where the reference rounds as it does:
+# there, only what lay just between two numbers may have been rounded the other way, by a step of the type. That was at
+# most 1.4e-6, 1e-5 and 1.9e-4.
+TOLERANCE = {"f16": 6e-5, "q8_0": 2e-3, "q4_0": 3e-2}
+ROUNDED_TOLERANCE = {"f16": 1e-5, "q8_0": 1e-4, "q4_0": 1e-3}
 
 
 def rounded(x: np.ndarray, dim: int, block: int, divisor: float, half: bool) -> np.ndarray:
@@ -118,8 +120,9 @@ def test_attention_is_the_definition(runtime: Runtime, rng: np.random.Generator)
         expected = reference_attention(q, k, v, layer, operation.scale, operation.softcap)
         return np.abs(result - expected) / np.abs(expected).max()
 
-    assert error(values[1], values[2], values[3]).max() < TOLERANCE[runtime.cache_type]
-    assert error(*rounded_inputs(values, layer, runtime.cache_type)).mean() < ROUNDED_TOLERANCE
+    assert error(values[1], values[2], values[3]).mean() < TOLERANCE[runtime.cache_type]
+    rounded_error = error(*rounded_inputs(values, layer, runtime.cache_type)).mean()
+    assert rounded_error < ROUNDED_TOLERANCE[runtime.cache_type]
 
 
 def test_bits_do_not_depend_on_how_a_prompt_is_split(runtime: Runtime, rng: np.random.Generator) -> None:

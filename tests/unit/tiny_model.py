@@ -12,6 +12,8 @@ from tests.bench.random_model import llama, write
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "arch"
 # Printable ASCII, a space and a newline in GPT-2's spelling, and a piece that one merge makes.
 PIECES = ["<|endoftext|>", *map(chr, range(0x21, 0x7F)), "Ġ", "Ċ", "th"]
+# The same without a token that ends a text: what is written has as many tokens as were asked for.
+ENDLESS = ["[none]", *PIECES[1:]]
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
 
 
