@@ -489,20 +489,37 @@ def product(x: Array, moe: MoE, weight: Weight, expert: int = 0) -> Array:
     return out
 
 
-def least_preference(graph: Graph, values: dict[int, Array]) -> float:
-    """By how much the routers prefer the last expert that they choose to the next one, where that is least: below what
-    rounding makes of it, the engine may choose the other. Of values that `values_of` gave; groups are not looked at."""
-    least = np.inf
-    for moe in graph.operations:
-        if not isinstance(moe, MoE) or moe.n_used >= moe.router.shape[-2] or moe.by_token is not None:
+def hangs_on_a_digit(graph: Graph, values: dict[int, Array]) -> bool:
+    """Whether a choice of experts or positions might be another if last digits were others: the engine rounds elsewhere
+    than the definition, and may take the other one. What is equal stays so: each column is moved as a whole.
+
+    values: what `values_of` gave.
+    """
+    noise = np.random.default_rng(1)
+    for operation in graph.operations:
+        by = [values[value.id] for value in _chooses_by(operation)]
+        if not by:
             continue
-        scores = product(values[(moe.router_x or moe.x).id], moe, moe.router).astype(np.float64)
-        scores = scores if moe.router_bias is None else scores + moe.router_bias
-        function, _, chosen_only = moe.gating.partition("_of_")
-        liking = scores if chosen_only else GATINGS[function](scores)
-        liking = np.sort(liking if moe.selection_bias is None else liking + moe.selection_bias, axis=1)
-        least = min(least, float((liking[:, -moe.n_used] - liking[:, -moe.n_used - 1]).min()))
-    return least
+        moved = [[array * (1 + 1e-5 * noise.normal(size=array.shape[1])) for array in by] for _ in range(5)]
+        if any(not np.array_equal(_choice(operation, arrays), _choice(operation, by)) for arrays in moved):
+            return True
+    return False
+
+
+def _chooses_by(operation: Operation) -> list[Value]:
+    """What says which experts or positions an operation chooses."""
+    if isinstance(operation, MoE) and operation.by_token is None:
+        return [operation.router_x or operation.x]
+    if isinstance(operation, Choose):
+        return [value for value in (operation.q, operation.k, operation.weights) if value is not None]
+    return []
+
+
+def _choice(operation: Operation, by: list[Array]) -> Array:
+    if isinstance(operation, MoE):
+        return routing(by[0], operation, np.empty(0, np.int64))[0]
+    assert isinstance(operation, Choose)
+    return choose(by[0], by[1], by[2] if len(by) > 2 else None, operation.index)
 
 
 def routing(x: Array, moe: MoE, tokens: Array) -> tuple[Array, Array]:

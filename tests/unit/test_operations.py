@@ -12,7 +12,7 @@ from qrun.engine.simd.target import host_target
 from qrun.formats import TensorType
 from qrun.models import graph as G
 from tests.kernel_harness import ALL_FORMS
-from tests.reference import forward
+from tests.reference import forward, hangs_on_a_digit, values_of
 
 N_VOCAB, N_ROWS = 50, 23
 Make = Callable[["Maker", G.Value], G.Value]
@@ -61,6 +61,18 @@ class Maker:
         return G.Graph("test", self.operations, out, self.caches, out.width, 32, 64, n_states=self.n_states)
 
 
+def drawn(
+    rng: np.random.Generator, make: Callable[[Maker], G.Value], n_rows: int = N_ROWS, n_tokens: int | None = None
+) -> tuple[G.Graph, np.ndarray]:
+    """A graph with random weights, and a text of so many different tokens, that say clearly what is chosen."""
+    while True:
+        maker = Maker(rng)
+        graph = maker.graph(make(maker))
+        tokens = rng.integers(0, n_tokens or graph.n_vocab, n_rows)
+        if not hangs_on_a_digit(graph, values_of(graph, tokens.tolist())):
+            return graph, tokens
+
+
 @pytest.fixture(params=["best", "plain"])
 def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[Callable[..., None]]:
     """Builds a graph, and compares what the engine makes of it with the definition; also cut into batches."""
@@ -68,15 +80,16 @@ def check(request: pytest.FixtureRequest, rng: np.random.Generator) -> Iterator[
     def compare(make: Callable[[Maker], G.Value], tolerance: float = 1e-5, cache_type: str = "f16") -> None:
         if request.param == "plain" and cache_type != "f16" and not ALL_FORMS:
             pytest.skip("quantised caches in the plain form: make test-forms")
-        maker = Maker(rng)
-        graph = maker.graph(make(maker))
-        tokens = rng.integers(0, graph.n_vocab, N_ROWS)
+        graph, tokens = drawn(rng, make)
         expected = forward(graph, tokens.tolist())
         target = host_target(request.param)
         runtime = Runtime(graph, threads=2, context=64, batch=32, target=target, cache_type=cache_type)
         result = runtime.evaluate(runtime.sequence(), tokens, "all")
         assert result is not None
-        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        if tolerance < 0.1:
+            np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        else:  # of four bits, one value may be far off; as a whole: 0.095 +- 0.012 of 3,000 draws, at most 0.144
+            assert np.linalg.norm(result - expected) <= tolerance * np.linalg.norm(expected)
         sequence = runtime.sequence()
         parts = [runtime.evaluate(sequence, tokens[a:b], "all") for a, b in ((0, 1), (1, 9), (9, 10), (10, N_ROWS))]
         assert np.array_equal(np.concatenate(parts), result)  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ class Heads:
     ) -> None:
         self.harness, self.kind, self.heads, self.kv_heads = harness, kind, heads, kv_heads
         self.dim_k, self.dim_v = dim_k, dim_v
+        self.scale = 2.5 * dim_k**-0.5  # scores are as large in wide heads as in narrow ones, and so are their errors
         self.k_bytes, self.v_bytes = head_bytes(dim_k, kind), head_bytes(dim_v, kind)
         pages = -(-POSITIONS // R.PAGE_POSITIONS)
         self.pages = np.full((pages, kv_heads * (self.k_bytes + self.v_bytes)), 0xFF, np.uint8)  # NaN until written
@@ -68,7 +69,7 @@ class Heads:
             R.ATT_Q: q.ctypes.data, R.ATT_Q_STRIDE: q.strides[0], R.ATT_OUT: out.ctypes.data,
             R.ATT_OUT_STRIDE: out.strides[0], R.ATT_HEADS: self.heads, R.ATT_KV_HEADS: self.kv_heads,
             R.ATT_DIM_K: self.dim_k, R.ATT_DIM_V: self.dim_v, R.ATT_V_OFFSET: self.kv_heads * self.k_bytes,
-            R.ATT_K_HEAD_BYTES: self.k_bytes, R.ATT_V_HEAD_BYTES: self.v_bytes, R.ATT_SCALE: 0.3,
+            R.ATT_K_HEAD_BYTES: self.k_bytes, R.ATT_V_HEAD_BYTES: self.v_bytes, R.ATT_SCALE: self.scale,
             R.ATT_WINDOW: 1 << 40, R.ATT_OF_TILE: R.TILE_END, R.ATT_REACH: REACH, R.ATT_BEFORE: 1 << 40,
         }  # fmt: skip
         together = 3 if self.heads // self.kv_heads % 3 == 0 else 1
@@ -113,7 +114,7 @@ def test_rows_together_are_the_definition_and_have_the_bits_of_each_alone(
             R.ATT_BIASES: 0 if padded is None else padded.ctypes.data,
         }  # fmt: skip
         expected = attention(
-            heads.q.astype(np.float64), heads.k, heads.v, layer, 0.3, options.get("softcap"), sinks, slopes,
+            heads.q.astype(np.float64), heads.k, heads.v, layer, heads.scale, options.get("softcap"), sinks, slopes,
             biases=biases,
         )  # fmt: skip
         alone = np.concatenate([heads.attend(i, 1, fields) for i in range(POSITIONS)])

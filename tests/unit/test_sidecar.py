@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import write_slow_model, write_tiny_model
+from tiny_model import PIECES, write_slow_model, write_tiny_model
 
 from qrun.engine import Model
 
@@ -24,7 +24,8 @@ with_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf")
+    """One that cannot end an answer before it has said something: it has no end token."""
+    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf", pieces=PIECES[1:])
     Model.load(path, threads=1).close()  # compiles
     return path
 

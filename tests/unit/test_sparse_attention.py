@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_operations import Maker
+from test_operations import Maker, drawn
 
 from qrun.engine.program.runtime import Runtime
 from qrun.engine.simd.target import host_target
@@ -75,10 +75,10 @@ def check(graph: G.Graph, tokens: np.ndarray, tolerance: float, form: str, cache
 
 @pytest.mark.parametrize(("name", "form"), [*((name, "best") for name in INDEXES), ("positions", "plain")])
 def test_rows_attend_to_what_is_chosen(rng: np.random.Generator, name: str, form: str) -> None:
-    index, maker = INDEXES[name], Maker(rng)
-    cache = PLAIN if index.n_groups > 1 or name == "positions" else SHORT_ROWS
-    y = sparse(maker, replace(cache, exact=True), index, weighted=index.block == 1, sinks=name == "many heads")
-    graph, tokens = maker.graph(y), rng.integers(0, 20, N_ROWS)
+    index = INDEXES[name]
+    cache = replace(PLAIN if index.n_groups > 1 or name == "positions" else SHORT_ROWS, exact=True)
+    options = {"weighted": index.block == 1, "sinks": name == "many heads"}
+    graph, tokens = drawn(rng, lambda maker: sparse(maker, cache, index, **options), N_ROWS, 20)
     check(graph, tokens, 1e-4, form)
     chosen = next(operation for operation in graph.operations if isinstance(operation, G.Choose))
     mask = mask_of(values_of(graph, tokens.tolist())[chosen.out.id], index)
@@ -92,17 +92,16 @@ def test_rows_attend_to_what_is_chosen(rng: np.random.Generator, name: str, form
 def test_in_caches_of_all_types(
     rng: np.random.Generator, cache: G.CacheLayer, cache_type: str, tolerance: float
 ) -> None:
-    maker = Maker(rng)
-    y = sparse(maker, cache, INDEXES["positions"], weighted=True)
-    check(maker.graph(y), rng.integers(0, 20, N_ROWS), tolerance, "best", cache_type)
+    graph, tokens = drawn(rng, lambda maker: sparse(maker, cache, INDEXES["positions"], weighted=True), N_ROWS, 20)
+    check(graph, tokens, tolerance, "best", cache_type)
 
 
 @pytest.mark.parametrize(("every", "window"), [(4, 6), (1, 3)])
 def test_entries_are_chosen_beside_a_window(rng: np.random.Generator, every: int, window: int) -> None:
     cache = G.CacheLayer(5, 1, 44, 44, window, values_in_keys=True, exact=True)
-    maker = Maker(rng)
-    y = sparse(maker, cache, G.Index(3, 20, 5, every=every, of_entries=True), weighted=True, sinks=True)
-    check(maker.graph(y), rng.integers(0, 20, N_ROWS), 1e-4, "best")
+    index = G.Index(3, 20, 5, every=every, of_entries=True)
+    graph, tokens = drawn(rng, lambda maker: sparse(maker, cache, index, weighted=True, sinks=True), N_ROWS, 20)
+    check(graph, tokens, 1e-4, "best")
 
 
 def test_a_context_of_many_pages(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
