@@ -186,8 +186,86 @@ def test_every_text_is_what_the_schema_says(name: str) -> None:
         checker.validate(json.loads(generation.text))
 
 
-def test_there_are_many() -> None:
-    assert len(SCHEMAS) >= 60
+PATTERNS = ["^[A-Z]{2}-[0-9]{3}$", "^(red|green|dark (blue|grey))$", "^#[0-9a-f]{6}$", "^v[0-9]{1,2}(\\.[0-9]){2}$"]
+NAMES = ["id", "name", "kind", "kinds", "größe", "is it?", "a \"b\"", "n_1", "n_2", "$x", "items", "type"]
+
+
+class RandomSchemas:
+    """Schemas as people put them together, of all that can be said, some levels deep."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.definitions: dict[str, Any] = {}
+
+    def pick(self, choices: list[Any]) -> Any:
+        return choices[self.rng.integers(len(choices))]
+
+    def schema(self) -> dict[str, Any]:
+        found = self.any(int(self.rng.integers(3)))
+        return found | {"$defs": self.definitions} if self.definitions else found
+
+    def any(self, levels: int) -> dict[str, Any]:
+        if levels and self.rng.random() < 0.8:
+            return self.pick([self.object, self.object, self.array, self.tuple, self.map, self.choice])(levels - 1)
+        return self.pick([self.whole, self.number, self.text, self.pattern, self.values, self.format, self.reference])()
+
+    def whole(self) -> dict[str, Any]:
+        low = int(self.rng.integers(-3000, 3000))
+        found = {"type": "integer", "minimum": low, "maximum": low + int(self.rng.integers(20, 2000))}
+        return self.pick([found, found | {"multipleOf": int(self.rng.integers(2, 9))}, {"type": "boolean"}])
+
+    def number(self) -> dict[str, Any]:
+        low = round(float(self.rng.normal(scale=30)), 2)
+        return {"type": "number", self.pick(["minimum", "exclusiveMinimum"]): low, "maximum": round(low + 7.25, 2)}
+
+    def text(self) -> dict[str, Any]:
+        shortest = int(self.rng.integers(4))
+        return text_schema(minLength=shortest, maxLength=shortest + int(self.rng.integers(9)))
+
+    def pattern(self) -> dict[str, Any]:
+        return text_schema(pattern=self.pick(PATTERNS))
+
+    def format(self) -> dict[str, Any]:
+        return text_schema(format=self.pick(["date", "uuid", "ipv4"]))
+
+    def values(self) -> dict[str, Any]:
+        of_all_kinds = ["alpha", "alpine", "é😀", 'say "hi"', 17, -2.5, True, None, [1, "b"], {"a": {"b": []}}]
+        chosen = [of_all_kinds[i] for i in self.rng.permutation(len(of_all_kinds))[: self.rng.integers(1, 5)]]
+        return {"const": chosen[0]} if len(chosen) == 1 else {"enum": chosen}
+
+    def reference(self) -> dict[str, Any]:
+        name = f"n{self.rng.integers(3)}"
+        if name not in self.definitions:
+            self.definitions[name] = self.pick([self.whole, self.text, self.pattern, self.values])()
+        return {"$ref": f"#/$defs/{name}"}
+
+    def object(self, levels: int) -> dict[str, Any]:
+        names = [NAMES[i] for i in self.rng.permutation(len(NAMES))[: self.rng.integers(5)]]
+        return record([name for name in names if self.rng.random() < 0.6], **{name: self.any(levels) for name in names})
+
+    def array(self, levels: int) -> dict[str, Any]:
+        least = int(self.rng.integers(3))
+        return {"type": "array", "items": self.any(levels), "minItems": least,
+                "maxItems": least + int(self.rng.integers(3))}  # fmt: skip
+
+    def tuple(self, levels: int) -> dict[str, Any]:
+        firsts = [self.any(levels) for _ in range(self.rng.integers(1, 4))]
+        return {"type": "array", "prefixItems": firsts, "items": False, "minItems": len(firsts)}
+
+    def map(self, levels: int) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": self.any(levels), "maxProperties": int(self.rng.integers(3))}
+
+    def choice(self, levels: int) -> dict[str, Any]:
+        return {"anyOf": [*(self.any(levels) for _ in range(self.rng.integers(1, 3))), {"type": "null"}]}
+
+
+def test_nor_do_texts_of_hundreds_of_others_say_anything_else(rng: np.random.Generator) -> None:
+    for number in range(300):
+        schema = RandomSchemas(rng).schema()
+        generation = generate(str(number), number, schema=schema, make=lambda: session(context=4000))
+        assert generation.stop_reason == "stop", (schema, generation.text)
+        checker = jsonschema.Draft202012Validator(schema, format_checker=FORMATS)
+        checker.validate(json.loads(generation.text))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
