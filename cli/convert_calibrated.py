@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qrun.models.adapter import Lora
 
 METHODS = ("auto", "gptq", "awq", "both", "imatrix")
+SCALED = ("awq", "both")
 
 # Options that say nothing where there is no text.
 CALIBRATING = {"keep": "--measures", "method": "--method", "samples": "--samples", "length": "--length",
@@ -177,9 +178,10 @@ def measure(calibration: Calibration, wishes: Wishes, choice: Choice, values: Me
     """The importance of inputs, and by it the types for the size that is wished for, if one is. Raises OSError if there
     is no room for what the judging needs."""
     from qrun.cli.against import check_room
-    from qrun.formats import GGUFReader
+    from qrun.formats import GGUFReader, ValueType
     from qrun.formats.tensors import n_weights
     from qrun.models import build_graph
+    from qrun.models.adapter import RESCALED
 
     if wishes.judge:
         held_out, logits = calibration.samples.held_out, calibration.folder / "logits"
@@ -189,6 +191,8 @@ def measure(calibration: Calibration, wishes: Wishes, choice: Choice, values: Me
         check_room(calibration.folder, held_out, n_vocab, MORE_ROOM)
     imatrix = calibration.imatrix()
     if wishes.sized:
+        if wishes.method in SCALED:
+            values = [*values, (RESCALED, True, ValueType.BOOL)]  # which the file will have besides
         budget = budget_of(wishes, calibration.source, calibration, imatrix, values)
         types = candidates(wishes, 8 * budget / max(1, n_weights(calibration.source.tensors.values())))
         choice = calibration.mix(imatrix, budget, types, values)
@@ -209,7 +213,7 @@ def make(
     with stage_bars() as stage:
         calibration = replace(calibration, stage=stage)
         rounding = calibration
-        if wishes.method in ("awq", "both"):
+        if wishes.method in SCALED:
             scaled = calibration.scaled(planned)
             importance = scaled.importance(imatrix)
             planned = plan(scaled, plain.choice, imatrix=importance, allow_requantize=allow_requantize)

@@ -36,6 +36,8 @@ ACTIVATION_KEY = "adapter.alora.invocation_tokens"
 SUFFIXES = (".lora_a", ".lora_b")
 PEFT_CONFIG = "adapter_config.json"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+RESCALED = "qrun.rescaled"
+"""A key in the metadata of a model, true where matrices have scales that adapters of the original know nothing of."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,9 @@ class Adapter(Generic[T]):
         """All ranks that there are, the least first."""
         return sorted({change.b.shape[-1] for change in self.changes.values()})
 
-    def check(self, architecture: object, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, architecture: object, shapes: Mapping[str, tuple[int, ...]], rescaled: bool) -> None:
         """Raises FormatError if it is of another architecture, or changes what is not among these matrices of a model,
-        or has another shape there."""
+        or has another shape there; and if the model is RESCALED."""
         if self.architecture != architecture:
             reason = f"this is an adapter of architecture {shorten(self.architecture)}, and the model's is "
             raise FormatError(self.path, reason + shorten(architecture))
@@ -179,6 +181,9 @@ class Adapter(Generic[T]):
             else:
                 continue
             raise FormatError(self.path, f"{problem}: it is an adapter of another model")
+        if rescaled:
+            reason = "the model was converted with scales (--method awq or both): adapters of the original do not fit"
+            raise FormatError(self.path, reason)
 
     def close(self) -> None:
         """Close the file. Tensors that a graph has keep it mapped as long as they live."""
@@ -263,7 +268,7 @@ def _check(graph: G.Graph, adapter: Adapter[TensorInfo]) -> None:
             shapes[name] = operation.weight.shape
         elif isinstance(operation, G.MoE):
             shapes |= {weight.name: weight.shape for weight in _matrices(operation)}
-    adapter.check(graph.architecture, shapes)
+    adapter.check(graph.architecture, shapes, graph.rescaled)
 
 
 class _Transform:

@@ -1,13 +1,14 @@
 """The architectures, by name, and the graph of a model's file."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrun.formats import FormatError, GGUFReader, TensorInfo
 from qrun.formats.dataclass import dataclass
-from qrun.models.adapter import Adapter, adapt
+from qrun.models.adapter import RESCALED, Adapter, adapt
 from qrun.models.drafts import DraftLayers, build_layer, with_hidden
 from qrun.models.graph import Graph, GraphBuilder, Value
 from qrun.models.hyperparameters import MAX_CONTEXT, Hyperparameters, Metadata
@@ -327,7 +328,7 @@ def build_graph(
     )
     if not h.causal and (graph.n_states or graph.causal):
         raise metadata.error("attention.causal", "is False, which is not supported for this architecture")
-    return adapt(graph, adapters)
+    return adapt(replace(graph, rescaled=reader.metadata.get(RESCALED) is True), adapters)
 
 
 def check_goes_on(graph: Graph, path: Path) -> None:

@@ -36,6 +36,7 @@ from qrun.engine.quantize.source import Source, SourceTensor
 from qrun.formats import FormatError, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks import dequantize
 from qrun.models import graph as G
+from qrun.models.adapter import RESCALED
 
 F32Array = NDArray[np.float32]
 
@@ -206,8 +207,11 @@ class ScaledSource:
         return replace(imatrix, values=values)
 
     def writer(self, path: str | os.PathLike[str]) -> GGUFWriter:
-        """Has the metadata of the model."""
-        return self.base.writer(path)
+        """Has the metadata of the model, and says if it has scales."""
+        writer = self.base.writer(path)
+        if self.columns:
+            writer.set_metadata(RESCALED, True, ValueType.BOOL)
+        return writer
 
     def close(self) -> None:
         """Let the tensors go."""

@@ -19,7 +19,7 @@ from qrun.engine.quantize.source import GGUFSource, Source
 from qrun.formats import FormatError, GGUFReader, GGUFWriter, TensorType, ValueType
 from qrun.formats.blocks.floats import Floats
 from qrun.formats.tensors import SourceTensor, TensorFile, text_of
-from qrun.models.adapter import EMBEDDING, HEAD, Adapter, Lora, LowRank, is_peft
+from qrun.models.adapter import EMBEDDING, HEAD, RESCALED, Adapter, Lora, LowRank, is_peft
 from qrun.models.huggingface.peft import Base, PeftSource
 
 F32Array = NDArray[np.float32]
@@ -76,7 +76,7 @@ class MergedSource:
                 tensors[HEAD] = head
         matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
         for adapter in adapters:
-            adapter.check(text_of(base, "general.architecture"), matrices)
+            adapter.check(text_of(base, "general.architecture"), matrices, base.metadata.get(RESCALED) is True)
         acting = [adapter for adapter in adapters if adapter.scale != 0]
         for name, tensor in tensors.items():
             changes = [_Change(a.changes[name], a.scale) for a in acting if name in a.changes]

@@ -84,6 +84,8 @@ class Graph:
     """The token with which an answer to a source begins."""
     path: Path = Path()
     """The file that it was read from."""
+    rescaled: bool = False
+    """Whether its matrices are not those that it was trained with, and the inputs of some are divided before."""
 
     @property
     def causal(self) -> bool:

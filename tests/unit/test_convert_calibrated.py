@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_files import random_pair, write_adapter
 from command_line import run
 from tiny_model import write_tiny_model
 
@@ -152,7 +153,7 @@ def test_rounding_that_was_broken_off_goes_on_and_gives_the_same(
 
 @pytest.mark.parametrize("method", ["awq", "both"])
 def test_scales_go_into_an_ordinary_file(
-    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
 ) -> None:
     out = tmp_path / "out.gguf"
     arguments = calibrating(folder, "model", out, "--type", "q4_0", "--method", method)
@@ -167,6 +168,15 @@ def test_scales_go_into_an_ordinary_file(
     scaled = {name for name, (type, values) in after.items() if type is TensorType.F32
               and not np.array_equal(values, before[name])}  # fmt: skip
     assert scaled and all(name.endswith(("_norm.weight", ".bias")) for name in scaled)
+    lora = tmp_path / "lora.gguf"
+    write_adapter(lora, {"blk.0.attn_q.weight": random_pair(rng, "", before["blk.0.attn_q.weight"].shape, 2)})
+    adapt = ("--lora", lora, "--max-tokens", 1)
+    assert run("run", folder / "model.gguf", "a", *adapt, capsys=capsys)[0] == 0
+    refused = f"{lora}: the model was converted with scales (--method awq or both): adapters of the original do not fit"
+    assert run("run", out, "a", *adapt, capsys=capsys) == (1, "", f"qrun: {refused}\n")
+    merge = ("convert", out, tmp_path / "merged.gguf", "--type", "q8_0", "--allow-requantize", "--merge-lora", lora)
+    status, _, errors = run(*merge, capsys=capsys)
+    assert status == 1 and errors.endswith(f"qrun: {refused}\n")
     if method == "both":  # columns are far from what they were, and their outputs near
         return
     # With the norm's scale taken back, the matrix after it is what it was, but for rounding.
