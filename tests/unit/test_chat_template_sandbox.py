@@ -126,6 +126,20 @@ def test_harm_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_what_other_programs_take_of_the_time_does_not_count(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))  # a second goes by between two looks
+    monkeypatch.setattr(template_sandbox, "monotonic", lambda: float(next(clock)))
+    if own:
+        monkeypatch.setattr(template_sandbox, "thread_time", lambda: float(next(clock)))
+    source = "{% for i in range(40) %}{{ i | string }}{% endfor %}"
+    if own:
+        with pytest.raises(TemplateError, match="runs for more than 5 seconds"):
+            Limited().render(source, {})
+    else:
+        assert Limited().render(source, {}) == "".join(map(str, range(40)))
+
+
 def test_a_template_may_add_to_a_list_of_its_own() -> None:
     source = "{% set n = namespace(a=[]) %}{% for m in messages %}{% set _ = n.a.append(m) %}{% endfor %}{{ n.a }}"
     assert Limited().render(source, {"messages": ["a", "b", 3]}) == "['a', 'b', 3]"
