@@ -145,8 +145,9 @@ def _state(folder: Path) -> str:
     for path in sorted(files_below(folder)):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and path.suffix != ".gguf":
-            status = os.stat(path)
-            entries.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
+            with suppress(OSError):  # it has gone, or is a link to nothing
+                status = os.stat(path)
+                entries.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
     return repr((VERSION, entries))
 
 

@@ -186,6 +186,10 @@ def test_every_text_is_what_the_schema_says(name: str) -> None:
         checker.validate(json.loads(generation.text))
 
 
+def test_there_are_many() -> None:
+    assert len(SCHEMAS) >= 60
+
+
 PATTERNS = ["^[A-Z]{2}-[0-9]{3}$", "^(red|green|dark (blue|grey))$", "^#[0-9a-f]{6}$", "^v[0-9]{1,2}(\\.[0-9]){2}$"]
 NAMES = ["id", "name", "kind", "kinds", "größe", "is it?", "a \"b\"", "n_1", "n_2", "$x", "items", "type"]
 

@@ -62,6 +62,12 @@ def test_a_folder_that_has_changed_is_converted_anew(folder: Path, cache: Path) 
     assert on_load.converted(folder) == after
 
 
+def test_a_link_to_nothing_is_no_error(folder: Path) -> None:
+    first = on_load.converted(folder)
+    (folder / "blob").symlink_to("missing")
+    assert on_load.converted(folder) == first
+
+
 def test_two_folders_of_one_name_are_two_models(folder: Path, tmp_path: Path) -> None:
     second = shutil.copytree(folder, tmp_path / "b" / "qwen3")
     assert on_load.converted(folder) != on_load.converted(second)
